@@ -1,0 +1,29 @@
+"""ffn2moe: turn the feed-forward layers of a trained dense transformer into a mixture of experts.
+
+The idea in four files: `spec` (what a factorised model is), `partition` (neurons -> experts),
+`experts` (weights sliced by a partition) and `moe` (the layer that routes).
+
+Names are imported on first use, so that ``import ffn2moe`` costs nothing.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+__version__ = "0.1.0"
+
+_EXPORTS = {
+    "MoESpec": "ffn2moe.spec",
+    "MoEFFN": "ffn2moe.moe",
+    "load": "ffn2moe.checkpoint",
+    "load_dense": "ffn2moe.dense",
+    "open_export": "ffn2moe.runtime",
+}
+__all__ = ["MoEFFN", "MoESpec", "__version__", "load", "load_dense", "open_export"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _EXPORTS:
+        return getattr(import_module(_EXPORTS[name]), name)
+    raise AttributeError(f"module 'ffn2moe' has no attribute {name!r}")

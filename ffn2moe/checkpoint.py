@@ -1,0 +1,100 @@
+"""A factorised model on disk: a Hugging Face folder whose weights hold mixtures, and `ffn2moe.json`.
+
+This is the only file of the package that knows names on disk.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ffn2moe.dense import FAMILIES, family_of, ffn_layers, install, require_finite
+from ffn2moe.moe import MoEFFN
+from ffn2moe.spec import MoESpec
+
+SPEC_FILE = "ffn2moe.json"
+WEIGHTS_FILE = "model.safetensors"
+FORMAT = 1
+
+
+def save(model: nn.Module, tokenizer: Any, spec: MoESpec, folder: str | Path) -> None:
+    """Write a model whose FFNs are mixtures; `load` gives it back bit for bit.
+
+    The bytes depend on the weights alone: same model, same file.
+    """
+    from safetensors.torch import save_file
+
+    require_finite(model, "the model to be saved")
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+    config = model.config.to_dict()
+    config.pop("_name_or_path", None)  # a path of this machine
+    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    (folder / SPEC_FILE).write_text(
+        json.dumps({"format": FORMAT, "spec": spec.to_dict()}, indent=2, sort_keys=True) + "\n"
+    )
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+
+
+def load_spec(folder: str | Path) -> MoESpec:
+    """The spec of a saved model. FileNotFoundError or ValueError, with the remedy, for anything else."""
+    path = Path(folder) / SPEC_FILE
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{folder} is not an ffn2moe checkpoint: it has no {SPEC_FILE}; name the checkpoint folder of an export"
+        )
+    try:
+        content = json.loads(path.read_text())
+        if content["format"] != FORMAT:
+            raise ValueError(f"format {content['format']} is not the {FORMAT} this version reads")
+        return MoESpec.from_dict(content["spec"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read ({error}): restore it, or make the export again") from error
+
+
+def load(folder: str | Path) -> Any:
+    """The saved model as an ordinary transformers model, float32, in eval mode; its FFNs are `MoEFFN`.
+
+    Every tensor of the file must be used and every tensor of the model must be in the file.
+    """
+    import transformers
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    folder = Path(folder)
+    spec = load_spec(folder)
+    try:
+        tensors = load_file(folder / WEIGHTS_FILE)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(
+            f"{folder / WEIGHTS_FILE} cannot be read ({error}): copy it again, or make the export again"
+        ) from error
+    config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    family = FAMILIES[spec.family]
+    model = getattr(transformers, spec.model_class)(config, **dict(family.options))
+    if family_of(model) is not family or len(ffn_layers(model)) != spec.num_layers:
+        raise ValueError(f"{folder}: config.json and {SPEC_FILE} describe different models")
+    prefix = {id(module): name for name, module in model.named_modules()}
+    for index, block in enumerate(ffn_layers(model)):
+        name = f"{prefix[id(block)]}.{family.install}"
+        moe = MoEFFN(
+            spec,
+            b_in=f"{name}.b_in" in tensors,
+            b_out=f"{name}.b_out" in tensors,
+            b_gate=f"{name}.b_gate" in tensors,
+        )
+        install(model, index, moe)
+    missing, unexpected = model.load_state_dict(tensors, strict=False)
+    if missing or unexpected:
+        raise ValueError(
+            f"{folder / WEIGHTS_FILE} does not fit its {SPEC_FILE}: missing {missing[:3]}, unexpected {unexpected[:3]}"
+        )
+    require_finite(model, str(folder))
+    return model.to(torch.float32).eval()

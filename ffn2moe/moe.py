@@ -1,0 +1,166 @@
+"""The mixture-of-experts layer that takes the place of a dense FFN.
+
+    y = output_scale * sum over the chosen experts i of E_i(x)  +  b_out
+
+`reference` is the definition; `grouped`, which `forward` uses, computes only what is routed; equal by test.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ffn2moe.dense import ACTIVATIONS, install
+from ffn2moe.experts import ExpertWeights
+from ffn2moe.router import Router
+from ffn2moe.spec import MoESpec
+
+
+ExpertTensors = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
+
+
+class MoEFFN(nn.Module):
+    """E experts of M neurons, of which each token uses the K that its router scores highest."""
+
+    neurons: Tensor
+
+    def __init__(self, spec: MoESpec, *, b_in: bool, b_out: bool, b_gate: bool = False) -> None:
+        super().__init__()
+        E, M, D = spec.num_experts, spec.expert_width, spec.width
+
+        def empty(wanted: bool, *shape: int) -> nn.Parameter | None:
+            return nn.Parameter(torch.zeros(*shape)) if wanted else None
+
+        self.num_active = spec.num_active
+        self.activation = spec.activation
+        self.w_in = nn.Parameter(torch.zeros(E, M, D))
+        self.w_out = nn.Parameter(torch.zeros(E, D, M))
+        self.b_in = empty(b_in, E, M)
+        self.b_out = empty(b_out, D)
+        self.w_gate = empty(spec.gated, E, M, D)
+        self.b_gate = empty(spec.gated and b_gate, E, M)
+        # The best scale of a chosen subset, folded into the output matrix at export (methods: identity 3).
+        self.output_scale = nn.Parameter(torch.ones(()))
+        self.router = Router(D, E)
+        # Which neuron of the dense FFN stands at each place, -1 for padding.
+        self.register_buffer("neurons", torch.full((E, M), -1, dtype=torch.int64))
+        # Set by whoever wants to watch the routing: called with scores [T, E] and the choice [T, K].
+        self.observer: RoutingObserver | None = None
+
+    @property
+    def num_experts(self) -> int:
+        return self.w_in.shape[0]
+
+    @classmethod
+    def from_experts(cls, spec: MoESpec, weights: ExpertWeights, neurons_EM: Tensor) -> MoEFFN:
+        """A layer with these experts, a router that scores all alike, and scale 1."""
+        moe = cls(
+            spec,
+            b_in=weights.b_in_EM is not None,
+            b_out=weights.b_out_D is not None,
+            b_gate=weights.b_gate_EM is not None,
+        )
+        with torch.no_grad():
+            for parameter, value in (
+                (moe.w_in, weights.w_in_EMD),
+                (moe.w_out, weights.w_out_EDM),
+                (moe.b_in, weights.b_in_EM),
+                (moe.b_out, weights.b_out_D),
+                (moe.w_gate, weights.w_gate_EMD),
+                (moe.b_gate, weights.b_gate_EM),
+            ):
+                if parameter is not None:
+                    parameter.copy_(value)
+            moe.neurons.copy_(neurons_EM)
+        return moe
+
+    def _unbound(self) -> list[ExpertTensors]:
+        """The weights of each expert. One `unbind` a matrix: its gradient is stacked once, not added E times."""
+        absent = [None] * self.num_experts
+
+        def each(stacked: nn.Parameter | None) -> Sequence[Tensor | None]:
+            return absent if stacked is None else stacked.unbind(0)
+
+        stacks = (self.w_in, self.w_out, self.b_in, self.w_gate, self.b_gate)
+        return list(zip(*map(each, stacks), strict=True))  # type: ignore[arg-type]
+
+    def _expert(
+        self,
+        x_TD: Tensor,
+        w_in_MD: Tensor,
+        w_out_DM: Tensor,
+        b_in_M: Tensor | None,
+        w_gate_MD: Tensor | None,
+        b_gate_M: Tensor | None,
+    ) -> Tensor:
+        act = ACTIVATIONS[self.activation]
+        h_TM = F.linear(x_TD, w_in_MD, b_in_M)
+        h_TM = act(h_TM) if w_gate_MD is None else act(F.linear(x_TD, w_gate_MD, b_gate_M)) * h_TM
+        return F.linear(h_TM, w_out_DM)
+
+    def expert(self, index: int, x_TD: Tensor) -> Tensor:
+        """Output of one expert, [T, D], without scale or output bias."""
+        return self._expert(x_TD, *self._unbound()[index])
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., D] -> [..., D]."""
+        x_TD = x.reshape(-1, x.shape[-1])
+        scores_TE = self.router(x_TD)
+        chosen_TK = self.router.choose(scores_TE, self.num_active)
+        if self.observer is not None:
+            self.observer(scores_TE, chosen_TK)
+        return self.finish(self.grouped(x_TD, scores_TE, chosen_TK)).reshape(x.shape)
+
+    def finish(self, y_TD: Tensor) -> Tensor:
+        """Scale and output bias, [T, D]."""
+        y_TD = self.output_scale * y_TD
+        return y_TD if self.b_out is None else y_TD + self.b_out
+
+    def reference(self, x_TD: Tensor) -> Tensor:
+        """The layer as it is defined: every expert in turn, on the tokens that chose it. [T, D] -> [T, D]."""
+        chosen_TK = self.router.choose(self.router(x_TD), self.num_active)
+        y_TD = torch.zeros_like(x_TD)
+        for index in range(self.num_experts):
+            tokens = (chosen_TK == index).any(-1).nonzero().flatten()
+            y_TD[tokens] += self.expert(index, x_TD[tokens])
+        return self.finish(y_TD)
+
+    def grouped(self, x_TD: Tensor, scores_TE: Tensor, chosen_TK: Tensor) -> Tensor:
+        """Sum of the chosen experts' outputs, [T, D]: tokens sorted by expert, one dense product per expert.
+
+        The gate of a chosen expert is 1. While training it passes the gradient of the softmax of the scores
+        (straight-through), so that the router learns from the loss.
+        """
+        K = chosen_TK.shape[1]
+        order = chosen_TK.flatten().argsort(stable=True)
+        tokens = order // K
+        counts = torch.bincount(chosen_TK.flatten(), minlength=self.num_experts).tolist()
+        x_by_expert = x_TD[tokens].split(counts)
+        weights = self._unbound()
+        y_sorted = torch.cat([self._expert(x, *w) for x, w in zip(x_by_expert, weights, strict=True)])
+        inverse = torch.empty_like(order)
+        inverse[order] = torch.arange(len(order), device=order.device)
+        y_TKD = y_sorted[inverse].view(*chosen_TK.shape, -1)
+        if torch.is_grad_enabled() and self.training:
+            p_TK = scores_TE.softmax(-1).gather(-1, chosen_TK)
+            return ((1 + (p_TK - p_TK.detach())).unsqueeze(-1) * y_TKD).sum(1)
+        return y_TKD.sum(1)
+
+
+class RoutingObserver(Protocol):
+    def __call__(self, scores_TE: Tensor, chosen_TK: Tensor) -> None: ...
+
+
+def moe_layers(model: nn.Module) -> list[MoEFFN]:
+    """The mixture layers of a model, in order."""
+    return [module for module in model.modules() if isinstance(module, MoEFFN)]
+
+
+def install_moe(model: nn.Module, layers: list[MoEFFN]) -> None:
+    """Put one mixture in the place of every FFN of a dense model."""
+    for index, moe in enumerate(layers):
+        install(model, index, moe)

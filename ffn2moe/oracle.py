@@ -1,0 +1,130 @@
+"""The best K experts for a token, from the Gram matrix of the experts' outputs.
+
+With G_ij = <E_i(x), E_j(x)>, leaving out the experts not in S costs
+``||y - a y_S||^2 = 1'G1 - 2a 1'G m + a^2 m'G m`` for the indicator m of S: one dense pass and an E x E matrix
+per token rank every subset (derivation: docs/methods.md).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import combinations
+from math import comb
+
+import torch
+from torch import Tensor
+
+from ffn2moe.moe import MoEFFN
+
+MAX_SUBSETS = 2000  # above this, greedy drop-one instead of enumeration
+
+
+@torch.no_grad()
+def expert_outputs(moe: MoEFFN, x_TD: Tensor) -> Tensor:
+    """Every expert's output for every token, [T, E, D], without scale and output bias."""
+    return torch.stack([moe.expert(index, x_TD) for index in range(moe.num_experts)], dim=1)
+
+
+def gram(outputs_TED: Tensor) -> Tensor:
+    """Inner products of the experts' outputs, [T, E, E]."""
+    return outputs_TED @ outputs_TED.transpose(1, 2)
+
+
+def subsets(num_experts: int, num_active: int) -> Tensor:
+    """Indicators of all subsets of K of the E experts, [C, E] float32, in lexicographic order."""
+    chosen = torch.tensor(list(combinations(range(num_experts), num_active)))
+    return torch.zeros(len(chosen), num_experts).scatter_(1, chosen, 1.0)
+
+
+def subset_errors(gram_TEE: Tensor, indicator_CE: Tensor, scale: float = 1.0) -> Tensor:
+    """Squared error ``||y - scale y_S||^2`` of each subset for each token, [T, C]."""
+    T, E, _ = gram_TEE.shape
+    pairs_CEE = indicator_CE.unsqueeze(2) * indicator_CE.unsqueeze(1)
+    energy_T1 = gram_TEE.sum((1, 2)).unsqueeze(1)
+    cross_TC = gram_TEE.sum(1) @ indicator_CE.T
+    own_TC = gram_TEE.reshape(T, E * E) @ pairs_CEE.reshape(-1, E * E).T
+    return (energy_T1 - 2 * scale * cross_TC + scale * scale * own_TC).clamp(min=0)
+
+
+@dataclass(frozen=True)
+class OracleChoice:
+    """What the oracle says of T tokens."""
+
+    chosen_TE: Tensor  # K-hot indicator of the best subset
+    gain_TE: Tensor  # rise in squared error when an expert must be left out, minus when it must be kept
+
+
+def oracle(gram_TEE: Tensor, num_active: int, scale: float = 1.0) -> OracleChoice:
+    """The best K experts for each token, and how much each expert is worth to it.
+
+    Exact by enumeration up to `MAX_SUBSETS` subsets; above, greedy: drop, one at a time, the expert whose loss
+    raises the error least, and read the gains off the chosen subset.
+    """
+    E = gram_TEE.shape[-1]
+    if comb(E, num_active) > MAX_SUBSETS:
+        return _greedy(gram_TEE, num_active, scale)
+    indicator_CE = subsets(E, num_active).to(gram_TEE)
+    errors_TC = subset_errors(gram_TEE, indicator_CE, scale)
+    chosen_TE = indicator_CE[errors_TC.argmin(1)]
+    if num_active == E:
+        return OracleChoice(chosen_TE, torch.zeros_like(chosen_TE))
+    inside_CE = indicator_CE.bool()
+    gains = []
+    for expert in range(E):
+        with_it = errors_TC[:, inside_CE[:, expert]].amin(1)
+        without_it = errors_TC[:, ~inside_CE[:, expert]].amin(1)
+        gains.append(without_it - with_it)
+    return OracleChoice(chosen_TE, torch.stack(gains, dim=1))
+
+
+def _greedy(gram_TEE: Tensor, num_active: int, scale: float) -> OracleChoice:
+    """Drop-one: the error of S minus {i} follows from G m, so a step costs T x E x E."""
+    T, E, _ = gram_TEE.shape
+    chosen_TE = gram_TEE.new_ones(T, E)
+    total_TE = gram_TEE.sum(1)  # <E_i, y>
+    diagonal_TE = gram_TEE.diagonal(dim1=1, dim2=2)
+
+    def change(chosen: Tensor) -> Tensor:
+        """Rise in error when each expert is toggled, [T, E]."""
+        own_TE = (gram_TEE @ chosen.unsqueeze(2)).squeeze(2)  # <E_i, y_S>
+        drop = 2 * scale * total_TE + scale**2 * (diagonal_TE - 2 * own_TE)
+        add = -2 * scale * total_TE + scale**2 * (diagonal_TE + 2 * own_TE)
+        return torch.where(chosen.bool(), drop, add)
+
+    for _ in range(E - num_active):
+        rise_TE = change(chosen_TE).masked_fill(~chosen_TE.bool(), torch.inf)
+        chosen_TE = chosen_TE.scatter(1, rise_TE.argmin(1, keepdim=True), 0.0)
+    rise_TE = change(chosen_TE)
+    return OracleChoice(chosen_TE, torch.where(chosen_TE.bool(), rise_TE, -rise_TE))
+
+
+@torch.no_grad()
+def diagnose(moe: MoEFFN, x_TD: Tensor, chunk: int = 4096) -> dict[str, float]:
+    """How far a layer is from the sum of all its experts, on the tokens `x_TD` [T, D].
+
+    Errors are relative, ``||y - a y_S|| / ||y||`` over all tokens, each choice with its own best scale a:
+    `oracle_error` under the best choice (what the partition costs), `router_error` under the learned one,
+    `gap` their difference (what the router costs), `router_recall` the share of the oracle's K that the
+    router finds.
+    """
+    energy, found, wanted = 0.0, 0.0, 0.0
+    cross = {"oracle": 0.0, "router": 0.0}
+    own = {"oracle": 0.0, "router": 0.0}
+    for x in x_TD.split(chunk):
+        gram_TEE = gram(expert_outputs(moe, x))
+        scores_TE = moe.router(x)
+        chosen_TE = torch.zeros_like(scores_TE).scatter_(1, moe.router.choose(scores_TE, moe.num_active), 1.0)
+        best_TE = oracle(gram_TEE, moe.num_active).chosen_TE
+        energy += gram_TEE.double().sum().item()
+        found += (chosen_TE * best_TE).sum().item()
+        wanted += best_TE.sum().item()
+        for name, choice_TE in (("oracle", best_TE), ("router", chosen_TE)):
+            cross[name] += (gram_TEE.sum(1) * choice_TE).double().sum().item()
+            own[name] += torch.einsum("te,tef,tf->", choice_TE, gram_TEE, choice_TE).item()
+    errors = {name: max(0.0, 1 - cross[name] ** 2 / (own[name] * energy)) ** 0.5 for name in cross}
+    return {
+        "oracle_error": errors["oracle"],
+        "router_error": errors["router"],
+        "gap": errors["router"] - errors["oracle"],
+        "router_recall": found / wanted,
+    }
