@@ -1,0 +1,319 @@
+"""params.yaml as typed, frozen, total configuration.
+
+Total: every key is in the file, so the file alone says what a run does. An unknown key, a missing key,
+a value of the wrong type and a contradiction each raise ParamsError with the key, the cause and the remedy.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from ruamel.yaml import YAML  # the parser DVC reads params.yaml with: `1e-3` is a number, `on` a string
+from ruamel.yaml.error import YAMLError
+
+Count = Annotated[int, Field(ge=1)]
+Positive = Annotated[float, Field(gt=0)]
+NonNegative = Annotated[float, Field(ge=0)]
+
+
+class ParamsError(ValueError):
+    """The parameters cannot be used; the message says which key, why, and what would be legal."""
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class Compute(Section):
+    device: Literal["auto", "cpu", "cuda"]
+    threads: int = Field(ge=0)
+    bf16: Literal["auto", "on", "off"]
+
+
+class Teacher(Section):
+    source: str = Field(min_length=1)
+    revision: str | None
+    max_length: int = Field(ge=8)
+
+
+class Data(Section):
+    corpus: str = Field(min_length=1)
+    text_column: str = Field(min_length=1)
+    max_texts: Count
+    folder: str | None
+    calibration_texts: Count
+    evaluation_pairs: Count
+
+    @model_validator(mode="after")
+    def _splits_leave_something_to_train_on(self) -> Data:
+        held_out = self.calibration_texts + self.evaluation_pairs
+        if held_out >= self.max_texts:
+            raise ValueError(
+                f"data.calibration_texts + data.evaluation_pairs = {held_out} leaves nothing to train on out of "
+                f"data.max_texts = {self.max_texts}; raise max_texts or lower the other two"
+            )
+        return self
+
+
+class Decompose(Section):
+    num_experts: Count
+    num_active: Count
+    partition: Literal["coactivation", "weights", "random", "contiguous"]
+    calibration_tokens: Count
+
+    @model_validator(mode="after")
+    def _no_more_active_than_there_are(self) -> Decompose:
+        if self.num_active > self.num_experts:
+            raise ValueError(
+                f"decompose.num_active = {self.num_active} is more than decompose.num_experts = "
+                f"{self.num_experts}; a token can run at most every expert"
+            )
+        return self
+
+
+class TrainRouter(Section):
+    steps: int = Field(ge=0)
+    batch_tokens: Count
+    learning_rate: Positive
+    ridge: Positive
+
+
+class Distill(Section):
+    steps: int = Field(ge=0)
+    batch_tokens: Count
+    learning_rate: Positive
+    hidden_weight: NonNegative
+    embedding_weight: NonNegative
+    relational_weight: NonNegative
+    balance_step: NonNegative
+    checkpoint_every: Count
+
+    @model_validator(mode="after")
+    def _something_to_learn_from(self) -> Distill:
+        if not (self.hidden_weight or self.embedding_weight or self.relational_weight):
+            raise ValueError(
+                "distill.hidden_weight, distill.embedding_weight and distill.relational_weight are all 0: "
+                "there is no loss; make one positive, or set distill.steps=0 for no distillation"
+            )
+        return self
+
+
+class Evaluate(Section):
+    batch_texts: Count
+
+
+class Export(Section):
+    parity_texts: Count
+    float_tolerance: Positive
+    tanh_tolerance: Positive
+
+
+class Benchmark(Section):
+    shapes: tuple[tuple[Count, Count], ...] = Field(min_length=1)
+    threads: tuple[Count, ...] = Field(min_length=1)
+    rounds: Count
+
+
+class Gate(Section):
+    min_retention: NonNegative
+    min_speedup: NonNegative
+
+
+class Register(Section):
+    model_name: str | None = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+
+
+class Params(Section):
+    # A folder name, a part of DVC paths and a model name at once.
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,79}$")
+    seed: int = Field(ge=0, lt=2**32)
+    compute: Compute
+    teacher: Teacher
+    data: Data
+    decompose: Decompose
+    train_router: TrainRouter
+    distill: Distill
+    evaluate: Evaluate
+    export: Export
+    benchmark: Benchmark
+    gate: Gate
+    register_: Register = Field(alias="register")
+
+    @model_validator(mode="after")
+    def _a_batch_holds_a_text(self) -> Params:
+        for key, tokens in (
+            ("train_router.batch_tokens", self.train_router.batch_tokens),
+            ("distill.batch_tokens", self.distill.batch_tokens),
+        ):
+            if tokens < self.teacher.max_length:
+                raise ValueError(
+                    f"{key} = {tokens} is less than teacher.max_length = {self.teacher.max_length}: "
+                    "a batch could not hold one text; raise the first or lower the second"
+                )
+        return self
+
+    @property
+    def model_name(self) -> str:
+        """The name of the registered model."""
+        return self.register_.model_name or self.name
+
+    def flat(self) -> dict[str, Any]:
+        """Dotted key -> value, in the order of params.yaml."""
+        return dict(_flatten(self.model_dump(by_alias=True)))
+
+
+def load_params(path: str | os.PathLike[str] = "params.yaml", overrides: Sequence[str] = ()) -> Params:
+    """The validated parameters of a file, with KEY=VALUE overrides on top.
+
+    Raises FileNotFoundError (no such file) or ParamsError (anything wrong inside it).
+    """
+    return validate(override(read(path), overrides), source=str(path))
+
+
+def read(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The raw mapping of a YAML file (round-trip: comments survive until write)."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise FileNotFoundError(
+            f"{path} does not exist; run from the folder that holds params.yaml, or restore it: "
+            "git checkout -- params.yaml"
+        ) from None
+    try:
+        raw = _yaml().load(text)
+    except YAMLError as error:
+        where = getattr(error, "problem_mark", None)
+        line = f" at line {where.line + 1}" if where else ""
+        raise ParamsError(f"{path} is not valid YAML{line}: {getattr(error, 'problem', error)}") from None
+    if not isinstance(raw, dict):
+        raise ParamsError(f"{path} holds no keys; restore it: git checkout -- params.yaml")
+    return raw
+
+
+def write(raw: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
+    """Writes a mapping given by `read`, with the comments it came with."""
+    with open(path, "w", encoding="utf-8") as stream:
+        _yaml().dump(raw, stream)
+
+
+def override(raw: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """Sets each dotted KEY=VALUE (VALUE in YAML) in `raw` and returns it; legal keys only."""
+    legal = legal_keys()
+    for item in overrides:
+        key, equals, text = item.partition("=")
+        if not equals or not key:
+            raise ParamsError(
+                f"cannot read the setting {item!r}: write KEY=VALUE, for example decompose.num_experts=16"
+            )
+        if key not in legal:
+            raise ParamsError(_unknown(key, legal))
+        try:
+            value = YAML(typ="safe").load(text) if text.strip() else None
+        except YAMLError as error:
+            raise ParamsError(
+                f"the value of {item!r} is not valid YAML: {getattr(error, 'problem', error)}"
+            ) from None
+        *parents, last = key.split(".")
+        section: Any = raw
+        for parent in parents:
+            section = section.setdefault(parent, {})
+        section[last] = value
+    return raw
+
+
+def validate(raw: Mapping[str, Any], source: str = "params.yaml") -> Params:
+    """The typed parameters of a raw mapping; every problem found is in the one ParamsError raised."""
+    try:
+        return Params.model_validate(_plain(raw))
+    except ValidationError as error:
+        problems = "; ".join(dict.fromkeys(_explain(item) for item in error.errors()))
+        raise ParamsError(f"{source}: {problems}") from None
+
+
+def with_absolute_paths(raw: dict[str, Any], base: Path, keys: Sequence[str] | None = None) -> dict[str, Any]:
+    """Makes the values that name existing local files absolute, read relative to `base`.
+
+    Of the keys that may hold a path, or of those among `keys`; a hub name or a package stays as it is.
+    """
+    for section, key in (("teacher", "source"), ("data", "corpus"), ("data", "folder")):
+        value = (raw.get(section) or {}).get(key)
+        if keys is not None and f"{section}.{key}" not in keys or not isinstance(value, str):
+            continue
+        path = base / Path(value).expanduser()
+        # A data folder can only be a path, so that a misspelled one is reported with its full name.
+        if path.exists() or key == "folder":
+            raw[section][key] = str(path.resolve())
+    return raw
+
+
+def legal_keys() -> list[str]:
+    """Every dotted key that params.yaml may hold."""
+    return list(_keys(Params))
+
+
+def _keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    for name, field in model.model_fields.items():
+        key = prefix + (field.alias or name)
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from _keys(field.annotation, key + ".")
+        else:
+            yield key
+
+
+def _unknown(key: str, legal: Sequence[str]) -> str:
+    near = difflib.get_close_matches(key, legal, n=1, cutoff=0.5)
+    if not near:  # the right name in the wrong section
+        near = [name for name in legal if name.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1]][:1]
+    hint = f"did you mean {near[0]!r}?" if near else f"the keys are {', '.join(legal)}"
+    return f"unknown key {key!r}; {hint}"
+
+
+def _explain(error: Any) -> str:
+    key = ".".join(str(part) for part in error["loc"])
+    kind = error["type"]
+    if kind == "extra_forbidden":
+        return _unknown(key, legal_keys())
+    if kind == "missing":
+        return (
+            f"the key {key!r} is missing; every key must be there (git diff params.yaml shows what changed)"
+        )
+    if kind == "value_error":  # a contradiction: the message is whole
+        return str(error["ctx"]["error"])
+    if kind == "model_type":
+        return f"{key!r} is a section with keys of its own, not {error['input']!r}"
+    message = error["msg"][0].lower() + error["msg"][1:]
+    if kind == "string_pattern_mismatch":
+        message = "should be letters, digits, '.', '_' or '-', and start with a letter or a digit"
+    return f"{key} = {error['input']!r}: {message}"
+
+
+def _flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _flatten(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
+def _plain(node: Any) -> Any:
+    """Round-trip YAML nodes as the built-in types of strict validation; lists as tuples, frozen all the way down."""
+    if isinstance(node, Mapping):
+        return {str(key): _plain(value) for key, value in node.items()}
+    if isinstance(node, list):
+        return tuple(_plain(value) for value in node)
+    for kind in (bool, int, float, str):
+        if isinstance(node, kind):
+            return kind(node)
+    return node
+
+
+def _yaml() -> YAML:
+    yaml = YAML(typ="rt")
+    yaml.preserve_quotes = True
+    yaml.width = 4096
+    return yaml

@@ -1,0 +1,375 @@
+"""What every stage has in common: parameters, seed, threads, progress, atomic writes, one clear error, a run record.
+
+The one file that imports mlflow, inside functions: files are the truth, the record is a copy of them, and a
+stage run by plain `dvc repro` needs none.
+"""
+
+from __future__ import annotations
+
+import csv
+import ctypes
+import errno
+import io
+import json
+import logging
+import math
+import os
+import random
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from tasks.params import Params, load_params
+
+Item = TypeVar("Item")
+
+PARENT_RUN = "FFN2MOE_PARENT_RUN"  # not MLFLOW_RUN_ID: the child would rename and finish the parent
+TRACKING_URI = "FFN2MOE_TRACKING_URI"
+EXPERIMENT = "ffn2moe"
+USER_ERROR = 2
+SECONDS_BETWEEN_LINES = 5.0
+
+
+class StageRun:
+    """What a stage function receives. Every path is relative to the root of the workspace."""
+
+    def __init__(self, name: str, params: Params, root: Path, record: RunRecord | None = None) -> None:
+        self.name = name
+        self.params = params
+        self.root = root
+        self.record = record
+        self._console = Console(highlight=False, soft_wrap=True, markup=False)
+
+    def say(self, text: str) -> None:
+        """One line for the reader of the log."""
+        self._console.print(f"{self.name}: {text}")
+
+    def track(
+        self, items: Iterable[Item], total: int, description: str, completed: int = 0
+    ) -> Iterator[Item]:
+        """Yields the items, showing progress and the time left: a bar on a terminal, else a line every few seconds.
+
+        `completed` is what was done before the first item (a resumed stage), out of `total`.
+        """
+        if self._console.is_terminal:
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeRemainingColumn(),
+            )
+            with Progress(*columns, console=self._console, transient=True) as progress:
+                task = progress.add_task(f"{self.name}: {description}", total=total, completed=completed)
+                for item in items:
+                    yield item
+                    progress.advance(task)
+            return
+        start = last_line = time.monotonic()
+        done = completed
+        for item in items:
+            yield item
+            done += 1
+            now = time.monotonic()
+            if now - last_line >= SECONDS_BETWEEN_LINES:
+                last_line = now
+                left = (now - start) / (done - completed) * max(total - done, 0)
+                self.say(
+                    f"{description} {done}/{total} ({100 * done / max(total, 1):.0f} %), {clock(left)} left"
+                )
+
+    def log_metrics(self, values: Mapping[str, float], step: int | None = None) -> None:
+        """Numbers over time for the run record (buffered); nothing when no record is kept."""
+        if self.record:
+            self.record.metrics(values, step)
+
+    @contextmanager
+    def out(self, path: str) -> Iterator[Path]:
+        """A temporary folder that becomes `path` when the block ends well; otherwise `path` stays as it was."""
+        final = self.root / path
+        partial = final.with_name(f".{final.name}.partial")
+        remove(partial)  # left by a run that was killed
+        partial.mkdir(parents=True)
+        try:
+            yield partial
+            replace_folder(partial, final)
+        finally:
+            remove(partial)
+
+    def write_text(self, path: str, text: str) -> None:
+        """Writes a file that is there whole or not at all."""
+        final = self.root / path
+        final.parent.mkdir(parents=True, exist_ok=True)
+        partial = final.with_name(f".{final.name}.partial")
+        try:
+            with open(partial, "w", encoding="utf-8", newline="\n") as stream:
+                stream.write(text)
+                stream.flush()
+                os.fsync(stream.fileno())
+            os.replace(partial, final)
+        finally:
+            partial.unlink(missing_ok=True)
+
+    def write_json(self, path: str, payload: Mapping[str, Any]) -> None:
+        """Writes JSON with sorted keys; ValueError, naming the key, when a number is NaN or infinite."""
+        for key, value in numbers(payload):
+            _refuse_not_finite(path, key, value)
+        self.write_text(
+            path, json.dumps(payload, indent=2, sort_keys=True, default=_builtin, allow_nan=False) + "\n"
+        )
+
+    def write_csv(self, path: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Writes rows of equal keys as CSV; ValueError when there is none, keys differ or a number is not finite."""
+        if not rows:
+            raise ValueError(f"{path}: no row to write")
+        columns = list(rows[0])
+        buffer = io.StringIO()
+        writer = csv.DictWriter(buffer, columns, lineterminator="\n")
+        writer.writeheader()
+        for index, row in enumerate(rows):
+            if list(row) != columns:
+                raise ValueError(f"{path}: row {index} has the columns {list(row)}, the first one {columns}")
+            for key, value in numbers(row):
+                _refuse_not_finite(path, f"row {index}, {key}", value)
+            writer.writerow(row)
+        self.write_text(path, buffer.getvalue())
+
+
+def main(name: str, function: Callable[[StageRun], None], *, torch: bool = True) -> None:
+    """Runs one stage in the current folder and ends the process: 0 done, 2 the user's error, 1 a bug.
+
+    `torch=False` for a stage that computes nothing with it, and so need not wait for its import.
+    """
+    die_with_parent()
+    signal.signal(signal.SIGTERM, _terminated)
+    record: RunRecord | None = None
+    try:
+        root = Path.cwd()
+        params = load_params(root / "params.yaml")
+        prepare_process(params, torch=torch)
+        record = RunRecord.attach(name, params)
+        function(StageRun(name, params, root, record))
+        if record:
+            record.finish("FINISHED", root / "metrics" / f"{name}.json")
+        sys.exit(0)
+    except (KeyboardInterrupt, SystemExit) as stop:
+        code = 130 if isinstance(stop, KeyboardInterrupt) else stop.code
+        if record and code:
+            record.finish("KILLED")
+        sys.exit(code)
+    except Exception as error:
+        if record:
+            record.finish("FAILED")
+        message = explain(error)
+        if message is None or os.environ.get("FFN2MOE_DEBUG"):
+            raise
+        print(f"{name}: error: {message}", file=sys.stderr, flush=True)  # noqa: T201
+        sys.exit(USER_ERROR)
+
+
+def prepare_process(params: Params, *, torch: bool = True) -> None:
+    """Seeds every generator, sets the threads and asks for deterministic kernels."""
+    import numpy
+
+    random.seed(params.seed)
+    numpy.random.seed(params.seed)
+    if not torch:
+        return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what makes cuBLAS deterministic
+    import torch as torch_module
+
+    torch_module.manual_seed(params.seed)
+    if params.compute.threads:
+        torch_module.set_num_threads(params.compute.threads)
+    torch_module.use_deterministic_algorithms(True, warn_only=True)
+    torch_module.utils.deterministic.fill_uninitialized_memory = False  # costs time, guards nothing here
+
+
+def explain(error: BaseException) -> str | None:
+    """The message of an error a user can act on; None for a bug, which deserves its traceback."""
+    number = getattr(error, "errno", None)
+    if number in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(error):
+        free = shutil.disk_usage(Path.cwd()).free / 2**20
+        return (
+            f"the disk is full ({free:.0f} MiB free in {Path.cwd()}); make room (`dvc gc -w` drops results no commit "
+            "or workspace uses) and run again: what is finished is kept"
+        )
+    if isinstance(error, MemoryError) or "out of memory" in str(error).lower():
+        return "out of memory; lower distill.batch_tokens, train_router.batch_tokens or evaluate.batch_texts"
+    if isinstance(error, FileNotFoundError) and error.filename is not None:
+        return f"{error.filename} does not exist; if an earlier stage writes it, run that first: dvc repro"
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return f"{error.filename}: {error.strerror}"
+    if isinstance(error, ValueError | OSError | FloatingPointError) and str(error):
+        return str(error)
+    return None
+
+
+def die_with_parent() -> None:
+    """Asks Linux to end this process when its parent ends, so that a killed DVC leaves no writer behind."""
+    if sys.platform == "linux":
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM, 0, 0, 0)
+
+
+def _terminated(number: int, frame: object) -> None:
+    sys.exit(128 + number)
+
+
+def clock(seconds: float) -> str:
+    """A duration for people: 0:07, 3:05, 1:00:00."""
+    minutes, second = divmod(round(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"
+
+
+def remove(path: Path) -> None:
+    """Deletes a file or a folder, if there is one."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def replace_folder(new: Path, final: Path) -> None:
+    """Puts `new` in the place of `final`; at every moment one of the two is whole on disk."""
+    old = final.with_name(f".{final.name}.old")
+    remove(old)
+    final.parent.mkdir(parents=True, exist_ok=True)
+    if final.exists() or final.is_symlink():
+        os.replace(final, old)
+    os.replace(new, final)
+    remove(old)
+
+
+def numbers(tree: Any, prefix: str = "") -> Iterator[tuple[str, float]]:
+    """Dotted key -> number, for every number (no truth value) in nested mappings and lists."""
+    if isinstance(tree, Mapping):
+        for key, value in tree.items():
+            yield from numbers(value, f"{prefix}.{key}" if prefix else str(key))
+    elif isinstance(tree, list | tuple):
+        for index, value in enumerate(tree):
+            yield from numbers(value, f"{prefix}.{index}" if prefix else str(index))
+    else:
+        value = _builtin(tree) if hasattr(tree, "item") else tree
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            yield prefix, value
+
+
+def _refuse_not_finite(path: str, key: str, value: float) -> None:
+    if not math.isfinite(value):
+        raise ValueError(
+            f"{path}: {key} is {value}; something before it went wrong (NaN or infinite weights, or a loss that "
+            "diverged: lower distill.learning_rate)"
+        )
+
+
+def _builtin(value: Any) -> Any:
+    """numpy and torch scalars as Python numbers, for JSON."""
+    if hasattr(value, "item"):
+        return value.item()
+    raise TypeError(f"{type(value).__name__} cannot be written as JSON")
+
+
+# --- the run record -------------------------------------------------------------------------------------------------
+
+
+def default_tracking_uri(root: Path) -> str:
+    """Where runs are recorded: what the flow says, else mlflow.db in the workspace. Absolute, as relative ones move."""
+    return os.environ.get(TRACKING_URI) or f"sqlite:///{(root / 'mlflow.db').resolve()}"
+
+
+def mlflow_client(uri: str) -> Any:
+    """An MlflowClient on `uri`, quiet; the database and the experiment are there afterwards."""
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("DO_NOT_TRACK", "1")
+    for noisy in ("mlflow", "alembic"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    import mlflow
+
+    mlflow.set_tracking_uri(uri)
+    mlflow.set_registry_uri(uri)
+    return mlflow.MlflowClient(uri, uri)
+
+
+def experiment_id(client: Any, uri: str) -> str:
+    """The experiment all runs are in, made on first use with its artifacts beside the database."""
+    found = client.get_experiment_by_name(EXPERIMENT)
+    if found:
+        return found.experiment_id
+    location = None
+    if uri.startswith("sqlite:///"):
+        location = (Path(uri.removeprefix("sqlite:///")).parent / "mlartifacts").as_uri()
+    return client.create_experiment(EXPERIMENT, artifact_location=location)
+
+
+class RunRecord:
+    """One stage's run in MLflow, nested under the pipeline's. A failing record never fails a stage: it falls silent."""
+
+    def __init__(self, client: Any, run_id: str) -> None:
+        self._client = client
+        self.run_id = run_id
+        self._buffer: list[Any] = []
+        self._flushed = time.monotonic()
+        self._works = True
+
+    @classmethod
+    def attach(cls, stage: str, params: Params) -> RunRecord | None:
+        """A new run under the parent named in the environment; None when none is named."""
+        parent, uri = os.environ.get(PARENT_RUN), os.environ.get(TRACKING_URI)
+        if not parent or not uri:
+            return None
+        client = mlflow_client(uri)
+        tags = {"mlflow.parentRunId": parent, "mlflow.runName": stage, "stage": stage}
+        run = client.create_run(experiment_id(client, uri), tags=tags)
+        record = cls(client, run.info.run_id)
+        section = "register_" if stage == "register" else stage
+        values = getattr(params, section, None)
+        chosen = {"seed": params.seed} | (values.model_dump() if values else {})
+        record._try(lambda: client.log_batch(record.run_id, params=_params(chosen)))
+        return record
+
+    def metrics(self, values: Mapping[str, float], step: int | None = None) -> None:
+        """Buffers numbers; written in batches, as one by one costs 17 ms each."""
+        from mlflow.entities import Metric
+
+        now = int(time.time() * 1000)
+        self._buffer += [Metric(key, float(value), now, step or 0) for key, value in values.items()]
+        if len(self._buffer) >= 500 or time.monotonic() - self._flushed > 10:
+            self._flush()
+
+    def finish(self, status: str, metrics_file: Path | None = None) -> None:
+        """Ends the run, with the numbers of the stage's metrics file in it."""
+        if metrics_file and metrics_file.is_file():
+            payload = json.loads(metrics_file.read_text(encoding="utf-8"))
+            self.metrics(dict(numbers(payload)))
+        self._flush()
+        self._try(lambda: self._client.set_terminated(self.run_id, status))
+
+    def _flush(self) -> None:
+        rows, self._buffer, self._flushed = self._buffer, [], time.monotonic()
+        for start in range(0, len(rows), 1000):  # the most MLflow takes at once
+            batch = rows[start : start + 1000]
+            self._try(lambda batch=batch: self._client.log_batch(self.run_id, metrics=batch))
+
+    def _try(self, action: Callable[[], object]) -> None:
+        if not self._works:
+            return
+        try:
+            action()
+        except Exception as error:  # whatever the tracker's storage throws, the stage's files are the truth
+            self._works = False
+            logging.getLogger(__name__).warning("the run record stops here, the stage goes on: %s", error)
+
+
+def _params(values: Mapping[str, Any]) -> list[Any]:
+    from mlflow.entities import Param
+
+    return [Param(key, str(value)[:6000]) for key, value in values.items()]
