@@ -1,0 +1,86 @@
+# make run     the whole pipeline: a dense model in; a measured, exported, registered mixture of experts out
+# make help    what else there is
+#
+# VENV=FOLDER  another virtual environment      PYTHON=PATH  the Python 3.11 to make it with
+# SET="..."    settings of one run: make run SET="name=trial decompose.num_experts=16"
+
+VENV ?= .venv
+SET ?=
+TESTS ?= tests
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-input
+MLFLOW_DB := mlflow.db
+
+# Nobody is told anything.
+export DVC_NO_ANALYTICS := 1
+export DO_NOT_TRACK := 1
+export PREFECT_SERVER_ANALYTICS_ENABLED := false
+export MLFLOW_DISABLE_TELEMETRY := true
+export HF_HUB_DISABLE_TELEMETRY := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help setup run repro test check bench clean
+
+help:
+	@echo 'make run     the whole pipeline; SET="name=trial decompose.num_experts=16" for one run in a workspace of its own'
+	@echo 'make test    the tests; TESTS="tests/test_moe.py -k oracle" for some of them'
+	@echo 'make check   ruff, mypy, import-linter'
+	@echo 'make bench   time every execution plan of the export again, on this machine'
+	@echo 'make repro   the same stages as make run by DVC alone: no Prefect, no run record'
+	@echo 'make setup   the environment in $(VENV), at the versions of constraints.txt; every target does it first'
+	@echo 'make clean   remove caches and scratch; results, the run record and the environment stay'
+
+setup: $(STAMP)
+
+# The lock is complete, so nothing is resolved (--no-deps). torch goes first: on its own it is found as a CPU build
+# where one is at hand, and its platform's companions come with it.
+$(STAMP): constraints.txt pyproject.toml
+	@set -e; \
+	python="$(PYTHON)"; \
+	if [ -z "$$python" ]; then \
+	    for candidate in python3.11 python3 python; do \
+	        if "$$candidate" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null; \
+	        then python="$$candidate"; break; fi; \
+	    done; \
+	fi; \
+	if [ -z "$$python" ]; then \
+	    echo 'error: no Python 3.11 with venv found; install it (Debian, Ubuntu: apt install python3.11 python3.11-venv)' >&2; \
+	    echo '       or name it: make $(or $(MAKECMDGOALS),run) PYTHON=/path/to/python3.11' >&2; \
+	    exit 2; \
+	fi; \
+	echo "setup 1/4: a virtual environment in $(VENV)"; \
+	[ -x "$(BIN)/python" ] || "$$python" -m venv "$(VENV)"
+	@echo "setup 2/4: torch (the largest part)"
+	@$(PIP) torch==2.13.0
+	@echo "setup 3/4: $$(grep -c == constraints.txt) packages at the versions of constraints.txt (a few minutes)"
+	@$(PIP) --no-deps -r constraints.txt
+	@echo "setup 4/4: ffn2moe itself"
+	@$(PIP) --no-deps -e .
+	@touch $@
+
+# Before anything parallel: several processes that find no database each try to make it, and all but one fail.
+$(MLFLOW_DB): | $(STAMP)
+	@$(BIN)/python -m tasks.stage
+
+run: $(STAMP) $(MLFLOW_DB)
+	@$(BIN)/python -m flows.compress $(SET)
+
+repro: $(STAMP) $(MLFLOW_DB)
+	@PATH="$(abspath $(BIN)):$$PATH" $(BIN)/dvc repro $(SET)
+
+test: $(STAMP)
+	@$(BIN)/python -m pytest -q -n 2 --dist worksteal $(TESTS)
+
+check: $(STAMP)
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports
+
+bench: $(STAMP)
+	@PATH="$(abspath $(BIN)):$$PATH" $(BIN)/dvc repro --force --single-item benchmark
+
+clean:
+	@rm -rf .cache .workspaces .prefect .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache build *.egg-info
+	@find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
