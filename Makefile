@@ -67,7 +67,7 @@ run: $(STAMP) $(MLFLOW_DB)
 	@$(BIN)/python -m flows.compress $(SET)
 
 repro: $(STAMP) $(MLFLOW_DB)
-	@PATH="$(abspath $(BIN)):$$PATH" $(BIN)/dvc repro $(SET)
+	@PATH="$(abspath $(BIN)):$$PATH" $(BIN)/dvc repro
 
 test: $(STAMP)
 	@$(BIN)/python -m pytest -q -n 2 --dist worksteal $(TESTS)

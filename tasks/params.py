@@ -54,8 +54,8 @@ class Data(Section):
         held_out = self.calibration_texts + self.evaluation_pairs
         if held_out >= self.max_texts:
             raise ValueError(
-                f"data.calibration_texts + data.evaluation_pairs = {held_out} leaves nothing to train on out of "
-                f"data.max_texts = {self.max_texts}; raise max_texts or lower the other two"
+                f"data.calibration_texts + data.evaluation_pairs = {held_out} leaves nothing to train on out "
+                f"of data.max_texts = {self.max_texts}; raise max_texts or lower the other two"
             )
         return self
 
@@ -242,7 +242,7 @@ def with_absolute_paths(raw: dict[str, Any], base: Path, keys: Sequence[str] | N
     """
     for section, key in (("teacher", "source"), ("data", "corpus"), ("data", "folder")):
         value = (raw.get(section) or {}).get(key)
-        if keys is not None and f"{section}.{key}" not in keys or not isinstance(value, str):
+        if (keys is not None and f"{section}.{key}" not in keys) or not isinstance(value, str):
             continue
         path = base / Path(value).expanduser()
         # A data folder can only be a path, so that a misspelled one is reported with its full name.
@@ -301,7 +301,7 @@ def _flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, A
 
 
 def _plain(node: Any) -> Any:
-    """Round-trip YAML nodes as the built-in types of strict validation; lists as tuples, frozen all the way down."""
+    """Round-trip YAML nodes as the built-in types strict validation asks for; lists as (frozen) tuples."""
     if isinstance(node, Mapping):
         return {str(key): _plain(value) for key, value in node.items()}
     if isinstance(node, list):

@@ -1,4 +1,4 @@
-"""What every stage has in common: parameters, seed, threads, progress, atomic writes, one clear error, a run record.
+"""What every stage has in common: parameters, seed, progress, atomic writes, one clear error, a run record.
 
 The one file that imports mlflow, inside functions: files are the truth, the record is a copy of them, and a
 stage run by plain `dvc repro` needs none.
@@ -21,6 +21,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -55,7 +56,7 @@ class StageRun:
     def track(
         self, items: Iterable[Item], total: int, description: str, completed: int = 0
     ) -> Iterator[Item]:
-        """Yields the items, showing progress and the time left: a bar on a terminal, else a line every few seconds.
+        """Yields the items and shows progress and the time left: a bar on a terminal, else lines.
 
         `completed` is what was done before the first item (a resumed stage), out of `total`.
         """
@@ -92,30 +93,30 @@ class StageRun:
 
     @contextmanager
     def out(self, path: str) -> Iterator[Path]:
-        """A temporary folder that becomes `path` when the block ends well; otherwise `path` stays as it was."""
+        """A temporary folder that becomes `path` if the block ends well; else `path` stays as it was."""
         final = self.root / path
-        partial = final.with_name(f".{final.name}.partial")
-        remove(partial)  # left by a run that was killed
-        partial.mkdir(parents=True)
+        fresh = final.with_name(f".{final.name}.partial")
+        remove(fresh)  # left by a run that was killed
+        fresh.mkdir(parents=True)
         try:
-            yield partial
-            replace_folder(partial, final)
+            yield fresh
+            replace_folder(fresh, final)
         finally:
-            remove(partial)
+            remove(fresh)
 
     def write_text(self, path: str, text: str) -> None:
         """Writes a file that is there whole or not at all."""
         final = self.root / path
         final.parent.mkdir(parents=True, exist_ok=True)
-        partial = final.with_name(f".{final.name}.partial")
+        fresh = final.with_name(f".{final.name}.partial")
         try:
-            with open(partial, "w", encoding="utf-8", newline="\n") as stream:
+            with open(fresh, "w", encoding="utf-8", newline="\n") as stream:
                 stream.write(text)
                 stream.flush()
                 os.fsync(stream.fileno())
-            os.replace(partial, final)
+            os.replace(fresh, final)
         finally:
-            partial.unlink(missing_ok=True)
+            fresh.unlink(missing_ok=True)
 
     def write_json(self, path: str, payload: Mapping[str, Any]) -> None:
         """Writes JSON with sorted keys; ValueError, naming the key, when a number is NaN or infinite."""
@@ -126,7 +127,7 @@ class StageRun:
         )
 
     def write_csv(self, path: str, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Writes rows of equal keys as CSV; ValueError when there is none, keys differ or a number is not finite."""
+        """Writes rows as CSV; ValueError when there is none, keys differ or a number is not finite."""
         if not rows:
             raise ValueError(f"{path}: no row to write")
         columns = list(rows[0])
@@ -142,10 +143,13 @@ class StageRun:
         self.write_text(path, buffer.getvalue())
 
 
-def main(name: str, function: Callable[[StageRun], None], *, torch: bool = True) -> None:
+def main(
+    name: str, function: Callable[[StageRun], None], *, torch: bool = True, recorded: bool = True
+) -> None:
     """Runs one stage in the current folder and ends the process: 0 done, 2 the user's error, 1 a bug.
 
-    `torch=False` for a stage that computes nothing with it, and so need not wait for its import.
+    `torch=False` for a stage that computes nothing with it and so need not wait for its import;
+    `recorded=False` for one whose runs are not worth a record.
     """
     die_with_parent()
     signal.signal(signal.SIGTERM, _terminated)
@@ -154,7 +158,7 @@ def main(name: str, function: Callable[[StageRun], None], *, torch: bool = True)
         root = Path.cwd()
         params = load_params(root / "params.yaml")
         prepare_process(params, torch=torch)
-        record = RunRecord.attach(name, params)
+        record = RunRecord.attach(name, params) if recorded else None
         function(StageRun(name, params, root, record))
         if record:
             record.finish("FINISHED", root / "metrics" / f"{name}.json")
@@ -198,8 +202,8 @@ def explain(error: BaseException) -> str | None:
     if number in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(error):
         free = shutil.disk_usage(Path.cwd()).free / 2**20
         return (
-            f"the disk is full ({free:.0f} MiB free in {Path.cwd()}); make room (`dvc gc -w` drops results no commit "
-            "or workspace uses) and run again: what is finished is kept"
+            f"the disk is full ({free:.0f} MiB free in {Path.cwd()}); make room (`dvc gc -w` drops the "
+            "results of other workspaces and commits) and run again: what is finished is kept"
         )
     if isinstance(error, MemoryError) or "out of memory" in str(error).lower():
         return "out of memory; lower distill.batch_tokens, train_router.batch_tokens or evaluate.batch_texts"
@@ -266,8 +270,8 @@ def numbers(tree: Any, prefix: str = "") -> Iterator[tuple[str, float]]:
 def _refuse_not_finite(path: str, key: str, value: float) -> None:
     if not math.isfinite(value):
         raise ValueError(
-            f"{path}: {key} is {value}; something before it went wrong (NaN or infinite weights, or a loss that "
-            "diverged: lower distill.learning_rate)"
+            f"{path}: {key} is {value}; something before it went wrong (NaN or infinite weights, or a loss "
+            "that diverged: lower distill.learning_rate)"
         )
 
 
@@ -278,11 +282,11 @@ def _builtin(value: Any) -> Any:
     raise TypeError(f"{type(value).__name__} cannot be written as JSON")
 
 
-# --- the run record -------------------------------------------------------------------------------------------------
+# --- the run record -------------------------------------------------------------------------------
 
 
 def default_tracking_uri(root: Path) -> str:
-    """Where runs are recorded: what the flow says, else mlflow.db in the workspace. Absolute, as relative ones move."""
+    """Where runs are recorded: what the flow says, else mlflow.db in the workspace; absolute."""
     return os.environ.get(TRACKING_URI) or f"sqlite:///{(root / 'mlflow.db').resolve()}"
 
 
@@ -311,7 +315,7 @@ def experiment_id(client: Any, uri: str) -> str:
 
 
 class RunRecord:
-    """One stage's run in MLflow, nested under the pipeline's. A failing record never fails a stage: it falls silent."""
+    """One stage's run in MLflow, nested under the pipeline's. A record that fails never fails a stage."""
 
     def __init__(self, client: Any, run_id: str) -> None:
         self._client = client
@@ -357,7 +361,7 @@ class RunRecord:
         rows, self._buffer, self._flushed = self._buffer, [], time.monotonic()
         for start in range(0, len(rows), 1000):  # the most MLflow takes at once
             batch = rows[start : start + 1000]
-            self._try(lambda batch=batch: self._client.log_batch(self.run_id, metrics=batch))
+            self._try(partial(self._client.log_batch, self.run_id, metrics=batch))
 
     def _try(self, action: Callable[[], object]) -> None:
         if not self._works:
@@ -373,3 +377,181 @@ def _params(values: Mapping[str, Any]) -> list[Any]:
     from mlflow.entities import Param
 
     return [Param(key, str(value)[:6000]) for key, value in values.items()]
+
+
+class PipelineRecord:
+    """The run of a whole pipeline in MLflow, made by who drives it; the stages' runs are nested under it."""
+
+    def __init__(self, client: Any, uri: str, run_id: str) -> None:
+        self._client = client
+        self._uri = uri
+        self.run_id = run_id
+
+    @classmethod
+    def start(cls, root: Path, name: str, tags: Mapping[str, str]) -> PipelineRecord:
+        """A new parent run; the database is made here if need be, before anything parallel."""
+        uri = default_tracking_uri(root)
+        client = mlflow_client(uri)
+        run = client.create_run(experiment_id(client, uri), run_name=name, tags=dict(tags))
+        return cls(client, uri, run.info.run_id)
+
+    def environment(self) -> dict[str, str]:
+        """What a stage needs to attach itself."""
+        return {PARENT_RUN: self.run_id, TRACKING_URI: self._uri}
+
+    def link(self, stage: str, fingerprint: str, *, ran: bool) -> None:
+        """Connects a stage with the run that made its results: its own, or for a cached one an earlier one.
+
+        `fingerprint` identifies what dvc.lock says of the stage.
+        """
+        if ran:
+            for run in self._search(f"tags.stage = '{stage}' and tags.mlflow.parentRunId = '{self.run_id}'"):
+                self._client.set_tag(run.info.run_id, "fingerprint", fingerprint)
+                self._client.set_tag(self.run_id, f"made_by.{stage}", run.info.run_id)
+            return
+        for run in self._search(f"tags.stage = '{stage}' and tags.fingerprint = '{fingerprint}'"):
+            self._client.set_tag(self.run_id, f"made_by.{stage}", run.info.run_id)
+
+    def log(
+        self,
+        root: Path,
+        params: Params,
+        datasets: Mapping[str, tuple[str, Mapping[str, Any]]],
+        tags: Mapping[str, str],
+    ) -> None:
+        """Parameters, data sets (name -> hash, counts), metrics, and the files that tell what happened."""
+        from mlflow.entities import Dataset, DatasetInput, InputTag, Metric
+
+        now = int(time.time() * 1000)
+        metrics = [
+            Metric(f"{file.stem}.{key}", float(value), now, 0)
+            for file in sorted((root / "metrics").glob("*.json"))
+            for key, value in numbers(json.loads(file.read_text(encoding="utf-8")))
+        ]
+        self._client.log_batch(self.run_id, params=_params(params.flat()))
+        for start in range(0, len(metrics), 1000):
+            self._client.log_batch(self.run_id, metrics=metrics[start : start + 1000])
+        self._client.log_inputs(
+            self.run_id,
+            datasets=[
+                DatasetInput(
+                    Dataset(
+                        name, digest, "local", json.dumps({"uri": name}), profile=json.dumps(dict(profile))
+                    ),
+                    [InputTag("mlflow.data.context", name)],
+                )
+                for name, (digest, profile) in datasets.items()
+            ],
+        )
+        for key, value in tags.items():
+            self._client.set_tag(self.run_id, key, value)
+        for path in ("params.yaml", "dvc.lock", "metrics", "reports"):
+            if (root / path).is_dir():
+                self._client.log_artifacts(self.run_id, str(root / path), path)
+            elif (root / path).is_file():
+                self._client.log_artifact(self.run_id, str(root / path))
+
+    def finish(self, status: str, error: str = "") -> None:
+        """Ends the run: FINISHED, FAILED or KILLED."""
+        if error:
+            self._client.set_tag(self.run_id, "error", error[:5000])
+        self._client.set_terminated(self.run_id, status)
+
+    def _search(self, query: str) -> list[Any]:
+        experiment = experiment_id(self._client, self._uri)
+        return self._client.search_runs(
+            [experiment], query, max_results=1, order_by=["attributes.start_time DESC"]
+        )
+
+
+# --- the model registry ---------------------------------------------------------------------------
+
+
+class Registry:
+    """Versions and aliases of one registered model."""
+
+    def __init__(self, root: Path, model: str) -> None:
+        self.uri = default_tracking_uri(root)
+        self.model = model
+        self._client = mlflow_client(self.uri)
+
+    def holds(self, version: int) -> bool:
+        """Whether a version is there; not so when the database is another one than it was registered in."""
+        from mlflow.exceptions import MlflowException
+
+        try:
+            self._client.get_model_version(self.model, str(version))
+        except MlflowException:
+            return False
+        return True
+
+    @contextmanager
+    def added(
+        self,
+        *,
+        code: Path,
+        export: Path,
+        packages: Sequence[Path],
+        requirements: Sequence[str],
+        example: Sequence[str],
+    ) -> Iterator[int]:
+        """A new version: a file of code that opens `export`; it is deleted if the block does not end well."""
+        import mlflow
+
+        experiment = experiment_id(self._client, self.uri)
+        parent = os.environ.get(PARENT_RUN)
+        tags = {"mlflow.parentRunId": parent} if parent else {}
+        with mlflow.start_run(experiment_id=experiment, run_name=f"{self.model} model", tags=tags):
+            logged = mlflow.pyfunc.log_model(
+                name="model",
+                python_model=str(code),
+                artifacts={"export": str(export)},
+                code_paths=[str(path) for path in packages],
+                pip_requirements=list(requirements),
+                input_example=list(example),
+                registered_model_name=self.model,
+            )
+        version = int(logged.registered_model_version)
+        try:
+            yield version
+        except BaseException:
+            self._client.delete_model_version(self.model, str(version))
+            raise
+
+    def tag(self, version: int, tags: Mapping[str, str]) -> None:
+        for key, value in tags.items():
+            self._client.set_model_version_tag(self.model, str(version), key, value)
+
+    def predict(self, version: int, texts: Sequence[str]) -> Any:
+        """What the registered version itself answers."""
+        import mlflow
+
+        return mlflow.pyfunc.load_model(f"models:/{self.model}/{version}").predict(list(texts))
+
+    def version_of(self, alias: str) -> int | None:
+        """The version an alias points to; None if there is no such alias."""
+        from mlflow.exceptions import MlflowException
+
+        try:
+            return int(self._client.get_model_version_by_alias(self.model, alias).version)
+        except MlflowException:
+            return None
+
+    @contextmanager
+    def moved(self, alias: str, version: int) -> Iterator[None]:
+        """Points an alias to a version; back to where it was if the block does not end well."""
+        before = self.version_of(alias)
+        try:
+            self._client.set_registered_model_alias(self.model, alias, str(version))
+            yield
+        except BaseException:
+            if before is None:
+                self._client.delete_registered_model_alias(self.model, alias)
+            else:
+                self._client.set_registered_model_alias(self.model, alias, str(before))
+            raise
+
+
+if __name__ == "__main__":  # `make` does this before anything parallel: an empty database, ready for many
+    location = default_tracking_uri(Path.cwd())
+    experiment_id(mlflow_client(location), location)

@@ -1,0 +1,1 @@
+"""The order of service: flows drive the DVC stages of dvc.yaml under Prefect."""

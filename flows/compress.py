@@ -1,0 +1,237 @@
+"""The whole pipeline: a dense model in; a measured, exported, registered mixture of experts out.
+
+    python -m flows.compress [KEY=VALUE ...]
+
+DVC owns the graph and the cache; this flow decides when and again; MLflow keeps the record. With settings on
+the command line the run happens in a workspace of its own (.workspaces/NAME); the committed one stays clean.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# Before Prefect is imported, which reads these once. Quiet, nothing sent anywhere, all of it in the project.
+_SETTINGS = {
+    "DO_NOT_TRACK": "1",
+    "DVC_NO_ANALYTICS": "1",
+    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+    "PREFECT_HOME": str(ROOT / ".prefect"),
+    "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",
+    "PREFECT_RESULTS_PERSIST_BY_DEFAULT": "false",
+    "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "60",  # none: the API keeps the log, the board shows it
+    "PREFECT_SERVER_LOGGING_LEVEL": "CRITICAL",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "RAY_USAGE_STATS_ENABLED": "0",
+}
+for _key, _value in _SETTINGS.items():
+    os.environ.setdefault(_key, _value)
+
+from prefect import flow, task  # noqa: E402
+from prefect.cache_policies import NO_CACHE  # noqa: E402
+from prefect.logging import get_run_logger  # noqa: E402
+from prefect.states import Completed, State  # noqa: E402
+from rich.console import Console  # noqa: E402
+
+from flows import dvc, summary  # noqa: E402
+from flows.progress import Board  # noqa: E402
+from flows.workspace import (  # noqa: E402
+    BusyError,
+    FlowError,
+    Workspace,
+    bring_back,
+    check,
+    commit,
+    isolate,
+    lock,
+    plan,
+)
+from tasks.params import load_params  # noqa: E402
+from tasks.stage import PipelineRecord, Registry, default_tracking_uri, explain  # noqa: E402
+
+console = Console()
+
+
+def _is_busy(task: Any, run: Any, state: State) -> bool:
+    return isinstance(state.result(raise_on_failure=False), BusyError)
+
+
+# No Prefect cache and no persisted result: DVC has both, and two caches disagree.
+@task(
+    task_run_name="{stage}",
+    cache_policy=NO_CACHE,
+    persist_result=False,
+    retries=3,
+    retry_delay_seconds=10,
+    retry_condition_fn=_is_busy,
+)
+def bring_up_to_date(stage: str, workspace: Workspace, environment: dict[str, str], board: Board) -> State:
+    """One stage by DVC; the state is named Cached, Restored or Completed."""
+    logger = get_run_logger()
+
+    def tell(line: str) -> None:
+        logger.info(line)
+        board.line(stage, line)
+
+    board.begin(stage)
+    outcome = dvc.reproduce(
+        stage, workspace.root, environment, tell, force=_left_the_registry(stage, workspace)
+    )
+    board.end(stage, outcome)
+    return Completed(name=outcome, message=f"{stage}: {outcome}")
+
+
+@flow(name="compress", persist_result=False, log_prints=False)
+def compress(overrides: list[str] | None = None, called_from: str | None = None) -> dict[str, str]:
+    """Runs every stage in order and records it; returns stage -> Cached, Restored or Completed.
+
+    overrides: KEY=VALUE settings for this run only. called_from: the folder their paths are relative to.
+    Raises FlowError (also ParamsError) with cause and remedy; what was good before is there afterwards.
+    """
+    check(ROOT)
+    with ExitStack() as stack:
+        if overrides:
+            workspace = isolate(ROOT, overrides, Path(called_from or ROOT))
+            console.print(
+                f"settings of this run only: a workspace of its own, {workspace.root.relative_to(ROOT)}"
+            )
+        else:
+            workspace = Workspace(ROOT, ROOT, load_params(ROOT / "params.yaml").name)
+        stack.enter_context(lock(workspace.root))
+        return _run(workspace)
+
+
+def _run(workspace: Workspace) -> dict[str, str]:
+    head, dirty = commit(workspace.source)
+    settings = " ".join(workspace.overrides)
+    tags = {"git.commit": head, "git.dirty": str(dirty).lower(), "settings": settings}
+    record = PipelineRecord.start(workspace.source, workspace.name, tags)
+    environment = {
+        **record.environment(),
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
+        "FFN2MOE_GIT_COMMIT": head,
+        "FFN2MOE_GIT_DIRTY": str(dirty).lower(),
+    }
+    stages = dvc.stages(workspace.root)
+    outcomes: dict[str, str] = {}
+    try:
+        with Board(stages, workspace.source / ".cache" / "durations.json", console) as board:
+            for stage in stages:
+                state = bring_up_to_date(stage, workspace, environment, board, return_state=True)
+                if not state.is_completed():
+                    raise _failure(stage, state)
+                outcomes[stage] = state.name or "Completed"
+                fingerprint = _fingerprint(dvc.locked(workspace.root, stage))
+                record.link(stage, fingerprint, ran=state.name == "Completed")
+        if workspace.isolated:
+            bring_back(workspace)
+        record.log(
+            workspace.root,
+            load_params(workspace.root / "params.yaml"),
+            _datasets(workspace.root),
+            {f"outcome.{stage}": outcome for stage, outcome in outcomes.items()},
+        )
+    except Exception as error:
+        record.finish("FAILED", str(error))
+        raise
+    except BaseException:  # Ctrl-C, SIGTERM
+        record.finish("KILLED")
+        raise
+    record.finish("FINISHED")
+    summary.show(workspace, default_tracking_uri(workspace.source), console)
+    return outcomes
+
+
+def _failure(stage: str, state: State) -> BaseException:
+    """The exception that ended a task, or one that says how it ended."""
+    error = state.result(raise_on_failure=False)
+    return (
+        error
+        if isinstance(error, BaseException)
+        else FlowError(f"{stage} ended as {state.name}: {state.message}")
+    )
+
+
+def _left_the_registry(stage: str, workspace: Workspace) -> bool:
+    """Whether `register` is cached but its version is not in the registry: the database was removed."""
+    path = workspace.root / "metrics" / "register.json"
+    if stage != "register" or not path.is_file():
+        return False
+    registered = json.loads(path.read_text(encoding="utf-8"))
+    return not Registry(workspace.source, registered["model"]).holds(registered["version"])
+
+
+def _fingerprint(locked: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(locked, sort_keys=True, default=str).encode()).hexdigest()[:32]
+
+
+def _datasets(root: Path) -> dict[str, tuple[str, dict[str, Any]]]:
+    """The data sets `prepare` made: path -> DVC's hash, and what its metrics say of them."""
+    counts = root / "metrics" / "prepare.json"
+    profile = json.loads(counts.read_text(encoding="utf-8")) if counts.is_file() else {}
+    outs = dvc.locked(root, "prepare").get("outs", [])
+    return {
+        out["path"]: (out["md5"], profile)
+        for out in outs
+        if out["path"] in ("data/corpus", "data/benchmarks")
+    }
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m flows.compress",
+        description="Runs the whole pipeline: a dense model in; an exported, registered mixture out.",
+        epilog="Settings make a run of its own in .workspaces/NAME; its results come back to exports/NAME.",
+    )
+    parser.add_argument(
+        "settings", nargs="*", metavar="KEY=VALUE", help="for example decompose.num_experts=16"
+    )
+    settings = parser.parse_args(arguments).settings
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    try:
+        check(ROOT)
+        plan(ROOT, settings, Path.cwd())  # what is wrong with the settings is said before anything starts
+        compress(overrides=settings, called_from=str(Path.cwd()))
+        return 0
+    except KeyboardInterrupt:
+        console.print("stopped; what is finished is kept, and the same command goes on from there")
+        return 130
+    except Exception as error:
+        message = str(error) if isinstance(error, FlowError) else _explain_prefect(error) or explain(error)
+        if message is None or os.environ.get("FFN2MOE_DEBUG"):
+            raise
+        print(f"error: {message}", file=sys.stderr)  # noqa: T201
+        return 2
+
+
+def _explain_prefect(error: Exception) -> str | None:
+    api = os.environ.get("PREFECT_API_URL")
+    text = f"{type(error).__name__}: {error}"
+    if api and any(word in text for word in ("ConnectError", "Failed to reach API", "ConnectTimeout")):
+        return (
+            f"no Prefect server answers at PREFECT_API_URL = {api}; run `prefect server start`, or unset it"
+        )
+    if "ephemeral" in text.lower() or "subprocess server" in text.lower():
+        return (
+            f"Prefect's own server did not start ({error}); if a port is taken or the machine is busy, run "
+            "again, or run the stages without Prefect: make repro"
+        )
+    return None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

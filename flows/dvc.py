@@ -1,0 +1,157 @@
+"""DVC as a child process: one stage at a time, its lines passed on, nothing left running when stopped."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from ruamel.yaml import YAML
+
+from flows.workspace import BusyError, FlowError
+
+Outcome = Literal["Cached", "Restored", "Completed"]
+
+# Linux ends this child with us, also when we are killed. (preexec_fn is unsafe beside Prefect's threads.)
+_BOOTSTRAP = """
+import ctypes, runpy, signal, sys
+if sys.platform == "linux":
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM, 0, 0, 0)
+sys.argv[0] = "dvc"
+runpy.run_module("dvc", run_name="__main__", alter_sys=True)
+"""
+_NOISE = re.compile(
+    r"^$|^> |^Updating lock file|^Generating lock file|^To track the changes|^\s+git add|^To enable auto"
+    r"|^\s+dvc config|^Use `dvc push`|^Data and pipelines are up|^Stage '.*'( didn't change| is cached)"
+    r"|^Running stage"
+)
+_BUSY = re.compile(r"is busy, it is being blocked by|Unable to acquire lock", re.IGNORECASE)
+
+
+def stages(root: Path) -> list[str]:
+    """The stages of dvc.yaml, in order."""
+    return list(_yaml(root / "dvc.yaml")["stages"])
+
+
+def locked(root: Path, stage: str) -> dict[str, Any]:
+    """What dvc.lock says of a stage: its command, deps, params and outs with their hashes; {} if nothing."""
+    path = root / "dvc.lock"
+    return _yaml(path)["stages"].get(stage, {}) if path.is_file() else {}
+
+
+def reproduce(
+    stage: str,
+    root: Path,
+    environment: Mapping[str, str],
+    on_line: Callable[[str], None],
+    *,
+    force: bool = False,
+) -> Outcome:
+    """Brings one stage up to date; raises BusyError, or FlowError with what the stage said.
+
+    `on_line` gets each line that says something to a reader. When this is interrupted by any exception, the
+    whole process group of the child is gone before it is passed on.
+    """
+    before = locked(root, stage).get("outs")
+    # --single-item always: without it, DVC walks the graph upwards. --wait-for-lock: else a finished stage
+    # is reported failed when another process holds the lock for more than 3 s.
+    command = ["--wait-for-lock", "repro", "--single-item", *(["--force"] if force else []), stage]
+    lines: list[str] = []
+    code = _dvc(command, root, environment, lines, on_line)
+    text = "\n".join(lines)
+    if code:
+        _restore(stage, root, environment)
+        if _BUSY.search(text):
+            raise BusyError(f"the workspace is busy: {_tail(lines)}; wait for the other DVC and run again")
+        raise FlowError(_reason(stage, lines))
+    if f"Running stage '{stage}'" not in text:
+        return "Restored" if "is cached - skipping run" in text else "Cached"
+    # A stage that always runs (inputs) is as good as cached when it wrote what it wrote before.
+    always = _yaml(root / "dvc.yaml")["stages"][stage].get("always_changed", False)
+    return "Cached" if always and locked(root, stage).get("outs") == before else "Completed"
+
+
+def _restore(stage: str, root: Path, environment: Mapping[str, str]) -> None:
+    """Brings back from the cache the outs dvc.lock knows, as DVC removed them before the stage ran."""
+    if locked(root, stage):
+        _dvc(["checkout", "--quiet", "--force", stage], root, environment, [], lambda line: None)
+
+
+def _dvc(
+    arguments: list[str],
+    root: Path,
+    environment: Mapping[str, str],
+    lines: list[str],
+    on_line: Callable[[str], None],
+) -> int:
+    process = subprocess.Popen(
+        [sys.executable, "-c", _BOOTSTRAP, *arguments],
+        cwd=root,
+        env={**os.environ, **environment},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        start_new_session=True,  # a group of its own, so that all of it can be stopped, and by us only
+    )
+    assert process.stdout is not None
+    try:
+        for line in process.stdout:
+            line = line.rstrip()
+            lines.append(line)
+            del lines[:-2000]
+            if not _NOISE.match(line) and not line.startswith("ERROR: failed to reproduce"):
+                on_line(line)
+        return process.wait()
+    finally:
+        _stop(process)
+
+
+def _stop(process: subprocess.Popen[str]) -> None:
+    """Interrupts, terminates, then kills the group until nobody of it is left."""
+    for number, patience in ((signal.SIGINT, 2.0), (signal.SIGTERM, 2.0), (signal.SIGKILL, 5.0)):
+        if not _alive(process):
+            return
+        os.killpg(process.pid, number)
+        deadline = time.monotonic() + patience
+        while time.monotonic() < deadline and _alive(process):
+            time.sleep(0.05)
+
+
+def _alive(process: subprocess.Popen[str]) -> bool:
+    process.poll()  # reaps the leader, whose group lives on while anyone is in it
+    try:
+        os.killpg(process.pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def _reason(stage: str, lines: list[str]) -> str:
+    """The stage's own error line if it has one; else the last lines of what was said."""
+    marker = f"{stage}: error: "
+    own = [line.removeprefix(marker) for line in lines if line.startswith(marker)]
+    if own:
+        return f"{stage} stopped: {own[-1]}"
+    if any("No space left on device" in line for line in lines):
+        return f"{stage} stopped: the disk is full; make room (`dvc gc -w`) and run again; the rest is kept"
+    return f"{stage} failed: {_tail(lines)}"
+
+
+def _tail(lines: list[str]) -> str:
+    """The last thing that was said, and what DVC made of it."""
+    told = [line for line in lines if not _NOISE.match(line)]
+    said = [line for line in told if not line.startswith("ERROR: ")][-1:]
+    errors = [line.removeprefix("ERROR: ") for line in told if line.startswith("ERROR: ")]
+    return "; ".join(dict.fromkeys(said + errors)) or "no reason was given"
+
+
+def _yaml(path: Path) -> dict[str, Any]:
+    return YAML(typ="safe").load(path.read_text(encoding="utf-8"))

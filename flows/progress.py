@@ -1,0 +1,114 @@
+"""What a person sees while the stages run: which one, how far, how long it may still take."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from pathlib import Path
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+
+from tasks.stage import clock
+
+# Seconds a stage takes on two cores, for the first run; afterwards this machine's own durations are used.
+FIRST_GUESS = {
+    "inputs": 2,
+    "prepare": 30,
+    "decompose": 30,
+    "train_router": 60,
+    "distill": 480,
+    "evaluate": 45,
+    "export": 60,
+    "benchmark": 60,
+    "report": 10,
+    "register": 15,
+}
+_STEP = re.compile(r"\d+/\d+ \(\d+ %\)")
+
+
+class Board:
+    """Progress over the stages: a bar on a terminal, plain lines otherwise."""
+
+    def __init__(self, stages: list[str], memory: Path, console: Console) -> None:
+        self._stages = stages
+        self._memory = memory
+        self._console = console
+        self._seconds = {stage: float(FIRST_GUESS.get(stage, 10)) for stage in stages} | _remembered(memory)
+        self._started = 0.0
+        self._running = False
+        self._bar: Progress | None = None
+        self._task: TaskID | None = None
+        if console.is_terminal:
+            columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+            self._bar = Progress(*columns, console=console, transient=True)
+            self._task = self._bar.add_task("starting", total=len(stages))
+
+    def __enter__(self) -> Board:
+        if self._bar:
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar:
+            self._bar.stop()
+
+    def begin(self, stage: str) -> None:
+        """A stage is looked at; it may turn out to be cached."""
+        self._started = time.monotonic()
+        self._running = False
+        self._describe(stage)
+
+    def line(self, stage: str, text: str) -> None:
+        """A line of a stage that runs."""
+        if not self._running:
+            self._running = True
+            self._print(f"{self._place(stage)} runs; about {clock(self._left(stage))} left in all")
+        if self._bar and _STEP.search(text):  # a step counter stays in its place
+            self._describe(stage, text.removeprefix(f"{stage}: "))
+        else:
+            self._print("        " + text.removeprefix(f"{stage}: "))
+
+    def end(self, stage: str, outcome: str) -> None:
+        """A stage is done; how long it took is remembered if it did run."""
+        took = time.monotonic() - self._started
+        self._print(
+            f"{self._place(stage)} {outcome}" + (f" in {clock(took)}" if outcome == "Completed" else "")
+        )
+        if outcome == "Completed":
+            self._seconds[stage] = took
+            self._memory.parent.mkdir(parents=True, exist_ok=True)
+            remembered = _remembered(self._memory) | {stage: round(took, 1)}
+            self._memory.write_text(json.dumps(remembered, indent=2) + "\n", encoding="utf-8")
+        if self._bar and self._task is not None:
+            self._bar.advance(self._task)
+
+    def _left(self, stage: str) -> float:
+        """What this stage and those after it take if they all run, as they do after one that ran."""
+        following = self._stages[self._stages.index(stage) :]
+        spent = time.monotonic() - self._started
+        return max(sum(self._seconds[name] for name in following) - spent, 0.0)
+
+    def _place(self, stage: str) -> str:
+        return f"[{self._stages.index(stage) + 1:>2}/{len(self._stages)}] {stage:<12}"
+
+    def _describe(self, stage: str, text: str = "") -> None:
+        if self._bar and self._task is not None:
+            left = f", about {clock(self._left(stage))} left in all" if self._running else ""
+            self._bar.update(self._task, description=f"{self._place(stage).rstrip()} {text}{left}")
+
+    def _print(self, text: str) -> None:
+        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+def _remembered(path: Path) -> dict[str, float]:
+    """Durations of earlier runs; none if the file is missing or damaged, as they only serve an estimate."""
+    try:
+        durations = json.loads(path.read_text(encoding="utf-8"))
+        return {str(stage): float(seconds) for stage, seconds in durations.items()}
+    except (OSError, ValueError, AttributeError, TypeError):
+        return {}

@@ -1,0 +1,233 @@
+"""The folder a run happens in: checked, locked, or made apart for a run with settings of its own."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from tasks import params as parameters
+from tasks.stage import remove, replace_folder
+
+ROOM_NEEDED = 2**30  # bytes; what the smallest useful run writes
+
+
+class FlowError(Exception):
+    """A run cannot go on; the message holds the cause and the remedy."""
+
+
+class BusyError(FlowError):
+    """Something else is at work in the workspace."""
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """Where a run happens; `source` is the repository it belongs to, the same unless settings are given."""
+
+    root: Path
+    source: Path
+    name: str
+    overrides: tuple[str, ...] = ()
+
+    @property
+    def isolated(self) -> bool:
+        return self.root != self.source
+
+    @property
+    def export(self) -> Path:
+        """Where a reader finds the export afterwards."""
+        return self.source / "exports" / self.name
+
+    @property
+    def report(self) -> Path:
+        return self.export / "report.html" if self.isolated else self.root / "reports" / "report.html"
+
+
+def check(source: Path) -> None:
+    """Raises FlowError unless `source` is a git and DVC repository on a disk with room for a run."""
+    if shutil.which("git") is None:
+        raise FlowError("git is not installed; install it (Debian, Ubuntu: apt install git) and run again")
+    if not (source / ".dvc" / "config").is_file():
+        raise FlowError(f"{source} holds no .dvc folder; restore it (git checkout -- .dvc) or clone again")
+    inside = _git(source, "rev-parse", "--show-toplevel", check=False)
+    if inside.returncode:
+        reason = inside.stderr.strip().splitlines()[-1:] or ["no reason given"]
+        raise FlowError(
+            f"{source} is not a git repository git can use ({reason[0]}); clone the project, or make it one: "
+            "git init && git add -A && git commit -m start"
+        )
+    if _git(source, "rev-parse", "--verify", "HEAD", check=False).returncode:
+        raise FlowError(
+            "the repository has no commit yet, and a run is recorded with its commit; "
+            "make one: git add -A && git commit -m start"
+        )
+    free = shutil.disk_usage(source).free
+    if free < ROOM_NEEDED:
+        raise FlowError(
+            f"the disk is nearly full: {free / 2**20:.0f} MiB free in {source}, at least 1 GiB is needed; "
+            "make room (for example `dvc gc -w`: results that are in no workspace) and run again"
+        )
+
+
+def commit(root: Path) -> tuple[str, bool]:
+    """The commit of a repository, and whether tracked files but dvc.lock, which runs write, differ."""
+    head = _git(root, "rev-parse", "HEAD").stdout.strip()
+    changes = _git(root, "status", "--porcelain", "--untracked-files=no", "--", ".", ":!dvc.lock").stdout
+    return head, bool(changes.strip())
+
+
+@contextmanager
+def lock(root: Path) -> Iterator[None]:
+    """Holds a workspace: one workspace, one run. BusyError when another run or DVC is at work in it."""
+    path = root / ".cache" / "run.lock"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a+") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            stream.seek(0)
+            holder = stream.read().strip() or "unknown"
+            raise BusyError(
+                f"another run is going on in {root} (process {holder}); wait for it, stop it (kill "
+                f'{holder}), or run beside it in a workspace of your own: make run SET="name=another"'
+            ) from None
+        stream.seek(0)
+        stream.truncate()
+        stream.write(f"{os.getpid()}\n")
+        stream.flush()
+        _refuse_other_dvc(root)
+        yield
+
+
+def _refuse_other_dvc(root: Path) -> None:
+    """DVC notes in rwlock who reads and writes what; the note of a killed one would block every later one."""
+    path = root / ".dvc" / "tmp" / "rwlock"
+    try:
+        notes = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return
+    except ValueError:  # cut short by a kill or a full disk
+        notes = {}
+    writers = list(notes.get("write", {}).values())
+    readers = [reader for group in notes.get("read", {}).values() for reader in group]
+    alive = sorted({note["pid"] for note in writers + readers if _is_dvc(note["pid"])})
+    if alive:
+        raise BusyError(
+            f"DVC is at work in {root} (process {', '.join(map(str, alive))}); wait for it or stop it "
+            f"(kill {' '.join(map(str, alive))}), then run again"
+        )
+    path.unlink(missing_ok=True)
+
+
+def _is_dvc(pid: int) -> bool:
+    try:
+        return any("dvc" in part for part in psutil.Process(pid).cmdline()[:4])
+    except psutil.Error:  # gone, or somebody else's: not a DVC that works in a folder of ours
+        return False
+
+
+def plan(source: Path, overrides: Sequence[str], called_from: Path) -> tuple[dict[str, object], str]:
+    """The raw parameters of a run and its name, validated; raises FlowError or ParamsError.
+
+    A path among the settings is meant from where the user stands, one in params.yaml from the repository.
+    """
+    raw = parameters.read(source / "params.yaml")
+    committed = parameters.validate(raw)
+    if not overrides:
+        return raw, committed.name
+    keys = [item.partition("=")[0] for item in overrides]
+    raw = parameters.with_absolute_paths(raw, source)
+    raw = parameters.with_absolute_paths(parameters.override(raw, overrides), called_from, keys)
+    if raw["name"] == committed.name:
+        # That name is the committed run's; a name of its own keeps both exports and both model histories.
+        raw["name"] = _name_for(committed.name, overrides)
+    return raw, parameters.validate(raw, source="the settings").name
+
+
+def _name_for(name: str, overrides: Sequence[str]) -> str:
+    text = "-".join(sorted(item for item in overrides if not item.startswith("name=")))
+    slug = re.sub(r"[^a-z0-9.]+", "-", text.lower()).strip("-.") or "again"
+    if len(name) + len(slug) > 60:
+        slug = f"{zlib.crc32(text.encode()):08x}"
+    return f"{name}-{slug}"
+
+
+def isolate(source: Path, overrides: Sequence[str], called_from: Path) -> Workspace:
+    """A clone in .workspaces/NAME: the working state of `source`, the settings on top, the DVC cache shared.
+
+    A workspace left by a run that was stopped is brought up to date and keeps its resume checkpoints.
+    """
+    raw, name = plan(source, overrides, called_from)
+    root = source / ".workspaces" / name
+    if not (root / ".git").exists():
+        partial = root.with_name(f".{name}.partial")
+        remove(partial)
+        partial.parent.mkdir(exist_ok=True)
+        _git(source, "clone", "--quiet", "--no-checkout", str(source), str(partial))
+        os.replace(partial, root)
+    with lock(root):  # not under the feet of the same run
+        head = _git(source, "rev-parse", "HEAD").stdout.strip()
+        _git(root, "fetch", "--quiet", str(source), "HEAD")
+        _git(root, "checkout", "--quiet", "--force", "--detach", head)
+        _git(root, "clean", "--quiet", "--force", "-d")
+        _copy_changes(source, root)
+        parameters.write(raw, root / "params.yaml")
+        cache = _run(source, sys.executable, "-m", "dvc", "cache", "dir").stdout.strip()
+        local = root / ".dvc" / "config.local"
+        local.write_text(f"[cache]\n    dir = {(source / cache).resolve()}\n", encoding="utf-8")
+    return Workspace(root, source, name, tuple(overrides))
+
+
+def _copy_changes(source: Path, root: Path) -> None:
+    """What is changed, deleted or new in `source` and not committed, in `root` too."""
+    changed = _git(source, "diff", "--name-only", "-z", "HEAD").stdout
+    new = _git(source, "ls-files", "--others", "--exclude-standard", "-z").stdout
+    for name in filter(None, (changed + new).split("\0")):
+        target = root / name
+        if (source / name).is_file():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(source / name, target)
+        else:
+            remove(target)
+
+
+def bring_back(workspace: Workspace) -> None:
+    """Puts the export of an isolated run, metrics and report inside, in exports/NAME of its repository."""
+    partial = workspace.export.with_name(f".{workspace.name}.partial")
+    remove(partial)
+    try:
+        shutil.copytree(workspace.root / "exports" / workspace.name, partial, ignore=_gitignore)
+        shutil.copytree(workspace.root / "metrics", partial / "metrics", ignore=_gitignore)
+        shutil.copy2(workspace.root / "reports" / "report.html", partial / "report.html")
+        replace_folder(partial, workspace.export)
+    finally:
+        remove(partial)
+
+
+def _gitignore(folder: str, names: list[str]) -> set[str]:
+    return {name for name in names if name == ".gitignore"}
+
+
+def _git(root: Path, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+    return _run(root, "git", *arguments, check=check)
+
+
+def _run(root: Path, *command: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+    environment = {key: value for key, value in os.environ.items() if key not in ("GIT_DIR", "GIT_WORK_TREE")}
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
+    if check and done.returncode:
+        raise FlowError(
+            f"`{' '.join(command)}` failed in {root}: {done.stderr.strip() or done.stdout.strip()}"
+        )
+    return done

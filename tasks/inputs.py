@@ -1,0 +1,115 @@
+"""Stage 0: fingerprints what lies outside the workspace, so that DVC notices when it changes.
+
+A teacher, a corpus or a data folder elsewhere on disk, and packages that are read as data, cannot be
+dependencies by path: the path would be in dvc.lock, which is the same on every machine. So this stage always
+runs, is quick (no torch), and writes the same bytes for the same contents; the stages after it stay cached.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+from collections.abc import Iterable
+from importlib import metadata
+from pathlib import Path
+
+from tasks import corpus
+from tasks.params import Params
+from tasks.stage import StageRun, main
+
+_TEACHER_SUFFIXES = {".json", ".safetensors", ".txt", ".model"}
+_DATA_SUFFIXES = {".csv", ".tsv", ".txt", ".jsonl"}
+
+
+def run(stage: StageRun) -> None:
+    """Writes data/inputs.json; FileNotFoundError or ValueError when something that is named is not there."""
+    params, root = stage.params, stage.root
+    inputs = {
+        "teacher": _teacher(params, root),
+        "corpus": _corpus(params, root),
+        "folder": None if params.data.folder is None else _data_folder(root / params.data.folder),
+    }
+    stage.write_json("data/inputs.json", inputs)
+    stage.say(", ".join(f"{name} {_summary(value)}" for name, value in inputs.items() if value))
+
+
+def _teacher(params: Params, root: Path) -> dict[str, object]:
+    source = params.teacher.source
+    if source.startswith("package:"):
+        return {"kind": "package", **_versions([source.removeprefix("package:")], "teacher.source")}
+    folder = root / Path(source).expanduser()
+    if folder.is_dir():
+        files = _hashes(folder, _TEACHER_SUFFIXES)
+        if "config.json" not in files:
+            raise FileNotFoundError(
+                f"teacher.source = {source} is a folder without config.json; give one that "
+                "model.save_pretrained wrote, with model.safetensors and the tokenizer in it"
+            )
+        return {"kind": "folder", "files": files}
+    if folder.is_absolute() or source.startswith((".", "~")):
+        raise FileNotFoundError(
+            f"teacher.source = {source} is not a folder; check the path, or give package:NAME or a hub name"
+        )
+    # What a hub name stands for is settled once, by `prepare`; give a revision to say which.
+    return {"kind": "hub", "name": source, "revision": params.teacher.revision}
+
+
+def _corpus(params: Params, root: Path) -> dict[str, object]:
+    source = params.data.corpus
+    # Files without enough pairs of their own are judged on docstrings, so these matter in every case.
+    docstrings = {"python": platform.python_version(), **_versions(corpus.PACKAGES.values(), "data.corpus")}
+    if source == "docstrings":
+        return {"kind": "docstrings", **docstrings}
+    if source.startswith("datasets:"):
+        return {"kind": "datasets", "name": source.removeprefix("datasets:"), "docstrings": docstrings}
+    path = root / Path(source).expanduser()
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"data.corpus = {source} is not a file; check the path, or use docstrings or datasets:NAME"
+        )
+    return {"kind": "file", "sha256": _sha256(path), "docstrings": docstrings}
+
+
+def _data_folder(folder: Path) -> dict[str, str]:
+    if not folder.is_dir():
+        raise FileNotFoundError(f"data.folder = {folder} is not a folder; give one, or null for none")
+    return _hashes(folder, _DATA_SUFFIXES)
+
+
+def _versions(packages: Iterable[str], key: str) -> dict[str, dict[str, str]]:
+    versions = {}
+    for package in sorted(packages):
+        try:
+            versions[package] = metadata.version(package).split("+")[0]  # the build says nothing of texts
+        except metadata.PackageNotFoundError:
+            raise ValueError(
+                f"{key} needs the package {package}, which is not installed here; "
+                f"pip install {package}, or `make setup` for those of constraints.txt"
+            ) from None
+    return {"packages": versions}
+
+
+def _hashes(folder: Path, suffixes: set[str]) -> dict[str, str]:
+    """Path inside the folder -> sha256, for the files that may be read from it."""
+    files = sorted(
+        path
+        for path in folder.rglob("*")
+        if path.suffix.lower() in suffixes
+        and path.is_file()
+        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+    )
+    return {path.relative_to(folder).as_posix(): _sha256(path) for path in files}
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _summary(value: object) -> str:
+    assert isinstance(value, dict)
+    return str(value.get("kind", f"{len(value)} files"))
+
+
+if __name__ == "__main__":
+    main("inputs", run, torch=False, recorded=False)
