@@ -594,12 +594,12 @@ def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
             stream.write(json.dumps(row, ensure_ascii=False, sort_keys=True) + "\n")
 
 
-def read_jsonl(path: Path) -> list[dict[str, Any]]:
+def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
     """The rows of a file that `write_jsonl` wrote."""
-    with path.open(encoding="utf-8") as stream:
+    with open(path, encoding="utf-8") as stream:
         return [json.loads(line) for line in stream]
 
 
-def read_texts(path: Path) -> list[str]:
+def read_texts(path: str | Path) -> list[str]:
     """The texts of a split."""
     return [row["text"] for row in read_jsonl(path)]

@@ -1,0 +1,270 @@
+"""Quality, agreement, load, FLOPs and the Amdahl bound.
+
+Letters as in `ffn2moe.spec`; besides, N texts or pairs, and R rounds of resampling.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ffn2moe.moe import moe_layers
+from ffn2moe.spec import MoESpec, Pooling
+
+# --- embeddings ---------------------------------------------------------------------------------------
+
+
+def pool(last_hidden_state: Tensor, attention_mask: Tensor, pooling: Pooling) -> Tensor:
+    """Sentence embeddings of unit length, [B, D], from hidden states [B, L, D] and their mask [B, L].
+
+    `mean` over the tokens that are not padding, or `cls`: the first token.
+    """
+    if pooling == "cls":
+        pooled_BD = last_hidden_state[:, 0]
+    elif pooling == "mean":
+        mask_BL1 = attention_mask.unsqueeze(-1).to(last_hidden_state.dtype)
+        pooled_BD = (last_hidden_state * mask_BL1).sum(1) / mask_BL1.sum(1).clamp(min=1)
+    else:
+        raise ValueError(f"pooling must be 'mean' or 'cls', got {pooling!r}")
+    return F.normalize(pooled_BD, dim=-1)
+
+
+def embedding_cosine(first_ND: Tensor, second_ND: Tensor) -> float:
+    """Mean cosine between two models' embeddings of the same texts, between -1 and 1."""
+    return F.cosine_similarity(first_ND.double(), second_ND.double(), dim=-1).mean().item()
+
+
+# --- quality ------------------------------------------------------------------------------------------
+
+
+def retrieval_ranks(query_ND: Tensor, document_ND: Tensor) -> Tensor:
+    """Rank (1 is best) of document i among all documents for query i, by inner product, [N] int64.
+
+    A tie counts against the query: a model that embeds all texts alike finds nothing.
+    """
+    if query_ND.shape != document_ND.shape:
+        raise ValueError(
+            f"queries {tuple(query_ND.shape)} and documents {tuple(document_ND.shape)} must come in pairs"
+        )
+    score_NN = query_ND @ document_ND.T
+    if not torch.isfinite(score_NN).all():
+        raise ValueError("an embedding holds NaN or infinite values: the model that made it is damaged")
+    return (score_NN >= score_NN.diagonal().unsqueeze(1)).sum(1)
+
+
+def ndcg_at_10(ranks_N: Tensor) -> Tensor:
+    """nDCG@10 of each query that has one right answer, [N] float64: ``1 / log2(1 + rank)``, 0 below rank 10.
+
+    The ideal gain is 1, as the answer is one (Järvelin and Kekäläinen 2002).
+    """
+    ranks_N = ranks_N.double()
+    return torch.where(ranks_N <= 10, 1 / torch.log2(1 + ranks_N), 0.0)
+
+
+def reciprocal_rank(ranks_N: Tensor) -> Tensor:
+    """Reciprocal rank of each query, [N] float64; its mean is the MRR."""
+    return 1 / ranks_N.double()
+
+
+def retrieval(query_ND: Tensor, document_ND: Tensor) -> dict[str, float]:
+    """nDCG@10 and MRR, between 0 and 1; the one right answer to query i is document i."""
+    ranks_N = retrieval_ranks(query_ND, document_ND)
+    return {
+        "ndcg_at_10": ndcg_at_10(ranks_N).mean().item(),
+        "mrr": reciprocal_rank(ranks_N).mean().item(),
+    }
+
+
+def spearman(predicted_N: Tensor, target_N: Tensor) -> float:
+    """Spearman's rank correlation x 100, ties at their mean rank. ValueError where one side is constant."""
+    from scipy import stats
+
+    predicted, target = predicted_N.double().numpy(), target_N.double().numpy()
+    if np.ptp(predicted) == 0 or np.ptp(target) == 0:
+        raise ValueError("the rank correlation of a constant is undefined: all scores are equal")
+    return 100 * float(stats.spearmanr(predicted, target).statistic)
+
+
+def similarity(first_ND: Tensor, second_ND: Tensor) -> Tensor:
+    """Inner product of each pair of embeddings, [N]: the cosine, as they have unit length."""
+    return (first_ND * second_ND).sum(1)
+
+
+def probe(
+    train_ND: Tensor, train_labels: list[str], dev_ND: Tensor, dev_labels: list[str], *, seed: int
+) -> Tensor:
+    """Which of the dev texts a logistic regression on the embeddings of the train texts gets right, [N] bool.
+
+    The probe of SentEval (Conneau and Kiela 2018): L2-regularised with C = 1, on embeddings as they are (unit
+    length, not standardised), so that nothing is tuned and every model is judged alike.
+    """
+    from sklearn.linear_model import LogisticRegression
+
+    if len(set(train_labels)) < 2:
+        raise ValueError("a classifier needs examples of at least two labels; the train set has one")
+    classifier = LogisticRegression(C=1.0, max_iter=1000, random_state=seed)
+    classifier.fit(train_ND.double().numpy(), train_labels)
+    return torch.from_numpy(classifier.predict(dev_ND.double().numpy()) == np.array(dev_labels))
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A 95 % confidence interval."""
+
+    low: float
+    high: float
+
+
+def ratio_interval(
+    statistic: Callable[[np.ndarray], tuple[float, float]], size: int, *, rounds: int = 1000, seed: int = 0
+) -> Interval:
+    """Percentile bootstrap of the ratio of two figures on one set of `size` examples (Efron 1979).
+
+    `statistic` takes the indices of a resample, [size], and gives (numerator, denominator). Both are computed
+    on the same resample, so what is hard for both models cancels (a paired bootstrap).
+    """
+    generator = np.random.default_rng(seed)
+    ratios_R = []
+    for _ in range(rounds):
+        numerator, denominator = statistic(generator.integers(0, size, size))
+        if denominator != 0:
+            ratios_R.append(numerator / denominator)
+    if not ratios_R:
+        return Interval(0.0, 0.0)
+    low, high = np.percentile(ratios_R, [2.5, 97.5])
+    return Interval(float(low), float(high))
+
+
+def mean_ratio_interval(numerator_N: Tensor, denominator_N: Tensor, *, seed: int = 0) -> Interval:
+    """`ratio_interval` of two means over the same examples, such as nDCG@10 of student and teacher."""
+    numerator, denominator = numerator_N.double().numpy(), denominator_N.double().numpy()
+    return ratio_interval(
+        lambda index: (numerator[index].mean(), denominator[index].mean()), len(numerator), seed=seed
+    )
+
+
+def spearman_ratio_interval(
+    first_N: Tensor, second_N: Tensor, target_N: Tensor, *, seed: int = 0
+) -> Interval:
+    """`ratio_interval` of two rank correlations with the same target."""
+    from scipy import stats
+
+    first, second, target = (side.double().numpy() for side in (first_N, second_N, target_N))
+
+    def both(index: np.ndarray) -> tuple[float, float]:
+        ranks = [stats.rankdata(side[index]) for side in (first, second, target)]
+        correlation = np.corrcoef(ranks)
+        return float(correlation[0, 2]), float(correlation[1, 2])
+
+    return ratio_interval(both, len(target), seed=seed)
+
+
+# --- load ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Load:
+    """How the tokens of one layer fall on its experts."""
+
+    share_E: list[float]  # of the routed tokens; sums to 1
+    max_over_mean: float  # 1 is an even load
+    dead_experts: int  # chosen by no token
+
+
+def load(chosen_TK: Tensor, num_experts: int) -> Load:
+    """Statistics of the experts that the tokens of one layer chose, [T, K] indices."""
+    counts_E = torch.bincount(chosen_TK.flatten(), minlength=num_experts)
+    share_E = counts_E.double() / chosen_TK.numel()
+    return Load(
+        share_E=share_E.tolist(),
+        max_over_mean=(share_E.max() * num_experts).item(),
+        dead_experts=int((counts_E == 0).sum().item()),
+    )
+
+
+# --- cost ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Flops:
+    """Floating-point operations of one token in all layers; a product of [m, k] and [k, n] is 2 m k n."""
+
+    attention: float
+    ffn: float
+    router: float = 0.0
+
+    @property
+    def total(self) -> float:
+        return self.attention + self.ffn + self.router
+
+
+def attention_flops(width: int, length: int, *, heads: int, key_value_heads: int, head_width: int) -> float:
+    """Of one token in one layer: projections of query, key, value and output, then scores and their mixture.
+
+    Each of the `length` tokens of a text attends to all of them, as in an encoder.
+    """
+    query, key_value = heads * head_width, key_value_heads * head_width
+    projections = 2 * width * (query + 2 * key_value) + 2 * query * width
+    return projections + 2 * (2 * length * query)
+
+
+def ffn_flops(width: int, neurons: int, *, gated: bool) -> float:
+    """Of one token in one layer, in an FFN of so many active neurons: two matrices, or three if gated."""
+    return 2 * (3 if gated else 2) * width * neurons
+
+
+def flops_per_token(spec: MoESpec, config: object, length: int) -> tuple[Flops, Flops]:
+    """Of teacher and student, for texts of `length` tokens, in their matrix products.
+
+    `config` is the transformers configuration, for the attention heads. Norms and activations are left out.
+    """
+
+    def setting(*names: str) -> int | None:
+        return next((value for name in names if (value := getattr(config, name, None)) is not None), None)
+
+    heads = setting("num_attention_heads", "n_heads")
+    if heads is None:
+        raise ValueError(
+            f"the configuration {type(config).__name__} does not say how many attention heads it has"
+        )
+    attention = spec.num_layers * attention_flops(
+        spec.width,
+        length,
+        heads=heads,
+        key_value_heads=setting("num_key_value_heads") or heads,
+        head_width=setting("head_dim") or spec.width // heads,
+    )
+    dense = spec.num_layers * ffn_flops(spec.width, spec.ffn_width, gated=spec.gated)
+    active = spec.num_layers * ffn_flops(spec.width, spec.num_active * spec.expert_width, gated=spec.gated)
+    router = spec.num_layers * 2 * spec.width * spec.num_experts
+    return Flops(attention, dense), Flops(attention, active, router)
+
+
+def amdahl_bound(teacher: Flops, active_share: float) -> float:
+    """The most a model can gain by running only `active_share` of its FFNs: ``1 / ((1 - f) + f * a)``.
+
+    f is the FFN's part of the teacher's FLOPs and a the active share: routing is free, and every FLOP takes
+    the same time. Amdahl 1967.
+    """
+    share = teacher.ffn / teacher.total
+    return 1 / ((1 - share) + share * active_share)
+
+
+def parameters(teacher: nn.Module, student: nn.Module) -> dict[str, int]:
+    """Parameters of the teacher, of the student, and of the student as one token uses them."""
+    total = sum(parameter.numel() for parameter in student.parameters())
+    idle = 0
+    for moe in moe_layers(student):
+        stacks = (moe.w_in, moe.w_out, moe.b_in, moe.w_gate, moe.b_gate)
+        one_expert = sum(stack[0].numel() for stack in stacks if stack is not None)
+        idle += (moe.num_experts - moe.num_active) * one_expert
+    return {
+        "teacher": sum(parameter.numel() for parameter in teacher.parameters()),
+        "student": total,
+        "student_active": total - idle,
+    }
