@@ -226,6 +226,7 @@ def load_dense(source: str, revision: str | None = None) -> tuple[Any, Any]:
     Only safetensors weights are read and no remote code is run. Raises ValueError for an unsupported
     architecture or non-finite weights, FileNotFoundError for a source that cannot be found.
     """
+    from safetensors import SafetensorError
     from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
     kind, folder = resolve_source(source)
@@ -252,7 +253,7 @@ def load_dense(source: str, revision: str | None = None) -> tuple[Any, Any]:
             **options,
         )
         tokenizer = AutoTokenizer.from_pretrained(where, **options)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         reason = str(error).splitlines()[0]
         raise FileNotFoundError(
             f"the teacher {source} cannot be read ({reason}): it must be a Hugging Face folder with config.json, "

@@ -140,16 +140,21 @@ def ratio_interval(
     return Interval(float(low), float(high))
 
 
-def mean_ratio_interval(numerator_N: Tensor, denominator_N: Tensor, *, seed: int = 0) -> Interval:
+def mean_ratio_interval(
+    numerator_N: Tensor, denominator_N: Tensor, *, rounds: int = 1000, seed: int = 0
+) -> Interval:
     """`ratio_interval` of two means over the same examples, such as nDCG@10 of student and teacher."""
     numerator, denominator = numerator_N.double().numpy(), denominator_N.double().numpy()
     return ratio_interval(
-        lambda index: (numerator[index].mean(), denominator[index].mean()), len(numerator), seed=seed
+        lambda index: (numerator[index].mean(), denominator[index].mean()),
+        len(numerator),
+        rounds=rounds,
+        seed=seed,
     )
 
 
 def spearman_ratio_interval(
-    first_N: Tensor, second_N: Tensor, target_N: Tensor, *, seed: int = 0
+    first_N: Tensor, second_N: Tensor, target_N: Tensor, *, rounds: int = 1000, seed: int = 0
 ) -> Interval:
     """`ratio_interval` of two rank correlations with the same target."""
     from scipy import stats
@@ -161,7 +166,7 @@ def spearman_ratio_interval(
         correlation = np.corrcoef(ranks)
         return float(correlation[0, 2]), float(correlation[1, 2])
 
-    return ratio_interval(both, len(target), seed=seed)
+    return ratio_interval(both, len(target), rounds=rounds, seed=seed)
 
 
 # --- load ---------------------------------------------------------------------------------------------

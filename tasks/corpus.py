@@ -510,7 +510,7 @@ def split(
     left is too small to train on.
     """
     leaks = _LeakGuard(pairs.values(), judged)
-    evaluation = [text for text in dict.fromkeys(texts) if text in pairs]
+    evaluation = sorted({text for text in texts if text in pairs}, key=content_hash)
     seen: set[str] = set()
     own = _units([text for text in texts if text not in pairs], leaks, seen, with_queries=True)
     more = _units(joined, leaks, seen, with_queries=False)

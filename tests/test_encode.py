@@ -1,0 +1,81 @@
+"""Encoding gives each text its embedding, in its place, whatever it is batched with."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from ffn2moe.dense import load_dense
+from ffn2moe.encode import choose_device, encode, module_inputs
+from ffn2moe.metrics import pool
+from tests.texts import make_texts
+
+
+@pytest.fixture(scope="module")
+def teacher(tiny_teacher):
+    return load_dense(str(tiny_teacher))
+
+
+@pytest.mark.parametrize("pooling", ["mean", "cls"])
+def test_embeddings_are_in_the_order_of_the_texts_whatever_the_batch(teacher, pooling):
+    model, tokenizer = teacher
+    texts = [*make_texts(9), "dog", "the cat of the house"]
+    one_by_one = torch.cat(
+        [encode(model, tokenizer, [text], max_length=32, pooling=pooling) for text in texts]
+    )
+    together = encode(model, tokenizer, texts, max_length=32, pooling=pooling, batch_texts=4)
+    torch.testing.assert_close(together, one_by_one, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(together.norm(dim=1), torch.ones(len(texts)))
+    assert not together.requires_grad and together.dtype == torch.float32
+
+
+def test_encoding_equals_the_plain_transformers_way(teacher):
+    model, tokenizer = teacher
+    texts = make_texts(5)
+    inputs = tokenizer(texts, padding=True, truncation=True, max_length=24, return_tensors="pt")
+    with torch.no_grad():
+        expected = pool(model(**inputs).last_hidden_state, inputs["attention_mask"], "mean")
+    torch.testing.assert_close(encode(model, tokenizer, texts, max_length=24), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_progress_is_told_batch_by_batch(teacher):
+    told = []
+
+    def track(items, total, description):
+        told.append((total, description))
+        for item in items:
+            told.append(len(item))
+            yield item
+
+    encode(*teacher, make_texts(5), max_length=16, batch_texts=2, track=track)
+    assert told == [(3, "encoding"), 2, 2, 1]
+
+
+def test_nothing_and_empty_texts_are_refused(teacher):
+    with pytest.raises(ValueError, match="no text to encode"):
+        encode(*teacher, [], max_length=16)
+    with pytest.raises(ValueError, match="text 1 is empty"):
+        encode(*teacher, ["dog", " \n"], max_length=16)
+
+
+def test_inputs_of_modules_are_those_at_tokens_that_are_not_padding(teacher):
+    model, tokenizer = teacher
+    texts = make_texts(6)
+    layers = [layer.intermediate for layer in model.encoder.layer]
+    first, second = module_inputs(
+        model, layers, tokenizer, texts, max_length=32, max_tokens=10**6, batch_texts=4
+    )
+    tokens = sum(len(ids) for ids in tokenizer(texts, truncation=True, max_length=32)["input_ids"])
+    assert first.shape == second.shape == (tokens, 32)
+    alone = module_inputs(model, layers, tokenizer, texts[:1], max_length=32, max_tokens=5)
+    torch.testing.assert_close(alone[1], second[:5], atol=1e-5, rtol=1e-5)
+
+
+def test_a_gpu_that_is_not_there_is_refused():
+    assert choose_device("cpu") == "cpu"
+    if torch.cuda.is_available():
+        assert choose_device("auto") == choose_device("cuda") == "cuda"
+    else:
+        assert choose_device("auto") == "cpu"
+        with pytest.raises(ValueError, match="no GPU"):
+            choose_device("cuda")
