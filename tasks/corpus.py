@@ -49,7 +49,7 @@ FEWEST_OWN_PAIRS = 100  # with fewer pairs than this, a corpus cannot be its own
 LARGEST_PAIR_SHARE = 0.25  # of a corpus that is held out for its own retrieval benchmark
 FEWEST_TRAIN_TEXTS = 32
 AG_NEWS_DEV_SHARE = 0.25
-MOST_CLASSIFIER_TEXTS = 2000  # that a classifier is fitted on: a stable accuracy, quickly embedded
+MOST_CLASSIFIER_TEXTS = 1000  # that a classifier is fitted on: a stable accuracy, quickly embedded
 
 _NOT_DOCUMENTATION = {"test", "tests", "testing", "idlelib", "lib2to3", "turtledemo", "__pycache__"}
 
