@@ -57,6 +57,11 @@ def retrieval_ranks(query_ND: Tensor, document_ND: Tensor) -> Tensor:
     return (score_NN >= score_NN.diagonal().unsqueeze(1)).sum(1)
 
 
+def nearest(query_ND: Tensor, document_ND: Tensor, count: int) -> Tensor:
+    """Indices of the `count` documents nearest to each query, best first, [N, count]."""
+    return (query_ND @ document_ND.T).topk(min(count, len(document_ND)), dim=1).indices
+
+
 def ndcg_at_10(ranks_N: Tensor) -> Tensor:
     """nDCG@10 of each query that has one right answer, [N] float64: ``1 / log2(1 + rank)``, 0 below rank 10.
 
@@ -199,16 +204,16 @@ def load(chosen_TK: Tensor, num_experts: int) -> Load:
 class Flops:
     """Floating-point operations of one token in all layers; a product of [m, k] and [k, n] is 2 m k n."""
 
-    attention: float
-    ffn: float
-    router: float = 0.0
+    attention: int
+    ffn: int
+    router: int = 0
 
     @property
-    def total(self) -> float:
+    def total(self) -> int:
         return self.attention + self.ffn + self.router
 
 
-def attention_flops(width: int, length: int, *, heads: int, key_value_heads: int, head_width: int) -> float:
+def attention_flops(width: int, length: int, *, heads: int, key_value_heads: int, head_width: int) -> int:
     """Of one token in one layer: projections of query, key, value and output, then scores and their mixture.
 
     Each of the `length` tokens of a text attends to all of them, as in an encoder.
@@ -218,7 +223,7 @@ def attention_flops(width: int, length: int, *, heads: int, key_value_heads: int
     return projections + 2 * (2 * length * query)
 
 
-def ffn_flops(width: int, neurons: int, *, gated: bool) -> float:
+def ffn_flops(width: int, neurons: int, *, gated: bool) -> int:
     """Of one token in one layer, in an FFN of so many active neurons: two matrices, or three if gated."""
     return 2 * (3 if gated else 2) * width * neurons
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from ffn2moe.metrics import Interval
 
 DIAGNOSED_TOKENS = 8192  # of held-out texts, on which oracle, router and load of each layer are measured
+EXAMPLES, NEIGHBOURS, SNIPPET = 3, 3, 160  # queries to look at, documents found for each, characters shown
 MODELS = {"training_free": "models/routed", "student": "models/distilled"}
 
 
@@ -71,6 +72,7 @@ class Judged:
 
         self.embeddings_ND = embeddings_ND
         query_ND, document_ND = rows(benchmarks.pairs, "query"), rows(benchmarks.pairs, "document")
+        self.nearest_NK = metrics.nearest(query_ND[:EXAMPLES], document_ND, NEIGHBOURS)
         self.ranks_N = metrics.retrieval_ranks(query_ND, document_ND)
         self.figures: dict[str, Any] = {"retrieval": metrics.retrieval(query_ND, document_ND)}
         self.similarity_N: Tensor | None = None
@@ -143,6 +145,7 @@ def run(stage: StageRun) -> None:
         },
         "amdahl_bound": metrics.amdahl_bound(teacher_flops, spec.active_share),
         "parameters": metrics.parameters(teacher, student),
+        "examples": examples(benchmarks, judged),
         "evaluated": {
             "retrieval_pairs": len(benchmarks.pairs),
             "stsb_pairs": len(benchmarks.stsb),
@@ -196,6 +199,24 @@ def retention(
         _set_leaf(ratios, path, _leaf(model.figures, path) / whole)
         _set_leaf(limits, path, asdict(interval))
     return ratios, limits
+
+
+def examples(benchmarks: Benchmarks, judged: Mapping[str, Judged]) -> list[dict[str, Any]]:
+    """What the first queries find with the teacher and with the student, to look at."""
+
+    def snippet(text: str) -> str:
+        line = " ".join(text.split())
+        return line if len(line) <= SNIPPET else line[: SNIPPET - 1].rstrip() + "…"
+
+    rows: list[dict[str, Any]] = [{"query": snippet(pair["query"])} for pair in benchmarks.pairs[:EXAMPLES]]
+    for name in ("teacher", "student"):
+        for place, row in enumerate(rows):
+            found = judged[name].nearest_NK[place].tolist()
+            row[name] = [
+                {"document": snippet(benchmarks.pairs[index]["document"]), "right": index == place}
+                for index in found
+            ]
+    return rows
 
 
 def diagnose(stage: StageRun, student: Any, tokenizer: Any, device: str) -> list[dict[str, Any]]:

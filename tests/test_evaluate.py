@@ -155,6 +155,14 @@ def test_the_teacher_is_judged_as_sentence_transformers_would(workspace, found):
     assert found["teacher"]["retrieval"]["mrr"] == pytest.approx((1 / ranks).mean().item(), abs=1e-5)
 
 
+def test_examples_show_what_queries_find(found):
+    assert len(found["examples"]) == 3
+    for row in found["examples"]:
+        assert row["query"] and len(row["teacher"]) == len(row["student"]) == 3
+        assert row["teacher"] == row["student"], "the student with every expert finds what the teacher finds"
+        assert sum(neighbour["right"] for neighbour in row["teacher"]) <= 1
+
+
 def test_evaluating_again_gives_the_same_bytes_and_needs_no_data_folder(workspace, found, tmp_path):
     shutil.copytree(workspace / "data", tmp_path / "data")
     shutil.copytree(workspace / "models", tmp_path / "models")
