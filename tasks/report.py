@@ -1,0 +1,176 @@
+"""Stage 8: one page that says what came of it, and shows it; it needs no network and no other file."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tasks import figures
+from tasks.params import Gate
+from tasks.stage import StageRun, main
+
+BENCHMARKS: tuple[tuple[tuple[str, ...], str, str], ...] = (
+    (("retrieval", "ndcg_at_10"), "Retrieval, nDCG@10", "{:.4f}"),
+    (("retrieval", "mrr"), "Retrieval, MRR", "{:.4f}"),
+    (("stsb", "spearman"), "STS-B, Spearman × 100", "{:.2f}"),
+    (("classification", "ag_news", "accuracy"), "AG News, accuracy", "{:.4f}"),
+    (("classification", "sst2", "accuracy"), "SST-2, accuracy", "{:.4f}"),
+)
+
+
+def run(stage: StageRun) -> None:
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    root, params = stage.root, stage.params
+    export = root / "exports" / params.name
+    quality, plan = _json(root / "metrics/evaluate.json"), _json(export / "plan.json")
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,  # a key that is missing is an error, not a hole in the page
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {
+        "percent": lambda share: f"{100 * share:.1f}\N{NO-BREAK SPACE}%",
+        "group": lambda n: f"{n:,}",
+    }
+    rows = benchmark_rows(quality)
+    timed = timings(plan)
+    page = environment.get_template("report.html.j2").render(
+        params=params,
+        settings=params.flat(),
+        quality=quality,
+        rows=rows,
+        verdict=verdict(params.gate, quality, timed),
+        timed=timed,
+        prepared=_json(root / "metrics/prepare.json"),
+        manifest=_json(export / "manifest.json"),
+        figures={
+            "retention": figures.retention(rows, params.gate.min_retention),
+            "speed": figures.speed(timed["plans"], timed["shapes"], quality["amdahl_bound"]),
+            "layers_before": figures.layers(_json(root / "metrics/train_router.json")["layers"]),
+            "layers_after": figures.layers(quality["layers"]),
+            "load": figures.load([row["load"] for row in quality["layers"]]),
+            **loss_curves(root / "metrics/plots"),
+        },
+    )
+    stage.write_text("reports/report.html", page)
+    stage.say(f"reports/report.html, {len(page) / 1024:.0f} KiB")
+
+
+def verdict(gate: Gate, quality: Mapping[str, Any], timed: Mapping[str, Any]) -> dict[str, Any]:
+    """What a person must know first: is it worth having, and if not, why."""
+    kept = quality["retention"]["retrieval"]["ndcg_at_10"]
+    faster = timed["speedup_vs_best_dense"]
+    reasons = []
+    if kept < gate.min_retention:
+        reasons.append(f"it keeps {100 * kept:.1f} % of the teacher, and {100 * gate.min_retention:g} % is asked")
+    if faster <= gate.min_speedup:
+        reasons.append(
+            f"at {faster:.2f} times the speed of the best dense plan ({timed['best_dense']}) it is not "
+            f"above the {gate.min_speedup:g} that is asked"
+        )
+    return {
+        "passed": not reasons,
+        "reasons": reasons,
+        "kept": kept,
+        "interval": quality["retention_interval"]["retrieval"]["ndcg_at_10"],
+    }
+
+
+def benchmark_rows(quality: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Each benchmark that was run: the three figures as text, and what each mixture keeps, with its interval."""
+    rows = []
+    for path, label, form in BENCHMARKS:
+        if _at(quality["teacher"], path) is None:
+            continue
+        row: dict[str, Any] = {"label": label}
+        row["figures"] = {
+            model: form.format(_at(quality[model], path)) for model in ("teacher", "training_free", "student")
+        }
+        for model, suffix in (("training_free", "_training_free"), ("student", "")):
+            interval = _at(quality[f"retention_interval{suffix}"], path)
+            row[model] = {"value": _at(quality[f"retention{suffix}"], path), **interval}
+        rows.append(row)
+    return rows
+
+
+def timings(plan: Mapping[str, Any]) -> dict[str, Any]:
+    """Every plan at every shape, in the order they were timed; dense plans first."""
+    chosen = plan["default_plan"]
+    keys = [(row["batch"], row["sequence"], row["threads"]) for row in plan["timings"][chosen]]
+    several_threads = len({threads for _, _, threads in keys}) > 1
+    names = sorted(plan["timings"], key=lambda name: (not name.startswith("dense"), name != chosen, name))
+    plans = []
+    for name in names:
+        by_shape = {(row["batch"], row["sequence"], row["threads"]): row for row in plan["timings"][name]}
+        rows = [by_shape[key] for key in keys]
+        plans.append(
+            {
+                "name": name,
+                "dense": name.startswith("dense"),
+                "chosen": name == chosen,
+                "milliseconds": [row["median_ms"] for row in rows],
+                "speedups": [row["speedup_vs_dense"] for row in rows],
+                "vs_best_dense": [row["speedup_vs_best_dense"] for row in rows],
+            }
+        )
+    # The gate looks at the largest shape, and at the least favourable number of threads there.
+    largest = max(batch * sequence for batch, sequence, _ in keys)
+    places = [place for place, (batch, sequence, _) in enumerate(keys) if batch * sequence == largest]
+    best = next(one for one in plans if one["chosen"])
+    place = min(places, key=lambda index: best["vs_best_dense"][index])
+    dense = [one for one in plans if one["dense"]]
+    return {
+        "plans": plans,
+        "shapes": [
+            f"{batch} × {sequence}" + (f", {threads} thr." if several_threads else "")
+            for batch, sequence, threads in keys
+        ],
+        "threads": keys[place][2],
+        "largest": f"{keys[place][0]} × {keys[place][1]} tokens",
+        "default_plan": chosen,
+        "speedup_vs_dense": best["speedups"][place],
+        "speedup_vs_best_dense": best["vs_best_dense"][place],
+        "best_dense": min(dense, key=lambda one: one["milliseconds"][place])["name"] if dense else "dense",
+        "machine": plan["machine"],
+    }
+
+
+def loss_curves(folder: Path) -> dict[str, str]:
+    """The drawings of the losses; a stage that was told to make no step has none."""
+    drawings = {}
+    for name, label in (("train_router", "router loss"), ("distill", "distillation loss")):
+        series: dict[str, tuple[list[float], list[float]]] = {}
+        for row in _csv(folder / f"{name}.csv"):
+            steps, losses = series.setdefault(row.get("layer", ""), ([], []))
+            steps.append(float(row["step"]))
+            losses.append(float(row["loss"]))
+        if any(len(steps) > 1 for steps, _ in series.values()):
+            drawings[name] = figures.curves(series, label)
+    return drawings
+
+
+def _json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _csv(path: Path) -> Sequence[dict[str, str]]:
+    with path.open(encoding="utf-8", newline="") as stream:
+        return list(csv.DictReader(stream))
+
+
+def _at(tree: Any, path: Sequence[str]) -> Any:
+    for key in path:
+        if not isinstance(tree, dict) or key not in tree:
+            return None
+        tree = tree[key]
+    return tree
+
+
+if __name__ == "__main__":
+    main("report", run, torch=False)

@@ -1,0 +1,226 @@
+"""The report is one file that says the truth about the numbers it was given."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tasks import report
+from tests.texts import make_stage
+
+LAYERS, EXPERTS = 3, 4
+SHAPES = [(1, 16), (32, 128)]
+
+
+def quality(kept: float = 0.986, folder: bool = True) -> dict[str, Any]:
+    def model(factor: float) -> dict[str, Any]:
+        figures: dict[str, Any] = {"retrieval": {"ndcg_at_10": 0.7 * factor, "mrr": 0.66 * factor}}
+        if folder:
+            figures |= {"stsb": {"spearman": 86.72 * factor}, "classification": {"sst2": {"accuracy": 0.8 * factor}}}
+        return figures
+
+    def ratios(factor: float) -> tuple[dict[str, Any], dict[str, Any]]:
+        def nest(leaf: Any) -> dict[str, Any]:
+            nested = {"retrieval": {"ndcg_at_10": leaf, "mrr": leaf}}
+            if folder:
+                nested |= {"stsb": {"spearman": leaf}, "classification": {"sst2": {"accuracy": leaf}}}
+            return nested
+
+        return nest(factor), nest({"low": factor - 0.012, "high": factor + 0.011})
+
+    retention, intervals = ratios(kept)
+    free, free_intervals = ratios(0.9)
+    found = {"document": 'A document <script>alert("no")</script> & more', "right": True}
+    return {
+        "teacher": model(1),
+        "training_free": model(0.9) | {"embedding_cosine": 0.91},
+        "student": model(kept) | {"embedding_cosine": 0.98},
+        "retention": retention,
+        "retention_interval": intervals,
+        "retention_training_free": free,
+        "retention_interval_training_free": free_intervals,
+        "layers": layers(),
+        "active_ffn_share": 0.25,
+        "amdahl_bound": 1.9,
+        "flops_per_token": {"teacher": 22413312, "student": 11700000, "length": 128},
+        "parameters": {"teacher": 22565376, "student": 22600000, "student_active": 17200000},
+        "evaluated": {
+            "retrieval_pairs": 1000,
+            "stsb_pairs": 1500 if folder else 0,
+            "classification": {"sst2": 872} if folder else {},
+        },
+        "examples": [
+            {"query": "Return the <b>mean</b>.", "teacher": [found], "student": [found | {"right": False}, found]}
+        ],
+    }
+
+
+def layers() -> list[dict[str, Any]]:
+    return [
+        {
+            "layer": layer,
+            "oracle_error": 0.2 + 0.02 * layer,
+            "router_error": 0.25 + 0.02 * layer,
+            "gap": 0.05,
+            "router_recall": 0.75,
+            "max_over_mean_load": 1.4,
+            "dead_experts": 0,
+            "load": [0.1, 0.35, 0.3, 0.25],
+        }
+        for layer in range(LAYERS)
+    ]
+
+
+def plan(speedup: float = 1.06) -> dict[str, Any]:
+    speeds = {"dense": 1.0, "dense8": 2.18, "fused": 1.08, "sorted": 1.44, "sorted8": 2.18 * speedup}
+    return {
+        "default_plan": "sorted8",
+        "machine": {"cpu": "Some CPU", "cores": 2},
+        "timings": {
+            name: [
+                {
+                    "batch": batch,
+                    "sequence": sequence,
+                    "threads": 1,
+                    "median_ms": batch * sequence / speed / 4,
+                    "speedup_vs_dense": speed,
+                    "speedup_vs_best_dense": speed / 2.18,
+                }
+                for batch, sequence in SHAPES
+            ]
+            for name, speed in speeds.items()
+        },
+    }
+
+
+def write(root: Path, *, kept: float = 0.986, speedup: float = 1.06, folder: bool = True, steps: int = 40) -> None:
+    manifest = {
+        "spec": {
+            "family": "bert", "num_layers": LAYERS, "width": 384, "ffn_width": 1536, "num_experts": EXPERTS,
+            "expert_width": 384, "num_active": 1, "gated": False, "activation": "gelu", "partition": "coactivation",
+        },
+        "plans": {name: {"file": f"{name}.onnx", "sha256": "0", "parity_max_abs": 2e-6} for name in plan()["timings"]},
+        "versions": {"ffn2moe": "0.1.0", "torch": "2.13.0"},
+        "data_sha256": "0123abcd",
+        "seed": 0,
+    }  # fmt: skip
+    prepared = {"texts": {"train": 38488}, "retrieval": {"from": "docstrings", "pairs": 1000}}
+    for path, payload in (
+        ("metrics/evaluate.json", quality(kept, folder)),
+        ("metrics/prepare.json", prepared),
+        ("metrics/train_router.json", {"layers": layers()}),
+        ("exports/minilm/plan.json", plan(speedup)),
+        ("exports/minilm/manifest.json", manifest),
+    ):
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        (root / path).write_text(json.dumps(payload))
+    (root / "metrics/plots").mkdir(exist_ok=True)
+    router = [{"layer": n, "step": s, "loss": 2 / (1 + s) + n} for n in range(LAYERS) for s in range(steps + 1)]
+    distill = [{"step": s, "loss": 9 / (1 + s), "hidden": 1.0} for s in range(steps + 1)]
+    for name, rows in (("train_router", router[: 1 if steps == 0 else None]), ("distill", distill)):
+        with (root / f"metrics/plots/{name}.csv").open("w", newline="") as stream:
+            writer = csv.DictWriter(stream, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+
+
+def make(root: Path, *overrides: str, **options: Any) -> str:
+    write(root, **options)
+    report.run(make_stage("report", root, *overrides))
+    return (root / "reports/report.html").read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory) -> str:
+    return make(tmp_path_factory.mktemp("report"))
+
+
+class Checker(HTMLParser):
+    """Collects what a browser would fetch, and tags that do not nest."""
+
+    VOID = frozenset({"meta", "path", "use", "rect", "br", "link", "img"})
+
+    def __init__(self) -> None:
+        super().__init__(convert_charrefs=True)
+        self.open: list[str] = []
+        self.fetched: list[str] = []
+        self.tags: set[str] = set()
+        self.wrong: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.add(tag)
+        self.fetched += [
+            value or ""
+            for key, value in attrs
+            if key in ("src", "href", "xlink:href") and not (value or "").startswith("#")
+        ]
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.add(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag in self.VOID:
+            return
+        if not self.open or self.open.pop() != tag:
+            self.wrong.append(tag)
+
+
+def test_the_page_is_well_formed_and_fetches_nothing(page):
+    checker = Checker()
+    checker.feed(page)
+    assert not checker.wrong and not checker.open
+    assert not checker.fetched and not {"script", "link", "img", "iframe"} & checker.tags
+    assert "@import" not in page and not re.search(r"url\((?!#)", page)
+
+
+def test_every_drawing_is_there_in_the_colours_of_the_page(page):
+    assert page.count("<svg") == page.count("</svg>") == 7
+    assert "var(--student)" in page and "#0d0e0f" not in page
+    assert 'width="' not in "".join(re.findall(r"<svg [^>]*>", page)), "a drawing fills its place"
+
+
+def test_the_verdict_comes_first_and_says_what_the_numbers_say(page):
+    text = re.sub(r"\s+", " ", re.sub(r"<[^>]+>", " ", page.split("<h2>")[0]))
+    assert "Worth using: it keeps 98.6 % of the teacher’s retrieval quality" in text
+    assert "2.31 times as fast as dense float32, 1.06 times as fast as the best dense plan" in text
+    assert "97.4 % to 99.7 %" in text
+
+
+def test_a_run_that_misses_the_gate_says_so_and_why(tmp_path):
+    slow = make(tmp_path / "slow", speedup=0.9)
+    assert "Not worth using yet" in slow and "0.90 times the speed of the best dense plan (dense8)" in slow
+    weak = make(tmp_path / "weak", kept=0.9)
+    assert "Not worth using yet" in weak and "it keeps 90.0 % of the teacher, and 97 % is asked" in weak
+
+
+def test_texts_cannot_become_markup(page):
+    assert "<b>mean</b>" not in page and "<script>" not in page
+    assert "Return the &lt;b&gt;mean&lt;/b&gt;." in page
+
+
+def test_a_run_without_a_data_folder_or_training_has_a_report_too(tmp_path):
+    page = make(tmp_path, folder=False, steps=0)
+    assert "STS-B" not in page and "Nothing was trained" in page
+    assert page.count("<svg") == 5
+
+
+def test_the_same_numbers_give_the_same_page(tmp_path, page):
+    assert make(tmp_path) == page
+
+
+def test_several_thread_counts_are_told_apart(tmp_path):
+    write(tmp_path)
+    timed = plan()
+    for rows in timed["timings"].values():
+        rows += [row | {"threads": 2, "speedup_vs_best_dense": row["speedup_vs_best_dense"] - 0.04} for row in rows]
+    found = report.timings(timed)
+    assert found["shapes"] == ["1 × 16, 1 thr.", "32 × 128, 1 thr.", "1 × 16, 2 thr.", "32 × 128, 2 thr."]
+    assert found["threads"] == 2 and found["speedup_vs_best_dense"] == pytest.approx(1.02)
