@@ -29,7 +29,7 @@ _SETTINGS = {
     "PREFECT_HOME": str(ROOT / ".prefect"),
     "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",
     "PREFECT_RESULTS_PERSIST_BY_DEFAULT": "false",
-    "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "60",  # none: the API keeps the log, the board shows it
+    "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL",  # the API keeps the log, the board shows it
     "PREFECT_SERVER_LOGGING_LEVEL": "CRITICAL",
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "HF_HUB_DISABLE_TELEMETRY": "1",
@@ -47,6 +47,7 @@ from prefect.states import Completed, State  # noqa: E402
 from rich.console import Console  # noqa: E402
 
 from flows import dvc, summary  # noqa: E402
+from flows.guardian import guard  # noqa: E402
 from flows.progress import Board  # noqa: E402
 from flows.workspace import (  # noqa: E402
     BusyError,
@@ -62,7 +63,7 @@ from flows.workspace import (  # noqa: E402
 from tasks.params import load_params  # noqa: E402
 from tasks.stage import PipelineRecord, Registry, default_tracking_uri, explain  # noqa: E402
 
-console = Console()
+console = Console(width=None if sys.stdout.isatty() else 110)
 
 
 def _is_busy(task: Any, run: Any, state: State) -> bool:
@@ -88,7 +89,12 @@ def bring_up_to_date(stage: str, workspace: Workspace, environment: dict[str, st
 
     board.begin(stage)
     outcome = dvc.reproduce(
-        stage, workspace.root, environment, tell, force=_left_the_registry(stage, workspace)
+        stage,
+        workspace.root,
+        environment,
+        tell,
+        on_start=lambda: board.runs(stage),
+        force=_left_the_registry(stage, workspace),
     )
     board.end(stage, outcome)
     return Completed(name=outcome, message=f"{stage}: {outcome}")
@@ -205,6 +211,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         check(ROOT)
         plan(ROOT, settings, Path.cwd())  # what is wrong with the settings is said before anything starts
+        _guardian = guard(ROOT)  # held on to: it acts when this end of its pipe closes
         compress(overrides=settings, called_from=str(Path.cwd()))
         return 0
     except KeyboardInterrupt:

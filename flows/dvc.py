@@ -18,14 +18,6 @@ from flows.workspace import BusyError, FlowError
 
 Outcome = Literal["Cached", "Restored", "Completed"]
 
-# Linux ends this child with us, also when we are killed. (preexec_fn is unsafe beside Prefect's threads.)
-_BOOTSTRAP = """
-import ctypes, runpy, signal, sys
-if sys.platform == "linux":
-    ctypes.CDLL(None).prctl(1, signal.SIGTERM, 0, 0, 0)
-sys.argv[0] = "dvc"
-runpy.run_module("dvc", run_name="__main__", alter_sys=True)
-"""
 _NOISE = re.compile(
     r"^$|^> |^Updating lock file|^Generating lock file|^To track the changes|^\s+git add|^To enable auto"
     r"|^\s+dvc config|^Use `dvc push`|^Data and pipelines are up|^Stage '.*'( didn't change| is cached)"
@@ -51,26 +43,36 @@ def reproduce(
     environment: Mapping[str, str],
     on_line: Callable[[str], None],
     *,
+    on_start: Callable[[], None] = lambda: None,
     force: bool = False,
 ) -> Outcome:
     """Brings one stage up to date; raises BusyError, or FlowError with what the stage said.
 
-    `on_line` gets each line that says something to a reader. When this is interrupted by any exception, the
-    whole process group of the child is gone before it is passed on.
+    `on_start` is called if the stage is not cached and runs; `on_line` gets each line that says something to
+    a reader. When this is interrupted by any exception, the whole process group of the child is gone before
+    it is passed on.
     """
     before = locked(root, stage).get("outs")
     # --single-item always: without it, DVC walks the graph upwards. --wait-for-lock: else a finished stage
     # is reported failed when another process holds the lock for more than 3 s.
     command = ["--wait-for-lock", "repro", "--single-item", *(["--force"] if force else []), stage]
     lines: list[str] = []
-    code = _dvc(command, root, environment, lines, on_line)
+    started = f"Running stage '{stage}'"
+
+    def heard(line: str) -> None:
+        if line.startswith(started):
+            on_start()
+        elif not _NOISE.match(line) and not line.startswith("ERROR: failed to reproduce"):
+            on_line(line)
+
+    code = _dvc(command, root, environment, lines, heard)
     text = "\n".join(lines)
     if code:
         _restore(stage, root, environment)
         if _BUSY.search(text):
             raise BusyError(f"the workspace is busy: {_tail(lines)}; wait for the other DVC and run again")
         raise FlowError(_reason(stage, lines))
-    if f"Running stage '{stage}'" not in text:
+    if started not in text:
         return "Restored" if "is cached - skipping run" in text else "Cached"
     # A stage that always runs (inputs) is as good as cached when it wrote what it wrote before.
     always = _yaml(root / "dvc.yaml")["stages"][stage].get("always_changed", False)
@@ -91,7 +93,7 @@ def _dvc(
     on_line: Callable[[str], None],
 ) -> int:
     process = subprocess.Popen(
-        [sys.executable, "-c", _BOOTSTRAP, *arguments],
+        [sys.executable, "-m", "dvc", *arguments],
         cwd=root,
         env={**os.environ, **environment},
         stdin=subprocess.DEVNULL,
@@ -107,8 +109,7 @@ def _dvc(
             line = line.rstrip()
             lines.append(line)
             del lines[:-2000]
-            if not _NOISE.match(line) and not line.startswith("ERROR: failed to reproduce"):
-                on_line(line)
+            on_line(line)
         return process.wait()
     finally:
         _stop(process)

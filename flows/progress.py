@@ -63,11 +63,14 @@ class Board:
         self._running = False
         self._describe(stage)
 
+    def runs(self, stage: str) -> None:
+        """The stage is not cached; it runs, and so will those after it."""
+        self._running = True
+        self._print(f"{self._place(stage)} runs; about {clock(self._left(stage))} left in all")
+        self._describe(stage)
+
     def line(self, stage: str, text: str) -> None:
         """A line of a stage that runs."""
-        if not self._running:
-            self._running = True
-            self._print(f"{self._place(stage)} runs; about {clock(self._left(stage))} left in all")
         if self._bar and _STEP.search(text):  # a step counter stays in its place
             self._describe(stage, text.removeprefix(f"{stage}: "))
         else:

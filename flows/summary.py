@@ -29,20 +29,27 @@ def show(workspace: Workspace, uri: str, console: Console) -> None:
     quality = _json(workspace.root / "metrics" / "evaluate.json")
     plan = _json(workspace.root / "exports" / workspace.name / "plan.json")
     registered = _json(workspace.root / "metrics" / "register.json")
+    share, bound = _at(quality, "active_ffn_share"), _at(quality, "amdahl_bound")
+    parts = (
+        Text("What was kept", style="bold"),
+        kept(quality),
+        Text(f"\nWhat was gained by the plan {plan['default_plan']}", style="bold"),
+        gained(plan),
+        Text(f"{100 * share:.0f} % of the FFN is active; in equal arithmetic at most {bound:.2f}x (Amdahl)"),
+        Text("\nWhere it is", style="bold"),
+        _where(workspace, registered, uri),
+    )
     console.print(
         Panel(
-            Group(kept(quality), Text(), gained(quality, plan), Text(), _where(workspace, registered, uri)),
-            title=f"{workspace.name}: done",
-            title_align="left",
-            padding=(1, 2),
+            Group(*parts), title=f"{workspace.name}: done", title_align="left", padding=(1, 2), expand=False
         )
     )
-    console.print(_use(workspace, registered, uri), soft_wrap=True, highlight=False)
+    console.print(_use(workspace, registered, uri), soft_wrap=True, highlight=False, markup=False)
 
 
 def kept(quality: dict[str, Any]) -> Table:
     """Teacher, training-free mixture and student, measure by measure."""
-    table = Table(title="Kept", title_justify="left", title_style="bold", box=None, pad_edge=False)
+    table = Table(box=None, pad_edge=False)
     table.add_column("")
     for column in ("teacher", "no training", "student", "retention"):
         table.add_column(column, justify="right")
@@ -54,18 +61,13 @@ def kept(quality: dict[str, Any]) -> Table:
     return table
 
 
-def gained(quality: dict[str, Any], plan: dict[str, Any]) -> Table:
+def gained(plan: dict[str, Any]) -> Table:
     """The chosen plan, shape by shape, against dense float32 and against the best dense plan."""
-    chosen = plan["default_plan"]
-    share, bound = _at(quality, "active_ffn_share"), _at(quality, "amdahl_bound")
-    title = f"Gained: plan {chosen}"
-    if share is not None and bound is not None:
-        title += f", {100 * share:.0f} % of the FFN active, Amdahl bound in float32 {bound:.2f}x"
-    table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
+    table = Table(box=None, pad_edge=False)
     table.add_column("batch x sequence, threads")
-    for column in ("median", "against dense", "against best dense"):
+    for column in ("median", "over dense float32", "over the best dense"):
         table.add_column(column, justify="right")
-    for row in plan["timings"].get(chosen, []):
+    for row in plan["timings"].get(plan["default_plan"], []):
         table.add_row(
             f"{row['batch']} x {row['sequence']}, {row['threads']}",
             f"{row['median_ms']:.2f} ms",
@@ -76,16 +78,14 @@ def gained(quality: dict[str, Any], plan: dict[str, Any]) -> Table:
 
 
 def _where(workspace: Workspace, registered: dict[str, Any], uri: str) -> Table:
-    table = Table(
-        title="Where", title_justify="left", title_style="bold", box=None, pad_edge=False, show_header=False
-    )
+    table = Table(box=None, pad_edge=False, show_header=False)
     table.add_row("export", _relative(workspace.export))
     table.add_row("report", _relative(workspace.report))
     aliases = " and ".join(registered["aliases"])
     table.add_row("registry", f"models:/{registered['model']}/{registered['version']}, alias {aliases}")
     for reason in registered["refused"]:
         table.add_row("", f"not champion: {reason}")
-    table.add_row("run record", f"{uri} (open it: {_relative(_bin('mlflow'))} ui --backend-store-uri {uri})")
+    table.add_row("run record", f"{_relative(_bin('mlflow'))} ui --backend-store-uri {uri}")
     return table
 
 

@@ -31,7 +31,7 @@ SAME = 1e-5  # of components of unit vectors: the same graph, computed twice
 
 
 def run(stage: StageRun) -> None:
-    """Registers exports/NAME, writes metrics/register.json; ValueError if the version does not answer right."""
+    """Registers exports/NAME, writes metrics/register.json; ValueError if the version answers wrongly."""
     root, params = stage.root, stage.params
     export = root / "exports" / params.name
     plan = _json(export / "plan.json")
@@ -110,7 +110,7 @@ def check_answers(registry: Registry, version: int, export: Path) -> None:
     if answer.shape != expected.shape or not numpy.allclose(answer, expected, atol=SAME):
         raise ValueError(
             f"version {version} of {registry.model} does not answer as {export} does; "
-            "it was removed again, the aliases are where they were; run the stage again: dvc repro -s register"
+            "it was removed again, the aliases are where they were; to try again: dvc repro -s register"
         )
 
 
