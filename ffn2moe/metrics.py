@@ -48,9 +48,7 @@ def retrieval_ranks(query_ND: Tensor, document_ND: Tensor) -> Tensor:
     A tie counts against the query: a model that embeds all texts alike finds nothing.
     """
     if query_ND.shape != document_ND.shape:
-        raise ValueError(
-            f"queries {tuple(query_ND.shape)} and documents {tuple(document_ND.shape)} must come in pairs"
-        )
+        raise ValueError(f"queries {tuple(query_ND.shape)} and documents {tuple(document_ND.shape)} must come in pairs")
     score_NN = query_ND @ document_ND.T
     if not torch.isfinite(score_NN).all():
         raise ValueError("an embedding holds NaN or infinite values: the model that made it is damaged")
@@ -100,9 +98,7 @@ def similarity(first_ND: Tensor, second_ND: Tensor) -> Tensor:
     return (first_ND * second_ND).sum(1)
 
 
-def probe(
-    train_ND: Tensor, train_labels: list[str], dev_ND: Tensor, dev_labels: list[str], *, seed: int
-) -> Tensor:
+def probe(train_ND: Tensor, train_labels: list[str], dev_ND: Tensor, dev_labels: list[str], *, seed: int) -> Tensor:
     """Which of the dev texts a logistic regression on the embeddings of the train texts gets right, [N] bool.
 
     The probe of SentEval (Conneau and Kiela 2018): L2-regularised with C = 1, on embeddings as they are (unit
@@ -145,9 +141,7 @@ def ratio_interval(
     return Interval(float(low), float(high))
 
 
-def mean_ratio_interval(
-    numerator_N: Tensor, denominator_N: Tensor, *, rounds: int = 1000, seed: int = 0
-) -> Interval:
+def mean_ratio_interval(numerator_N: Tensor, denominator_N: Tensor, *, rounds: int = 1000, seed: int = 0) -> Interval:
     """`ratio_interval` of two means over the same examples, such as nDCG@10 of student and teacher."""
     numerator, denominator = numerator_N.double().numpy(), denominator_N.double().numpy()
     return ratio_interval(
@@ -239,9 +233,7 @@ def flops_per_token(spec: MoESpec, config: object, length: int) -> tuple[Flops, 
 
     heads = setting("num_attention_heads", "n_heads")
     if heads is None:
-        raise ValueError(
-            f"the configuration {type(config).__name__} does not say how many attention heads it has"
-        )
+        raise ValueError(f"the configuration {type(config).__name__} does not say how many attention heads it has")
     attention = spec.num_layers * attention_flops(
         spec.width,
         length,

@@ -224,9 +224,7 @@ def _die_with_parent() -> None:
 # --- files ----------------------------------------------------------------------------------------
 
 
-def read_corpus(
-    source: str, column: str = "text", *, workers: int = 0, track: Track | None = None
-) -> list[str]:
+def read_corpus(source: str, column: str = "text", *, workers: int = 0, track: Track | None = None) -> list[str]:
     """The texts of a corpus, cleaned, without empty ones, in the order of the source.
 
     `docstrings`; a .txt (one text a line), .jsonl, .csv or .tsv file (`column` is the one that holds the
@@ -235,11 +233,7 @@ def read_corpus(
     """
     if source == "docstrings":
         return docstrings(workers=workers, track=track)
-    raw = (
-        _datasets_texts(source, column)
-        if source.startswith("datasets:")
-        else _file_texts(Path(source), column)
-    )
+    raw = _datasets_texts(source, column) if source.startswith("datasets:") else _file_texts(Path(source), column)
     texts = [text for text in map(clean, raw) if text]
     if not texts:
         raise ValueError(f"the corpus {source} holds no text: every line or row is empty; give another")
@@ -288,9 +282,7 @@ def _jsonl_column(path: Path, column: str) -> list[str]:
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:
-            raise ValueError(
-                f"{path}:{number} is not JSON ({error.msg}); every line must be an object"
-            ) from None
+            raise ValueError(f"{path}:{number} is not JSON ({error.msg}); every line must be an object") from None
         if not isinstance(row, dict):
             raise ValueError(f"{path}:{number} is not an object; every line must be one, with a {column!r}")
         texts.append(_cell(row, column, f"{path}:{number}"))
@@ -303,9 +295,7 @@ def _table_column(path: Path, column: str, delimiter: str) -> list[str]:
     try:
         return [_cell(row, column, f"{path}:{rows.line_num}") for row in rows]
     except csv.Error as error:
-        raise ValueError(
-            f"{path}:{rows.line_num} is not a row of a table: {error}; check its quoting"
-        ) from None
+        raise ValueError(f"{path}:{rows.line_num} is not a row of a table: {error}; check its quoting") from None
 
 
 def _cell(row: dict[str, Any], column: str, where: str) -> str:
@@ -524,9 +514,7 @@ def split(
     while border < len(units) and calibration < calibration_texts:
         calibration += len(units[border].texts)
         border += 1
-    held_out, train = (
-        [text for unit in part for text in unit.texts] for part in (units[:border], units[border:])
-    )
+    held_out, train = ([text for unit in part for text in unit.texts] for part in (units[:border], units[border:]))
     if len(train) < FEWEST_TRAIN_TEXTS:
         raise ValueError(
             f"the corpus is too small to split: {len(evaluation)} texts for evaluation and "

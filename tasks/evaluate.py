@@ -60,9 +60,7 @@ class Benchmarks:
 class Judged:
     """One model's figures on every benchmark, and what they are the means of."""
 
-    def __init__(
-        self, benchmarks: Benchmarks, texts: Sequence[str], embeddings_ND: Tensor, seed: int
-    ) -> None:
+    def __init__(self, benchmarks: Benchmarks, texts: Sequence[str], embeddings_ND: Tensor, seed: int) -> None:
         from ffn2moe import metrics
 
         place = {text: index for index, text in enumerate(texts)}
@@ -78,9 +76,7 @@ class Judged:
         self.similarity_N: Tensor | None = None
         self.right: dict[str, Tensor] = {}
         if benchmarks.stsb:
-            self.similarity_N = metrics.similarity(
-                rows(benchmarks.stsb, "first"), rows(benchmarks.stsb, "second")
-            )
+            self.similarity_N = metrics.similarity(rows(benchmarks.stsb, "first"), rows(benchmarks.stsb, "second"))
             self.figures["stsb"] = {"spearman": metrics.spearman(self.similarity_N, benchmarks.scores())}
         for name, (train, dev) in benchmarks.classification.items():
             labels = ([row["label"] for row in part] for part in (train, dev))
@@ -213,8 +209,7 @@ def examples(benchmarks: Benchmarks, judged: Mapping[str, Judged]) -> list[dict[
         for place, row in enumerate(rows):
             found = judged[name].nearest_NK[place].tolist()
             row[name] = [
-                {"document": snippet(benchmarks.pairs[index]["document"]), "right": index == place}
-                for index in found
+                {"document": snippet(benchmarks.pairs[index]["document"]), "right": index == place} for index in found
             ]
     return rows
 

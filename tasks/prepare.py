@@ -61,8 +61,7 @@ def run(stage: StageRun) -> None:
             "retrieval": {"pairs": len(splits.pairs), "from": benchmark},
             "stsb_pairs": len(folder.stsb),
             "classification": {
-                name: {"train": len(train), "dev": len(dev)}
-                for name, (train, dev) in folder.classification.items()
+                name: {"train": len(train), "dev": len(dev)} for name, (train, dev) in folder.classification.items()
             },
         },
     )
@@ -152,9 +151,7 @@ def divide(stage: StageRun, folder: corpus.LabelledFolder) -> tuple[corpus.Split
     pairs = corpus.benchmark_pairs(texts, wanted, judged)
     evaluation_texts = 0
     if is_docstrings and len(pairs) < wanted:
-        raise ValueError(
-            f"data.evaluation_pairs = {wanted}, but the docstrings give only {len(pairs)}; lower it"
-        )
+        raise ValueError(f"data.evaluation_pairs = {wanted}, but the docstrings give only {len(pairs)}; lower it")
     own = is_docstrings or len(pairs) >= min(data.evaluation_pairs, corpus.FEWEST_OWN_PAIRS)
     if not own:
         stage.say(

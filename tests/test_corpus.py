@@ -162,8 +162,7 @@ def test_no_text_is_in_two_splits_or_twice_in_one(texts, calibration):
 def test_splits_depend_on_content_and_not_on_order():
     texts = make_texts(300)
     first, second = (
-        split(order, pairs=corpus.benchmark_pairs(order, 30))
-        for order in (texts, [*reversed(texts), texts[7]])
+        split(order, pairs=corpus.benchmark_pairs(order, 30)) for order in (texts, [*reversed(texts), texts[7]])
     )
     assert first == second
     assert len(first.pairs) == len(first.evaluation) == 30 and len(first.calibration) == 20
@@ -189,9 +188,7 @@ def test_nothing_of_the_benchmark_is_learnt_from_in_any_disguise():
     learnt = {corpus.normalise(text) for text in splits.train + splits.calibration}
     assert learnt.isdisjoint(corpus.normalise(text) for text in disguises)
     for held_out in pairs.values():
-        assert not any(
-            corpus.normalise(held_out.query) == corpus.normalise(text.split("\n")[0]) for text in learnt
-        )
+        assert not any(corpus.normalise(held_out.query) == corpus.normalise(text.split("\n")[0]) for text in learnt)
         assert learnt.isdisjoint({corpus.normalise(held_out.query), corpus.normalise(held_out.document)})
 
 
@@ -224,9 +221,7 @@ def test_the_corpus_is_cut_to_max_texts_and_joined_texts_get_up_to_half():
 
 
 def test_a_corpus_too_small_to_split_is_refused_with_the_remedy():
-    with pytest.raises(
-        ValueError, match=r"too small to split: .* leave 20 to train on.*lower data.calibration_texts"
-    ):
+    with pytest.raises(ValueError, match=r"too small to split: .* leave 20 to train on.*lower data.calibration_texts"):
         split(make_texts(20), calibration_texts=20)
 
 
@@ -236,12 +231,8 @@ def data(tmp_path) -> Path:
     for name in ("stsb", "ag_news", "sst2", "wikitext2"):
         (tmp_path / name).mkdir()
     row = "main-captions\tMSRvid\t2012test\t0000\t{}\t{}\t{}\n"
-    (tmp_path / "stsb/train.csv").write_text(
-        row.format("5.000", 'A "quoted man.', "A man is HERE."), encoding="utf-8"
-    )
-    (tmp_path / "stsb/dev.csv").write_text(
-        row.format("1.250", "A man is here.", "No one is here."), encoding="utf-8"
-    )
+    (tmp_path / "stsb/train.csv").write_text(row.format("5.000", 'A "quoted man.', "A man is HERE."), encoding="utf-8")
+    (tmp_path / "stsb/dev.csv").write_text(row.format("1.250", "A man is here.", "No one is here."), encoding="utf-8")
     (tmp_path / "ag_news/sample.csv").write_text(
         "".join(f'"{n % 4 + 1}","Title {n}","Body, with\\a break {n}"\n' for n in range(40)), encoding="utf-8"
     )

@@ -20,9 +20,7 @@ def teacher(tiny_teacher):
 def test_embeddings_are_in_the_order_of_the_texts_whatever_the_batch(teacher, pooling):
     model, tokenizer = teacher
     texts = [*make_texts(9), "dog", "the cat of the house"]
-    one_by_one = torch.cat(
-        [encode(model, tokenizer, [text], max_length=32, pooling=pooling) for text in texts]
-    )
+    one_by_one = torch.cat([encode(model, tokenizer, [text], max_length=32, pooling=pooling) for text in texts])
     together = encode(model, tokenizer, texts, max_length=32, pooling=pooling, batch_texts=4)
     torch.testing.assert_close(together, one_by_one, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(together.norm(dim=1), torch.ones(len(texts)))
@@ -62,9 +60,7 @@ def test_inputs_of_modules_are_those_at_tokens_that_are_not_padding(teacher):
     model, tokenizer = teacher
     texts = make_texts(6)
     layers = [layer.intermediate for layer in model.encoder.layer]
-    first, second = module_inputs(
-        model, layers, tokenizer, texts, max_length=32, max_tokens=10**6, batch_texts=4
-    )
+    first, second = module_inputs(model, layers, tokenizer, texts, max_length=32, max_tokens=10**6, batch_texts=4)
     tokens = sum(len(ids) for ids in tokenizer(texts, truncation=True, max_length=32)["input_ids"])
     assert first.shape == second.shape == (tokens, 32)
     alone = module_inputs(model, layers, tokenizer, texts[:1], max_length=32, max_tokens=5)

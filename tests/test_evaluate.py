@@ -70,12 +70,8 @@ def workspace(tmp_path_factory, tiny_teacher) -> Path:
     (root / "sets/stsb/dev.csv").write_text(
         "".join(f"a\tb\tc\td\t{n % 6}\t{sentences[n]}\t{sentences[n + 1]}\n" for n in range(30))
     )
-    (root / "sets/sst2/train.tsv").write_text(
-        "".join(f"{text}\t{n % 2}\n" for n, text in enumerate(sentences[:50]))
-    )
-    (root / "sets/sst2/dev.tsv").write_text(
-        "".join(f"{text}\t{n % 2}\n" for n, text in enumerate(sentences[50:]))
-    )
+    (root / "sets/sst2/train.tsv").write_text("".join(f"{text}\t{n % 2}\n" for n, text in enumerate(sentences[:50])))
+    (root / "sets/sst2/dev.tsv").write_text("".join(f"{text}\t{n % 2}\n" for n, text in enumerate(sentences[50:])))
     prepare.run(make_stage("prepare", root, f"teacher.source={tiny_teacher}", *SMALL))
     carve(root / "data/teacher", root / "models/routed", num_active=1)
     carve(root / "data/teacher", root / "models/distilled", num_active=E)
@@ -175,9 +171,7 @@ def test_evaluating_again_gives_the_same_bytes_and_needs_no_data_folder(workspac
     shutil.rmtree(tmp_path / "data/benchmarks/classification")
     evaluate.run(stage)
     found = json.loads((tmp_path / "metrics/evaluate.json").read_text())
-    assert set(found["student"]) == {"retrieval", "embedding_cosine"} and set(found["retention"]) == {
-        "retrieval"
-    }
+    assert set(found["student"]) == {"retrieval", "embedding_cosine"} and set(found["retention"]) == {"retrieval"}
 
 
 def test_a_teacher_that_finds_nothing_is_refused(workspace):
@@ -185,9 +179,7 @@ def test_a_teacher_that_finds_nothing_is_refused(workspace):
 
     benchmarks = evaluate.Benchmarks.read(workspace / "data/benchmarks")
     texts = benchmarks.texts()
-    judged = evaluate.Judged(
-        evaluate.Benchmarks(benchmarks.pairs, [], {}), texts, torch.ones(len(texts), 4), seed=0
-    )
+    judged = evaluate.Judged(evaluate.Benchmarks(benchmarks.pairs, [], {}), texts, torch.ones(len(texts), 4), seed=0)
     assert retrieval_ranks(torch.ones(3, 4), torch.ones(3, 4)).tolist() == [3, 3, 3]
     with pytest.raises(ValueError, match=r"teacher scores 0 on retrieval.ndcg_at_10"):
         evaluate.retention(judged, judged, benchmarks, seed=0)

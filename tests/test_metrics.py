@@ -189,9 +189,7 @@ def test_flops_equal_what_torch_counts(tiny_teacher):
     from torch.utils.flop_counter import FlopCounterMode
     from transformers import BertModel
 
-    model = BertModel.from_pretrained(
-        tiny_teacher, add_pooling_layer=False, attn_implementation="eager"
-    ).eval()
+    model = BertModel.from_pretrained(tiny_teacher, add_pooling_layer=False, attn_implementation="eager").eval()
     length = 16
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(input_ids=torch.ones(1, length, dtype=torch.long))

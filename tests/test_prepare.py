@@ -21,9 +21,7 @@ def workspace(tmp_path) -> Path:
 
 
 def run(root: Path, teacher: Path, *overrides: str) -> dict:
-    stage = make_stage(
-        "prepare", root, f"teacher.source={teacher}", "data.corpus=texts.jsonl", *SMALL, *overrides
-    )
+    stage = make_stage("prepare", root, f"teacher.source={teacher}", "data.corpus=texts.jsonl", *SMALL, *overrides)
     prepare.run(stage)
     return json.loads((root / "metrics/prepare.json").read_text())
 
@@ -60,8 +58,7 @@ def test_the_written_teacher_is_the_teacher(workspace, tiny_teacher):
     model, tokenizer = load_dense(str(workspace / "data/teacher"))
     original, _ = load_dense(str(tiny_teacher))
     assert all(
-        torch.equal(a, b)
-        for a, b in zip(model.state_dict().values(), original.state_dict().values(), strict=True)
+        torch.equal(a, b) for a, b in zip(model.state_dict().values(), original.state_dict().values(), strict=True)
     )
     assert tokenizer("the cat")["input_ids"]
 
@@ -118,9 +115,7 @@ def test_a_corpus_that_cannot_be_its_own_benchmark_takes_docstrings(workspace, t
         (["data.folder=gone"], FileNotFoundError, "data.folder"),
     ],
 )
-def test_bad_input_is_refused_and_nothing_that_was_good_is_lost(
-    workspace, tiny_teacher, overrides, error, message
-):
+def test_bad_input_is_refused_and_nothing_that_was_good_is_lost(workspace, tiny_teacher, overrides, error, message):
     run(workspace, tiny_teacher)
     before = files(workspace)
     with pytest.raises(error, match=message):
