@@ -1,0 +1,172 @@
+"""A small pipeline with the shape of the real one, for what is about the flow and not about models.
+
+A git and DVC repository with this project's flows, params and stage module, and five stages that take no time. What
+they do is set by `seed`: 13 fails with a message, 14 with a bug, 99 goes on until it is stopped.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+PROJECT = Path(__file__).resolve().parent.parent
+
+DVC_YAML = """\
+stages:
+  inputs:
+    cmd: python -m tasks.toy inputs
+    always_changed: true
+    outs: [data/inputs.json]
+  prepare:
+    cmd: python -m tasks.toy prepare
+    deps: [data/inputs.json, tasks/toy.py]
+    params: [data.folder]
+    outs: [data/corpus]
+    metrics: [metrics/prepare.json]
+  distill:
+    cmd: python -m tasks.toy distill
+    deps: [data/corpus, tasks/toy.py]
+    params: [seed]
+    outs: [models/distilled]
+  evaluate:
+    cmd: python -m tasks.toy evaluate
+    deps: [models/distilled, tasks/toy.py]
+    outs: ["exports/${name}/plan.json", reports/report.html]
+    metrics: [metrics/evaluate.json]
+  register:
+    cmd: python -m tasks.toy register
+    deps: [models/distilled, tasks/toy.py]
+    outs: [metrics/register.json]
+"""
+
+STAGES = """\
+import sys
+import time
+from pathlib import Path
+
+from tasks.stage import StageRun, main
+
+
+def inputs(stage: StageRun) -> None:
+    stage.write_json("data/inputs.json", {"folder": Path(stage.params.data.folder or ".").name})
+
+
+def prepare(stage: StageRun) -> None:
+    with stage.out("data/corpus") as out:
+        (out / "train.jsonl").write_text("{}")
+    stage.write_json("metrics/prepare.json", {"texts": 1})
+
+
+def distill(stage: StageRun) -> None:
+    seed = stage.params.seed
+    with stage.out("models/distilled") as out:
+        (out / "seed").write_text(str(seed))
+        for step in range(3):
+            stage.log_metrics({"loss": 1 / (step + 1)}, step)
+        if seed == 13:
+            raise ValueError("the loss is NaN at step 3; lower distill.learning_rate")
+        if seed == 14:
+            {}["a bug"]
+        while seed == 99:
+            stage.say("still here")
+            (stage.root / "alive").write_text(str(time.time()))
+            time.sleep(0.1)
+
+
+def evaluate(stage: StageRun) -> None:
+    figures = {"retrieval": {"ndcg_at_10": 0.7, "mrr": 0.6}}
+    stage.write_json(
+        "metrics/evaluate.json",
+        {"teacher": figures, "training_free": figures, "student": figures, "retention": figures,
+         "active_ffn_share": 0.25, "amdahl_bound": 1.9},
+    )
+    row = {"batch": 1, "sequence": 16, "threads": 1, "median_ms": 2.0, "speedup_vs_dense": 1.5,
+           "speedup_vs_best_dense": 1.1}
+    stage.write_json(f"exports/{stage.params.name}/plan.json", {"default_plan": "sorted", "timings": {"sorted": [row]}})
+    stage.write_text("reports/report.html", "<p>toy</p>")
+
+
+def register(stage: StageRun) -> None:
+    from tasks.stage import Registry
+
+    registry = Registry(stage.root, stage.params.model_name)
+    model = stage.root / "tasks" / "toy_model.py"
+    with registry.added(code=model, export=stage.root / "models/distilled", packages=[], requirements=["numpy"],
+                        example=["a"]) as version, registry.moved("challenger", version):
+        stage.write_json("metrics/register.json", {"model": stage.params.model_name, "version": version,
+                                                   "aliases": ["challenger"], "refused": ["it is a toy"]})
+
+
+main(sys.argv[1], globals()[sys.argv[1]], torch=False, recorded=sys.argv[1] != "inputs")
+"""
+
+MODEL = """\
+import mlflow
+
+
+class Toy(mlflow.pyfunc.PythonModel):
+    def predict(self, model_input: list[str]) -> list[int]:
+        return [len(text) for text in model_input]
+
+
+mlflow.models.set_model(Toy())
+"""
+
+
+def make_toy(folder: Path) -> Path:
+    """The repository, committed and clean."""
+    folder.mkdir(parents=True)
+    for name in ("flows", "tasks"):
+        shutil.copytree(PROJECT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("params.yaml", ".gitignore", ".dvcignore"):
+        shutil.copy(PROJECT / name, folder)
+    (folder / ".dvc").mkdir()
+    for name in ("config", ".gitignore"):
+        shutil.copy(PROJECT / ".dvc" / name, folder / ".dvc" / name)
+    (folder / "tasks" / "toy.py").write_text(STAGES)
+    (folder / "tasks" / "toy_model.py").write_text(MODEL)
+    (folder / "dvc.yaml").write_text(DVC_YAML)
+    for command in ("init -q -b main", "add -A", "commit -q -m toy"):
+        git(folder, *command.split())
+    return folder
+
+
+def git(folder: Path, *arguments: str) -> str:
+    identity = ("-c", "user.name=test", "-c", "user.email=test@example.org")
+    done = subprocess.run(
+        ["git", *identity, *arguments], cwd=folder, capture_output=True, text=True, check=True
+    )
+    return done.stdout
+
+
+def environment() -> dict[str, str]:
+    """A terminal's surroundings, without what this test run itself was given."""
+    kept = {
+        key: value
+        for key, value in os.environ.items()
+        if not key.startswith(("PREFECT_", "FFN2MOE_", "GIT_"))
+    }
+    return {**kept, "COLUMNS": "160"}
+
+
+def start(folder: Path, *settings: str, cwd: Path | None = None) -> subprocess.Popen[str]:
+    """`python -m flows.compress` as a child in a session of its own."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "flows.compress", *settings],
+        cwd=cwd or folder,
+        env={**environment(), "PYTHONPATH": str(folder)} if cwd else environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def compress(folder: Path, *settings: str, cwd: Path | None = None) -> tuple[int, str]:
+    """A whole run: its exit code and what it printed."""
+    process = start(folder, *settings, cwd=cwd)
+    output, _ = process.communicate(timeout=240)
+    return process.returncode, output
