@@ -19,8 +19,8 @@ _MEASURES = (
     ("retrieval.ndcg_at_10", "docstring retrieval, nDCG@10", 4),
     ("retrieval.mrr", "docstring retrieval, MRR", 4),
     ("stsb.spearman", "STS-B dev, Spearman x 100", 2),
-    ("ag_news.accuracy", "AG News, accuracy", 4),
-    ("sst2.accuracy", "SST-2, accuracy", 4),
+    ("classification.ag_news.accuracy", "AG News, accuracy", 4),
+    ("classification.sst2.accuracy", "SST-2, accuracy", 4),
 )
 
 
