@@ -1,0 +1,199 @@
+"""Stage 6: the student and its teacher as ONNX graphs, one a plan, each checked before any is kept.
+
+A float32 graph that is further from PyTorch than its tolerance fails the stage; an int8 graph is judged by the
+retrieval benchmark, and what it keeps of the teacher's figure decides later whether it may be chosen.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tasks import corpus
+from tasks.stage import StageRun, main, remove
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from ffn2moe.onnx_graph import Parity, Reference
+    from ffn2moe.runtime import Export
+
+STUDENT, TEACHER = "models/distilled", "data/teacher"
+PACKAGES = ("onnx", "onnx-ir", "onnxruntime-gpu", "onnxscript", "torch", "transformers")
+LARGEST_PARITY_BATCH = 8
+
+
+def run(stage: StageRun) -> None:
+    import ffn2moe
+    from ffn2moe import checkpoint, onnx_graph, onnx_plans, runtime
+    from ffn2moe.dense import load_dense
+
+    params, root = stage.params, stage.root
+    spec = checkpoint.load_spec(root / STUDENT)
+    student = checkpoint.load(root / STUDENT)
+    teacher, tokenizer = load_dense(str(root / TEACHER))
+    pairs = corpus.read_jsonl(root / "data/benchmarks/retrieval.jsonl")
+
+    folder = root / "exports" / params.name
+    partial = folder.parent / f".{params.name}.partial"
+    remove(partial)  # left by a run that was killed
+    partial.mkdir(parents=True)
+    try:
+        tokenizer.save_pretrained(partial / "tokenizer")
+        shutil.copytree(root / STUDENT, partial / "checkpoint")
+        stage.say("tracing teacher and student")
+        dense = onnx_graph.canonical_graph(teacher, spec.pooling)
+        mixture = onnx_graph.canonical_graph(student, spec.pooling)
+        entries: dict[str, dict[str, Any]] = {}
+        for name in runtime.PLANS:
+            canonical = dense if name in runtime.DENSE_PLANS else mixture
+            graph = onnx_plans.lower(canonical, name, spec.activation)
+            file = f"{name}.onnx"
+            entries[name] = {"file": file, "sha256": onnx_graph.save_graph(graph, partial / file)}
+
+        manifest: dict[str, Any] = {"spec": spec.to_dict(), "plans": entries}
+        fast_tokenizer = runtime.load_tokenizer(partial / "tokenizer", spec.max_length)
+
+        def opened(plan: str, threads: int) -> Export:
+            file = partial / entries[plan]["file"]
+            return runtime.Export(partial, plan, manifest, runtime.session(file, threads=threads), fast_tokenizer)
+
+        texts = [row["text"] for row in corpus.read_jsonl(root / "data/corpus/evaluation.jsonl")]
+        batches = list(random_batches(opened("dense", 1), texts[: params.export.parity_texts], params.seed))
+        references = {
+            "teacher": onnx_graph.reference(teacher, batches, spec.pooling),
+            "student": onnx_graph.reference(student, batches, spec.pooling),
+        }
+        if spec.activation == "gelu":  # the op on the CPU computes the tanh form
+            references["tanh"] = onnx_graph.reference(student, batches, spec.pooling, tanh=True)
+        for name in stage.track(runtime.PLANS, len(runtime.PLANS), "checking plans"):
+            entries[name] |= check(stage, opened(name, 1), references)
+            ndcg = retrieval_ndcg(opened(name, params.compute.threads), pairs)
+            entries[name]["retrieval_ndcg_at_10"] = round(ndcg, 6)
+        for name, entry in entries.items():
+            whole = entries["dense"]["retrieval_ndcg_at_10"]
+            entry["retention"] = round(entry["retrieval_ndcg_at_10"] / whole, 6) if whole else 0.0
+            stage.say(
+                f"{name}: {entry['parity_max_abs']:.1e} from PyTorch, nDCG@10 {entry['retrieval_ndcg_at_10']:.4f} "
+                f"({100 * entry['retention']:.1f} % of the teacher's)"
+            )
+        manifest |= {
+            "teacher": {"source": spec.teacher, "sha256": runtime.sha256(teacher_weights(root / TEACHER))},
+            "seed": params.seed,
+            "data_sha256": data_sha256(root / "data"),
+            "versions": {"ffn2moe": ffn2moe.__version__} | {package: version(package) for package in PACKAGES},
+        }
+        StageRun("export", params, partial).write_json("manifest.json", manifest)
+        keep(partial, folder)
+    finally:
+        remove(partial)
+
+
+def keep(partial: Path, folder: Path) -> None:
+    """Moves what was made into the export's folder, where the benchmark's plan.json may lie from before."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "plan.json").unlink(missing_ok=True)  # it speaks of other graphs
+    for made in sorted(partial.iterdir()):
+        remove(folder / made.name)
+        os.replace(made, folder / made.name)
+
+
+def random_batches(export: Export, texts: Sequence[str], seed: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """The texts as batches of random sizes, each cut to a random length of at least one token."""
+    import numpy as np
+
+    from ffn2moe.runtime import pad
+
+    random = np.random.default_rng(seed)
+    ids = export.token_ids(texts)
+    start = 0
+    while start < len(ids):
+        size = int(random.integers(1, LARGEST_PARITY_BATCH + 1))
+        longest = int(random.integers(1, max(map(len, ids)) + 1))
+        yield pad([tokens[:longest] for tokens in ids[start : start + size]], 0)
+        start += size
+
+
+def check(stage: StageRun, export: Export, references: dict[str, list[Reference]]) -> dict[str, Any]:
+    """How far a plan is from PyTorch; ValueError for a float32 plan that is further than its tolerance."""
+    from ffn2moe import onnx_graph, runtime
+
+    settings = stage.params.export
+    plan = export.plan
+    known = references["teacher" if plan in runtime.DENSE_PLANS else "student"]
+    if plan == "fused" and "tanh" in references:
+        # Against PyTorch with the op's own GELU the graph must be exact; against the true one, GELU's two forms
+        # differ, and where that moves a token to another expert, nothing small is left to compare.
+        require(plan, onnx_graph.parity(export.run, references["tanh"]), settings.float_tolerance)
+        same = onnx_graph.same_choices(known, references["tanh"])
+        found = onnx_graph.parity(export.run, known, only=same)
+        require(plan, found, settings.tanh_tolerance, embedding_only=True)
+        return {"parity_max_abs": rounded(found.embedding_max_abs), "parity": details(found)}
+    found = onnx_graph.parity(export.run, known)
+    if plan not in runtime.INT8_PLANS:
+        require(plan, found, settings.float_tolerance)
+    return {"parity_max_abs": rounded(found.max_abs), "parity": details(found)}
+
+
+def require(plan: str, found: Parity, tolerance: float, *, embedding_only: bool = False) -> None:
+    """ValueError if the plan is further from PyTorch than the tolerance, or not a number."""
+    worst = found.embedding_max_abs if embedding_only else found.max_abs
+    if not worst <= tolerance:
+        raise ValueError(
+            f"the plan {plan} is {worst:.2e} from PyTorch, more than {tolerance:.0e} (export.float_tolerance, "
+            "export.tanh_tolerance): this onnxruntime computes something else, so nothing was exported; "
+            "install the locked versions, or raise the tolerance if you know why"
+        )
+
+
+def details(found: Parity) -> dict[str, Any]:
+    return {
+        "hidden_max_abs": rounded(found.hidden_max_abs),
+        "embedding_max_abs": rounded(found.embedding_max_abs),
+        "texts": found.texts,
+        "near_ties": found.near_ties,
+    }
+
+
+def rounded(value: float) -> float:
+    """Three digits: what a difference is worth telling."""
+    return float(f"{value:.3g}")
+
+
+def retrieval_ndcg(export: Export, pairs: Sequence[dict[str, str]]) -> float:
+    """nDCG@10 of a plan on the retrieval benchmark."""
+    import torch
+
+    from ffn2moe.metrics import retrieval
+
+    query_ND = export.encode([row["query"] for row in pairs])
+    document_ND = export.encode([row["document"] for row in pairs])
+    return retrieval(torch.from_numpy(query_ND), torch.from_numpy(document_ND))["ndcg_at_10"]
+
+
+def teacher_weights(folder: Path) -> Path:
+    """The first weight file of the teacher."""
+    found = sorted(folder.glob("*.safetensors"))
+    if not found:
+        raise FileNotFoundError(f"{folder} has no *.safetensors file: run the stage prepare again")
+    return found[0]
+
+
+def data_sha256(folder: Path) -> str:
+    """One sha256 over the corpus and the benchmarks: names and contents of their files."""
+    from ffn2moe.runtime import sha256
+
+    total = hashlib.sha256()
+    for part in ("corpus", "benchmarks"):
+        for file in sorted((folder / part).rglob("*.jsonl")):
+            total.update(f"{file.relative_to(folder).as_posix()} {sha256(file)}\n".encode())
+    return total.hexdigest()
+
+
+if __name__ == "__main__":
+    main("export", run)
