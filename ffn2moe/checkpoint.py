@@ -6,6 +6,7 @@ This is the only file of the package that knows names on disk.
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -98,3 +99,39 @@ def load(folder: str | Path) -> Any:
         )
     require_finite(model, str(folder))
     return model.to(torch.float32).eval()
+
+
+def save_progress(path: str | Path, tensors: dict[str, torch.Tensor], *, step: int, fingerprint: str) -> None:
+    """Write a training state in one piece: a reader finds the old file or the new one, never half of one.
+
+    `fingerprint` names what the state belongs to; `load_progress` gives it to nobody else.
+    """
+    from safetensors.torch import save_file
+
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fresh = path.with_suffix(".partial")
+    save_file(
+        {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
+        fresh,
+        metadata={"step": str(step), "fingerprint": fingerprint},
+    )
+    with open(fresh, "rb") as stream:
+        os.fsync(stream.fileno())
+    os.replace(fresh, path)
+
+
+def load_progress(path: str | Path, *, fingerprint: str) -> tuple[int, dict[str, torch.Tensor]] | None:
+    """The step and tensors of a state of this very training, or None: no file, a damaged one, or another's."""
+    from safetensors import SafetensorError, safe_open
+
+    if not Path(path).is_file():
+        return None
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("fingerprint") != fingerprint:
+                return None
+            return int(metadata["step"]), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, KeyError, ValueError):
+        return None

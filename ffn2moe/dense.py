@@ -5,6 +5,7 @@ A family is data: adding one is adding a row to `FAMILIES`.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ffn2moe.spec import Activation
+from ffn2moe.spec import Activation, Pooling
 
 ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
@@ -145,15 +146,18 @@ def activation_of(model: nn.Module) -> Activation:
     """The activation of the model's FFNs; ValueError for one that the experts do not implement."""
     name = getattr(model.config, family_of(model).activation)
     if name not in _ACTIVATION_NAMES:
-        raise ValueError(
-            f"the FFN activation {name!r} is not supported; supported are: {', '.join(_ACTIVATION_NAMES)}"
-        )
+        raise ValueError(f"the FFN activation {name!r} is not supported; supported are: {', '.join(_ACTIVATION_NAMES)}")
     return _ACTIVATION_NAMES[name]
 
 
 def ffn_layers(model: nn.Module) -> list[nn.Module]:
     """The transformer layers that hold the FFNs, in order."""
     return list(model.base_model.get_submodule(family_of(model).layers))
+
+
+def ffn_modules(model: nn.Module) -> list[nn.Module]:
+    """The module of each layer that takes the FFN's input [B, L, D]: where a mixture would be installed."""
+    return [layer.get_submodule(family_of(model).install) for layer in ffn_layers(model)]
 
 
 def read_ffn(model: nn.Module, layer: int) -> DenseFFN:
@@ -266,6 +270,23 @@ def load_dense(source: str, revision: str | None = None) -> tuple[Any, Any]:
         )
     require_finite(model, f"the teacher {source}")
     return model.eval(), tokenizer
+
+
+def pooling_of(folder: str | Path) -> Pooling:
+    """How a teacher's authors pool its tokens: what a sentence-transformers folder says, else the mean.
+
+    ValueError for a pooling that is neither the mean nor the first token.
+    """
+    path = Path(folder) / "1_Pooling" / "config.json"
+    if not path.is_file():
+        return "mean"
+    modes = sorted(key for key, on in json.loads(path.read_text()).items() if key.startswith("pooling_mode") and on)
+    known: dict[str, Pooling] = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls"}
+    if len(modes) != 1 or modes[0] not in known:
+        raise ValueError(
+            f"{path} asks for {modes}, which is not supported; supported are {sorted(known)}, one at a time"
+        )
+    return known[modes[0]]
 
 
 def require_finite(model: nn.Module, what: str) -> None:

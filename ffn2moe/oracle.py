@@ -98,33 +98,86 @@ def _greedy(gram_TEE: Tensor, num_active: int, scale: float) -> OracleChoice:
     return OracleChoice(chosen_TE, torch.where(chosen_TE.bool(), rise_TE, -rise_TE))
 
 
+@dataclass(frozen=True)
+class Survey:
+    """What a layer's experts are to T tokens: all that a router is fitted to."""
+
+    norm_TE: Tensor  # ||E_i(x)||
+    gain_TE: Tensor  # the oracle's gains, over the mean energy of the layer's output
+
+
+@torch.no_grad()
+def survey(moe: MoEFFN, x_TD: Tensor, chunk: int = 4096) -> Survey:
+    """Norms and gains of every expert on tokens [T, D], from one pass over the experts."""
+    norms, gains, energy = [], [], 0.0
+    for x in x_TD.split(chunk):
+        gram_TEE = gram(expert_outputs(moe, x))
+        norms.append(gram_TEE.diagonal(dim1=1, dim2=2).clamp(min=0).sqrt())
+        gains.append(oracle(gram_TEE, moe.num_active).gain_TE)
+        energy += gram_TEE.sum(dtype=torch.float64).item()
+    return Survey(torch.cat(norms), torch.cat(gains) / (energy / len(x_TD)))
+
+
+@dataclass(frozen=True)
+class BestScale:
+    """The scale that brings a choice of experts closest to the whole FFN, and what is left."""
+
+    scale: float  # a = sum <y_S, y> / sum ||y_S||^2
+    error: float  # ||y - a y_S|| / ||y|| over all tokens
+
+
+class _Fit:
+    """Sums over tokens from which the best scale of a choice, and its error, follow in closed form."""
+
+    def __init__(self) -> None:
+        self.cross = self.own = self.energy = 0.0
+
+    def add(self, gram_TEE: Tensor, chosen_TE: Tensor) -> None:
+        self.energy += gram_TEE.sum((1, 2), dtype=torch.float64).sum().item()
+        self.cross += (gram_TEE.sum(1) * chosen_TE).sum(dtype=torch.float64).item()
+        own_T = ((gram_TEE @ chosen_TE.unsqueeze(2)).squeeze(2) * chosen_TE).sum(1)
+        self.own += own_T.sum(dtype=torch.float64).item()
+
+    def best(self) -> BestScale:
+        if self.own == 0 or self.energy == 0:
+            return BestScale(1.0, 0.0 if self.energy == 0 else 1.0)
+        return BestScale(self.cross / self.own, max(0.0, 1 - self.cross**2 / (self.own * self.energy)) ** 0.5)
+
+
+@torch.no_grad()
+def best_scale(moe: MoEFFN, x_TD: Tensor, chunk: int = 4096) -> BestScale:
+    """The best single scale of a layer under the oracle's choice, on tokens [T, D]."""
+    fit = _Fit()
+    for x in x_TD.split(chunk):
+        gram_TEE = gram(expert_outputs(moe, x))
+        fit.add(gram_TEE, oracle(gram_TEE, moe.num_active).chosen_TE)
+    return fit.best()
+
+
 @torch.no_grad()
 def diagnose(moe: MoEFFN, x_TD: Tensor, chunk: int = 4096) -> dict[str, float]:
-    """How far a layer is from the sum of all its experts, on the tokens `x_TD` [T, D].
+    """How far a layer is from the sum of all its experts, on tokens [T, D].
 
     Errors are relative, ``||y - a y_S|| / ||y||`` over all tokens, each choice with its own best scale a:
     `oracle_error` under the best choice (what the partition costs), `router_error` under the learned one,
     `gap` their difference (what the router costs), `router_recall` the share of the oracle's K that the
     router finds.
     """
-    energy, found, wanted = 0.0, 0.0, 0.0
-    cross = {"oracle": 0.0, "router": 0.0}
-    own = {"oracle": 0.0, "router": 0.0}
+    oracle_fit, router_fit = _Fit(), _Fit()
+    found = wanted = 0.0
     for x in x_TD.split(chunk):
         gram_TEE = gram(expert_outputs(moe, x))
         scores_TE = moe.router(x)
         chosen_TE = torch.zeros_like(scores_TE).scatter_(1, moe.router.choose(scores_TE, moe.num_active), 1.0)
         best_TE = oracle(gram_TEE, moe.num_active).chosen_TE
-        energy += gram_TEE.double().sum().item()
+        oracle_fit.add(gram_TEE, best_TE)
+        router_fit.add(gram_TEE, chosen_TE)
         found += (chosen_TE * best_TE).sum().item()
         wanted += best_TE.sum().item()
-        for name, choice_TE in (("oracle", best_TE), ("router", chosen_TE)):
-            cross[name] += (gram_TEE.sum(1) * choice_TE).double().sum().item()
-            own[name] += torch.einsum("te,tef,tf->", choice_TE, gram_TEE, choice_TE).item()
-    errors = {name: max(0.0, 1 - cross[name] ** 2 / (own[name] * energy)) ** 0.5 for name in cross}
+    oracle_error, router_error = oracle_fit.best().error, router_fit.best().error
     return {
-        "oracle_error": errors["oracle"],
-        "router_error": errors["router"],
-        "gap": errors["router"] - errors["oracle"],
+        "oracle_error": oracle_error,
+        "router_error": router_error,
+        "gap": router_error - oracle_error,
         "router_recall": found / wanted,
     }

@@ -34,6 +34,12 @@ class Router(nn.Module):
         return (scores_TE + self.balance_bias).topk(num_active, dim=-1).indices
 
     @torch.no_grad()
+    def set(self, weight_ED: Tensor, bias_E: Tensor) -> None:
+        """Take these weights, as a closed-form start gives them."""
+        self.weight.copy_(weight_ED)
+        self.bias.copy_(bias_E)
+
+    @torch.no_grad()
     def balance(self, load_E: Tensor, step: float) -> None:
         """Move the balance bias one step towards an even load; `load_E` counts the tokens of each expert."""
         load_E = load_E.float()

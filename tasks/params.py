@@ -77,6 +77,7 @@ class Decompose(Section):
 
 
 class TrainRouter(Section):
+    tokens: Count
     steps: int = Field(ge=0)
     batch_tokens: Count
     learning_rate: Positive

@@ -10,21 +10,124 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 import torch
 
-WORDS = (
-    "the a of and to in is are return returns array matrix value values index sum mean list string number file "
-    "read write open close sort sorted compute given function object class method type error raise if not none "
-    "true false shape size axis element elements first last new old name path data table row column graph node "
-    "edge tree map filter apply linear random normal distribution test sample fit predict score model layer "
-    "token text word sentence query document search parse format date time day week month year word2 red green "
-    "blue cat dog house garden river mountain music paint color light dark fast slow"
-).split()
+WORDS = [
+    "the",
+    "a",
+    "of",
+    "and",
+    "to",
+    "in",
+    "is",
+    "are",
+    "return",
+    "returns",
+    "array",
+    "matrix",
+    "value",
+    "values",
+    "index",
+    "sum",
+    "mean",
+    "list",
+    "string",
+    "number",
+    "file",
+    "read",
+    "write",
+    "open",
+    "close",
+    "sort",
+    "sorted",
+    "compute",
+    "given",
+    "function",
+    "object",
+    "class",
+    "method",
+    "type",
+    "error",
+    "raise",
+    "if",
+    "not",
+    "none",
+    "true",
+    "false",
+    "shape",
+    "size",
+    "axis",
+    "element",
+    "elements",
+    "first",
+    "last",
+    "new",
+    "old",
+    "name",
+    "path",
+    "data",
+    "table",
+    "row",
+    "column",
+    "graph",
+    "node",
+    "edge",
+    "tree",
+    "map",
+    "filter",
+    "apply",
+    "linear",
+    "random",
+    "normal",
+    "distribution",
+    "test",
+    "sample",
+    "fit",
+    "predict",
+    "score",
+    "model",
+    "layer",
+    "token",
+    "text",
+    "word",
+    "sentence",
+    "query",
+    "document",
+    "search",
+    "parse",
+    "format",
+    "date",
+    "time",
+    "day",
+    "week",
+    "month",
+    "year",
+    "word2",
+    "red",
+    "green",
+    "blue",
+    "cat",
+    "dog",
+    "house",
+    "garden",
+    "river",
+    "mountain",
+    "music",
+    "paint",
+    "color",
+    "light",
+    "dark",
+    "fast",
+    "slow",
+]
 
 
 def make_tokenizer(folder: Path) -> None:
     """A WordPiece tokenizer over a small vocabulary, saved as transformers' fast BERT tokenizer."""
     from transformers import BertTokenizerFast
 
-    pieces = [*"abcdefghijklmnopqrstuvwxyz0123456789.,:;()'`_-", *(f"##{c}" for c in "abcdefghijklmnopqrstuvwxyz0123456789")]
+    pieces = [
+        *"abcdefghijklmnopqrstuvwxyz0123456789.,:;()'`_-",
+        *(f"##{c}" for c in "abcdefghijklmnopqrstuvwxyz0123456789"),
+    ]
     vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *dict.fromkeys([*pieces, *WORDS])]
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "vocab.txt").write_text("\n".join(vocabulary) + "\n")

@@ -1,0 +1,158 @@
+"""Stage 4: the mixtures learn, end to end, to do what the dense teacher does.
+
+Killed at any moment, it continues from the last checkpoint in .cache and ends in the same bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tasks import corpus
+from tasks.stage import StageRun, main
+
+if TYPE_CHECKING:
+    from ffn2moe.train import Distiller, StepMetrics
+
+REPORTED_EVERY = 10  # steps between the rows of the loss curve
+
+
+def run(stage: StageRun) -> None:
+    from ffn2moe import checkpoint
+    from ffn2moe.dense import load_dense
+    from ffn2moe.encode import choose_device
+    from ffn2moe.train import Batches, Distiller, bf16_supported
+
+    params, root, settings = stage.params, stage.root, stage.params.distill
+    teacher, tokenizer = load_dense(str(root / "data/teacher"))
+    student = checkpoint.load(root / "models/routed")
+    spec = checkpoint.load_spec(root / "models/routed")
+    device = choose_device(params.compute.device)
+    bf16 = bf16_supported(device) if params.compute.bf16 == "auto" else params.compute.bf16 == "on"
+    texts = corpus.read_texts(root / "data/corpus/train.jsonl")
+    batches = Batches(
+        tokenizer(texts, truncation=True, max_length=params.teacher.max_length)["input_ids"],
+        batch_tokens=settings.batch_tokens,
+        seed=params.seed,
+        pad_id=tokenizer.pad_token_id or 0,
+    )
+    stage.say(
+        f"{len(texts)} texts, {settings.steps} steps of {settings.batch_tokens} tokens "
+        f"({settings.steps / batches.per_epoch:.1f} epochs), {'bfloat16' if bf16 else 'float32'} on {device}"
+    )
+    distiller = Distiller(
+        teacher,
+        student,
+        batches,
+        pooling=spec.pooling,
+        steps=settings.steps,
+        learning_rate=settings.learning_rate,
+        hidden_weight=settings.hidden_weight,
+        embedding_weight=settings.embedding_weight,
+        relational_weight=settings.relational_weight,
+        balance_step=settings.balance_step,
+        device=device,
+        bf16=bf16,
+    )
+    progress = Progress(root / ".cache" / "distill.safetensors", run_fingerprint(stage))
+    progress.resume(distiller)
+    if distiller.step:
+        stage.say(f"continuing from the checkpoint at step {distiller.step}")
+    steps = stage.track(distiller.run(), settings.steps, "distilling", completed=distiller.step)
+    for metrics in steps:
+        progress.add(metrics)
+        if metrics.step % REPORTED_EVERY == 0:
+            stage.log_metrics({k: v for k, v in asdict(metrics).items() if k != "step"}, metrics.step)
+        if distiller.step % settings.checkpoint_every == 0 and distiller.step < settings.steps:
+            progress.save(distiller)
+
+    with stage.out("models/distilled") as out:
+        checkpoint.save(student, tokenizer, spec, out)
+    rows = progress.rows
+    last = rows[-50:]
+    stage.write_json(
+        "metrics/distill.json",
+        {
+            "steps": settings.steps,
+            "epochs": settings.steps / batches.per_epoch,
+            "tokens": settings.steps * settings.batch_tokens,
+            "loss_last_50": sum(row["loss"] for row in last) / max(1, len(last)),
+            "bf16": bf16,
+        },
+    )
+    stage.write_csv("metrics/plots/distill.csv", rows[::REPORTED_EVERY] or [{"step": 0, "loss": 0.0}])
+    progress.discard()
+
+
+class Progress:
+    """The checkpoint that a stopped distillation continues from, with the metrics of the steps behind it.
+
+    It lies outside the stage's outs, which DVC removes before the stage starts.
+    """
+
+    def __init__(self, path: Path, fingerprint: str) -> None:
+        self.path = path
+        self.fingerprint = fingerprint
+        self.rows: list[dict[str, Any]] = []
+
+    def add(self, metrics: StepMetrics) -> None:
+        self.rows.append(asdict(metrics))
+
+    def save(self, distiller: Distiller) -> None:
+        import torch
+
+        from ffn2moe.checkpoint import save_progress
+
+        history = torch.tensor([list(row.values()) for row in self.rows], dtype=torch.float64)
+        save_progress(
+            self.path,
+            distiller.state() | {"history": history},
+            step=distiller.step,
+            fingerprint=self.fingerprint,
+        )
+
+    def resume(self, distiller: Distiller) -> None:
+        """Puts the distiller where it was stopped, if it was."""
+        from ffn2moe.checkpoint import load_progress
+        from ffn2moe.train import StepMetrics
+
+        found = load_progress(self.path, fingerprint=self.fingerprint)
+        if found is None:
+            return
+        step, tensors = found
+        names = [field.name for field in fields(StepMetrics)]
+        self.rows = [dict(zip(names, row, strict=True)) for row in tensors.pop("history").tolist()]
+        for row in self.rows:
+            row["step"] = int(row["step"])
+        distiller.restore(step, tensors)
+
+    def discard(self) -> None:
+        self.path.unlink(missing_ok=True)
+
+
+def run_fingerprint(stage: StageRun) -> str:
+    """Names this very distillation: its parameters and the content of what it reads."""
+    params = stage.params
+    digest = hashlib.sha256()
+    settings = [
+        params.distill.model_dump(),
+        params.seed,
+        params.teacher.max_length,
+        params.compute.model_dump(),
+    ]
+    digest.update(json.dumps(settings, sort_keys=True).encode())
+    for path in (
+        "data/teacher/model.safetensors",
+        "data/corpus/train.jsonl",
+        "models/routed/model.safetensors",
+    ):
+        with open(stage.root / path, "rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()
+
+
+if __name__ == "__main__":
+    main("distill", run)
