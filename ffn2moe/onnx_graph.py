@@ -419,19 +419,17 @@ def _linear_maps_as_gemm(model: ir.Model) -> None:
     """``x @ W + b`` on tokens becomes one Gemm: the bias costs no pass over memory of its own."""
     editor = Editor(model)
     for node in [node for node in model.graph if node.op_type == "Add"]:
-        products = [product for value in node.inputs if (product := _produced_by(value, "MatMul"))]
-        if len(products) != 1 or only_use(products[0].outputs[0]) is not node:
-            continue
-        product = products[0]
-        weight = constant_of(product.inputs[1])
-        bias = next(value for value in node.inputs if value is not product.outputs[0])
-        offset = constant_of(bias)
-        if weight is None or weight.ndim != 2 or offset is None or offset.shape != weight.shape[1:]:
-            continue
-        if not _is_tokens(product.outputs[0], weight.shape[1]):
-            continue
-        editor.at = node
-        replace(node.outputs[0], editor.node("Gemm", *product.inputs, bias))
+        for product, bias in (node.inputs, reversed(node.inputs)):
+            multiply = _produced_by(product, "MatMul")
+            if multiply is None or only_use(product) is not node:
+                continue
+            weight, offset = constant_of(multiply.inputs[1]), constant_of(bias)
+            if weight is None or weight.ndim != 2 or offset is None or offset.shape != weight.shape[1:]:
+                continue
+            if _is_tokens(product, weight.shape[1]):
+                editor.at = node
+                replace(node.outputs[0], editor.node("Gemm", *multiply.inputs, bias))
+                break
 
 
 def save_graph(model: ir.Model, path: str | Path) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,20 +18,18 @@ from tasks import corpus
 from tasks.stage import StageRun, main, remove
 
 if TYPE_CHECKING:
-    import numpy as np
-
-    from ffn2moe.onnx_graph import Parity, Reference
+    from ffn2moe.onnx_graph import Parity
     from ffn2moe.runtime import Export
 
 STUDENT, TEACHER = "models/distilled", "data/teacher"
 PACKAGES = ("onnx", "onnx-ir", "onnxruntime-gpu", "onnxscript", "torch", "transformers")
-LARGEST_PARITY_BATCH = 8
 
 
 def run(stage: StageRun) -> None:
     import ffn2moe
     from ffn2moe import checkpoint, onnx_graph, onnx_plans, runtime
     from ffn2moe.dense import load_dense
+    from ffn2moe.verify import Known, plan_parity, random_batches
 
     params, root = stage.params, stage.root
     spec = checkpoint.load_spec(root / STUDENT)
@@ -64,22 +62,22 @@ def run(stage: StageRun) -> None:
             return runtime.Export(partial, plan, manifest, runtime.session(file, threads=threads), fast_tokenizer)
 
         texts = [row["text"] for row in corpus.read_jsonl(root / "data/corpus/evaluation.jsonl")]
-        batches = list(random_batches(opened("dense", 1), texts[: params.export.parity_texts], params.seed))
-        references = {
-            "teacher": onnx_graph.reference(teacher, batches, spec.pooling),
-            "student": onnx_graph.reference(student, batches, spec.pooling),
-        }
-        if spec.activation == "gelu":  # the op on the CPU computes the tanh form
-            references["tanh"] = onnx_graph.reference(student, batches, spec.pooling, tanh=True)
+        ids = opened("dense", 1).token_ids(texts[: params.export.parity_texts])
+        known = Known.of(spec, student, list(random_batches(ids, params.seed)), teacher)
         for name in stage.track(runtime.PLANS, len(runtime.PLANS), "checking plans"):
-            entries[name] |= check(stage, opened(name, 1), references)
-            ndcg = retrieval_ndcg(opened(name, params.compute.threads), pairs)
-            entries[name]["retrieval_ndcg_at_10"] = round(ndcg, 6)
-        for name, entry in entries.items():
+            largest, found = plan_parity(
+                name, opened(name, 1).run, known, params.export.float_tolerance, params.export.tanh_tolerance
+            )
+            entries[name] |= {
+                "parity_max_abs": rounded(largest),
+                "parity": details(found),
+                "retrieval_ndcg_at_10": round(retrieval_ndcg(opened(name, params.compute.threads), pairs), 6),
+            }
+        for plan, entry in entries.items():
             whole = entries["dense"]["retrieval_ndcg_at_10"]
             entry["retention"] = round(entry["retrieval_ndcg_at_10"] / whole, 6) if whole else 0.0
             stage.say(
-                f"{name}: {entry['parity_max_abs']:.1e} from PyTorch, nDCG@10 {entry['retrieval_ndcg_at_10']:.4f} "
+                f"{plan}: {entry['parity_max_abs']:.1e} from PyTorch, nDCG@10 {entry['retrieval_ndcg_at_10']:.4f} "
                 f"({100 * entry['retention']:.1f} % of the teacher's)"
             )
         manifest |= {
@@ -101,54 +99,6 @@ def keep(partial: Path, folder: Path) -> None:
     for made in sorted(partial.iterdir()):
         remove(folder / made.name)
         os.replace(made, folder / made.name)
-
-
-def random_batches(export: Export, texts: Sequence[str], seed: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """The texts as batches of random sizes, each cut to a random length of at least one token."""
-    import numpy as np
-
-    from ffn2moe.runtime import pad
-
-    random = np.random.default_rng(seed)
-    ids = export.token_ids(texts)
-    start = 0
-    while start < len(ids):
-        size = int(random.integers(1, LARGEST_PARITY_BATCH + 1))
-        longest = int(random.integers(1, max(map(len, ids)) + 1))
-        yield pad([tokens[:longest] for tokens in ids[start : start + size]], 0)
-        start += size
-
-
-def check(stage: StageRun, export: Export, references: dict[str, list[Reference]]) -> dict[str, Any]:
-    """How far a plan is from PyTorch; ValueError for a float32 plan that is further than its tolerance."""
-    from ffn2moe import onnx_graph, runtime
-
-    settings = stage.params.export
-    plan = export.plan
-    known = references["teacher" if plan in runtime.DENSE_PLANS else "student"]
-    if plan == "fused" and "tanh" in references:
-        # Against PyTorch with the op's own GELU the graph must be exact; against the true one, GELU's two forms
-        # differ, and where that moves a token to another expert, nothing small is left to compare.
-        require(plan, onnx_graph.parity(export.run, references["tanh"]), settings.float_tolerance)
-        same = onnx_graph.same_choices(known, references["tanh"])
-        found = onnx_graph.parity(export.run, known, only=same)
-        require(plan, found, settings.tanh_tolerance, embedding_only=True)
-        return {"parity_max_abs": rounded(found.embedding_max_abs), "parity": details(found)}
-    found = onnx_graph.parity(export.run, known)
-    if plan not in runtime.INT8_PLANS:
-        require(plan, found, settings.float_tolerance)
-    return {"parity_max_abs": rounded(found.max_abs), "parity": details(found)}
-
-
-def require(plan: str, found: Parity, tolerance: float, *, embedding_only: bool = False) -> None:
-    """ValueError if the plan is further from PyTorch than the tolerance, or not a number."""
-    worst = found.embedding_max_abs if embedding_only else found.max_abs
-    if not worst <= tolerance:
-        raise ValueError(
-            f"the plan {plan} is {worst:.2e} from PyTorch, more than {tolerance:.0e} (export.float_tolerance, "
-            "export.tanh_tolerance): this onnxruntime computes something else, so nothing was exported; "
-            "install the locked versions, or raise the tolerance if you know why"
-        )
 
 
 def details(found: Parity) -> dict[str, Any]:
