@@ -421,7 +421,8 @@ def _linear_maps_as_gemm(model: ir.Model) -> None:
     for node in [node for node in model.graph if node.op_type == "Add"]:
         for product, bias in (node.inputs, reversed(node.inputs)):
             multiply = _produced_by(product, "MatMul")
-            if multiply is None or only_use(product) is not node:
+            user = only_use(product)
+            if multiply is None or user is None or user is not node:
                 continue
             weight, offset = constant_of(multiply.inputs[1]), constant_of(bias)
             if weight is None or weight.ndim != 2 or offset is None or offset.shape != weight.shape[1:]:

@@ -169,7 +169,16 @@ def _file(path: Path, entry: Mapping[str, Any]) -> str:
     return f"sha256 {entry['sha256'][:12]}..., as exported"
 
 
-def _parity(plan: str, run: Run, known: Known, batches: Sequence[Batch], dense_embeddings: list[np.ndarray]) -> str:
+def _opened_parity(
+    path: Path,
+    plan: str,
+    threads: int | None,
+    providers: Sequence[str],
+    known: Known,
+    batches: Sequence[Batch],
+    dense_embeddings: list[np.ndarray],
+) -> str:
+    run = runtime.open_export(path, plan, threads, providers).run
     if plan not in DENSE_PLANS and plan not in INT8_PLANS:
         largest, found = plan_parity(plan, run, known)
         return f"{largest:.1e} from PyTorch on {found.texts} texts"
