@@ -61,7 +61,7 @@ from flows.workspace import (  # noqa: E402
     plan,
 )
 from tasks.params import load_params  # noqa: E402
-from tasks.stage import PipelineRecord, Registry, default_tracking_uri, explain  # noqa: E402
+from tasks.stage import PipelineRecord, Registry, default_tracking_uri, explain, remove  # noqa: E402
 
 console = Console(width=None if sys.stdout.isatty() else 110)
 
@@ -111,9 +111,7 @@ def compress(overrides: list[str] | None = None, called_from: str | None = None)
     with ExitStack() as stack:
         if overrides:
             workspace = isolate(ROOT, overrides, Path(called_from or ROOT))
-            console.print(
-                f"settings of this run only: a workspace of its own, {workspace.root.relative_to(ROOT)}"
-            )
+            console.print(f"settings of this run only: a workspace of its own, {workspace.root.relative_to(ROOT)}")
         else:
             workspace = Workspace(ROOT, ROOT, load_params(ROOT / "params.yaml").name)
         stack.enter_context(lock(workspace.root))
@@ -158,17 +156,15 @@ def _run(workspace: Workspace) -> dict[str, str]:
         raise
     record.finish("FINISHED")
     summary.show(workspace, default_tracking_uri(workspace.source), console)
+    if workspace.isolated:
+        remove(workspace.root)  # its results are in exports/NAME and, for the next run like it, in the DVC cache
     return outcomes
 
 
 def _failure(stage: str, state: State) -> BaseException:
     """The exception that ended a task, or one that says how it ended."""
     error = state.result(raise_on_failure=False)
-    return (
-        error
-        if isinstance(error, BaseException)
-        else FlowError(f"{stage} ended as {state.name}: {state.message}")
-    )
+    return error if isinstance(error, BaseException) else FlowError(f"{stage} ended as {state.name}: {state.message}")
 
 
 def _left_the_registry(stage: str, workspace: Workspace) -> bool:
@@ -189,11 +185,7 @@ def _datasets(root: Path) -> dict[str, tuple[str, dict[str, Any]]]:
     counts = root / "metrics" / "prepare.json"
     profile = json.loads(counts.read_text(encoding="utf-8")) if counts.is_file() else {}
     outs = dvc.locked(root, "prepare").get("outs", [])
-    return {
-        out["path"]: (out["md5"], profile)
-        for out in outs
-        if out["path"] in ("data/corpus", "data/benchmarks")
-    }
+    return {out["path"]: (out["md5"], profile) for out in outs if out["path"] in ("data/corpus", "data/benchmarks")}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -203,9 +195,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description="Runs the whole pipeline: a dense model in; an exported, registered mixture out.",
         epilog="Settings make a run of its own in .workspaces/NAME; its results come back to exports/NAME.",
     )
-    parser.add_argument(
-        "settings", nargs="*", metavar="KEY=VALUE", help="for example decompose.num_experts=16"
-    )
+    parser.add_argument("settings", nargs="*", metavar="KEY=VALUE", help="for example decompose.num_experts=16")
     settings = parser.parse_args(arguments).settings
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
@@ -229,9 +219,7 @@ def _explain_prefect(error: Exception) -> str | None:
     api = os.environ.get("PREFECT_API_URL")
     text = f"{type(error).__name__}: {error}"
     if api and any(word in text for word in ("ConnectError", "Failed to reach API", "ConnectTimeout")):
-        return (
-            f"no Prefect server answers at PREFECT_API_URL = {api}; run `prefect server start`, or unset it"
-        )
+        return f"no Prefect server answers at PREFECT_API_URL = {api}; run `prefect server start`, or unset it"
     if "ephemeral" in text.lower() or "subprocess server" in text.lower():
         return (
             f"Prefect's own server did not start ({error}); if a port is taken or the machine is busy, run "

@@ -21,7 +21,7 @@ Outcome = Literal["Cached", "Restored", "Completed"]
 _NOISE = re.compile(
     r"^$|^> |^Updating lock file|^Generating lock file|^To track the changes|^\s+git add|^To enable auto"
     r"|^\s+dvc config|^Use `dvc push`|^Data and pipelines are up|^Stage '.*'( didn't change| is cached)"
-    r"|^Running stage"
+    r"|^Running stage|^Successfully registered model|^Created version|^Registered model '.*' already exists"
 )
 _BUSY = re.compile(r"is busy, it is being blocked by|Unable to acquire lock", re.IGNORECASE)
 

@@ -79,9 +79,7 @@ class Board:
     def end(self, stage: str, outcome: str) -> None:
         """A stage is done; how long it took is remembered if it did run."""
         took = time.monotonic() - self._started
-        self._print(
-            f"{self._place(stage)} {outcome}" + (f" in {clock(took)}" if outcome == "Completed" else "")
-        )
+        self._print(f"{self._place(stage)} {outcome}" + (f" in {clock(took)}" if outcome == "Completed" else ""))
         if outcome == "Completed":
             self._seconds[stage] = took
             self._memory.parent.mkdir(parents=True, exist_ok=True)

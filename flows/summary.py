@@ -40,9 +40,7 @@ def show(workspace: Workspace, uri: str, console: Console) -> None:
         _where(workspace, registered, uri),
     )
     console.print(
-        Panel(
-            Group(*parts), title=f"{workspace.name}: done", title_align="left", padding=(1, 2), expand=False
-        )
+        Panel(Group(*parts), title=f"{workspace.name}: done", title_align="left", padding=(1, 2), expand=False)
     )
     console.print(_use(workspace, registered, uri), soft_wrap=True, highlight=False, markup=False)
 

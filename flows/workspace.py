@@ -227,7 +227,5 @@ def _run(root: Path, *command: str, check: bool = True) -> subprocess.CompletedP
     environment = {key: value for key, value in os.environ.items() if key not in ("GIT_DIR", "GIT_WORK_TREE")}
     done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
     if check and done.returncode:
-        raise FlowError(
-            f"`{' '.join(command)}` failed in {root}: {done.stderr.strip() or done.stdout.strip()}"
-        )
+        raise FlowError(f"`{' '.join(command)}` failed in {root}: {done.stderr.strip() or done.stdout.strip()}")
     return done

@@ -1,7 +1,7 @@
 """A small pipeline with the shape of the real one, for what is about the flow and not about models.
 
-A git and DVC repository with this project's flows, params and stage module, and five stages that take no time. What
-they do is set by `seed`: 13 fails with a message, 14 with a bug, 99 goes on until it is stopped.
+A git and DVC repository with this project's flows, params and stage module, and five stages that take no time.
+What they do is set by `seed`: 13 fails with a message, 14 with a bug, 99 goes on until it is stopped.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+
+from tasks.params import override, read, write
 
 PROJECT = Path(__file__).resolve().parent.parent
 
@@ -85,18 +87,20 @@ def evaluate(stage: StageRun) -> None:
     )
     row = {"batch": 1, "sequence": 16, "threads": 1, "median_ms": 2.0, "speedup_vs_dense": 1.5,
            "speedup_vs_best_dense": 1.1}
-    stage.write_json(f"exports/{stage.params.name}/plan.json", {"default_plan": "sorted", "timings": {"sorted": [row]}})
+    plan = {"default_plan": "sorted", "timings": {"sorted": [row]}}
+    stage.write_json(f"exports/{stage.params.name}/plan.json", plan)
     stage.write_text("reports/report.html", "<p>toy</p>")
 
 
 def register(stage: StageRun) -> None:
     from tasks.stage import Registry
 
-    registry = Registry(stage.root, stage.params.model_name)
-    model = stage.root / "tasks" / "toy_model.py"
-    with registry.added(code=model, export=stage.root / "models/distilled", packages=[], requirements=["numpy"],
-                        example=["a"]) as version, registry.moved("challenger", version):
-        stage.write_json("metrics/register.json", {"model": stage.params.model_name, "version": version,
+    name = stage.params.model_name
+    registry = Registry(stage.root, name)
+    what = {"code": stage.root / "tasks/toy_model.py", "export": stage.root / "models/distilled",
+            "packages": [], "requirements": ["numpy"], "example": ["a"]}
+    with registry.added(**what) as version, registry.moved("challenger", version):
+        stage.write_json("metrics/register.json", {"model": name, "version": version,
                                                    "aliases": ["challenger"], "refused": ["it is a toy"]})
 
 
@@ -117,38 +121,71 @@ mlflow.models.set_model(Toy())
 
 
 def make_toy(folder: Path) -> Path:
-    """The repository, committed and clean."""
+    """The toy's repository, committed and clean."""
+    copy_project(folder)
+    (folder / "tasks" / "toy.py").write_text(STAGES)
+    (folder / "tasks" / "toy_model.py").write_text(MODEL)
+    (folder / "dvc.yaml").write_text(DVC_YAML)
+    commit(folder)
+    return folder
+
+
+def make_tiny(folder: Path, teacher: Path, corpus: Path) -> Path:
+    """A repository of the real pipeline, with a tiny teacher and few steps as its committed parameters."""
+    copy_project(folder)
+    params = folder / "params.yaml"
+    settings = (
+        "name=tiny",
+        f"teacher.source={teacher}",
+        "teacher.max_length=32",
+        f"data.corpus={corpus}",
+        "data.max_texts=400",
+        "data.calibration_texts=40",
+        "data.evaluation_pairs=100",
+        "compute.threads=1",
+        "decompose.num_experts=4",
+        "decompose.calibration_tokens=1024",
+        "train_router.tokens=2048",
+        "train_router.steps=4",
+        "train_router.batch_tokens=256",
+        "distill.steps=6",
+        "distill.batch_tokens=256",
+        "distill.checkpoint_every=2",
+        "export.parity_texts=8",
+        "benchmark.shapes=[[1, 8], [4, 16]]",
+        "benchmark.rounds=2",
+    )
+    write(override(read(params), settings), params)
+    commit(folder)
+    return folder
+
+
+def copy_project(folder: Path) -> None:
+    """The files of this project that a run needs, as they are in the working tree."""
     folder.mkdir(parents=True)
-    for name in ("flows", "tasks"):
+    for name in ("ffn2moe", "flows", "tasks"):
         shutil.copytree(PROJECT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("params.yaml", ".gitignore", ".dvcignore"):
+    for name in ("params.yaml", "dvc.yaml", "constraints.txt", ".gitignore", ".dvcignore"):
         shutil.copy(PROJECT / name, folder)
     (folder / ".dvc").mkdir()
     for name in ("config", ".gitignore"):
         shutil.copy(PROJECT / ".dvc" / name, folder / ".dvc" / name)
-    (folder / "tasks" / "toy.py").write_text(STAGES)
-    (folder / "tasks" / "toy_model.py").write_text(MODEL)
-    (folder / "dvc.yaml").write_text(DVC_YAML)
-    for command in ("init -q -b main", "add -A", "commit -q -m toy"):
+
+
+def commit(folder: Path) -> None:
+    for command in ("init -q -b main", "add -A", "commit -q -m start"):
         git(folder, *command.split())
-    return folder
 
 
 def git(folder: Path, *arguments: str) -> str:
     identity = ("-c", "user.name=test", "-c", "user.email=test@example.org")
-    done = subprocess.run(
-        ["git", *identity, *arguments], cwd=folder, capture_output=True, text=True, check=True
-    )
+    done = subprocess.run(["git", *identity, *arguments], cwd=folder, capture_output=True, text=True, check=True)
     return done.stdout
 
 
 def environment() -> dict[str, str]:
     """A terminal's surroundings, without what this test run itself was given."""
-    kept = {
-        key: value
-        for key, value in os.environ.items()
-        if not key.startswith(("PREFECT_", "FFN2MOE_", "GIT_"))
-    }
+    kept = {key: value for key, value in os.environ.items() if not key.startswith(("PREFECT_", "FFN2MOE_", "GIT_"))}
     return {**kept, "COLUMNS": "160"}
 
 
