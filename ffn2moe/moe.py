@@ -89,7 +89,7 @@ class MoEFFN(nn.Module):
             return absent if stacked is None else stacked.unbind(0)
 
         stacks = (self.w_in, self.w_out, self.b_in, self.w_gate, self.b_gate)
-        return list(zip(*map(each, stacks), strict=True))  # type: ignore[arg-type]
+        return list(zip(*map(each, stacks), strict=True))
 
     def _expert(
         self,

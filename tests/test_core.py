@@ -1,0 +1,416 @@
+"""The mathematics of the mixture, as sentences that must stay true."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import ffn2moe
+from ffn2moe import checkpoint, oracle
+from ffn2moe import partition as partitions
+from ffn2moe.activations import NeuronStatistics
+from ffn2moe.dense import DenseFFN, family_of, ffn_modules, load_dense, read_ffn
+from ffn2moe.experts import merge_experts, neurons_by_expert, slice_experts
+from ffn2moe.moe import MoEFFN, dispatch, install_moe, moe_layers
+from ffn2moe.router import Router, ridge
+from ffn2moe.spec import MoESpec
+from tests.conftest import make_tiny_bert, make_tiny_llama
+
+
+def random_ffn(ffn_width: int, *, width: int = 16, gated: bool = False, seed: int = 0) -> DenseFFN:
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    return DenseFFN(
+        w_in_FD=normal(ffn_width, width),
+        w_out_DF=normal(width, ffn_width) / ffn_width**0.5,
+        activation="silu" if gated else "gelu",
+        b_in_F=None if gated else normal(ffn_width),
+        b_out_D=None if gated else normal(width),
+        w_gate_FD=normal(ffn_width, width) if gated else None,
+    )
+
+
+def spec_for(ffn: DenseFFN, num_experts: int, num_active: int, **changes: object) -> MoESpec:
+    values = {
+        "family": "llama" if ffn.gated else "bert",
+        "model_class": "LlamaForCausalLM" if ffn.gated else "BertModel",
+        "width": ffn.w_in_FD.shape[1],
+        "ffn_width": ffn.ffn_width,
+        "num_layers": 2,
+        "num_experts": num_experts,
+        "expert_width": -(-ffn.ffn_width // num_experts),
+        "num_active": num_active,
+        "gated": ffn.gated,
+        "activation": ffn.activation,
+        "partition": "random",
+        "teacher": "tiny",
+        "pooling": "mean",
+        "max_length": 64,
+    }
+    return MoESpec(**(values | changes))  # type: ignore[arg-type]
+
+
+def random_moe(ffn: DenseFFN, num_experts: int, num_active: int, seed: int = 0) -> MoEFFN:
+    """A mixture with a random partition and a router that has opinions."""
+    neurons_EM = neurons_by_expert(partitions.random(ffn.ffn_width, num_experts, seed), num_experts)
+    moe = MoEFFN.from_experts(spec_for(ffn, num_experts, num_active), slice_experts(ffn, neurons_EM), neurons_EM)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        moe.router.weight.copy_(torch.randn(moe.router.weight.shape, generator=generator))
+        moe.router.bias.copy_(torch.randn(num_experts, generator=generator))
+    return moe.eval()
+
+
+def tokens(count: int = 40, width: int = 16, seed: int = 1) -> torch.Tensor:
+    return torch.randn(count, width, generator=torch.Generator().manual_seed(seed))
+
+
+# --- partition ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["coactivation", "weights", "random", "contiguous"])
+@pytest.mark.parametrize(("ffn_width", "num_experts"), [(64, 8), (50, 8), (9, 9)])
+def test_every_partition_covers_every_neuron_once_in_experts_of_equal_width(method, ffn_width, num_experts):
+    ffn = random_ffn(ffn_width)
+    statistics = NeuronStatistics(ffn_width)
+    statistics.update(ffn.neurons(tokens(200)))
+    expert_of_neuron_F = partitions.partition(method, ffn, statistics, num_experts, seed=0)
+    assert expert_of_neuron_F.shape == (ffn_width,)
+    widths = torch.bincount(expert_of_neuron_F, minlength=num_experts)
+    assert widths.max() - widths.min() <= 1
+    neurons_EM = neurons_by_expert(expert_of_neuron_F, num_experts)
+    assert neurons_EM[neurons_EM >= 0].sort().values.tolist() == list(range(ffn_width))
+
+
+def test_coactivation_finds_neurons_that_fire_together():
+    groups = torch.randn(500, 4, generator=torch.Generator().manual_seed(0))
+    h_TF = groups.repeat_interleave(6, dim=1) + 0.05 * tokens(500, 24)
+    order = torch.randperm(24, generator=torch.Generator().manual_seed(3))
+    statistics = NeuronStatistics(24)
+    statistics.update(h_TF[:, order])
+    found = partitions.coactivation(statistics, num_experts=4, seed=0)
+    assert all(len(found[(order // 6) == group].unique()) == 1 for group in range(4))
+
+
+def test_statistics_do_not_depend_on_how_the_tokens_are_cut():
+    h_TF = tokens(300, 12)
+    whole, parts = NeuronStatistics(12), NeuronStatistics(12)
+    whole.update(h_TF)
+    for part in h_TF.split(77):
+        parts.update(part)
+    torch.testing.assert_close(whole.covariance(), parts.covariance(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(whole.covariance().float(), torch.cov(h_TF.T, correction=0), rtol=1e-4, atol=1e-5)
+
+
+def test_the_same_seed_gives_the_same_partition():
+    ffn = random_ffn(48)
+    assert torch.equal(partitions.weights(ffn, 6, seed=5), partitions.weights(ffn, 6, seed=5))
+    assert not torch.equal(partitions.random(48, 6, seed=5), partitions.random(48, 6, seed=6))
+
+
+# --- experts --------------------------------------------------------------------------------------
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    ffn_width=st.integers(3, 40),
+    num_experts=st.integers(1, 12),
+    gated=st.booleans(),
+    seed=st.integers(0, 1000),
+)
+def test_all_experts_chosen_reproduces_the_dense_ffn_and_merging_gives_its_weights_back(
+    ffn_width, num_experts, gated, seed
+):
+    num_experts = min(num_experts, ffn_width)
+    ffn = random_ffn(ffn_width, gated=gated, seed=seed)
+    moe = random_moe(ffn, num_experts, num_experts, seed)
+    x_TD = tokens(7, seed=seed)
+    torch.testing.assert_close(moe(x_TD), ffn(x_TD), rtol=1e-5, atol=1e-5)
+    merged = merge_experts(slice_experts(ffn, moe.neurons), moe.neurons, ffn.activation)
+    for name in ("w_in_FD", "w_out_DF", "b_in_F", "b_out_D", "w_gate_FD"):
+        before, after = getattr(ffn, name), getattr(merged, name)
+        assert (before is None and after is None) or torch.equal(before, after)
+
+
+def test_a_partition_that_loses_a_neuron_is_refused():
+    neurons_EM = torch.tensor([[0, 1], [2, 2]])
+    with pytest.raises(ValueError, match="exactly once"):
+        slice_experts(random_ffn(4), neurons_EM)
+
+
+# --- oracle ---------------------------------------------------------------------------------------
+
+
+@settings(deadline=None, max_examples=25)
+@given(num_experts=st.integers(2, 6), data=st.data(), scale=st.floats(0.5, 2.0))
+def test_the_oracle_equals_brute_force(num_experts, data, scale):
+    num_active = data.draw(st.integers(1, num_experts))
+    moe = random_moe(random_ffn(24), num_experts, num_active)
+    x_TD = tokens(9)
+    outputs_TED = oracle.expert_outputs(moe, x_TD).double()
+    y_TD = outputs_TED.sum(1)
+    choice = oracle.oracle(oracle.gram(outputs_TED), num_active, scale)
+    for t in range(len(x_TD)):
+        errors = {
+            subset: (y_TD[t] - scale * outputs_TED[t, list(subset)].sum(0)).square().sum().item()
+            for subset in itertools.combinations(range(num_experts), num_active)
+        }
+        chosen = tuple(choice.chosen_TE[t].nonzero().flatten().tolist())
+        assert errors[chosen] == pytest.approx(min(errors.values()), abs=1e-9)
+        for expert in range(num_experts) if num_active < num_experts else ():
+            with_it = min(error for subset, error in errors.items() if expert in subset)
+            without_it = min(error for subset, error in errors.items() if expert not in subset)
+            assert choice.gain_TE[t, expert].item() == pytest.approx(without_it - with_it, abs=1e-6)
+
+
+def test_the_greedy_oracle_is_close_to_the_exact_one(monkeypatch):
+    moe = random_moe(random_ffn(64), 8, 3)
+    gram_TEE = oracle.gram(oracle.expert_outputs(moe, tokens(200)))
+    exact = oracle.oracle(gram_TEE, 3).chosen_TE
+    monkeypatch.setattr(oracle, "MAX_SUBSETS", 0)
+    greedy = oracle.oracle(gram_TEE, 3)
+    assert greedy.chosen_TE.sum(1).eq(3).all()
+
+    def error(chosen_TE):
+        left_out = 1 - chosen_TE
+        return torch.einsum("te,tef,tf->t", left_out, gram_TEE, left_out).mean()
+
+    assert error(exact) <= error(greedy.chosen_TE) <= 1.1 * error(exact)
+
+
+def test_with_all_experts_there_is_no_error_and_nothing_to_miss():
+    moe = random_moe(random_ffn(32), 4, 4)
+    found = oracle.diagnose(moe, tokens(50))
+    assert found["oracle_error"] < 1e-3 and found["router_error"] < 1e-3
+    assert found["router_recall"] == 1.0
+
+
+def test_no_router_beats_the_oracle_at_its_own_scale():
+    found = oracle.diagnose(random_moe(random_ffn(32), 4, 1), tokens(300))
+    assert 0 < found["oracle_error"] < found["router_error"]
+    assert found["gap"] == pytest.approx(found["router_error"] - found["oracle_error"])
+
+
+# --- the layer ------------------------------------------------------------------------------------
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    count=st.integers(1, 70),
+    num_experts=st.integers(1, 7),
+    data=st.data(),
+    gated=st.booleans(),
+    training=st.booleans(),
+)
+def test_the_grouped_layer_equals_the_reference(count, num_experts, data, gated, training):
+    moe = random_moe(random_ffn(29, gated=gated), num_experts, data.draw(st.integers(1, num_experts)))
+    moe.train(training)
+    moe.set_scale(1.3)
+    x_TD = tokens(count)
+    torch.testing.assert_close(moe(x_TD), moe.reference(x_TD), rtol=1e-5, atol=1e-5)
+
+
+@settings(deadline=None, max_examples=40)
+@given(count=st.integers(1, 50), num_experts=st.integers(1, 9), tile=st.sampled_from([1, 4, 16]), data=st.data())
+def test_dispatch_gives_every_pair_a_slot_of_its_own_in_its_experts_run(count, num_experts, tile, data):
+    num_active = data.draw(st.integers(1, num_experts))
+    chosen_TK = torch.stack([torch.randperm(num_experts)[:num_active] for _ in range(count)])
+    token_of_slot, slot_TK, widths = dispatch(chosen_TK, num_experts, tile)
+    assert all(width % tile == 0 for width in widths)
+    assert len(slot_TK.flatten().unique()) == slot_TK.numel()
+    expert_of_slot = torch.repeat_interleave(torch.arange(num_experts), torch.tensor(widths))
+    assert torch.equal(expert_of_slot[slot_TK], chosen_TK)
+    assert torch.equal(token_of_slot[slot_TK], torch.arange(count).unsqueeze(1).expand_as(slot_TK))
+
+
+def test_permuting_the_experts_changes_nothing():
+    moe, other = (random_moe(random_ffn(32), 4, 2) for _ in range(2))
+    order = torch.tensor([2, 0, 3, 1])
+    with torch.no_grad():
+        for name in ("w_in", "b_in", "w_out"):
+            getattr(other, name).copy_(getattr(moe, name)[order])
+        other.router.weight.copy_(moe.router.weight[order])
+        other.router.bias.copy_(moe.router.bias[order])
+    torch.testing.assert_close(other(tokens()), moe(tokens()), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_every_trainable_parameter_receives_gradient(gated):
+    moe = random_moe(random_ffn(32, gated=gated), 4, 2).train()
+    with torch.no_grad():  # an even router, so that every expert sees a token
+        moe.router.bias.zero_()
+    moe(tokens(200)).square().sum().backward()
+    silent = [name for name, p in moe.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
+    assert silent == []
+
+
+def test_padding_neurons_stay_zero_when_trained():
+    moe = random_moe(random_ffn(30), 4, 2).train()
+    padding_EM = moe.neurons < 0
+    assert padding_EM.any()
+    optimizer = torch.optim.AdamW(moe.parameters(), lr=0.1, weight_decay=0.0)
+    for _ in range(3):
+        optimizer.zero_grad()
+        moe(tokens(100)).square().sum().backward()
+        optimizer.step()
+    assert moe.w_in[padding_EM].abs().max() == 0
+    assert moe.w_out.transpose(1, 2)[padding_EM].abs().max() == 0
+
+
+def test_the_fitted_scale_and_mean_are_the_best_ones():
+    moe = random_moe(random_ffn(32), 4, 2)
+    x_TD = tokens(500)
+    dense = moe.all_experts(x_TD)
+    moe.fit_scale_and_mean(x_TD)
+    error = (moe(x_TD) - dense).square().sum()
+    for change in (0.98, 1.02):
+        scale = moe.output_scale.item()
+        moe.set_scale(scale * change)
+        assert (moe(x_TD) - dense).square().sum() > error
+        moe.set_scale(scale)
+    assert (moe(x_TD) - dense).mean(0).abs().max() < 1e-4
+
+
+# --- router ---------------------------------------------------------------------------------------
+
+
+def test_ridge_recovers_a_linear_map():
+    x_TD = tokens(400)
+    weight_ED, bias_E = tokens(5), tokens(1, 5).flatten()
+    found_ED, found_E = ridge(x_TD, x_TD @ weight_ED.T + bias_E, penalty=1e-9)
+    torch.testing.assert_close(found_ED, weight_ED, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found_E, bias_E, rtol=1e-4, atol=1e-4)
+
+
+def test_balancing_moves_the_choice_towards_the_idle_expert_and_leaves_the_scores():
+    router = Router(4, 3)
+    x_TD = tokens(10, 4)
+    before = router(x_TD)
+    router.balance(torch.tensor([30, 0, 0]), step=0.5)
+    assert torch.equal(router(x_TD), before)
+    assert router.balance_bias.tolist() == [-0.5, 0.5, 0.5]
+
+
+# --- whole models ---------------------------------------------------------------------------------
+
+FAMILY_MODELS = {
+    "bert": ("BertModel", {}),
+    "roberta": ("RobertaModel", {"max_position_embeddings": 66}),
+    "mpnet": ("MPNetModel", {"max_position_embeddings": 66}),
+    "electra": ("ElectraModel", {}),
+    "distilbert": ("DistilBertModel", {}),
+    "llama": ("LlamaForCausalLM", {"num_key_value_heads": 1}),
+    "mistral": ("MistralForCausalLM", {"num_key_value_heads": 1}),
+    "qwen2": ("Qwen2ForCausalLM", {"num_key_value_heads": 1}),
+    "qwen3": ("Qwen3ForCausalLM", {"num_key_value_heads": 1, "head_dim": 16}),
+}
+
+
+def tiny_model(family: str) -> torch.nn.Module:
+    import transformers
+
+    name, extra = FAMILY_MODELS[family]
+    cls = getattr(transformers, name)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 50}
+    if family == "distilbert":
+        sizes = {"dim": 32, "n_layers": 2, "n_heads": 2, "hidden_dim": 50}
+    torch.manual_seed(0)
+    return cls(cls.config_class(vocab_size=100, **(sizes | extra))).eval()
+
+
+def as_mixture(model: torch.nn.Module, num_experts: int, num_active: int) -> list[MoEFFN]:
+    layers = []
+    for index in range(len(ffn_modules(model))):
+        layers.append(random_moe(read_ffn(model, index), num_experts, num_active, seed=index))
+    install_moe(model, layers)
+    return layers
+
+
+@pytest.mark.parametrize("family", sorted(FAMILY_MODELS))
+def test_a_mixture_of_all_experts_is_the_dense_model(family):
+    model = tiny_model(family)
+    ids = torch.randint(5, 100, (2, 9), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        dense = model(input_ids=ids)[0]
+        as_mixture(model, 8, 8)  # 50 neurons in 8 experts: padded
+        mixture = model(input_ids=ids)[0]
+    assert len(moe_layers(model)) == 2
+    torch.testing.assert_close(mixture, dense, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("make", [make_tiny_bert, make_tiny_llama])
+def test_save_and_load_is_identity_and_the_file_is_the_same_each_time(make, tmp_path: Path):
+    model, tokenizer = load_dense(str(make(tmp_path / "teacher")))
+    layers = as_mixture(model, 8, 2)
+    layers[0].router.balance(torch.arange(8), 0.5)
+    ffn = read_ffn(load_dense(str(tmp_path / "teacher"))[0], 0)
+    spec = spec_for(ffn, 8, 2)
+    checkpoint.save(model, tokenizer, spec, tmp_path / "a")
+    loaded = ffn2moe.load(tmp_path / "a")
+    ids = torch.randint(5, 90, (2, 9))
+    with torch.no_grad():
+        assert torch.equal(loaded(input_ids=ids)[0], model(input_ids=ids)[0])
+    assert torch.equal(moe_layers(loaded)[0].router.balance_bias, layers[0].router.balance_bias)
+    assert checkpoint.load_spec(tmp_path / "a") == spec
+    checkpoint.save(loaded, tokenizer, spec, tmp_path / "b")
+    for name in ("model.safetensors", "config.json", "ffn2moe.json"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes(), name
+
+
+def test_a_checkpoint_that_lacks_a_tensor_is_refused(tmp_path: Path, tiny_teacher: Path):
+    from safetensors.torch import load_file, save_file
+
+    model, tokenizer = load_dense(str(tiny_teacher))
+    spec = spec_for(read_ffn(model, 0), 8, 2)
+    as_mixture(model, 8, 2)
+    checkpoint.save(model, tokenizer, spec, tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors.pop("encoder.layer.0.intermediate.router.balance_bias")
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"missing.*balance_bias"):
+        ffn2moe.load(tmp_path)
+
+
+def test_a_folder_without_a_spec_is_refused(tiny_teacher: Path):
+    with pytest.raises(FileNotFoundError, match="not an ffn2moe checkpoint"):
+        ffn2moe.load(tiny_teacher)
+
+
+def test_an_unsupported_family_is_refused_with_the_list():
+    from transformers import GPT2Config, GPT2Model
+
+    model = GPT2Model(GPT2Config(n_layer=1, n_embd=8, n_head=1, vocab_size=10))
+    with pytest.raises(ValueError, match=r"'gpt2'.*supported are: bert"):
+        family_of(model)
+
+
+def test_a_teacher_with_nan_weights_is_refused(tmp_path: Path):
+    from safetensors.torch import load_file, save_file
+
+    folder = make_tiny_bert(tmp_path / "teacher")
+    tensors = load_file(folder / "model.safetensors")
+    name = sorted(tensors)[0]
+    tensors[name].view(-1)[3] = float("nan")
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=f"NaN or infinite values in {name}"):
+        load_dense(str(folder))
+
+
+def test_a_teacher_that_is_not_there_is_named_with_what_to_do(tmp_path: Path):
+    with pytest.raises(FileNotFoundError, match="does not exist: name a local"):
+        load_dense(str(tmp_path / "nowhere"))
+    with pytest.raises(FileNotFoundError, match="pip install no-such-model"):
+        load_dense("package:no-such-model")
+
+
+def test_more_active_experts_than_there_are_is_a_contradiction():
+    with pytest.raises(ValueError, match="num_active must be between 1 and num_experts = 4"):
+        spec_for(random_ffn(32), 4, 5)

@@ -1,0 +1,145 @@
+"""Training: what the losses are, that they fall, and that a run that is stopped ends where one that is not does."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from ffn2moe import checkpoint
+from ffn2moe.dense import load_dense, read_ffn
+from ffn2moe.losses import distillation_loss, router_loss, softmax_target
+from ffn2moe.moe import moe_layers
+from ffn2moe.router import Router
+from ffn2moe.train import Batches, Distiller, train_router
+from tests.conftest import WORDS
+from tests.test_core import as_mixture, spec_for, tokens
+
+
+def test_the_routers_target_has_the_entropy_of_k_equal_choices():
+    q_TE = softmax_target(tokens(200, 8), num_active=3)
+    entropy = -(q_TE * q_TE.log()).sum(-1).mean().item()
+    assert entropy == pytest.approx(math.log(3), abs=1e-3)
+    assert softmax_target(tokens(20, 8), num_active=1).sum(-1).eq(1).all()
+
+
+def test_the_router_loss_is_zero_only_at_the_target():
+    q_TE = softmax_target(tokens(50, 8), num_active=2)
+    assert router_loss(q_TE.log(), q_TE).item() == pytest.approx(0, abs=1e-6)
+    assert router_loss(torch.zeros(50, 8), q_TE).item() > 0.1
+
+
+def test_a_trained_router_finds_what_a_linear_map_can_find():
+    x_TD, weight_ED = tokens(2000), tokens(6, seed=9)
+    target_TE = softmax_target(x_TD @ weight_ED.T, num_active=2)
+    router = Router(16, 6)
+    losses = list(train_router(router, x_TD, target_TE, steps=150, batch_tokens=500, learning_rate=0.05, seed=0))
+    assert losses[-1] < 0.05 * losses[0]
+    agree = router.choose(router(x_TD), 2).sort().values == target_TE.topk(2).indices.sort().values
+    assert agree.float().mean() > 0.95
+
+
+def test_distillation_loss_is_zero_for_the_teacher_itself_and_ignores_padding():
+    hidden = tuple(torch.randn(3, 5, 8) for _ in range(2))
+    embedding = torch.nn.functional.normalize(torch.randn(3, 8), dim=-1)
+    mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0], [1, 0, 0, 0, 0]])
+    weights = {"hidden_weight": 1.0, "embedding_weight": 10.0, "relational_weight": 100.0}
+    padded = tuple(h + 5 * (1 - mask).unsqueeze(-1) for h in hidden)
+    same = distillation_loss(padded, hidden, embedding, embedding, mask, **weights)
+    assert same.total.item() == pytest.approx(0, abs=1e-5)
+    other = distillation_loss(tuple(2 * h for h in hidden), hidden, -embedding, embedding, mask, **weights)
+    assert other.hidden.item() == pytest.approx(2.0, abs=1e-5)  # ||h||^2 / ||h||^2, twice
+    assert other.embedding.item() == pytest.approx(2.0, abs=1e-5)
+
+
+def test_batches_depend_on_the_step_alone():
+    ids = [[5] * (1 + index % 40) for index in range(200)]
+    batches = Batches(ids, batch_tokens=128, seed=3)
+    stream = batches.from_step(0)
+    first = [next(stream) for _ in range(2 * batches.per_epoch + 3)]
+    resumed = batches.from_step(batches.per_epoch + 2)
+    for expected in first[batches.per_epoch + 2 :]:
+        found = next(resumed)
+        assert torch.equal(found.ids_BL, expected.ids_BL) and torch.equal(found.mask_BL, expected.mask_BL)
+    assert {batch.ids_BL.shape for batch in first} == {(8, 16), (4, 32), (2, 48)}
+
+
+def test_too_few_texts_for_a_batch_is_refused():
+    with pytest.raises(ValueError, match="do not fill one batch"):
+        Batches([[1, 2, 3]], batch_tokens=4096, seed=0)
+
+
+def distiller(teacher: Path, steps: int, folder: Path) -> Distiller:
+    dense, tokenizer = load_dense(str(teacher))
+    student, _ = load_dense(str(teacher))
+    spec = spec_for(read_ffn(student, 0), 4, 1)
+    as_mixture(student, 4, 1)
+    checkpoint.save(student, tokenizer, spec, folder)
+    texts = [" ".join(WORDS[(i * j) % len(WORDS)] for j in range(1, 4 + i % 12)) for i in range(1, 200)]
+    batches = Batches(tokenizer(texts)["input_ids"], batch_tokens=256, seed=0)
+    return Distiller(
+        dense,
+        checkpoint.load(folder),
+        batches,
+        pooling="mean",
+        steps=steps,
+        learning_rate=3e-3,
+        hidden_weight=1.0,
+        embedding_weight=10.0,
+        relational_weight=100.0,
+        balance_step=1e-3,
+    )
+
+
+def test_distillation_brings_the_student_closer_and_trains_every_part(tiny_teacher: Path, tmp_path: Path):
+    run = distiller(tiny_teacher, 40, tmp_path)
+    before = {name: parameter.detach().clone() for name, parameter in run.trained.items()}
+    losses = [metrics.loss for metrics in run.run()]
+    assert sum(losses[-5:]) < 0.7 * sum(losses[:5])
+    still = [name for name, parameter in run.trained.items() if torch.equal(parameter, before[name])]
+    assert still == []
+    assert not run.student.training
+    assert any(layer.router.balance_bias.abs().sum() > 0 for layer in moe_layers(run.student))
+    frozen = [p for n, p in run.student.named_parameters() if not p.requires_grad]
+    assert frozen and all(p.grad is None for p in frozen)
+
+
+def test_a_distillation_that_was_stopped_ends_in_the_same_weights(tiny_teacher: Path, tmp_path: Path):
+    whole = distiller(tiny_teacher, 12, tmp_path / "whole")
+    list(whole.run())
+    stopped = distiller(tiny_teacher, 12, tmp_path / "stopped")
+    steps = stopped.run()
+    for _ in range(5):
+        next(steps)
+    checkpoint.save_progress(tmp_path / "progress", stopped.state(), step=5, fingerprint="a")
+    resumed = distiller(tiny_teacher, 12, tmp_path / "resumed")
+    found = checkpoint.load_progress(tmp_path / "progress", fingerprint="a")
+    assert found is not None
+    resumed.restore(*found)
+    assert len(list(resumed.run())) == 7
+    expected, got = whole.state(), resumed.state()
+    assert set(expected) == set(got)
+    assert [name for name in expected if not torch.equal(expected[name], got[name])] == []
+
+
+def test_a_checkpoint_of_another_training_or_a_damaged_one_is_not_taken(tmp_path: Path):
+    path = tmp_path / "progress.safetensors"
+    assert checkpoint.load_progress(path, fingerprint="a") is None
+    checkpoint.save_progress(path, {"x": torch.ones(2)}, step=3, fingerprint="a")
+    assert checkpoint.load_progress(path, fingerprint="b") is None
+    step, tensors = checkpoint.load_progress(path, fingerprint="a") or (None, {})
+    assert step == 3 and torch.equal(tensors["x"], torch.ones(2))
+    path.write_bytes(path.read_bytes()[:20])
+    assert checkpoint.load_progress(path, fingerprint="a") is None
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_weights_change(tiny_teacher: Path, tmp_path: Path):
+    run = distiller(tiny_teacher, 5, tmp_path)
+    with torch.no_grad():
+        moe_layers(run.student)[0].b_out.fill_(float("inf"))
+    before = moe_layers(run.student)[1].w_in.detach().clone()
+    with pytest.raises(FloatingPointError, match="lower the learning rate"):
+        next(run.run())
+    assert torch.equal(moe_layers(run.student)[1].w_in, before)
