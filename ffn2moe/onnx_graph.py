@@ -21,6 +21,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ from torch.nn import functional as F
 
 from ffn2moe.dense import family_of
 from ffn2moe.metrics import pool
-from ffn2moe.moe import MoEFFN
+from ffn2moe.moe import MoEFFN, moe_layers
 from ffn2moe.spec import Pooling
 
 OPSET = 23  # the first with a standard Attention op
@@ -249,7 +250,7 @@ def finish(model: ir.Model) -> None:
     """Drops what has no use and makes the bytes depend on the computation alone."""
     for tidy in (
         LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
-        DeduplicateInitializersPass(),
+        DeduplicateInitializersPass(size_limit=16),  # shapes and axes; equal weights keep their own names
         CommonSubexpressionEliminationPass(),
         RemoveUnusedNodesPass(),
         RemoveUnusedFunctionsPass(),
@@ -278,10 +279,11 @@ def _name(graph: ir.Graph) -> None:
             names[node.inputs[1]] = f"{linear}.weight"
     constants = list(graph.initializers.values())
     taken: set[str] = set()
-    for position, value in enumerate(constants):
+    unnamed = count()
+    for value in constants:
         name = names.get(value, value.name or "").removeprefix("model.")
-        if not name or name.startswith("val_") or name in taken:
-            name = f"constant_{position}"
+        if not name or name.startswith(("val_", "constant_")) or name in taken:
+            name = f"constant_{next(unnamed)}"
         taken.add(name)
         names[value] = name
     for position, value in enumerate(constants):
@@ -470,7 +472,7 @@ def reference(
 ) -> list[Reference]:
     """PyTorch's outputs for batches of token ids and masks [B, L]; with `tanh`, experts use GELU's tanh form."""
     model.eval()
-    mixtures = [module for module in model.modules() if isinstance(module, MoEFFN)]
+    mixtures = moe_layers(model)
     before = [(moe.observer, moe.activation) for moe in mixtures]
     seen: list[tuple[Tensor, Tensor, int]] = []
     for moe in mixtures:

@@ -1,0 +1,235 @@
+"""ONNX graphs equal PyTorch at every shape, in every plan, and are the same bytes every time."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ffn2moe import onnx_graph, onnx_plans, runtime
+from ffn2moe.dense import load_dense
+from ffn2moe.moe import moe_layers
+from ffn2moe.verify import Known, plan_parity, random_batches
+from tests.conftest import make_tiny_bert
+from tests.mixtures import carve
+
+Runs = dict[str, Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]]
+
+
+def run_of(graph: ir.Model, threads: int = 1) -> Callable:
+    session = runtime.session(ir.to_proto(graph).SerializeToString(), threads=threads)
+    return lambda ids, mask: session.run(list(onnx_graph.OUTPUTS), {"input_ids": ids, "attention_mask": mask})
+
+
+def plans_of(model, spec, names=("fused", "sorted", "sorted8"), canonical: ir.Model | None = None) -> Runs:
+    canonical = canonical or onnx_graph.canonical_graph(model, spec.pooling)
+    return {name: run_of(onnx_plans.lower(canonical, name, spec.activation)) for name in names}
+
+
+def batch_of(random: np.random.Generator, batch: int, sequence: int, vocabulary: int = 100):
+    ids = random.integers(5, vocabulary, (batch, sequence))
+    length = random.integers(1, sequence + 1, (batch, 1))
+    return ids, (np.arange(sequence) < length).astype(np.int64)
+
+
+@pytest.fixture(scope="module")
+def mixture(tiny_teacher):
+    return carve(tiny_teacher)
+
+
+@pytest.fixture(scope="module")
+def canonical(mixture) -> ir.Model:
+    return onnx_graph.canonical_graph(mixture[0], mixture[1].pooling)
+
+
+@pytest.fixture(scope="module")
+def plans(mixture, canonical) -> Runs:
+    return plans_of(*mixture, canonical=canonical)
+
+
+@pytest.fixture(scope="module")
+def small_teacher(tmp_path_factory) -> Path:
+    """One layer: tracing costs time by the layer."""
+    return make_tiny_bert(tmp_path_factory.mktemp("small") / "teacher", num_hidden_layers=1)
+
+
+@settings(max_examples=25, deadline=None)
+@given(batch=st.integers(1, 5), sequence=st.integers(1, 64), seed=st.integers(0, 2**16))
+def test_the_float_plans_equal_pytorch_at_any_shape(mixture, plans, batch, sequence, seed):
+    model, spec = mixture
+    batches = [batch_of(np.random.default_rng(seed), batch, sequence)]
+    known = Known.of(spec, model, batches)
+    for plan in ("fused", "sorted"):
+        plan_parity(plan, plans[plan], known)  # raises where it is too far
+
+
+@pytest.mark.parametrize(("batch", "sequence"), [(1, 1), (3, 1), (1, 64), (3, 64)])
+def test_the_edges_of_the_shapes_work_in_every_plan(mixture, plans, batch, sequence):
+    ids, mask = batch_of(np.random.default_rng(0), batch, sequence)
+    for plan, run in plans.items():
+        hidden_BLD, embedding_BD = run(ids, mask)
+        assert hidden_BLD.shape == (batch, sequence, mixture[1].width)
+        np.testing.assert_allclose(np.linalg.norm(embedding_BD, axis=1), 1, atol=1e-5, err_msg=plan)
+
+
+def test_the_dense_graph_equals_the_teacher(tiny_teacher):
+    teacher, _ = load_dense(str(tiny_teacher))
+    run = run_of(onnx_graph.canonical_graph(teacher, "mean"))
+    random = np.random.default_rng(1)
+    for batch, sequence in ((1, 1), (2, 7), (4, 33), (3, 64)):
+        known = onnx_graph.reference(teacher, [batch_of(random, batch, sequence)], "mean")
+        assert onnx_graph.parity(run, known).max_abs < 1e-5
+
+
+def test_padding_does_not_change_an_embedding(plans):
+    ids, _ = batch_of(np.random.default_rng(2), 1, 9)
+    short = plans["sorted"](ids, np.ones_like(ids))[1]
+    padded_ids, mask = np.pad(ids, ((0, 0), (0, 20))), np.pad(np.ones_like(ids), ((0, 0), (0, 20)))
+    np.testing.assert_allclose(plans["sorted"](padded_ids, mask)[1], short, atol=1e-5)
+
+
+@pytest.mark.parametrize("num_active", [1, 3])
+def test_any_number_of_chosen_experts_is_exported(small_teacher, num_active):
+    model, spec = carve(small_teacher, num_active=num_active)
+    batches = [batch_of(np.random.default_rng(3), 3, 20)]
+    known = Known.of(spec, model, batches)
+    for plan, run in plans_of(model, spec, ("fused", "sorted")).items():
+        plan_parity(plan, run, known)
+
+
+def test_all_experts_chosen_give_the_teachers_numbers(small_teacher):
+    teacher, _ = load_dense(str(small_teacher))
+    model, spec = carve(small_teacher, num_active=4, output_scale=1.0)
+    known = onnx_graph.reference(teacher, [batch_of(np.random.default_rng(4), 2, 30)], "mean")
+    assert onnx_graph.parity(plans_of(model, spec, ("sorted",))["sorted"], known).max_abs < 1e-5
+
+
+def test_an_expert_that_no_token_chooses_is_no_problem(small_teacher):
+    model, spec = carve(small_teacher)
+    for moe in moe_layers(model):
+        moe.router.balance_bias[0] = -1000  # never chosen
+        moe.router.balance_bias[1] = 1000  # always
+    batches = [batch_of(np.random.default_rng(5), 2, 12)]
+    known = Known.of(spec, model, batches)
+    runs = plans_of(model, spec)
+    for plan in ("fused", "sorted"):
+        plan_parity(plan, runs[plan], known)
+    assert np.isfinite(runs["sorted8"](*batches[0])[1]).all()
+
+
+@pytest.mark.parametrize("activation", ["gelu_new", "relu", "silu"])
+def test_every_activation_is_exported(tmp_path, activation):
+    model, spec = carve(make_tiny_bert(tmp_path / "teacher", hidden_act=activation, num_hidden_layers=1))
+    known = Known.of(spec, model, [batch_of(np.random.default_rng(6), 2, 15)])
+    for plan, run in plans_of(model, spec, ("fused", "sorted")).items():
+        plan_parity(plan, run, known)
+
+
+def test_the_first_token_is_the_embedding_where_the_spec_says_cls(small_teacher):
+    model, spec = carve(small_teacher, pooling="cls")
+    hidden_BLD, embedding_BD = plans_of(model, spec, ("sorted",))["sorted"](*batch_of(np.random.default_rng(7), 2, 6))
+    first = hidden_BLD[:, 0] / np.linalg.norm(hidden_BLD[:, 0], axis=1, keepdims=True)
+    np.testing.assert_allclose(embedding_BD, first, atol=1e-5)
+
+
+def test_a_plan_gives_the_same_numbers_on_more_than_one_thread(mixture, canonical, plans):
+    ids, mask = batch_of(np.random.default_rng(8), 8, 64)
+    two = run_of(onnx_plans.lower(canonical, "sorted", mixture[1].activation), threads=2)
+    expected = plans["sorted"](ids, mask)[0]
+    for _ in range(20):
+        np.testing.assert_allclose(two(ids, mask)[0], expected, atol=1e-5)
+
+
+def test_int8_embeddings_point_the_same_way(mixture, plans):
+    ids, mask = batch_of(np.random.default_rng(9), 8, 40)
+    cosine = (plans["sorted8"](ids, mask)[1] * plans["sorted"](ids, mask)[1]).sum(1)
+    assert cosine.mean() > 0.95
+
+
+def test_there_is_one_moe_node_a_layer_and_none_in_the_sorted_plan(mixture, canonical):
+    spec = mixture[1]
+    operators = [node.op_type for node in canonical.graph]
+    assert operators.count("MoE") == spec.num_layers
+    assert operators.count("Attention") == spec.num_layers and "Transpose" not in operators
+    lowered = onnx_plans.lower(canonical, "sorted", spec.activation)
+    assert {node.domain for node in lowered.graph} == {""}
+    assert [node.op_type for node in canonical.graph] == operators, "lowering changed the canonical graph"
+
+
+def test_all_linear_maps_but_the_router_are_int8(mixture, canonical):
+    lowered = onnx_plans.lower(canonical, "sorted8", mixture[1].activation)
+    left = [node for node in lowered.graph if node.op_type in ("Gemm", "MatMul")]
+    assert len(left) == mixture[1].num_layers
+    assert all(any(user.op_type == "TopK" for user, _ in node.outputs[0].uses()) for node in left)
+
+
+def test_exporting_leaves_the_model_as_it_was(small_teacher):
+    model, spec = carve(small_teacher)
+    before = {name: id(module) for name, module in model.named_modules()}
+    model.train()
+    onnx_graph.canonical_graph(model, spec.pooling)
+    assert {name: id(module) for name, module in model.named_modules()} == before
+    assert model.training
+
+
+def test_two_exports_are_the_same_bytes_in_other_folders_and_processes(tiny_teacher, canonical, mixture, tmp_path):
+    script = (
+        "import sys; from pathlib import Path\n"
+        "from ffn2moe import onnx_graph, onnx_plans\n"
+        "from tests.mixtures import carve\n"
+        "model, spec = carve(Path(sys.argv[1]))\n"
+        "canonical = onnx_graph.canonical_graph(model, spec.pooling)\n"
+        "for plan in ('fused', 'sorted', 'sorted8'):\n"
+        "    onnx_graph.save_graph(onnx_plans.lower(canonical, plan, spec.activation), plan + '.onnx')\n"
+    )
+    root = Path(__file__).parent.parent
+    environment = {"PYTHONPATH": str(root), "PYTHONHASHSEED": "7", "OMP_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, "-c", script, str(tiny_teacher)], cwd=tmp_path, env=environment, check=True)
+    for plan in ("fused", "sorted", "sorted8"):
+        onnx_graph.save_graph(onnx_plans.lower(canonical, plan, mixture[1].activation), tmp_path / "here.onnx")
+        here, there = (tmp_path / "here.onnx").read_bytes(), (tmp_path / f"{plan}.onnx").read_bytes()
+        assert here == there, plan
+        assert str(root).encode() not in here and b"stack_trace" not in here
+
+
+def test_routing_that_rounding_decides_is_refused_with_the_remedy(small_teacher):
+    model, spec = carve(small_teacher)
+    for moe in moe_layers(model):
+        torch.nn.init.zeros_(moe.router.weight)
+        moe.router.balance_bias.zero_()
+    known = onnx_graph.reference(model, [batch_of(np.random.default_rng(10), 2, 5)], spec.pooling)
+    with pytest.raises(ValueError, match="train the router first"):
+        onnx_graph.parity(lambda ids, mask: (known[0].hidden_BLD, known[0].embedding_BD), known)
+
+
+def test_a_difference_above_the_tolerance_is_an_error(mixture, plans):
+    model, spec = mixture
+    batches = list(random_batches([[5, 6, 7]] * 4, 0))
+    known = Known.of(spec, model, batches)
+
+    def off_by(amount: float):
+        def run(ids, mask):
+            hidden_BLD, embedding_BD = plans["sorted"](ids, mask)
+            return hidden_BLD + amount, embedding_BD
+
+        return run
+
+    plan_parity("sorted", off_by(0), known)
+    with pytest.raises(ValueError, match=r"the plan sorted is 1\.00e-03 from PyTorch"):
+        plan_parity("sorted", off_by(1e-3), known)
+    with pytest.raises(ValueError, match="nan from PyTorch"):
+        plan_parity("sorted", off_by(np.nan), known)
+
+
+def test_a_causal_model_is_refused_with_the_reason(tiny_teacher_gated):
+    model, _ = load_dense(str(tiny_teacher_gated))
+    with pytest.raises(ValueError, match="causal model"):
+        onnx_graph.canonical_graph(model, "mean")
