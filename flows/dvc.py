@@ -53,6 +53,7 @@ def reproduce(
     it is passed on.
     """
     before = locked(root, stage).get("outs")
+    always = _yaml(root / "dvc.yaml")["stages"][stage].get("always_changed", False)
     # --single-item always: without it, DVC walks the graph upwards. --wait-for-lock: else a finished stage
     # is reported failed when another process holds the lock for more than 3 s.
     command = ["--wait-for-lock", "repro", "--single-item", *(["--force"] if force else []), stage]
@@ -61,7 +62,8 @@ def reproduce(
 
     def heard(line: str) -> None:
         if line.startswith(started):
-            on_start()
+            if not always:
+                on_start()
         elif not _NOISE.match(line) and not line.startswith("ERROR: failed to reproduce"):
             on_line(line)
 
@@ -75,7 +77,6 @@ def reproduce(
     if started not in text:
         return "Restored" if "is cached - skipping run" in text else "Cached"
     # A stage that always runs (inputs) is as good as cached when it wrote what it wrote before.
-    always = _yaml(root / "dvc.yaml")["stages"][stage].get("always_changed", False)
     return "Cached" if always and locked(root, stage).get("outs") == before else "Completed"
 
 

@@ -35,6 +35,7 @@ def show(workspace: Workspace, uri: str, console: Console) -> None:
         kept(quality),
         Text(f"\nWhat was gained by the plan {plan['default_plan']}", style="bold"),
         gained(plan),
+        Text(plan["reason"]),
         Text(f"{100 * share:.0f} % of the FFN is active; in equal arithmetic at most {bound:.2f}x (Amdahl)"),
         Text("\nWhere it is", style="bold"),
         _where(workspace, registered, uri),

@@ -26,7 +26,7 @@ from tasks.stage import Registry, StageRun, main, numbers
 
 EXAMPLE = ("A mixture of experts runs a part of itself for each token.", "The weather is fine today.")
 # What the served model imports, beside the package ffn2moe that travels with it.
-REQUIREMENTS = ("numpy", "onnxruntime-gpu", "tokenizers", "transformers")
+REQUIREMENTS = ("numpy", "onnx", "onnxruntime-gpu", "tokenizers")
 SAME = 1e-5  # of components of unit vectors: the same graph, computed twice
 
 

@@ -87,7 +87,7 @@ def evaluate(stage: StageRun) -> None:
     )
     row = {"batch": 1, "sequence": 16, "threads": 1, "median_ms": 2.0, "speedup_vs_dense": 1.5,
            "speedup_vs_best_dense": 1.1}
-    plan = {"default_plan": "sorted", "timings": {"sorted": [row]}}
+    plan = {"default_plan": "sorted", "reason": "sorted is the fastest", "timings": {"sorted": [row]}}
     stage.write_json(f"exports/{stage.params.name}/plan.json", plan)
     stage.write_text("reports/report.html", "<p>toy</p>")
 

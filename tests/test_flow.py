@@ -1,0 +1,287 @@
+"""The flow really runs under Prefect: what it leaves, what it keeps when it fails, and what it says when it cannot."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from flows import dvc, workspace
+from flows.guardian import MARK
+from flows.progress import Board
+from flows.workspace import BusyError, FlowError, check, lock, plan
+from tasks.stage import EXPERIMENT, mlflow_client
+from tests.toy import compress, git, make_toy, start
+
+COMMITTED = ["inputs", "prepare", "distill", "evaluate", "register"]
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory) -> Path:
+    """A toy repository in which one run has ended well, with its dvc.lock committed."""
+    folder = make_toy(tmp_path_factory.mktemp("toy") / "repo")
+    code, output = compress(folder)
+    assert code == 0, output
+    (folder / "first.txt").write_text(output)
+    git(folder, "add", "dvc.lock")
+    git(folder, "commit", "-q", "-m", "first run")
+    return folder
+
+
+def runs_of(folder: Path) -> list:
+    client = mlflow_client(f"sqlite:///{folder / 'mlflow.db'}")
+    experiment = client.get_experiment_by_name(EXPERIMENT)
+    return client.search_runs([experiment.experiment_id], order_by=["attributes.start_time ASC"])
+
+
+def pipelines_of(folder: Path) -> list:
+    return [run for run in runs_of(folder) if "mlflow.parentRunId" not in run.data.tags]
+
+
+def test_a_first_run_completes_every_stage_and_ends_in_a_summary(toy):
+    output = (toy / "first.txt").read_text()
+    for index, stage in enumerate(COMMITTED, 1):
+        assert f"[ {index}/5] {stage:<12} Completed" in output
+    assert "left in all" in output
+    for told in ("What was kept", "100.0 %", "1.50x", "exports/minilm", "models:/minilm/1", "models serve"):
+        assert told in output
+    for noise in ("Traceback", "prefect", "INFO", "WARNING"):
+        assert noise not in output
+
+
+def test_a_run_is_recorded_with_its_stages_parameters_data_and_files(toy):
+    parent = pipelines_of(toy)[0]
+    client = mlflow_client(f"sqlite:///{toy / 'mlflow.db'}")
+    assert parent.info.status == "FINISHED"
+    assert parent.data.params["decompose.num_experts"] == "8"
+    assert parent.data.metrics["evaluate.student.retrieval.ndcg_at_10"] == 0.7
+    assert parent.data.tags["git.commit"] == git(toy, "rev-parse", "HEAD~1").strip()
+    assert parent.data.tags["outcome.distill"] == "Completed"
+    assert [dataset.dataset.name for dataset in parent.inputs.dataset_inputs] == ["data/corpus"]
+    files = {item.path for item in client.list_artifacts(parent.info.run_id)}
+    assert {"params.yaml", "dvc.lock", "metrics", "reports"} <= files
+    nested = [run for run in runs_of(toy) if run.data.tags.get("mlflow.parentRunId") == parent.info.run_id]
+    assert {run.data.tags.get("stage") for run in nested} >= {"prepare", "distill", "evaluate", "register"}
+    distill = next(run for run in nested if run.data.tags.get("stage") == "distill")
+    assert len(client.get_metric_history(distill.info.run_id, "loss")) == 3
+
+
+def test_a_second_run_finds_every_stage_cached_and_links_the_runs_that_made_them(toy):
+    lock_before = (toy / "dvc.lock").read_bytes()
+    started = time.monotonic()
+    code, output = compress(toy)
+    assert code == 0, output
+    assert time.monotonic() - started < 60
+    for index, stage in enumerate(COMMITTED, 1):
+        assert f"[ {index}/5] {stage:<12} Cached" in output
+    assert (toy / "dvc.lock").read_bytes() == lock_before
+    first, second = pipelines_of(toy)[0], pipelines_of(toy)[-1]
+    assert second.data.tags["made_by.distill"] == first.data.tags["made_by.distill"]
+
+
+def test_settings_run_apart_and_leave_the_committed_workspace_clean(toy, tmp_path):
+    (tmp_path / "sets").mkdir()
+    before = (toy / "exports/minilm/plan.json").read_bytes()
+    code, output = compress(toy, "seed=5", "name=five", "data.folder=sets", cwd=tmp_path)
+    assert code == 0, output
+    assert git(toy, "status", "--porcelain") == "?? first.txt\n"
+    assert (toy / "exports/minilm/plan.json").read_bytes() == before
+    export = toy / "exports" / "five"
+    assert sorted(path.name for path in export.iterdir()) == ["metrics", "plan.json", "report.html"]
+    assert json.loads((export / "metrics/register.json").read_text())["model"] == "five"
+    assert not (toy / ".workspaces" / "five").exists()
+    run = pipelines_of(toy)[-1]
+    assert run.data.tags["settings"] == "seed=5 name=five data.folder=sets"
+    assert run.data.params["data.folder"] == str(tmp_path / "sets")
+
+
+def test_a_failing_stage_is_one_message_and_what_was_good_stays(toy):
+    saved = {path: (toy / path).read_bytes() for path in ("dvc.lock", "models/distilled/seed", "params.yaml")}
+    (toy / "params.yaml").write_text((toy / "params.yaml").read_text().replace("seed: 0 ", "seed: 13 "))
+    try:
+        code, output = compress(toy)
+    finally:
+        (toy / "params.yaml").write_bytes(saved.pop("params.yaml"))
+    assert code == 2
+    assert output.splitlines()[-1] == ("error: distill stopped: the loss is NaN at step 3; lower distill.learning_rate")
+    assert "Traceback" not in output
+    assert {path: (toy / path).read_bytes() for path in saved} == saved
+    run = pipelines_of(toy)[-1]
+    assert run.info.status == "FAILED"
+    assert "the loss is NaN" in run.data.tags["error"]
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)])
+def test_a_stopped_run_leaves_nothing_running(toy, number, code):
+    alive = toy / ".workspaces" / "endless" / "alive"
+    process = start(toy, "seed=99", "name=endless")
+    try:
+        deadline = time.monotonic() + 120
+        while not alive.exists():
+            assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
+            time.sleep(0.1)
+        process.send_signal(number)
+        output, _ = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == code
+    assert "Traceback" not in output
+    deadline = time.monotonic() + 20
+    while left := [one for one in psutil.process_iter() if started_by(one, process.pid)]:
+        assert time.monotonic() < deadline, left
+        time.sleep(0.1)
+    alive.unlink()
+
+
+def started_by(process: psutil.Process, flow: int) -> bool:
+    try:
+        return process.environ().get(MARK) == str(flow)
+    except psutil.Error:
+        return False
+
+
+def test_a_version_that_left_the_registry_is_registered_again(toy):
+    for path in toy.glob("mlflow.db*"):
+        path.unlink()
+    code, output = compress(toy)
+    assert code == 0, output
+    assert "[ 4/5] evaluate     Cached" in output
+    assert "[ 5/5] register     Completed" in output
+    git(toy, "checkout", "-q", "dvc.lock")
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("decompose.num_expert=2", "did you mean 'decompose.num_experts'?"),
+        ("decompose.num_active=9", "a token can run at most every expert"),
+        ("seed", "write KEY=VALUE"),
+    ],
+)
+def test_a_bad_setting_ends_at_once_with_its_remedy(toy, setting, message):
+    code, output = compress(toy, setting)
+    assert code == 2
+    assert output.startswith("error: ")
+    assert message in output
+    assert len(output.splitlines()) == 1
+
+
+def test_a_second_run_in_the_same_workspace_is_refused_and_told_of_the_first(tmp_path):
+    with lock(tmp_path), pytest.raises(BusyError, match=rf"process {os.getpid()}\); wait for it"), lock(tmp_path):
+        pass
+    with lock(tmp_path):
+        pass
+
+
+def test_a_dvc_at_work_is_respected_and_the_notes_of_a_dead_one_are_cleared(tmp_path):
+    notes = tmp_path / ".dvc" / "tmp" / "rwlock"
+    notes.parent.mkdir(parents=True)
+    sleeper = [sys.executable, "-c", "import time; time.sleep(60)", "dvc"]
+    with subprocess.Popen(sleeper) as other:
+        note = {"pid": other.pid, "cmd": "dvc repro"}
+        notes.write_text(json.dumps({"write": {"models": note}, "read": {"data": [note]}}))
+        try:
+            with pytest.raises(BusyError, match=f"DVC is at work .* {other.pid}"), lock(tmp_path):
+                pass
+        finally:
+            other.kill()
+    with lock(tmp_path):
+        assert not notes.exists()
+    notes.write_text("{")
+    with lock(tmp_path):
+        assert not notes.exists()
+
+
+def test_what_a_run_needs_is_checked_first(tmp_path, monkeypatch):
+    with pytest.raises(FlowError, match=r"no \.dvc folder"):
+        check(tmp_path)
+    (tmp_path / ".dvc").mkdir()
+    (tmp_path / ".dvc" / "config").write_text("")
+    with pytest.raises(FlowError, match="not a git repository"):
+        check(tmp_path)
+    git(tmp_path, "init", "-q")
+    with pytest.raises(FlowError, match="no commit yet"):
+        check(tmp_path)
+    git(tmp_path, "commit", "-q", "--allow-empty", "-m", "start")
+    check(tmp_path)
+    monkeypatch.setattr(workspace, "ROOM_NEEDED", shutil.disk_usage(tmp_path).total * 2)
+    with pytest.raises(FlowError, match="disk is nearly full"):
+        check(tmp_path)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(FlowError, match="git is not installed"):
+        check(tmp_path)
+
+
+def test_a_run_with_settings_but_no_name_gets_one_of_its_own():
+    source = Path(__file__).parent.parent
+    assert plan(source, [], source)[1] == "minilm"
+    assert plan(source, ["seed=1"], source)[1] == "minilm-seed-1"
+    assert plan(source, ["name=trial", "seed=1"], source)[1] == "trial"
+    many = [f"{key}=1" for key in ("distill.hidden_weight", "distill.embedding_weight", "evaluate.batch_texts")]
+    assert len(plan(source, many, source)[1]) < 20
+
+
+def test_a_busy_workspace_is_told_apart_from_a_failed_stage(tmp_path, monkeypatch):
+    (tmp_path / "dvc.yaml").write_text("stages: {distill: {cmd: x}}")
+
+    def says(text: str):
+        def answer(arguments, root, environment, lines, on_line):
+            lines += text.splitlines()
+            return 255
+
+        monkeypatch.setattr(dvc, "_dvc", answer)
+
+    says("ERROR: failed to reproduce 'distill': 'models' is busy, it is being blocked by:\n  (PID 1): dvc")
+    with pytest.raises(BusyError):
+        dvc.reproduce("distill", tmp_path, {}, lambda line: None)
+    says("Running stage 'distill':\nOSError: [Errno 28] No space left on device\nERROR: failed to reproduce")
+    with pytest.raises(FlowError, match="the disk is full; make room"):
+        dvc.reproduce("distill", tmp_path, {}, lambda line: None)
+    says("Running stage 'distill':\nKeyError: 'x'\nERROR: failed to reproduce 'distill': exited with 1")
+    with pytest.raises(FlowError, match="distill failed: KeyError: 'x'; failed to reproduce"):
+        dvc.reproduce("distill", tmp_path, {}, lambda line: None)
+
+
+def test_the_board_tells_the_time_left_from_what_it_remembers(tmp_path):
+    from io import StringIO
+
+    from rich.console import Console
+
+    memory = tmp_path / "durations.json"
+    memory.write_text('{"distill": 600, "evaluate": 60.0}')
+    text = StringIO()
+    board = Board(["distill", "evaluate"], memory, Console(file=text, width=100))
+    with board:
+        board.begin("distill")
+        board.runs("distill")
+        board.line("distill", "distill: steps 1/900 (0 %)")
+        board.end("distill", "Completed")
+        board.begin("evaluate")
+        board.end("evaluate", "Cached")
+    assert text.getvalue().splitlines() == [
+        "[ 1/2] distill      runs; about 11:00 left in all",
+        "        steps 1/900 (0 %)",
+        "[ 1/2] distill      Completed in 0:00",
+        "[ 2/2] evaluate     Cached",
+    ]
+    assert json.loads(memory.read_text()) == {"distill": 0.0, "evaluate": 60.0}
+    memory.write_text("not json")
+    assert Board(["distill"], memory, Console(file=text))._seconds["distill"] > 60
+
+
+def test_a_lock_is_free_again_when_its_holder_is_gone(tmp_path):
+    script = (
+        "import sys; from pathlib import Path; from flows.workspace import lock\nwith lock(Path(sys.argv[1])): {}[0]"
+    )
+    subprocess.run([sys.executable, "-c", script, str(tmp_path)], cwd=Path(__file__).parent.parent, capture_output=True)
+    with (tmp_path / ".cache/run.lock").open() as stream:
+        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
