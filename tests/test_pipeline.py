@@ -1,0 +1,98 @@
+"""The real pipeline on a tiny teacher: under Prefect, and again by DVC alone with the same bytes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from ruamel.yaml import YAML
+
+import ffn2moe
+from tasks.stage import Registry
+from tests.conftest import make_tiny_bert
+from tests.texts import make_texts, write_corpus
+from tests.toy import compress, git, make_tiny
+
+REPRODUCIBLE = ("inputs", "prepare", "decompose", "train_router", "distill", "evaluate", "export")
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> Path:
+    """A folder with a teacher, a corpus and the repository `repo` in which the flow has run once."""
+    folder = tmp_path_factory.mktemp("world")
+    make_tiny_bert(folder / "teacher")
+    write_corpus(folder / "texts.jsonl", make_texts(1500))
+    repo = make_tiny(folder / "repo", folder / "teacher", folder / "texts.jsonl")
+    code, output = compress(repo)
+    assert code == 0, output
+    (folder / "output.txt").write_text(output)
+    return folder
+
+
+def lock_of(repo: Path) -> dict:
+    return YAML(typ="safe").load((repo / "dvc.lock").read_text())["stages"]
+
+
+def in_repo(repo: Path, *command: str) -> str:
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("FFN2MOE_")}
+    done = subprocess.run(
+        [sys.executable, "-m", *command],
+        cwd=repo,
+        env={**environment, "PATH": path, "DVC_NO_ANALYTICS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_every_stage_runs_and_the_end_says_where_things_are(world):
+    output = (world / "output.txt").read_text()
+    assert output.count(" Completed") == 10
+    for told in ("What was kept", "What was gained", "exports/tiny", "reports/report.html", "models:/tiny/1"):
+        assert told in output
+    assert (world / "repo/reports/report.html").stat().st_size > 10_000
+
+
+def test_the_figures_are_where_checks_look_for_them(world):
+    shown = json.loads(in_repo(world / "repo", "dvc", "metrics", "show", "--json"))
+    quality = shown[""]["data"]["metrics/evaluate.json"]["data"]
+    for model in ("teacher", "training_free", "student"):
+        assert 0 < quality[model]["retrieval"]["ndcg_at_10"] <= 1
+        assert 0 < quality[model]["retrieval"]["mrr"] <= 1
+    assert quality["active_ffn_share"] == 0.5
+    assert quality["amdahl_bound"] > 1
+    plan = json.loads((world / "repo/exports/tiny/plan.json").read_text())
+    assert {len(rows) for rows in plan["timings"].values()} == {2}
+
+
+def test_the_export_opens_as_a_model_and_as_a_runtime(world):
+    export = world / "repo/exports/tiny"
+    assert ffn2moe.load(export / "checkpoint").config.hidden_size == 32
+    assert ffn2moe.open_export(export).encode(["a red house", "sort a list"]).shape == (2, 32)
+
+
+def test_the_registered_version_holds_the_hashes_of_dvc(world):
+    registry = Registry(world / "repo", "tiny")
+    assert registry.version_of("challenger") == 1
+    tags = registry._client.get_model_version("tiny", "1").tags
+    outs = {out["path"]: out["md5"] for out in lock_of(world / "repo")["export"]["outs"]}
+    assert tags["dvc.md5.sorted.onnx"] == outs["exports/tiny/sorted.onnx"]
+    assert tags["git.commit"] == git(world / "repo", "rev-parse", "HEAD").strip()
+    assert tags["git.dirty"] == "false"
+
+
+def test_another_clone_makes_the_same_bytes_by_dvc_alone(world):
+    """No cache is shared, there is neither Prefect nor a run record, and the folder has another name."""
+    other = world / "another clone"
+    git(world, "clone", "-q", str(world / "repo"), str(other))
+    in_repo(other, "dvc", "repro", "-q", "evaluate", "export")
+    mine, theirs = lock_of(world / "repo"), lock_of(other)
+    for stage in REPRODUCIBLE:
+        assert theirs[stage] == mine[stage], stage
+    assert not (other / "mlflow.db").exists()
