@@ -70,7 +70,7 @@ repro: $(STAMP) $(MLFLOW_DB)
 	@PATH="$(abspath $(BIN)):$$PATH" $(BIN)/dvc repro
 
 test: $(STAMP)
-	@$(BIN)/python -m pytest -q -n 2 --dist worksteal $(TESTS)
+	@$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder $(TESTS)
 
 check: $(STAMP)
 	@$(BIN)/ruff check .

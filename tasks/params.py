@@ -216,9 +216,7 @@ def override(raw: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
         try:
             value = YAML(typ="safe").load(text) if text.strip() else None
         except YAMLError as error:
-            raise ParamsError(
-                f"the value of {item!r} is not valid YAML: {getattr(error, 'problem', error)}"
-            ) from None
+            raise ParamsError(f"the value of {item!r} is not valid YAML: {getattr(error, 'problem', error)}") from None
         *parents, last = key.split(".")
         section: Any = raw
         for parent in parents:
@@ -280,9 +278,7 @@ def _explain(error: Any) -> str:
     if kind == "extra_forbidden":
         return _unknown(key, legal_keys())
     if kind == "missing":
-        return (
-            f"the key {key!r} is missing; every key must be there (git diff params.yaml shows what changed)"
-        )
+        return f"the key {key!r} is missing; every key must be there (git diff params.yaml shows what changed)"
     if kind == "value_error":  # a contradiction: the message is whole
         return str(error["ctx"]["error"])
     if kind == "model_type":

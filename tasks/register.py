@@ -75,9 +75,7 @@ def judge(params: Params, quality: Mapping[str, Any], plan: Mapping[str, Any]) -
     retention = float(quality["retention"]["retrieval"]["ndcg_at_10"])
     rows = plan["timings"][plan["default_plan"]]
     largest = max(row["batch"] * row["sequence"] for row in rows)
-    speedup = min(
-        float(row["speedup_vs_best_dense"]) for row in rows if row["batch"] * row["sequence"] == largest
-    )
+    speedup = min(float(row["speedup_vs_best_dense"]) for row in rows if row["batch"] * row["sequence"] == largest)
     refused = []
     if retention < gate.min_retention:
         refused.append(f"retention {retention:.4f} is below gate.min_retention = {gate.min_retention}")

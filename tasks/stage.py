@@ -53,9 +53,7 @@ class StageRun:
         """One line for the reader of the log."""
         self._console.print(f"{self.name}: {text}")
 
-    def track(
-        self, items: Iterable[Item], total: int, description: str, completed: int = 0
-    ) -> Iterator[Item]:
+    def track(self, items: Iterable[Item], total: int, description: str, completed: int = 0) -> Iterator[Item]:
         """Yields the items and shows progress and the time left: a bar on a terminal, else lines.
 
         `completed` is what was done before the first item (a resumed stage), out of `total`.
@@ -82,9 +80,7 @@ class StageRun:
             if now - last_line >= SECONDS_BETWEEN_LINES:
                 last_line = now
                 left = (now - start) / (done - completed) * max(total - done, 0)
-                self.say(
-                    f"{description} {done}/{total} ({100 * done / max(total, 1):.0f} %), {clock(left)} left"
-                )
+                self.say(f"{description} {done}/{total} ({100 * done / max(total, 1):.0f} %), {clock(left)} left")
 
     def log_metrics(self, values: Mapping[str, float], step: int | None = None) -> None:
         """Numbers over time for the run record (buffered); nothing when no record is kept."""
@@ -122,9 +118,7 @@ class StageRun:
         """Writes JSON with sorted keys; ValueError, naming the key, when a number is NaN or infinite."""
         for key, value in numbers(payload):
             _refuse_not_finite(path, key, value)
-        self.write_text(
-            path, json.dumps(payload, indent=2, sort_keys=True, default=_builtin, allow_nan=False) + "\n"
-        )
+        self.write_text(path, json.dumps(payload, indent=2, sort_keys=True, default=_builtin, allow_nan=False) + "\n")
 
     def write_csv(self, path: str, rows: Sequence[Mapping[str, Any]]) -> None:
         """Writes rows as CSV; ValueError when there is none, keys differ or a number is not finite."""
@@ -143,9 +137,7 @@ class StageRun:
         self.write_text(path, buffer.getvalue())
 
 
-def main(
-    name: str, function: Callable[[StageRun], None], *, torch: bool = True, recorded: bool = True
-) -> None:
+def main(name: str, function: Callable[[StageRun], None], *, torch: bool = True, recorded: bool = True) -> None:
     """Runs one stage in the current folder and ends the process: 0 done, 2 the user's error, 1 a bug.
 
     `torch=False` for a stage that computes nothing with it and so need not wait for its import;
@@ -435,9 +427,7 @@ class PipelineRecord:
             self.run_id,
             datasets=[
                 DatasetInput(
-                    Dataset(
-                        name, digest, "local", json.dumps({"uri": name}), profile=json.dumps(dict(profile))
-                    ),
+                    Dataset(name, digest, "local", json.dumps({"uri": name}), profile=json.dumps(dict(profile))),
                     [InputTag("mlflow.data.context", name)],
                 )
                 for name, (digest, profile) in datasets.items()
@@ -459,9 +449,7 @@ class PipelineRecord:
 
     def _search(self, query: str) -> list[Any]:
         experiment = experiment_id(self._client, self._uri)
-        return self._client.search_runs(
-            [experiment], query, max_results=1, order_by=["attributes.start_time DESC"]
-        )
+        return self._client.search_runs([experiment], query, max_results=1, order_by=["attributes.start_time DESC"])
 
 
 # --- the model registry ---------------------------------------------------------------------------
