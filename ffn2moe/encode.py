@@ -17,11 +17,13 @@ Track = Callable[[Iterable[Sequence[int]], int, str], Iterable[Sequence[int]]]
 
 
 def choose_device(wanted: str) -> str:
-    """The device to compute on, where `auto` takes a GPU if there is one. ValueError for one that is not."""
+    """The device to compute on, where `auto` takes an accelerator if there is one. ValueError for one that is not."""
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     if wanted == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if wanted == "cuda" and not torch.cuda.is_available():
-        raise ValueError("compute.device = cuda, but torch sees no GPU here; set it to auto or cpu")
+        return accelerator.type if accelerator else "cpu"
+    if wanted != "cpu" and (accelerator is None or accelerator.type != wanted.partition(":")[0]):
+        there = accelerator.type if accelerator else "no accelerator"
+        raise ValueError(f"compute.device = {wanted}, but torch sees {there} here; set it to auto or cpu")
     return wanted
 
 

@@ -178,6 +178,8 @@ def prepare_process(params: Params, *, torch: bool = True) -> None:
     numpy.random.seed(params.seed)
     if not torch:
         return
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its reports of unused weights are not for the reader
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what makes cuBLAS deterministic
     import torch as torch_module
 
