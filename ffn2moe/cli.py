@@ -36,7 +36,6 @@ def _parser() -> argparse.ArgumentParser:
 
     encode = _command(commands, "encode", _encode, "embeddings of texts, as JSON lines")
     encode.add_argument("texts", nargs="*", metavar="TEXT", help="texts; without any, the lines of standard input")
-    encode.add_argument("--batch", type=_count, default=32, help="texts at once (default 32)")
     _running(encode)
 
     verify = _command(commands, "verify", _verify, "check an export's files, and its graphs against PyTorch")
@@ -158,7 +157,7 @@ def _encode(options: argparse.Namespace) -> int:
     export = open_export(options.path, options.plan, options.threads, _providers(options))
     for start in range(0, len(texts), 1024):  # output comes as it is made
         part = texts[start : start + 1024]
-        for text, embedding in zip(part, export.encode(part, batch_texts=options.batch), strict=True):
+        for text, embedding in zip(part, export.encode(part), strict=True):
             row = {"text": text, "embedding": [float(f"{value:.7g}") for value in embedding.tolist()]}
             sys.stdout.write(json.dumps(row, ensure_ascii=False) + "\n")
     return 0

@@ -16,7 +16,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from ffn2moe.onnx_graph import Editor, constant_of, finish, replace
+from ffn2moe.onnx_graph import Editor, constant_of, finish, only_use, replace
 from ffn2moe.runtime import INT8_PLANS, Plan
 from ffn2moe.spec import Activation
 
@@ -45,11 +45,23 @@ def sort_tokens(model: ir.Model, activation: Activation) -> None:
     editor = Editor(model)
     for node in [node for node in model.graph if node.op_type == "MoE"]:
         editor.at = node
-        replace(node.outputs[0], _sorted_experts(editor, node, activation))
+        whole, bias = _with_output_bias(node.outputs[0])
+        replace(whole, _sorted_experts(editor, node, activation, bias))
     finish(model)
 
 
-def _sorted_experts(editor: Editor, moe: ir.Node, activation: Activation) -> ir.Value:
+def _with_output_bias(y_TD: ir.Value) -> tuple[ir.Value, np.ndarray | None]:
+    """The value after the output bias that follows a MoE node, and that bias; the node's own where none does."""
+    add = only_use(y_TD)
+    if add is not None and add.op_type == "Add":
+        for bias in add.inputs:
+            array = constant_of(bias)
+            if array is not None and array.ndim == 1:
+                return add.outputs[0], array
+    return y_TD, None
+
+
+def _sorted_experts(editor: Editor, moe: ir.Node, activation: Activation, b_out_D: np.ndarray | None) -> ir.Value:
     x_TD, logits_TE, fc1, fc1_bias, fc2 = moe.inputs[:5]
     w_in_EMD, w_out_EDM = constant_of(fc1), constant_of(fc2)
     b_in_EM = constant_of(fc1_bias)
@@ -72,6 +84,8 @@ def _sorted_experts(editor: Editor, moe: ir.Node, activation: Activation) -> ir.
     count_E = editor.node("ReduceSum", taken_ET, axis_1, keepdims=0)
     tokens = editor.nodes("Split", [token_R, count_E], outputs=E, axis=0) if E > 1 else [token_R]
 
+    # Each of a token's K experts adds its share of the output bias, inside its Gemm: no pass of its own.
+    b_share_D = [] if b_out_D is None else [editor.constant(f"{layer}.b_share", b_out_D / np.float32(K))]
     outputs = []
     for expert in range(E):
         name = f"{layer}.experts.{expert}"
@@ -81,7 +95,7 @@ def _sorted_experts(editor: Editor, moe: ir.Node, activation: Activation) -> ir.
         h_nM = _activate(editor, editor.node("Gemm", x_nD, w_in_DM, *b_in_M, name=f"{name}.in"), activation)
         # The op's unit weights are 1/K, and K is folded into fc2: here the weights are 1.
         w_out_MD = editor.constant(f"{name}.out.weight", w_out_EDM[expert].T / np.float32(K))
-        outputs.append(editor.node("Gemm", h_nM, w_out_MD, name=f"{name}.out"))
+        outputs.append(editor.node("Gemm", h_nM, w_out_MD, *b_share_D, name=f"{name}.out"))
     y_RD = editor.node("Concat", *outputs, axis=0) if E > 1 else outputs[0]
 
     # Rank of each (expert, token) in the row: how many choices come before it.

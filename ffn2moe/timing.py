@@ -6,14 +6,20 @@ ratios are taken within a round before their median.
 
 from __future__ import annotations
 
+import os
+import platform
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from importlib import metadata
+from pathlib import Path
 from statistics import median
+from typing import Any
 
 import numpy as np
 
-from ffn2moe.runtime import DENSE_PLANS, Export
+from ffn2moe.runtime import DENSE_PLANS, Export, open_export, read_manifest
 
 SHORTEST_SAMPLE = 0.02  # seconds; faster plans are run several times for one sample
 BATCHES = 4  # of different texts, so that no one batch's routing decides
@@ -30,6 +36,36 @@ class Timing:
     median_ms: float
     speedup_vs_dense: float
     speedup_vs_best_dense: float
+
+
+# Wraps the rounds of one shape while they are worked through: (what they time, rounds) -> rounds.
+Track = Callable[[str, range], Iterator[int]]
+
+
+def time_export(
+    path: str | Path,
+    texts: Sequence[str],
+    *,
+    shapes: Sequence[tuple[int, int]],
+    threads: Sequence[int],
+    rounds: int,
+    plans: Sequence[str] | None = None,
+    track: Track = lambda _, rounds: iter(rounds),
+) -> Iterator[list[Timing]]:
+    """Times the plans of an export (all by default; `dense` always) on real texts: one list a shape and threads.
+
+    `shapes` are batch x sequence, in tokens.
+    """
+    if not any(text.strip() for text in texts):
+        raise ValueError("there is no text to time the plans on")
+    known = read_manifest(Path(path))["plans"]
+    chosen = [plan for plan in known if plans is None or plan in plans or plan == "dense"]
+    for count in threads:
+        exports = {plan: open_export(path, plan, count) for plan in chosen}
+        for batch, sequence in shapes:
+            batches = full_batches(exports["dense"], texts, batch, sequence)
+            label = f"{batch} x {sequence}, {count} {'thread' if count == 1 else 'threads'}"
+            yield interleaved(exports, batches, rounds=rounds, threads=count, track=partial(track, label))
 
 
 def full_batches(
@@ -131,3 +167,36 @@ def choose(timings: Sequence[Timing], keeps_quality: Mapping[str, bool]) -> Choi
         f"no mixture plan beats {dense.plan} here ({mixture.plan} has {ratio:.2f}x its speed): "
         f"{dense.plan} is the default",
     )
+
+
+def largest_shape(timings: Sequence[Timing]) -> list[Timing]:
+    """The timings that decide: at the most tokens, on the first number of threads."""
+    most = max(row.batch * row.sequence for row in timings)
+    rows = [row for row in timings if row.batch * row.sequence == most]
+    first = (rows[0].batch, rows[0].threads)
+    return [row for row in rows if (row.batch, row.threads) == first]
+
+
+def machine() -> dict[str, Any]:
+    """What was measured on; no name of the host."""
+    return {
+        "cpu": _cpu_name(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "onnxruntime": metadata.version("onnxruntime-gpu"),
+    }
+
+
+_INT8_FLAGS = {"AVX2": "avx2", "AVX512-VNNI": "avx512_vnni", "AMX-INT8": "amx_int8"}
+
+
+def _cpu_name() -> str:
+    """The processor's name, and which of the instructions it has that int8 arithmetic is fast with."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
+    fields = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in reversed(lines))}
+    name = fields.get("model name") or platform.processor() or platform.machine()
+    flags = fields.get("flags", "").split()
+    known = [label for label, flag in _INT8_FLAGS.items() if flag in flags]
+    return f"{name} ({', '.join(known)})" if known else name

@@ -183,3 +183,15 @@ def tiny_teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_teacher_gated(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny_llama(tmp_path_factory.mktemp("teacher") / "tiny-llama")
+
+
+@pytest.fixture(scope="session")
+def exported(tmp_path_factory: pytest.TempPathFactory, tiny_teacher: Path) -> Path:
+    """A workspace in which the stage `export` has run on a tiny mixture; the export is exports/tiny in it."""
+    from tasks import export
+    from tests.mixtures import make_workspace
+    from tests.texts import make_stage
+
+    root = make_workspace(tmp_path_factory.mktemp("exported"), tiny_teacher)
+    export.run(make_stage("export", root, "name=tiny", "compute.threads=1", "export.parity_texts=12"))
+    return root

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from ffn2moe import checkpoint
 from ffn2moe.dense import family_of, ffn_layers, load_dense, read_ffn
 from ffn2moe.experts import neurons_by_expert, slice_experts
 from ffn2moe.moe import MoEFFN, install_moe
 from ffn2moe.spec import MoESpec, Pooling
+from tasks.corpus import write_jsonl
+from tests.texts import make_texts, write_corpus
 
 
 def carve(
@@ -54,3 +58,15 @@ def carve(
         layers.append(moe)
     install_moe(model, layers)
     return model.eval(), replace(spec, expert_width=layers[0].w_in.shape[1])
+
+
+def make_workspace(root: Path, teacher: Path) -> Path:
+    """What the stage `export` reads: a teacher, a student carved from it, texts and pairs."""
+    model, spec = carve(teacher)
+    _, tokenizer = load_dense(str(teacher))
+    shutil.copytree(teacher, root / "data/teacher")
+    checkpoint.save(model, tokenizer, spec, root / "models/distilled")
+    write_corpus(root / "data/corpus/evaluation.jsonl", make_texts(40))
+    pairs = [text.split("\n\n") for text in make_texts(30, seed=1)]
+    write_jsonl(root / "data/benchmarks/retrieval.jsonl", ({"query": q, "document": d} for q, d in pairs))
+    return root

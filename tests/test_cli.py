@@ -1,0 +1,130 @@
+"""The command line: quick help, one clear line per failure, and exit codes a script can use."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import ffn2moe
+from ffn2moe import cli
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def export(exported) -> Path:
+    return exported / "exports/tiny"
+
+
+@pytest.fixture
+def copy(export, tmp_path) -> Path:
+    return Path(shutil.copytree(export, tmp_path / "copy"))
+
+
+def test_help_imports_nothing_heavy_and_answers_at_once():
+    script = (
+        "import sys\nfrom ffn2moe.cli import main\n"
+        "try:\n    main(['--help'])\nexcept SystemExit as stop:\n    assert stop.code == 0\n"
+        "heavy = {'torch', 'numpy', 'onnxruntime', 'transformers', 'onnx_ir', 'rich'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True, cwd=ROOT, capture_output=True)  # warms the cache
+    start = time.perf_counter()
+    done = subprocess.run([sys.executable, "-c", script], check=True, cwd=ROOT, capture_output=True, text=True)
+    assert time.perf_counter() - start < 1  # 0.1 s on an idle machine
+    assert "encode" in done.stdout and "verify" in done.stdout
+
+
+def test_info_shows_experts_plans_and_quality(export, capsys):
+    assert cli.main(["info", str(export)]) == 0
+    shown = capsys.readouterr().out
+    for word in ("4 of 16 neurons", "50 % of the FFN", "not measured yet", "sorted8", "nDCG@10"):
+        assert word in shown, word
+
+
+def test_info_shows_the_speed_once_it_was_measured(copy, capsys):
+    row = {"batch": 1, "sequence": 4, "threads": 1, "median_ms": 2.0, "speedup_vs_dense": 1.5}
+    plans = ("dense", "dense8", "fused", "sorted", "sorted8")
+    plan = {"default_plan": "fused", "reason": "fused wins", "machine": {"cpu": "Abacus"}}
+    (copy / "plan.json").write_text(json.dumps(plan | {"timings": {name: [row] for name in plans}}))
+    assert cli.main(["info", str(copy)]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "2.00 ms, 1.50x" in shown or "1.50x" in shown
+    assert "fused wins; measured on Abacus" in shown
+
+
+def test_encode_writes_a_json_line_for_each_text(export, capsys):
+    assert cli.main(["encode", str(export), "a word", "another text", "--plan", "sorted", "--threads", "1"]) == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [row["text"] for row in rows] == ["a word", "another text"]
+    expected = ffn2moe.open_export(export, "sorted").encode(["a word", "another text"])
+    np.testing.assert_allclose([row["embedding"] for row in rows], expected, atol=1e-6)
+
+
+def test_encode_reads_lines_where_no_text_is_named(export, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("one\ntwo words\n"))
+    assert cli.main(["encode", str(export)]) == 0
+    assert [json.loads(line)["text"] for line in capsys.readouterr().out.splitlines()] == ["one", "two words"]
+
+
+def test_verify_passes_on_a_sound_export(export, capsys):
+    assert cli.main(["verify", str(export), "--texts", "6", "--threads", "1"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.count("ok") == 12 and "failed" not in shown, shown
+
+
+def test_verify_fails_with_a_line_for_each_damaged_part(copy, capsys):
+    graph = copy / "sorted.onnx"
+    graph.write_bytes(graph.read_bytes()[:-9])
+    manifest = json.loads((copy / "manifest.json").read_text())
+    manifest["spec"]["num_active"] = 3
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    assert cli.main(["verify", str(copy), "--texts", "4"]) == 1
+    failed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("failed")]
+    assert len(failed) == 2
+    assert "sorted: file" in failed[0] and "sorted.onnx is damaged" in failed[0]
+    assert "checkpoint" in failed[1]
+
+
+def test_verify_notices_a_graph_of_other_weights(copy, capsys):
+    manifest = json.loads((copy / "manifest.json").read_text())
+    manifest["plans"]["sorted"] |= {key: manifest["plans"]["dense"][key] for key in ("file", "sha256")}
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    assert cli.main(["verify", str(copy), "--texts", "4", "--plan", "sorted"]) == 1
+    assert "from PyTorch, more than the 1e-04 allowed" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["info", "nowhere"], "nowhere is not an export"),
+        (["encode", "nowhere", "text"], "nowhere is not an export"),
+        (["verify", "nowhere"], "nowhere is not an export"),
+        (["encode", "EXPORT", " "], "text 0 is empty"),
+        (["encode", "EXPORT", "text", "--plan", "quick"], "no plan 'quick'"),
+        (["verify", "EXPORT", "--plan", "quick"], "no plan 'quick'"),
+        (["encode", "EXPORT", "text", "--provider", "Abacus"], "'Abacus' is not in this onnxruntime"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(export, capsys, arguments, message):
+    arguments = [str(export) if argument == "EXPORT" else argument for argument in arguments]
+    assert cli.main(arguments) == 2
+    told = capsys.readouterr()
+    assert not told.out and told.err.count("\n") == 1
+    assert told.err.startswith("error: ") and message in told.err
+
+
+@pytest.mark.parametrize("arguments", [[], ["sing"], ["encode"], ["verify", "x", "--texts", "0"]])
+def test_wrong_usage_is_exit_code_2(arguments, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(arguments)
+    assert stop.value.code == 2
+    assert "usage: ffn2moe" in capsys.readouterr().err

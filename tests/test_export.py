@@ -1,0 +1,101 @@
+"""The stages export and benchmark: what they write, that it is the same every time, and what they refuse."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+import ffn2moe
+from ffn2moe import runtime, verify
+from tasks import benchmark, export
+from tests.texts import make_stage
+
+SETTINGS = ("name=tiny", "compute.threads=1", "export.parity_texts=12")
+
+
+@pytest.fixture
+def workspace(exported, tmp_path) -> Path:
+    return Path(shutil.copytree(exported, tmp_path / "another place"))
+
+
+def manifest_of(root: Path) -> dict:
+    return json.loads((root / "exports/tiny/manifest.json").read_text())
+
+
+def bytes_of(folder: Path) -> dict[str, str]:
+    return {
+        str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest()
+        for file in sorted(folder.rglob("*"))
+        if file.is_file()
+    }
+
+
+def test_the_manifest_says_what_was_exported_and_how_well_it_was_checked(exported):
+    manifest = manifest_of(exported)
+    assert set(manifest) == {"teacher", "spec", "plans", "versions", "data_sha256", "seed"}
+    assert manifest["spec"] == ffn2moe.checkpoint.load_spec(exported / "models/distilled").to_dict()
+    assert set(manifest["plans"]) == set(runtime.PLANS)
+    for plan, entry in manifest["plans"].items():
+        assert entry["file"] == f"{plan}.onnx"
+        assert entry["sha256"] == runtime.sha256(exported / "exports/tiny" / entry["file"])
+        assert 0 < entry["retrieval_ndcg_at_10"] <= 1
+    for plan in ("dense", "sorted"):
+        assert manifest["plans"][plan]["parity_max_abs"] <= 1e-4
+    assert manifest["plans"]["fused"]["parity_max_abs"] <= 2e-3
+    assert manifest["plans"]["dense"]["retention"] == 1
+    assert str(exported) not in json.dumps(manifest)
+
+
+def test_the_same_models_give_the_same_bytes(workspace):
+    before = bytes_of(workspace / "exports")
+    (workspace / "exports/tiny/plan.json").write_text("{}")  # of a benchmark before
+    export.run(make_stage("export", workspace, *SETTINGS))
+    assert bytes_of(workspace / "exports") == before
+
+
+def test_a_graph_that_is_far_from_pytorch_fails_the_stage_and_leaves_the_export_before(workspace, monkeypatch):
+    before = bytes_of(workspace / "exports")
+    parity = verify.parity
+
+    def worse(*arguments, **options):
+        found = parity(*arguments, **options)
+        return type(found)(found.hidden_max_abs + 1, found.embedding_max_abs, found.texts, found.near_ties)
+
+    monkeypatch.setattr(verify, "parity", worse)
+    with pytest.raises(ValueError, match=r"the plan dense is 1\.00e\+00 from PyTorch, more than the 1e-04 allowed"):
+        export.run(make_stage("export", workspace, *SETTINGS))
+    assert bytes_of(workspace / "exports") == before
+
+
+def test_the_benchmark_chooses_a_plan_and_times_every_one(workspace):
+    stage = make_stage("benchmark", workspace, "name=tiny", "benchmark.shapes=[[1,4],[4,8]]", "benchmark.rounds=3")
+    benchmark.run(stage)
+    plan = json.loads((workspace / "exports/tiny/plan.json").read_text())
+    assert set(plan["timings"]) == set(runtime.PLANS)
+    for rows in plan["timings"].values():
+        assert [(row["batch"], row["sequence"], row["threads"]) for row in rows] == [(1, 4, 1), (4, 8, 1)]
+        assert {"median_ms", "speedup_vs_dense", "speedup_vs_best_dense"} < set(rows[0])
+    assert plan["default_plan"] in runtime.PLANS and plan["reason"] and plan["machine"]["cpu"]
+    assert 1 < plan["bounds"]["flops"] <= plan["bounds"]["amdahl"]  # the second takes the router for free
+    assert ffn2moe.open_export(workspace / "exports/tiny").plan == plan["default_plan"]
+    metrics = json.loads((workspace / "metrics/benchmark.json").read_text())
+    assert metrics["default_plan"] == plan["default_plan"]
+    with (workspace / "metrics/plots/benchmark.csv").open() as stream:
+        assert len(list(csv.DictReader(stream))) == 2 * len(runtime.PLANS)
+
+
+def test_a_plan_that_loses_quality_is_not_chosen(workspace):
+    manifest = manifest_of(workspace)
+    for name in ("fused", "sorted", "sorted8", "dense8"):
+        manifest["plans"][name]["retention"] = 0.5
+    (workspace / "exports/tiny/manifest.json").write_text(json.dumps(manifest))
+    stage = make_stage("benchmark", workspace, "name=tiny", "benchmark.shapes=[[2,4]]", "benchmark.rounds=2")
+    benchmark.run(stage)
+    plan = json.loads((workspace / "exports/tiny/plan.json").read_text())
+    assert plan["default_plan"] == "dense"
+    assert plan["reason"].startswith("no mixture plan keeps the quality")

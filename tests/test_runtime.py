@@ -1,0 +1,193 @@
+"""An export opens, answers as the checkpoint does, and refuses to work when it is damaged."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from transformers import AutoTokenizer
+
+import ffn2moe
+from ffn2moe import runtime
+from ffn2moe.encode import encode
+from ffn2moe.timing import Timing, choose, interleaved, time_export
+from tests.texts import make_texts
+
+TEXTS = [*make_texts(30), "a"]
+
+
+@pytest.fixture
+def export(exported) -> Path:
+    return exported / "exports/tiny"
+
+
+@pytest.fixture
+def copy(export, tmp_path) -> Path:
+    return Path(shutil.copytree(export, tmp_path / "copy"))
+
+
+@pytest.mark.parametrize("plan", ["fused", "sorted"])
+def test_an_export_answers_as_its_checkpoint_does(export, plan):
+    model = ffn2moe.load(export / "checkpoint")
+    expected = encode(model, AutoTokenizer.from_pretrained(export / "tokenizer"), TEXTS, max_length=32).numpy()
+    found = ffn2moe.open_export(export, plan).encode(TEXTS)
+    assert found.shape == (len(TEXTS), 32) and found.dtype == np.float32
+    np.testing.assert_allclose((found * expected).sum(1), 1, atol=1e-3 if plan == "fused" else 1e-5)
+
+
+@pytest.mark.parametrize("plan", runtime.PLANS)
+def test_embeddings_have_unit_length_and_the_order_of_the_texts(export, plan):
+    opened = runtime.open_export(export, plan, threads=1)
+    found = opened.encode(TEXTS, batch_tokens=100)
+    np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1, atol=1e-5)
+    alone = np.concatenate([opened.encode([text]) for text in TEXTS[:5]])
+    assert ((found[:5] @ alone.T).argmax(1) == np.arange(5)).all()
+
+
+def test_no_text_gives_no_embedding_and_an_empty_one_is_refused(export):
+    opened = runtime.open_export(export)
+    assert opened.encode([]).shape == (0, 32)
+    with pytest.raises(ValueError, match="text 1 is empty"):
+        opened.encode(["a word", "  "])
+    with pytest.raises(ValueError, match=r"encode\(\[text\]\)"):
+        opened.encode("a word")
+
+
+def test_long_texts_are_cut_to_the_exports_length(export):
+    opened = runtime.open_export(export)
+    assert len(opened.token_ids(["word " * 500])[0]) == 32
+    assert opened.encode(["word " * 500]).shape == (1, 32)
+
+
+def test_batches_hold_texts_of_about_one_length_and_no_more_tokens_than_allowed():
+    ids = [[1] * length for length in (3, 9, 5, 40, 1, 8, 2)]
+    batches = list(runtime.batches_by_length(ids, 20))
+    assert sorted(index for batch in batches for index in batch) == list(range(7))
+    assert batches[0] == [3]
+    assert all(len(batch) * max(len(ids[i]) for i in batch) <= 20 for batch in batches[1:])
+
+
+def test_the_measured_plan_is_the_default_and_sorted_where_none_was(copy):
+    assert runtime.open_export(copy).plan == "sorted"
+    (copy / "plan.json").write_text(json.dumps({"default_plan": "dense8", "timings": {}}))
+    assert runtime.open_export(copy).plan == "dense8"
+    assert runtime.open_export(copy, "fused").plan == "fused"
+
+
+def test_a_damaged_graph_is_refused(copy):
+    graph = copy / "sorted.onnx"
+    content = bytearray(graph.read_bytes())
+    content[len(content) // 2] ^= 1
+    graph.write_bytes(content)
+    with pytest.raises(ValueError, match=r"sorted\.onnx is damaged .*copy the folder again"):
+        runtime.open_export(copy, "sorted")
+
+
+@pytest.mark.parametrize(
+    ("damage", "error", "message"),
+    [
+        (lambda p: shutil.rmtree(p), FileNotFoundError, "is not an export"),
+        (lambda p: (p / "manifest.json").write_text("{"), ValueError, "is not valid JSON"),
+        (lambda p: (p / "manifest.json").write_text("{}"), ValueError, "lacks plans, spec"),
+        (lambda p: (p / "sorted.onnx").unlink(), FileNotFoundError, "is missing"),
+        (lambda p: shutil.rmtree(p / "tokenizer"), FileNotFoundError, "is missing"),
+        (lambda p: (p / "plan.json").write_text("[]"), ValueError, "lacks default_plan"),
+    ],
+)
+def test_a_broken_export_is_one_clear_error(copy, damage, error, message):
+    damage(copy)
+    with pytest.raises(error, match=message):
+        runtime.open_export(copy)
+
+
+def test_an_unknown_plan_or_provider_names_those_there_are(export):
+    with pytest.raises(ValueError, match="no plan 'quick'; it has: dense, dense8, fused, sorted, sorted8"):
+        runtime.open_export(export, "quick")
+    with pytest.raises(ValueError, match=r"'Abacus' is not in this onnxruntime; it has: .*CPUExecutionProvider"):
+        runtime.open_export(export, providers=["Abacus"])
+
+
+@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "relu", "silu"])
+def test_this_runtimes_moe_op_passes_its_self_test(activation):
+    assert runtime.self_test(activation) < 1e-5
+
+
+def test_a_moe_op_that_computes_something_else_fails_the_self_test(monkeypatch):
+    right = runtime._moe_graph
+    monkeypatch.setattr(runtime, "_moe_graph", lambda *given: right(*given[:-1], 1.01 * given[-1]))
+    with pytest.raises(RuntimeError, match="computes something else"):
+        runtime.self_test("gelu")
+    monkeypatch.setattr(runtime, "_moe_graph", lambda *_: b"not a model")
+    with pytest.raises(RuntimeError, match="cannot run com"):
+        runtime.self_test("gelu")
+
+
+def test_opening_an_export_needs_no_torch(export):
+    script = (
+        "import sys, ffn2moe\n"
+        f"ffn2moe.open_export({str(export)!r}, 'fused').encode(['a word'])\n"
+        "assert not {'torch', 'transformers', 'onnx_ir'} & set(sys.modules), sorted(sys.modules)\n"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True, cwd=Path(__file__).parent.parent)
+
+
+# --- timing ---------------------------------------------------------------------------------------------------------
+
+
+def test_every_plan_is_timed_at_every_shape_against_the_dense_ones(export):
+    shapes = [(1, 4), (3, 8)]
+    found = list(time_export(export, TEXTS, shapes=shapes, threads=[1], rounds=3))
+    assert [(rows[0].batch, rows[0].sequence) for rows in found] == shapes
+    for rows in found:
+        assert [row.plan for row in rows] == list(runtime.PLANS)
+        assert all(row.median_ms > 0 and row.speedup_vs_dense > 0 for row in rows)
+        dense = rows[0]
+        assert dense.speedup_vs_dense == 1
+        assert min(row.speedup_vs_best_dense for row in rows[:2]) <= 1 <= max(r.speedup_vs_best_dense for r in rows[:2])
+    with pytest.raises(ValueError, match="no text"):
+        list(time_export(export, [" "], shapes=shapes, threads=[1], rounds=1))
+
+
+def test_the_plans_take_turns_so_that_a_slow_moment_hits_all_of_them(monkeypatch):
+    order: list[str] = []
+
+    class Recorder:
+        def __init__(self, plan: str) -> None:
+            self.plan = plan
+
+        def run(self, ids: np.ndarray, mask: np.ndarray) -> None:
+            order.append(self.plan)
+
+    monkeypatch.setattr("ffn2moe.timing.SHORTEST_SAMPLE", 0)  # one call a sample
+    batch = (np.ones((1, 2)), np.ones((1, 2)))
+    interleaved({"dense": Recorder("dense"), "sorted": Recorder("sorted")}, [batch], rounds=4, threads=1)
+    assert order[-8:] == ["dense", "sorted", "sorted", "dense"] * 2
+
+
+def timings(**milliseconds: float) -> list[Timing]:
+    dense = milliseconds["dense"]
+    best = min(value for plan, value in milliseconds.items() if plan.startswith("dense"))
+    return [Timing(plan, 32, 128, 1, value, dense / value, best / value) for plan, value in milliseconds.items()]
+
+
+def test_the_fastest_mixture_that_keeps_its_quality_is_chosen():
+    rows = timings(dense=100, dense8=50, sorted=60, sorted8=40, fused=90)
+    kept = dict.fromkeys(runtime.PLANS, True)
+    choice = choose(rows, kept)
+    assert (choice.plan, choice.best_dense) == ("sorted8", "dense8")
+    assert choice.speedup_vs_best_dense == pytest.approx(1.25)
+    without = choose(rows, kept | {"sorted8": False, "dense8": False})
+    assert (without.plan, without.best_dense) == ("sorted", "dense")
+
+
+def test_where_no_mixture_wins_the_dense_plan_is_chosen_and_said():
+    rows = timings(dense=100, dense8=30, sorted=60, sorted8=40)
+    choice = choose(rows, dict.fromkeys(runtime.PLANS, True))
+    assert choice.plan == "dense8" and "no mixture plan beats dense8" in choice.reason
+    nothing = choose(rows, {})
+    assert nothing.plan == "dense" and "keeps the quality" in nothing.reason
