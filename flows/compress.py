@@ -27,7 +27,7 @@ _SETTINGS = {
     "DVC_NO_ANALYTICS": "1",
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
     "PREFECT_HOME": str(ROOT / ".prefect"),
-    "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",
+    "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "300",  # it takes 5, on a busy machine much more
     "PREFECT_RESULTS_PERSIST_BY_DEFAULT": "false",
     "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL",  # the API keeps the log, the board shows it
     "PREFECT_SERVER_LOGGING_LEVEL": "CRITICAL",
@@ -63,11 +63,12 @@ from flows.workspace import (  # noqa: E402
 from tasks.params import load_params  # noqa: E402
 from tasks.stage import PipelineRecord, Registry, default_tracking_uri, explain, remove  # noqa: E402
 
+_STOPPED = "stopped; what is finished is kept, and the same command goes on from there"
 console = Console(width=None if sys.stdout.isatty() else 110)
 
 
 def _is_busy(task: Any, run: Any, state: State) -> bool:
-    return isinstance(state.result(raise_on_failure=False), BusyError)
+    return isinstance(state.data, BusyError)
 
 
 # No Prefect cache and no persisted result: DVC has both, and two caches disagree.
@@ -197,7 +198,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("settings", nargs="*", metavar="KEY=VALUE", help="for example decompose.num_experts=16")
     settings = parser.parse_args(arguments).settings
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    signal.signal(signal.SIGTERM, _terminated)
     try:
         check(ROOT)
         plan(ROOT, settings, Path.cwd())  # what is wrong with the settings is said before anything starts
@@ -205,7 +206,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         compress(overrides=settings, called_from=str(Path.cwd()))
         return 0
     except KeyboardInterrupt:
-        console.print("stopped; what is finished is kept, and the same command goes on from there")
+        console.print(_STOPPED)
         return 130
     except Exception as error:
         message = str(error) if isinstance(error, FlowError) else _explain_prefect(error) or explain(error)
@@ -213,6 +214,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         print(f"error: {message}", file=sys.stderr)  # noqa: T201
         return 2
+
+
+def _terminated(number: int, frame: object) -> None:
+    console.print(_STOPPED)
+    sys.exit(128 + number)
 
 
 def _explain_prefect(error: Exception) -> str | None:

@@ -193,7 +193,8 @@ def prepare_process(params: Params, *, torch: bool = True) -> None:
 def explain(error: BaseException) -> str | None:
     """The message of an error a user can act on; None for a bug, which deserves its traceback."""
     number = getattr(error, "errno", None)
-    if number in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(error):
+    full = any(sign in str(error) for sign in ("No space left on device", "database or disk is full"))
+    if full or number in (errno.ENOSPC, errno.EDQUOT):
         free = shutil.disk_usage(Path.cwd()).free / 2**20
         return (
             f"the disk is full ({free:.0f} MiB free in {Path.cwd()}); make room (`dvc gc -w` drops the "

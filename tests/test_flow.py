@@ -135,6 +135,9 @@ def test_a_stopped_run_leaves_nothing_running(toy, number, code):
         process.kill()
     assert process.returncode == code
     assert "Traceback" not in output
+    if number != signal.SIGKILL:
+        assert "stopped; what is finished is kept" in output
+        assert pipelines_of(toy)[-1].info.status == "KILLED"
     deadline = time.monotonic() + 20
     while left := [one for one in psutil.process_iter() if started_by(one, process.pid)]:
         assert time.monotonic() < deadline, left
