@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -69,4 +70,7 @@ def make_workspace(root: Path, teacher: Path) -> Path:
     write_corpus(root / "data/corpus/evaluation.jsonl", make_texts(40))
     pairs = [text.split("\n\n") for text in make_texts(30, seed=1)]
     write_jsonl(root / "data/benchmarks/retrieval.jsonl", ({"query": q, "document": d} for q, d in pairs))
+    figures = {name: {"retrieval": {"ndcg_at_10": 0.5}} for name in ("teacher", "student")}
+    (root / "metrics").mkdir()
+    (root / "metrics/evaluate.json").write_text(json.dumps(figures))
     return root
