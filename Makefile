@@ -9,7 +9,7 @@ SET ?=
 TESTS ?= tests
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-input
+PIP := $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check --no-input
 MLFLOW_DB := mlflow.db
 
 # Nobody is told anything.

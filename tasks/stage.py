@@ -77,7 +77,8 @@ class StageRun:
             yield item
             done += 1
             now = time.monotonic()
-            if now - last_line >= SECONDS_BETWEEN_LINES:
+            patience = SECONDS_BETWEEN_LINES * (3 if now - start > 60 else 1)
+            if now - last_line >= patience:
                 last_line = now
                 left = (now - start) / (done - completed) * max(total - done, 0)
                 self.say(f"{description} {done}/{total} ({100 * done / max(total, 1):.0f} %), {clock(left)} left")
