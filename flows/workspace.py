@@ -190,9 +190,11 @@ def isolate(source: Path, overrides: Sequence[str], called_from: Path) -> Worksp
 
 
 def _copy_changes(source: Path, root: Path) -> None:
-    """What is changed, deleted or new in `source` and not committed, in `root` too."""
+    """What is changed or deleted in `source` and not committed, in `root` too, and new modules of the code."""
     changed = _git(source, "diff", "--name-only", "-z", "HEAD").stdout
-    new = _git(source, "ls-files", "--others", "--exclude-standard", "-z").stdout
+    # Other new files are data somebody put there, maybe large; settings that name them are absolute by now.
+    code = ("--", "ffn2moe", "tasks", "flows")
+    new = _git(source, "ls-files", "--others", "--exclude-standard", "-z", *code).stdout
     for name in filter(None, (changed + new).split("\0")):
         target = root / name
         if (source / name).is_file():

@@ -288,3 +288,27 @@ def test_a_lock_is_free_again_when_its_holder_is_gone(tmp_path):
     subprocess.run([sys.executable, "-c", script, str(tmp_path)], cwd=Path(__file__).parent.parent, capture_output=True)
     with (tmp_path / ".cache/run.lock").open() as stream:
         fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def test_a_workspace_of_its_own_holds_what_is_not_committed_but_no_data(tmp_path):
+    source = make_toy(tmp_path / "repo")
+    (source / "tasks" / "new.py").write_text("NEW = 1\n")
+    (source / "weights.bin").write_text("large")
+    (source / "tasks" / "toy_model.py").unlink()
+    (source / "constraints.txt").write_text("# changed\n")
+    made = workspace.isolate(source, ["seed=1"], tmp_path)
+    assert made.root == source / ".workspaces" / "minilm-seed-1"
+    assert (made.root / "tasks" / "new.py").is_file()
+    assert not (made.root / "weights.bin").exists()
+    assert not (made.root / "tasks" / "toy_model.py").exists()
+    assert (made.root / "constraints.txt").read_text() == "# changed\n"
+    assert "seed: 1" in (made.root / "params.yaml").read_text()
+
+    git(source, "checkout", "-q", "--", ".")
+    (source / "tasks" / "new.py").unlink()
+    (made.root / ".cache" / "distill.safetensors").write_text("a resume checkpoint")
+    again = workspace.isolate(source, ["seed=1"], tmp_path)
+    assert again.root == made.root
+    assert (made.root / "tasks" / "toy_model.py").is_file()
+    assert not (made.root / "tasks" / "new.py").exists()
+    assert (made.root / ".cache" / "distill.safetensors").is_file()
