@@ -70,7 +70,7 @@ def measure(options: argparse.Namespace, console: Console) -> list[Timing]:
     texts = [json.loads(line)["text"] for line in lines] if options.texts.suffix == ".jsonl" else lines
 
     def track(label: str, rounds: range) -> Iterator[int]:
-        yield from progress(rounds, description=label, console=console, transient=True)
+        yield from progress(rounds, description=label, console=console, transient=True, disable=not console.is_terminal)
 
     return [
         row
@@ -91,21 +91,24 @@ def table(rows: Sequence[Timing]) -> Table:
     """Median milliseconds and the speed over `dense`, a plan a row and a shape a column."""
     shown = Table(title="Median time, and speed over dense float32", title_justify="left")
     shown.add_column("plan")
-    for shape in _shapes(rows):
-        shown.add_column("{} x {}, {} thr.".format(*shape), justify="right")
+    for label in _labels(rows):
+        shown.add_column(label, justify="right")
     for plan, cells in _cells(rows).items():
         shown.add_row(plan, *cells)
     return shown
 
 
-def _shapes(rows: Sequence[Timing]) -> list[tuple[int, int, int]]:
-    return list(dict.fromkeys((row.batch, row.sequence, row.threads) for row in rows))
+def _labels(rows: Sequence[Timing]) -> list[str]:
+    """Batch x sequence of each column, with the threads where they differ."""
+    several = len({row.threads for row in rows}) > 1
+    labels = (f"{row.batch} x {row.sequence}" + (f", {row.threads} thr." if several else "") for row in rows)
+    return list(dict.fromkeys(labels))
 
 
 def _cells(rows: Sequence[Timing]) -> dict[str, list[str]]:
     cells: dict[str, list[str]] = {}
     for row in rows:
-        cells.setdefault(row.plan, []).append(f"{row.median_ms:.2f} ms, {row.speedup_vs_dense:.2f}x")
+        cells.setdefault(row.plan, []).append(f"{row.median_ms:.2f} ms {row.speedup_vs_dense:.2f}x")
     return cells
 
 
@@ -124,25 +127,27 @@ def about(export: Path) -> str:
 
 def page(options: argparse.Namespace, rows: Sequence[Timing]) -> str:
     """The table as Markdown, under the command that made it."""
-    shapes = _shapes(rows)
+    labels = _labels(rows)
+    threads = " and ".join(map(str, options.threads)) + (" thread" if options.threads == [1] else " threads")
     command = f"python -m benchmarks.inference {options.export} --shapes " + " ".join(
         f"{batch}x{sequence}" for batch, sequence in options.shapes
     )
     command += f" --threads {' '.join(map(str, options.threads))} --rounds {options.rounds}"
-    header = "| plan | " + " | ".join("{} x {}, {} thr.".format(*shape) for shape in shapes) + " |"
+    header = "| plan | " + " | ".join(labels) + " |"
     lines = [f"| {plan} | {' | '.join(cells)} |" for plan, cells in _cells(rows).items()]
     return "\n".join(
         [
             "# Inference: the plans side by side",
             "",
-            f"Median time of a batch, and speed over dense float32 in the same run. {about(options.export)}.",
+            f"Median time of a batch (batch x sequence, {threads}), and speed over dense float32 in the same run.",
+            f"{about(options.export)}.",
             "",
             "```",
             command,
             "```",
             "",
             header,
-            "|" + "---|" * (len(shapes) + 1),
+            "|" + "---|" * (len(labels) + 1),
             *lines,
             "",
         ]

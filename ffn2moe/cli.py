@@ -119,11 +119,8 @@ def _info(options: argparse.Namespace) -> int:
     table.add_column("plan")
     for column in ("size", "from PyTorch", "nDCG@10", "of the teacher's"):
         table.add_column(column, justify="right")
-    shapes = (
-        [(row["batch"], row["sequence"], row["threads"]) for row in measured["timings"][chosen]] if measured else []
-    )
-    for batch, sequence, threads in shapes:
-        table.add_column(f"{batch} x {sequence}, {threads} thr.", justify="right")
+    for row in measured["timings"][chosen] if measured else []:
+        table.add_column(f"{row['batch']} x {row['sequence']}", justify="right")
     for plan, entry in plans.items():
         file = path / entry["file"]
         table.add_row(
@@ -133,13 +130,13 @@ def _info(options: argparse.Namespace) -> int:
             f"{entry['retrieval_ndcg_at_10']:.4f}",
             f"{100 * entry['retention']:.1f} %",
             *(
-                f"{row['median_ms']:.2f} ms, {row['speedup_vs_dense']:.2f}x"
-                for row in (measured["timings"][plan] if measured else [])
+                f"{row['median_ms']:.2f} ms {row['speedup_vs_dense']:.2f}x"
+                for row in (measured["timings"].get(plan, []) if measured else [])
             ),
         )
     console.print(table)
     if measured:
-        console.print(f"{measured['reason']}; measured on {measured['machine']['cpu']}")
+        console.print(f"Times beside the speed over dense, on {measured['machine']['cpu']}: {measured['reason']}.")
     return 0
 
 

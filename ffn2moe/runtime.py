@@ -52,7 +52,16 @@ def session(
     if threads == 1:  # a lone thread need not wait for others
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     content = graph if isinstance(graph, bytes) else str(graph)
-    return ort.InferenceSession(content, options, providers=list(providers))
+    if tuple(providers) != CPU:  # a provider that cannot start says so below, once; not in red, and twice
+        ort.set_default_logger_severity(4)
+    opened = ort.InferenceSession(content, options, providers=list(providers))
+    started = opened.get_providers()
+    if started[0] != providers[0]:
+        raise ValueError(
+            f"the execution provider {providers[0]!r} does not start on this machine (no such device, or its driver "
+            f"or libraries are missing); leave it out to use {started[0]}"
+        )
+    return opened
 
 
 class Export:

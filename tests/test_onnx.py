@@ -18,7 +18,7 @@ from ffn2moe import onnx_graph, onnx_plans, runtime
 from ffn2moe.dense import load_dense
 from ffn2moe.moe import moe_layers
 from ffn2moe.verify import Known, plan_parity, random_batches
-from tests.conftest import make_tiny_bert
+from tests.conftest import make_tiny_bert, make_tokenizer
 from tests.mixtures import carve
 
 Runs = dict[str, Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]]
@@ -129,6 +129,24 @@ def test_an_expert_that_no_token_chooses_is_no_problem(small_teacher):
 def test_every_activation_is_exported(tmp_path, activation):
     model, spec = carve(make_tiny_bert(tmp_path / "teacher", hidden_act=activation, num_hidden_layers=1))
     known = Known.of(spec, model, [batch_of(np.random.default_rng(6), 2, 15)])
+    for plan, run in plans_of(model, spec, ("fused", "sorted")).items():
+        plan_parity(plan, run, known)
+
+
+@pytest.mark.parametrize("family", ["distilbert", "mpnet"])
+def test_encoders_of_other_shapes_are_exported(tmp_path, family):
+    from transformers import AutoConfig, AutoModel
+
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+    if family == "distilbert":
+        sizes = {"dim": 32, "n_layers": 1, "n_heads": 2, "hidden_dim": 64}
+    make_tokenizer(tmp_path)
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(family, vocab_size=200, max_position_embeddings=70, **sizes)
+    AutoModel.from_config(config).save_pretrained(tmp_path)
+    model, spec = carve(tmp_path)
+    random = np.random.default_rng(11)
+    known = Known.of(spec, model, [batch_of(random, batch, sequence) for batch, sequence in ((1, 1), (3, 50))])
     for plan, run in plans_of(model, spec, ("fused", "sorted")).items():
         plan_parity(plan, run, known)
 

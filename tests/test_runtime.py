@@ -112,6 +112,21 @@ def test_an_unknown_plan_or_provider_names_those_there_are(export):
         runtime.open_export(export, providers=["Abacus"])
 
 
+def test_a_provider_that_cannot_start_is_one_clear_error_and_no_noise(export, capfd):
+    import onnxruntime
+
+    cuda = "CUDAExecutionProvider"
+    if cuda not in onnxruntime.get_available_providers():
+        pytest.skip("this onnxruntime is built for the CPU alone")
+    try:
+        runtime.open_export(export, providers=[cuda])
+    except ValueError as error:
+        assert "does not start on this machine" in str(error)
+    else:
+        pytest.skip("there is a GPU here")
+    assert "onnxruntime" not in capfd.readouterr().err
+
+
 @pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "relu", "silu"])
 def test_this_runtimes_moe_op_passes_its_self_test(activation):
     assert runtime.self_test(activation) < 1e-5
