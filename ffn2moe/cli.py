@@ -115,28 +115,30 @@ def _info(options: argparse.Namespace) -> int:
         what.add_row(f"[bold]{label}[/bold]", text)
     console.print(what)
 
-    table = Table(title="Plans", title_justify="left")
-    table.add_column("plan")
+    quality = Table(title="Plans", title_justify="left")
+    quality.add_column("plan")
     for column in ("size", "from PyTorch", "nDCG@10", "of the teacher's"):
-        table.add_column(column, justify="right")
-    for row in measured["timings"][chosen] if measured else []:
-        table.add_column(f"{row['batch']} x {row['sequence']}", justify="right")
+        quality.add_column(column, justify="right")
     for plan, entry in plans.items():
         file = path / entry["file"]
-        table.add_row(
+        quality.add_row(
             f"[bold]{plan}[/bold]" if plan == chosen else plan,
             f"{file.stat().st_size / 2**20:.0f} MiB" if file.is_file() else "missing",
             f"{entry['parity_max_abs']:.1e}",
             f"{entry['retrieval_ndcg_at_10']:.4f}",
             f"{100 * entry['retention']:.1f} %",
-            *(
-                f"{row['median_ms']:.2f} ms {row['speedup_vs_dense']:.2f}x"
-                for row in (measured["timings"].get(plan, []) if measured else [])
-            ),
         )
-    console.print(table)
+    console.print(quality)
     if measured:
-        console.print(f"Times beside the speed over dense, on {measured['machine']['cpu']}: {measured['reason']}.")
+        speed = Table(title="Time of a batch x sequence, and speed over dense", title_justify="left")
+        speed.add_column("plan")
+        for row in measured["timings"][chosen]:
+            speed.add_column(f"{row['batch']} x {row['sequence']}", justify="right")
+        for plan, rows in measured["timings"].items():
+            cells = (f"{row['median_ms']:.3g} ms {row['speedup_vs_dense']:.2f}x" for row in rows)
+            speed.add_row(f"[bold]{plan}[/bold]" if plan == chosen else plan, *cells)
+        console.print(speed)
+        console.print(f"{measured['reason']} (on {measured['machine']['cpu']})")
     return 0
 
 

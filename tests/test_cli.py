@@ -57,7 +57,7 @@ def test_info_shows_the_speed_once_it_was_measured(copy, capsys):
     (copy / "plan.json").write_text(json.dumps(plan | {"timings": {name: [row] for name in plans}}))
     assert cli.main(["info", str(copy)]) == 0
     shown = " ".join(capsys.readouterr().out.split())
-    assert "1.50x" in shown and "on Abacus: fused wins." in shown
+    assert "2 ms 1.50x" in shown and "fused wins (on Abacus)" in shown
 
 
 def test_encode_writes_a_json_line_for_each_text(export, capsys):
