@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import ctypes
 import errno
+import fcntl
 import io
 import json
 import logging
@@ -287,7 +288,7 @@ def default_tracking_uri(root: Path) -> str:
 
 
 def mlflow_client(uri: str) -> Any:
-    """An MlflowClient on `uri`, quiet; the database and the experiment are there afterwards."""
+    """An MlflowClient on `uri`, quiet; the database is there afterwards, and the experiment of all runs in it."""
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("DO_NOT_TRACK", "1")
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
@@ -296,18 +297,24 @@ def mlflow_client(uri: str) -> Any:
 
     mlflow.set_tracking_uri(uri)
     mlflow.set_registry_uri(uri)
-    return mlflow.MlflowClient(uri, uri)
+    if not uri.startswith("sqlite:///"):
+        client = mlflow.MlflowClient(uri, uri)
+        if client.get_experiment_by_name(EXPERIMENT) is None:
+            client.create_experiment(EXPERIMENT)
+        return client
+    database = Path(uri.removeprefix("sqlite:///"))
+    # One at a time: of several processes that find no database each tries to make it, and all but one fail.
+    with open(f"{database}.lock", "w") as stream:
+        fcntl.flock(stream, fcntl.LOCK_EX)
+        client = mlflow.MlflowClient(uri, uri)
+        if client.get_experiment_by_name(EXPERIMENT) is None:
+            client.create_experiment(EXPERIMENT, artifact_location=(database.parent / "mlartifacts").as_uri())
+    return client
 
 
-def experiment_id(client: Any, uri: str) -> str:
-    """The experiment all runs are in, made on first use with its artifacts beside the database."""
-    found = client.get_experiment_by_name(EXPERIMENT)
-    if found:
-        return found.experiment_id
-    location = None
-    if uri.startswith("sqlite:///"):
-        location = (Path(uri.removeprefix("sqlite:///")).parent / "mlartifacts").as_uri()
-    return client.create_experiment(EXPERIMENT, artifact_location=location)
+def experiment_id(client: Any) -> str:
+    """The experiment that all runs are in."""
+    return client.get_experiment_by_name(EXPERIMENT).experiment_id
 
 
 class RunRecord:
@@ -328,7 +335,7 @@ class RunRecord:
             return None
         client = mlflow_client(uri)
         tags = {"mlflow.parentRunId": parent, "mlflow.runName": stage, "stage": stage}
-        run = client.create_run(experiment_id(client, uri), tags=tags)
+        run = client.create_run(experiment_id(client), tags=tags)
         record = cls(client, run.info.run_id)
         section = "register_" if stage == "register" else stage
         values = getattr(params, section, None)
@@ -388,7 +395,7 @@ class PipelineRecord:
         """A new parent run; the database is made here if need be, before anything parallel."""
         uri = default_tracking_uri(root)
         client = mlflow_client(uri)
-        run = client.create_run(experiment_id(client, uri), run_name=name, tags=dict(tags))
+        run = client.create_run(experiment_id(client), run_name=name, tags=dict(tags))
         return cls(client, uri, run.info.run_id)
 
     def environment(self) -> dict[str, str]:
@@ -452,7 +459,7 @@ class PipelineRecord:
         self._client.set_terminated(self.run_id, status)
 
     def _search(self, query: str) -> list[Any]:
-        experiment = experiment_id(self._client, self._uri)
+        experiment = experiment_id(self._client)
         return self._client.search_runs([experiment], query, max_results=1, order_by=["attributes.start_time DESC"])
 
 
@@ -490,7 +497,7 @@ class Registry:
         """A new version: a file of code that opens `export`; it is deleted if the block does not end well."""
         import mlflow
 
-        experiment = experiment_id(self._client, self.uri)
+        experiment = experiment_id(self._client)
         parent = os.environ.get(PARENT_RUN)
         tags = {"mlflow.parentRunId": parent} if parent else {}
         with mlflow.start_run(experiment_id=experiment, run_name=f"{self.model} model", tags=tags):
@@ -544,6 +551,5 @@ class Registry:
             raise
 
 
-if __name__ == "__main__":  # `make` does this before anything parallel: an empty database, ready for many
-    location = default_tracking_uri(Path.cwd())
-    experiment_id(mlflow_client(location), location)
+if __name__ == "__main__":  # `make` does this before anything parallel
+    mlflow_client(default_tracking_uri(Path.cwd()))

@@ -96,7 +96,7 @@ def test_settings_run_apart_and_leave_the_committed_workspace_clean(toy, tmp_pat
     assert git(toy, "status", "--porcelain") == "?? first.txt\n"
     assert (toy / "exports/minilm/plan.json").read_bytes() == before
     export = toy / "exports" / "five"
-    assert sorted(path.name for path in export.iterdir()) == ["metrics", "plan.json", "report.html"]
+    assert sorted(path.name for path in export.iterdir()) == ["manifest.json", "metrics", "plan.json", "report.html"]
     assert json.loads((export / "metrics/register.json").read_text())["model"] == "five"
     assert not (toy / ".workspaces" / "five").exists()
     run = pipelines_of(toy)[-1]

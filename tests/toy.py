@@ -36,7 +36,7 @@ stages:
   evaluate:
     cmd: python -m tasks.toy evaluate
     deps: [models/distilled, tasks/toy.py]
-    outs: ["exports/${name}/plan.json", reports/report.html]
+    outs: ["exports/${name}/plan.json", "exports/${name}/manifest.json", reports/report.html]
     metrics: [metrics/evaluate.json]
   register:
     cmd: python -m tasks.toy register
@@ -89,6 +89,8 @@ def evaluate(stage: StageRun) -> None:
            "speedup_vs_best_dense": 1.1}
     plan = {"default_plan": "sorted", "reason": "sorted is the fastest", "timings": {"sorted": [row]}}
     stage.write_json(f"exports/{stage.params.name}/plan.json", plan)
+    manifest = {"plans": {"sorted": {"retention": 0.99}}}
+    stage.write_json(f"exports/{stage.params.name}/manifest.json", manifest)
     stage.write_text("reports/report.html", "<p>toy</p>")
 
 
