@@ -1,0 +1,155 @@
+"""Decompose, train_router and distill: paths in, paths out, on a tiny teacher."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+import ffn2moe
+from ffn2moe import checkpoint
+from ffn2moe.dense import ACTIVATIONS, load_dense
+from ffn2moe.moe import moe_layers
+from tasks import decompose, distill, prepare, train_router
+from tests.conftest import make_tiny_bert
+from tests.texts import make_stage, make_texts, write_corpus
+
+SMALL = (
+    "data.corpus=texts.jsonl",
+    "data.calibration_texts=40",
+    "data.evaluation_pairs=30",
+    "teacher.max_length=32",
+    "decompose.calibration_tokens=400",
+    "train_router.tokens=600",
+    "train_router.steps=20",
+    "train_router.batch_tokens=256",
+    "distill.steps=12",
+    "distill.batch_tokens=256",
+    "distill.checkpoint_every=5",
+)
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory) -> Path:
+    """A workspace in which `prepare` has run; 60 neurons, which 8 experts do not divide."""
+    root = tmp_path_factory.mktemp("prepared")
+    make_tiny_bert(root / "teacher", ffn_width=60)
+    write_corpus(root / "texts.jsonl", make_texts(400))
+    prepare.run(make_stage("prepare", root, "teacher.source=teacher", *SMALL))
+    return root
+
+
+@pytest.fixture(scope="module")
+def routed(prepared, tmp_path_factory) -> Path:
+    """The same after `decompose` and `train_router`."""
+    root = tmp_path_factory.mktemp("routed") / "root"
+    shutil.copytree(prepared, root)
+    decompose.run(stage(root, "decompose"))
+    train_router.run(stage(root, "train_router"))
+    return root
+
+
+def stage(root: Path, name: str, *overrides: str):
+    return make_stage(name, root, "teacher.source=teacher", *SMALL, *overrides)
+
+
+def bytes_of(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.is_file()}
+
+
+def test_decompose_proves_that_all_experts_are_the_dense_model_and_says_it_pads(routed):
+    found = json.loads((routed / "metrics/decompose.json").read_text())
+    assert found["identity_max_abs"] <= 1e-5
+    assert found["expert_width"] == 8 and len(found["layers"]) == 2
+    spec = checkpoint.load_spec(routed / "models/decomposed")
+    assert (spec.num_experts, spec.num_active, spec.ffn_width) == (8, 2, 60)
+
+
+def test_decompose_refuses_a_model_that_its_experts_do_not_reproduce(prepared, tmp_path, monkeypatch):
+    root = tmp_path / "root"
+    shutil.copytree(prepared, root)
+    monkeypatch.setitem(ACTIVATIONS, "gelu", torch.relu)  # as if the family said the wrong thing
+    with pytest.raises(ValueError, match=r"with all experts active the mixture differs .* 'bert'"):
+        decompose.run(stage(root, "decompose"))
+    assert not (root / "models").exists()
+
+
+def test_training_the_router_changes_no_expert_and_reports_three_errors_a_layer(routed):
+    before, after = (ffn2moe.load(routed / "models" / name) for name in ("decomposed", "routed"))
+    for old, new in zip(moe_layers(before), moe_layers(after), strict=True):
+        assert torch.equal(old.w_in, new.w_in) and torch.equal(old.w_out, new.w_out)
+        assert not torch.equal(old.router.weight, new.router.weight)
+    for row in json.loads((routed / "metrics/train_router.json").read_text())["layers"]:
+        assert 0 < row["oracle_error"] <= row["router_error"] < 1
+        assert row["gap"] == pytest.approx(row["router_error"] - row["oracle_error"])
+        assert 0 < row["router_recall"] <= 1
+
+
+def test_a_trained_router_is_better_than_no_router(routed):
+    errors = json.loads((routed / "metrics/train_router.json").read_text())["layers"]
+    recall = sum(row["router_recall"] for row in errors) / len(errors)
+    assert recall > 1.2 * 2 / 8  # two of eight at random
+
+
+def test_a_distillation_killed_between_checkpoints_ends_in_the_same_bytes(routed, tmp_path, monkeypatch):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    for root in (whole, killed):
+        shutil.copytree(routed, root)
+    distill.run(stage(whole, "distill"))
+
+    add = distill.Progress.add
+
+    def die_at_step_8(self, metrics):
+        if metrics.step == 8:
+            raise KeyboardInterrupt
+        add(self, metrics)
+
+    monkeypatch.setattr(distill.Progress, "add", die_at_step_8)
+    with pytest.raises(KeyboardInterrupt):
+        distill.run(stage(killed, "distill"))
+    assert not (killed / "models/distilled").exists()
+    assert (killed / ".cache/distill.safetensors").is_file()
+    monkeypatch.undo()
+
+    said: list[str] = []
+    again = stage(killed, "distill")
+    monkeypatch.setattr(again, "say", said.append)
+    distill.run(again)
+    assert "continuing from the checkpoint at step 5" in said
+    assert bytes_of(killed / "models/distilled") == bytes_of(whole / "models/distilled")
+    for name in ("metrics/distill.json", "metrics/plots/distill.csv"):
+        assert (killed / name).read_bytes() == (whole / name).read_bytes()
+    assert not (killed / ".cache/distill.safetensors").exists()
+
+
+def test_a_checkpoint_of_other_parameters_is_not_continued(routed, tmp_path, monkeypatch):
+    root = tmp_path / "root"
+    shutil.copytree(routed, root)
+    monkeypatch.setattr(distill.Progress, "discard", lambda self: None)
+    distill.run(stage(root, "distill"))
+    said: list[str] = []
+    other = stage(root, "distill", "distill.learning_rate=0.002")
+    monkeypatch.setattr(other, "say", said.append)
+    distill.run(other)
+    assert not any("continuing" in line for line in said)
+
+
+def test_without_distillation_the_student_is_the_routed_mixture(routed, tmp_path):
+    root = tmp_path / "root"
+    shutil.copytree(routed, root)
+    distill.run(stage(root, "distill", "distill.steps=0"))
+    assert bytes_of(root / "models/distilled") == bytes_of(root / "models/routed")
+
+
+def test_the_frozen_parts_of_the_student_are_the_teachers(routed, tmp_path):
+    root = tmp_path / "root"
+    shutil.copytree(routed, root)
+    distill.run(stage(root, "distill"))
+    teacher, _ = load_dense(str(root / "data/teacher"))
+    student = ffn2moe.load(root / "models/distilled").state_dict()
+    for name, tensor in teacher.state_dict().items():
+        if ".intermediate." not in name and ".output.dense" not in name:
+            assert torch.equal(student[name], tensor), name
