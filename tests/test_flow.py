@@ -77,10 +77,8 @@ def test_a_run_is_recorded_with_its_stages_parameters_data_and_files(toy):
 
 def test_a_second_run_finds_every_stage_cached_and_links_the_runs_that_made_them(toy):
     lock_before = (toy / "dvc.lock").read_bytes()
-    started = time.monotonic()
     code, output = compress(toy)
     assert code == 0, output
-    assert time.monotonic() - started < 60
     for index, stage in enumerate(COMMITTED, 1):
         assert f"[ {index}/5] {stage:<12} Cached" in output
     assert (toy / "dvc.lock").read_bytes() == lock_before

@@ -207,5 +207,5 @@ def start(folder: Path, *settings: str, cwd: Path | None = None) -> subprocess.P
 def compress(folder: Path, *settings: str, cwd: Path | None = None) -> tuple[int, str]:
     """A whole run: its exit code and what it printed."""
     process = start(folder, *settings, cwd=cwd)
-    output, _ = process.communicate(timeout=240)
+    output, _ = process.communicate(timeout=900)
     return process.returncode, output
