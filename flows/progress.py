@@ -9,7 +9,8 @@ from pathlib import Path
 from types import TracebackType
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, TextColumn, TimeElapsedColumn
+from rich.text import Text
 
 from tasks.stage import clock
 
@@ -26,7 +27,19 @@ FIRST_GUESS = {
     "report": 10,
     "register": 15,
 }
+_TIME_LEFT = re.compile(r"(?:(\d+):)?(\d+):(\d\d) left$")
 _STEP = re.compile(r"\d+/\d+ \(\d+ %\)")
+
+
+class _Left(ProgressColumn):
+    """The time left, as of now."""
+
+    def __init__(self, board: Board) -> None:
+        super().__init__()
+        self._board = board
+
+    def render(self, task: Task) -> Text:
+        return Text(self._board.left())
 
 
 class Board:
@@ -37,12 +50,14 @@ class Board:
         self._memory = memory
         self._console = console
         self._seconds = {stage: float(FIRST_GUESS.get(stage, 10)) for stage in stages} | _remembered(memory)
+        self._stage = stages[0]
         self._started = 0.0
         self._running = False
+        self._told = (0.0, 0.0)  # when the stage last said how long it still takes, and how long
         self._bar: Progress | None = None
         self._task: TaskID | None = None
         if console.is_terminal:
-            columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+            columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), _Left(self))
             self._bar = Progress(*columns, console=console, transient=True)
             self._task = self._bar.add_task("starting", total=len(stages))
 
@@ -59,18 +74,22 @@ class Board:
 
     def begin(self, stage: str) -> None:
         """A stage is looked at; it may turn out to be cached."""
+        self._stage = stage
         self._started = time.monotonic()
         self._running = False
+        self._told = (0.0, 0.0)
         self._describe(stage)
 
     def runs(self, stage: str) -> None:
         """The stage is not cached; it runs, and so will those after it."""
         self._running = True
-        self._print(f"{self._place(stage)} runs; about {clock(self._left(stage))} left in all")
-        self._describe(stage)
+        self._print(f"{self._place(stage)} runs; {self.left()}")
 
     def line(self, stage: str, text: str) -> None:
         """A line of a stage that runs."""
+        if told := _TIME_LEFT.search(text):
+            hours, minutes, seconds = (int(part or 0) for part in told.groups())
+            self._told = (time.monotonic(), 3600 * hours + 60 * minutes + seconds)
         if self._bar and _STEP.search(text):  # a step counter stays in its place
             self._describe(stage, text.removeprefix(f"{stage}: "))
         else:
@@ -88,19 +107,22 @@ class Board:
         if self._bar and self._task is not None:
             self._bar.advance(self._task)
 
-    def _left(self, stage: str) -> float:
-        """What this stage and those after it take if they all run, as they do after one that ran."""
-        following = self._stages[self._stages.index(stage) :]
-        spent = time.monotonic() - self._started
-        return max(sum(self._seconds[name] for name in following) - spent, 0.0)
+    def left(self) -> str:
+        """How long this stage and those after it still take if they all run, as they do after one that ran."""
+        if not self._running:
+            return ""
+        now = time.monotonic()
+        told_at, told = self._told
+        own = max(self._seconds[self._stage] - (now - self._started), told - (now - told_at), 0.0)
+        following = self._stages[self._stages.index(self._stage) + 1 :]
+        return f"about {clock(own + sum(self._seconds[name] for name in following))} left in all"
 
     def _place(self, stage: str) -> str:
         return f"[{self._stages.index(stage) + 1:>2}/{len(self._stages)}] {stage:<12}"
 
     def _describe(self, stage: str, text: str = "") -> None:
         if self._bar and self._task is not None:
-            left = f", about {clock(self._left(stage))} left in all" if self._running else ""
-            self._bar.update(self._task, description=f"{self._place(stage).rstrip()} {text}{left}")
+            self._bar.update(self._task, description=f"{self._place(stage)} {text}".rstrip())
 
     def _print(self, text: str) -> None:
         self._console.print(text, highlight=False, markup=False, soft_wrap=True)

@@ -30,8 +30,6 @@ def show(workspace: Workspace, uri: str, console: Console) -> None:
     plan = _json(workspace.root / "exports" / workspace.name / "plan.json")
     registered = _json(workspace.root / "metrics" / "register.json")
     manifest = _json(workspace.root / "exports" / workspace.name / "manifest.json")
-    served = manifest["plans"][plan["default_plan"]]["retention"]
-    manifest = _json(workspace.export / "manifest.json")
     share, bound = _at(quality, "active_ffn_share"), _at(quality, "amdahl_bound")
     served = manifest["plans"][plan["default_plan"]]["retention"]
     parts = (
@@ -40,7 +38,7 @@ def show(workspace: Workspace, uri: str, console: Console) -> None:
         Text(f"in float32; the plan {plan['default_plan']} keeps {100 * served:.1f} % of the teacher's nDCG@10"),
         Text(f"\nWhat was gained by the plan {plan['default_plan']}", style="bold"),
         gained(plan),
-        Text(f"{plan['reason']}; run by it, {100 * served:.1f} % of the teacher's retrieval is kept"),
+        Text(plan["reason"]),
         Text(f"{100 * share:.0f} % of the FFN is active; in equal arithmetic at most {bound:.2f}x (Amdahl)"),
         Text("\nWhere it is", style="bold"),
         _where(workspace, registered, uri),

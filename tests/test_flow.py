@@ -264,13 +264,14 @@ def test_the_board_tells_the_time_left_from_what_it_remembers(tmp_path):
     with board:
         board.begin("distill")
         board.runs("distill")
-        board.line("distill", "distill: steps 1/900 (0 %)")
+        board.line("distill", "distill: steps 1/900 (0 %), 1:00:00 left")
+        assert board.left() == "about 1:01:00 left in all"
         board.end("distill", "Completed")
         board.begin("evaluate")
         board.end("evaluate", "Cached")
     assert text.getvalue().splitlines() == [
         "[ 1/2] distill      runs; about 11:00 left in all",
-        "        steps 1/900 (0 %)",
+        "        steps 1/900 (0 %), 1:00:00 left",
         "[ 1/2] distill      Completed in 0:00",
         "[ 2/2] evaluate     Cached",
     ]
