@@ -17,15 +17,15 @@ from tasks.stage import clock
 # Seconds a stage takes on two cores, for the first run; afterwards this machine's own durations are used.
 FIRST_GUESS = {
     "inputs": 2,
-    "prepare": 30,
-    "decompose": 30,
-    "train_router": 60,
-    "distill": 480,
-    "evaluate": 45,
+    "prepare": 35,
+    "decompose": 45,
+    "train_router": 75,
+    "distill": 560,
+    "evaluate": 55,
     "export": 60,
     "benchmark": 60,
-    "report": 10,
-    "register": 15,
+    "report": 5,
+    "register": 8,
 }
 _TIME_LEFT = re.compile(r"(?:(\d+):)?(\d+):(\d\d) left$")
 _STEP = re.compile(r"\d+/\d+ \(\d+ %\)")
