@@ -198,7 +198,8 @@ def test_flops_equal_what_torch_counts(tiny_teacher):
     assert teacher.total * length == counter.get_total_flops()
 
 
-@given(st.floats(0.01, 1), st.floats(0, 1e6), st.floats(1, 1e6))
+# No subnormal numbers: ONNX Runtime sessions of other tests set the process to take them as zero.
+@given(st.floats(0.01, 1), st.floats(0, 1e6, allow_subnormal=False), st.floats(1, 1e6))
 def test_the_amdahl_bound_is_between_one_and_its_two_limits(active, attention, ffn):
     bound = metrics.amdahl_bound(metrics.Flops(attention, ffn), active)
     assert 1 - 1e-9 <= bound <= 1 / active + 1e-9
