@@ -5,9 +5,10 @@ Dimension letters, used in every tensor name of this package (`scores_TE` is tok
     B batch          T tokens (B * L, or the unpadded ones)   E experts
     L length         D model width                            M width of an expert, in neurons
     V vocabulary     F width of the dense FFN, in neurons     K experts chosen for a token
+                                                              S width of the shared expert, in neurons
 
 A *neuron* is one row of an FFN's input matrices and one column of its output matrix; an *expert* is a set
-of neurons; a *partition* puts every neuron in one expert.
+of neurons; a *partition* puts every neuron in one expert, or in the shared expert that every token uses.
 """
 
 from __future__ import annotations
@@ -15,67 +16,160 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, get_args
 
-Activation = Literal["gelu", "gelu_tanh", "relu", "silu"]
+Activation = Literal["gelu", "gelu_tanh", "quick_gelu", "relu", "silu"]
 Pooling = Literal["mean", "cls"]
+# How a chosen expert is weighed; s are the router's scores (ffn2moe.router.gates is the definition).
+#   unit: 1    softmax: softmax(s) over all E    softmax_topk: softmax(s) over the chosen K    sigmoid: sigmoid(s)
+Gate = Literal["unit", "softmax", "softmax_topk", "sigmoid"]
+# What a model gives: hidden states and a sentence embedding; next-token logits; logits of a classifier; logits of a
+# decoder that reads an encoder; hidden states alone.
+Head = Literal["embedding", "causal", "classification", "seq2seq", "features"]
+
+
+@dataclass(frozen=True)
+class FFNShape:
+    """The FFNs of one stack of equal layers. A decoder-only model has one stack, an encoder-decoder two.
+
+    Sizes are in neurons or dimensions. `shared_width + num_experts * expert_width >= ffn_width`: experts that the
+    partition leaves short are padded with zero neurons, which change nothing.
+    """
+
+    layers: str  # where the stack is: the path of its ModuleList, relative to the model's base model
+    num_layers: int
+    width: int  # D
+    ffn_width: int  # F
+    expert_width: int  # M
+    shared_width: int  # S; 0 = no shared expert
+    gated: bool
+    activation: Activation
+
+    def __post_init__(self) -> None:
+        if self.activation not in get_args(Activation):
+            raise ValueError(f"activation {self.activation!r} is not one of {', '.join(get_args(Activation))}")
+        if not 0 <= self.shared_width < self.ffn_width:
+            raise ValueError(
+                f"shared_width = {self.shared_width} must be between 0 and ffn_width - 1 = {self.ffn_width - 1}: "
+                "the routed experts need neurons too"
+            )
 
 
 @dataclass(frozen=True)
 class MoESpec:
-    """The shape of a factorised model, saved beside its weights; everything needed to rebuild its layers.
-
-    Sizes are in neurons or dimensions, counts in experts. `expert_width * num_experts >= ffn_width`: experts
-    that the partition leaves short are padded with zero neurons, which change nothing.
-    """
+    """A factorised model, saved beside its weights; everything needed to rebuild its layers."""
 
     family: str  # key into ffn2moe.dense.FAMILIES
     model_class: str  # the transformers class that holds the layers, e.g. "BertModel"
-    width: int  # D
-    ffn_width: int  # F
-    num_layers: int
+    head: Head
+    stacks: tuple[FFNShape, ...]
     num_experts: int  # E
-    expert_width: int  # M
     num_active: int  # K
-    gated: bool
-    activation: Activation
+    gate: Gate
+    router_bias: bool  # whether the router has a trained bias; native containers hold none
+    container: str | None  # the native architecture that the model was made for, a key into containers.CONTAINERS
     partition: str  # how the neurons were divided
     teacher: str  # where the dense model came from, as the user wrote it
-    pooling: Pooling
+    pooling: Pooling | None  # of an embedding model
     max_length: int  # tokens; longer texts are cut
 
     def __post_init__(self) -> None:
+        for name, value, legal in (("gate", self.gate, Gate), ("head", self.head, Head)):
+            if value not in get_args(legal):
+                raise ValueError(f"{name} {value!r} is not one of {', '.join(get_args(legal))}")
+        if not self.stacks:
+            raise ValueError("a factorised model has at least one stack of layers")
         if not 1 <= self.num_active <= self.num_experts:
             raise ValueError(
                 f"num_active must be between 1 and num_experts = {self.num_experts}, got {self.num_active}: "
                 "a token cannot use more experts than there are"
             )
-        if self.num_experts > self.ffn_width:
-            raise ValueError(
-                f"num_experts = {self.num_experts} is more than the {self.ffn_width} neurons of the FFN: "
-                "every expert needs at least one neuron"
-            )
-        if self.num_experts * self.expert_width < self.ffn_width:
-            raise ValueError(
-                f"{self.num_experts} experts of {self.expert_width} neurons hold fewer than the "
-                f"{self.ffn_width} neurons of the FFN"
-            )
-        if self.activation not in get_args(Activation):
-            raise ValueError(f"activation {self.activation!r} is not one of {', '.join(get_args(Activation))}")
+        for shape in self.stacks:
+            routed = shape.ffn_width - shape.shared_width
+            if self.num_experts > routed:
+                raise ValueError(
+                    f"num_experts = {self.num_experts} is more than the {routed} neurons of the FFN that are routed: "
+                    "every expert needs at least one neuron"
+                )
+            if self.num_experts * shape.expert_width < routed:
+                raise ValueError(
+                    f"{self.num_experts} experts of {shape.expert_width} neurons hold fewer than the "
+                    f"{routed} neurons of the FFN"
+                )
+
+    @property
+    def num_layers(self) -> int:
+        """Layers of all stacks together."""
+        return sum(shape.num_layers for shape in self.stacks)
+
+    def shape_of(self, layer: int) -> FFNShape:
+        """The shape of one layer, counted over all stacks in order."""
+        for shape in self.stacks:
+            if layer < shape.num_layers:
+                return shape
+            layer -= shape.num_layers
+        raise IndexError(f"there are only {self.num_layers} layers")
+
+    def _only(self) -> FFNShape:
+        if len(self.stacks) != 1:
+            raise ValueError(f"a {self.family} model has {len(self.stacks)} stacks of layers: ask shape_of(layer)")
+        return self.stacks[0]
+
+    @property
+    def width(self) -> int:
+        """D, where there is one stack."""
+        return self._only().width
+
+    @property
+    def ffn_width(self) -> int:
+        """F, where there is one stack."""
+        return self._only().ffn_width
+
+    @property
+    def expert_width(self) -> int:
+        """M, where there is one stack."""
+        return self._only().expert_width
+
+    @property
+    def shared_width(self) -> int:
+        """S, where there is one stack."""
+        return self._only().shared_width
+
+    @property
+    def gated(self) -> bool:
+        """Whether the FFNs have a gate, where there is one stack."""
+        return self._only().gated
+
+    @property
+    def activation(self) -> Activation:
+        """The activation, where there is one stack."""
+        return self._only().activation
 
     @property
     def active_share(self) -> float:
-        """Share of the FFN's neurons that a token uses, between 0 and 1."""
-        return self.num_active * self.expert_width / self.ffn_width
+        """Share of the FFNs' weights that a token uses, padding included: between 0 and about 1."""
+        used = sum(
+            shape.num_layers * shape.width * (shape.shared_width + self.num_active * shape.expert_width)
+            for shape in self.stacks
+        )
+        return used / sum(shape.num_layers * shape.width * shape.ffn_width for shape in self.stacks)
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """Plain values, as JSON gives them back."""
+        return asdict(self) | {"stacks": [asdict(shape) for shape in self.stacks]}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> MoESpec:
-        known = {f.name for f in fields(cls)}
-        if set(values) != known:
-            missing, unknown = sorted(known - set(values)), sorted(set(values) - known)
-            raise ValueError(
-                f"this is not a spec of ffn2moe: missing {missing}, unknown {unknown}; "
-                "it was written by another version, or edited"
-            )
-        return cls(**values)
+        """The inverse of `to_dict`; ValueError for anything else."""
+        _require_keys(values, cls)
+        for shape in values["stacks"]:
+            _require_keys(shape, FFNShape)
+        return cls(**values | {"stacks": tuple(FFNShape(**shape) for shape in values["stacks"])})
+
+
+def _require_keys(values: dict[str, Any], kind: type) -> None:
+    known = {f.name for f in fields(kind)}
+    if set(values) != known:
+        missing, unknown = sorted(known - set(values)), sorted(set(values) - known)
+        raise ValueError(
+            f"this is not a spec of ffn2moe: missing {missing}, unknown {unknown}; "
+            "it was written by another version, or edited"
+        )
