@@ -8,41 +8,21 @@ a model (a dev sentence, a query or a document of the retrieval benchmark) is in
 
 from __future__ import annotations
 
-import ast
 import csv
 import hashlib
-import importlib.util
 import json
-import os
 import re
-import sys
-import sysconfig
-import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-# Import name -> distribution name of the packages whose docstrings are the default corpus, beside the
-# standard library. An explicit list, so that the corpus is a function of the Python version and of
-# constraints.txt; large, written for people, and needed by ffn2moe or by torch in any case.
-PACKAGES: dict[str, str] = {
-    "numpy": "numpy",
-    "scipy": "scipy",
-    "sklearn": "scikit-learn",
-    "pandas": "pandas",
-    "matplotlib": "matplotlib",
-    "networkx": "networkx",
-    "sympy": "sympy",
-    "torch": "torch",
-    "transformers": "transformers",
-}
+from ffn2moe.corpus import PACKAGES as PACKAGES
+from ffn2moe.corpus import clean, read_file, read_jsonl_column, read_lines
+from ffn2moe.corpus import docstrings as docstrings
+from ffn2moe.corpus import read_corpus as read_corpus
 
-SHORTEST_DOCSTRING = 8  # words; shorter ones ("Return self.") say nothing about themselves
-LONGEST_TEXT = 4000  # characters; far beyond what an encoder reads, and a bound on memory
 SHORTEST_QUERY, SHORTEST_DOCUMENT = 3, 10  # words
 DOCUMENT_KEY = 400  # characters of a document that an encoder surely reads: two that agree there are one text
 FEWEST_OWN_PAIRS = 100  # with fewer pairs than this, a corpus cannot be its own retrieval benchmark
@@ -50,10 +30,6 @@ LARGEST_PAIR_SHARE = 0.25  # of a corpus that is held out for its own retrieval 
 FEWEST_TRAIN_TEXTS = 32
 AG_NEWS_DEV_SHARE = 0.25
 MOST_CLASSIFIER_TEXTS = 1000  # that a classifier is fitted on: a stable accuracy, quickly embedded
-
-_NOT_DOCUMENTATION = {"test", "tests", "testing", "idlelib", "lib2to3", "turtledemo", "__pycache__"}
-
-Track = Callable[[Iterable[Any], int, str], Iterable[Any]]
 
 
 @dataclass(frozen=True)
@@ -119,11 +95,6 @@ def document_key(document: str) -> str:
     return normalise(document)[:DOCUMENT_KEY]
 
 
-def clean(text: str) -> str:
-    """The text without surrounding space, NUL and lone surrogates (UTF-8 has none), and not too long."""
-    return text.encode("utf-8", "ignore").decode().replace("\0", "")[:LONGEST_TEXT].strip()
-
-
 def pair_of(text: str) -> Pair | None:
     """The first line as a query and the rest as its document; None if either is too short to mean anything.
 
@@ -139,191 +110,6 @@ def pair_of(text: str) -> Pair | None:
     if len(query.split()) < SHORTEST_QUERY or len(document.split()) < SHORTEST_DOCUMENT:
         return None
     return Pair(query, document)
-
-
-# --- docstrings -----------------------------------------------------------------------------------
-
-
-def docstrings(
-    packages: Sequence[str] = tuple(PACKAGES),
-    *,
-    standard_library: bool = True,
-    workers: int = 0,
-    track: Track | None = None,
-) -> list[str]:
-    """The distinct docstrings of the standard library and of installed packages, sorted.
-
-    Source files are parsed, never imported. `workers` = 0 takes every core. ValueError if a package is
-    missing.
-    """
-    files = list(_standard_library_files()) if standard_library else []
-    for package in packages:
-        files += _package_files(package)
-    found: set[str] = set()
-    # Spawned, not forked: the parent may hold threads (progress, BLAS) that a fork would copy in mid-air.
-    count = min(workers or os.cpu_count() or 1, 8)
-    with ProcessPoolExecutor(count, get_context("spawn"), initializer=_die_with_parent) as pool:
-        parsed: Iterable[list[str]] = pool.map(_docstrings_of_file, files, chunksize=32)
-        for texts in track(parsed, len(files), "reading docstrings") if track else parsed:
-            found.update(texts)
-    return sorted(found)
-
-
-def _standard_library_files() -> Iterator[str]:
-    root = Path(sysconfig.get_path("stdlib"))
-    for name in sorted(sys.stdlib_module_names):
-        if (module := root / f"{name}.py").is_file():
-            yield str(module)
-        elif name not in _NOT_DOCUMENTATION and (root / name).is_dir():
-            yield from _python_files(root / name)
-
-
-def _package_files(package: str) -> list[str]:
-    spec = importlib.util.find_spec(package)
-    if spec is None or not spec.submodule_search_locations:
-        raise ValueError(
-            f"data.corpus = docstrings reads the docstrings of {package}, which is not installed here; "
-            f"install it (make setup, or pip install -c constraints.txt {PACKAGES.get(package, package)})"
-        )
-    return [file for folder in spec.submodule_search_locations for file in _python_files(Path(folder))]
-
-
-def _python_files(folder: Path) -> list[str]:
-    return sorted(
-        str(file)
-        for file in folder.rglob("*.py")
-        if not _NOT_DOCUMENTATION.intersection(file.relative_to(folder).parts)
-    )
-
-
-def _docstrings_of_file(path: str) -> list[str]:
-    source = Path(path).read_bytes()
-    if b'"""' not in source and b"'''" not in source:
-        return []
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", SyntaxWarning)
-            tree = ast.parse(source)
-    except (SyntaxError, ValueError):  # a template or another version's syntax, shipped as .py
-        return []
-    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    texts = (clean(ast.get_docstring(node) or "") for node in ast.walk(tree) if isinstance(node, kinds))
-    return [text for text in texts if len(text.split()) >= SHORTEST_DOCSTRING]
-
-
-def _die_with_parent() -> None:
-    """Linux: a worker ends when the stage is killed, also by SIGKILL. Elsewhere it ends with its pipe."""
-    if sys.platform == "linux":
-        import ctypes
-        import signal
-
-        pr_set_pdeathsig = 1
-        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
-
-
-# --- files ----------------------------------------------------------------------------------------
-
-
-def read_corpus(source: str, column: str = "text", *, workers: int = 0, track: Track | None = None) -> list[str]:
-    """The texts of a corpus, cleaned, without empty ones, in the order of the source.
-
-    `docstrings`; a .txt (one text a line), .jsonl, .csv or .tsv file (`column` is the one that holds the
-    text); or `datasets:NAME` (also `datasets:NAME:CONFIGURATION`). FileNotFoundError or ValueError with the
-    remedy.
-    """
-    if source == "docstrings":
-        return docstrings(workers=workers, track=track)
-    raw = _datasets_texts(source, column) if source.startswith("datasets:") else _file_texts(Path(source), column)
-    texts = [text for text in map(clean, raw) if text]
-    if not texts:
-        raise ValueError(f"the corpus {source} holds no text: every line or row is empty; give another")
-    return texts
-
-
-def _file_texts(path: Path, column: str) -> list[str]:
-    readers: dict[str, Callable[[Path, str], list[str]]] = {
-        ".txt": lambda file, _: _read_lines(file),
-        ".jsonl": _jsonl_column,
-        ".csv": lambda file, name: _table_column(file, name, ","),
-        ".tsv": lambda file, name: _table_column(file, name, "\t"),
-    }
-    if path.suffix.lower() not in readers:
-        raise ValueError(
-            f"data.corpus = {path} is not something texts can be read from; use docstrings, datasets:NAME, "
-            f"or a file that ends in {', '.join(readers)}"
-        )
-    return readers[path.suffix.lower()](path, column)
-
-
-def _read(path: Path) -> str:
-    """A UTF-8 file, with the remedy in the error."""
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        raise FileNotFoundError(f"there is no file {path}; check data.corpus and data.folder") from None
-    except IsADirectoryError:
-        raise ValueError(f"{path} is a folder, not a file; labelled sets go in data.folder") from None
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{path} is not UTF-8 text (byte {error.start}); convert it, for example: "
-            f"iconv -f latin1 -t utf-8 {path.name}"
-        ) from None
-
-
-def _read_lines(path: Path) -> list[str]:
-    return _read(path).splitlines()
-
-
-def _jsonl_column(path: Path, column: str) -> list[str]:
-    texts = []
-    for number, line in enumerate(_read_lines(path), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}:{number} is not JSON ({error.msg}); every line must be an object") from None
-        if not isinstance(row, dict):
-            raise ValueError(f"{path}:{number} is not an object; every line must be one, with a {column!r}")
-        texts.append(_cell(row, column, f"{path}:{number}"))
-    return texts
-
-
-def _table_column(path: Path, column: str, delimiter: str) -> list[str]:
-    csv.field_size_limit(2**31 - 1)
-    rows = csv.DictReader(_read(path).splitlines(keepends=True), delimiter=delimiter)
-    try:
-        return [_cell(row, column, f"{path}:{rows.line_num}") for row in rows]
-    except csv.Error as error:
-        raise ValueError(f"{path}:{rows.line_num} is not a row of a table: {error}; check its quoting") from None
-
-
-def _cell(row: dict[str, Any], column: str, where: str) -> str:
-    if column not in row:
-        columns = ", ".join(map(repr, (key for key in row if key is not None)))
-        raise ValueError(f"{where} has no column {column!r}; its columns are {columns}: set data.text_column")
-    value = row[column]
-    if value is not None and not isinstance(value, str):
-        raise ValueError(f"{where}: {column!r} is not text but {value!r}; set data.text_column")
-    return value or ""
-
-
-def _datasets_texts(source: str, column: str) -> list[str]:
-    import datasets
-
-    _, name, *configuration = source.split(":")
-    try:
-        table = datasets.load_dataset(name, *configuration, split="train")
-    except Exception as error:  # the library raises a dozen kinds, of its own and of its dependencies
-        raise ValueError(
-            f"data.corpus = {source}: the datasets library cannot load the train split of {name} "
-            f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no reason given'}); "
-            "check the name and the network, or give a file"
-        ) from None
-    if column not in table.column_names:
-        names = ", ".join(map(repr, table.column_names))
-        raise ValueError(f"{source} has no column {column!r}; its columns are {names}: set data.text_column")
-    return [value if isinstance(value, str) else "" for value in table[column]]
 
 
 # --- a folder of labelled sets --------------------------------------------------------------------
@@ -357,9 +143,9 @@ def read_folder(folder: Path) -> LabelledFolder:
     if (file := folder / "wikitext2" / "valid.txt").is_file():
         texts += _read_wikitext(file)
     for file in sorted(folder.glob("*.txt")):
-        texts += _read_lines(file)
+        texts += read_lines(file)
     for file in sorted(folder.glob("*.jsonl")):
-        texts += _jsonl_column(file, "text")
+        texts += read_jsonl_column(file, "text")
 
     texts += [row.text for train, _ in classification.values() for row in train]
     texts = [text for text in map(clean, texts) if text]
@@ -374,7 +160,7 @@ def read_folder(folder: Path) -> LabelledFolder:
 
 def _read_stsb(path: Path) -> list[ScoredPair]:
     pairs = []
-    for number, line in enumerate(_read(path).split("\n"), 1):
+    for number, line in enumerate(read_file(path).split("\n"), 1):
         if not line.strip():
             continue
         cells = line.rstrip("\r").split("\t")
@@ -391,7 +177,7 @@ def _read_stsb(path: Path) -> list[ScoredPair]:
 
 def _read_ag_news(path: Path) -> list[LabelledText]:
     rows = []
-    for number, cells in enumerate(csv.reader(_read(path).splitlines(keepends=True)), 1):
+    for number, cells in enumerate(csv.reader(read_file(path).splitlines(keepends=True)), 1):
         if len(cells) != 3:
             raise ValueError(f"{path}: row {number} has {len(cells)} columns, not three: class, title, body")
         # The set writes line breaks as backslashes.
@@ -402,7 +188,7 @@ def _read_ag_news(path: Path) -> list[LabelledText]:
 
 def _read_sst2(path: Path) -> list[LabelledText]:
     rows = []
-    for number, line in enumerate(_read(path).split("\n"), 1):
+    for number, line in enumerate(read_file(path).split("\n"), 1):
         if not line.strip():
             continue
         text, tab, label = line.rstrip("\r").rpartition("\t")
@@ -414,7 +200,7 @@ def _read_sst2(path: Path) -> list[LabelledText]:
 
 def _read_wikitext(path: Path) -> list[str]:
     """Paragraphs, without headings and the marks of WikiText's tokeniser."""
-    paragraphs = (line.strip() for line in _read_lines(path))
+    paragraphs = (line.strip() for line in read_lines(path))
     texts = []
     for paragraph in paragraphs:
         if paragraph and not paragraph.startswith("= "):

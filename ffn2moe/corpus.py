@@ -1,0 +1,234 @@
+"""Texts to calibrate and train on: docstrings of installed packages, files of text, sets of the datasets library."""
+
+from __future__ import annotations
+
+import ast
+import csv
+import importlib.util
+import json
+import os
+import sys
+import sysconfig
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+# Import name -> distribution name of the packages whose docstrings are the default corpus, beside the
+# standard library. An explicit list, so that the corpus is a function of the Python version and of
+# constraints.txt; large, written for people, and needed by ffn2moe or by torch in any case.
+PACKAGES: dict[str, str] = {
+    "numpy": "numpy",
+    "scipy": "scipy",
+    "sklearn": "scikit-learn",
+    "pandas": "pandas",
+    "matplotlib": "matplotlib",
+    "networkx": "networkx",
+    "sympy": "sympy",
+    "torch": "torch",
+    "transformers": "transformers",
+}
+
+SHORTEST_DOCSTRING = 8  # words; shorter ones ("Return self.") say nothing about themselves
+LONGEST_TEXT = 4000  # characters; far beyond what an encoder reads, and a bound on memory
+
+_SET_COLUMN = "set data.text_column, or --text-column"
+_NOT_DOCUMENTATION = {"test", "tests", "testing", "idlelib", "lib2to3", "turtledemo", "__pycache__"}
+
+Track = Callable[[Iterable[Any], int, str], Iterable[Any]]
+
+
+def clean(text: str) -> str:
+    """The text without surrounding space, NUL and lone surrogates (UTF-8 has none), and not too long."""
+    return text.encode("utf-8", "ignore").decode().replace("\0", "")[:LONGEST_TEXT].strip()
+
+
+# --- docstrings -----------------------------------------------------------------------------------
+
+
+def docstrings(
+    packages: Sequence[str] = tuple(PACKAGES),
+    *,
+    standard_library: bool = True,
+    workers: int = 0,
+    track: Track | None = None,
+) -> list[str]:
+    """The distinct docstrings of the standard library and of installed packages, sorted.
+
+    Source files are parsed, never imported. `workers` = 0 takes every core. ValueError if a package is
+    missing.
+    """
+    files = list(_standard_library_files()) if standard_library else []
+    for package in packages:
+        files += _package_files(package)
+    found: set[str] = set()
+    # Spawned, not forked: the parent may hold threads (progress, BLAS) that a fork would copy in mid-air.
+    count = min(workers or os.cpu_count() or 1, 8)
+    with ProcessPoolExecutor(count, get_context("spawn"), initializer=_die_with_parent) as pool:
+        parsed: Iterable[list[str]] = pool.map(_docstrings_of_file, files, chunksize=32)
+        for texts in track(parsed, len(files), "reading docstrings") if track else parsed:
+            found.update(texts)
+    return sorted(found)
+
+
+def _standard_library_files() -> Iterator[str]:
+    root = Path(sysconfig.get_path("stdlib"))
+    for name in sorted(sys.stdlib_module_names):
+        if (module := root / f"{name}.py").is_file():
+            yield str(module)
+        elif name not in _NOT_DOCUMENTATION and (root / name).is_dir():
+            yield from _python_files(root / name)
+
+
+def _package_files(package: str) -> list[str]:
+    spec = importlib.util.find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        raise ValueError(
+            f"the corpus of docstrings reads those of {package}, which is not installed here; "
+            f"install it (make setup, or pip install -c constraints.txt {PACKAGES.get(package, package)})"
+        )
+    return [file for folder in spec.submodule_search_locations for file in _python_files(Path(folder))]
+
+
+def _python_files(folder: Path) -> list[str]:
+    return sorted(
+        str(file)
+        for file in folder.rglob("*.py")
+        if not _NOT_DOCUMENTATION.intersection(file.relative_to(folder).parts)
+    )
+
+
+def _docstrings_of_file(path: str) -> list[str]:
+    source = Path(path).read_bytes()
+    if b'"""' not in source and b"'''" not in source:
+        return []
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", SyntaxWarning)
+            tree = ast.parse(source)
+    except (SyntaxError, ValueError):  # a template or another version's syntax, shipped as .py
+        return []
+    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    texts = (clean(ast.get_docstring(node) or "") for node in ast.walk(tree) if isinstance(node, kinds))
+    return [text for text in texts if len(text.split()) >= SHORTEST_DOCSTRING]
+
+
+def _die_with_parent() -> None:
+    """Linux: a worker ends when the stage is killed, also by SIGKILL. Elsewhere it ends with its pipe."""
+    if sys.platform == "linux":
+        import ctypes
+        import signal
+
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+
+
+# --- files ----------------------------------------------------------------------------------------
+
+
+def read_corpus(source: str, column: str = "text", *, workers: int = 0, track: Track | None = None) -> list[str]:
+    """The texts of a corpus, cleaned, without empty ones, in the order of the source.
+
+    `docstrings`; a .txt (one text a line), .jsonl, .csv or .tsv file (`column` is the one that holds the
+    text); or `datasets:NAME` (also `datasets:NAME:CONFIGURATION`). FileNotFoundError or ValueError with the
+    remedy.
+    """
+    if source == "docstrings":
+        return docstrings(workers=workers, track=track)
+    raw = _datasets_texts(source, column) if source.startswith("datasets:") else _file_texts(Path(source), column)
+    texts = [text for text in map(clean, raw) if text]
+    if not texts:
+        raise ValueError(f"the corpus {source} holds no text: every line or row is empty; give another")
+    return texts
+
+
+def _file_texts(path: Path, column: str) -> list[str]:
+    readers: dict[str, Callable[[Path, str], list[str]]] = {
+        ".txt": lambda file, _: read_lines(file),
+        ".jsonl": read_jsonl_column,
+        ".csv": lambda file, name: _table_column(file, name, ","),
+        ".tsv": lambda file, name: _table_column(file, name, "\t"),
+    }
+    if path.suffix.lower() not in readers:
+        raise ValueError(
+            f"the corpus {path} is not something texts can be read from; use docstrings, datasets:NAME, "
+            f"or a file that ends in {', '.join(readers)}"
+        )
+    return readers[path.suffix.lower()](path, column)
+
+
+def read_file(path: Path) -> str:
+    """A UTF-8 file, with the remedy in the error."""
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise FileNotFoundError(f"there is no file {path}; check data.corpus and data.folder, or --corpus") from None
+    except IsADirectoryError:
+        raise ValueError(f"{path} is a folder, not a file; labelled sets go in data.folder") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{path} is not UTF-8 text (byte {error.start}); convert it, for example: "
+            f"iconv -f latin1 -t utf-8 {path.name}"
+        ) from None
+
+
+def read_lines(path: Path) -> list[str]:
+    return read_file(path).splitlines()
+
+
+def read_jsonl_column(path: Path, column: str) -> list[str]:
+    texts = []
+    for number, line in enumerate(read_lines(path), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}:{number} is not JSON ({error.msg}); every line must be an object") from None
+        if not isinstance(row, dict):
+            raise ValueError(f"{path}:{number} is not an object; every line must be one, with a {column!r}")
+        texts.append(_cell(row, column, f"{path}:{number}"))
+    return texts
+
+
+def _table_column(path: Path, column: str, delimiter: str) -> list[str]:
+    csv.field_size_limit(2**31 - 1)
+    rows = csv.DictReader(read_file(path).splitlines(keepends=True), delimiter=delimiter)
+    try:
+        return [_cell(row, column, f"{path}:{rows.line_num}") for row in rows]
+    except csv.Error as error:
+        raise ValueError(f"{path}:{rows.line_num} is not a row of a table: {error}; check its quoting") from None
+
+
+def _cell(row: dict[str, Any], column: str, where: str) -> str:
+    if column not in row:
+        columns = ", ".join(map(repr, (key for key in row if key is not None)))
+        raise ValueError(
+            f"{where} has no column {column!r}; its columns are {columns}: set data.text_column, or --text-column"
+        )
+    value = row[column]
+    if value is not None and not isinstance(value, str):
+        raise ValueError(f"{where}: {column!r} is not text but {value!r}; {_SET_COLUMN}")
+    return value or ""
+
+
+def _datasets_texts(source: str, column: str) -> list[str]:
+    import datasets
+
+    _, name, *configuration = source.split(":")
+    try:
+        table = datasets.load_dataset(name, *configuration, split="train")
+    except Exception as error:  # the library raises a dozen kinds, of its own and of its dependencies
+        raise ValueError(
+            f"the corpus {source}: the datasets library cannot load the train split of {name} "
+            f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no reason given'}); "
+            "check the name and the network, or give a file"
+        ) from None
+    if column not in table.column_names:
+        names = ", ".join(map(repr, table.column_names))
+        raise ValueError(
+            f"{source} has no column {column!r}; its columns are {names}: set data.text_column, or --text-column"
+        )
+    return [value if isinstance(value, str) else "" for value in table[column]]
