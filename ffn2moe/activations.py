@@ -37,3 +37,11 @@ class NeuronStatistics:
     def energy(self, ffn: DenseFFN) -> Tensor:
         """Expected output energy of each neuron, ``E[h_j^2] ||w_out[:, j]||^2``, [F] (methods: CMoE)."""
         return self.second_FF.diagonal() / self.tokens * ffn.w_out_DF.double().square().sum(0)
+
+    def narrow(self, neurons_R: Tensor) -> NeuronStatistics:
+        """The same statistics of some of the neurons."""
+        some = NeuronStatistics(0)
+        some.tokens = self.tokens
+        some.sum_F = self.sum_F[neurons_R]
+        some.second_FF = self.second_FF[neurons_R][:, neurons_R]
+        return some

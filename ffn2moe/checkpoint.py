@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ffn2moe.dense import FAMILIES, family_of, ffn_layers, install, require_finite
+from ffn2moe.dense import FAMILIES, family_of, ffn_layers, ffn_paths, install, require_finite
 from ffn2moe.moe import MoEFFN
 from ffn2moe.spec import MoESpec
 
@@ -79,14 +79,13 @@ def load(folder: str | Path) -> Any:
         ) from error
     config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
     family = FAMILIES[spec.family]
-    model = getattr(transformers, spec.model_class)(config, **dict(family.options))
+    model = getattr(transformers, spec.model_class)(config, **family.options_for(spec.head))
     if family_of(model) is not family or len(ffn_layers(model)) != spec.num_layers:
         raise ValueError(f"{folder}: config.json and {SPEC_FILE} describe different models")
-    prefix = {id(module): name for name, module in model.named_modules()}
-    for index, block in enumerate(ffn_layers(model)):
-        name = f"{prefix[id(block)]}.{family.install}"
+    for index, name in enumerate(ffn_paths(model)):
         moe = MoEFFN(
             spec,
+            spec.shape_of(index),
             b_in=f"{name}.b_in" in tensors,
             b_out=f"{name}.b_out" in tensors,
             b_gate=f"{name}.b_gate" in tensors,

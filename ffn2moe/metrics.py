@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ffn2moe.moe import moe_layers
-from ffn2moe.spec import MoESpec, Pooling
+from ffn2moe.spec import FFNShape, MoESpec, Pooling
 
 # --- embeddings ---------------------------------------------------------------------------------------
 
@@ -201,10 +201,11 @@ class Flops:
     attention: int
     ffn: int
     router: int = 0
+    head: int = 0  # the map from hidden states to logits
 
     @property
     def total(self) -> int:
-        return self.attention + self.ffn + self.router
+        return self.attention + self.ffn + self.router + self.head
 
 
 def attention_flops(width: int, length: int, *, heads: int, key_value_heads: int, head_width: int) -> int:
@@ -228,23 +229,43 @@ def flops_per_token(spec: MoESpec, config: object, length: int) -> tuple[Flops, 
     `config` is the transformers configuration, for the attention heads. Norms and activations are left out.
     """
 
-    def setting(*names: str) -> int | None:
-        return next((value for name in names if (value := getattr(config, name, None)) is not None), None)
+    attention = dense = active = router = 0
+    for shape in spec.stacks:
+        settings = _settings_of_stack(config, shape)
+        heads = _setting(settings, *(("decoder_attention_heads",) if "decoder" in shape.layers else ()), *_HEADS)
+        if heads is None:
+            raise ValueError(f"the configuration {type(config).__name__} does not say how many attention heads it has")
+        each = attention_flops(
+            shape.width,
+            length,
+            heads=heads,
+            key_value_heads=_setting(settings, "num_key_value_heads") or heads,
+            head_width=_setting(settings, "head_dim", "d_kv") or shape.width // heads,
+        )
+        crossed = spec.head == "seq2seq" and "decoder" in shape.layers
+        attention += shape.num_layers * each * (2 if crossed else 1)
+        dense += shape.num_layers * ffn_flops(shape.width, shape.ffn_width, gated=shape.gated)
+        used = shape.shared_width + spec.num_active * shape.expert_width
+        active += shape.num_layers * ffn_flops(shape.width, used, gated=shape.gated)
+        router += shape.num_layers * 2 * shape.width * spec.num_experts
+    vocabulary = _setting(config, "vocab_size") if spec.head in ("causal", "seq2seq") else 0
+    head = 2 * spec.stacks[-1].width * (vocabulary or 0)
+    return Flops(attention, dense, head=head), Flops(attention, active, router, head)
 
-    heads = setting("num_attention_heads", "n_heads")
-    if heads is None:
-        raise ValueError(f"the configuration {type(config).__name__} does not say how many attention heads it has")
-    attention = spec.num_layers * attention_flops(
-        spec.width,
-        length,
-        heads=heads,
-        key_value_heads=setting("num_key_value_heads") or heads,
-        head_width=setting("head_dim") or spec.width // heads,
-    )
-    dense = spec.num_layers * ffn_flops(spec.width, spec.ffn_width, gated=spec.gated)
-    active = spec.num_layers * ffn_flops(spec.width, spec.num_active * spec.expert_width, gated=spec.gated)
-    router = spec.num_layers * 2 * spec.width * spec.num_experts
-    return Flops(attention, dense), Flops(attention, active, router)
+
+_HEADS = ("num_attention_heads", "n_heads", "n_head", "num_heads", "encoder_attention_heads")
+
+
+def _setting(config: object, *names: str) -> int | None:
+    return next((value for name in names if (value := getattr(config, name, None)) is not None), None)
+
+
+def _settings_of_stack(config: object, shape: FFNShape) -> object:
+    """The configuration of one tower of a model of two; else the model's own."""
+    for tower in ("text", "vision"):
+        if shape.layers.startswith(f"{tower}_model"):
+            return getattr(config, f"{tower}_config")
+    return config
 
 
 def amdahl_bound(teacher: Flops, active_share: float) -> float:

@@ -1,6 +1,6 @@
 """The mixture-of-experts layer that takes the place of a dense FFN.
 
-    y = output_scale * sum over the chosen experts i of E_i(x)  +  b_out
+    y = shared(x)  +  output_scale * sum over the chosen experts i of gate_i E_i(x)  +  b_out
 
 `reference` is the definition; `grouped`, which `forward` uses, computes only what is routed; equal by test.
 """
@@ -8,16 +8,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from dataclasses import replace
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ffn2moe.dense import ACTIVATIONS, install
+from ffn2moe.dense import ACTIVATIONS, family_of, ffn_layers, install, read_ffn, stack_of
 from ffn2moe.experts import ExpertWeights
-from ffn2moe.router import Router
-from ffn2moe.spec import MoESpec
+from ffn2moe.router import Router, gates, neutral_scale
+from ffn2moe.spec import FFNShape, Gate, Head, MoESpec, Pooling
 
 # Runs of tokens are rounded up to this while training: oneDNN compiles a kernel for every new shape, which costs
 # more than the padding (measured: 2.0 ms a product against 0.1).
@@ -30,27 +31,45 @@ class MoEFFN(nn.Module):
     """E experts of M neurons, of which each token uses the K that its router scores highest."""
 
     neurons: Tensor
+    shared_neurons: Tensor
 
-    def __init__(self, spec: MoESpec, *, b_in: bool, b_out: bool, b_gate: bool = False) -> None:
+    def __init__(
+        self,
+        spec: MoESpec,
+        shape: FFNShape | None = None,
+        *,
+        b_in: bool,
+        b_out: bool,
+        b_gate: bool = False,
+    ) -> None:
+        """`shape` is that of the layer's stack; it need not be told where the model has only one."""
         super().__init__()
-        E, M, D = spec.num_experts, spec.expert_width, spec.width
+        shape = shape or spec.shape_of(0)
+        E, M, D, S = spec.num_experts, shape.expert_width, shape.width, shape.shared_width
 
-        def empty(wanted: bool, *shape: int) -> nn.Parameter | None:
-            return nn.Parameter(torch.zeros(*shape)) if wanted else None
+        def empty(wanted: bool, *sizes: int) -> nn.Parameter | None:
+            return nn.Parameter(torch.zeros(*sizes)) if wanted else None
 
         self.num_active = spec.num_active
-        self.activation = spec.activation
+        self.gate = spec.gate
+        self.activation = shape.activation
         self.w_in = nn.Parameter(torch.zeros(E, M, D))
         self.w_out = nn.Parameter(torch.zeros(E, D, M))
         self.b_in = empty(b_in, E, M)
         self.b_out = empty(b_out, D)
-        self.w_gate = empty(spec.gated, E, M, D)
-        self.b_gate = empty(spec.gated and b_gate, E, M)
-        # The best scale of a chosen subset, folded into the output matrix at export (methods: identity 3).
-        self.output_scale = nn.Parameter(torch.ones(()))
-        self.router = Router(D, E)
+        self.w_gate = empty(shape.gated, E, M, D)
+        self.b_gate = empty(shape.gated and b_gate, E, M)
+        self.shared_in = empty(S > 0, S, D)
+        self.shared_out = empty(S > 0, D, S)
+        self.shared_gate = empty(S > 0 and shape.gated, S, D)
+        self.shared_b_in = empty(S > 0 and b_in, S)
+        self.shared_b_gate = empty(S > 0 and shape.gated and b_gate, S)
+        # The best scale of the chosen experts, folded into the output matrix at export (methods: identity 3).
+        self.output_scale = nn.Parameter(torch.tensor(neutral_scale(spec.gate, E, spec.num_active)))
+        self.router = Router(D, E, spec.gate, bias=spec.router_bias)
         # Which neuron of the dense FFN stands at each place, -1 for padding.
         self.register_buffer("neurons", torch.full((E, M), -1, dtype=torch.int64))
+        self.register_buffer("shared_neurons", torch.full((S,), -1, dtype=torch.int64))
         # Set by whoever wants to watch the routing: called with scores [T, E] and the choice [T, K].
         self.observer: RoutingObserver | None = None
 
@@ -59,14 +78,23 @@ class MoEFFN(nn.Module):
         return self.w_in.shape[0]
 
     @classmethod
-    def from_experts(cls, spec: MoESpec, weights: ExpertWeights, neurons_EM: Tensor) -> MoEFFN:
-        """A layer with these experts, a router that scores all alike, and scale 1."""
+    def from_experts(
+        cls,
+        spec: MoESpec,
+        weights: ExpertWeights,
+        neurons_EM: Tensor,
+        shape: FFNShape | None = None,
+        shared_S: Tensor | None = None,
+    ) -> MoEFFN:
+        """A layer with these experts, a router that scores all alike, and the scale that is neutral then."""
         moe = cls(
             spec,
+            shape,
             b_in=weights.b_in_EM is not None,
             b_out=weights.b_out_D is not None,
             b_gate=weights.b_gate_EM is not None,
         )
+        shared = weights.shared
         with torch.no_grad():
             for parameter, value in (
                 (moe.w_in, weights.w_in_EMD),
@@ -75,11 +103,26 @@ class MoEFFN(nn.Module):
                 (moe.b_out, weights.b_out_D),
                 (moe.w_gate, weights.w_gate_EMD),
                 (moe.b_gate, weights.b_gate_EM),
+                (moe.shared_in, shared and shared.w_in_FD),
+                (moe.shared_out, shared and shared.w_out_DF),
+                (moe.shared_gate, shared and shared.w_gate_FD),
+                (moe.shared_b_in, shared and shared.b_in_F),
+                (moe.shared_b_gate, shared and shared.b_gate_F),
             ):
-                if parameter is not None:
+                if parameter is not None and value is not None:
                     parameter.copy_(value)
             moe.neurons.copy_(neurons_EM)
+            if shared_S is not None:
+                moe.shared_neurons.copy_(shared_S)
         return moe
+
+    def use_all_experts(self) -> None:
+        """Make the layer the dense FFN again: K = E and a router that scores all alike. A test of everything else."""
+        self.num_active = self.num_experts
+        with torch.no_grad():
+            self.router.set(torch.zeros_like(self.router.weight), torch.zeros_like(self.router.bias))
+            self.router.balance_bias.zero_()
+            self.output_scale.fill_(neutral_scale(self.gate, self.num_experts, self.num_experts))
 
     def _unbound(self) -> list[ExpertTensors]:
         """The weights of each expert. One `unbind` a matrix: its gradient is stacked once, not added E times."""
@@ -109,6 +152,14 @@ class MoEFFN(nn.Module):
         """Output of one expert, [T, D], without scale or output bias."""
         return self._expert(x_TD, *self._unbound()[index])
 
+    def shared(self, x_TD: Tensor) -> Tensor | None:
+        """Output of the shared expert, [T, D]; None where there is none."""
+        if self.shared_in is None or self.shared_out is None:
+            return None
+        return self._expert(
+            x_TD, self.shared_in, self.shared_out, self.shared_b_in, self.shared_gate, self.shared_b_gate
+        )
+
     def forward(self, x: Tensor) -> Tensor:
         """[..., D] -> [..., D]."""
         x_TD = x.reshape(-1, x.shape[-1])
@@ -116,11 +167,14 @@ class MoEFFN(nn.Module):
         chosen_TK = self.router.choose(scores_TE, self.num_active)
         if self.observer is not None:
             self.observer(scores_TE, chosen_TK)
-        return self.finish(self.grouped(x_TD, scores_TE, chosen_TK)).reshape(x.shape)
+        return self.finish(x_TD, self.grouped(x_TD, scores_TE, chosen_TK)).reshape(x.shape)
 
-    def finish(self, y_TD: Tensor) -> Tensor:
-        """Scale and output bias, [T, D]."""
+    def finish(self, x_TD: Tensor, y_TD: Tensor) -> Tensor:
+        """Scale, shared expert and output bias around the routed sum, [T, D]."""
         y_TD = self.output_scale * y_TD
+        shared_TD = self.shared(x_TD)
+        if shared_TD is not None:
+            y_TD = y_TD + shared_TD
         return y_TD if self.b_out is None else y_TD + self.b_out
 
     @torch.no_grad()
@@ -129,9 +183,36 @@ class MoEFFN(nn.Module):
 
     @torch.no_grad()
     def all_experts(self, x_TD: Tensor) -> Tensor:
-        """The sum over all E experts, unscaled, with the output bias: the dense FFN. [T, D] -> [T, D]."""
+        """The sum over all E experts, each once, with shared expert and output bias: the dense FFN. [T, D]."""
         y_TD = torch.stack([self.expert(index, x_TD) for index in range(self.num_experts)]).sum(0)
+        shared_TD = self.shared(x_TD)
+        if shared_TD is not None:
+            y_TD = y_TD + shared_TD
         return y_TD if self.b_out is None else y_TD + self.b_out
+
+    @torch.no_grad()
+    def fit_router_scale(self, x_TD: Tensor) -> None:
+        """Set how far the gates are apart, so that the routed sum fits the dense one; the choice stays.
+
+        On tokens [T, D]; tried are powers of two from 2^-8 to 2^4, which no dtype rounds. A small scale gives gates
+        that are nearly equal, so that this is never worse than unit gates. Nothing to do where gates are constant.
+        """
+        if self.gate == "unit" or self.router.balance_bias.any():
+            return
+        outputs_TED = torch.stack([self.expert(index, x_TD) for index in range(self.num_experts)], dim=1)
+        y_TD = outputs_TED.sum(1)
+        self.router.scale.fill_(1.0)
+        scores_TE = self.router(x_TD)
+        chosen_TK = self.router.choose(scores_TE, self.num_active)
+        chosen_TKD = outputs_TED.gather(1, chosen_TK.unsqueeze(-1).expand(-1, -1, y_TD.shape[-1]))
+        best_left, best_scale = float("inf"), 1.0
+        for exponent in range(-8, 5):
+            gate_TK = gates(self.gate, scores_TE * 2.0**exponent, chosen_TK)
+            y_S_TD = torch.einsum("tk,tkd->td", gate_TK, chosen_TKD)
+            left = -(y_TD * y_S_TD).sum().square() / y_S_TD.square().sum()  # of ||y - a y_S||^2 at the best a
+            if left.item() < best_left:
+                best_left, best_scale = left.item(), 2.0**exponent
+        self.router.scale.fill_(best_scale)
 
     @torch.no_grad()
     def fit_scale_and_mean(self, x_TD: Tensor, chunk: int = 4096) -> None:
@@ -142,7 +223,8 @@ class MoEFFN(nn.Module):
         """
         dense, routed = [], []
         for x in x_TD.split(chunk):
-            dense.append(self.all_experts(x))
+            shared = self.shared(x)
+            dense.append(self.all_experts(x) if shared is None else self.all_experts(x) - shared)
             routed.append(self.grouped(x, scores := self.router(x), self.router.choose(scores, self.num_active)))
         y_TD, y_S_TD = torch.cat(dense), torch.cat(routed)
         if self.b_out is not None:
@@ -156,19 +238,17 @@ class MoEFFN(nn.Module):
 
     def reference(self, x_TD: Tensor) -> Tensor:
         """The layer as it is defined: every expert in turn, on the tokens that chose it. [T, D] -> [T, D]."""
-        chosen_TK = self.router.choose(self.router(x_TD), self.num_active)
+        scores_TE = self.router(x_TD)
+        chosen_TK = self.router.choose(scores_TE, self.num_active)
+        gate_TK = gates(self.gate, scores_TE, chosen_TK)
         y_TD = torch.zeros_like(x_TD)
         for index in range(self.num_experts):
-            tokens = (chosen_TK == index).any(-1).nonzero().flatten()
-            y_TD[tokens] += self.expert(index, x_TD[tokens])
-        return self.finish(y_TD)
+            tokens, place = (chosen_TK == index).nonzero(as_tuple=True)
+            y_TD[tokens] += gate_TK[tokens, place].unsqueeze(-1) * self.expert(index, x_TD[tokens])
+        return self.finish(x_TD, y_TD)
 
     def grouped(self, x_TD: Tensor, scores_TE: Tensor, chosen_TK: Tensor) -> Tensor:
-        """Sum of the chosen experts' outputs, [T, D]: tokens sorted by expert, one dense product per expert.
-
-        The gate of a chosen expert is 1. While training it passes the gradient of the softmax of the scores
-        (straight-through), so that the router learns from the loss.
-        """
+        """Weighted sum of the chosen experts' outputs, [T, D]: tokens sorted by expert, one product per expert."""
         if torch.is_autocast_enabled(x_TD.device.type):
             x_TD = x_TD.to(torch.get_autocast_dtype(x_TD.device.type))  # once, before K copies are gathered
         tile = TRAINING_TILE if self.training else 1
@@ -177,11 +257,10 @@ class MoEFFN(nn.Module):
         x_by_expert = x_TD.index_select(0, token_of_slot).split(widths)
         y_slots = torch.cat([self._expert(x, *w) for x, w in zip(x_by_expert, self._unbound(), strict=True)])
         y_TKD = y_slots.index_select(0, slot_TK.flatten()).unflatten(0, slot_TK.shape)
-        if not self.training:
+        if self.gate == "unit" and not self.training:
             return y_TKD.sum(1)
-        p_TK = scores_TE.softmax(-1).gather(-1, chosen_TK)
-        gate_TK = (1 + (p_TK - p_TK.detach())).to(y_TKD.dtype)
-        return torch.einsum("tk,tkd->td", gate_TK, y_TKD)
+        gate_TK = gates(self.gate, scores_TE, chosen_TK, self.training)
+        return torch.einsum("tk,tkd->td", gate_TK.to(y_TKD.dtype), y_TKD)
 
 
 def dispatch(chosen_TK: Tensor, num_experts: int, tile: int) -> tuple[Tensor, Tensor, list[int]]:
@@ -211,6 +290,64 @@ class RoutingObserver(Protocol):
 def moe_layers(model: nn.Module) -> list[MoEFFN]:
     """The mixture layers of a model, in order."""
     return [module for module in model.modules() if isinstance(module, MoEFFN)]
+
+
+def spec_of(
+    model: Any,
+    *,
+    head: Head,
+    num_experts: int,
+    num_active: int,
+    partition: str,
+    teacher: str,
+    max_length: int,
+    shared_width: int = 0,
+    gate: Gate = "unit",
+    router_bias: bool = True,
+    container: str | None = None,
+    width_multiple: int = 1,
+    pooling: Pooling | None = None,
+) -> MoESpec:
+    """The spec of the mixture that is to be made of a dense model.
+
+    Experts are as wide as an even division needs, rounded up to `width_multiple`; ValueError where E, K or S do not
+    fit the model.
+    """
+    shapes: list[FFNShape] = []
+    for layer in range(len(ffn_layers(model))):
+        path = stack_of(model, layer).layers
+        if shapes and shapes[-1].layers == path:
+            shapes[-1] = replace(shapes[-1], num_layers=shapes[-1].num_layers + 1)
+            continue
+        ffn = read_ffn(model, layer)
+        each = -(-(ffn.ffn_width - shared_width) // num_experts)
+        shapes.append(
+            FFNShape(
+                layers=path,
+                num_layers=1,
+                width=ffn.w_in_FD.shape[1],
+                ffn_width=ffn.ffn_width,
+                expert_width=-(-each // width_multiple) * width_multiple,
+                shared_width=shared_width,
+                gated=ffn.gated,
+                activation=ffn.activation,
+            )
+        )
+    return MoESpec(
+        family=family_of(model).name,
+        model_class=type(model).__name__,
+        head=head,
+        stacks=tuple(shapes),
+        num_experts=num_experts,
+        num_active=num_active,
+        gate=gate,
+        router_bias=router_bias,
+        container=container,
+        partition=partition,
+        teacher=teacher,
+        pooling=pooling,
+        max_length=max_length,
+    )
 
 
 def install_moe(model: nn.Module, layers: list[MoEFFN]) -> None:

@@ -130,18 +130,29 @@ class _Fit:
     """Sums over tokens from which the best scale of a choice, and its error, follow in closed form."""
 
     def __init__(self) -> None:
-        self.cross = self.own = self.energy = 0.0
+        self.cross = self.own = self.routed = self.whole = 0.0
 
-    def add(self, gram_TEE: Tensor, chosen_TE: Tensor) -> None:
-        self.energy += gram_TEE.sum((1, 2), dtype=torch.float64).sum().item()
+    def add(self, gram_TEE: Tensor, chosen_TE: Tensor, whole: float | None = None) -> None:
+        """Tokens whose routed experts have these inner products; `whole` is the energy of the whole FFN."""
+        routed = gram_TEE.sum((1, 2), dtype=torch.float64).sum().item()
+        self.routed += routed
+        self.whole += routed if whole is None else whole
         self.cross += (gram_TEE.sum(1) * chosen_TE).sum(dtype=torch.float64).item()
         own_T = ((gram_TEE @ chosen_TE.unsqueeze(2)).squeeze(2) * chosen_TE).sum(1)
         self.own += own_T.sum(dtype=torch.float64).item()
 
     def best(self) -> BestScale:
-        if self.own == 0 or self.energy == 0:
-            return BestScale(1.0, 0.0 if self.energy == 0 else 1.0)
-        return BestScale(self.cross / self.own, max(0.0, 1 - self.cross**2 / (self.own * self.energy)) ** 0.5)
+        if self.own == 0 or self.whole == 0:
+            return BestScale(1.0, 0.0 if self.whole == 0 else (self.routed / self.whole) ** 0.5)
+        return BestScale(self.cross / self.own, (max(0.0, self.routed - self.cross**2 / self.own) / self.whole) ** 0.5)
+
+
+def _whole_energy(moe: MoEFFN, x_TD: Tensor, outputs_TED: Tensor) -> float | None:
+    """Energy of shared and routed experts together; None where there is no shared expert."""
+    shared_TD = moe.shared(x_TD)
+    if shared_TD is None:
+        return None
+    return (shared_TD + outputs_TED.sum(1)).square().sum(dtype=torch.float64).item()
 
 
 @torch.no_grad()
@@ -149,8 +160,9 @@ def best_scale(moe: MoEFFN, x_TD: Tensor, chunk: int = 4096) -> BestScale:
     """The best single scale of a layer under the oracle's choice, on tokens [T, D]."""
     fit = _Fit()
     for x in x_TD.split(chunk):
-        gram_TEE = gram(expert_outputs(moe, x))
-        fit.add(gram_TEE, oracle(gram_TEE, moe.num_active).chosen_TE)
+        outputs_TED = expert_outputs(moe, x)
+        gram_TEE = gram(outputs_TED)
+        fit.add(gram_TEE, oracle(gram_TEE, moe.num_active).chosen_TE, _whole_energy(moe, x, outputs_TED))
     return fit.best()
 
 
@@ -158,20 +170,22 @@ def best_scale(moe: MoEFFN, x_TD: Tensor, chunk: int = 4096) -> BestScale:
 def diagnose(moe: MoEFFN, x_TD: Tensor, chunk: int = 4096) -> dict[str, float]:
     """How far a layer is from the sum of all its experts, on tokens [T, D].
 
-    Errors are relative, ``||y - a y_S|| / ||y||`` over all tokens, each choice with its own best scale a:
-    `oracle_error` under the best choice (what the partition costs), `router_error` under the learned one,
-    `gap` their difference (what the router costs), `router_recall` the share of the oracle's K that the
-    router finds.
+    Errors are relative, ``||y - a y_S|| / ||y||`` over all tokens, each choice with its own best scale a and every
+    chosen expert counted alike, whatever its gate (a shared expert is part of y and of y_S): `oracle_error` under the
+    best choice (what the partition costs), `router_error` under the learned one, `gap` their difference (what the
+    router costs), `router_recall` the share of the oracle's K that the router finds.
     """
     oracle_fit, router_fit = _Fit(), _Fit()
     found = wanted = 0.0
     for x in x_TD.split(chunk):
-        gram_TEE = gram(expert_outputs(moe, x))
+        outputs_TED = expert_outputs(moe, x)
+        gram_TEE = gram(outputs_TED)
+        whole = _whole_energy(moe, x, outputs_TED)
         scores_TE = moe.router(x)
         chosen_TE = torch.zeros_like(scores_TE).scatter_(1, moe.router.choose(scores_TE, moe.num_active), 1.0)
         best_TE = oracle(gram_TEE, moe.num_active).chosen_TE
-        oracle_fit.add(gram_TEE, best_TE)
-        router_fit.add(gram_TEE, chosen_TE)
+        oracle_fit.add(gram_TEE, best_TE, whole)
+        router_fit.add(gram_TEE, chosen_TE, whole)
         found += (chosen_TE * best_TE).sum().item()
         wanted += best_TE.sum().item()
     oracle_error, router_error = oracle_fit.best().error, router_fit.best().error

@@ -79,6 +79,33 @@ def balanced_kmeans(points_FP: Tensor, num_experts: int, seed: int) -> Tensor:
     return torch.from_numpy(rank[labels])
 
 
+def shared_by_energy(ffn: DenseFFN, statistics: NeuronStatistics, shared_width: int) -> Tensor:
+    """The S neurons that carry most of the FFN's output, for the shared expert, [S] in order.
+
+    By expected output energy (CMoE, arXiv 2502.04416), as DeepSeekMoE (arXiv 2401.06066) isolates shared experts.
+    """
+    return statistics.energy(ffn).topk(shared_width).indices.sort().values
+
+
+def partition_with_shared(
+    method: PartitionMethod,
+    ffn: DenseFFN,
+    statistics: NeuronStatistics,
+    num_experts: int,
+    seed: int,
+    shared_width: int,
+) -> Tensor:
+    """The expert of each neuron, [F] int64, -1 for those of the shared expert; the rest by the named method."""
+    if shared_width == 0:
+        return partition(method, ffn, statistics, num_experts, seed)
+    routed_F = torch.ones(ffn.ffn_width, dtype=torch.bool)
+    routed_F[shared_by_energy(ffn, statistics, shared_width)] = False
+    rest_R = routed_F.nonzero().flatten()
+    expert_of_neuron_F = torch.full((ffn.ffn_width,), -1, dtype=torch.int64)
+    expert_of_neuron_F[rest_R] = partition(method, ffn.narrow(rest_R), statistics.narrow(rest_R), num_experts, seed)
+    return expert_of_neuron_F
+
+
 def partition(
     method: PartitionMethod, ffn: DenseFFN, statistics: NeuronStatistics | None, num_experts: int, seed: int
 ) -> Tensor:

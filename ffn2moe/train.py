@@ -7,13 +7,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from math import cos, pi
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ffn2moe.losses import distillation_loss, router_loss
+from ffn2moe.losses import Divergence, distillation_loss, hidden_loss, logits_loss, router_loss
 from ffn2moe.metrics import pool
 from ffn2moe.moe import moe_layers
 from ffn2moe.router import Router
@@ -26,11 +26,24 @@ MAX_GRADIENT_NORM = 1.0
 
 
 @dataclass(frozen=True)
-class TokenBatch:
-    """Texts of similar length: token ids [B, L] and their mask [B, L], int64."""
+class Batch:
+    """What a model's forward is called with, and the positions [B, L] of its output that count (None: all)."""
 
-    ids_BL: Tensor
-    mask_BL: Tensor
+    inputs: dict[str, Tensor]
+    mask: Tensor | None
+
+    def to(self, device: torch.device) -> Batch:
+        """The same on another device."""
+        inputs = {name: tensor.to(device) for name, tensor in self.inputs.items()}
+        return Batch(inputs, None if self.mask is None else self.mask.to(device))
+
+
+class BatchSource(Protocol):
+    """An endless order of batches that depends on a seed and the step alone."""
+
+    def from_step(self, step: int) -> Iterator[Batch]:
+        """The batches from a step on."""
+        ...
 
 
 class Batches:
@@ -69,7 +82,7 @@ class Batches:
         generator.shuffle(order)
         return order
 
-    def from_step(self, step: int) -> Iterator[TokenBatch]:
+    def from_step(self, step: int) -> Iterator[Batch]:
         """The batches from a step on."""
         epoch, skip = divmod(step, self.per_epoch)
         while True:
@@ -77,14 +90,14 @@ class Batches:
                 yield self._pad(length, indices)
             epoch, skip = epoch + 1, 0
 
-    def _pad(self, length: int, indices: list[int]) -> TokenBatch:
+    def _pad(self, length: int, indices: list[int]) -> Batch:
         ids_BL = torch.full((len(indices), length), self._pad_id)
         mask_BL = torch.zeros(len(indices), length, dtype=torch.int64)
         for row, index in enumerate(indices):
             ids = torch.tensor(self._token_ids[index])
             ids_BL[row, : len(ids)] = ids
             mask_BL[row, : len(ids)] = 1
-        return TokenBatch(ids_BL, mask_BL)
+        return Batch({"input_ids": ids_BL, "attention_mask": mask_BL}, mask_BL)
 
 
 def train_router(
@@ -103,10 +116,12 @@ def train_router(
     are those of the plain inputs again at the end.
     """
     generator = torch.Generator().manual_seed(seed)
-    mean_D, deviation_D = x_TD.mean(0), x_TD.std(0).clamp(min=1e-6)
+    deviation_D = x_TD.std(0).clamp(min=1e-6)
+    mean_D = x_TD.mean(0) if router.has_bias else torch.zeros_like(deviation_D)
     weight = (router.weight.detach() * deviation_D).requires_grad_(True)
-    bias = (router.bias.detach() + router.weight.detach() @ mean_D).requires_grad_(True)
-    optimizer = torch.optim.AdamW([weight, bias], lr=learning_rate, weight_decay=0.0)
+    bias = (router.bias.detach() + router.weight.detach() @ mean_D).requires_grad_(router.has_bias)
+    trained = [weight, bias] if router.has_bias else [weight]
+    optimizer = torch.optim.AdamW(trained, lr=learning_rate, weight_decay=0.0)
     for step in range(steps):
         rows = torch.randint(len(x_TD), (min(batch_tokens, len(x_TD)),), generator=generator)
         for group in optimizer.param_groups:
@@ -128,20 +143,123 @@ def schedule(step: int, steps: int) -> float:
 
 
 @dataclass(frozen=True)
+class Outputs:
+    """What an objective compares: hidden states after each layer, [B, L, D], and what the model's head gives."""
+
+    hidden: tuple[Tensor, ...]
+    head: Tensor
+
+
+@dataclass(frozen=True)
+class Loss:
+    """What a step minimises, and the named terms that it is the weighted sum of."""
+
+    total: Tensor
+    terms: dict[str, Tensor]
+
+
+class Objective(Protocol):
+    """What a student is to learn from its teacher."""
+
+    terms: tuple[str, ...]
+
+    def outputs(self, model: Any, batch: Batch) -> Outputs:
+        """One pass of a model over a batch."""
+        ...
+
+    def loss(self, student: Outputs, teacher: Outputs, batch: Batch, progress: float) -> Loss:
+        """How far the student is from the teacher; `progress` is the share of the steps that lie behind."""
+        ...
+
+
+@dataclass(frozen=True)
+class EmbeddingObjective:
+    """Hidden states, sentence embeddings and their similarities (ffn2moe.losses.distillation_loss)."""
+
+    pooling: Pooling
+    hidden_weight: float
+    embedding_weight: float
+    relational_weight: float
+    terms: tuple[str, ...] = ("hidden", "embedding", "relational")
+
+    def outputs(self, model: Any, batch: Batch) -> Outputs:
+        hidden = model(**batch.inputs, output_hidden_states=True).hidden_states[1:]
+        assert batch.mask is not None
+        return Outputs(hidden, pool(hidden[-1].float(), batch.mask, self.pooling))
+
+    def loss(self, student: Outputs, teacher: Outputs, batch: Batch, progress: float) -> Loss:
+        assert batch.mask is not None
+        found = distillation_loss(
+            student.hidden,
+            teacher.hidden,
+            student.head,
+            teacher.head,
+            batch.mask,
+            hidden_weight=self.hidden_weight,
+            embedding_weight=self.embedding_weight,
+            relational_weight=self.relational_weight,
+        )
+        return Loss(found.total, {name: getattr(found, name) for name in self.terms})
+
+
+@dataclass(frozen=True)
+class LogitsObjective:
+    """The teacher's distribution over tokens or classes, and the hidden states on the way to it."""
+
+    divergence: Divergence
+    logits_weight: float
+    hidden_weight: float
+    terms: tuple[str, ...] = ("logits", "hidden")
+
+    def outputs(self, model: Any, batch: Batch) -> Outputs:
+        found = model(**batch.inputs, output_hidden_states=True)
+        states = getattr(found, "decoder_hidden_states", None)  # of a seq2seq model; they depend on its encoder's
+        return Outputs((found.hidden_states if states is None else states)[1:], found.logits)
+
+    def loss(self, student: Outputs, teacher: Outputs, batch: Batch, progress: float) -> Loss:
+        logits = logits_loss(student.head, teacher.head, batch.mask, divergence=self.divergence, progress=progress)
+        hidden = hidden_loss(student.hidden, teacher.hidden, batch.mask) if self.hidden_weight else logits.new_zeros(())
+        return Loss(self.logits_weight * logits + self.hidden_weight * hidden, {"logits": logits, "hidden": hidden})
+
+
+@dataclass(frozen=True)
+class FeaturesObjective:
+    """Hidden states alone, for models without a head."""
+
+    terms: tuple[str, ...] = ("hidden",)
+
+    def outputs(self, model: Any, batch: Batch) -> Outputs:
+        hidden = model(**batch.inputs, output_hidden_states=True).hidden_states[1:]
+        return Outputs(hidden, hidden[-1])
+
+    def loss(self, student: Outputs, teacher: Outputs, batch: Batch, progress: float) -> Loss:
+        hidden = hidden_loss(student.hidden, teacher.hidden, batch.mask)
+        return Loss(hidden, {"hidden": hidden})
+
+
+@dataclass(frozen=True)
 class StepMetrics:
     """What one step of distillation reports; losses are means over the batch."""
 
     step: int
     loss: float
-    hidden: float
-    embedding: float
-    relational: float
+    terms: dict[str, float]
     gradient_norm: float
     max_over_mean_load: float  # the worst layer's
 
+    def row(self) -> dict[str, float]:
+        """The same as one flat row."""
+        return {
+            "step": self.step,
+            "loss": self.loss,
+            **self.terms,
+            "gradient_norm": self.gradient_norm,
+            "max_over_mean_load": self.max_over_mean_load,
+        }
+
 
 class Distiller:
-    """End-to-end distillation of an encoder's mixtures from its dense teacher.
+    """End-to-end distillation of a model's mixtures from its dense teacher.
 
     FFNs and routers are trained; everything else keeps the teacher's weights. `state` and `restore` carry all
     that a later step depends on, so that a run that was stopped ends in the same weights as one that was not.
@@ -151,14 +269,11 @@ class Distiller:
         self,
         teacher: Any,
         student: Any,
-        batches: Batches,
+        batches: BatchSource,
+        objective: Objective,
         *,
-        pooling: Pooling,
         steps: int,
         learning_rate: float,
-        hidden_weight: float,
-        embedding_weight: float,
-        relational_weight: float,
         balance_step: float,
         device: str | torch.device = "cpu",
         bf16: bool = False,
@@ -167,14 +282,9 @@ class Distiller:
         self.student = use_float32_attention(student).to(device).requires_grad_(False)
         self.layers = moe_layers(student)
         self.batches = batches
-        self.pooling = pooling
+        self.objective = objective
         self.steps = steps
         self.learning_rate = learning_rate
-        self.weights = {
-            "hidden_weight": hidden_weight,
-            "embedding_weight": embedding_weight,
-            "relational_weight": relational_weight,
-        }
         self.balance_step = balance_step
         self.device = torch.device(device)
         self.bf16 = bf16
@@ -201,7 +311,7 @@ class Distiller:
         for batch in self.batches.from_step(self.step):
             if self.step >= self.steps:
                 break
-            yield self._one_step(batch.ids_BL.to(self.device), batch.mask_BL.to(self.device))
+            yield self._one_step(batch.to(self.device))
         self.student.eval()
         for layer in self.layers:
             layer.observer = None
@@ -212,15 +322,13 @@ class Distiller:
         for layer in self.layers:
             layer.train()
 
-    def _one_step(self, ids_BL: Tensor, mask_BL: Tensor) -> StepMetrics:
+    def _one_step(self, batch: Batch) -> StepMetrics:
         self._counts_E = []
         with torch.autocast(self.device.type, torch.bfloat16) if self.bf16 else nullcontext():
             with torch.no_grad():
-                teacher_hidden = self._hidden(self.teacher, ids_BL, mask_BL)
-            student_hidden = self._hidden(self.student, ids_BL, mask_BL)
-        teacher_BD = pool(teacher_hidden[-1].float(), mask_BL, self.pooling)
-        student_BD = pool(student_hidden[-1].float(), mask_BL, self.pooling)
-        loss = distillation_loss(student_hidden, teacher_hidden, student_BD, teacher_BD, mask_BL, **self.weights)
+                teacher = self.objective.outputs(self.teacher, batch)
+            student = self.objective.outputs(self.student, batch)
+        loss = self.objective.loss(student, teacher, batch, self.step / self.steps)
         total = loss.total.item()
         if total != total or total in (float("inf"), float("-inf")):
             raise FloatingPointError(
@@ -232,24 +340,18 @@ class Distiller:
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate * schedule(self.step, self.steps)
         self.optimizer.step()
-        for layer, count_E in zip(self.layers, self._counts_E, strict=True):
-            layer.router.balance(count_E, self.balance_step)
+        if self.balance_step:
+            for layer, count_E in zip(self.layers, self._counts_E, strict=True):
+                layer.router.balance(count_E, self.balance_step)
         metrics = StepMetrics(
             step=self.step,
             loss=total,
-            hidden=loss.hidden.item(),
-            embedding=loss.embedding.item(),
-            relational=loss.relational.item(),
+            terms={name: term.item() for name, term in loss.terms.items()},
             gradient_norm=norm.item(),
             max_over_mean_load=max((c.max() / c.float().mean()).item() for c in self._counts_E),
         )
         self.step += 1
         return metrics
-
-    @staticmethod
-    def _hidden(model: Any, ids_BL: Tensor, mask_BL: Tensor) -> tuple[Tensor, ...]:
-        """The hidden states [B, L, D] after each layer, without the embeddings."""
-        return model(input_ids=ids_BL, attention_mask=mask_BL, output_hidden_states=True).hidden_states[1:]
 
     def state(self) -> dict[str, Tensor]:
         """Everything that the next step depends on, by name."""
@@ -293,9 +395,10 @@ def use_float32_attention(model: Any) -> Any:
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 
-    AttentionInterface.register("sdpa_float32", _float32_attention)
-    AttentionMaskInterface.register("sdpa_float32", sdpa_mask)
-    model.config._attn_implementation = "sdpa_float32"
+    if model.config._attn_implementation == "sdpa":
+        AttentionInterface.register("sdpa_float32", _float32_attention)
+        AttentionMaskInterface.register("sdpa_float32", sdpa_mask)
+        model.set_attn_implementation("sdpa_float32")
     return model
 
 
@@ -305,12 +408,12 @@ def _float32_attention(
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
-    scaling: float | None = None,
-    **unused: Any,
+    **options: Any,
 ) -> tuple[Tensor, None]:
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
     kind = query.device.type
     with torch.autocast(kind, enabled=False) if kind == "cpu" else nullcontext():
         if kind == "cpu":
             query, key, value = query.float(), key.float(), value.float()
-        output = F.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask, scale=scaling)
-    return output.transpose(1, 2).contiguous(), None
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ffn2moe import checkpoint
-from ffn2moe.dense import family_of, ffn_layers, load_dense, read_ffn
+from ffn2moe.dense import load_dense, read_ffn
 from ffn2moe.experts import neurons_by_expert, slice_experts
-from ffn2moe.moe import MoEFFN, install_moe
-from ffn2moe.spec import MoESpec, Pooling
+from ffn2moe.moe import MoEFFN, install_moe, spec_of
+from ffn2moe.spec import FFNShape, MoESpec, Pooling
 from tasks.corpus import write_jsonl
 from tests.texts import make_texts, write_corpus
 
@@ -29,18 +28,11 @@ def carve(
 ) -> tuple[Any, MoESpec]:
     """The teacher with its FFNs cut into experts that a random router chooses from, and the spec of that."""
     model, _ = load_dense(str(teacher))
-    ffn = read_ffn(model, 0)
-    spec = MoESpec(
-        family=family_of(model).name,
-        model_class=type(model).__name__,
-        width=ffn.w_in_FD.shape[1],
-        ffn_width=ffn.ffn_width,
-        num_layers=len(ffn_layers(model)),
+    spec = spec_of(
+        model,
+        head="embedding",
         num_experts=num_experts,
-        expert_width=-(-ffn.ffn_width // num_experts),
         num_active=num_active,
-        gated=False,
-        activation=ffn.activation,
         partition="contiguous",
         teacher="tiny",
         pooling=pooling,
@@ -58,7 +50,7 @@ def carve(
             moe.output_scale.fill_(output_scale)
         layers.append(moe)
     install_moe(model, layers)
-    return model.eval(), replace(spec, expert_width=layers[0].w_in.shape[1])
+    return model.eval(), spec
 
 
 def make_workspace(root: Path, teacher: Path) -> Path:
@@ -74,3 +66,34 @@ def make_workspace(root: Path, teacher: Path) -> Path:
     (root / "metrics").mkdir()
     (root / "metrics/evaluate.json").write_text(json.dumps(figures))
     return root
+
+
+def flat_spec(**values: Any) -> MoESpec:
+    """A spec of one stack, with the values of the stack beside the others."""
+    stack = {
+        "layers": "encoder.layer",
+        "num_layers": 2,
+        "width": 32,
+        "ffn_width": 64,
+        "expert_width": 16,
+        "shared_width": 0,
+        "gated": False,
+        "activation": "gelu",
+    }
+    whole = {
+        "family": "bert",
+        "model_class": "BertModel",
+        "head": "embedding",
+        "num_experts": 4,
+        "num_active": 2,
+        "gate": "unit",
+        "router_bias": True,
+        "container": None,
+        "partition": "contiguous",
+        "teacher": "tiny",
+        "pooling": "mean",
+        "max_length": 32,
+    }
+    stack |= {name: value for name, value in values.items() if name in stack}
+    whole |= {name: value for name, value in values.items() if name not in stack}
+    return MoESpec(**whole, stacks=(FFNShape(**stack),))

@@ -20,6 +20,7 @@ from ffn2moe.moe import MoEFFN, dispatch, install_moe, moe_layers
 from ffn2moe.router import Router, ridge
 from ffn2moe.spec import MoESpec
 from tests.conftest import make_tiny_bert, make_tiny_llama
+from tests.mixtures import flat_spec
 
 
 def random_ffn(ffn_width: int, *, width: int = 16, gated: bool = False, seed: int = 0) -> DenseFFN:
@@ -55,7 +56,7 @@ def spec_for(ffn: DenseFFN, num_experts: int, num_active: int, **changes: object
         "pooling": "mean",
         "max_length": 64,
     }
-    return MoESpec(**(values | changes))  # type: ignore[arg-type]
+    return flat_spec(**(values | changes))
 
 
 def random_moe(ffn: DenseFFN, num_experts: int, num_active: int, seed: int = 0) -> MoEFFN:

@@ -11,10 +11,9 @@ import pytest
 import torch
 
 from ffn2moe import checkpoint
-from ffn2moe.dense import family_of, ffn_layers, load_dense, read_ffn
+from ffn2moe.dense import ffn_layers, load_dense, read_ffn
 from ffn2moe.experts import neurons_by_expert, slice_experts
-from ffn2moe.moe import MoEFFN, install_moe
-from ffn2moe.spec import MoESpec
+from ffn2moe.moe import MoEFFN, install_moe, spec_of
 from tasks import corpus, evaluate, prepare
 from tests.texts import make_stage, make_texts, write_corpus
 
@@ -31,22 +30,15 @@ E = 4
 def carve(teacher: Path, folder: Path, num_active: int) -> None:
     """The teacher with its FFNs cut into E experts, of which K are chosen by a random router."""
     model, tokenizer = load_dense(str(teacher))
-    ffn = read_ffn(model, 0)
-    spec = MoESpec(
-        family=family_of(model).name,
-        model_class=type(model).__name__,
-        width=32,
-        ffn_width=64,
-        num_layers=2,
+    spec = spec_of(
+        model,
+        head="embedding",
         num_experts=E,
-        expert_width=16,
         num_active=num_active,
-        gated=False,
-        activation=ffn.activation,
         partition="contiguous",
         teacher="tiny",
-        pooling="mean",
         max_length=32,
+        pooling="mean",
     )
     layers = []
     for index in range(len(ffn_layers(model))):

@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ffn2moe import metrics
-from ffn2moe.spec import MoESpec
+from tests.mixtures import flat_spec
 
-SPEC = MoESpec(
+SPEC = flat_spec(
     family="bert",
     model_class="BertModel",
     width=384,
@@ -193,7 +193,7 @@ def test_flops_equal_what_torch_counts(tiny_teacher):
     length = 16
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(input_ids=torch.ones(1, length, dtype=torch.long))
-    spec = MoESpec(**(SPEC.to_dict() | {"width": 32, "ffn_width": 64, "num_layers": 2, "expert_width": 8}))
+    spec = flat_spec(num_experts=8, width=32, ffn_width=64, num_layers=2, expert_width=8)
     teacher, _ = metrics.flops_per_token(spec, model.config, length)
     assert teacher.total * length == counter.get_total_flops()
 
