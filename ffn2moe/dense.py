@@ -1,37 +1,43 @@
 """Where a model family keeps its FFNs, and how to read and replace them.
 
-A family is data: adding one is adding a row to `FAMILIES`.
+A family is data: adding one is adding a row to `FAMILIES` (`register_family`). For a model type that has no row,
+`ffn2moe.probe` looks for the FFNs and proves what it found.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from importlib import metadata, util
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ffn2moe.spec import Activation, Pooling
+from ffn2moe.spec import Activation, Head, Pooling
 
 ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
     "relu": F.relu,
     "silu": F.silu,
 }
-# Names that transformers' configs use for the four activations above (transformers.activations.ACT2FN).
+# Names that transformers' configs use for the activations above (transformers.activations.ACT2FN).
 _ACTIVATION_NAMES: dict[str, Activation] = {
     "gelu": "gelu",
     "gelu_python": "gelu",
+    "gelu_tanh": "gelu_tanh",
     "gelu_new": "gelu_tanh",
     "gelu_fast": "gelu_tanh",
+    "gelu_accurate": "gelu_tanh",
+    "gelu_python_tanh": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh",
+    "quick_gelu": "quick_gelu",
     "relu": "relu",
     "silu": "silu",
     "swish": "silu",
@@ -39,60 +45,227 @@ _ACTIVATION_NAMES: dict[str, Activation] = {
 
 
 @dataclass(frozen=True)
-class Family:
-    """Where one model type keeps its FFNs; module paths are relative to `model.base_model` or to a layer."""
+class Stack:
+    """Where one stack of equal layers keeps its FFNs; paths but `layers` are relative to a layer."""
 
-    name: str  # config.model_type
-    layers: str  # the ModuleList of layers
+    layers: str  # the ModuleList of layers, relative to `model.base_model`
     w_in: str  # the linear map D -> F (for a gated FFN: the one without the activation)
     w_out: str  # the linear map F -> D
     install: str  # the module that the mixture takes the place of ...
     bypass: tuple[str, ...] = ()  # ... and those that then have nothing left to do
     w_gate: str | None = None  # gated FFNs: the linear map D -> F under the activation
-    activation: str = "hidden_act"  # the config's key
-    encoder: bool = True  # makes embeddings of text, so the whole pipeline takes it
-    options: tuple[tuple[str, object], ...] = ()  # constructor arguments: no pooler, which embeddings do not use
+    fused: bool = False  # gated FFNs whose `w_in` is one matrix [2F, D]: first the rows of the gate, then the others
+    config: str = ""  # the sub-config with the activation, where the model has one
+    activation: str = "hidden_act"  # the config's key; or the activation itself, where no key names it
+    where: tuple[str, object] | None = None  # only for models whose config has this value under this key
+
+    @property
+    def gated(self) -> bool:
+        return self.fused or self.w_gate is not None
 
 
-def _bert_like(name: str) -> Family:
-    return Family(
-        name=name,
-        layers="encoder.layer",
-        w_in="intermediate.dense",
-        w_out="output.dense",
-        install="intermediate",
-        bypass=("output.dense",),
-        options=() if name == "electra" else (("add_pooling_layer", False),),
+@dataclass(frozen=True)
+class Family:
+    """Where the models of one type keep their FFNs, what they give, and what they read.
+
+    A model without one of the stacks (a T5 encoder alone, one tower of CLIP) has only the others.
+    """
+
+    name: str  # config.model_type
+    stacks: tuple[Stack, ...]
+    heads: tuple[Head, ...]  # what models of this type give; the first where config.json does not say
+    reads: Literal["text", "images", "speech", "text and images"] = "text"
+    options: tuple[tuple[str, object], ...] = ()  # constructor arguments of the model without a head: no pooler
+    positions: str | None = "max_position_embeddings"  # the config's key; None = no longest text
+    positions_after_padding: bool = False  # positions are counted from the padding token's index + 1 (RoBERTa)
+
+    def options_for(self, head: Head) -> dict[str, Any]:
+        """Constructor arguments of the transformers class with this head."""
+        return dict(self.options) if head in ("embedding", "features") else {}
+
+
+FAMILIES: dict[str, Family] = {}
+
+
+def register_family(family: Family) -> Family:
+    """Add a row to `FAMILIES`, or replace one; every function of the package then takes models of that type.
+
+    For a model type `my_llama` that is built like LLaMA and keeps its layers in `decoder.layers`::
+
+        mlp = Stack("decoder.layers", w_in="mlp.up_proj", w_gate="mlp.gate_proj", w_out="mlp.down_proj", install="mlp")
+        register_family(Family("my_llama", (mlp,), heads=("causal",)))
+
+    `ffn2moe.probe.prove(model, family)` tells whether a row is right.
+    """
+    if not family.stacks or not family.heads:
+        raise ValueError(f"the family {family.name!r} needs at least one stack of layers and one head")
+    FAMILIES[family.name] = family
+    return family
+
+
+_POOLER = (("add_pooling_layer", False),)  # which embeddings do not use
+
+
+def _plain(layers: str, w_in: str, w_out: str, *, inside: str, **more: Any) -> Stack:
+    """An FFN that is a module of its own: the mixture takes that module's place."""
+    return Stack(layers, f"{inside}.{w_in}", f"{inside}.{w_out}", inside, **more)
+
+
+def _inline(layers: str, **more: Any) -> Stack:
+    """An FFN written out in the layer's forward, as BART did: the mixture takes the place of its first step."""
+    return Stack(
+        layers, "fc1", "fc2", "fc1", bypass=("activation_fn", "fc2"), **({"activation": "activation_function"} | more)
     )
 
 
-def _llama_like(name: str) -> Family:
-    return Family(
-        name=name,
-        layers="layers",
-        w_in="mlp.up_proj",
-        w_gate="mlp.gate_proj",
-        w_out="mlp.down_proj",
-        install="mlp",
-        encoder=False,
+def _gated(layers: str = "layers", **more: Any) -> Stack:
+    """LLaMA's FFN."""
+    return Stack(layers, "mlp.up_proj", "mlp.down_proj", "mlp", w_gate="mlp.gate_proj", **more)
+
+
+_BERT_STACK = Stack("encoder.layer", "intermediate.dense", "output.dense", "intermediate", bypass=("output.dense",))
+_TEXT_ENCODER: tuple[Head, ...] = ("embedding", "classification")
+_LANGUAGE_MODEL: tuple[Head, ...] = ("causal", "classification")
+_OPTIONAL_POOLER = ("bert", "roberta", "xlm-roberta", "camembert", "data2vec-text", "ernie", "mpnet")
+
+
+def _t5_stack(side: str, layer: int, *, gated: bool) -> Stack:
+    inside = f"layer.{layer}.DenseReluDense"
+    more: dict[str, Any] = {"inside": inside, "activation": "dense_act_fn", "where": ("is_gated_act", gated)}
+    if gated:
+        return _plain(f"{side}.block", "wi_1", "wo", w_gate=f"{inside}.wi_0", **more)
+    return _plain(f"{side}.block", "wi", "wo", **more)
+
+
+def _towers(name: str) -> Iterator[Family]:
+    """CLIP and its kin: two towers, each of which is also a model of its own."""
+    tower = _plain("encoder.layers", "fc1", "fc2", inside="mlp")
+    yield Family(f"{name}_text_model", (tower,), ("features",))
+    yield Family(f"{name}_vision_model", (tower,), ("features", "classification"), reads="images")
+    both = tuple(
+        _plain(f"{side}_model.encoder.layers", "fc1", "fc2", inside="mlp", config=f"{side}_config")
+        for side in ("text", "vision")
     )
+    yield Family(name, both, ("features", "classification"), reads="text and images")
 
 
-FAMILIES: dict[str, Family] = {
-    family.name: family
-    for family in (
-        *(_bert_like(name) for name in ("bert", "roberta", "xlm-roberta", "camembert", "electra", "mpnet")),
+_FAMILIES: tuple[Family, ...] = (
+    # Encoders of text
+    *(
         Family(
-            name="distilbert",
-            layers="transformer.layer",
-            w_in="ffn.lin1",
-            w_out="ffn.lin2",
-            install="ffn",
-            activation="activation",
+            name,
+            (_BERT_STACK,),
+            _TEXT_ENCODER,
+            options=_POOLER if name in _OPTIONAL_POOLER else (),
+            positions_after_padding=name in ("roberta", "xlm-roberta", "camembert", "data2vec-text", "mpnet"),
+        )
+        for name in (*_OPTIONAL_POOLER, "electra", "deberta", "deberta-v2")
+    ),
+    Family(
+        "distilbert",
+        (_plain("transformer.layer", "lin1", "lin2", inside="ffn", activation="activation"),),
+        _TEXT_ENCODER,
+    ),
+    Family(
+        "modernbert",
+        (_plain("layers", "Wi", "Wo", inside="mlp", fused=True, activation="hidden_activation"),),
+        _TEXT_ENCODER,
+    ),
+    # Language models
+    *(
+        Family(name, (_gated(),), _LANGUAGE_MODEL)
+        for name in ("llama", "mistral", "qwen2", "qwen3", "gemma", "granite", "olmo", "olmo2", "smollm3", "stablelm")
+    ),
+    *(Family(name, (_gated(activation="hidden_activation"),), _LANGUAGE_MODEL) for name in ("gemma2", "gemma3_text")),
+    *(
+        Family(name, (_plain("layers", "gate_up_proj", "down_proj", inside="mlp", fused=True),), _LANGUAGE_MODEL)
+        for name in ("phi3", "glm", "glm4")
+    ),
+    Family("phi", (_plain("layers", "fc1", "fc2", inside="mlp"),), _LANGUAGE_MODEL),
+    Family("starcoder2", (_plain("layers", "c_fc", "c_proj", inside="mlp"),), _LANGUAGE_MODEL),
+    *(
+        Family(name, (_plain("h", "c_fc", "c_proj", inside="mlp", activation="activation_function"),), _LANGUAGE_MODEL)
+        for name in ("gpt2", "gpt_neo", "gpt_bigcode")
+    ),
+    Family("gptj", (_plain("h", "fc_in", "fc_out", inside="mlp", activation="activation_function"),), _LANGUAGE_MODEL),
+    Family("gpt_neox", (_plain("layers", "dense_h_to_4h", "dense_4h_to_h", inside="mlp"),), _LANGUAGE_MODEL),
+    Family(
+        "falcon",
+        (_plain("h", "dense_h_to_4h", "dense_4h_to_h", inside="mlp", activation="activation"),),
+        _LANGUAGE_MODEL,
+    ),
+    Family(
+        "bloom",
+        (
+            Stack(
+                "h",
+                "mlp.dense_h_to_4h",
+                "mlp.dense_4h_to_h",
+                "mlp.dense_h_to_4h",
+                bypass=("mlp.gelu_impl", "mlp.dense_4h_to_h"),
+                activation="gelu_tanh",
+            ),
         ),
-        *(_llama_like(name) for name in ("llama", "mistral", "qwen2", "qwen3")),
-    )
-}
+        _LANGUAGE_MODEL,
+        positions=None,
+    ),
+    Family("opt", (_inline("decoder.layers"),), _LANGUAGE_MODEL),
+    # Encoders with a decoder
+    *(
+        Family(
+            name,
+            tuple(
+                _t5_stack(side, layer, gated=gated)
+                for gated in (False, True)
+                for side, layer in (("encoder", 1), ("decoder", 2))
+            ),
+            ("seq2seq", "embedding", "classification"),
+            positions=None,
+        )
+        for name in ("t5", "mt5", "umt5")
+    ),
+    *(
+        Family(name, (_inline("encoder.layers"), _inline("decoder.layers")), ("seq2seq", "classification"))
+        for name in ("bart", "mbart")
+    ),
+    *(
+        Family(name, (_inline("encoder.layers"), _inline("decoder.layers")), ("seq2seq",))
+        for name in ("marian", "pegasus", "m2m_100")
+    ),
+    Family(
+        "whisper",
+        (_inline("encoder.layers"), _inline("decoder.layers")),
+        ("seq2seq", "classification"),
+        reads="speech",
+        positions="max_target_positions",
+    ),
+    # Encoders of images
+    *(
+        Family(
+            name,
+            (_plain("layers", "fc1", "fc2", inside="mlp"),),
+            ("features", "classification"),
+            reads="images",
+            options=_POOLER,
+            positions=None,
+        )
+        for name in ("vit", "deit")
+    ),
+    Family(
+        "dinov2",
+        (
+            _plain("encoder.layer", "fc1", "fc2", inside="mlp", where=("use_swiglu_ffn", False)),
+            _gated("encoder.layer", activation="silu", where=("use_swiglu_ffn", True)),
+        ),
+        ("features", "classification"),
+        reads="images",
+        positions=None,
+    ),
+    *_towers("clip"),
+    *_towers("siglip"),
+)
+for _family in _FAMILIES:
+    register_family(_family)
 
 
 @dataclass(frozen=True)
@@ -119,6 +292,22 @@ class DenseFFN:
     def ffn_width(self) -> int:
         return self.w_in_FD.shape[0]
 
+    def narrow(self, neurons_S: Tensor) -> DenseFFN:
+        """The part of the FFN that these neurons are, without the output bias."""
+
+        def rows(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor[neurons_S]
+
+        return replace(
+            self,
+            w_in_FD=self.w_in_FD[neurons_S],
+            w_out_DF=self.w_out_DF[:, neurons_S].contiguous(),
+            b_in_F=rows(self.b_in_F),
+            b_out_D=None,
+            w_gate_FD=rows(self.w_gate_FD),
+            b_gate_F=rows(self.b_gate_F),
+        )
+
     def neurons(self, x_TD: Tensor) -> Tensor:
         """Activations of the neurons, [T, F]: what multiplies the columns of `w_out`."""
         act = ACTIVATIONS[self.activation]
@@ -132,57 +321,119 @@ class DenseFFN:
         return F.linear(self.neurons(x_TD), self.w_out_DF, self.b_out_D)
 
 
+def supported() -> str:
+    """The model types that have a row, for messages."""
+    return ", ".join(sorted(FAMILIES))
+
+
 def family_of(model: nn.Module) -> Family:
     """The family of a transformers model; ValueError, with the list of known ones, for any other."""
     model_type = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
     if model_type not in FAMILIES:
-        raise ValueError(
-            f"models of type {model_type!r} are not supported; supported are: {', '.join(sorted(FAMILIES))}"
-        )
+        raise ValueError(f"models of type {model_type!r} are not supported; supported are: {supported()}")
     return FAMILIES[model_type]
 
 
-def activation_of(model: nn.Module) -> Activation:
-    """The activation of the model's FFNs; ValueError for one that the experts do not implement."""
-    name = getattr(model.config, family_of(model).activation)
+def stacks_of(model: nn.Module) -> list[tuple[Stack, nn.ModuleList]]:
+    """The stacks of layers that this model has, each with its layers, in the order of its family's row."""
+    found = []
+    for stack in family_of(model).stacks:
+        if stack.where is not None and getattr(model.config, stack.where[0], None) != stack.where[1]:
+            continue
+        try:
+            found.append((stack, model.base_model.get_submodule(stack.layers)))
+        except AttributeError:  # one tower alone, or an encoder without its decoder
+            continue
+    if not found:
+        paths = " or ".join(sorted({stack.layers for stack in family_of(model).stacks}))
+        raise ValueError(
+            f"{type(model).__name__} has no layers at {paths}: it is not a model that this package converts"
+        )
+    return found
+
+
+def ffn_layers(model: nn.Module) -> list[nn.Module]:
+    """The transformer layers that hold the FFNs: all stacks, in order."""
+    return [layer for _, layers in stacks_of(model) for layer in layers]
+
+
+def stack_of(model: nn.Module, layer: int) -> Stack:
+    """The stack that a layer belongs to, counted over all stacks in order."""
+    for stack, layers in stacks_of(model):
+        if layer < len(layers):
+            return stack
+        layer -= len(layers)
+    raise IndexError(f"there are only {len(ffn_layers(model))} layers")
+
+
+def activation_of(model: nn.Module, layer: int = 0) -> Activation:
+    """The activation of a layer's FFN; ValueError for one that the experts do not implement."""
+    stack = stack_of(model, layer)
+    if stack.activation in ACTIVATIONS:
+        return stack.activation
+    name = getattr(
+        getattr(model.config, stack.config, model.config) if stack.config else model.config, stack.activation
+    )
     if name not in _ACTIVATION_NAMES:
         raise ValueError(f"the FFN activation {name!r} is not supported; supported are: {', '.join(_ACTIVATION_NAMES)}")
     return _ACTIVATION_NAMES[name]
 
 
-def ffn_layers(model: nn.Module) -> list[nn.Module]:
-    """The transformer layers that hold the FFNs, in order."""
-    return list(model.base_model.get_submodule(family_of(model).layers))
-
-
 def ffn_modules(model: nn.Module) -> list[nn.Module]:
-    """The module of each layer that takes the FFN's input [B, L, D]: where a mixture would be installed."""
-    return [layer.get_submodule(family_of(model).install) for layer in ffn_layers(model)]
+    """The module of each layer that takes the FFN's input [..., D]: where a mixture would be installed.
+
+    Its output is the FFN's only where the FFN is a module of its own.
+    """
+    return [layer.get_submodule(stack.install) for stack, layers in stacks_of(model) for layer in layers]
+
+
+def ffn_paths(model: nn.Module) -> list[str]:
+    """The full path in `model` of where each layer's mixture is installed, e.g. "model.layers.0.mlp"."""
+    name_of = {id(module): name for name, module in model.named_modules()}
+    prefix = name_of[id(model.base_model)]
+    start = f"{prefix}." if prefix else ""
+    return [
+        f"{start}{stack.layers}.{index}.{stack.install}"
+        for stack, layers in stacks_of(model)
+        for index in range(len(layers))
+    ]
 
 
 def read_ffn(model: nn.Module, layer: int) -> DenseFFN:
     """The weights of the FFN of one layer, as float32 copies."""
-    family = family_of(model)
-    block = ffn_layers(model)[layer]
+    return read_block(ffn_layers(model)[layer], stack_of(model, layer), activation_of(model, layer))
+
+
+def read_block(block: nn.Module, stack: Stack, activation: Activation) -> DenseFFN:
+    """The weights of the FFN of one transformer layer, as float32 copies."""
+    from transformers.pytorch_utils import Conv1D
 
     def weight(path: str) -> tuple[Tensor, Tensor | None]:
         linear = block.get_submodule(path)
-        bias = None if linear.bias is None else linear.bias.detach().float().clone()
-        return linear.weight.detach().float().clone(), bias
+        matrix = linear.weight.T if isinstance(linear, Conv1D) else linear.weight  # GPT-2 keeps [in, out]
+        bias = getattr(linear, "bias", None)
+        return _copy(matrix), None if bias is None else _copy(bias)
 
-    w_in_FD, b_in_F = weight(family.w_in)
-    w_out_DF, b_out_D = weight(family.w_out)
-    w_gate_FD, b_gate_F = weight(family.w_gate) if family.w_gate else (None, None)
-    return DenseFFN(w_in_FD, w_out_DF, activation_of(model), b_in_F, b_out_D, w_gate_FD, b_gate_F)
+    w_in_FD, b_in_F = weight(stack.w_in)
+    w_out_DF, b_out_D = weight(stack.w_out)
+    w_gate_FD, b_gate_F = weight(stack.w_gate) if stack.w_gate else (None, None)
+    if stack.fused:
+        w_gate_FD, w_in_FD = (half.clone() for half in w_in_FD.chunk(2))
+        b_gate_F, b_in_F = (None, None) if b_in_F is None else (half.clone() for half in b_in_F.chunk(2))
+    return DenseFFN(w_in_FD, w_out_DF, activation, b_in_F, b_out_D, w_gate_FD, b_gate_F)
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    return tensor.detach().to(torch.float32, copy=True, memory_format=torch.contiguous_format)
 
 
 def install(model: nn.Module, layer: int, ffn: nn.Module) -> None:
-    """Put `ffn` ([..., D] -> [..., D]) in the place of the FFN of one layer; dropout and norms stay."""
-    family = family_of(model)
+    """Put `ffn` ([..., D] -> [..., D]) in the place of the FFN of one layer; norms stay."""
+    stack = stack_of(model, layer)
     block = ffn_layers(model)[layer]
-    for path in family.bypass:
+    for path in stack.bypass:
         block.set_submodule(path, nn.Identity())
-    block.set_submodule(family.install, ffn)
+    block.set_submodule(stack.install, ffn)
 
 
 def resolve_source(source: str) -> tuple[str, Path | None]:
@@ -224,14 +475,72 @@ def _packaged_model(distribution: str) -> Path:
     raise FileNotFoundError(f"the package {distribution!r} holds no model folder (config.json beside *.safetensors)")
 
 
-def load_dense(source: str, revision: str | None = None) -> tuple[Any, Any]:
-    """A dense teacher and its tokenizer, float32 and in eval mode, from any source of `resolve_source`.
+# What a checkpoint's class gives, by the end of its name in config.json.
+_HEAD_OF_CLASS: tuple[tuple[str, Head], ...] = (
+    ("ForCausalLM", "causal"),
+    ("LMHeadModel", "causal"),
+    ("ForSequenceClassification", "classification"),
+    ("ForImageClassification", "classification"),
+    ("ForAudioClassification", "classification"),
+    ("ForConditionalGeneration", "seq2seq"),
+    ("ForSpeechSeq2Seq", "seq2seq"),
+    ("MTModel", "seq2seq"),  # MarianMTModel
+    ("EncoderModel", "embedding"),  # T5EncoderModel
+)
 
-    Only safetensors weights are read and no remote code is run. Raises ValueError for an unsupported
-    architecture or non-finite weights, FileNotFoundError for a source that cannot be found.
+
+def head_of(config: Any) -> Head:
+    """What the checkpoint of this config gives: by the class that wrote it, else the first head of its family."""
+    family = FAMILIES.get(config.model_type)
+    for written_by in config.architectures or ():
+        for ending, head in _HEAD_OF_CLASS:
+            if written_by.endswith(ending) and (family is None or head in family.heads):
+                return head
+    if family is not None:
+        return family.heads[0]
+    return "embedding" if hasattr(config, "vocab_size") else "features"
+
+
+def positions(config: Any) -> int | None:
+    """The longest text, in tokens, that a model of this config takes; None where nothing limits it.
+
+    For an encoder with a decoder that reads no text (Whisper) it is the longest output.
     """
+    family = FAMILIES.get(config.model_type)
+    key = family.positions if family else "max_position_embeddings"
+    text = config.get_text_config(decoder=True)
+    limit = getattr(text, key, None) if key else None
+    if not isinstance(limit, int) or limit < 1:
+        return None
+    return limit - text.pad_token_id - 1 if family and family.positions_after_padding else limit
+
+
+def _auto_class(head: Head, reads: str, family: Family | None) -> str:
+    if head == "causal":
+        return "AutoModelForCausalLM"
+    if head == "seq2seq":
+        return "AutoModelForSpeechSeq2Seq" if reads == "speech" else "AutoModelForSeq2SeqLM"
+    if head == "classification":
+        kind = {"text": "Sequence", "speech": "Audio"}.get(reads, "Image")
+        return f"AutoModelFor{kind}Classification"
+    if head == "embedding" and family is not None and "seq2seq" in family.heads:
+        return "AutoModelForTextEncoding"  # the encoder alone
+    return "AutoModel"
+
+
+_AUTO_READER = {"text": "AutoTokenizer", "images": "AutoImageProcessor"}  # else AutoProcessor
+
+
+def load_dense(source: str, revision: str | None = None, *, head: Head | None = None) -> tuple[Any, Any]:
+    """A dense teacher, float32 and in eval mode, and what prepares its input, from any source of `resolve_source`.
+
+    The second is a tokenizer, or the processor of a model that reads images or speech. Without `head` the
+    checkpoint's config says what the model gives (`head_of`). Only safetensors weights are read and no remote code
+    is run. Raises ValueError for an unsupported architecture, incomplete or non-finite weights, FileNotFoundError
+    for a source that cannot be found.
+    """
+    import transformers
     from safetensors import SafetensorError
-    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
     kind, folder = resolve_source(source)
     where = str(folder) if folder else source
@@ -239,37 +548,103 @@ def load_dense(source: str, revision: str | None = None) -> tuple[Any, Any]:
     if kind == "hub":
         options["revision"] = revision
     try:
-        config = AutoConfig.from_pretrained(where, **options)
-        if config.model_type not in FAMILIES:
+        config = _read_config(source, where, options)
+        family = FAMILIES.get(config.model_type)
+        head = head or head_of(config)
+        if family is not None and head not in family.heads:
             raise ValueError(
-                f"the teacher {source} is a {config.model_type!r} model, which is not supported; "
-                f"supported are: {', '.join(sorted(FAMILIES))}"
+                f"the teacher {source} is a {family.name} model, from which this package makes "
+                f"{' or '.join(family.heads)}, not {head}"
             )
-        family = FAMILIES[config.model_type]
-        auto = AutoModel if family.encoder else AutoModelForCausalLM
-        model, report = auto.from_pretrained(
+        reads = family.reads if family else "text" if hasattr(config, "vocab_size") else "images"
+        if folder is not None:
+            weight_files(folder)
+        model, report = getattr(transformers, _auto_class(head, reads, family)).from_pretrained(
             where,
             config=config,
             dtype=torch.float32,
             use_safetensors=True,
             output_loading_info=True,
-            **dict(family.options),
+            **(family.options_for(head) if family else {}),
             **options,
         )
-        tokenizer = AutoTokenizer.from_pretrained(where, **options)
     except (OSError, SafetensorError) as error:
-        reason = str(error).splitlines()[0]
-        raise FileNotFoundError(
-            f"the teacher {source} cannot be read ({reason}): it must be a Hugging Face folder with config.json, "
-            "model.safetensors and a tokenizer, or the name of one that can be reached"
-        ) from error
+        raise _unreadable(source, error, "model.safetensors") from error
+    try:
+        reader = getattr(transformers, _AUTO_READER.get(reads, "AutoProcessor")).from_pretrained(where, **options)
+    except OSError as error:
+        raise _unreadable(source, error, "a tokenizer" if reads == "text" else "preprocessor_config.json") from error
     if report["missing_keys"]:
         raise ValueError(
             f"the teacher {source} lacks weights ({', '.join(sorted(report['missing_keys'])[:3])}, ...), which would "
             "be random: the file is incomplete, or config.json belongs to another model"
         )
     require_finite(model, f"the teacher {source}")
-    return model.eval(), tokenizer
+    return model.eval(), reader
+
+
+def _unreadable(source: str, error: Exception, what: str) -> FileNotFoundError:
+    reason = str(error).strip().splitlines()[0]
+    return FileNotFoundError(
+        f"the teacher {source} cannot be read ({reason}): it must be a Hugging Face folder with config.json, "
+        f"model.safetensors and {what}, or the name of one that can be reached"
+    )
+
+
+def _read_config(source: str, where: str, options: dict[str, Any]) -> Any:
+    from transformers import AutoConfig, PreTrainedConfig
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    written, _ = PreTrainedConfig.get_config_dict(where, **options)
+    model_type = written.get("model_type")
+    if model_type not in CONFIG_MAPPING:
+        code = "; the code that travels with it is never run" if "auto_map" in written else ""
+        raise ValueError(
+            f"the teacher {source} is a {model_type!r} model, which is not supported; supported are: {supported()} "
+            f"(transformers itself does not know it{code})"
+        )
+    return AutoConfig.from_pretrained(where, **options)
+
+
+def weight_files(folder: str | Path) -> dict[str, Path]:
+    """The file of every tensor of a Hugging Face folder, by the tensor's name; only the files' headers are read.
+
+    FileNotFoundError for a missing file. ValueError for a tensor that the index promises and its file lacks, and for
+    one that stands in two files, of which one copy would be lost without a word.
+    """
+    from safetensors import safe_open
+
+    folder = Path(folder)
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        promised: dict[str, str] = json.loads(index.read_text())["weight_map"]
+        shards = sorted(set(promised.values()))
+    else:
+        promised, shards = {}, ["model.safetensors"]
+    missing = [shard for shard in shards if not (folder / shard).is_file()]
+    if missing:
+        named = f", which {index.name} names," if promised else ""
+        raise FileNotFoundError(
+            f"{', '.join(missing[:3])}{named} is not in {folder} ({len(missing)} of {len(shards)} files are missing)"
+        )
+    found: dict[str, Path] = {}
+    for shard in shards:
+        with safe_open(folder / shard, framework="pt") as file:
+            names = list(file.keys())
+        for name in names:
+            if name in found:
+                raise ValueError(
+                    f"the tensor {name} stands in two files of {folder}, {found[name].name} and {shard}: one of them "
+                    "belongs to another checkpoint; fetch the folder again"
+                )
+            found[name] = folder / shard
+    lost = [name for name, shard in promised.items() if name not in found or found[name].name != shard]
+    if lost:
+        raise ValueError(
+            f"{promised[lost[0]]} in {folder} lacks {', '.join(lost[:3])}, which {index.name} says it holds "
+            f"({len(lost)} tensors in all): fetch the folder again"
+        )
+    return found
 
 
 def pooling_of(folder: str | Path) -> Pooling:
@@ -294,3 +669,13 @@ def require_finite(model: nn.Module, what: str) -> None:
     for name, tensor in model.state_dict().items():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise ValueError(f"{what} has NaN or infinite values in {name}: the weights are damaged, fetch them again")
+
+
+def require_representable(tensor: Tensor, dtype: torch.dtype, what: str) -> None:
+    """ValueError if a value of the tensor called `what` is beyond the range of `dtype`, in which it is to be kept."""
+    largest = tensor.abs().max().item() if tensor.numel() else 0.0
+    if largest > torch.finfo(dtype).max:
+        raise ValueError(
+            f"{what} holds {largest:.3g}, more than the {torch.finfo(dtype).max:.3g} that {dtype} can: "
+            "keep the model in bfloat16 or float32"
+        )

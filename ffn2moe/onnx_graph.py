@@ -150,7 +150,7 @@ def canonical_graph(model: nn.Module, pooling: Pooling) -> ir.Model:
     Raises ValueError for a model that makes no embeddings.
     """
     family = family_of(model)
-    if not family.encoder:
+    if "embedding" not in family.heads:
         raise ValueError(
             f"{family.name} is a causal model: the export makes sentence embeddings and takes encoders only"
         )

@@ -77,8 +77,8 @@ def check_teacher(stage: StageRun) -> dict[str, Any]:
 
     settings = stage.params.teacher
     model, tokenizer = load_dense(teacher_source(stage), settings.revision)
-    if not family_of(model).encoder:
-        encoders = ", ".join(sorted(name for name, family in FAMILIES.items() if family.encoder))
+    if "embedding" not in family_of(model).heads:
+        encoders = ", ".join(sorted(name for name, family in FAMILIES.items() if "embedding" in family.heads))
         raise ValueError(
             f"teacher.source = {settings.source} is a {model.config.model_type} model, which makes no "
             f"embeddings; the pipeline takes encoders: {encoders}"

@@ -15,9 +15,9 @@ from ffn2moe import checkpoint, oracle
 from ffn2moe import partition as partitions
 from ffn2moe.activations import NeuronStatistics
 from ffn2moe.dense import DenseFFN, family_of, ffn_modules, load_dense, read_ffn
-from ffn2moe.experts import merge_experts, neurons_by_expert, slice_experts
+from ffn2moe.experts import merge_experts, neurons_by_expert, shared_neurons, slice_experts
 from ffn2moe.moe import MoEFFN, dispatch, install_moe, moe_layers
-from ffn2moe.router import Router, ridge
+from ffn2moe.router import Router, gates, ridge
 from ffn2moe.spec import MoESpec
 from tests.conftest import make_tiny_bert, make_tiny_llama
 from tests.mixtures import flat_spec
@@ -386,10 +386,10 @@ def test_a_folder_without_a_spec_is_refused(tiny_teacher: Path):
 
 
 def test_an_unsupported_family_is_refused_with_the_list():
-    from transformers import GPT2Config, GPT2Model
+    from transformers import MambaConfig, MambaModel
 
-    model = GPT2Model(GPT2Config(n_layer=1, n_embd=8, n_head=1, vocab_size=10))
-    with pytest.raises(ValueError, match=r"'gpt2'.*supported are: bert"):
+    model = MambaModel(MambaConfig(num_hidden_layers=1, hidden_size=8, vocab_size=10, state_size=4))
+    with pytest.raises(ValueError, match=r"'mamba'.*supported are: .*bert"):
         family_of(model)
 
 
@@ -415,3 +415,98 @@ def test_a_teacher_that_is_not_there_is_named_with_what_to_do(tmp_path: Path):
 def test_more_active_experts_than_there_are_is_a_contradiction():
     with pytest.raises(ValueError, match="num_active must be between 1 and num_experts = 4"):
         spec_for(random_ffn(32), 4, 5)
+
+
+GATES = ("unit", "softmax", "softmax_topk", "sigmoid")
+
+
+def shared_moe(gate: str, shared_width: int, num_active: int, *, gated: bool = True) -> tuple[DenseFFN, MoEFFN]:
+    """A dense FFN and its mixture: 44 neurons, some of them shared, the others in 4 experts padded to 8s."""
+    ffn = dense_ffn(44, gated=gated)
+    expert_of_neuron_F = torch.full((44,), -1)
+    expert_of_neuron_F[shared_width:] = torch.arange(44 - shared_width) % 4
+    neurons_EM = neurons_by_expert(expert_of_neuron_F, 4, multiple=8)
+    shared_S = shared_neurons(expert_of_neuron_F)
+    spec = spec_for(
+        ffn, 4, num_active, gate=gate, shared_width=shared_width, expert_width=neurons_EM.shape[1], router_bias=False
+    )
+    return ffn, MoEFFN.from_experts(spec, slice_experts(ffn, neurons_EM, shared_S), neurons_EM, shared_S=shared_S)
+
+
+@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize("shared_width", [0, 10])
+@pytest.mark.parametrize("gated", [True, False])
+def test_a_router_that_scores_all_alike_and_all_experts_give_the_dense_ffn(gate: str, shared_width: int, gated: bool):
+    ffn, moe = shared_moe(gate, shared_width, 4, gated=gated)
+    x_TD = tokens()
+    assert moe.w_in.shape[1] % 8 == 0
+    assert (moe.eval()(x_TD) - ffn(x_TD)).abs().max() < 1e-5
+    assert (moe.all_experts(x_TD) - ffn(x_TD)).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("gate", GATES)
+def test_the_grouped_form_is_the_reference_through_every_gate(gate: str):
+    _, moe = shared_moe(gate, 10, 2)
+    torch.nn.init.normal_(moe.router.weight, generator=torch.Generator().manual_seed(3))
+    moe.router.balance_bias.copy_(torch.tensor([0.3, -0.2, 0.0, 0.1]))
+    moe.router.scale.fill_(0.5)
+    x_TD = tokens()
+    assert torch.allclose(moe.eval()(x_TD), moe.reference(x_TD), atol=1e-5)
+    assert torch.allclose(moe.train()(x_TD), moe.reference(x_TD), atol=1e-5)
+
+
+def test_the_balance_bias_moves_the_choice_and_never_the_gates():
+    scores_TE = tokens(20, 4)
+    for gate in GATES:
+        router = Router(8, 4, gate)
+        chosen_TK = router.choose(scores_TE, 2)
+        before = gates(gate, scores_TE, chosen_TK)
+        router.balance_bias.copy_(torch.tensor([9.0, 9.0, 0.0, 0.0]))
+        assert set(router.choose(scores_TE, 2).flatten().tolist()) == {0, 1}
+        assert torch.equal(gates(gate, scores_TE, chosen_TK), before)
+
+
+@pytest.mark.parametrize("gate", GATES)
+def test_a_fitted_router_scale_never_makes_the_routed_output_worse_than_equal_gates(gate: str):
+    _, moe = shared_moe(gate, 0, 2)
+    torch.nn.init.normal_(moe.router.weight, generator=torch.Generator().manual_seed(4))
+    x_TD = tokens(200)
+    y_TD = moe.all_experts(x_TD)
+
+    def error() -> float:
+        moe.fit_scale_and_mean(x_TD)
+        return (moe.eval()(x_TD) - y_TD).square().sum().item()
+
+    chosen = moe.router.choose(moe.router(x_TD), 2)
+    moe.router.scale.fill_(2.0**-8)
+    equal = error()
+    moe.fit_router_scale(x_TD)
+    assert error() <= equal * (1 + 1e-5)
+    assert torch.equal(moe.router.choose(moe.router(x_TD), 2), chosen)
+
+
+def test_the_shared_expert_takes_the_neurons_with_most_output_energy():
+    ffn = dense_ffn(40)
+    x_TD = tokens(500)
+    statistics = NeuronStatistics(40)
+    statistics.update(ffn.neurons(x_TD))
+    assigned_F = partitions.partition_with_shared("coactivation", ffn, statistics, 4, 0, shared_width=8)
+    energy_F = ffn.neurons(x_TD).double().square().mean(0) * ffn.w_out_DF.double().square().sum(0)
+    assert set(shared_neurons(assigned_F).tolist()) == set(energy_F.topk(8).indices.tolist())
+    assert torch.bincount(assigned_F[assigned_F >= 0]).tolist() == [8, 8, 8, 8]
+
+
+def test_merging_gives_the_dense_ffn_back_with_a_shared_expert():
+    ffn, moe = shared_moe("unit", 10, 2)
+    weights = slice_experts(ffn, moe.neurons, moe.shared_neurons)
+    back = merge_experts(weights, moe.neurons, ffn.activation, moe.shared_neurons)
+    assert torch.equal(back.w_in_FD, ffn.w_in_FD) and torch.equal(back.w_out_DF, ffn.w_out_DF)
+    assert back.w_gate_FD is not None and ffn.w_gate_FD is not None and torch.equal(back.w_gate_FD, ffn.w_gate_FD)
+
+
+def test_ridge_without_intercept_ranks_as_the_targets_do_and_has_no_bias():
+    x_TD = tokens(400)
+    truth_ED = tokens(4, 16, seed=5)
+    weight_ED, bias_E = ridge(x_TD, x_TD @ truth_ED.T + 7.0, 1e-6, intercept=False)
+    assert bias_E.abs().max() == 0
+    assert torch.equal((x_TD @ weight_ED.T).argmax(1), (x_TD @ truth_ED.T).argmax(1))

@@ -130,10 +130,10 @@ def test_a_causal_teacher_is_refused_with_those_that_are_supported(workspace, ti
 
 
 def test_an_unsupported_architecture_is_refused_with_those_that_are(workspace, tmp_path):
-    (tmp_path / "t5").mkdir()
-    (tmp_path / "t5/config.json").write_text('{"model_type": "t5"}')
-    with pytest.raises(ValueError, match=r"'t5' model, which is not supported; supported are: .*bert"):
-        run(workspace, tmp_path / "t5")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/config.json").write_text('{"model_type": "other"}')
+    with pytest.raises(ValueError, match=r"'other' model, which is not supported; supported are: .*bert"):
+        run(workspace, tmp_path / "other")
 
 
 def test_a_damaged_teacher_is_refused(workspace, tmp_path):
