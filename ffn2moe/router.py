@@ -89,7 +89,7 @@ def gates(gate: Gate, scores_TE: Tensor, chosen_TK: Tensor, training: bool = Fal
 
 def neutral_scale(gate: Gate, num_experts: int, num_active: int) -> float:
     """What the sum of the chosen experts is multiplied by so that, under equal scores, each counts once."""
-    return {"unit": 1.0, "softmax": num_experts, "softmax_topk": num_active, "sigmoid": 2.0}[gate]
+    return {"unit": 1.0, "softmax": float(num_experts), "softmax_topk": float(num_active), "sigmoid": 2.0}[gate]
 
 
 def ridge(x_TD: Tensor, target_TE: Tensor, penalty: float, intercept: bool = True) -> tuple[Tensor, Tensor]:

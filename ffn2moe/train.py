@@ -161,7 +161,10 @@ class Loss:
 class Objective(Protocol):
     """What a student is to learn from its teacher."""
 
-    terms: tuple[str, ...]
+    @property
+    def terms(self) -> tuple[str, ...]:
+        """Names of the terms of its loss."""
+        ...
 
     def outputs(self, model: Any, batch: Batch) -> Outputs:
         """One pass of a model over a batch."""

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +23,7 @@ def run(stage: StageRun) -> None:
     from ffn2moe import checkpoint
     from ffn2moe.dense import load_dense
     from ffn2moe.encode import choose_device
-    from ffn2moe.train import Batches, Distiller, bf16_supported
+    from ffn2moe.train import Batches, Distiller, EmbeddingObjective, bf16_supported
 
     params, root, settings = stage.params, stage.root, stage.params.distill
     teacher, tokenizer = load_dense(str(root / "data/teacher"))
@@ -47,12 +46,14 @@ def run(stage: StageRun) -> None:
         teacher,
         student,
         batches,
-        pooling=spec.pooling,
+        EmbeddingObjective(
+            pooling=spec.pooling,
+            hidden_weight=settings.hidden_weight,
+            embedding_weight=settings.embedding_weight,
+            relational_weight=settings.relational_weight,
+        ),
         steps=settings.steps,
         learning_rate=settings.learning_rate,
-        hidden_weight=settings.hidden_weight,
-        embedding_weight=settings.embedding_weight,
-        relational_weight=settings.relational_weight,
         balance_step=settings.balance_step,
         device=device,
         bf16=bf16,
@@ -65,7 +66,7 @@ def run(stage: StageRun) -> None:
     for metrics in steps:
         progress.add(metrics)
         if metrics.step % REPORTED_EVERY == 0:
-            stage.log_metrics({k: v for k, v in asdict(metrics).items() if k != "step"}, metrics.step)
+            stage.log_metrics({name: value for name, value in metrics.row().items() if name != "step"}, metrics.step)
         if distiller.step % settings.checkpoint_every == 0 and distiller.step < settings.steps:
             progress.save(distiller)
 
@@ -99,7 +100,7 @@ class Progress:
         self.rows: list[dict[str, Any]] = []
 
     def add(self, metrics: StepMetrics) -> None:
-        self.rows.append(asdict(metrics))
+        self.rows.append(metrics.row())
 
     def save(self, distiller: Distiller) -> None:
         import torch
@@ -117,13 +118,12 @@ class Progress:
     def resume(self, distiller: Distiller) -> None:
         """Puts the distiller where it was stopped, if it was."""
         from ffn2moe.checkpoint import load_progress
-        from ffn2moe.train import StepMetrics
 
         found = load_progress(self.path, fingerprint=self.fingerprint)
         if found is None:
             return
         step, tensors = found
-        names = [field.name for field in fields(StepMetrics)]
+        names = ("step", "loss", *distiller.objective.terms, "gradient_norm", "max_over_mean_load")
         self.rows = [dict(zip(names, row, strict=True)) for row in tensors.pop("history").tolist()]
         for row in self.rows:
             row["step"] = int(row["step"])

@@ -422,7 +422,7 @@ GATES = ("unit", "softmax", "softmax_topk", "sigmoid")
 
 def shared_moe(gate: str, shared_width: int, num_active: int, *, gated: bool = True) -> tuple[DenseFFN, MoEFFN]:
     """A dense FFN and its mixture: 44 neurons, some of them shared, the others in 4 experts padded to 8s."""
-    ffn = dense_ffn(44, gated=gated)
+    ffn = random_ffn(44, gated=gated)
     expert_of_neuron_F = torch.full((44,), -1)
     expert_of_neuron_F[shared_width:] = torch.arange(44 - shared_width) % 4
     neurons_EM = neurons_by_expert(expert_of_neuron_F, 4, multiple=8)
@@ -486,7 +486,7 @@ def test_a_fitted_router_scale_never_makes_the_routed_output_worse_than_equal_ga
 
 
 def test_the_shared_expert_takes_the_neurons_with_most_output_energy():
-    ffn = dense_ffn(40)
+    ffn = random_ffn(40)
     x_TD = tokens(500)
     statistics = NeuronStatistics(40)
     statistics.update(ffn.neurons(x_TD))

@@ -9,12 +9,14 @@ import pytest
 import torch
 
 from ffn2moe import checkpoint
+from ffn2moe import partition as partitions
 from ffn2moe.dense import load_dense, read_ffn
+from ffn2moe.experts import neurons_by_expert, slice_experts
 from ffn2moe.losses import distillation_loss, router_loss, softmax_target
-from ffn2moe.moe import moe_layers
+from ffn2moe.moe import MoEFFN, install_moe, moe_layers, spec_of
 from ffn2moe.router import Router
-from ffn2moe.train import Batches, Distiller, train_router
-from tests.conftest import WORDS
+from ffn2moe.train import Batches, Distiller, EmbeddingObjective, LogitsObjective, train_router
+from tests.conftest import WORDS, make_tiny_llama
 from tests.test_core import as_mixture, spec_for, tokens
 
 
@@ -62,8 +64,9 @@ def test_batches_depend_on_the_step_alone():
     resumed = batches.from_step(batches.per_epoch + 2)
     for expected in first[batches.per_epoch + 2 :]:
         found = next(resumed)
-        assert torch.equal(found.ids_BL, expected.ids_BL) and torch.equal(found.mask_BL, expected.mask_BL)
-    assert {batch.ids_BL.shape for batch in first} == {(8, 16), (4, 32), (2, 48)}
+        for name in ("input_ids", "attention_mask"):
+            assert torch.equal(found.inputs[name], expected.inputs[name])
+    assert {batch.inputs["input_ids"].shape for batch in first} == {(8, 16), (4, 32), (2, 48)}
 
 
 def test_too_few_texts_for_a_batch_is_refused():
@@ -83,12 +86,9 @@ def distiller(teacher: Path, steps: int, folder: Path) -> Distiller:
         dense,
         checkpoint.load(folder),
         batches,
-        pooling="mean",
+        EmbeddingObjective("mean", hidden_weight=1.0, embedding_weight=10.0, relational_weight=100.0),
         steps=steps,
         learning_rate=3e-3,
-        hidden_weight=1.0,
-        embedding_weight=10.0,
-        relational_weight=100.0,
         balance_step=1e-3,
     )
 
@@ -143,3 +143,43 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_change(tiny_teacher:
     with pytest.raises(FloatingPointError, match="lower the learning rate"):
         next(run.run())
     assert torch.equal(moe_layers(run.student)[1].w_in, before)
+
+
+@pytest.mark.parametrize("gate", ["unit", "softmax", "softmax_topk", "sigmoid"])
+@pytest.mark.parametrize("num_active", [1, 2])
+def test_a_causal_student_learns_its_teachers_logits_through_every_gate(tmp_path: Path, gate: str, num_active: int):
+    make_tiny_llama(tmp_path)
+    teacher, _ = load_dense(str(tmp_path))
+    student, _ = load_dense(str(tmp_path))
+    spec = spec_of(
+        student,
+        head="causal",
+        num_experts=4,
+        num_active=num_active,
+        partition="contiguous",
+        teacher="tiny",
+        max_length=16,
+        gate=gate,
+        router_bias=False,
+    )
+    layers = []
+    for index in range(spec.num_layers):
+        neurons_EM = neurons_by_expert(partitions.contiguous(spec.ffn_width, 4), 4)
+        layers.append(MoEFFN.from_experts(spec, slice_experts(read_ffn(student, index), neurons_EM), neurons_EM))
+        torch.nn.init.normal_(layers[-1].router.weight, generator=torch.Generator().manual_seed(index))
+    install_moe(student, layers)
+    blocks = torch.randint(3, teacher.config.vocab_size, (64, 16), generator=torch.Generator().manual_seed(0)).tolist()
+    run = Distiller(
+        teacher,
+        student,
+        Batches(blocks, batch_tokens=128, seed=0),
+        LogitsObjective("forward_kl", logits_weight=1.0, hidden_weight=1.0),
+        steps=60,
+        learning_rate=1e-2,
+        balance_step=0.0,
+    )
+    before = {name: parameter.detach().clone() for name, parameter in run.trained.items()}
+    assert not any(name.endswith("router.bias") for name in before)
+    losses = [metrics.loss for metrics in run.run()]
+    assert sum(losses[-5:]) < 0.75 * sum(losses[:5])
+    assert [name for name, parameter in run.trained.items() if torch.equal(parameter, before[name])] == []
