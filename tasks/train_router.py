@@ -13,8 +13,6 @@ from tasks.stage import StageRun, main
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ffn2moe.moe import MoEFFN
-
 REPORTED_EVERY = 10  # steps
 HELD_OUT_TOKENS = 8192  # of the calibration texts, which the routers are not trained on
 
@@ -23,9 +21,10 @@ def run(stage: StageRun) -> None:
     from ffn2moe import checkpoint, oracle
     from ffn2moe.dense import ffn_modules, load_dense
     from ffn2moe.encode import choose_device, module_inputs
+    from ffn2moe.factorise import fit_router
     from ffn2moe.moe import moe_layers
 
-    params, root = stage.params, stage.root
+    params, root, settings = stage.params, stage.root, stage.params.train_router
     teacher, tokenizer = load_dense(str(root / "data/teacher"))
     student = checkpoint.load(root / "models/decomposed")
     spec = checkpoint.load_spec(root / "models/decomposed")
@@ -41,12 +40,20 @@ def run(stage: StageRun) -> None:
             device=choose_device(params.compute.device),
         )
 
-    train = inputs_on("train", params.train_router.tokens)
+    train = inputs_on("train", settings.tokens)
     held_out = inputs_on("calibration", HELD_OUT_TOKENS)
     rows: list[dict[str, Any]] = []
     curve: list[dict[str, Any]] = []
     for index, moe in stage.track(enumerate(moe_layers(student)), spec.num_layers, "training routers"):
-        losses = fit(stage, moe, train[index], seed=params.seed + index)
+        losses = fit_router(
+            moe,
+            train[index],
+            ridge=settings.ridge,
+            steps=settings.steps,
+            batch_tokens=settings.batch_tokens,
+            learning_rate=settings.learning_rate,
+            seed=params.seed + index,
+        )
         curve += [{"layer": index, "step": i, "loss": loss} for i, loss in enumerate(losses) if i % REPORTED_EVERY == 0]
         row = {"layer": index, **oracle.diagnose(moe, held_out[index]), "scale": moe.output_scale.item()}
         stage.log_metrics({f"router_error.layer_{index}": row["router_error"]})
@@ -57,30 +64,6 @@ def run(stage: StageRun) -> None:
     stage.write_csv("metrics/plots/train_router.csv", curve or [{"layer": 0, "step": 0, "loss": 0.0}])
     recall = sum(row["router_recall"] for row in rows) / len(rows)
     stage.say(f"the routers find {100 * recall:.0f} % of the experts that the oracle chooses")
-
-
-def fit(stage: StageRun, moe: MoEFFN, x_TD: Tensor, seed: int) -> list[float]:
-    """Fits one layer's router to the oracle, and its scale and mean to the router; returns the losses."""
-    from ffn2moe import oracle
-    from ffn2moe.losses import softmax_target
-    from ffn2moe.router import ridge
-    from ffn2moe.train import train_router
-
-    settings = stage.params.train_router
-    survey = oracle.survey(moe, x_TD)
-    moe.router.set(*ridge(x_TD, survey.norm_TE, settings.ridge))
-    losses = train_router(
-        moe.router,
-        x_TD,
-        softmax_target(survey.gain_TE, moe.num_active),
-        steps=settings.steps,
-        batch_tokens=settings.batch_tokens,
-        learning_rate=settings.learning_rate,
-        seed=seed,
-    )
-    curve = list(losses)
-    moe.fit_scale_and_mean(x_TD)
-    return curve
 
 
 if __name__ == "__main__":

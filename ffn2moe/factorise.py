@@ -1,0 +1,154 @@
+"""From dense FFNs to routed mixtures, a layer at a time: what the stages, `convert` and `stream` are made of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ffn2moe import oracle
+from ffn2moe.activations import NeuronStatistics
+from ffn2moe.dense import DenseFFN, ffn_modules, stacks_of
+from ffn2moe.experts import neurons_by_expert, shared_neurons, slice_experts
+from ffn2moe.losses import softmax_target
+from ffn2moe.moe import MoEFFN
+from ffn2moe.partition import PartitionMethod, partition_with_shared
+from ffn2moe.router import ridge as ridge_regression
+from ffn2moe.spec import MoESpec
+from ffn2moe.train import Batch, train_router
+
+CHUNK = 4096  # tokens at once
+SCALE_TOKENS = 4096  # that the spread of the gates is fitted on: one number, and every expert's output is kept
+
+
+@torch.no_grad()
+def layer_inputs(
+    model: Any, batches: Iterable[Batch], *, max_tokens: int, device: str | torch.device = "cpu"
+) -> list[Tensor]:
+    """What the FFN of each layer gets to see: its inputs [T, D] on the CPU, float32, for every layer in order.
+
+    Positions that are padding are left out. A layer sees at most the first `max_tokens` tokens of the batches, the
+    same ones as the other layers of its stack. The model is moved to `device` and left in eval mode.
+    """
+    seen: list[list[Tensor]] = []
+    now: list[Batch] = []
+
+    def keep(index: int, path: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            if sum(map(len, seen[index])) < max_tokens:
+                seen[index].append(real_tokens(inputs[0], now[-1], path).float().cpu())
+
+        return hook
+
+    paths = [stack.layers for stack, layers in stacks_of(model) for _ in layers]
+    hooks = []
+    for index, (module, path) in enumerate(zip(ffn_modules(model), paths, strict=True)):
+        seen.append([])
+        hooks.append(module.register_forward_pre_hook(keep(index, path)))
+    model.to(device).eval()
+    try:
+        for batch in batches:
+            now.append(batch.to(torch.device(device)))
+            model(**now[-1].inputs)
+            if all(sum(map(len, parts)) >= max_tokens for parts in seen):
+                break
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return [torch.cat(parts)[:max_tokens] for parts in seen]
+
+
+def real_tokens(x: Tensor, batch: Batch, layers: str) -> Tensor:
+    """The rows [T, D] of a layer's input, [B, L, D] or [B * L, D], that are no padding.
+
+    `layers` is the path of the layer's stack. The batch's mask is that of the output; the encoder before a decoder
+    has its own, `attention_mask`. Input that no mask fits, such as image patches, is real throughout.
+    """
+    masks = [batch.mask, batch.inputs.get("attention_mask")]
+    if layers.startswith("encoder") and "decoder_input_ids" in batch.inputs:
+        masks.reverse()
+    for mask in masks:
+        if mask is not None and (x.shape[:-1] == mask.shape or x.shape[:-1] == (mask.numel(),)):
+            return x[mask.bool().reshape(x.shape[:-1])]
+    return x.reshape(-1, x.shape[-1])
+
+
+@torch.no_grad()
+def carve(ffn: DenseFFN, x_TD: Tensor, spec: MoESpec, layer: int, *, seed: int) -> MoEFFN:
+    """The mixture of one layer: the FFN's neurons divided by what they do on tokens [T, D], and nothing trained.
+
+    `spec` says how many experts, how wide, and by which partition; the router scores all alike.
+    """
+    shape = spec.shape_of(layer)
+    statistics = NeuronStatistics(ffn.ffn_width)
+    if spec.partition == "coactivation" or shape.shared_width:
+        for x in x_TD.split(CHUNK):
+            statistics.update(ffn.neurons(x))
+    method: PartitionMethod = spec.partition  # type: ignore[assignment]
+    expert_of_neuron_F = partition_with_shared(method, ffn, statistics, spec.num_experts, seed, shape.shared_width)
+    neurons_EM = neurons_by_expert(expert_of_neuron_F, spec.num_experts, shape.expert_width)
+    shared_S = shared_neurons(expert_of_neuron_F)
+    return MoEFFN.from_experts(spec, slice_experts(ffn, neurons_EM, shared_S), neurons_EM, shape, shared_S).eval()
+
+
+def fit_router(
+    moe: MoEFFN,
+    x_TD: Tensor,
+    *,
+    ridge: float,
+    steps: int,
+    batch_tokens: int,
+    learning_rate: float,
+    seed: int,
+) -> list[float]:
+    """Fit a layer's router to the oracle's choices on tokens [T, D], and its scale and mean to the router.
+
+    Ridge regression is the start and `steps` of AdamW the rest; returns the loss of each step. No expert changes.
+    """
+    survey = oracle.survey(moe, x_TD)
+    moe.router.set(*ridge_regression(x_TD, survey.norm_TE, ridge, intercept=moe.router.has_bias))
+    losses = list(
+        train_router(
+            moe.router,
+            x_TD,
+            softmax_target(survey.gain_TE, moe.num_active),
+            steps=steps,
+            batch_tokens=batch_tokens,
+            learning_rate=learning_rate,
+            seed=seed,
+        )
+    )
+    moe.fit_router_scale(x_TD[:SCALE_TOKENS])
+    moe.fit_scale_and_mean(x_TD)
+    return losses
+
+
+@contextmanager
+def every_expert(layers: Sequence[MoEFFN]) -> Iterator[None]:
+    """For a while, each layer is the dense FFN that it was carved from: K = E and equal scores."""
+    kept = [
+        (moe.num_active, moe.output_scale.detach().clone(), {k: v.clone() for k, v in moe.router.state_dict().items()})
+        for moe in layers
+    ]
+    for moe in layers:
+        moe.use_all_experts()
+    try:
+        yield
+    finally:
+        for moe, (num_active, scale, router) in zip(layers, kept, strict=True):
+            moe.num_active = num_active
+            moe.set_scale(scale.item())
+            moe.router.load_state_dict(router)
+
+
+@torch.no_grad()
+def output_of(model: Any, batch: Batch) -> Tensor:
+    """What a model gives for a batch, its logits or else its last hidden state, where that is no padding. [N, ...]"""
+    found = model(**batch.inputs)
+    output = found.logits if getattr(found, "logits", None) is not None else found[0]
+    if batch.mask is not None and output.shape[:2] == batch.mask.shape:
+        return output[batch.mask.bool()]
+    return output
