@@ -7,23 +7,90 @@ from torch import Tensor
 
 from ffn2moe.dense import DenseFFN
 
+# Wider FFNs keep the activations themselves, in bfloat16: F x F moments and their eigenvectors cost more than they say.
+WIDEST_MOMENTS = 4096
+MOST_KEPT_TOKENS = 16384  # of a wider FFN
+OVERSAMPLING, POWER_STEPS = 16, 6  # of the search for leading directions (Halko, Martinsson & Tropp 2011)
+
 
 class NeuronStatistics:
-    """Moments of the F neurons of one FFN, summed over tokens in float64; memory is F x F, whatever T is."""
+    """What the F neurons of one FFN do over T calibration tokens, summed in float64.
+
+    Up to `WIDEST_MOMENTS` neurons: second moments, F x F, whatever T is. Above: the activations of the first
+    `MOST_KEPT_TOKENS` tokens, T x F in bfloat16.
+    """
 
     def __init__(self, ffn_width: int) -> None:
         self.tokens = 0
         self.sum_F = torch.zeros(ffn_width, dtype=torch.float64)
-        self.second_FF = torch.zeros(ffn_width, ffn_width, dtype=torch.float64)
+        self.square_F = torch.zeros(ffn_width, dtype=torch.float64)
+        self.second_FF = torch.zeros(ffn_width, ffn_width, dtype=torch.float64) if ffn_width <= WIDEST_MOMENTS else None
+        self.kept_TF: list[Tensor] = []
 
     def update(self, h_TF: Tensor) -> None:
         """Add the activations of T tokens, [T, F]."""
         self.tokens += h_TF.shape[0]
         self.sum_F += h_TF.sum(0, dtype=torch.float64).cpu()
-        self.second_FF += (h_TF.T @ h_TF).double().cpu()
+        if self.second_FF is not None:
+            self.second_FF += (h_TF.T @ h_TF).double().cpu()
+            self.square_F = self.second_FF.diagonal()
+            return
+        for h in h_TF.split(1024):  # the squares of all tokens at once would be as large as the activations
+            self.square_F += h.double().square().sum(0).cpu()
+        room = MOST_KEPT_TOKENS - sum(map(len, self.kept_TF))
+        if room > 0:
+            self.kept_TF.append(h_TF[:room].bfloat16().cpu())
+
+    def profiles(self, directions: int, seed: int) -> Tensor:
+        """Each neuron's centred, normalised activation over the tokens, in the coordinates that matter, [F, P].
+
+        These are the leading eigenvectors of the neurons' correlation matrix, times the roots of their eigenvalues:
+        inner products are the correlations, as nearly as P directions can tell. A neuron that never moves is 0.
+        """
+        if self.second_FF is not None:
+            values, vectors_FP = torch.linalg.eigh(self.correlation())
+        else:
+            values, vectors_FP = self._leading(directions, seed)
+        directions = min(directions, len(values))
+        profile_FP = vectors_FP[:, -directions:] * values[-directions:].clamp(min=0).sqrt()
+        # An eigenvector's sign is arbitrary; fix it, so that the same statistics give the same profiles.
+        return profile_FP * torch.sign(profile_FP.gather(0, profile_FP.abs().argmax(0, keepdim=True)))
+
+    def _leading(self, directions: int, seed: int) -> tuple[Tensor, Tensor]:
+        """Leading eigenvalues, ascending, and eigenvectors of the correlation matrix, without the matrix itself.
+
+        Randomised subspace iteration on the activations: a step costs 4 T F P operations.
+        """
+        mean_F, scale_F = self._mean_and_scale()
+        generator = torch.Generator().manual_seed(seed)
+        width = min(directions + OVERSAMPLING, len(mean_F))
+        basis_FP = torch.randn(len(mean_F), width, generator=generator).double()
+        for step in range(POWER_STEPS + 1):
+            basis_FP = torch.linalg.qr(basis_FP).Q
+            image_FP = torch.zeros_like(basis_FP)
+            gram_PP = torch.zeros(width, width, dtype=torch.float64)
+            for kept in self.kept_TF:
+                for h in kept.split(1024):
+                    h_TF = (h.float() - mean_F) * scale_F
+                    projected_TP = h_TF @ basis_FP.float()
+                    gram_PP += (projected_TP.T @ projected_TP).double()
+                    if step < POWER_STEPS:
+                        image_FP += (h_TF.T @ projected_TP).double()
+            if step < POWER_STEPS:
+                basis_FP = image_FP
+        values, rotation_PP = torch.linalg.eigh(gram_PP / sum(map(len, self.kept_TF)))
+        return values, basis_FP @ rotation_PP
+
+    def _mean_and_scale(self) -> tuple[Tensor, Tensor]:
+        """Mean of each neuron and one over its deviation (0 where it never moves), [F] each, float32."""
+        mean_F = self.sum_F / self.tokens
+        deviation_F = (self.square_F / self.tokens - mean_F.square()).clamp(min=0).sqrt()
+        scale_F = torch.where(deviation_F > 1e-9 * deviation_F.max(), 1 / deviation_F, 0)
+        return mean_F.float(), scale_F.float()
 
     def covariance(self) -> Tensor:
         """Covariance of the activations, [F, F], float64."""
+        assert self.second_FF is not None, "too wide for F x F moments"
         mean_F = self.sum_F / self.tokens
         return self.second_FF / self.tokens - torch.outer(mean_F, mean_F)
 
@@ -36,12 +103,14 @@ class NeuronStatistics:
 
     def energy(self, ffn: DenseFFN) -> Tensor:
         """Expected output energy of each neuron, ``E[h_j^2] ||w_out[:, j]||^2``, [F] (methods: CMoE)."""
-        return self.second_FF.diagonal() / self.tokens * ffn.w_out_DF.double().square().sum(0)
+        return self.square_F / self.tokens * ffn.w_out_DF.double().square().sum(0)
 
     def narrow(self, neurons_R: Tensor) -> NeuronStatistics:
         """The same statistics of some of the neurons."""
         some = NeuronStatistics(0)
         some.tokens = self.tokens
         some.sum_F = self.sum_F[neurons_R]
-        some.second_FF = self.second_FF[neurons_R][:, neurons_R]
+        some.square_F = self.square_F[neurons_R]
+        some.second_FF = None if self.second_FF is None else self.second_FF[neurons_R][:, neurons_R]
+        some.kept_TF = [kept[:, neurons_R] for kept in self.kept_TF]
         return some

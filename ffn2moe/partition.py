@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ffn2moe.activations import NeuronStatistics
+from ffn2moe.activations import WIDEST_MOMENTS, NeuronStatistics
 from ffn2moe.dense import DenseFFN
 
 PartitionMethod = Literal["coactivation", "weights", "random", "contiguous"]
@@ -47,13 +47,7 @@ def coactivation(statistics: NeuronStatistics, num_experts: int, seed: int) -> T
     A neuron's profile is its centred, normalised activation over the calibration tokens. Distances between
     profiles are known from their correlation matrix, whose leading eigenvectors give the coordinates.
     """
-    correlation_FF = statistics.correlation()
-    values, vectors_FP = torch.linalg.eigh(correlation_FF)
-    directions = min(PROFILE_DIRECTIONS, len(values))
-    profile_FP = vectors_FP[:, -directions:] * values[-directions:].clamp(min=0).sqrt()
-    # An eigenvector's sign is arbitrary; fix it, so that the same statistics give the same clusters.
-    sign_P = torch.sign(profile_FP.gather(0, profile_FP.abs().argmax(0, keepdim=True)))
-    return balanced_kmeans(profile_FP * sign_P, num_experts, seed)
+    return balanced_kmeans(statistics.profiles(PROFILE_DIRECTIONS, seed), num_experts, seed)
 
 
 def balanced_kmeans(points_FP: Tensor, num_experts: int, seed: int) -> Tensor:
@@ -68,7 +62,7 @@ def balanced_kmeans(points_FP: Tensor, num_experts: int, seed: int) -> Tensor:
         n_clusters=num_experts,
         size_min=count // num_experts,
         size_max=-(-count // num_experts),
-        n_init=4,
+        n_init=4 if count <= WIDEST_MOMENTS else 1,  # each takes seconds where there are many neurons
         random_state=seed,
         n_jobs=1,
     )
