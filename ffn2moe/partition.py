@@ -58,11 +58,13 @@ def balanced_kmeans(points_FP: Tensor, num_experts: int, seed: int) -> Tensor:
     from k_means_constrained import KMeansConstrained
 
     count = len(points_FP)
+    wide = count > WIDEST_MOMENTS  # then a run takes seconds, and what its last steps gain is slight
     clustering = KMeansConstrained(
         n_clusters=num_experts,
         size_min=count // num_experts,
         size_max=-(-count // num_experts),
-        n_init=4 if count <= WIDEST_MOMENTS else 1,  # each takes seconds where there are many neurons
+        n_init=1 if wide else 4,
+        max_iter=50 if wide else 300,
         random_state=seed,
         n_jobs=1,
     )
