@@ -6,6 +6,7 @@ A family is data: adding one is adding a row to `FAMILIES` (`register_family`). 
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 from collections.abc import Callable, Iterator
@@ -327,17 +328,30 @@ def supported() -> str:
 
 
 def family_of(model: nn.Module) -> Family:
-    """The family of a transformers model; ValueError, with the list of known ones, for any other."""
+    """The family of a transformers model.
+
+    A model type without a row is probed once: its FFNs are looked for, and the row is registered when K = E proves it.
+    ValueError, with the reason and the list of known types, for any other model.
+    """
     model_type = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
     if model_type not in FAMILIES:
-        raise ValueError(f"models of type {model_type!r} are not supported; supported are: {supported()}")
+        from ffn2moe.probe import probe
+
+        try:
+            register_family(probe(model))
+        except (ValueError, AttributeError) as error:
+            raise ValueError(
+                f"models of type {model_type!r} are not supported, and no FFNs were found in this one that could be "
+                f"proven: {error}. Supported are: {supported()}; a row is added with ffn2moe.dense.register_family"
+            ) from error
     return FAMILIES[model_type]
 
 
-def stacks_of(model: nn.Module) -> list[tuple[Stack, nn.ModuleList]]:
+def stacks_of(model: nn.Module, family: Family | None = None) -> list[tuple[Stack, nn.ModuleList]]:
     """The stacks of layers that this model has, each with its layers, in the order of its family's row."""
+    family = family or family_of(model)
     found = []
-    for stack in family_of(model).stacks:
+    for stack in family.stacks:
         if stack.where is not None and getattr(model.config, stack.where[0], None) != stack.where[1]:
             continue
         try:
@@ -345,9 +359,9 @@ def stacks_of(model: nn.Module) -> list[tuple[Stack, nn.ModuleList]]:
         except AttributeError:  # one tower alone, or an encoder without its decoder
             continue
     if not found:
-        paths = " or ".join(sorted({stack.layers for stack in family_of(model).stacks}))
+        paths = " or ".join(sorted({stack.layers for stack in family.stacks}))
         raise ValueError(
-            f"{type(model).__name__} has no layers at {paths}: it is not a model that this package converts"
+            f"a {type(model).__name__} has no layers at {paths}, where {family.name} models keep their FFNs"
         )
     return found
 
@@ -368,12 +382,15 @@ def stack_of(model: nn.Module, layer: int) -> Stack:
 
 def activation_of(model: nn.Module, layer: int = 0) -> Activation:
     """The activation of a layer's FFN; ValueError for one that the experts do not implement."""
-    stack = stack_of(model, layer)
+    return activation_in(model.config, stack_of(model, layer))
+
+
+def activation_in(config: Any, stack: Stack) -> Activation:
+    """The activation of a stack's FFNs by the model's config; ValueError for one that the experts do not implement."""
     if stack.activation in ACTIVATIONS:
         return stack.activation
-    name = getattr(
-        getattr(model.config, stack.config, model.config) if stack.config else model.config, stack.activation
-    )
+    part = getattr(config, stack.config, config) if stack.config else config
+    name = getattr(part, stack.activation, None)
     if name not in _ACTIVATION_NAMES:
         raise ValueError(f"the FFN activation {name!r} is not supported; supported are: {', '.join(_ACTIVATION_NAMES)}")
     return _ACTIVATION_NAMES[name]
@@ -429,11 +446,31 @@ def _copy(tensor: Tensor) -> Tensor:
 
 def install(model: nn.Module, layer: int, ffn: nn.Module) -> None:
     """Put `ffn` ([..., D] -> [..., D]) in the place of the FFN of one layer; norms stay."""
-    stack = stack_of(model, layer)
-    block = ffn_layers(model)[layer]
+    install_in_block(ffn_layers(model)[layer], stack_of(model, layer), ffn)
+
+
+def install_in_block(block: nn.Module, stack: Stack, ffn: nn.Module) -> None:
+    """Put `ffn` ([..., D] -> [..., D]) in the place of the FFN of this layer of a stack."""
     for path in stack.bypass:
         block.set_submodule(path, nn.Identity())
     block.set_submodule(stack.install, ffn)
+
+
+def require_untied(model: nn.Module) -> None:
+    """ValueError if a weight of an FFN has a second place in the model: a mixture in one would be lost on the other."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    for layer, block in enumerate(ffn_layers(model)):
+        stack = stack_of(model, layer)
+        for path in (stack.w_in, stack.w_out, stack.w_gate):
+            for parameter in block.get_submodule(path).parameters() if path else ():
+                places = names[id(parameter)]
+                if len(places) > 1:
+                    raise ValueError(
+                        f"{places[0]} and {places[1]} are one tensor (tied weights): FFNs that share weights cannot be "
+                        "factorised apart; untie them by saving the model with a copy in each place"
+                    )
 
 
 def resolve_source(source: str) -> tuple[str, Path | None]:
@@ -489,13 +526,18 @@ _HEAD_OF_CLASS: tuple[tuple[str, Head], ...] = (
 )
 
 
+def head_of_class(name: str) -> Head | None:
+    """What a transformers class gives, by its name; None where the name does not say."""
+    return next((head for ending, head in _HEAD_OF_CLASS if name.endswith(ending)), None)
+
+
 def head_of(config: Any) -> Head:
     """What the checkpoint of this config gives: by the class that wrote it, else the first head of its family."""
     family = FAMILIES.get(config.model_type)
-    for written_by in config.architectures or ():
-        for ending, head in _HEAD_OF_CLASS:
-            if written_by.endswith(ending) and (family is None or head in family.heads):
-                return head
+    for name in config.architectures or ():
+        head = head_of_class(name)
+        if head is not None and (family is None or head in family.heads):
+            return head
     if family is not None:
         return family.heads[0]
     return "embedding" if hasattr(config, "vocab_size") else "features"
@@ -515,7 +557,19 @@ def positions(config: Any) -> int | None:
     return limit - text.pad_token_id - 1 if family and family.positions_after_padding else limit
 
 
-def _auto_class(head: Head, reads: str, family: Family | None) -> str:
+def constructor_options(config: Any, head: Head) -> dict[str, Any]:
+    """Arguments of the constructor of a config's transformers class with this head: no pooler, which nothing reads."""
+    if config.model_type in FAMILIES:
+        return FAMILIES[config.model_type].options_for(head)
+    from transformers import MODEL_MAPPING
+
+    if head not in ("embedding", "features") or type(config) not in MODEL_MAPPING:
+        return {}
+    known = inspect.signature(MODEL_MAPPING[type(config)]).parameters
+    return dict(_POOLER) if "add_pooling_layer" in known else {}
+
+
+def auto_class(head: Head, reads: str, family: Family | None) -> str:
     if head == "causal":
         return "AutoModelForCausalLM"
     if head == "seq2seq":
@@ -559,13 +613,13 @@ def load_dense(source: str, revision: str | None = None, *, head: Head | None = 
         reads = family.reads if family else "text" if hasattr(config, "vocab_size") else "images"
         if folder is not None:
             weight_files(folder)
-        model, report = getattr(transformers, _auto_class(head, reads, family)).from_pretrained(
+        model, report = getattr(transformers, auto_class(head, reads, family)).from_pretrained(
             where,
             config=config,
             dtype=torch.float32,
             use_safetensors=True,
             output_loading_info=True,
-            **(family.options_for(head) if family else {}),
+            **constructor_options(config, head),
             **options,
         )
     except (OSError, SafetensorError) as error:
@@ -580,6 +634,8 @@ def load_dense(source: str, revision: str | None = None, *, head: Head | None = 
             "be random: the file is incomplete, or config.json belongs to another model"
         )
     require_finite(model, f"the teacher {source}")
+    family_of(model)
+    require_untied(model)
     return model.eval(), reader
 
 
