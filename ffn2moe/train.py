@@ -17,7 +17,7 @@ from ffn2moe.losses import Divergence, distillation_loss, hidden_loss, logits_lo
 from ffn2moe.metrics import pool
 from ffn2moe.moe import moe_layers
 from ffn2moe.router import Router
-from ffn2moe.spec import Pooling
+from ffn2moe.spec import Head, Pooling
 
 # Texts are padded to one of these lengths, in tokens. Few shapes, because oneDNN compiles a kernel for each.
 BATCH_LENGTHS = (16, 32, 48, 64, 96, 128, 192, 256, 384, 512)
@@ -46,21 +46,79 @@ class BatchSource(Protocol):
         ...
 
 
+def collate(
+    head: Head,
+    token_ids: Sequence[Sequence[int]],
+    decoder_ids: Sequence[Sequence[int]] | None = None,
+    *,
+    pad_id: int = 0,
+    length: int | None = None,
+) -> Batch:
+    """Texts as one batch, padded on the right to `length` tokens, or to the longest.
+
+    `decoder_ids` is what the decoder of a `seq2seq` model is given for each text. What counts in the output are the
+    real tokens, of the decoder where there is one; a classifier gives one row a text, which counts.
+    """
+    ids_BL, mask_BL = _padded(token_ids, pad_id, length)
+    inputs = {"input_ids": ids_BL, "attention_mask": mask_BL}
+    if head == "seq2seq":
+        assert decoder_ids is not None
+        inputs["decoder_input_ids"], mask_BL = _padded(decoder_ids, pad_id, None)
+    return Batch(inputs, None if head == "classification" else mask_BL)
+
+
+def _padded(token_ids: Sequence[Sequence[int]], pad_id: int, length: int | None) -> tuple[Tensor, Tensor]:
+    length = length or max(map(len, token_ids))
+    ids_BL = torch.full((len(token_ids), length), pad_id)
+    mask_BL = torch.zeros(len(token_ids), length, dtype=torch.int64)
+    for row, ids in enumerate(token_ids):
+        ids_BL[row, : len(ids)] = torch.tensor(ids)
+        mask_BL[row, : len(ids)] = 1
+    return ids_BL, mask_BL
+
+
+def in_order(
+    head: Head,
+    token_ids: Sequence[Sequence[int]],
+    decoder_ids: Sequence[Sequence[int]] | None = None,
+    *,
+    batch_texts: int = 64,
+    pad_id: int = 0,
+) -> Iterator[Batch]:
+    """The texts once, as they come, so many a batch: what calibration and evaluation run through."""
+    for start in range(0, len(token_ids), batch_texts):
+        part = slice(start, start + batch_texts)
+        yield collate(head, token_ids[part], decoder_ids[part] if decoder_ids else None, pad_id=pad_id)
+
+
 class Batches:
     """An endless, seeded order of batches of about `batch_tokens` tokens, each of one length.
 
     The batch of a step depends on the seed and the step alone, so that a run that is resumed sees what it would
-    have seen. ValueError when there are too few texts for a single batch.
+    have seen. Blocks that are all of one length (`ffn2moe.data.pack`) are not padded. ValueError when there are too
+    few texts for a single batch.
     """
 
-    def __init__(self, token_ids: Sequence[Sequence[int]], *, batch_tokens: int, seed: int, pad_id: int = 0) -> None:
+    def __init__(
+        self,
+        token_ids: Sequence[Sequence[int]],
+        *,
+        batch_tokens: int,
+        seed: int,
+        pad_id: int = 0,
+        head: Head = "embedding",
+        decoder_ids: Sequence[Sequence[int]] | None = None,
+    ) -> None:
         self._token_ids = token_ids
+        self._decoder_ids = decoder_ids
+        self._head: Head = head
         self._batch_tokens = batch_tokens
         self._seed = seed
         self._pad_id = pad_id
         self._buckets: dict[int, list[int]] = {}
+        widths = BATCH_LENGTHS if len({len(ids) for ids in token_ids}) > 1 else ()
         for index, ids in enumerate(token_ids):
-            length = next((width for width in BATCH_LENGTHS if len(ids) <= width), len(ids))
+            length = next((width for width in widths if len(ids) <= width), len(ids))
             self._buckets.setdefault(length, []).append(index)
         self.per_epoch = sum(len(group) // self._texts(length) for length, group in self._buckets.items())
         if self.per_epoch == 0:
@@ -87,17 +145,14 @@ class Batches:
         epoch, skip = divmod(step, self.per_epoch)
         while True:
             for length, indices in self._epoch(epoch)[skip:]:
-                yield self._pad(length, indices)
+                yield collate(
+                    self._head,
+                    [self._token_ids[index] for index in indices],
+                    [self._decoder_ids[index] for index in indices] if self._decoder_ids else None,
+                    pad_id=self._pad_id,
+                    length=length,
+                )
             epoch, skip = epoch + 1, 0
-
-    def _pad(self, length: int, indices: list[int]) -> Batch:
-        ids_BL = torch.full((len(indices), length), self._pad_id)
-        mask_BL = torch.zeros(len(indices), length, dtype=torch.int64)
-        for row, index in enumerate(indices):
-            ids = torch.tensor(self._token_ids[index])
-            ids_BL[row, : len(ids)] = ids
-            mask_BL[row, : len(ids)] = 1
-        return Batch({"input_ids": ids_BL, "attention_mask": mask_BL}, mask_BL)
 
 
 def train_router(
@@ -221,7 +276,10 @@ class LogitsObjective:
 
     def loss(self, student: Outputs, teacher: Outputs, batch: Batch, progress: float) -> Loss:
         logits = logits_loss(student.head, teacher.head, batch.mask, divergence=self.divergence, progress=progress)
-        hidden = hidden_loss(student.hidden, teacher.hidden, batch.mask) if self.hidden_weight else logits.new_zeros(())
+        hidden = logits.new_zeros(())
+        if self.hidden_weight:  # a classifier's logits have no mask, its hidden states have that of the text
+            mask = batch.inputs.get("attention_mask") if batch.mask is None else batch.mask
+            hidden = hidden_loss(student.hidden, teacher.hidden, mask)
         return Loss(self.logits_weight * logits + self.hidden_weight * hidden, {"logits": logits, "hidden": hidden})
 
 

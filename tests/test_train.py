@@ -69,6 +69,17 @@ def test_batches_depend_on_the_step_alone():
     assert {batch.inputs["input_ids"].shape for batch in first} == {(8, 16), (4, 32), (2, 48)}
 
 
+def test_blocks_of_one_length_are_not_padded_and_each_head_gets_its_mask():
+    blocks = [[7] * 40] * 20
+    batch = next(Batches(blocks, batch_tokens=128, seed=0, head="causal").from_step(0))
+    assert batch.inputs["input_ids"].shape == (3, 40) and batch.mask.all()
+    assert next(Batches(blocks, batch_tokens=128, seed=0, head="classification").from_step(0)).mask is None
+    given = [[0] + [3] * (index % 4) for index in range(20)]
+    batch = next(Batches(blocks, batch_tokens=800, seed=0, head="seq2seq", decoder_ids=given).from_step(0))
+    assert batch.inputs["decoder_input_ids"].shape == batch.mask.shape == (20, 4)
+    assert batch.mask.sum() == sum(map(len, given))
+
+
 def test_too_few_texts_for_a_batch_is_refused():
     with pytest.raises(ValueError, match="do not fill one batch"):
         Batches([[1, 2, 3]], batch_tokens=4096, seed=0)
