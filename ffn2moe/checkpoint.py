@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ffn2moe.dense import FAMILIES, family_of, ffn_layers, ffn_paths, install, require_finite
+from ffn2moe.dense import FAMILIES, family_of, ffn_layers, ffn_paths, install, require_finite, weight_files
 from ffn2moe.moe import MoEFFN
 from ffn2moe.spec import MoESpec
 
@@ -32,16 +32,36 @@ def save(model: nn.Module, tokenizer: Any, spec: MoESpec, folder: str | Path) ->
     require_finite(model, "the model to be saved")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    aliases = tied(model)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+    held = {name: tensor for name, tensor in tensors.items() if name not in aliases}
+    save_file(held, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+    describe(model, spec, folder)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+
+
+def describe(model: Any, spec: MoESpec, folder: Path) -> None:
+    """Write what a saved model is: all but its weights and its tokenizer."""
     config = model.config.to_dict()
     config.pop("_name_or_path", None)  # a path of this machine
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     (folder / SPEC_FILE).write_text(
         json.dumps({"format": FORMAT, "spec": spec.to_dict()}, indent=2, sort_keys=True) + "\n"
     )
-    if tokenizer is not None:
-        tokenizer.save_pretrained(folder)
+    if model.can_generate():
+        model.generation_config.save_pretrained(folder)
+
+
+def tied(model: nn.Module) -> dict[str, str]:
+    """Names of tensors that are another's second name, with the first: only that one is on disk."""
+    first: dict[int, str] = {}
+    aliases: dict[str, str] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        other = first.setdefault(id(parameter), name)
+        if other != name:
+            aliases[name] = other
+    return aliases
 
 
 def load_spec(folder: str | Path) -> MoESpec:
@@ -63,7 +83,8 @@ def load_spec(folder: str | Path) -> MoESpec:
 def load(folder: str | Path) -> Any:
     """The saved model as an ordinary transformers model, float32, in eval mode; its FFNs are `MoEFFN`.
 
-    Every tensor of the file must be used and every tensor of the model must be in the file.
+    The weights are in one file or in shards with an index. Every tensor of the files must be used and every tensor of
+    the model must be in them.
     """
     import transformers
     from safetensors import SafetensorError
@@ -71,11 +92,13 @@ def load(folder: str | Path) -> Any:
 
     folder = Path(folder)
     spec = load_spec(folder)
+    tensors: dict[str, torch.Tensor] = {}
     try:
-        tensors = load_file(folder / WEIGHTS_FILE)
+        for path in sorted(set(weight_files(folder).values())):
+            tensors |= load_file(path)
     except (OSError, SafetensorError) as error:
         raise ValueError(
-            f"{folder / WEIGHTS_FILE} cannot be read ({error}): copy it again, or make the export again"
+            f"the weights of {folder} cannot be read ({error}): copy them again, or make the export again"
         ) from error
     config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
     family = FAMILIES[spec.family]
@@ -92,9 +115,11 @@ def load(folder: str | Path) -> Any:
         )
         install(model, index, moe)
     missing, unexpected = model.load_state_dict(tensors, strict=False)
+    aliases = tied(model)
+    missing = [name for name in missing if aliases.get(name) not in tensors]
     if missing or unexpected:
         raise ValueError(
-            f"{folder / WEIGHTS_FILE} does not fit its {SPEC_FILE}: missing {missing[:3]}, unexpected {unexpected[:3]}"
+            f"the weights of {folder} do not fit its {SPEC_FILE}: missing {missing[:3]}, unexpected {unexpected[:3]}"
         )
     require_finite(model, str(folder))
     return model.to(torch.float32).eval()
