@@ -168,6 +168,38 @@ def spearman_ratio_interval(
     return ratio_interval(both, len(target), rounds=rounds, seed=seed)
 
 
+# --- distributions over tokens or classes ---------------------------------------------------------------
+
+
+def nats(logits_TV: Tensor, target_T: Tensor) -> Tensor:
+    """Negative log-likelihood of each target, [T] float64, in nats."""
+    return -logits_TV.double().log_softmax(-1).gather(-1, target_T.unsqueeze(-1)).squeeze(-1)
+
+
+def divergence(teacher_TV: Tensor, student_TV: Tensor) -> Tensor:
+    """``KL(teacher || student)`` at each position, [T] float64, in nats, from logits."""
+    teacher, student = teacher_TV.double().log_softmax(-1), student_TV.double().log_softmax(-1)
+    return (teacher.exp() * (teacher - student)).sum(-1)
+
+
+def perplexity(nats_N: Tensor, tokens_N: Tensor) -> float:
+    """``exp`` of the mean over all tokens; of each text its nats in all, and how many tokens were predicted."""
+    return float(np.exp((nats_N.double().sum() / tokens_N.sum()).item()))
+
+
+def perplexity_interval(nats_N: Tensor, tokens_N: Tensor, *, rounds: int = 1000, seed: int = 0) -> Interval:
+    """95 % interval of `perplexity`, by a bootstrap over texts: the tokens of one text are not independent."""
+    mean = mean_ratio_interval(nats_N, tokens_N, rounds=rounds, seed=seed)
+    return Interval(float(np.exp(mean.low)), float(np.exp(mean.high)))
+
+
+def perplexity_ratio_interval(
+    teacher_nats_N: Tensor, student_nats_N: Tensor, tokens_N: Tensor, *, rounds: int = 1000, seed: int = 0
+) -> Interval:
+    """95 % interval of the teacher's perplexity over the student's: what is kept, 1 where nothing is lost."""
+    return perplexity_interval(teacher_nats_N - student_nats_N, tokens_N, rounds=rounds, seed=seed)
+
+
 # --- load ---------------------------------------------------------------------------------------------
 
 

@@ -209,3 +209,31 @@ def test_the_amdahl_bound_golden_value():
     """FFN 65 % of the work: a quarter of it active gives at most 1.95, half of it 1.48."""
     assert metrics.amdahl_bound(metrics.Flops(35, 65), 0.25) == pytest.approx(1.951, abs=1e-3)
     assert metrics.amdahl_bound(metrics.Flops(35, 65), 0.5) == pytest.approx(1.481, abs=1e-3)
+
+
+def test_perplexity_is_that_of_a_uniform_guess_and_its_interval_holds_it():
+    logits_TV, target_T = torch.zeros(60, 7), torch.arange(60) % 7
+    nats_T = metrics.nats(logits_TV, target_T)
+    assert metrics.perplexity(nats_T.view(6, 10).sum(1), torch.full((6,), 10)) == pytest.approx(7)
+    generator = torch.Generator().manual_seed(0)
+    nats_N, tokens_N = torch.rand(50, generator=generator) * 20, torch.randint(5, 15, (50,), generator=generator)
+    interval = metrics.perplexity_interval(nats_N, tokens_N)
+    assert interval.low < metrics.perplexity(nats_N, tokens_N) < interval.high
+
+
+def test_what_is_kept_of_a_perplexity_is_teacher_over_student_on_the_same_texts():
+    generator = torch.Generator().manual_seed(0)
+    teacher_N, tokens_N = torch.rand(50, generator=generator) * 20, torch.full((50,), 10)
+    student_N = teacher_N + tokens_N * 0.1  # a tenth of a nat worse everywhere: exp(-0.1), without any spread
+    interval = metrics.perplexity_ratio_interval(teacher_N, student_N, tokens_N)
+    assert interval.low == pytest.approx(math.exp(-0.1)) == interval.high
+
+
+def test_divergence_is_zero_for_the_same_distribution_and_positive_for_another():
+    logits_TV = torch.randn(20, 9, generator=torch.Generator().manual_seed(0))
+    assert metrics.divergence(logits_TV, logits_TV + 3).abs().max() < 1e-12
+    other_TV = logits_TV.flip(-1)
+    expected = torch.nn.functional.kl_div(
+        other_TV.double().log_softmax(-1), logits_TV.double().log_softmax(-1), reduction="none", log_target=True
+    ).sum(-1)
+    assert torch.allclose(metrics.divergence(logits_TV, other_TV), expected) and (expected > 0).all()
