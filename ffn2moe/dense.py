@@ -32,7 +32,6 @@ ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
 _ACTIVATION_NAMES: dict[str, Activation] = {
     "gelu": "gelu",
     "gelu_python": "gelu",
-    "gelu_tanh": "gelu_tanh",
     "gelu_new": "gelu_tanh",
     "gelu_fast": "gelu_tanh",
     "gelu_accurate": "gelu_tanh",
@@ -330,21 +329,24 @@ def supported() -> str:
 def family_of(model: nn.Module) -> Family:
     """The family of a transformers model.
 
-    A model type without a row is probed once: its FFNs are looked for, and the row is registered when K = E proves it.
-    ValueError, with the reason and the list of known types, for any other model.
+    For a model type without a row the FFNs are looked for, once, while the model is still dense, and what is found
+    counts when K = E proves it; the model then carries its row. ValueError, with the reason and the known types, for
+    any other model.
     """
     model_type = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
-    if model_type not in FAMILIES:
+    if model_type in FAMILIES:
+        return FAMILIES[model_type]
+    if not isinstance(getattr(model, "probed_family", None), Family):
         from ffn2moe.probe import probe
 
         try:
-            register_family(probe(model))
+            model.probed_family = probe(model)
         except (ValueError, AttributeError) as error:
             raise ValueError(
                 f"models of type {model_type!r} are not supported, and no FFNs were found in this one that could be "
                 f"proven: {error}. Supported are: {supported()}; a row is added with ffn2moe.dense.register_family"
             ) from error
-    return FAMILIES[model_type]
+    return model.probed_family
 
 
 def stacks_of(model: nn.Module, family: Family | None = None) -> list[tuple[Stack, nn.ModuleList]]:

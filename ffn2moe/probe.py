@@ -52,13 +52,13 @@ def probe(model: nn.Module) -> Family:
         if not found:
             raise ValueError("no list of layers holds a linear map D -> F and one F -> D with F > D, or a gated pair")
         reads = {"pixel_values": "images", "input_features": "speech"}.get(model.main_input_name, "text")
-        default: Head = "embedding" if reads == "text" else "features"
+        head: Head = head_of_class(type(model).__name__) or ("embedding" if reads == "text" else "features")
         family = Family(
             name=model.config.model_type,
             stacks=tuple(found),
-            heads=tuple(dict.fromkeys((head_of_class(type(model).__name__) or default, default))),
+            heads=(head,),
             reads=reads,  # type: ignore[arg-type]
-            options=tuple(constructor_options(model.config, "embedding").items()),
+            options=tuple(constructor_options(model.config, head).items()),
         )
     prove(model, family)
     return family
