@@ -32,6 +32,7 @@ PACKAGES: dict[str, str] = {
 }
 
 SHORTEST_DOCSTRING = 8  # words; shorter ones ("Return self.") say nothing about themselves
+END_OF_TEXT = "<|endoftext|>"  # a line that divides texts of several lines, as TinyStories and WebText have it
 LONGEST_TEXT = 4000  # characters; far beyond what an encoder reads, and a bound on memory
 
 _SET_COLUMN = "set data.text_column, or --text-column"
@@ -131,9 +132,9 @@ def _die_with_parent() -> None:
 def read_corpus(source: str, column: str = "text", *, workers: int = 0, track: Track | None = None) -> list[str]:
     """The texts of a corpus, cleaned, without empty ones, in the order of the source.
 
-    `docstrings`; a .txt (one text a line), .jsonl, .csv or .tsv file (`column` is the one that holds the
-    text); or `datasets:NAME` (also `datasets:NAME:CONFIGURATION`). FileNotFoundError or ValueError with the
-    remedy.
+    `docstrings`; a .txt (one text a line, or texts divided by lines of <|endoftext|>), .jsonl, .csv or .tsv file
+    (`column` is the one that holds the text); or `datasets:NAME` (also `datasets:NAME:CONFIGURATION`).
+    FileNotFoundError or ValueError with the remedy.
     """
     if source == "docstrings":
         return docstrings(workers=workers, track=track)
@@ -146,7 +147,7 @@ def read_corpus(source: str, column: str = "text", *, workers: int = 0, track: T
 
 def _file_texts(path: Path, column: str) -> list[str]:
     readers: dict[str, Callable[[Path, str], list[str]]] = {
-        ".txt": lambda file, _: read_lines(file),
+        ".txt": lambda file, _: read_documents(file),
         ".jsonl": read_jsonl_column,
         ".csv": lambda file, name: _table_column(file, name, ","),
         ".tsv": lambda file, name: _table_column(file, name, "\t"),
@@ -176,6 +177,20 @@ def read_file(path: Path) -> str:
 
 def read_lines(path: Path) -> list[str]:
     return read_file(path).splitlines()
+
+
+def read_documents(path: Path) -> list[str]:
+    """The texts of a .txt file: one a line or, where lines say <|endoftext|>, what stands between these."""
+    lines = read_lines(path)
+    if END_OF_TEXT not in lines:
+        return lines
+    texts: list[list[str]] = [[]]
+    for line in lines:
+        if line == END_OF_TEXT:
+            texts.append([])
+        else:
+            texts[-1].append(line)
+    return ["\n".join(text) for text in texts]
 
 
 def read_jsonl_column(path: Path, column: str) -> list[str]:

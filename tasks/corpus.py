@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from ffn2moe.corpus import PACKAGES as PACKAGES
-from ffn2moe.corpus import clean, read_file, read_jsonl_column, read_lines
+from ffn2moe.corpus import clean, read_documents, read_file, read_jsonl_column, read_lines
 from ffn2moe.corpus import docstrings as docstrings
 from ffn2moe.corpus import read_corpus as read_corpus
 
@@ -120,7 +120,7 @@ def read_folder(folder: Path) -> LabelledFolder:
 
     `stsb/{train,dev}.csv` (tab-separated, no quoting, columns 5 to 7: score, two sentences),
     `ag_news/sample.csv` (class, title, body; split by content), `sst2/{train,dev}.tsv` (sentence, label),
-    `wikitext2/valid.txt`, and any `*.txt` (a text a line) and `*.jsonl` (column `text`) beside them.
+    `wikitext2/valid.txt`, and any `*.txt` (as a corpus has it) and `*.jsonl` (column `text`) beside them.
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"data.folder = {folder} is not a folder; give one, or null for none")
@@ -143,7 +143,7 @@ def read_folder(folder: Path) -> LabelledFolder:
     if (file := folder / "wikitext2" / "valid.txt").is_file():
         texts += _read_wikitext(file)
     for file in sorted(folder.glob("*.txt")):
-        texts += read_lines(file)
+        texts += read_documents(file)
     for file in sorted(folder.glob("*.jsonl")):
         texts += read_jsonl_column(file, "text")
 
@@ -277,18 +277,20 @@ def split(
     joined: Sequence[str] = (),
     judged: Iterable[str] = (),
     evaluation_texts: int = 0,
+    first_lines: bool = True,
 ) -> Splits:
     """Train, calibration and evaluation texts, in the order of their content hash (a fixed shuffle).
 
     `pairs` (from `benchmark_pairs`, of this corpus or another) are held out with the texts they come from.
     `joined` are further texts to learn from; they get at most half of `max_texts` where both are large.
-    `evaluation_texts` more texts are held out where the pairs come from another corpus. ValueError if what is
-    left is too small to train on.
+    `evaluation_texts` more texts are held out where the pairs come from another corpus. With `first_lines` the
+    first line of a text is a text of its own too, as queries are short. ValueError if what is left is too small to
+    train on.
     """
     leaks = _LeakGuard(pairs.values(), judged)
     evaluation = sorted({text for text in texts if text in pairs}, key=content_hash)
     seen: set[str] = set()
-    own = _units([text for text in texts if text not in pairs], leaks, seen, with_queries=True)
+    own = _units([text for text in texts if text not in pairs], leaks, seen, with_queries=first_lines)
     more = _units(joined, leaks, seen, with_queries=False)
     evaluation += [unit.texts[0] for unit in own[:evaluation_texts]]
     own = own[evaluation_texts:]

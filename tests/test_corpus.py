@@ -284,3 +284,15 @@ def test_json_lines_come_back_as_they_were_written(tmp_path):
     corpus.write_jsonl(tmp_path / "a" / "b.jsonl", rows)
     assert corpus.read_jsonl(tmp_path / "a" / "b.jsonl") == rows
     assert json.loads((tmp_path / "a" / "b.jsonl").read_bytes()) == rows[0]
+
+
+def test_a_txt_file_may_hold_texts_of_several_lines(tmp_path):
+    (tmp_path / "stories.txt").write_text("Once upon\na time.\n<|endoftext|>\nThe end.\n<|endoftext|>\n")
+    assert corpus.read_corpus(str(tmp_path / "stories.txt")) == ["Once upon\na time.", "The end."]
+
+
+def test_texts_for_a_language_model_are_not_split_into_first_lines():
+    texts = make_texts(100)
+    splits = corpus.split(texts, pairs={}, calibration_texts=10, max_texts=90, evaluation_texts=20, first_lines=False)
+    assert [len(part) for part in (splits.evaluation, splits.calibration, splits.train)] == [20, 10, 60]
+    assert {*splits.evaluation, *splits.calibration, *splits.train} <= set(texts)
