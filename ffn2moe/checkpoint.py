@@ -13,7 +13,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from ffn2moe.dense import FAMILIES, family_of, ffn_layers, ffn_paths, install, require_finite, weight_files
+from ffn2moe.dense import (
+    constructor_options,
+    family_of,
+    ffn_layers,
+    ffn_paths,
+    install,
+    require_finite,
+    weight_files,
+)
 from ffn2moe.moe import MoEFFN
 from ffn2moe.spec import MoESpec
 
@@ -101,9 +109,8 @@ def load(folder: str | Path) -> Any:
             f"the weights of {folder} cannot be read ({error}): copy them again, or make the export again"
         ) from error
     config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    family = FAMILIES[spec.family]
-    model = getattr(transformers, spec.model_class)(config, **family.options_for(spec.head))
-    if family_of(model) is not family or len(ffn_layers(model)) != spec.num_layers:
+    model = getattr(transformers, spec.model_class)(config, **constructor_options(config, spec.head))
+    if family_of(model).name != spec.family or len(ffn_layers(model)) != spec.num_layers:
         raise ValueError(f"{folder}: config.json and {SPEC_FILE} describe different models")
     for index, name in enumerate(ffn_paths(model)):
         moe = MoEFFN(

@@ -11,17 +11,20 @@ import torch
 import transformers
 from torch import nn
 
+from ffn2moe import checkpoint
 from ffn2moe.dense import (
     ACTIVATIONS,
     FAMILIES,
     Family,
     Stack,
     activation_of,
+    constructor_options,
     family_of,
     ffn_layers,
     ffn_modules,
     ffn_paths,
     head_of,
+    head_of_class,
     load_dense,
     positions,
     read_ffn,
@@ -34,6 +37,7 @@ from ffn2moe.dense import (
 from ffn2moe.experts import neurons_by_expert, slice_experts
 from ffn2moe.moe import MoEFFN, install_moe, moe_layers, spec_of
 from ffn2moe.probe import example_inputs, probe, prove
+from ffn2moe.spec import MoESpec
 from tests.conftest import make_tiny_bert, make_tiny_llama
 
 F_PLAIN, F_GATED = 44, 36  # neither divides into 8 experts
@@ -209,7 +213,8 @@ def tiny(case: str) -> Any:
     model_class, config_class, settings = CASES[case]
     torch.manual_seed(0)
     config = getattr(transformers, config_class)(**settings)
-    model = getattr(transformers, model_class)(config)
+    options = {} if head_of_class(model_class) else constructor_options(config, "embedding")
+    model = getattr(transformers, model_class)(config, **options)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -227,9 +232,9 @@ def outputs(model: Any) -> torch.Tensor:
     return torch.cat([(value / value.abs().max()).flatten() for value in tensors])
 
 
-def carve(model: Any, num_experts: int = 8) -> None:
+def carve(model: Any, num_experts: int = 8) -> MoESpec:
     """Every FFN of the model in random experts of unequal size, all of them chosen."""
-    head = head_of(model.config) if model.config.model_type in FAMILIES else "causal"
+    head = head_of_class(type(model).__name__) or family_of(model).heads[0]
     spec = spec_of(
         model,
         head=head,
@@ -250,6 +255,7 @@ def carve(model: Any, num_experts: int = 8) -> None:
         layers.append(MoEFFN.from_experts(spec, weights, neurons_EM, spec.shape_of(layer)))
     install_moe(model, layers)
     model.eval()
+    return spec
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -267,6 +273,22 @@ def test_with_all_experts_chosen_the_model_is_the_dense_model(case):
         changed = outputs(model)
         assert (changed - dense).abs().max() > 1e-4, "every mixture is in use"
         dense = changed
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_mixture_of_every_family_is_kept_on_disk(case, tmp_path):
+    model = tiny(case)
+    spec = carve(model)
+    checkpoint.save(model, None, spec, tmp_path)
+    assert torch.equal(outputs(checkpoint.load(tmp_path)), outputs(model))
+
+
+def test_a_mixture_of_a_model_without_a_row_is_kept_on_disk(monkeypatch, tmp_path):
+    model = tiny("llama")
+    monkeypatch.delitem(FAMILIES, "llama")
+    spec = carve(model)
+    checkpoint.save(model, None, spec, tmp_path)
+    assert torch.equal(outputs(checkpoint.load(tmp_path)), outputs(model))
 
 
 @pytest.mark.parametrize("case", CASES)
