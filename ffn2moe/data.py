@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ffn2moe.train import Batch
+
 Track = Callable[[Iterable[Any], int, str], Iterable[Any]]
 
 
@@ -63,6 +65,43 @@ def sample_tokens(
     return texts
 
 
+@torch.no_grad()
+def greedy_answers(
+    model: Any,
+    token_ids: Sequence[Sequence[int]],
+    *,
+    length: int,
+    batch: int,
+    pad_id: int,
+    track: Track | None = None,
+) -> list[list[int]]:
+    """What a seq2seq model answers to each text, as the ids [L] that its decoder is given to say it again.
+
+    The answer is the model's own greedy one, of `length` tokens at most: it begins with the decoder's start token,
+    and the last token that was predicted is left out, as nothing is predicted from it.
+    """
+    ends = end_of_text(model)
+    answers: list[list[int]] = []
+    starts = range(0, len(token_ids), batch)
+    for start in track(starts, len(starts), "answering texts") if track else starts:
+        rows = [torch.tensor(ids) for ids in token_ids[start : start + batch]]
+        ids_BL = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad_id)
+        length_B = torch.tensor([len(row) for row in rows])
+        mask_BL = (torch.arange(ids_BL.shape[1]) < length_B.unsqueeze(1)).long()
+        found_BL = model.generate(
+            input_ids=ids_BL.to(model.device),
+            attention_mask=mask_BL.to(model.device),
+            max_new_tokens=length,
+            do_sample=False,
+            num_beams=1,
+        )
+        for row in found_BL.tolist():
+            # The first token starts the decoder; in some models it is the one that ends a text, too.
+            end = next((place for place, token in enumerate(row) if place and token in ends), len(row) - 1)
+            answers.append(row[:end])
+    return answers
+
+
 def end_of_text(model: Any) -> set[int]:
     """The tokens that end a text, as the generation config says, or else the model's."""
     for config in (getattr(model, "generation_config", None), model.config.get_text_config()):
@@ -104,3 +143,29 @@ def _sample(
         if done_B.all():
             break
     return ids_BL
+
+
+def batched(token_ids: Sequence[Sequence[int]], *, batch_tokens: int, pad_id: int = 0) -> list[Batch]:
+    """The sequences, in order, in batches of at most `batch_tokens` tokens, padding included (one sequence at least).
+
+    A batch whose sequences are equally long has no mask, as packed blocks have none.
+    """
+    groups: list[list[Sequence[int]]] = []
+    longest = 0
+    for ids in token_ids:
+        longest = max(longest, len(ids))
+        if groups and longest * (len(groups[-1]) + 1) <= batch_tokens:
+            groups[-1].append(ids)
+        else:
+            groups.append([ids])
+            longest = len(ids)
+    return [_padded(group, pad_id) for group in groups]
+
+
+def _padded(group: Sequence[Sequence[int]], pad_id: int) -> Batch:
+    length = max(map(len, group))
+    if all(len(ids) == length for ids in group):
+        return Batch({"input_ids": torch.tensor([list(ids) for ids in group])}, None)
+    ids_BL = torch.tensor([[*ids, *[pad_id] * (length - len(ids))] for ids in group])
+    mask_BL = torch.tensor([[1] * len(ids) + [0] * (length - len(ids)) for ids in group])
+    return Batch({"input_ids": ids_BL, "attention_mask": mask_BL}, mask_BL)

@@ -20,8 +20,8 @@ from ffn2moe.router import ridge as ridge_regression
 from ffn2moe.spec import MoESpec
 from ffn2moe.train import Batch, train_router
 
-CHUNK = 4096  # tokens at once
-SCALE_TOKENS = 4096  # that the spread of the gates is fitted on: one number, and every expert's output is kept
+CHUNK = 4096  # tokens at once, where that makes no more numbers than ...
+MOST_NUMBERS = 2**25  # ... this: the activations, or the outputs of all experts, of a chunk
 
 
 @torch.no_grad()
@@ -76,6 +76,11 @@ def real_tokens(x: Tensor, batch: Batch, layers: str) -> Tensor:
     return x.reshape(-1, x.shape[-1])
 
 
+def chunk_of(numbers: int) -> int:
+    """How many tokens to work on at once, where each makes so many numbers."""
+    return max(256, min(CHUNK, MOST_NUMBERS // numbers))
+
+
 @torch.no_grad()
 def carve(ffn: DenseFFN, x_TD: Tensor, spec: MoESpec, layer: int, *, seed: int) -> MoEFFN:
     """The mixture of one layer: the FFN's neurons divided by what they do on tokens [T, D], and nothing trained.
@@ -85,7 +90,7 @@ def carve(ffn: DenseFFN, x_TD: Tensor, spec: MoESpec, layer: int, *, seed: int) 
     shape = spec.shape_of(layer)
     statistics = NeuronStatistics(ffn.ffn_width)
     if spec.partition == "coactivation" or shape.shared_width:
-        for x in x_TD.split(CHUNK):
+        for x in x_TD.split(chunk_of(ffn.ffn_width)):
             statistics.update(ffn.neurons(x))
     method: PartitionMethod = spec.partition  # type: ignore[assignment]
     expert_of_neuron_F = partition_with_shared(method, ffn, statistics, spec.num_experts, seed, shape.shared_width)
@@ -108,7 +113,8 @@ def fit_router(
 
     Ridge regression is the start and `steps` of AdamW the rest; returns the loss of each step. No expert changes.
     """
-    survey = oracle.survey(moe, x_TD)
+    chunk = chunk_of(moe.num_experts * x_TD.shape[1])
+    survey = oracle.survey(moe, x_TD, chunk)
     moe.router.set(*ridge_regression(x_TD, survey.norm_TE, ridge, intercept=moe.router.has_bias))
     losses = list(
         train_router(
@@ -121,8 +127,8 @@ def fit_router(
             seed=seed,
         )
     )
-    moe.fit_router_scale(x_TD[:SCALE_TOKENS])
-    moe.fit_scale_and_mean(x_TD)
+    moe.fit_router_scale(x_TD[:chunk])  # one number, so a part of the tokens will do
+    moe.fit_scale_and_mean(x_TD, chunk)
     return losses
 
 
