@@ -347,18 +347,20 @@ def record_calls(model: Any, layers: nn.ModuleList, batch: Batch) -> tuple[Tenso
     Whatever is outside the layers must be there. ValueError where the model does more between its layers than to pass
     hidden states on.
     """
-    for as_tuple in (False, True):  # what the layers of this model return
+    for rest in (None, (), (None,)):  # what the layers of this model return: a tensor, or a tuple that begins with it
         try:
-            return _record_calls(model, layers, batch, as_tuple)
+            return _record_calls(model, layers, batch, rest)
         except (_Unusable, TypeError, IndexError, AttributeError, ValueError, RuntimeError) as error:
-            reason = error
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
     raise ValueError(
         f"{type(model).__name__} does not just pass hidden states from layer to layer ({reason}), so it is not "
         "decomposed layer by layer: convert it in memory"
     )
 
 
-def _record_calls(model: Any, layers: nn.ModuleList, batch: Batch, as_tuple: bool) -> tuple[Tensor, list[_Call]]:
+def _record_calls(
+    model: Any, layers: nn.ModuleList, batch: Batch, rest: tuple[None, ...] | None
+) -> tuple[Tensor, list[_Call]]:
     seen: list[Tensor] = []
     calls: list[_Call] = []
 
@@ -368,7 +370,7 @@ def _record_calls(model: Any, layers: nn.ModuleList, batch: Batch, as_tuple: boo
             raise _Unusable("a layer got a tensor of another shape than the first one did")
         seen.append(hidden)
         calls.append(_Call(args[1:], kwargs))
-        return (hidden,) if as_tuple else hidden
+        return hidden if rest is None else (hidden, *rest)
 
     for layer in layers:
         layer.forward = forward

@@ -31,7 +31,10 @@ SETTINGS: dict[str, Any] = {
 }
 NOT_ONE_STACK = ("t5", "mt5", "umt5", "bart", "mbart", "marian", "pegasus", "m2m_100", "whisper", "clip", "siglip")
 IMAGES = ("vit", "deit", "dinov2", "clip_vision", "siglip_vision")
-STREAMED = [case for case in CASES if case.split()[0] not in NOT_ONE_STACK and not case.startswith(IMAGES)]
+NO_AUTO_CLASS = ("clip_text_model, projected", "siglip_text_model")  # that gives the class of the case
+STREAMED = [
+    case for case in CASES if case.split()[0] not in NOT_ONE_STACK and not case.startswith((*IMAGES, *NO_AUTO_CLASS))
+]
 
 
 def blocks(count: int = 12, length: int = 8) -> list[Batch]:
@@ -70,7 +73,7 @@ def test_layer_by_layer_gives_what_the_model_in_memory_gives(case, tmp_path):
 @pytest.mark.parametrize("case", ["t5 plain", "clip"])
 def test_a_model_of_several_stacks_is_refused(case, tmp_path):
     make(tmp_path / "dense", case)
-    with pytest.raises(ValueError, match="2 stacks of layers.*convert this one in memory"):
+    with pytest.raises(ValueError, match=r"2 stacks of layers.*convert this one in memory"):
         decompose(tmp_path / "dense", tmp_path / "out", blocks(), **SETTINGS)
 
 
@@ -206,7 +209,7 @@ def test_damaged_and_incomplete_sources_are_refused_with_the_cause(tmp_path):
     )
     refused(
         "doubled",
-        lambda tensors: tensors.update({"layers.0.mlp.up_proj.weight": tensors[up]}),
+        lambda tensors: tensors.update({"layers.0.mlp.up_proj.weight": tensors[up].clone()}),
         r"holds model\.layers\.0\.mlp\.up_proj\.weight twice",
     )
     refused("overflow", poison(up, 7e4), r"reaches 7e\+04, and float16 ends at 65504", dtype=torch.float16)
