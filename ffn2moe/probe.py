@@ -48,6 +48,7 @@ def probe(model: nn.Module) -> Family:
     """
     with _evaluation(model):
         trial = _Trial(model)
+        trial.outputs()
         found = [stack for path, layers in _lists(model.base_model) if (stack := _find(trial, path, layers))]
         if not found:
             raise ValueError("no list of layers holds a linear map D -> F and one F -> D with F > D, or a gated pair")
@@ -154,10 +155,12 @@ class _Trial:
 
     @torch.no_grad()
     def outputs(self) -> list[Tensor]:
-        """All that the model gives for the input, caches aside."""
+        """All that the model gives for the input, caches aside; the same each time, even if it draws random numbers."""
         more = {"use_cache": False} if "use_cache" in inspect.signature(self.model.forward).parameters else {}
         try:
-            return list(_tensors(self.model(**self.inputs, **more, return_dict=True)))
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(0)
+                return list(_tensors(self.model(**self.inputs, **more, return_dict=True)))
         except (TypeError, ValueError, RuntimeError, IndexError, AttributeError) as error:
             raise ValueError(f"the model does not run on a random input: {error}") from error
 

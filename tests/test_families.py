@@ -676,3 +676,34 @@ def test_the_longest_text_of_each_family():
     assert longest("whisper", max_target_positions=448) == 448
     assert longest("clip") == 77
     assert longest("t5") is longest("bloom") is longest("vit") is None
+
+
+def byte_level_tokenizer(folder: Path) -> None:
+    """A vocabulary of letters, as GPT-2, CLIP and Whisper keep one."""
+    letters = [*"abcdefgh", *(f"{letter}</w>" for letter in "abcdefgh")]
+    words = [*letters, "<|startoftext|>", "<|endoftext|>"]
+    (folder / "vocab.json").write_text(json.dumps({word: index for index, word in enumerate(words)}))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+
+
+def test_a_model_of_speech_comes_with_its_processor(tmp_path):
+    tiny("whisper").save_pretrained(tmp_path)
+    byte_level_tokenizer(tmp_path)
+    tokenizer = transformers.WhisperTokenizer(str(tmp_path / "vocab.json"), str(tmp_path / "merges.txt"))
+    listening = transformers.WhisperFeatureExtractor(feature_size=8, chunk_length=1)
+    transformers.WhisperProcessor(listening, tokenizer).save_pretrained(tmp_path)
+    model, processor = load_dense(str(tmp_path))
+    assert type(model).__name__ == "WhisperForConditionalGeneration" and len(ffn_layers(model)) == 3
+    sound = processor([0.0] * 800, sampling_rate=16000, return_tensors="pt")["input_features"]
+    assert sound.shape[1] == model.config.num_mel_bins
+
+
+def test_a_model_of_text_and_images_comes_with_its_processor(tmp_path):
+    tiny("clip").save_pretrained(tmp_path)
+    byte_level_tokenizer(tmp_path)
+    tokenizer = transformers.CLIPTokenizer(str(tmp_path / "vocab.json"), str(tmp_path / "merges.txt"))
+    seeing = transformers.CLIPImageProcessor(size={"shortest_edge": 8}, crop_size={"height": 8, "width": 8})
+    transformers.CLIPProcessor(seeing, tokenizer).save_pretrained(tmp_path)
+    model, processor = load_dense(str(tmp_path))
+    inputs = processor(text=["a b"], images=[torch.zeros(3, 9, 9)], return_tensors="pt")
+    assert model(**inputs).logits_per_image.shape == (1, 1)
