@@ -389,7 +389,7 @@ def test_an_unsupported_family_is_refused_with_the_list():
     from transformers import MambaConfig, MambaModel
 
     model = MambaModel(MambaConfig(num_hidden_layers=1, hidden_size=8, vocab_size=10, state_size=4))
-    with pytest.raises(ValueError, match=r"'mamba'.*supported are: .*bert"):
+    with pytest.raises(ValueError, match=r"'mamba'.*Supported are: .*bert"):
         family_of(model)
 
 
