@@ -4,39 +4,38 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from tasks import corpus
 from tasks.stage import StageRun, main
+from tasks.tokens import read_tokens
 
 if TYPE_CHECKING:
+    from ffn2moe.containers import Container
     from ffn2moe.spec import MoESpec
 
 IDENTITY_TOLERANCE = 1e-5  # largest difference allowed between the dense model and its K = E mixture
+CHECKED_TEXTS = 32  # on which that is looked at
 
 
 def run(stage: StageRun) -> None:
     from ffn2moe import checkpoint, oracle
-    from ffn2moe.dense import ffn_modules, load_dense, read_ffn
-    from ffn2moe.encode import choose_device, module_inputs
-    from ffn2moe.factorise import carve, every_expert, output_of
+    from ffn2moe.dense import load_dense, read_ffn
+    from ffn2moe.encode import choose_device
+    from ffn2moe.factorise import carve, every_expert, layer_inputs, output_of
     from ffn2moe.moe import install_moe
     from ffn2moe.router import neutral_scale
-    from ffn2moe.train import Batch
 
     params, root = stage.params, stage.root
     settings = params.decompose
-    model, tokenizer = load_dense(str(root / "data/teacher"))
-    texts = corpus.read_texts(root / "data/corpus/calibration.jsonl")
-    inputs = module_inputs(
+    head = None if params.teacher.head == "auto" else params.teacher.head
+    model, tokenizer = load_dense(str(root / "data/teacher"), head=head)
+    spec = describe(stage, model)
+    tokens = read_tokens(root / "data/corpus/calibration.jsonl", spec.head, tokenizer, params.teacher.max_length)
+    inputs = layer_inputs(
         model,
-        ffn_modules(model),
-        tokenizer,
-        texts,
-        max_length=params.teacher.max_length,
+        tokens.in_order(),
         max_tokens=settings.calibration_tokens,
         device=choose_device(params.compute.device),
     )
     model.to("cpu")
-    spec = describe(stage, model)
     layers = [
         carve(read_ffn(model, index), x_TD, spec, index, seed=params.seed)
         for index, x_TD in stage.track(enumerate(inputs), len(inputs), "dividing layers")
@@ -46,15 +45,13 @@ def run(stage: StageRun) -> None:
         best = oracle.best_scale(moe, x_TD)
         rows.append({"layer": index, "oracle_error": best.error, "scale": best.scale})
 
-    batch = tokenizer(
-        texts[:32], truncation=True, max_length=params.teacher.max_length, padding=True, return_tensors="pt"
-    )
-    check = Batch({name: batch[name] for name in ("input_ids", "attention_mask")}, batch["attention_mask"])
+    check = next(tokens.in_order(CHECKED_TEXTS))
     dense = output_of(model, check)
     install_moe(model, layers)
     with every_expert(layers):
         difference = (output_of(model, check) - dense).abs().max().item()
-    if not difference <= IDENTITY_TOLERANCE:
+    largest = max(1.0, dense.abs().max().item())  # logits may be large: then the difference is relative to them
+    if not difference <= IDENTITY_TOLERANCE * largest:
         raise ValueError(
             f"with all experts active the mixture differs from the dense model by {difference:.1e}, more than "
             f"{IDENTITY_TOLERANCE:.0e}: {params.teacher.source} computes its FFNs in another way than the family "
@@ -69,7 +66,7 @@ def run(stage: StageRun) -> None:
         {
             "layers": rows,
             "identity_max_abs": difference,
-            "expert_width": spec.expert_width,
+            "expert_width": max(shape.expert_width for shape in spec.stacks),
             "active_ffn_share": spec.active_share,
             "calibration_tokens": len(inputs[0]),
         },
@@ -78,22 +75,35 @@ def run(stage: StageRun) -> None:
 
 
 def describe(stage: StageRun, model: Any) -> MoESpec:
-    """The spec of the mixture that the parameters ask of this model; says so when experts need padding."""
+    """The spec of the mixture that the parameters ask of this model; says so when experts need padding.
+
+    ValueError where the container that is asked for cannot hold the model, with the property that forbids it.
+    """
+    from ffn2moe.containers import require_fit
     from ffn2moe.dense import head_of, pooling_of
     from ffn2moe.moe import spec_of
 
-    params = stage.params
-    head = head_of(model.config)
+    params, settings = stage.params, stage.params.decompose
+    head = head_of(model.config) if params.teacher.head == "auto" else params.teacher.head
+    container = container_of(stage, model)
+    gate = settings.gate if settings.gate != "auto" else container.gate if container else "unit"
     spec = spec_of(
         model,
         head=head,
-        num_experts=params.decompose.num_experts,
-        num_active=params.decompose.num_active,
-        partition=params.decompose.partition,
+        num_experts=settings.num_experts,
+        num_active=settings.num_active,
+        partition=settings.partition,
         teacher=params.teacher.source,
         pooling=pooling_of(stage.root / "data/teacher") if head == "embedding" else None,
         max_length=params.teacher.max_length,
+        shared_width=settings.shared_width,
+        gate=gate,
+        router_bias=container is None,
+        container=container.name if container else None,
+        width_multiple=container.width_multiple if container else 1,
     )
+    if container:
+        require_fit(container, model.config, spec=spec)
     for shape in spec.stacks:
         padding = shape.shared_width + spec.num_experts * shape.expert_width - shape.ffn_width
         if padding:
@@ -102,6 +112,23 @@ def describe(stage: StageRun, model: Any) -> MoESpec:
                 f"them up to {shape.expert_width} each, which changes no result"
             )
     return spec
+
+
+def container_of(stage: StageRun, model: Any) -> Container | None:
+    """The native architecture that the parameters ask for; `auto` says which it takes, and why."""
+    from ffn2moe.containers import choose, container_named
+
+    settings = stage.params.decompose
+    if settings.container == "none":
+        return None
+    if settings.container != "auto":
+        return container_named(settings.container)
+    try:
+        container, why = choose(model.config, shared_width=settings.shared_width)
+    except ValueError as error:
+        raise ValueError(f"decompose.container = auto, but {error}; set decompose.container=none") from None
+    stage.say(f"container: {why}")
+    return container
 
 
 if __name__ == "__main__":

@@ -10,11 +10,13 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tasks import corpus
+from tasks.params import BALANCED_CONTAINERS
 from tasks.stage import StageRun, main
+from tasks.tokens import read_tokens
 
 if TYPE_CHECKING:
-    from ffn2moe.train import Distiller, StepMetrics
+    from ffn2moe.spec import MoESpec
+    from ffn2moe.train import Distiller, Objective, StepMetrics
 
 REPORTED_EVERY = 10  # steps between the rows of the loss curve
 
@@ -23,38 +25,29 @@ def run(stage: StageRun) -> None:
     from ffn2moe import checkpoint
     from ffn2moe.dense import load_dense
     from ffn2moe.encode import choose_device
-    from ffn2moe.train import Batches, Distiller, EmbeddingObjective, bf16_supported
+    from ffn2moe.train import Distiller, bf16_supported
 
     params, root, settings = stage.params, stage.root, stage.params.distill
-    teacher, tokenizer = load_dense(str(root / "data/teacher"))
     student = checkpoint.load(root / "models/routed")
     spec = checkpoint.load_spec(root / "models/routed")
+    teacher, tokenizer = load_dense(str(root / "data/teacher"), head=spec.head)
     device = choose_device(params.compute.device)
     bf16 = bf16_supported(device) if params.compute.bf16 == "auto" else params.compute.bf16 == "on"
-    texts = corpus.read_texts(root / "data/corpus/train.jsonl")
-    batches = Batches(
-        tokenizer(texts, truncation=True, max_length=params.teacher.max_length)["input_ids"],
-        batch_tokens=settings.batch_tokens,
-        seed=params.seed,
-        pad_id=tokenizer.pad_token_id or 0,
-    )
+    tokens = read_tokens(root / "data/corpus/train.jsonl", spec.head, tokenizer, params.teacher.max_length)
+    batches = tokens.shuffled(batch_tokens=settings.batch_tokens, seed=params.seed)
     stage.say(
-        f"{len(texts)} texts, {settings.steps} steps of {settings.batch_tokens} tokens "
-        f"({settings.steps / batches.per_epoch:.1f} epochs), {'bfloat16' if bf16 else 'float32'} on {device}"
+        f"{len(tokens.ids)} {'blocks' if spec.head == 'causal' else 'texts'}, {settings.steps} steps of "
+        f"{settings.batch_tokens} tokens ({settings.steps / batches.per_epoch:.1f} epochs), "
+        f"{'bfloat16' if bf16 else 'float32'} on {device}"
     )
     distiller = Distiller(
         teacher,
         student,
         batches,
-        EmbeddingObjective(
-            pooling=spec.pooling,
-            hidden_weight=settings.hidden_weight,
-            embedding_weight=settings.embedding_weight,
-            relational_weight=settings.relational_weight,
-        ),
+        objective_of(stage, spec),
         steps=settings.steps,
         learning_rate=settings.learning_rate,
-        balance_step=settings.balance_step,
+        balance_step=balance_step_of(stage, spec),
         device=device,
         bf16=bf16,
     )
@@ -86,6 +79,35 @@ def run(stage: StageRun) -> None:
     )
     stage.write_csv("metrics/plots/distill.csv", rows[::REPORTED_EVERY] or [{"step": 0, "loss": 0.0}])
     progress.discard()
+
+
+def objective_of(stage: StageRun, spec: MoESpec) -> Objective:
+    """What a student with this head learns."""
+    from ffn2moe.train import EmbeddingObjective, LogitsObjective
+
+    settings = stage.params.distill
+    if spec.head == "embedding":
+        assert spec.pooling is not None
+        return EmbeddingObjective(
+            pooling=spec.pooling,
+            hidden_weight=settings.hidden_weight,
+            embedding_weight=settings.embedding_weight,
+            relational_weight=settings.relational_weight,
+        )
+    return LogitsObjective(
+        divergence=settings.divergence,
+        logits_weight=settings.logits_weight,
+        hidden_weight=settings.hidden_weight,
+    )
+
+
+def balance_step_of(stage: StageRun, spec: MoESpec) -> float:
+    """The step of the balance bias; 0 where the container has no bias that shifts the choice."""
+    step = stage.params.distill.balance_step
+    if step and spec.container and spec.container not in BALANCED_CONTAINERS:
+        stage.say(f"{spec.container} has no bias that shifts the choice, so the load is not balanced")
+        return 0.0
+    return step
 
 
 class Progress:
@@ -144,12 +166,12 @@ def run_fingerprint(stage: StageRun) -> str:
         params.compute.model_dump(),
     ]
     digest.update(json.dumps(settings, sort_keys=True).encode())
-    for path in (
-        "data/teacher/model.safetensors",
-        "data/corpus/train.jsonl",
-        "models/routed/model.safetensors",
-    ):
-        with open(stage.root / path, "rb") as stream:
+    weights = [
+        *sorted(stage.root.glob("data/teacher/*.safetensors")),
+        *sorted(stage.root.glob("models/routed/*.safetensors")),
+    ]
+    for path in [*weights, stage.root / "data/corpus/train.jsonl"]:
+        with path.open("rb") as stream:
             digest.update(hashlib.file_digest(stream, "sha256").digest())
     return digest.hexdigest()
 

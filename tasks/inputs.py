@@ -27,6 +27,7 @@ def run(stage: StageRun) -> None:
     inputs = {
         "teacher": _teacher(params, root),
         "corpus": _corpus(params, root),
+        "evaluation": _evaluation(params, root),
         "folder": None if params.data.folder is None else _data_folder(root / params.data.folder),
     }
     stage.write_json("data/inputs.json", inputs)
@@ -56,6 +57,8 @@ def _teacher(params: Params, root: Path) -> dict[str, object]:
 
 def _corpus(params: Params, root: Path) -> dict[str, object]:
     source = params.data.corpus
+    if source == "generated":
+        return {"kind": "generated"}
     # Files without enough pairs of their own are judged on docstrings, so these matter in every case.
     docstrings = {"python": platform.python_version(), **_versions(corpus.PACKAGES.values(), "data.corpus")}
     if source == "docstrings":
@@ -68,6 +71,18 @@ def _corpus(params: Params, root: Path) -> dict[str, object]:
             f"data.corpus = {source} is not a file; check the path, or use docstrings or datasets:NAME"
         )
     return {"kind": "file", "sha256": _sha256(path), "docstrings": docstrings}
+
+
+def _evaluation(params: Params, root: Path) -> dict[str, object] | None:
+    if params.data.evaluation is None:
+        return None
+    path = root / Path(params.data.evaluation).expanduser()
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"data.evaluation = {params.data.evaluation} is not a file; check the path, or give null for a part of the "
+            "corpus"
+        )
+    return {"kind": "file", "sha256": _sha256(path)}
 
 
 def _data_folder(folder: Path) -> dict[str, str]:

@@ -20,6 +20,19 @@ Count = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 
+ContainerName = Literal["mixtral", "qwen2_moe", "qwen3_moe", "glm4_moe", "granitemoeshared"]
+# What is known of ffn2moe.containers.CONTAINERS without loading a model (tests/test_params.py holds the two together):
+# how each weighs the chosen experts, which have a shared expert, and which a bias that shifts the choice.
+CONTAINER_GATES: dict[ContainerName, str] = {
+    "mixtral": "softmax_topk",
+    "qwen2_moe": "softmax",
+    "qwen3_moe": "softmax_topk",
+    "glm4_moe": "sigmoid",
+    "granitemoeshared": "softmax_topk",
+}
+SHARED_CONTAINERS: tuple[ContainerName, ...] = ("qwen2_moe", "glm4_moe", "granitemoeshared")
+BALANCED_CONTAINERS: tuple[ContainerName, ...] = ("glm4_moe",)
+
 
 class ParamsError(ValueError):
     """The parameters cannot be used; the message says which key, why, and what would be legal."""
@@ -38,6 +51,7 @@ class Compute(Section):
 class Teacher(Section):
     source: str = Field(min_length=1)
     revision: str | None
+    head: Literal["auto", "embedding", "causal", "classification", "seq2seq"]
     max_length: int = Field(ge=8)
 
 
@@ -45,6 +59,7 @@ class Data(Section):
     corpus: str = Field(min_length=1)
     text_column: str = Field(min_length=1)
     max_texts: Count
+    evaluation: str | None
     folder: str | None
     calibration_texts: Count
     evaluation_pairs: Count
@@ -64,6 +79,9 @@ class Decompose(Section):
     num_experts: Count
     num_active: Count
     partition: Literal["coactivation", "weights", "random", "contiguous"]
+    shared_width: int = Field(ge=0)
+    container: Literal["none", "auto"] | ContainerName
+    gate: Literal["auto", "unit", "softmax", "softmax_topk", "sigmoid"]
     calibration_tokens: Count
 
     @model_validator(mode="after")
@@ -72,6 +90,26 @@ class Decompose(Section):
             raise ValueError(
                 f"decompose.num_active = {self.num_active} is more than decompose.num_experts = "
                 f"{self.num_experts}; a token can run at most every expert"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _a_container_holds_what_is_asked(self) -> Decompose:
+        name = self.container
+        if name == "none" or name == "auto":
+            return self
+        gate = CONTAINER_GATES[name]
+        if self.gate not in ("auto", "unit", gate):
+            able = [other for other, formula in CONTAINER_GATES.items() if formula == self.gate]
+            raise ValueError(
+                f"decompose.gate = {self.gate}, but the container {name} weighs the chosen experts by {gate}, and a "
+                f"model learns with the formula that it will run with: set decompose.gate=auto"
+                + (f", or decompose.container to {' or '.join(able)}" if able else "")
+            )
+        if self.shared_width and name not in SHARED_CONTAINERS:
+            raise ValueError(
+                f"decompose.shared_width = {self.shared_width}, but the container {name} has no shared expert: set "
+                f"decompose.shared_width=0, or decompose.container to {' or '.join(SHARED_CONTAINERS)}"
             )
         return self
 
@@ -91,21 +129,15 @@ class Distill(Section):
     hidden_weight: NonNegative
     embedding_weight: NonNegative
     relational_weight: NonNegative
+    logits_weight: NonNegative
+    divergence: Literal["forward_kl", "reverse_kl", "js", "taid"]
     balance_step: NonNegative
     checkpoint_every: Count
-
-    @model_validator(mode="after")
-    def _something_to_learn_from(self) -> Distill:
-        if not (self.hidden_weight or self.embedding_weight or self.relational_weight):
-            raise ValueError(
-                "distill.hidden_weight, distill.embedding_weight and distill.relational_weight are all 0: "
-                "there is no loss; make one positive, or set distill.steps=0 for no distillation"
-            )
-        return self
 
 
 class Evaluate(Section):
     batch_texts: Count
+    continuation: Count
 
 
 class Export(Section):
@@ -117,6 +149,7 @@ class Export(Section):
 class Benchmark(Section):
     shapes: tuple[tuple[Count, Count], ...] = Field(min_length=1)
     threads: tuple[Count, ...] = Field(min_length=1)
+    decode_tokens: Count
     rounds: Count
 
 
@@ -156,6 +189,39 @@ class Params(Section):
                     f"{key} = {tokens} is less than teacher.max_length = {self.teacher.max_length}: "
                     "a batch could not hold one text; raise the first or lower the second"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _something_to_learn_from(self) -> Params:
+        weights = self.distill.model_dump()
+        embedding = ("hidden_weight", "embedding_weight", "relational_weight")
+        logits = ("logits_weight", "hidden_weight")
+        head = self.teacher.head
+        useful = {"auto": embedding + logits[:1], "embedding": embedding}.get(head, logits)
+        if not any(weights[key] for key in useful):
+            named = " and ".join(f"distill.{key}" for key in useful)
+            of = "" if head == "auto" else f" of a teacher with the head {head}"
+            raise ValueError(
+                f"{named} are all 0: there is no loss{of}; make one positive, or set "
+                "distill.steps=0 for no distillation"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _only_language_models_speak_and_fill_containers(self) -> Params:
+        head = self.teacher.head
+        if head in ("auto", "causal"):
+            return self
+        if self.data.corpus == "generated":
+            raise ValueError(
+                f"data.corpus = generated has the teacher write the texts, and a teacher with the head {head} writes "
+                "none: name a corpus, or set teacher.head=causal"
+            )
+        if self.decompose.container != "none":
+            raise ValueError(
+                f"decompose.container = {self.decompose.container}, but containers hold causal language models and "
+                f"teacher.head = {head}: set decompose.container=none"
+            )
         return self
 
     @property
@@ -239,13 +305,13 @@ def with_absolute_paths(raw: dict[str, Any], base: Path, keys: Sequence[str] | N
 
     Of the keys that may hold a path, or of those among `keys`; a hub name or a package stays as it is.
     """
-    for section, key in (("teacher", "source"), ("data", "corpus"), ("data", "folder")):
+    for section, key in (("teacher", "source"), ("data", "corpus"), ("data", "evaluation"), ("data", "folder")):
         value = (raw.get(section) or {}).get(key)
         if (keys is not None and f"{section}.{key}" not in keys) or not isinstance(value, str):
             continue
         path = base / Path(value).expanduser()
-        # A data folder can only be a path, so that a misspelled one is reported with its full name.
-        if path.exists() or key == "folder":
+        # These two can only be paths, so that a misspelled one is reported with its full name.
+        if path.exists() or key in ("folder", "evaluation"):
             raw[section][key] = str(path.resolve())
     return raw
 

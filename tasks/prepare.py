@@ -1,18 +1,23 @@
 """Stage 1: the teacher, the texts it is distilled on, and what it is judged by.
 
 Reads the teacher from wherever it lives, a corpus, and a folder of labelled sets if one is named. Everything
-is read and checked before anything is written.
+is read and checked before anything is written. Texts for a model with logits are written with their token ids, and
+with what a seq2seq teacher answers: what later stages see does not depend on how it is tokenised or generated again.
 """
 
 from __future__ import annotations
 
 import shutil
-from dataclasses import asdict
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tasks import corpus
 from tasks.stage import StageRun, main
+
+if TYPE_CHECKING:
+    from ffn2moe.spec import Head
 
 # What a teacher's folder needs to be opened again, and how its authors pool; not its README, ONNX files, ...
 TEACHER_FILES = (
@@ -28,76 +33,97 @@ TEACHER_FILES = (
     "merges.txt",
     "*.model",  # SentencePiece
     "1_Pooling/config.json",
+    "generation_config.json",
+    "chat_template*",
 )
 EVALUATION_SHARE = 0.1  # of a corpus that is not its own benchmark, held out all the same
+SPLITS = ("train", "calibration", "evaluation")
+WRITTEN_AT_ONCE = 64  # texts that a teacher writes or answers together
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """The opened teacher: a model, its tokenizer, what it gives, and a description."""
+
+    model: Any
+    tokenizer: Any
+    head: Head
+    described: dict[str, Any]
 
 
 def run(stage: StageRun) -> None:
     data = stage.params.data
-    described = check_teacher(stage)
+    teacher = open_teacher(stage)
     folder = corpus.read_folder(stage.root / data.folder) if data.folder else corpus.LabelledFolder([])
-    splits, benchmark = divide(stage, folder)
+    if teacher.head == "embedding":
+        splits, benchmark = divide(stage, folder)
+        rows = {name: [{"text": text} for text in getattr(splits, name)] for name in SPLITS}
+        sets = {name: [list(map(asdict, part)) for part in both] for name, both in folder.classification.items()}
+    else:
+        splits, written = divide_for_logits(stage, folder, teacher)
+        rows = {name: tokenised(stage, teacher, getattr(splits, name), written) for name in SPLITS}
+        sets = labelled_sets(stage, folder, teacher)
 
     with stage.out("data/teacher") as out:
         copy_teacher(stage, out)
     with stage.out("data/corpus") as out:
-        for name in ("train", "calibration", "evaluation"):
-            corpus.write_jsonl(out / f"{name}.jsonl", ({"text": text} for text in getattr(splits, name)))
+        for name in SPLITS:
+            corpus.write_jsonl(out / f"{name}.jsonl", rows[name])
     with stage.out("data/benchmarks") as out:
-        corpus.write_jsonl(out / "retrieval.jsonl", map(asdict, splits.pairs))
-        if folder.stsb:
-            corpus.write_jsonl(out / "sts" / "stsb.jsonl", map(asdict, folder.stsb))
-        for name, sets in folder.classification.items():
-            for part, rows in zip(("train", "dev"), sets, strict=True):
-                corpus.write_jsonl(out / "classification" / name / f"{part}.jsonl", map(asdict, rows))
+        if teacher.head == "embedding":
+            corpus.write_jsonl(out / "retrieval.jsonl", map(asdict, splits.pairs))
+            if folder.stsb:
+                corpus.write_jsonl(out / "sts" / "stsb.jsonl", map(asdict, folder.stsb))
+        for name, parts in sets.items():
+            for part, found in zip(("train", "dev"), parts, strict=True):
+                corpus.write_jsonl(out / "classification" / name / f"{part}.jsonl", found)
 
-    stage.write_json(
-        "metrics/prepare.json",
-        {
-            "teacher": described,
-            "texts": {name: len(getattr(splits, name)) for name in ("train", "calibration", "evaluation")},
-            "characters": sum(map(len, splits.train)),
-            "joined_from_folder": len(folder.texts),
-            "retrieval": {"pairs": len(splits.pairs), "from": benchmark},
-            "stsb_pairs": len(folder.stsb),
-            "classification": {
-                name: {"train": len(train), "dev": len(dev)} for name, (train, dev) in folder.classification.items()
-            },
-        },
-    )
-    stage.say(
-        f"{len(splits.train)} texts to train on, {len(splits.calibration)} for calibration, "
-        f"{len(splits.pairs)} retrieval pairs from {benchmark}"
-    )
+    figures: dict[str, Any] = {
+        "teacher": teacher.described,
+        "texts": {name: len(rows[name]) for name in SPLITS},
+        "characters": sum(map(len, splits.train)),
+        "joined_from_folder": len(folder.texts),
+        "classification": {name: {"train": len(train), "dev": len(dev)} for name, (train, dev) in sets.items()},
+    }
+    counts = f"{len(splits.train)} texts to train on, {len(splits.calibration)} for calibration"
+    if teacher.head == "embedding":
+        figures |= {"retrieval": {"pairs": len(splits.pairs), "from": benchmark}, "stsb_pairs": len(folder.stsb)}
+        stage.say(f"{counts}, {len(splits.pairs)} retrieval pairs from {benchmark}")
+    else:
+        figures["tokens"] = {name: sum(len(row["ids"]) for row in rows[name]) for name in SPLITS}
+        stage.say(f"{counts}, {len(splits.evaluation)} to judge by; {figures['tokens']['train']} tokens to train on")
+    stage.write_json("metrics/prepare.json", figures)
 
 
-def check_teacher(stage: StageRun) -> dict[str, Any]:
-    """Opens the teacher once, so that a bad one is reported before any work; says what it is."""
-    from ffn2moe.dense import FAMILIES, activation_of, family_of, ffn_layers, load_dense, read_ffn
+def open_teacher(stage: StageRun) -> Teacher:
+    """Opens the teacher once, so that a bad one is reported before any work."""
+    from ffn2moe.dense import activation_of, family_of, ffn_layers, head_of, load_dense, positions, read_ffn
 
     settings = stage.params.teacher
-    model, tokenizer = load_dense(teacher_source(stage), settings.revision)
-    if "embedding" not in family_of(model).heads:
-        encoders = ", ".join(sorted(name for name, family in FAMILIES.items() if "embedding" in family.heads))
+    refuse_other_senses(stage)
+    model, tokenizer = load_dense(
+        teacher_source(stage), settings.revision, head=None if settings.head == "auto" else settings.head
+    )
+    head = head_of(model.config) if settings.head == "auto" else settings.head
+    if stage.params.data.corpus == "generated" and head != "causal":
         raise ValueError(
-            f"teacher.source = {settings.source} is a {model.config.model_type} model, which makes no "
-            f"embeddings; the pipeline takes encoders: {encoders}"
+            f"data.corpus = generated has the teacher write the texts, and {settings.source} is a model with the head "
+            f"{head}, which writes none: name a corpus"
         )
-    # RoBERTa's positions start after its padding token, so two of the table are never reached.
-    offset = model.config.pad_token_id + 1 if family_of(model).name in _OFFSET_POSITIONS else 0
-    positions = model.config.max_position_embeddings - offset
-    if settings.max_length > positions:
+    longest = positions(model.config)
+    if longest is not None and settings.max_length > longest:
         raise ValueError(
-            f"teacher.max_length = {settings.max_length} is more than the {positions} positions of "
+            f"teacher.max_length = {settings.max_length} is more than the {longest} positions of "
             f"{settings.source}; lower it"
         )
-    if len(tokenizer) > model.config.vocab_size:
+    vocabulary = model.config.get_text_config().vocab_size
+    if len(tokenizer) > vocabulary:
         raise ValueError(
             f"the tokenizer of {settings.source} knows {len(tokenizer)} tokens and its model "
-            f"{model.config.vocab_size}: they belong to different models; restore the folder"
+            f"{vocabulary}: they belong to different models; restore the folder"
         )
     ffn = read_ffn(model, 0)
-    return {
+    described = {
         "family": family_of(model).name,
         "layers": len(ffn_layers(model)),
         "width": ffn.w_in_FD.shape[1],
@@ -105,9 +131,27 @@ def check_teacher(stage: StageRun) -> dict[str, Any]:
         "activation": activation_of(model),
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
     }
+    return Teacher(model, tokenizer, head, described if head == "embedding" else described | {"head": head})
 
 
-_OFFSET_POSITIONS = {"roberta", "xlm-roberta", "camembert", "mpnet"}
+def refuse_other_senses(stage: StageRun) -> None:
+    """ValueError for a model that sees, hears, or gives hidden states only: the corpus is text."""
+    from transformers import PreTrainedConfig
+
+    from ffn2moe.dense import FAMILIES, resolve_source
+
+    _, folder = resolve_source(teacher_source(stage))
+    settings = stage.params.teacher
+    where = str(folder) if folder else settings.source
+    written, _ = PreTrainedConfig.get_config_dict(where, revision=None if folder else settings.revision)
+    family = FAMILIES.get(written.get("model_type"))
+    if family is not None and (family.reads != "text" or family.heads == ("features",)):
+        able = sorted(name for name, one in FAMILIES.items() if one.reads == "text" and one.heads != ("features",))
+        raise ValueError(
+            f"teacher.source = {settings.source} is a {family.name} model, which reads {family.reads} and gives "
+            f"{' or '.join(family.heads)}; the pipeline distils and judges on text ({', '.join(able)}): convert this "
+            "one without it, by `ffn2moe convert`"
+        )
 
 
 def teacher_source(stage: StageRun) -> str:
@@ -137,14 +181,19 @@ def copy_teacher(stage: StageRun, out: Path) -> None:
             shutil.copyfile(file, target)
 
 
+def corpus_source(stage: StageRun) -> str:
+    """The corpus as `read_corpus` takes it: a path is relative to the workspace."""
+    source = stage.params.data.corpus
+    if source == "docstrings" or source.startswith("datasets:"):
+        return source
+    return str(stage.root / Path(source).expanduser())
+
+
 def divide(stage: StageRun, folder: corpus.LabelledFolder) -> tuple[corpus.Splits, str]:
     """The splits, and where the retrieval pairs come from: the corpus itself, where it has enough to give."""
     data, workers = stage.params.data, stage.params.compute.threads
     is_docstrings = data.corpus == "docstrings"
-    source = data.corpus
-    if not is_docstrings and not source.startswith("datasets:"):
-        source = str(stage.root / Path(source).expanduser())
-    texts = corpus.read_corpus(source, data.text_column, workers=workers, track=stage.track)
+    texts = corpus.read_corpus(corpus_source(stage), data.text_column, workers=workers, track=stage.track)
     judged = folder.judged()
 
     wanted = data.evaluation_pairs if is_docstrings else corpus.own_pairs(texts, data.evaluation_pairs)
@@ -171,6 +220,120 @@ def divide(stage: StageRun, folder: corpus.LabelledFolder) -> tuple[corpus.Split
         evaluation_texts=evaluation_texts,
     )
     return splits, "the corpus" if own and not is_docstrings else "docstrings"
+
+
+def divide_for_logits(
+    stage: StageRun, folder: corpus.LabelledFolder, teacher: Teacher
+) -> tuple[corpus.Splits, dict[str, list[int]]]:
+    """The splits for a model with logits, and the ids of the texts that the teacher wrote."""
+    data = stage.params.data
+    written: dict[str, list[int]] = {}
+    if data.corpus == "generated":
+        written = write_texts(stage, teacher)
+        texts = list(written)
+    else:
+        texts = corpus.read_corpus(
+            corpus_source(stage), data.text_column, workers=stage.params.compute.threads, track=stage.track
+        )
+    judged: list[str] = []
+    if data.evaluation is not None:
+        judged = corpus.read_corpus(str(stage.root / Path(data.evaluation).expanduser()), data.text_column)
+    held_out = min(data.evaluation_pairs, max(1, int(EVALUATION_SHARE * len(texts))))
+    splits = corpus.split(
+        texts,
+        pairs={},
+        calibration_texts=data.calibration_texts,
+        max_texts=data.max_texts,
+        joined=folder.texts,
+        judged=[*judged, *folder.judged()],
+        evaluation_texts=0 if judged else held_out,
+        first_lines=False,
+    )
+    if judged:
+        splits = corpus.Splits(splits.train, splits.calibration, judged[: data.evaluation_pairs], [])
+    return splits, written
+
+
+def write_texts(stage: StageRun, teacher: Teacher) -> dict[str, list[int]]:
+    """Texts that the teacher writes by itself, text -> ids, each once and none empty."""
+    from ffn2moe.data import sample_tokens
+    from ffn2moe.encode import choose_device
+
+    params = stage.params
+    teacher.model.to(choose_device(params.compute.device))
+    bos = teacher.tokenizer.bos_token_id
+    drawn = sample_tokens(
+        teacher.model,
+        count=params.data.max_texts,
+        length=params.teacher.max_length,
+        seed=params.seed,
+        bos=teacher.model.generation_config.bos_token_id if bos is None else bos,
+        batch=WRITTEN_AT_ONCE,
+        track=stage.track,
+    )
+    texts = {teacher.tokenizer.decode(ids, skip_special_tokens=True): ids for ids in drawn}
+    return {text: ids for text, ids in texts.items() if text.strip()}
+
+
+def tokenised(
+    stage: StageRun, teacher: Teacher, texts: Sequence[str], written: dict[str, list[int]]
+) -> list[dict[str, Any]]:
+    """Each text with its ids, whole for a causal model, whose texts are packed; and with a seq2seq teacher's answer."""
+    from ffn2moe.data import greedy_answers
+    from ffn2moe.encode import choose_device
+
+    length = stage.params.teacher.max_length
+    cut: dict[str, Any] = {} if teacher.head == "causal" else {"truncation": True, "max_length": length}
+    new = [text for text in texts if text not in written]
+    found = dict(zip(new, teacher.tokenizer(new, **cut)["input_ids"] if new else [], strict=True)) | written
+    rows: list[dict[str, Any]] = [{"text": text, "ids": list(found[text])} for text in texts]
+    if teacher.head == "seq2seq":
+        answers = greedy_answers(
+            teacher.model.to(choose_device(stage.params.compute.device)),
+            [row["ids"] for row in rows],
+            length=length,
+            batch=WRITTEN_AT_ONCE,
+            pad_id=teacher.tokenizer.pad_token_id or 0,
+            track=stage.track,
+        )
+        for row, ids in zip(rows, answers, strict=True):
+            row["decoder_ids"] = ids
+    return rows
+
+
+def labelled_sets(
+    stage: StageRun, folder: corpus.LabelledFolder, teacher: Teacher
+) -> dict[str, list[list[dict[str, Any]]]]:
+    """The sets of the data folder that a classifier has the classes of, with ids, and labels as indices of classes."""
+    if teacher.head != "classification":
+        return {}
+    sets = {}
+    for name, both in folder.classification.items():
+        place = classes_of({row.label for part in both for row in part}, teacher.model.config)
+        if place is None:
+            stage.say(f"{name} is not used to judge: its labels are not the classes of {stage.params.teacher.source}")
+            continue
+        sets[name] = [
+            [
+                row | {"label": place[example.label]}
+                for row, example in zip(
+                    tokenised(stage, teacher, [example.text for example in part], {}), part, strict=True
+                )
+            ]
+            for part in both
+        ]
+    return sets
+
+
+def classes_of(labels: Iterable[str], config: Any) -> dict[str, int] | None:
+    """Label -> index of its class, by name or, where labels are numbers, by number; None where they do not fit."""
+    labels = set(labels)
+    names = {str(name).casefold(): int(index) for name, index in config.label2id.items()}
+    if all(label.casefold() in names for label in labels):
+        return {label: names[label.casefold()] for label in labels}
+    if all(label.isdigit() and int(label) < config.num_labels for label in labels):
+        return {label: int(label) for label in labels}
+    return None
 
 
 if __name__ == "__main__":

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from tasks import corpus
 from tasks.stage import StageRun, main
+from tasks.tokens import read_tokens
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -19,25 +19,20 @@ HELD_OUT_TOKENS = 8192  # of the calibration texts, which the routers are not tr
 
 def run(stage: StageRun) -> None:
     from ffn2moe import checkpoint, oracle
-    from ffn2moe.dense import ffn_modules, load_dense
-    from ffn2moe.encode import choose_device, module_inputs
-    from ffn2moe.factorise import fit_router
+    from ffn2moe.dense import load_dense
+    from ffn2moe.encode import choose_device
+    from ffn2moe.factorise import fit_router, layer_inputs
     from ffn2moe.moe import moe_layers
 
     params, root, settings = stage.params, stage.root, stage.params.train_router
-    teacher, tokenizer = load_dense(str(root / "data/teacher"))
     student = checkpoint.load(root / "models/decomposed")
     spec = checkpoint.load_spec(root / "models/decomposed")
+    teacher, tokenizer = load_dense(str(root / "data/teacher"), head=spec.head)
 
     def inputs_on(split: str, max_tokens: int) -> list[Tensor]:
-        return module_inputs(
-            teacher,
-            ffn_modules(teacher),
-            tokenizer,
-            corpus.read_texts(root / f"data/corpus/{split}.jsonl"),
-            max_length=params.teacher.max_length,
-            max_tokens=max_tokens,
-            device=choose_device(params.compute.device),
+        tokens = read_tokens(root / f"data/corpus/{split}.jsonl", spec.head, tokenizer, params.teacher.max_length)
+        return layer_inputs(
+            teacher, tokens.in_order(), max_tokens=max_tokens, device=choose_device(params.compute.device)
         )
 
     train = inputs_on("train", settings.tokens)

@@ -175,6 +175,51 @@ def make_tiny_llama(folder: Path, *, ffn_width: int = 48, seed: int = 0) -> Path
     return folder
 
 
+def make_tiny_classifier(folder: Path, *, classes: tuple[str, ...] = ("negative", "positive")) -> Path:
+    """A random BERT with a head of classes, 2 layers and D = 32, as a Hugging Face folder."""
+    from transformers import BertConfig, BertForSequenceClassification
+
+    make_tokenizer(folder)
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=len((folder / "vocab.txt").read_text().split()),
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=64,
+        max_position_embeddings=64,
+        initializer_range=0.2,
+        id2label=dict(enumerate(classes)),
+        label2id={name: index for index, name in enumerate(classes)},
+    )
+    BertForSequenceClassification(config).save_pretrained(folder)
+    return folder
+
+
+def make_tiny_t5(folder: Path, *, gated: bool = False) -> Path:
+    """A random T5 with 2 layers on either side and D = 32, as a Hugging Face folder."""
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    make_tokenizer(folder)
+    torch.manual_seed(0)
+    config = T5Config(
+        vocab_size=len((folder / "vocab.txt").read_text().split()),
+        d_model=32,
+        d_kv=16,
+        d_ff=48,
+        num_layers=2,
+        num_decoder_layers=2,
+        num_heads=2,
+        feed_forward_proj="gated-gelu" if gated else "relu",
+        pad_token_id=0,
+        eos_token_id=3,
+        decoder_start_token_id=0,
+        initializer_factor=3.0,
+    )
+    T5ForConditionalGeneration(config).save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture(scope="session")
 def tiny_teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny_bert(tmp_path_factory.mktemp("teacher") / "tiny-bert")

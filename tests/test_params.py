@@ -8,6 +8,9 @@ import pydantic
 import pytest
 
 from tasks.params import (
+    BALANCED_CONTAINERS,
+    CONTAINER_GATES,
+    SHARED_CONTAINERS,
     ParamsError,
     legal_keys,
     load_params,
@@ -65,8 +68,49 @@ def test_a_bad_setting_is_refused_with_the_key_and_the_remedy(setting, message):
 
 def test_a_loss_without_any_part_is_a_contradiction():
     parts = [f"distill.{part}_weight=0" for part in ("hidden", "embedding", "relational")]
-    with pytest.raises(ParamsError, match="there is no loss"):
-        load_params(FILE, parts)
+    load_params(FILE, parts)  # a teacher with logits can still be learnt from
+    with pytest.raises(ParamsError, match="there is no loss of a teacher with the head embedding"):
+        load_params(FILE, [*parts, "teacher.head=embedding"])
+    with pytest.raises(ParamsError, match="there is no loss;"):
+        load_params(FILE, [*parts, "distill.logits_weight=0"])
+    with pytest.raises(ParamsError, match=r"distill.logits_weight and distill.hidden_weight are all 0"):
+        load_params(FILE, ["teacher.head=causal", "distill.logits_weight=0", "distill.hidden_weight=0"])
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["container=mixtral", "gate=softmax"], "mixtral weighs the chosen experts by softmax_topk"),
+        (["container=mixtral", "gate=softmax"], "set decompose.gate=auto, or decompose.container to qwen2_moe"),
+        (["container=qwen3_moe", "shared_width=8"], "has no shared expert: set decompose.shared_width=0, or"),
+        (["container=granite"], "should be 'mixtral'"),
+    ],
+)
+def test_a_container_that_cannot_hold_what_is_asked_is_refused_with_those_that_can(settings, message):
+    with pytest.raises(ParamsError) as error:
+        load_params(FILE, [f"decompose.{setting}" for setting in settings])
+    assert message in str(error.value)
+
+
+def test_a_container_takes_its_own_formula_and_unit_gates():
+    for name, gate in CONTAINER_GATES.items():
+        for chosen in ("auto", "unit", gate):
+            load_params(FILE, [f"decompose.container={name}", f"decompose.gate={chosen}"])
+
+
+def test_what_is_known_of_containers_here_is_what_containers_say():
+    from ffn2moe.containers import CONTAINERS
+
+    assert {name: container.gate for name, container in CONTAINERS.items()} == CONTAINER_GATES
+    assert {name for name, container in CONTAINERS.items() if container.shared != "none"} == set(SHARED_CONTAINERS)
+    assert {name for name, container in CONTAINERS.items() if container.choice_bias} == set(BALANCED_CONTAINERS)
+
+
+@pytest.mark.parametrize("setting", ["data.corpus=generated", "decompose.container=auto"])
+def test_only_language_models_write_texts_and_fill_containers(setting):
+    load_params(FILE, [setting, "teacher.head=causal"])
+    with pytest.raises(ParamsError, match=r"teacher.head"):
+        load_params(FILE, [setting, "teacher.head=classification"])
 
 
 def test_an_unknown_and_a_missing_key_of_the_file_are_both_named(tmp_path):

@@ -6,9 +6,11 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
+from ffn2moe.dense import load_dense
 from tasks import corpus, prepare
-from tests.conftest import make_tiny_bert
+from tests.conftest import make_tiny_bert, make_tiny_classifier, make_tiny_t5
 from tests.texts import make_stage, make_texts, write_corpus
 
 SMALL = ("data.calibration_texts=20", "data.evaluation_pairs=30", "teacher.max_length=32")
@@ -50,10 +52,6 @@ def test_everything_later_stages_read_is_written(workspace, tiny_teacher):
 
 
 def test_the_written_teacher_is_the_teacher(workspace, tiny_teacher):
-    import torch
-
-    from ffn2moe.dense import load_dense
-
     run(workspace, tiny_teacher)
     model, tokenizer = load_dense(str(workspace / "data/teacher"))
     original, _ = load_dense(str(tiny_teacher))
@@ -123,9 +121,81 @@ def test_bad_input_is_refused_and_nothing_that_was_good_is_lost(workspace, tiny_
     assert files(workspace) == before
 
 
-def test_a_causal_teacher_is_refused_with_those_that_are_supported(workspace, tiny_teacher_gated):
-    with pytest.raises(ValueError, match=r"llama model, which makes no embeddings.*bert"):
-        run(workspace, tiny_teacher_gated)
+def test_texts_of_a_language_model_are_written_with_their_ids(workspace, tiny_teacher_gated):
+    counts = run(workspace, tiny_teacher_gated)
+    assert counts["teacher"]["head"] == "causal" and counts["texts"] == {
+        "train": 250,
+        "calibration": 20,
+        "evaluation": 30,
+    }
+    _, tokenizer = load_dense(str(workspace / "data/teacher"))
+    rows = corpus.read_jsonl(workspace / "data/corpus/train.jsonl")
+    assert counts["tokens"]["train"] == sum(len(row["ids"]) for row in rows)
+    for row in rows[:5]:
+        assert row["ids"] == tokenizer(row["text"])["input_ids"]
+    parts = [set(corpus.read_texts(workspace / f"data/corpus/{name}.jsonl")) for name in counts["texts"]]
+    assert sum(map(len, parts)) == len(set.union(*parts)) == 300
+
+
+def test_a_language_model_can_write_its_own_corpus(workspace, tiny_teacher_gated):
+    settings = ("data.corpus=generated", "data.max_texts=150", "data.calibration_texts=20", "teacher.max_length=12")
+    first = run(workspace, tiny_teacher_gated, *settings)
+    assert sum(first["texts"].values()) > 100
+    rows = corpus.read_jsonl(workspace / "data/corpus/train.jsonl")
+    assert all(row["text"].strip() and row["ids"][0] == 2 and len(row["ids"]) <= 12 for row in rows)
+    written = files(workspace)
+    run(workspace, tiny_teacher_gated, *settings)
+    assert files(workspace) == written
+    run(workspace, tiny_teacher_gated, *settings, "seed=1")
+    assert files(workspace) != written
+
+
+def test_only_a_language_model_writes_texts(workspace, tiny_teacher):
+    with pytest.raises(ValueError, match=r"has the head embedding|with the head embedding, which writes none"):
+        run(workspace, tiny_teacher, "data.corpus=generated")
+
+
+def test_texts_to_judge_by_can_be_given_and_are_not_learnt_from(workspace, tiny_teacher_gated):
+    judged = make_texts(300)[:4]
+    write_corpus(workspace / "judge.jsonl", judged)
+    counts = run(workspace, tiny_teacher_gated, "data.evaluation=judge.jsonl")
+    assert corpus.read_texts(workspace / "data/corpus/evaluation.jsonl") == judged
+    assert counts["texts"]["train"] == 300 - 4 - 20
+
+
+def test_a_classifier_is_judged_by_the_sets_that_have_its_classes(workspace, tmp_path):
+    teacher = make_tiny_classifier(tmp_path / "teacher")
+    folder = workspace / "sets"
+    (folder / "sst2").mkdir(parents=True)
+    (folder / "ag_news").mkdir()
+    (folder / "sst2/train.tsv").write_text("a good film\tpositive\na bad film\tNegative\n")
+    (folder / "sst2/dev.tsv").write_text("no bad film\tpositive\n")
+    (folder / "ag_news/sample.csv").write_text("".join(f'"{n % 4}","t{n}","b"\n' for n in range(20)))
+    counts = run(workspace, teacher, "data.folder=sets")
+    assert counts["teacher"]["head"] == "classification" and set(counts["classification"]) == {"sst2"}
+    (row,) = corpus.read_jsonl(workspace / "data/benchmarks/classification/sst2/dev.jsonl")
+    assert row["label"] == 1 and row["text"] == "no bad film" and row["ids"]
+
+
+def test_a_seq2seq_teacher_answers_its_texts_once_and_for_all(workspace, tmp_path):
+    teacher = make_tiny_t5(tmp_path / "teacher")
+    run(workspace, teacher, "teacher.max_length=12")
+    model, _ = load_dense(str(workspace / "data/teacher"))
+    for row in corpus.read_jsonl(workspace / "data/corpus/evaluation.jsonl")[:3]:
+        with torch.no_grad():
+            logits = model(
+                input_ids=torch.tensor([row["ids"]]), decoder_input_ids=torch.tensor([row["decoder_ids"]])
+            ).logits
+        assert row["decoder_ids"][0] == 0 and 1 <= len(row["decoder_ids"]) <= 12
+        assert logits[0, :-1].argmax(-1).tolist() == row["decoder_ids"][1:], "greedy: what it is given is what it says"
+
+
+def test_a_model_that_sees_is_sent_to_convert(workspace, tmp_path):
+    from transformers import ViTConfig
+
+    ViTConfig().save_pretrained(tmp_path / "vit")
+    with pytest.raises(ValueError, match=r"is a vit model, which reads images .* by `ffn2moe convert`"):
+        run(workspace, tmp_path / "vit")
     assert not (workspace / "data").exists()
 
 
@@ -137,7 +207,6 @@ def test_an_unsupported_architecture_is_refused_with_those_that_are(workspace, t
 
 
 def test_a_damaged_teacher_is_refused(workspace, tmp_path):
-    import torch
     from safetensors.torch import load_file, save_file
 
     teacher = make_tiny_bert(tmp_path / "teacher")

@@ -1,0 +1,66 @@
+"""The texts of a split as token ids, in the form that a model's head learns from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tasks.corpus import read_jsonl
+
+if TYPE_CHECKING:
+    from ffn2moe.spec import Head
+    from ffn2moe.train import Batch, Batches
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Token ids of each sequence and, of a seq2seq model, what its decoder is given."""
+
+    head: Head
+    ids: list[list[int]]
+    decoder_ids: list[list[int]] | None
+    pad_id: int
+
+    def in_order(self, batch_texts: int = 64) -> Iterator[Batch]:
+        """The sequences once, as they come, so many a batch."""
+        from ffn2moe.train import in_order
+
+        return in_order(self.head, self.ids, self.decoder_ids, batch_texts=batch_texts, pad_id=self.pad_id)
+
+    def shuffled(self, *, batch_tokens: int, seed: int) -> Batches:
+        """An endless, seeded order of batches to train on."""
+        from ffn2moe.train import Batches
+
+        return Batches(
+            self.ids,
+            batch_tokens=batch_tokens,
+            seed=seed,
+            pad_id=self.pad_id,
+            head=self.head,
+            decoder_ids=self.decoder_ids,
+        )
+
+
+def read_tokens(path: Path, head: Head, tokenizer: Any, max_length: int, *, packed: bool = True) -> Tokens:
+    """What `prepare` wrote of a split, as sequences of at most `max_length` tokens.
+
+    Texts of an embedding model are tokenised here. Those of a causal one are packed into blocks of `max_length`, or
+    else cut to it each.
+    """
+    from ffn2moe.data import pack
+
+    rows = read_jsonl(path)
+    pad_id = tokenizer.pad_token_id or 0
+    if head == "embedding":
+        texts = [row["text"] for row in rows]
+        return Tokens(head, tokenizer(texts, truncation=True, max_length=max_length)["input_ids"], None, pad_id)
+    ids = [row["ids"] for row in rows]
+    if head == "causal" and packed:
+        # Documents that begin with a token of their own need none between them.
+        first = ids[0][:1]
+        begun = first[0] in tokenizer.all_special_ids and all(text[:1] == first for text in ids)
+        return Tokens(head, pack(ids, max_length, None if begun else tokenizer.eos_token_id), None, pad_id)
+    decoder_ids = [row["decoder_ids"][:max_length] for row in rows] if head == "seq2seq" else None
+    return Tokens(head, [text[:max_length] for text in ids], decoder_ids, pad_id)
