@@ -1,11 +1,11 @@
-"""The canonical ONNX graph of an encoder, and its parity with PyTorch.
+"""The canonical ONNX graph of an encoder, and the tools that make and change graphs.
 
 Every plan (`ffn2moe.onnx_plans`) comes from this graph, so that attention, norms and embeddings are the same in
-all of them and a comparison of plans compares FFNs only. What the exporter gives is rewritten in three ways:
+all of them and a comparison of plans compares FFNs only. (`ffn2moe.onnx_decoder` makes those of the other models in
+the same way.) What the exporter gives is rewritten in three ways:
 
-- a layer that holds a mixture becomes one `com.microsoft.MoE` node. Its logits are 0 at the chosen experts and
-  -1e4 elsewhere, so the op's softmax gives each of the K experts 1/K; K and the layer's scale are folded into the
-  output matrix and the output bias stays outside. Fed this way, every revision of the op computes the same.
+- a layer that holds a mixture is one node `ffn2moe.Mixture` (`MIXTURE`) with router, experts and output bias, the
+  layer's scale folded into the output matrices. No runtime knows this op: a plan says how it is computed.
 - hidden states are [T, D] instead of [B, L, D] between attentions, so that each linear map is one `Gemm` with its
   bias inside and a mixture needs no reshaping.
 - attention is the standard `Attention` op on [B, L, D], without transposes around it.
@@ -15,12 +15,10 @@ The file depends on the weights alone: no paths, stack traces, times or names th
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -39,60 +37,65 @@ from onnx_ir.passes.common import (
     TopologicalSortPass,
 )
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ffn2moe.dense import family_of
 from ffn2moe.metrics import pool
-from ffn2moe.moe import MoEFFN, moe_layers
+from ffn2moe.moe import MoEFFN
+from ffn2moe.runtime import sha256
 from ffn2moe.spec import Pooling
 
 OPSET = 23  # the first with a standard Attention op
-MICROSOFT = "com.microsoft"
-MASKED_LOGIT = -1e4  # of an expert that is not chosen: its softmax is 0 in float32, and nothing is infinite
+DOMAIN, MIXTURE = "ffn2moe", "Mixture"
+# The inputs of a mixture node after x [T, D], as attributes of `Mixture`; those that a layer lacks are left out.
+PARTS = ("router", "router_bias", "choice_bias", "w_in", "b_in", "w_gate", "b_gate", "w_out", "b_out")
 BATCH, SEQUENCE = "batch", "sequence"
+LARGEST_FILE = 2**31 - 2**24  # bytes of weights inside one file
 INPUTS = ("input_ids", "attention_mask")
 OUTPUTS = ("last_hidden_state", "sentence_embedding")
-# Activations of the MoE op (its `gelu` is the tanh form on the CPU), keyed by ours.
-_MOE_ACTIVATIONS = {"gelu": "gelu", "gelu_tanh": "gelu", "relu": "relu", "silu": "silu"}
 
 
 # --- out of PyTorch -------------------------------------------------------------------------------------------------
 
 
 class _ExportedMoE(nn.Module):
-    """Stands in for a `MoEFFN` while the exporter traces: the same function as a routing and one MoE op."""
+    """Stands in for a `MoEFFN` while the exporter traces: the same function, the routed experts in one node."""
 
     def __init__(self, moe: MoEFFN) -> None:
         super().__init__()
-        if moe.w_gate is not None:
-            raise ValueError("a gated FFN cannot be exported yet: the export takes encoders with a plain FFN")
-        K = moe.num_active
-        self.num_active = K
-        self.op_activation = _MOE_ACTIVATIONS[moe.activation]
+        self.shared = moe if moe.shared_in is not None else None
+        self.attributes = {"num_active": moe.num_active, "gate": moe.gate, "activation": moe.activation}
         with torch.no_grad():
-            self.router_weight = nn.Parameter(moe.router.weight.clone())
-            self.router_bias = nn.Parameter(moe.router.bias + moe.router.balance_bias)
-            self.fc1 = nn.Parameter(moe.w_in.clone())
-            self.fc1_bias = None if moe.b_in is None else nn.Parameter(moe.b_in.clone())
-            # Unit weights: the op weighs each chosen expert by 1/K.
-            self.fc2 = nn.Parameter(moe.w_out * (moe.output_scale * K))
-            self.b_out = None if moe.b_out is None else nn.Parameter(moe.b_out.clone())
+            weight_ED, bias_E = moe.router.folded()
+            choice_E = moe.router.balance_bias
+            if moe.gate == "unit":  # what shifts the choice shifts nothing else
+                bias_E, choice_E = bias_E + choice_E, torch.zeros_like(choice_E)
+            parts = {
+                "router": weight_ED,
+                "router_bias": bias_E,
+                "choice_bias": choice_E if choice_E.any() else None,
+                "w_in": moe.w_in,
+                "b_in": moe.b_in,
+                "w_gate": moe.w_gate,
+                "b_gate": moe.b_gate,
+                "w_out": moe.w_out * moe.output_scale,
+                "b_out": moe.b_out,
+            }
+            for name in PARTS:
+                part = parts[name]
+                self.register_parameter(name, None if part is None else nn.Parameter(part.detach().clone()))
 
     def forward(self, x: Tensor) -> Tensor:
         x_TD = x.reshape(-1, x.shape[-1])
-        scores_TE = F.linear(x_TD, self.router_weight, self.router_bias)
-        chosen_TK = scores_TE.topk(self.num_active, dim=-1).indices
-        logits_TE = torch.full_like(scores_TE, MASKED_LOGIT).scatter(1, chosen_TK, 0.0)
         y_TD = torch.onnx.ops.symbolic(
-            f"{MICROSOFT}::MoE",
-            (x_TD, logits_TE, self.fc1, self.fc1_bias, self.fc2),
-            {"k": self.num_active, "activation_type": self.op_activation, "normalize_routing_weights": 1},
+            f"{DOMAIN}::{MIXTURE}",
+            (x_TD, *(getattr(self, name) for name in PARTS)),
+            self.attributes,
             dtype=x_TD.dtype,
             shape=x_TD.shape,
             version=1,
         )
-        if self.b_out is not None:
-            y_TD = y_TD + self.b_out
+        if self.shared is not None:
+            y_TD = y_TD + self.shared.shared(x_TD)
         return y_TD.reshape(x.shape)
 
 
@@ -151,29 +154,56 @@ def canonical_graph(model: nn.Module, pooling: Pooling) -> ir.Model:
     """
     family = family_of(model)
     if "embedding" not in family.heads:
-        raise ValueError(
-            f"{family.name} is a causal model: the export makes sentence embeddings and takes encoders only"
-        )
-    was_training = model.training
-    wrapped = _SentenceEncoder(model.eval(), pooling)
+        raise ValueError(f"{family.name} models make no sentence embeddings: export them with the head they have")
     example = torch.full((2, 7), 1, dtype=torch.int64)
     axes = {0: BATCH, 1: SEQUENCE}
+    return traced(
+        model,
+        _SentenceEncoder(model, pooling),
+        (example, torch.ones_like(example)),
+        INPUTS,
+        OUTPUTS,
+        dict.fromkeys(INPUTS, axes),
+        name="encoder",
+    )
+
+
+def traced(
+    model: nn.Module,
+    wrapped: nn.Module,
+    arguments: tuple[Any, ...],
+    inputs: Sequence[str],
+    outputs: Sequence[str],
+    dynamic_shapes: dict[str, Any],
+    *,
+    name: str,
+    keywords: dict[str, Any] | None = None,
+) -> ir.Model:
+    """The canonical graph of `wrapped`, a module around `model`; the model is left as it was.
+
+    `arguments` and `keywords` are examples of what it takes, `inputs` and `outputs` the names of their tensors.
+    """
+    was_training = model.training
+    wrapped.eval()
     try:
         with _exportable(model), _quiet(), torch.no_grad():
             program = torch.onnx.export(
                 wrapped,
-                (example, torch.ones_like(example)),
+                arguments,
+                kwargs=keywords,
                 dynamo=True,
                 opset_version=OPSET,
-                input_names=list(INPUTS),
-                output_names=list(OUTPUTS),
-                dynamic_shapes={name: axes for name in INPUTS},
+                input_names=list(inputs),
+                output_names=list(outputs),
+                dynamic_shapes=dynamic_shapes,
                 verbose=False,
             )
     finally:
         model.train(was_training)
+    assert program is not None
     graph = program.model
-    for rewrite in (_attention_without_transposes, _flatten_tokens, _linear_maps_as_gemm):
+    graph.graph.name = name
+    for rewrite in (_fold_transposed_weights, _attention_without_transposes, _flatten_tokens, _linear_maps_as_gemm):
         rewrite(graph)
         RemoveUnusedNodesPass()(graph)  # what a rewrite leaves behind would still count as a use
     finish(graph)
@@ -232,6 +262,8 @@ def constant_of(value: ir.Value | None) -> np.ndarray | None:
 def replace(old: ir.Value, new: ir.Value) -> None:
     """Every use of `old`, as an input of a node or an output of the graph, becomes one of `new`."""
     new.shape, new.type = old.shape, old.type
+    if old.is_graph_output():
+        new.name, old.name = old.name, None
     old.replace_all_uses_with(new, replace_graph_outputs=True)
 
 
@@ -264,7 +296,6 @@ def finish(model: ir.Model) -> None:
         value.doc_string = None
         value.metadata_props.clear()
     model.producer_name, model.producer_version = "ffn2moe", None
-    model.graph.name = "encoder"
     _name(graph)
 
 
@@ -290,8 +321,6 @@ def _name(graph: ir.Graph) -> None:
         value.name = f"renaming_{position}"
     for value in constants:
         value.name = names[value]
-    for value, name in zip(graph.outputs, OUTPUTS, strict=True):
-        value.name = name
     taken.clear()
     for position, node in enumerate(graph):
         if not node.name or node.name.startswith("node_") or node.name in taken:
@@ -303,6 +332,15 @@ def _name(graph: ir.Graph) -> None:
 
 
 # --- rewriting what the exporter gives ------------------------------------------------------------------------------
+
+
+def _fold_transposed_weights(model: ir.Model) -> None:
+    """``x @ weight.T`` with a weight so large that the exporter leaves the transposition to every run."""
+    editor = Editor(model)
+    for node in [node for node in model.graph if node.op_type == "Transpose"]:
+        weight = constant_of(node.inputs[0])
+        if weight is not None and weight.ndim == 2:
+            replace(node.outputs[0], editor.constant(f"{node.inputs[0].name}.transposed", weight.T))
 
 
 def _attention_without_transposes(model: ir.Model) -> None:
@@ -352,7 +390,10 @@ def _swaps_heads(transpose: ir.Node) -> bool:
 
 # Ops that act on each number or on the last axis, and so do not care how tokens are laid out.
 _TOKEN_WISE = frozenset(
-    ("Add", "Sub", "Mul", "Div", "Gelu", "Relu", "Tanh", "Sigmoid", "Erf", "LayerNormalization", "MatMul")
+    (
+        *("Add", "Sub", "Mul", "Div", "Gelu", "Relu", "Tanh", "Sigmoid", "Erf", "MatMul"),
+        *("LayerNormalization", "RMSNormalization"),
+    )
 )
 
 
@@ -361,9 +402,19 @@ def _flatten_tokens(model: ir.Model) -> None:
     graph = model.graph
     editor = Editor(model)
     editor.at = graph[0]
-    hidden_shape = editor.node(
-        "Concat", editor.node("Shape", graph.inputs[0]), editor.constant("fill_axis", np.array([-1])), axis=0
-    )
+    of_ids = None
+    if graph.inputs[0].shape == ir.Shape([BATCH, SEQUENCE]):
+        of_ids = editor.node(
+            "Concat", editor.node("Shape", graph.inputs[0]), editor.constant("fill_axis", np.array([-1])), axis=0
+        )
+
+    def hidden_shape(out: ir.Value) -> ir.Value:
+        length = out.shape[1]
+        if not isinstance(length, int):
+            assert of_ids is not None
+            return of_ids
+        return editor.constant(f"hidden_{length}_{out.shape[2]}", np.array([-1, length, out.shape[2]]))
+
     for node in list(graph):
         out = node.outputs[0]
         editor.at = node
@@ -374,7 +425,7 @@ def _flatten_tokens(model: ir.Model) -> None:
             attributes = {name: attribute.value for name, attribute in node.attributes.items()}
             out_Tn = editor.node(node.op_type, *inputs, domain=node.domain, **attributes)
             out_Tn.shape, out_Tn.type = ir.Shape(["tokens", out.shape[2]]), out.type
-            replace(out, editor.node("Reshape", out_Tn, hidden_shape))
+            replace(out, editor.node("Reshape", out_Tn, hidden_shape(out)))
 
 
 def _as_tokens(editor: Editor, hidden: ir.Value) -> ir.Value:
@@ -393,7 +444,7 @@ def _is_hidden(value: ir.Value | None) -> bool:
     shape = None if value is None else value.shape
     if shape is None or len(shape) != 3:
         return False
-    return shape[0] == BATCH and shape[1] == SEQUENCE and isinstance(shape[2], int)
+    return shape[0] == BATCH and (shape[1] == SEQUENCE or isinstance(shape[1], int)) and isinstance(shape[2], int)
 
 
 def _is_tokens(value: ir.Value, width: int) -> bool:
@@ -404,7 +455,7 @@ def _is_tokens(value: ir.Value, width: int) -> bool:
 def _is_token_wise(node: ir.Node) -> bool:
     if node.op_type not in _TOKEN_WISE or not _is_hidden(node.outputs[0]):
         return False
-    if node.op_type == "LayerNormalization":
+    if node.op_type in ("LayerNormalization", "RMSNormalization"):
         axis = node.attributes.get("axis")
         return _is_hidden(node.inputs[0]) and (axis is None or axis.value in (-1, 2))
     if node.op_type == "MatMul":
@@ -412,7 +463,7 @@ def _is_token_wise(node: ir.Node) -> bool:
         return _is_hidden(node.inputs[0]) and weight is not None and weight.ndim == 2
     constants = [constant_of(value) for value in node.inputs]
     return all(
-        _is_hidden(value) if constant is None else constant.ndim <= 1
+        _is_hidden(value) and value.shape[1] == node.outputs[0].shape[1] if constant is None else constant.ndim <= 1
         for value, constant in zip(node.inputs, constants, strict=True)
     )
 
@@ -435,133 +486,23 @@ def _linear_maps_as_gemm(model: ir.Model) -> None:
                 break
 
 
-def save_graph(model: ir.Model, path: str | Path) -> str:
-    """Writes the graph with its weights inside and gives the sha256 of the file."""
-    data = ir.to_proto(model).SerializeToString(deterministic=True)
-    Path(path).write_bytes(data)
-    return hashlib.sha256(data).hexdigest()
+def save_graph(model: ir.Model, path: str | Path, largest: int = LARGEST_FILE) -> dict[str, str]:
+    """Writes the graph and gives the sha256 of each file written, by its name.
 
-
-# --- parity with PyTorch --------------------------------------------------------------------------------------------
-
-# A graph as a function: token ids and mask [B, L] in, hidden states [B, L, D] and embeddings [B, D] out.
-Run = Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]
-# Two experts closer than this share of the layer's typical score may swap by rounding alone.
-NEAR_TIE = 1e-5
-
-
-@dataclass(frozen=True)
-class Reference:
-    """What PyTorch makes of one batch, and how sure its routing is of each text."""
-
-    ids_BL: np.ndarray
-    mask_BL: np.ndarray
-    hidden_BLD: np.ndarray
-    embedding_BD: np.ndarray
-    margin_B: np.ndarray  # smallest lead of a chosen expert over the next, as a share of the layer's typical score
-    choices: tuple[np.ndarray, ...]  # of each layer, as indicators [B, L, E], false at padding
-
-
-@torch.no_grad()
-def reference(
-    model: nn.Module,
-    batches: Sequence[tuple[np.ndarray, np.ndarray]],
-    pooling: Pooling,
-    *,
-    tanh: bool = False,
-) -> list[Reference]:
-    """PyTorch's outputs for batches of token ids and masks [B, L]; with `tanh`, experts use GELU's tanh form."""
-    model.eval()
-    mixtures = moe_layers(model)
-    before = [(moe.observer, moe.activation) for moe in mixtures]
-    seen: list[tuple[Tensor, Tensor, int]] = []
-    for moe in mixtures:
-        moe.observer = lambda scores_TE, chosen_TK, moe=moe: seen.append(
-            (scores_TE + moe.router.balance_bias, chosen_TK, moe.num_experts)
-        )
-        if tanh and moe.activation == "gelu":
-            moe.activation = "gelu_tanh"
-    try:
-        found = []
-        for ids_BL, mask_BL in batches:
-            seen.clear()
-            ids, mask = torch.from_numpy(ids_BL), torch.from_numpy(mask_BL)
-            hidden_BLD = model(input_ids=ids, attention_mask=mask).last_hidden_state
-            padding_BL = mask == 0
-            margin_B = torch.full((len(ids),), torch.inf)
-            choices = []
-            for scores_TE, chosen_TK, experts in seen:
-                scores_BLE = scores_TE.reshape(*mask.shape, experts)
-                indicator = torch.zeros_like(scores_BLE, dtype=torch.bool)
-                indicator.scatter_(-1, chosen_TK.reshape(*mask.shape, -1), True)
-                choices.append((indicator & ~padding_BL.unsqueeze(-1)).numpy())
-                if chosen_TK.shape[-1] < experts:
-                    worst = scores_BLE.masked_fill(~indicator, torch.inf).amin(-1)
-                    next_best = scores_BLE.masked_fill(indicator, -torch.inf).amax(-1)
-                    lead_BL = (worst - next_best) / scores_BLE.abs().mean().clamp(min=1e-30)
-                    margin_B = margin_B.minimum(lead_BL.masked_fill(padding_BL, torch.inf).amin(1))
-            embedding_BD = pool(hidden_BLD, mask, pooling)
-            found.append(
-                Reference(ids_BL, mask_BL, hidden_BLD.numpy(), embedding_BD.numpy(), margin_B.numpy(), tuple(choices))
-            )
-        return found
-    finally:
-        for moe, (observer, activation) in zip(mixtures, before, strict=True):
-            moe.observer, moe.activation = observer, activation
-
-
-@dataclass(frozen=True)
-class Parity:
-    """How far a graph is from PyTorch: largest absolute differences over the texts compared."""
-
-    hidden_max_abs: float
-    embedding_max_abs: float
-    texts: int
-    near_ties: int  # texts left out, as their routing is decided by less than rounding, or not among `only`
-
-    @property
-    def max_abs(self) -> float:
-        return max(self.hidden_max_abs, self.embedding_max_abs)
-
-
-def parity(run: Run, references: Sequence[Reference], only: Sequence[np.ndarray] | None = None) -> Parity:
-    """Compares a graph with PyTorch on every text whose routing is no near tie, padding left out.
-
-    `only` names the texts [B] of each batch to compare, where others are known to differ.
-
-    A near tie is a true discontinuity of the mixture: the last bit of a score sends a token to another expert.
-    ValueError if the routing of every text is one: then nothing can be compared.
+    A graph of more than `largest` bytes keeps its weights in a second file beside the first, `PATH.data`: one
+    message of the format holds 2 GB at most.
     """
-    hidden = embedding = 0.0
-    texts = near_ties = 0
-    for index, known in enumerate(references):
-        hidden_BLD, embedding_BD = run(known.ids_BL, known.mask_BL)
-        sure_B = known.margin_B > NEAR_TIE
-        if only is not None:
-            sure_B &= only[index]
-        texts += int(sure_B.sum())
-        near_ties += int((~sure_B).sum())
-        compared_BL = sure_B[:, None] & (known.mask_BL != 0)
-        hidden = _largest(hidden, np.abs(hidden_BLD - known.hidden_BLD)[compared_BL])
-        embedding = _largest(embedding, np.abs(embedding_BD - known.embedding_BD)[sure_B])
-    if texts == 0 and only is None:
-        raise ValueError(
-            "the router scores the experts alike for every text, so its choice is arbitrary and no graph can be "
-            "compared with PyTorch: train the router first"
-        )
-    return Parity(hidden, embedding, texts, near_ties)
+    path = Path(path)
+    if _size(model) <= largest:
+        path.write_bytes(ir.to_proto(model).SerializeToString(deterministic=True))
+        return {path.name: sha256(path)}
+    data = path.with_name(f"{path.name}.data")
+    graph = model.clone()  # what is unloaded is gone from the graph
+    ir.external_data.unload_from_model(graph, path.parent, data.name, size_threshold_bytes=1024)
+    path.write_bytes(ir.to_proto(graph).SerializeToString(deterministic=True))
+    return {file.name: sha256(file) for file in (path, data)}
 
 
-def _largest(before: float, differences: np.ndarray) -> float:
-    """The larger of the two; NaN, once seen, stays."""
-    return float(np.maximum(before, differences.max())) if differences.size else before
-
-
-def same_choices(first: Sequence[Reference], second: Sequence[Reference]) -> list[np.ndarray]:
-    """For each batch, the texts [B] all of whose tokens go to the same experts in both."""
-    return [
-        np.all([(a == b).all(axis=(1, 2)) for a, b in zip(one.choices, other.choices, strict=True)], axis=0)
-        if one.choices
-        else np.ones(len(one.ids_BL), dtype=bool)
-        for one, other in zip(first, second, strict=True)
-    ]
+def _size(model: ir.Model) -> int:
+    """Bytes of the weights."""
+    return sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None)

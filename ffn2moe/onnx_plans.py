@@ -2,73 +2,286 @@
 
 | plan | what it is |
 |---|---|
-| `fused` | the canonical graph: one `com.microsoft.MoE` node a layer |
+| `fused` | one `com.microsoft.MoE` node a layer |
+| `qmoe8`, `qmoe4` | one `com.microsoft.QMoE` node a layer, other linear maps are `MatMulNBits`: 8 or 4 bits a weight |
 | `sorted` | standard ops only: tokens sorted by expert, and each expert a `Gemm`, an activation and a `Gemm` |
 | `sorted8` | `sorted` with its linear maps in int8, quantised as they run |
 | `dense` | the teacher: what a user would deploy without this package |
-| `dense8` | `dense` in int8, in the same way |
+| `dense8` | `dense` in int8, in the same way as `sorted8` |
+| `dense4` | `dense` with every linear map a `MatMulNBits` of 4 bits |
 
 Which is fastest depends on the machine and on batch x sequence, so it is measured (`tasks.benchmark`), not known.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
 import numpy as np
 import onnx_ir as ir
 
-from ffn2moe.onnx_graph import Editor, constant_of, finish, only_use, replace
-from ffn2moe.runtime import INT8_PLANS, Plan
-from ffn2moe.spec import Activation
+from ffn2moe.onnx_graph import DOMAIN, MIXTURE, PARTS, Editor, constant_of, finish, replace
+from ffn2moe.runtime import (
+    BLOCK,
+    INT8_PLANS,
+    MASKED_LOGIT,
+    MICROSOFT,
+    MOE_ACTIVATIONS,
+    Plan,
+    quantize_blocks,
+    swiglu_rows,
+)
+from ffn2moe.spec import Activation, Gate
+
+_BITS: dict[str, int] = {"qmoe8": 8, "qmoe4": 4, "dense4": 4}
 
 
-def lower(canonical: ir.Model, plan: Plan, activation: Activation) -> ir.Model:
-    """The graph of one plan, from the canonical graph of the mixture (of the teacher, for the dense plans)."""
+class PlanRefused(ValueError):
+    """A plan that cannot hold this model, with the reason."""
+
+
+def lower(canonical: ir.Model, plan: Plan) -> ir.Model:
+    """The graph of one plan, from the canonical graph of the mixture (of the teacher, for the dense plans).
+
+    Raises PlanRefused, a ValueError, where no operator of that plan computes what the model needs.
+    """
     graph = canonical.clone()
-    if plan in ("sorted", "sorted8"):
-        sort_tokens(graph, activation)
+    mixtures = [Mixture.of(node) for node in graph.graph if node.domain == DOMAIN]
+    if plan in _BITS or plan == "fused":
+        for mixture in mixtures:
+            _require_op(plan, mixture)
+    editor = Editor(graph)
+    for mixture in mixtures:
+        editor.at = mixture.node
+        if plan == "fused":
+            y_TD = _fused(editor, mixture)
+        elif plan in _BITS:
+            y_TD = _quantized_experts(editor, mixture, _BITS[plan])
+        else:
+            y_TD = _sorted_experts(editor, mixture)
+        replace(mixture.node.outputs[0], y_TD)
     if plan in INT8_PLANS:
         quantize(graph)
+    elif plan in _BITS:
+        quantize_weights(graph, _BITS[plan])
+    if any(node.domain == MICROSOFT for node in graph.graph):
+        graph.graph.opset_imports[MICROSOFT] = 1
+    finish(graph)
     return graph
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """A mixture node of a canonical graph, read."""
+
+    node: ir.Node
+    x_TD: ir.Value
+    name: str  # of the layer
+    num_active: int
+    gate: Gate
+    activation: Activation
+    router: ir.Value
+    router_bias: ir.Value
+    choice_bias: ir.Value | None
+    w_in_EMD: np.ndarray
+    b_in_EM: np.ndarray | None
+    w_gate_EMD: np.ndarray | None
+    b_gate_EM: np.ndarray | None
+    w_out_EDM: np.ndarray
+    b_out_D: np.ndarray | None
+
+    @classmethod
+    def of(cls, node: ir.Node) -> Mixture:
+        assert node.op_type == MIXTURE
+        values = dict(zip(PARTS, node.inputs[1:], strict=False))
+        w_in = values["w_in"]
+        arrays = {name: constant_of(value) for name, value in values.items()}
+        assert node.inputs[0] is not None and w_in is not None
+        return cls(
+            node=node,
+            x_TD=node.inputs[0],
+            name=(w_in.name or "").removesuffix(".w_in"),
+            num_active=node.attributes["num_active"].as_int(),
+            gate=node.attributes["gate"].as_string(),
+            activation=node.attributes["activation"].as_string(),
+            router=values["router"],
+            router_bias=values["router_bias"],
+            choice_bias=values.get("choice_bias"),
+            w_in_EMD=arrays["w_in"],  # type: ignore[arg-type]
+            b_in_EM=arrays.get("b_in"),
+            w_gate_EMD=arrays.get("w_gate"),
+            b_gate_EM=arrays.get("b_gate"),
+            w_out_EDM=arrays["w_out"],  # type: ignore[arg-type]
+            b_out_D=arrays.get("b_out"),
+        )
+
+    @property
+    def num_experts(self) -> int:
+        return len(self.w_in_EMD)
+
+
+# --- routing --------------------------------------------------------------------------------------------------------
+
+
+def _route(editor: Editor, mixture: Mixture) -> tuple[ir.Value, ir.Value]:
+    """The router's scores [T, E] and choice [T, K]."""
+    scores_TE = editor.node(
+        "Gemm", mixture.x_TD, mixture.router, mixture.router_bias, transB=1, name=f"{mixture.name}.router"
+    )
+    ranked_TE = scores_TE
+    if mixture.choice_bias is not None:
+        if mixture.gate == "sigmoid":
+            ranked_TE = editor.node("Sigmoid", scores_TE)
+        ranked_TE = editor.node("Add", ranked_TE, mixture.choice_bias)
+    K = editor.constant(f"choose_{mixture.num_active}", np.array([mixture.num_active]))
+    return scores_TE, editor.nodes("TopK", [ranked_TE, K], outputs=2, axis=-1)[1]
+
+
+def _gates(editor: Editor, mixture: Mixture, scores_TE: ir.Value, chosen_TK: ir.Value) -> ir.Value | None:
+    """The weight of each chosen expert [T, K] (`ffn2moe.router.gates`); None where it is 1."""
+    if mixture.gate == "unit":
+        return None
+    if mixture.gate == "softmax":
+        return editor.node("GatherElements", editor.node("Softmax", scores_TE, axis=-1), chosen_TK, axis=1)
+    s_TK = editor.node("GatherElements", scores_TE, chosen_TK, axis=1)
+    return editor.node("Softmax", s_TK, axis=-1) if mixture.gate == "softmax_topk" else editor.node("Sigmoid", s_TK)
+
+
+def _masked_logits(editor: Editor, mixture: Mixture) -> tuple[ir.Value, ir.Value | None]:
+    """Logits [T, E] of which a MoE op makes the gates of the chosen experts, up to their sum [T, 1].
+
+    The op weighs by the softmax of the K highest, so that logarithms of the gates go in, and -1e4 elsewhere; the
+    sum is None where it is 1, and the op's output is to be multiplied by it elsewhere. Fed this way, every
+    revision of the op computes the same. Unit gates go in as 0: each becomes 1/K, and K belongs into the weights.
+    """
+    scores_TE, chosen_TK = _route(editor, mixture)
+    sum_T1 = None
+    if mixture.gate == "unit":
+        logits_TK = editor.node(
+            "ConstantOfShape", editor.node("Shape", chosen_TK), value=ir.tensor(np.zeros(1, dtype=np.float32))
+        )
+    else:
+        logits_TK = editor.node("GatherElements", scores_TE, chosen_TK, axis=1)
+        if mixture.gate == "sigmoid":  # log sigmoid(s) = -softplus(-s)
+            logits_TK = editor.node("Neg", editor.node("Softplus", editor.node("Neg", logits_TK)))
+        if mixture.gate != "softmax_topk":
+            gate_TK = _gates(editor, mixture, scores_TE, chosen_TK)
+            sum_T1 = editor.node("ReduceSum", gate_TK, editor.constant("axis_1", np.array([1])), keepdims=1)
+    masked_TE = editor.node(
+        "ConstantOfShape",
+        editor.node("Shape", scores_TE),
+        value=ir.tensor(np.array([MASKED_LOGIT], dtype=np.float32)),
+    )
+    return editor.node("ScatterElements", masked_TE, chosen_TK, logits_TK, axis=1), sum_T1
+
+
+# --- one operator a layer -------------------------------------------------------------------------------------------
+
+
+def _require_op(plan: str, mixture: Mixture) -> None:
+    op = "com.microsoft.MoE" if plan == "fused" else "com.microsoft.QMoE"
+    if mixture.w_gate_EMD is not None and mixture.activation != "silu":
+        raise PlanRefused(
+            f"{plan}: {op} has no gated FFN with {mixture.activation}, only with silu; the plan `sorted` has one"
+        )
+    if mixture.activation not in MOE_ACTIVATIONS:
+        raise PlanRefused(f"{plan}: {op} has no {mixture.activation}; the plan `sorted` has it")
+    width = mixture.w_in_EMD.shape[2]
+    if plan in _BITS and width % BLOCK:
+        raise PlanRefused(f"{plan}: {op} wants a width that is a multiple of {BLOCK}, and this model's is {width}")
+
+
+def _experts(mixture: Mixture) -> tuple[dict[str, Any], np.ndarray, np.ndarray | None, np.ndarray]:
+    """Attributes, fc1 [E, M or 2M, D], its bias and fc2 [E, D, M] of the MoE ops."""
+    attributes: dict[str, Any] = {"k": mixture.num_active, "normalize_routing_weights": 1}
+    # The op weighs each chosen expert of a unit gate by 1/K.
+    w_out_EDM = mixture.w_out_EDM * np.float32(mixture.num_active if mixture.gate == "unit" else 1)
+    if mixture.w_gate_EMD is None:
+        attributes["activation_type"] = MOE_ACTIVATIONS[mixture.activation]
+        return attributes, mixture.w_in_EMD, mixture.b_in_EM, w_out_EDM
+    # act(gate) * up as `swiglu`, whose constants would be another model's if left alone.
+    attributes |= {"activation_type": "swiglu", "swiglu_fusion": 1, "activation_alpha": 1.0, "activation_beta": 0.0}
+    b_gate, b_in = mixture.b_gate_EM, mixture.b_in_EM
+    bias = None
+    if b_gate is not None or b_in is not None:
+        nothing = np.zeros(mixture.w_in_EMD.shape[:2], dtype=np.float32)
+        bias = swiglu_rows(nothing if b_gate is None else b_gate, nothing if b_in is None else b_in)
+    return attributes, swiglu_rows(mixture.w_gate_EMD, mixture.w_in_EMD), bias, w_out_EDM
+
+
+def _weighed(editor: Editor, mixture: Mixture, y_TD: ir.Value, sum_T1: ir.Value | None) -> ir.Value:
+    """What comes after the op: the sum of the gates, and the output bias."""
+    if sum_T1 is not None:
+        y_TD = editor.node("Mul", y_TD, sum_T1)
+    if mixture.b_out_D is not None:
+        y_TD = editor.node("Add", y_TD, editor.constant(f"{mixture.name}.b_out", mixture.b_out_D))
+    return y_TD
+
+
+def _fused(editor: Editor, mixture: Mixture) -> ir.Value:
+    attributes, fc1, fc1_bias, fc2 = _experts(mixture)
+    logits_TE, sum_T1 = _masked_logits(editor, mixture)
+    y_TD = editor.node(
+        "MoE",
+        mixture.x_TD,
+        logits_TE,
+        editor.constant(f"{mixture.name}.fc1", fc1),
+        None if fc1_bias is None else editor.constant(f"{mixture.name}.fc1_bias", fc1_bias),
+        editor.constant(f"{mixture.name}.fc2", fc2),
+        domain=MICROSOFT,
+        name=f"{mixture.name}.moe",
+        **attributes,
+    )
+    return _weighed(editor, mixture, y_TD, sum_T1)
+
+
+def _quantized_experts(editor: Editor, mixture: Mixture, bits: int) -> ir.Value:
+    """A QMoE node. Experts are made a multiple of the block wide, by neurons whose weights are 0."""
+    attributes, fc1, fc1_bias, fc2 = _experts(mixture)
+    missing = -mixture.w_in_EMD.shape[1] % BLOCK
+    rows = missing * (1 if mixture.w_gate_EMD is None else 2)
+    fc1 = np.pad(fc1, ((0, 0), (0, rows), (0, 0)))
+    fc2 = np.pad(fc2, ((0, 0), (0, 0), (0, missing)))
+    inputs: list[ir.Value | None] = []
+    for name, weight in (("fc1", fc1), ("fc2", fc2)):
+        packed, scales = quantize_blocks(weight, bits)
+        inputs += [
+            editor.constant(f"{mixture.name}.{name}.int{bits}", packed),
+            editor.constant(f"{mixture.name}.{name}.scales", scales),
+        ]
+        if name == "fc1":
+            padded = None if fc1_bias is None else np.pad(fc1_bias, ((0, 0), (0, rows)))
+            inputs.append(None if padded is None else editor.constant(f"{mixture.name}.fc1_bias", padded))
+    logits_TE, sum_T1 = _masked_logits(editor, mixture)
+    y_TD = editor.node(
+        "QMoE",
+        mixture.x_TD,
+        logits_TE,
+        *inputs,
+        domain=MICROSOFT,
+        name=f"{mixture.name}.moe",
+        **attributes,
+        expert_weight_bits=bits,
+        block_size=BLOCK,
+    )
+    return _weighed(editor, mixture, y_TD, sum_T1)
 
 
 # --- sorted ---------------------------------------------------------------------------------------------------------
 
 
-def sort_tokens(model: ir.Model, activation: Activation) -> None:
-    """Every MoE node becomes standard ops that compute the chosen experts only.
+def _sorted_experts(editor: Editor, mixture: Mixture) -> ir.Value:
+    """Standard ops that compute the chosen experts only.
 
     ``NonZero`` of the choice as [E, T] lists the tokens of expert 0, then those of expert 1 and so on; each
     expert gathers its own. No padding and no sorting of T x K numbers; an expert without tokens multiplies an empty
     matrix. The outputs are gathered back by their rank in that list and the K of a token are added up: a
     ``ScatterND`` that adds would be one op less, but on more than one thread ONNX Runtime loses additions to it.
     """
-    editor = Editor(model)
-    for node in [node for node in model.graph if node.op_type == "MoE"]:
-        editor.at = node
-        whole, bias = _with_output_bias(node.outputs[0])
-        replace(whole, _sorted_experts(editor, node, activation, bias))
-    finish(model)
-
-
-def _with_output_bias(y_TD: ir.Value) -> tuple[ir.Value, np.ndarray | None]:
-    """The value after the output bias that follows a MoE node, and that bias; the node's own where none does."""
-    add = only_use(y_TD)
-    if add is not None and add.op_type == "Add":
-        for bias in add.inputs:
-            array = constant_of(bias)
-            if array is not None and array.ndim == 1:
-                return add.outputs[0], array
-    return y_TD, None
-
-
-def _sorted_experts(editor: Editor, moe: ir.Node, activation: Activation, b_out_D: np.ndarray | None) -> ir.Value:
-    x_TD, logits_TE, fc1, fc1_bias, fc2 = moe.inputs[:5]
-    w_in_EMD, w_out_EDM = constant_of(fc1), constant_of(fc2)
-    b_in_EM = constant_of(fc1_bias)
-    assert w_in_EMD is not None and w_out_EDM is not None
-    E, K = len(w_in_EMD), moe.attributes["k"].as_int()
-    scores_TE, chosen_TK = _routing(logits_TE)
-    layer = (fc1.name or "").removesuffix(".fc1")
+    E, K = mixture.num_experts, mixture.num_active
+    scores_TE, chosen_TK = _route(editor, mixture)
     axis_1 = editor.constant("axis_1", np.array([1]))
 
     # Which expert takes which token: true at the choice.
@@ -84,18 +297,12 @@ def _sorted_experts(editor: Editor, moe: ir.Node, activation: Activation, b_out_
     count_E = editor.node("ReduceSum", taken_ET, axis_1, keepdims=0)
     tokens = editor.nodes("Split", [token_R, count_E], outputs=E, axis=0) if E > 1 else [token_R]
 
-    # Each of a token's K experts adds its share of the output bias, inside its Gemm: no pass of its own.
-    b_share_D = [] if b_out_D is None else [editor.constant(f"{layer}.b_share", b_out_D / np.float32(K))]
-    outputs = []
-    for expert in range(E):
-        name = f"{layer}.experts.{expert}"
-        x_nD = editor.node("Gather", x_TD, tokens[expert], axis=0)
-        w_in_DM = editor.constant(f"{name}.in.weight", w_in_EMD[expert].T)
-        b_in_M = [] if b_in_EM is None else [editor.constant(f"{name}.in.bias", b_in_EM[expert])]
-        h_nM = _activate(editor, editor.node("Gemm", x_nD, w_in_DM, *b_in_M, name=f"{name}.in"), activation)
-        # The op's unit weights are 1/K, and K is folded into fc2: here the weights are 1.
-        w_out_MD = editor.constant(f"{name}.out.weight", w_out_EDM[expert].T / np.float32(K))
-        outputs.append(editor.node("Gemm", h_nM, w_out_MD, *b_share_D, name=f"{name}.out"))
+    # Each of a token's K experts adds its share of the output bias, inside its Gemm: no pass of its own. Not where
+    # gates would multiply the shares.
+    b_share_D = None
+    if mixture.b_out_D is not None and mixture.gate == "unit":
+        b_share_D = editor.constant(f"{mixture.name}.b_share", mixture.b_out_D / np.float32(K))
+    outputs = [_one_expert(editor, mixture, expert, tokens[expert], b_share_D) for expert in range(E)]
     y_RD = editor.node("Concat", *outputs, axis=0) if E > 1 else outputs[0]
 
     # Rank of each (expert, token) in the row: how many choices come before it.
@@ -111,16 +318,32 @@ def _sorted_experts(editor: Editor, moe: ir.Node, activation: Activation, b_out_
     )
     rank_TK = editor.node("GatherElements", editor.node("Transpose", before_ET, perm=[1, 0]), chosen_TK, axis=1)
     y_TKD = editor.node("Gather", y_RD, rank_TK, axis=0)
-    return editor.node("ReduceSum", y_TKD, axis_1, keepdims=0)
+    gate_TK = _gates(editor, mixture, scores_TE, chosen_TK)
+    if gate_TK is None:
+        return editor.node("ReduceSum", y_TKD, axis_1, keepdims=0)
+    y_TKD = editor.node("Mul", y_TKD, editor.node("Unsqueeze", gate_TK, editor.constant("axis_2", np.array([2]))))
+    return _weighed(editor, mixture, editor.node("ReduceSum", y_TKD, axis_1, keepdims=0), None)
 
 
-def _routing(logits_TE: ir.Value) -> tuple[ir.Value, ir.Value]:
-    """The router's scores [T, E] and choice [T, K] from which the canonical graph made its masked logits."""
-    scatter = logits_TE.producer()
-    chosen_TK = scatter.inputs[1] if scatter is not None and scatter.op_type == "ScatterElements" else None
-    top_k = chosen_TK.producer() if chosen_TK is not None else None
-    assert top_k is not None and top_k.op_type == "TopK", "not a MoE node of a canonical graph"
-    return top_k.inputs[0], chosen_TK
+def _one_expert(
+    editor: Editor, mixture: Mixture, expert: int, tokens: ir.Value, b_share_D: ir.Value | None
+) -> ir.Value:
+    name = f"{mixture.name}.experts.{expert}"
+    x_nD = editor.node("Gather", mixture.x_TD, tokens, axis=0)
+
+    def linear(part: str, weight_MD: np.ndarray, bias_EM: np.ndarray | None) -> ir.Value:
+        weight = editor.constant(f"{name}.{part}.weight", weight_MD.T)
+        bias = [] if bias_EM is None else [editor.constant(f"{name}.{part}.bias", bias_EM[expert])]
+        return editor.node("Gemm", x_nD, weight, *bias, name=f"{name}.{part}")
+
+    h_nM = linear("in", mixture.w_in_EMD[expert], mixture.b_in_EM)
+    if mixture.w_gate_EMD is None:
+        h_nM = _activate(editor, h_nM, mixture.activation)
+    else:
+        gate_nM = linear("gate", mixture.w_gate_EMD[expert], mixture.b_gate_EM)
+        h_nM = editor.node("Mul", _activate(editor, gate_nM, mixture.activation), h_nM)
+    w_out_MD = editor.constant(f"{name}.out.weight", mixture.w_out_EDM[expert].T)
+    return editor.node("Gemm", h_nM, w_out_MD, *([] if b_share_D is None else [b_share_D]), name=f"{name}.out")
 
 
 def _activate(editor: Editor, h: ir.Value, activation: Activation) -> ir.Value:
@@ -130,10 +353,32 @@ def _activate(editor: Editor, h: ir.Value, activation: Activation) -> ir.Value:
         return editor.node("Gelu", h, approximate="tanh")
     if activation == "relu":
         return editor.node("Relu", h)
-    return editor.node("Mul", h, editor.node("Sigmoid", h))
+    scaled = h
+    if activation == "quick_gelu":
+        scaled = editor.node("Mul", h, editor.constant("quick_gelu_slope", np.array(1.702, dtype=np.float32)))
+    return editor.node("Mul", h, editor.node("Sigmoid", scaled))
 
 
-# --- int8 -----------------------------------------------------------------------------------------------------------
+# --- linear maps in fewer bits --------------------------------------------------------------------------------------
+
+
+def _linear_maps(model: ir.Model) -> list[tuple[ir.Node, np.ndarray, Sequence[ir.Value | None]]]:
+    """Every product with a constant matrix [in, out] but the routers, with that matrix and its bias, if any.
+
+    Routers stay in float32: a token sent to another expert costs more than the router does.
+    """
+    found = []
+    for node in model.graph:
+        if node.op_type not in ("Gemm", "MatMul") or (node.name or "").endswith(".router"):
+            continue
+        weight = constant_of(node.inputs[1])
+        if weight is None or weight.ndim != 2:
+            continue
+        attributes = node.attributes
+        if any(attributes.get_float(name, 1.0) != 1 for name in ("alpha", "beta")) or attributes.get_int("transA", 0):
+            continue
+        found.append((node, weight.T if attributes.get_int("transB", 0) else weight, node.inputs[2:]))
+    return found
 
 
 def quantize(model: ir.Model) -> None:
@@ -142,19 +387,15 @@ def quantize(model: ir.Model) -> None:
     The form is that of ONNX Runtime's ``quantize_dynamic``, whose kernels it is fused into when a session is
     created: unsigned activations and signed symmetric weights, the pair that AMX and VNNI multiply. (Unsigned
     weights are 4x slower there; on a CPU with neither, signed ones may saturate: the plan's quality is measured.)
-    Besides, what several maps read is quantised once, and before it is gathered by expert. The router stays in
-    float32: a token sent to another expert costs more than the router does.
+    Besides, what several maps read is quantised once, and before it is gathered by expert.
     """
     editor = Editor(model)
     quantized: dict[ir.Value, tuple[ir.Value, ir.Value, ir.Value]] = {}
-    for node in [node for node in model.graph if node.op_type == "Gemm"]:
-        weight = constant_of(node.inputs[1])
-        if weight is None or any(user.op_type == "TopK" for user, _ in node.outputs[0].uses()):
-            continue
+    for node, weight, bias in _linear_maps(model):
         editor.at = node
         x, index = node.inputs[0], None
         gather = x.producer()
-        if gather is not None and gather.op_type == "Gather":
+        if gather is not None and gather.op_type == "Gather" and constant_of(gather.inputs[0]) is None:
             x, index = gather.inputs
         if x not in quantized:
             if index is not None:
@@ -165,12 +406,44 @@ def quantize(model: ir.Model) -> None:
         if index is not None:
             q_x = editor.node("Gather", q_x, index, axis=0)
         name = (node.inputs[1].name or "").removesuffix(".weight")
-        scale_N = np.maximum(np.abs(weight).max(axis=0), np.finfo(np.float32).tiny) / np.float32(127)
+        scale_N = np.maximum(np.abs(weight).max(axis=0) / np.float32(127), np.finfo(np.float32).tiny)
         q_weight = editor.constant(f"{name}.int8", np.rint(weight / scale_N).astype(np.int8))
         scale = editor.node("Mul", scale_x, editor.constant(f"{name}.scale", scale_N.astype(np.float32)))
         y = editor.node("Cast", editor.node("MatMulInteger", q_x, q_weight, zero_x), to=ir.DataType.FLOAT)
         y = editor.node("Mul", y, scale)
-        if len(node.inputs) > 2 and node.inputs[2] is not None:
-            y = editor.node("Add", y, node.inputs[2])
+        if bias and bias[0] is not None:
+            y = editor.node("Add", y, bias[0])
         replace(node.outputs[0], y)
-    finish(model)
+
+
+def quantize_weights(model: ir.Model, bits: int) -> None:
+    """Linear maps with weights of 8 or 4 bits in blocks; activations stay as they are until the kernel.
+
+    Fewer bytes are read for each token, which is what decoding waits for. The last map, onto the vocabulary, keeps
+    8 bits: its errors go straight into the logits.
+    """
+    editor = Editor(model)
+    vocabulary = [
+        value.shape[-1] for value in model.graph.outputs if value.name == "logits" and value.shape is not None
+    ]
+    for node, weight, bias in _linear_maps(model):
+        editor.at = node
+        kept = 8 if weight.shape[1] in vocabulary else bits
+        packed, scales = quantize_blocks(weight.T, kept)
+        name = (node.inputs[1].name or "").removesuffix(".weight")
+        K, N = weight.shape
+        has_bias = bool(bias) and bias[0] is not None
+        y = editor.node(
+            "MatMulNBits",
+            node.inputs[0],
+            editor.constant(f"{name}.int{kept}", packed.reshape(N, -1, BLOCK * kept // 8)),
+            editor.constant(f"{name}.scales", scales.reshape(-1)),
+            *((None, None, bias[0]) if has_bias else ()),
+            domain=MICROSOFT,
+            K=K,
+            N=N,
+            bits=kept,
+            block_size=BLOCK,
+            accuracy_level=4,
+        )
+        replace(node.outputs[0], y)

@@ -16,43 +16,46 @@ import numpy as np
 from torch import nn
 
 from ffn2moe import runtime
-from ffn2moe.onnx_graph import Parity, Reference, Run, parity, reference, same_choices
-from ffn2moe.runtime import CPU, DENSE_PLANS, INT8_PLANS
-from ffn2moe.spec import MoESpec
+from ffn2moe.parity import (
+    MAIN_OUTPUT,
+    Parity,
+    Reference,
+    Run,
+    Sample,
+    agreement,
+    parity,
+    random_samples,
+    reference,
+    same_choices,
+)
+from ffn2moe.runtime import CPU, DENSE_PLANS, OP_PLANS, QUANTIZED_PLANS
+from ffn2moe.spec import Head, MoESpec
 
 FLOAT_TOLERANCE = 1e-4  # largest difference of a float32 plan
 TANH_TOLERANCE = 2e-3  # the same where the operator's GELU is the tanh form
-INT8_COSINE = 0.9  # of an int8 plan's embeddings with PyTorch's, on average: below, the graph is broken
-LARGEST_BATCH = 8
-
-Batch = tuple[np.ndarray, np.ndarray]  # token ids and mask, int64 [B, L]
-
-
-def random_batches(ids: Sequence[Sequence[int]], seed: int) -> Iterator[Batch]:
-    """Texts, as token ids, in batches of random sizes, each cut to a random length of at least one token."""
-    random = np.random.default_rng(seed)
-    start = 0
-    while start < len(ids):
-        size = int(random.integers(1, LARGEST_BATCH + 1))
-        longest = int(random.integers(1, max(map(len, ids)) + 1))
-        yield runtime.pad([tokens[:longest] for tokens in ids[start : start + size]], 0)
-        start += size
+# Of a quantised plan's main output with PyTorch's (`parity.agreement`): below, the graph is broken.
+INT8_AGREEMENT, INT4_AGREEMENT = 0.9, 0.7
 
 
 @dataclass(frozen=True)
 class Known:
-    """PyTorch's outputs for the batches that graphs are compared on."""
+    """PyTorch's outputs for the samples that graphs are compared on."""
 
+    head: Head
     student: list[Reference]
-    tanh: list[Reference] | None  # the student with GELU in the tanh form; None where it has no GELU
+    tanh: list[Reference] | None  # the student with GELU in the tanh form; None where it has no such GELU
     teacher: list[Reference] | None
 
     @classmethod
-    def of(cls, spec: MoESpec, student: nn.Module, batches: Sequence[Batch], teacher: nn.Module | None = None) -> Known:
+    def of(
+        cls, spec: MoESpec, student: nn.Module, samples: Sequence[Sample], teacher: nn.Module | None = None
+    ) -> Known:
+        has_gelu = any(shape.activation == "gelu" and not shape.gated for shape in spec.stacks)
         return cls(
-            student=reference(student, batches, spec.pooling),
-            tanh=reference(student, batches, spec.pooling, tanh=True) if spec.activation == "gelu" else None,
-            teacher=reference(teacher, batches, spec.pooling) if teacher is not None else None,
+            head=spec.head,
+            student=reference(student, samples, spec.head, spec.pooling),
+            tanh=reference(student, samples, spec.head, spec.pooling, tanh=True) if has_gelu else None,
+            teacher=reference(teacher, samples, spec.head, spec.pooling) if teacher is not None else None,
         )
 
 
@@ -65,8 +68,8 @@ def plan_parity(
 ) -> tuple[float, Parity]:
     """How far a plan is from PyTorch, and the details; ValueError for a float32 plan beyond its tolerance.
 
-    The MoE op's GELU is the tanh form on a CPU. So `fused` must be exact against PyTorch with that GELU, and its
-    embeddings near those of the true model, on the texts where the difference moves no token to another expert:
+    The MoE op's GELU is the tanh form on a CPU. So `fused` must be exact against PyTorch with that GELU, and what
+    it is for near the true model's, on the rows where the difference moves no token to another expert:
     where it does, what follows is another, equally good choice and nothing small is left to compare.
     """
     references = known.teacher if plan in DENSE_PLANS else known.student
@@ -79,10 +82,12 @@ def plan_parity(
         except ValueError:
             _require(plan, parity(run, known.tanh).max_abs, float_tolerance)
         found = parity(run, references, only=same_choices(references, known.tanh))
-        _require(plan, found.embedding_max_abs, tanh_tolerance)
-        return found.embedding_max_abs, found
+        largest = found.by_output[MAIN_OUTPUT[known.head]]
+        if known.head == "embedding":  # of unit length; hidden states and logits have a scale of their own
+            _require(plan, largest, tanh_tolerance)
+        return largest, found
     found = parity(run, references)
-    if plan not in INT8_PLANS:
+    if plan not in QUANTIZED_PLANS:
         _require(plan, found.max_abs, float_tolerance)
     return found.max_abs, found
 
@@ -115,9 +120,10 @@ def verify(
     threads: int | None = None,
     providers: Sequence[str] = CPU,
 ) -> Iterator[Check]:
-    """Repeats the checks of an export on this machine: files, the MoE op, and each plan against PyTorch.
+    """Repeats the checks of an export on this machine: files, the MoE ops, and each plan against PyTorch.
 
-    The teacher is not in an export, so `dense8` is compared with `dense`, and `dense` must only run. Raises
+    The teacher is not in an export, so `dense8` and `dense4` are compared with `dense`, and `dense` must only run.
+    Language models read half of each text at once and the rest token by token, through the cache. Raises
     FileNotFoundError or ValueError where there is no export, or no such plan.
     """
     from ffn2moe import checkpoint
@@ -133,28 +139,21 @@ def verify(
         check = _attempt(f"{plan}: file", partial(_file, path, manifest["plans"][plan]))
         sound += [plan] if check.passed else []
         yield check
-    if "fused" in sound:
-        yield _attempt(
-            "fused: self-test of com.microsoft.MoE",
-            lambda: f"{runtime.self_test(manifest['spec']['activation'], providers):.1e} from float64 arithmetic",
-        )
+    for plan in sound:
+        if plan in OP_PLANS:
+            op = "MoE" if plan == "fused" else "QMoE"
+            yield _attempt(
+                f"{plan}: self-test of com.microsoft.{op}",
+                partial(_self_tests, plan, manifest["spec"], providers),
+            )
 
     spec, student = checkpoint.load_spec(path / "checkpoint"), checkpoint.load(path / "checkpoint")
     same = spec.to_dict() == manifest["spec"]
     yield Check("checkpoint", same, f"{'is' if same else 'is not'} what the manifest describes")
-    random = np.random.default_rng(0)
-    ids = [
-        random.integers(0, student.config.vocab_size, int(random.integers(1, spec.max_length + 1))).tolist()
-        for _ in range(texts)
-    ]
-    batches = list(random_batches(ids, 0))
-    known = Known.of(spec, student, batches)
-    dense_embeddings: list[np.ndarray] = []
+    known = Known.of(spec, student, random_samples(student, spec, texts))
+    dense: list[Reference] = []
     for plan in sorted(sound, key=lambda plan: plan != "dense"):
-        yield _attempt(
-            f"{plan}: parity",
-            partial(_opened_parity, path, plan, threads, providers, known, batches, dense_embeddings),
-        )
+        yield _attempt(f"{plan}: parity", partial(_opened_parity, path, plan, threads, providers, known, dense))
 
 
 def _attempt(name: str, action: Callable[[], str]) -> Check:
@@ -165,8 +164,12 @@ def _attempt(name: str, action: Callable[[], str]) -> Check:
 
 
 def _file(path: Path, entry: Mapping[str, Any]) -> str:
-    runtime.checked_file(path, entry)
+    runtime.checked_files(path, entry)
     return f"sha256 {entry['sha256'][:12]}..., as exported"
+
+
+def _self_tests(plan: str, spec: Mapping[str, Any], providers: Sequence[str]) -> str:
+    return f"{runtime.self_tests(plan, spec, providers):.1e} from float64 arithmetic"
 
 
 def _opened_parity(
@@ -175,25 +178,27 @@ def _opened_parity(
     threads: int | None,
     providers: Sequence[str],
     known: Known,
-    batches: Sequence[Batch],
-    dense_embeddings: list[np.ndarray],
+    dense: list[Reference],
 ) -> str:
-    run = runtime.open_export(path, plan, threads, providers).run
-    if plan not in DENSE_PLANS and plan not in INT8_PLANS:
+    run = runtime.open_export(path, plan, threads, providers).outputs
+    if plan not in DENSE_PLANS and plan not in QUANTIZED_PLANS:
         largest, found = plan_parity(plan, run, known)
-        return f"{largest:.1e} from PyTorch on {found.texts} texts"
-    outputs = [run(*batch) for batch in batches]
-    if not all(np.isfinite(part).all() for output in outputs for part in output):
-        raise ValueError("an output is NaN or infinite")
-    embeddings = [embedding_BD for _, embedding_BD in outputs]
+        return f"{largest:.1e} from PyTorch on {found.rows} texts"
+    rows = sum(len(one.margin_B) for one in known.student)
+    output = MAIN_OUTPUT[known.head]
     if plan == "dense":
-        dense_embeddings += embeddings
+        outputs = [Reference(one.sample, run(one.sample), one.margin_B, ()) for one in known.student]
+        if not all(np.isfinite(one.outputs[output]).all() for one in outputs):
+            raise ValueError("an output is NaN or infinite")
+        dense += outputs
         return "runs, and gives finite numbers (the teacher is not in an export)"
-    if plan == "dense8" and not dense_embeddings:
+    if plan in DENSE_PLANS and not dense:
+        agreement(run, known.student, output)  # raises where it is not finite
         return "runs, and gives finite numbers (nothing to compare it with)"
-    expected = dense_embeddings if plan == "dense8" else [one.embedding_BD for one in known.student]
-    cosine = float((np.concatenate(embeddings) * np.concatenate(expected)).sum(1).mean())
-    of = "dense" if plan == "dense8" else "PyTorch"
-    if cosine < INT8_COSINE:
-        raise ValueError(f"its embeddings have a mean cosine of {cosine:.3f} with those of {of}, below {INT8_COSINE}")
-    return f"mean cosine {cosine:.4f} with {of}, on {sum(map(len, embeddings))} texts"
+    found_agreement = agreement(run, dense if plan in DENSE_PLANS else known.student, output)
+    of = "dense" if plan in DENSE_PLANS else "PyTorch"
+    what = "mean cosine" if output == "sentence_embedding" else "correlation"
+    least = INT4_AGREEMENT if plan.endswith("4") else INT8_AGREEMENT
+    if not found_agreement >= least:
+        raise ValueError(f"its {output} has a {what} of {found_agreement:.3f} with that of {of}, below {least}")
+    return f"{what} {found_agreement:.4f} with {of}, on {rows} texts"

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -20,7 +19,6 @@ from tasks import corpus
 from tasks.stage import StageRun, main, remove
 
 if TYPE_CHECKING:
-    from ffn2moe.onnx_graph import Parity
     from ffn2moe.runtime import Export
 
 STUDENT, TEACHER = "models/distilled", "data/teacher"
@@ -30,9 +28,10 @@ PACKAGES = ("onnx", "onnx-ir", "onnxruntime-gpu", "onnxscript", "torch", "transf
 
 def run(stage: StageRun) -> None:
     import ffn2moe
-    from ffn2moe import checkpoint, onnx_graph, onnx_plans, runtime
+    from ffn2moe import checkpoint, runtime
     from ffn2moe.dense import load_dense
-    from ffn2moe.verify import Known, plan_parity, random_batches
+    from ffn2moe.export import export_model
+    from ffn2moe.parity import text_samples
 
     params, root = stage.params, stage.root
     spec = checkpoint.load_spec(root / STUDENT)
@@ -47,42 +46,32 @@ def run(stage: StageRun) -> None:
     remove(partial)  # left by a run that was killed
     partial.mkdir(parents=True)
     try:
-        tokenizer.save_pretrained(partial / "tokenizer")
-        shutil.copytree(root / STUDENT, partial / "checkpoint")
-        stage.say("tracing teacher and student")
-        dense = onnx_graph.canonical_graph(teacher, spec.pooling)
-        mixture = onnx_graph.canonical_graph(student, spec.pooling)
-        entries: dict[str, dict[str, Any]] = {}
-        for name in runtime.PLANS:
-            canonical = dense if name in runtime.DENSE_PLANS else mixture
-            graph = onnx_plans.lower(canonical, name, spec.activation)
-            file = f"{name}.onnx"
-            entries[name] = {"file": file, "sha256": onnx_graph.save_graph(graph, partial / file)}
-
-        manifest: dict[str, Any] = {"spec": spec.to_dict(), "plans": entries}
-        fast_tokenizer = runtime.load_tokenizer(partial / "tokenizer", spec.max_length)
-
-        def opened(plan: str, threads: int) -> Export:
-            file = partial / entries[plan]["file"]
-            return runtime.Export(partial, plan, manifest, runtime.session(file, threads=threads), fast_tokenizer)
-
         texts = [row["text"] for row in corpus.read_jsonl(root / "data/corpus/evaluation.jsonl")]
-        ids = opened("dense", 1).token_ids(texts[: params.export.parity_texts])
-        known = Known.of(spec, student, list(random_batches(ids, params.seed)), teacher)
-        for name in stage.track(runtime.PLANS, len(runtime.PLANS), "checking plans"):
-            largest, found = plan_parity(
-                name, opened(name, 1).run, known, params.export.float_tolerance, params.export.tanh_tolerance
-            )
-            entries[name] |= {
-                "parity_max_abs": rounded(largest),
-                "parity": details(found),
-            }
+        ids = tokenizer(texts[: params.export.parity_texts], truncation=True, max_length=spec.max_length)["input_ids"]
+        manifest = export_model(
+            student,
+            teacher,
+            tokenizer,
+            spec,
+            partial,
+            samples=list(text_samples(ids, spec.head, params.seed)),
+            float_tolerance=params.export.float_tolerance,
+            tanh_tolerance=params.export.tanh_tolerance,
+            track=lambda plans, what: stage.track(plans, len(plans), what),
+        )
+        entries: dict[str, dict[str, Any]] = manifest["plans"]
+
+        for name, entry in entries.items():
             if name in MEASURED:
-                ndcg = retrieval_ndcg(opened(name, params.compute.threads), pairs)
+                graphs = [
+                    runtime.session(file, threads=params.compute.threads)
+                    for file in runtime.checked_files(partial, entry)
+                ]
+                ndcg = retrieval_ndcg(runtime.opened(partial, name, manifest, graphs), pairs)
             else:
                 ndcg = known_ndcg["teacher" if name in runtime.DENSE_PLANS else "student"]
-            entries[name]["retrieval_ndcg_at_10"] = round(ndcg, 6)
-            entries[name]["retention"] = round(ndcg / known_ndcg["teacher"], 6) if known_ndcg["teacher"] else 0.0
+            entry["retrieval_ndcg_at_10"] = round(ndcg, 6)
+            entry["retention"] = round(ndcg / known_ndcg["teacher"], 6) if known_ndcg["teacher"] else 0.0
         for plan, entry in entries.items():
             stage.say(
                 f"{plan}: {entry['parity_max_abs']:.1e} from PyTorch, nDCG@10 {entry['retrieval_ndcg_at_10']:.4f} "
@@ -107,20 +96,6 @@ def keep(partial: Path, folder: Path) -> None:
     for made in sorted(partial.iterdir()):
         remove(folder / made.name)
         os.replace(made, folder / made.name)
-
-
-def details(found: Parity) -> dict[str, Any]:
-    return {
-        "hidden_max_abs": rounded(found.hidden_max_abs),
-        "embedding_max_abs": rounded(found.embedding_max_abs),
-        "texts": found.texts,
-        "near_ties": found.near_ties,
-    }
-
-
-def rounded(value: float) -> float:
-    """Three digits: what a difference is worth telling."""
-    return float(f"{value:.3g}")
 
 
 def retrieval_ndcg(export: Export, pairs: Sequence[dict[str, str]]) -> float:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -17,27 +16,31 @@ from hypothesis import strategies as st
 from ffn2moe import onnx_graph, onnx_plans, runtime
 from ffn2moe.dense import load_dense
 from ffn2moe.moe import moe_layers
-from ffn2moe.verify import Known, plan_parity, random_batches
+from ffn2moe.parity import Run, Sample, parity, reference, text_samples
+from ffn2moe.verify import Known, plan_parity
 from tests.conftest import make_tiny_bert, make_tokenizer
 from tests.mixtures import carve
 
-Runs = dict[str, Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]]
+Runs = dict[str, Run]
+HIDDEN, EMBEDDING = onnx_graph.OUTPUTS
 
 
-def run_of(graph: ir.Model, threads: int = 1) -> Callable:
+def run_of(graph: ir.Model, threads: int = 1) -> Run:
     session = runtime.session(ir.to_proto(graph).SerializeToString(), threads=threads)
-    return lambda ids, mask: session.run(list(onnx_graph.OUTPUTS), {"input_ids": ids, "attention_mask": mask})
+    return lambda sample: dict(
+        zip(onnx_graph.OUTPUTS, session.run(list(onnx_graph.OUTPUTS), dict(sample)), strict=True)
+    )
 
 
 def plans_of(model, spec, names=("fused", "sorted", "sorted8"), canonical: ir.Model | None = None) -> Runs:
     canonical = canonical or onnx_graph.canonical_graph(model, spec.pooling)
-    return {name: run_of(onnx_plans.lower(canonical, name, spec.activation)) for name in names}
+    return {name: run_of(onnx_plans.lower(canonical, name)) for name in names}
 
 
-def batch_of(random: np.random.Generator, batch: int, sequence: int, vocabulary: int = 100):
+def batch_of(random: np.random.Generator, batch: int, sequence: int, vocabulary: int = 100) -> Sample:
     ids = random.integers(5, vocabulary, (batch, sequence))
     length = random.integers(1, sequence + 1, (batch, 1))
-    return ids, (np.arange(sequence) < length).astype(np.int64)
+    return {"input_ids": ids, "attention_mask": (np.arange(sequence) < length).astype(np.int64)}
 
 
 @pytest.fixture(scope="module")
@@ -73,11 +76,10 @@ def test_the_float_plans_equal_pytorch_at_any_shape(mixture, plans, batch, seque
 
 @pytest.mark.parametrize(("batch", "sequence"), [(1, 1), (3, 1), (1, 64), (3, 64)])
 def test_the_edges_of_the_shapes_work_in_every_plan(mixture, plans, batch, sequence):
-    ids, mask = batch_of(np.random.default_rng(0), batch, sequence)
     for plan, run in plans.items():
-        hidden_BLD, embedding_BD = run(ids, mask)
-        assert hidden_BLD.shape == (batch, sequence, mixture[1].width)
-        np.testing.assert_allclose(np.linalg.norm(embedding_BD, axis=1), 1, atol=1e-5, err_msg=plan)
+        found = run(batch_of(np.random.default_rng(0), batch, sequence))
+        assert found[HIDDEN].shape == (batch, sequence, mixture[1].width)
+        np.testing.assert_allclose(np.linalg.norm(found[EMBEDDING], axis=1), 1, atol=1e-5, err_msg=plan)
 
 
 def test_the_dense_graph_equals_the_teacher(tiny_teacher):
@@ -85,15 +87,15 @@ def test_the_dense_graph_equals_the_teacher(tiny_teacher):
     run = run_of(onnx_graph.canonical_graph(teacher, "mean"))
     random = np.random.default_rng(1)
     for batch, sequence in ((1, 1), (2, 7), (4, 33), (3, 64)):
-        known = onnx_graph.reference(teacher, [batch_of(random, batch, sequence)], "mean")
-        assert onnx_graph.parity(run, known).max_abs < 1e-5
+        known = reference(teacher, [batch_of(random, batch, sequence)], "embedding", "mean")
+        assert parity(run, known).max_abs < 1e-5
 
 
 def test_padding_does_not_change_an_embedding(plans):
-    ids, _ = batch_of(np.random.default_rng(2), 1, 9)
-    short = plans["sorted"](ids, np.ones_like(ids))[1]
-    padded_ids, mask = np.pad(ids, ((0, 0), (0, 20))), np.pad(np.ones_like(ids), ((0, 0), (0, 20)))
-    np.testing.assert_allclose(plans["sorted"](padded_ids, mask)[1], short, atol=1e-5)
+    ids = batch_of(np.random.default_rng(2), 1, 9)["input_ids"]
+    short = {"input_ids": ids, "attention_mask": np.ones_like(ids)}
+    padded = {name: np.pad(array, ((0, 0), (0, 20))) for name, array in short.items()}
+    np.testing.assert_allclose(plans["sorted"](padded)[EMBEDDING], plans["sorted"](short)[EMBEDDING], atol=1e-5)
 
 
 @pytest.mark.parametrize("num_active", [1, 3])
@@ -108,8 +110,8 @@ def test_any_number_of_chosen_experts_is_exported(small_teacher, num_active):
 def test_all_experts_chosen_give_the_teachers_numbers(small_teacher):
     teacher, _ = load_dense(str(small_teacher))
     model, spec = carve(small_teacher, num_active=4, output_scale=1.0)
-    known = onnx_graph.reference(teacher, [batch_of(np.random.default_rng(4), 2, 30)], "mean")
-    assert onnx_graph.parity(plans_of(model, spec, ("sorted",))["sorted"], known).max_abs < 1e-5
+    known = reference(teacher, [batch_of(np.random.default_rng(4), 2, 30)], "embedding", "mean")
+    assert parity(plans_of(model, spec, ("sorted",))["sorted"], known).max_abs < 1e-5
 
 
 def test_an_expert_that_no_token_chooses_is_no_problem(small_teacher):
@@ -122,7 +124,7 @@ def test_an_expert_that_no_token_chooses_is_no_problem(small_teacher):
     runs = plans_of(model, spec)
     for plan in ("fused", "sorted"):
         plan_parity(plan, runs[plan], known)
-    assert np.isfinite(runs["sorted8"](*batches[0])[1]).all()
+    assert np.isfinite(runs["sorted8"](batches[0])[EMBEDDING]).all()
 
 
 @pytest.mark.parametrize("activation", ["gelu_new", "relu", "silu"])
@@ -153,40 +155,42 @@ def test_encoders_of_other_shapes_are_exported(tmp_path, family):
 
 def test_the_first_token_is_the_embedding_where_the_spec_says_cls(small_teacher):
     model, spec = carve(small_teacher, pooling="cls")
-    hidden_BLD, embedding_BD = plans_of(model, spec, ("sorted",))["sorted"](*batch_of(np.random.default_rng(7), 2, 6))
-    first = hidden_BLD[:, 0] / np.linalg.norm(hidden_BLD[:, 0], axis=1, keepdims=True)
-    np.testing.assert_allclose(embedding_BD, first, atol=1e-5)
+    found = plans_of(model, spec, ("sorted",))["sorted"](batch_of(np.random.default_rng(7), 2, 6))
+    first = found[HIDDEN][:, 0] / np.linalg.norm(found[HIDDEN][:, 0], axis=1, keepdims=True)
+    np.testing.assert_allclose(found[EMBEDDING], first, atol=1e-5)
 
 
 def test_a_plan_gives_the_same_numbers_on_more_than_one_thread(mixture, canonical, plans):
-    ids, mask = batch_of(np.random.default_rng(8), 8, 64)
-    two = run_of(onnx_plans.lower(canonical, "sorted", mixture[1].activation), threads=2)
-    expected = plans["sorted"](ids, mask)[0]
+    sample = batch_of(np.random.default_rng(8), 8, 64)
+    two = run_of(onnx_plans.lower(canonical, "sorted"), threads=2)
+    expected = plans["sorted"](sample)[HIDDEN]
     for _ in range(20):
-        np.testing.assert_allclose(two(ids, mask)[0], expected, atol=1e-5)
+        np.testing.assert_allclose(two(sample)[HIDDEN], expected, atol=1e-5)
 
 
 def test_int8_embeddings_point_the_same_way(mixture, plans):
-    ids, mask = batch_of(np.random.default_rng(9), 8, 40)
-    cosine = (plans["sorted8"](ids, mask)[1] * plans["sorted"](ids, mask)[1]).sum(1)
+    sample = batch_of(np.random.default_rng(9), 8, 40)
+    cosine = (plans["sorted8"](sample)[EMBEDDING] * plans["sorted"](sample)[EMBEDDING]).sum(1)
     assert cosine.mean() > 0.95
 
 
 def test_there_is_one_moe_node_a_layer_and_none_in_the_sorted_plan(mixture, canonical):
     spec = mixture[1]
     operators = [node.op_type for node in canonical.graph]
-    assert operators.count("MoE") == spec.num_layers
+    assert operators.count("Mixture") == spec.num_layers
     assert operators.count("Attention") == spec.num_layers and "Transpose" not in operators
-    lowered = onnx_plans.lower(canonical, "sorted", spec.activation)
+    fused = [node.op_type for node in onnx_plans.lower(canonical, "fused").graph]
+    assert fused.count("MoE") == spec.num_layers and "Mixture" not in fused
+    lowered = onnx_plans.lower(canonical, "sorted")
     assert {node.domain for node in lowered.graph} == {""}
     assert [node.op_type for node in canonical.graph] == operators, "lowering changed the canonical graph"
 
 
 def test_all_linear_maps_but_the_router_are_int8(mixture, canonical):
-    lowered = onnx_plans.lower(canonical, "sorted8", mixture[1].activation)
+    lowered = onnx_plans.lower(canonical, "sorted8")
     left = [node for node in lowered.graph if node.op_type in ("Gemm", "MatMul")]
     assert len(left) == mixture[1].num_layers
-    assert all(any(user.op_type == "TopK" for user, _ in node.outputs[0].uses()) for node in left)
+    assert all(node.name.endswith(".router") for node in left)
 
 
 def test_exporting_leaves_the_model_as_it_was(small_teacher):
@@ -206,13 +210,13 @@ def test_two_exports_are_the_same_bytes_in_other_folders_and_processes(tiny_teac
         "model, spec = carve(Path(sys.argv[1]))\n"
         "canonical = onnx_graph.canonical_graph(model, spec.pooling)\n"
         "for plan in ('fused', 'sorted', 'sorted8'):\n"
-        "    onnx_graph.save_graph(onnx_plans.lower(canonical, plan, spec.activation), plan + '.onnx')\n"
+        "    onnx_graph.save_graph(onnx_plans.lower(canonical, plan), plan + '.onnx')\n"
     )
     root = Path(__file__).parent.parent
     environment = {"PYTHONPATH": str(root), "PYTHONHASHSEED": "7", "OMP_NUM_THREADS": "1"}
     subprocess.run([sys.executable, "-c", script, str(tiny_teacher)], cwd=tmp_path, env=environment, check=True)
     for plan in ("fused", "sorted", "sorted8"):
-        onnx_graph.save_graph(onnx_plans.lower(canonical, plan, mixture[1].activation), tmp_path / "here.onnx")
+        onnx_graph.save_graph(onnx_plans.lower(canonical, plan), tmp_path / "here.onnx")
         here, there = (tmp_path / "here.onnx").read_bytes(), (tmp_path / f"{plan}.onnx").read_bytes()
         assert here == there, plan
         assert str(root).encode() not in here and b"stack_trace" not in here
@@ -223,20 +227,19 @@ def test_routing_that_rounding_decides_is_refused_with_the_remedy(small_teacher)
     for moe in moe_layers(model):
         torch.nn.init.zeros_(moe.router.weight)
         moe.router.balance_bias.zero_()
-    known = onnx_graph.reference(model, [batch_of(np.random.default_rng(10), 2, 5)], spec.pooling)
+    known = reference(model, [batch_of(np.random.default_rng(10), 2, 5)], "embedding", spec.pooling)
     with pytest.raises(ValueError, match="train the router first"):
-        onnx_graph.parity(lambda ids, mask: (known[0].hidden_BLD, known[0].embedding_BD), known)
+        parity(lambda sample: known[0].outputs, known)
 
 
 def test_a_difference_above_the_tolerance_is_an_error(mixture, plans):
     model, spec = mixture
-    batches = list(random_batches([[5, 6, 7]] * 4, 0))
-    known = Known.of(spec, model, batches)
+    known = Known.of(spec, model, list(text_samples([[5, 6, 7]] * 4, "embedding", 0)))
 
-    def off_by(amount: float):
-        def run(ids, mask):
-            hidden_BLD, embedding_BD = plans["sorted"](ids, mask)
-            return hidden_BLD + amount, embedding_BD
+    def off_by(amount: float) -> Run:
+        def run(sample: Sample):
+            found = plans["sorted"](sample)
+            return found | {HIDDEN: found[HIDDEN] + amount}
 
         return run
 
@@ -249,5 +252,5 @@ def test_a_difference_above_the_tolerance_is_an_error(mixture, plans):
 
 def test_a_causal_model_is_refused_with_the_reason(tiny_teacher_gated):
     model, _ = load_dense(str(tiny_teacher_gated))
-    with pytest.raises(ValueError, match="causal model"):
+    with pytest.raises(ValueError, match="make no sentence embeddings"):
         onnx_graph.canonical_graph(model, "mean")

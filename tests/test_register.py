@@ -57,8 +57,8 @@ def make_workspace(root: Path, teacher: Path) -> Path:
     model, spec = carve(teacher)
     export = root / "exports" / "minilm"
     export.mkdir(parents=True)
-    graph = onnx_plans.lower(onnx_graph.canonical_graph(model, spec.pooling), "sorted", spec.activation)
-    sha256 = onnx_graph.save_graph(graph, export / "sorted.onnx")
+    graph = onnx_plans.lower(onnx_graph.canonical_graph(model, spec.pooling), "sorted")
+    sha256 = onnx_graph.save_graph(graph, export / "sorted.onnx")["sorted.onnx"]
     (export / "tokenizer").mkdir()
     for path in teacher.glob("tokenizer*"):
         shutil.copy(path, export / "tokenizer")

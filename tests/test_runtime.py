@@ -132,11 +132,36 @@ def test_this_runtimes_moe_op_passes_its_self_test(activation):
     assert runtime.self_test(activation) < 1e-5
 
 
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize(("activation", "gated"), [("gelu", False), ("relu", False), ("silu", False), ("silu", True)])
+def test_this_runtimes_quantised_moe_op_passes_its_self_test(activation, gated, bits):
+    assert runtime.self_test(activation, gated=gated, bits=bits) < (0.05 if bits == 8 else 1e-3)
+
+
+def test_the_moe_op_passes_its_self_test_for_gated_ffns():
+    assert runtime.self_test("silu", gated=True) < 1e-5
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_weights_in_blocks_come_back_as_near_as_their_bits_allow(bits):
+    weight = np.random.default_rng(0).standard_normal((3, 5, 2 * runtime.BLOCK)).astype(np.float32)
+    weight[1, 2] = 0
+    packed, scales = runtime.quantize_blocks(weight, bits)
+    assert packed.shape == (3, 5, 2 * runtime.BLOCK * bits // 8) and scales.shape == (3, 5, 2)
+    back = runtime.dequantize_blocks(packed, scales, bits)
+    half_a_step = np.repeat(scales, runtime.BLOCK, axis=-1) / 2
+    assert (np.abs(back - weight) <= half_a_step * 1.001).all() and (back[1, 2] == 0).all()
+
+
 def test_a_moe_op_that_computes_something_else_fails_the_self_test(monkeypatch):
     right = runtime._moe_graph
     monkeypatch.setattr(runtime, "_moe_graph", lambda *given: right(*given[:-1], 1.01 * given[-1]))
     with pytest.raises(RuntimeError, match="computes something else"):
         runtime.self_test("gelu")
+    monkeypatch.setattr(runtime, "_moe_graph", lambda *given: right(*given[:-1], 1.2 * given[-1]))
+    for bits in (8, 4):
+        with pytest.raises(RuntimeError, match="QMoE of this onnxruntime computes something else"):
+            runtime.self_test("silu", gated=True, bits=bits)
     monkeypatch.setattr(runtime, "_moe_graph", lambda *_: b"not a model")
     with pytest.raises(RuntimeError, match="cannot run com"):
         runtime.self_test("gelu")

@@ -1,0 +1,139 @@
+"""Write a factorised model as an export: a folder that `ffn2moe.runtime` opens, whatever the model's head.
+
+PLAN.onnx            the graph of a plan; of a seq2seq model, its decoder
+PLAN.encoder.onnx    the encoder of a seq2seq model
+*.onnx.data          the weights of a graph of more than 2 GB
+tokenizer/           tokenizer or processor of the teacher
+checkpoint/          the student for PyTorch (`ffn2moe.load`)
+manifest.json        spec, facts of the model, and of each plan its files, their sha256 and its parity
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from ffn2moe import checkpoint, runtime
+from ffn2moe.dense import family_of, positions
+from ffn2moe.onnx_decoder import canonical_graphs
+from ffn2moe.onnx_graph import LARGEST_FILE, save_graph
+from ffn2moe.onnx_plans import PlanRefused, lower
+from ffn2moe.parity import Parity, Sample, random_samples
+from ffn2moe.runtime import DENSE_PLANS, Plan
+from ffn2moe.spec import MoESpec
+from ffn2moe.verify import FLOAT_TOLERANCE, TANH_TOLERANCE, Known, plan_parity
+
+CHECKED_ROWS = 16  # where the caller has no samples of its own
+
+
+def export_model(
+    student: Any,
+    teacher: Any | None,
+    tokenizer: Any,
+    spec: MoESpec,
+    folder: str | Path,
+    *,
+    plans: Iterable[Plan] | None = None,
+    samples: Sequence[Sample] | None = None,
+    float_tolerance: float = FLOAT_TOLERANCE,
+    tanh_tolerance: float = TANH_TOLERANCE,
+    largest_file: int = LARGEST_FILE,
+    track: Callable[[Sequence[Plan], str], Iterable[Plan]] = lambda plans, _: plans,
+) -> dict[str, Any]:
+    """Write every plan of a model, for any head, and check each against PyTorch; gives the manifest.
+
+    `student` and `teacher` are transformers models with the head of the spec; without a teacher there are no dense
+    plans. `plans` None means all that the head has (`runtime.plans_of`). They are compared on `samples`
+    (`ffn2moe.parity`; None: random ones). Weights of more than `largest_file` bytes go into a file of their own.
+    `track` wraps the plans while they are worked through: (plans, what is done) -> plans.
+
+    The manifest has `spec`, `model` (facts the runtime needs), `plans` (of each: `file`, `sha256`, `encoder` and
+    `more` files where there are any, `parity_max_abs`, `parity`) and `refused`: the reason for each plan whose
+    operators cannot hold the model. The caller may add to it, and writes it with `write_manifest`: until then the
+    folder is no export. ValueError for a float32 plan beyond its tolerance, or a model that cannot be exported.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    wanted = tuple(runtime.plans_of(spec.head) if plans is None else plans)
+    if teacher is None:
+        wanted = tuple(plan for plan in wanted if plan not in DENSE_PLANS)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder / "tokenizer")
+    checkpoint.save(student, None, spec, folder / "checkpoint")
+    manifest: dict[str, Any] = {"spec": spec.to_dict(), "model": _facts(student, spec), "plans": {}, "refused": {}}
+    entries: dict[str, dict[str, Any]] = manifest["plans"]
+
+    mixture = canonical_graphs(student, spec.head, spec.pooling)
+    needs_dense = teacher is not None and any(plan in DENSE_PLANS for plan in wanted)
+    dense = canonical_graphs(teacher, spec.head, spec.pooling) if needs_dense else {}
+    for plan in track(wanted, "writing plans"):
+        canonical = dense if plan in DENSE_PLANS else mixture
+        try:
+            graphs = {part: lower(graph, plan) for part, graph in canonical.items()}
+        except PlanRefused as reason:
+            manifest["refused"][plan] = str(reason)
+            continue
+        files: dict[str, str] = {}
+        for part, graph in graphs.items():
+            files |= save_graph(graph, folder / _file(plan, part), largest_file)
+        main = _file(plan, "main")
+        entries[plan] = {"file": main, "sha256": files.pop(main)}
+        if "encoder" in graphs:
+            entries[plan]["encoder"] = _file(plan, "encoder")
+        if files:
+            entries[plan]["more"] = files
+
+    if samples is None:
+        samples = random_samples(student, spec, CHECKED_ROWS)
+    known = Known.of(spec, student, samples, teacher if needs_dense else None)
+    for plan in track(tuple(entries), "checking plans"):  # type: ignore[arg-type]
+        files_of = runtime.checked_files(folder, entries[plan])
+        opened = runtime.opened(folder, plan, manifest, [runtime.session(file, threads=1) for file in files_of])
+        largest, found = plan_parity(plan, opened.outputs, known, float_tolerance, tanh_tolerance)
+        entries[plan] |= {"parity_max_abs": _rounded(largest), "parity": _details(found)}
+    return manifest
+
+
+def write_manifest(folder: str | Path, manifest: dict[str, Any]) -> None:
+    """Makes the folder an export: its manifest, in the same bytes for the same content."""
+    text = json.dumps(manifest, indent=2, sort_keys=True) + "\n"
+    (Path(folder) / runtime.MANIFEST).write_text(text, encoding="utf-8")
+
+
+def _file(plan: str, part: str) -> str:
+    return f"{plan}.onnx" if part == "main" else f"{plan}.{part}.onnx"
+
+
+def _facts(model: Any, spec: MoESpec) -> dict[str, Any]:
+    """What the runtime has to know of a model beside its spec."""
+    facts: dict[str, Any] = {"reads": family_of(model).reads}
+    if spec.head in ("causal", "seq2seq"):
+        generation = model.generation_config
+
+        def token(name: str) -> Any:
+            value = getattr(generation, name, None)
+            return getattr(model.config, name, None) if value is None else value
+
+        ends = token("eos_token_id")
+        facts |= {
+            "positions": positions(model.config),
+            "bos_token_id": token("bos_token_id"),
+            "eos_token_ids": [] if ends is None else [ends] if isinstance(ends, int) else list(ends),
+        }
+    if spec.head == "seq2seq":
+        facts["decoder_start_token_id"] = token("decoder_start_token_id")
+    return facts
+
+
+def _details(found: Parity) -> dict[str, Any]:
+    return {name: _rounded(value) for name, value in found.by_output.items()} | {
+        "texts": found.rows,
+        "near_ties": found.near_ties,
+    }
+
+
+def _rounded(value: float) -> float:
+    """Three digits: what a difference is worth telling."""
+    return float(f"{value:.3g}")
