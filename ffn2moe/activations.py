@@ -10,7 +10,7 @@ from ffn2moe.dense import DenseFFN
 # Wider FFNs keep the activations themselves, in bfloat16: F x F moments and their eigenvectors cost more than they say.
 WIDEST_MOMENTS = 4096
 MOST_KEPT_TOKENS = 16384  # of a wider FFN
-OVERSAMPLING, POWER_STEPS = 16, 6  # of the search for leading directions (Halko, Martinsson & Tropp 2011)
+OVERSAMPLING, POWER_STEPS = 16, 4  # of the search for leading directions (Halko, Martinsson & Tropp 2011)
 
 
 class NeuronStatistics:
@@ -64,22 +64,22 @@ class NeuronStatistics:
         mean_F, scale_F = self._mean_and_scale()
         generator = torch.Generator().manual_seed(seed)
         width = min(directions + OVERSAMPLING, len(mean_F))
-        basis_FP = torch.randn(len(mean_F), width, generator=generator).double()
+        basis_FP = torch.randn(len(mean_F), width, generator=generator)
         for step in range(POWER_STEPS + 1):
             basis_FP = torch.linalg.qr(basis_FP).Q
-            image_FP = torch.zeros_like(basis_FP)
+            image_FP = torch.zeros(basis_FP.shape, dtype=torch.float64)
             gram_PP = torch.zeros(width, width, dtype=torch.float64)
             for kept in self.kept_TF:
                 for h in kept.split(1024):
                     h_TF = (h.float() - mean_F) * scale_F
-                    projected_TP = h_TF @ basis_FP.float()
+                    projected_TP = h_TF @ basis_FP
                     gram_PP += (projected_TP.T @ projected_TP).double()
                     if step < POWER_STEPS:
                         image_FP += (h_TF.T @ projected_TP).double()
             if step < POWER_STEPS:
-                basis_FP = image_FP
+                basis_FP = image_FP.float()
         values, rotation_PP = torch.linalg.eigh(gram_PP / sum(map(len, self.kept_TF)))
-        return values, basis_FP @ rotation_PP
+        return values, basis_FP.double() @ rotation_PP
 
     def _mean_and_scale(self) -> tuple[Tensor, Tensor]:
         """Mean of each neuron and one over its deviation (0 where it never moves), [F] each, float32."""

@@ -404,7 +404,7 @@ def decompose(
     width_multiple: int = 1,
     ridge: float = 1e-2,
     router_steps: int = 200,
-    router_batch_tokens: int = 4096,
+    router_batch_tokens: int = 1024,
     learning_rate: float = 1e-2,
     dtype: torch.dtype | None = None,
     seed: int = 0,

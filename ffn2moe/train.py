@@ -173,6 +173,7 @@ def train_router(
     generator = torch.Generator().manual_seed(seed)
     deviation_D = x_TD.std(0).clamp(min=1e-6)
     mean_D = x_TD.mean(0) if router.has_bias else torch.zeros_like(deviation_D)
+    white_TD = (x_TD - mean_D) / deviation_D
     weight = (router.weight.detach() * deviation_D).requires_grad_(True)
     bias = (router.bias.detach() + router.weight.detach() @ mean_D).requires_grad_(router.has_bias)
     trained = [weight, bias] if router.has_bias else [weight]
@@ -181,7 +182,7 @@ def train_router(
         rows = torch.randint(len(x_TD), (min(batch_tokens, len(x_TD)),), generator=generator)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate * schedule(step, steps)
-        loss = router_loss(F.linear((x_TD[rows] - mean_D) / deviation_D, weight, bias), target_TE[rows])
+        loss = router_loss(F.linear(white_TD[rows], weight, bias), target_TE[rows])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
