@@ -1,0 +1,90 @@
+"""Open an export in sentence-transformers, in an environment of its own, and compare the embeddings.
+
+    python -m benchmarks.clients exports/minilm
+
+The environment (optimum-onnx wants another version of transformers than this project) is made once, in --environment.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import venv
+from collections.abc import Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from rich.console import Console
+
+from ffn2moe.clients import sentence_transformers_folder
+from ffn2moe.runtime import open_export
+
+PACKAGES = (
+    "torch==2.13.0",
+    "sentence-transformers==5.7.0",
+    "optimum-onnx==0.1.0",
+    "transformers==4.57.6",
+    "onnxruntime",
+)
+TEXTS = (
+    "A mixture of experts runs a part of itself for each token.",
+    "The weather is fine today.",
+    "Return the sum of the values along an axis.",
+    "Stocks fell sharply on Friday as investors feared that interest rates would stay high for longer than hoped.",
+    "no",
+)
+TOLERANCE = 1e-5  # of components of unit vectors
+CLIENT = """
+import json, sys
+from sentence_transformers import SentenceTransformer
+assert "ffn2moe" not in sys.modules
+options = {"file_name": "model.onnx", "subfolder": "onnx", "provider": "CPUExecutionProvider"}
+model = SentenceTransformer(sys.argv[1], backend="onnx", local_files_only=True, model_kwargs=options)
+json.dump(model.encode(json.load(sys.stdin)).tolist(), open(sys.argv[2], "w"))
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.clients", description=__doc__.splitlines()[0])
+    parser.add_argument("export", type=Path, help="the export, for example exports/minilm")
+    parser.add_argument("--plan", help="default: the one that the benchmark chose")
+    parser.add_argument("--environment", type=Path, default=Path(".cache/sentence-transformers"))
+    options = parser.parse_args(arguments)
+    console = Console(highlight=False, soft_wrap=True)
+    try:
+        difference = largest_difference(options.export, options.plan, options.environment, console)
+    except (ValueError, OSError, subprocess.CalledProcessError) as error:
+        Console(stderr=True, soft_wrap=True, highlight=False, markup=False).print(f"error: {error}")
+        return 2
+    same = difference <= TOLERANCE
+    console.print(
+        f"{', '.join(PACKAGES[1:])}: embeddings of {len(TEXTS)} texts differ by {difference:.1e} from this project's "
+        f"({'within' if same else 'more than'} {TOLERANCE:.0e})"
+    )
+    return 0 if same else 1
+
+
+def largest_difference(export: Path, plan: str | None, environment: Path, console: Console) -> float:
+    """Between the embeddings that sentence-transformers makes of the texts and those of the runtime."""
+    python = environment.resolve() / "bin" / "python"
+    if not python.exists():
+        console.print(f"making {environment} ({', '.join(PACKAGES)}); some minutes")
+        venv.create(environment, with_pip=True)
+        subprocess.run([python, "-m", "pip", "install", "--quiet", PACKAGES[0]], check=True, stderr=subprocess.DEVNULL)
+        subprocess.run([python, "-m", "pip", "install", "--quiet", *PACKAGES], check=True, stderr=subprocess.DEVNULL)
+    with TemporaryDirectory() as scratch:
+        folder = sentence_transformers_folder(export, Path(scratch) / "model", plan)
+        answer = Path(scratch) / "answer.json"
+        # Another folder and -I: nothing of this project can be imported.
+        subprocess.run(
+            [python, "-I", "-c", CLIENT, folder, answer], input=json.dumps(TEXTS), text=True, cwd=scratch, check=True
+        )
+        theirs = json.loads(answer.read_text())
+    ours = open_export(export, plan).encode(list(TEXTS)).tolist()
+    return max(abs(a - b) for mine, other in zip(ours, theirs, strict=True) for a, b in zip(mine, other, strict=True))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
