@@ -38,7 +38,9 @@ TEACHER_FILES = (
 )
 EVALUATION_SHARE = 0.1  # of a corpus that is not its own benchmark, held out all the same
 SPLITS = ("train", "calibration", "evaluation")
-WRITTEN_AT_ONCE = 64  # texts that a teacher writes or answers together
+ANSWERED_AT_ONCE = 64  # texts that a seq2seq teacher answers together
+MOST_WRITTEN_AT_ONCE = 256  # texts that a language model writes together, where its cache holds no more than ...
+CACHED_NUMBERS = 2**28  # ... this: 1 GiB
 
 
 @dataclass(frozen=True)
@@ -262,13 +264,14 @@ def write_texts(stage: StageRun, teacher: Teacher) -> dict[str, list[int]]:
     params = stage.params
     teacher.model.to(choose_device(params.compute.device))
     bos = teacher.tokenizer.bos_token_id
+    cached = 2 * teacher.described["layers"] * teacher.described["width"] * params.teacher.max_length  # a text
     drawn = sample_tokens(
         teacher.model,
         count=params.data.max_texts,
         length=params.teacher.max_length,
         seed=params.seed,
         bos=teacher.model.generation_config.bos_token_id if bos is None else bos,
-        batch=WRITTEN_AT_ONCE,
+        batch=max(1, min(MOST_WRITTEN_AT_ONCE, CACHED_NUMBERS // cached)),
         track=stage.track,
     )
     texts = {teacher.tokenizer.decode(ids, skip_special_tokens=True): ids for ids in drawn}
@@ -292,7 +295,7 @@ def tokenised(
             teacher.model.to(choose_device(stage.params.compute.device)),
             [row["ids"] for row in rows],
             length=length,
-            batch=WRITTEN_AT_ONCE,
+            batch=ANSWERED_AT_ONCE,
             pad_id=teacher.tokenizer.pad_token_id or 0,
             track=stage.track,
         )

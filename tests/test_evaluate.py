@@ -14,7 +14,7 @@ from ffn2moe import checkpoint
 from ffn2moe.dense import ffn_layers, load_dense, read_ffn
 from ffn2moe.experts import neurons_by_expert, slice_experts
 from ffn2moe.moe import MoEFFN, install_moe, spec_of
-from tasks import corpus, evaluate, prepare
+from tasks import corpus, evaluate, judge_embeddings, prepare
 from tests.texts import make_stage, make_texts, write_corpus
 
 SMALL = (
@@ -169,9 +169,11 @@ def test_evaluating_again_gives_the_same_bytes_and_needs_no_data_folder(workspac
 def test_a_teacher_that_finds_nothing_is_refused(workspace):
     from ffn2moe.metrics import retrieval_ranks
 
-    benchmarks = evaluate.Benchmarks.read(workspace / "data/benchmarks")
+    benchmarks = judge_embeddings.Benchmarks.read(workspace / "data/benchmarks")
     texts = benchmarks.texts()
-    judged = evaluate.Judged(evaluate.Benchmarks(benchmarks.pairs, [], {}), texts, torch.ones(len(texts), 4), seed=0)
+    judged = judge_embeddings.Judged(
+        judge_embeddings.Benchmarks(benchmarks.pairs, [], {}), texts, torch.ones(len(texts), 4), seed=0
+    )
     assert retrieval_ranks(torch.ones(3, 4), torch.ones(3, 4)).tolist() == [3, 3, 3]
     with pytest.raises(ValueError, match=r"teacher scores 0 on retrieval.ndcg_at_10"):
-        evaluate.retention(judged, judged, benchmarks, seed=0)
+        judge_embeddings.retention(judged, judged, benchmarks, seed=0)
