@@ -109,6 +109,10 @@ def load(folder: str | Path) -> Any:
             f"the weights of {folder} cannot be read ({error}): copy them again, or make the export again"
         ) from error
     config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    if config.model_type == spec.container:
+        raise ValueError(
+            f"{folder} is a native {spec.container} container: open it with transformers.AutoModelForCausalLM"
+        )
     model = getattr(transformers, spec.model_class)(config, **constructor_options(config, spec.head))
     if family_of(model).name != spec.family or len(ffn_layers(model)) != spec.num_layers:
         raise ValueError(f"{folder}: config.json and {SPEC_FILE} describe different models")

@@ -22,13 +22,14 @@ import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from ffn2moe.checkpoint import FORMAT, SPEC_FILE
+from ffn2moe.checkpoint import FORMAT, SPEC_FILE, load_spec
 from ffn2moe.dense import DenseFFN, require_representable, weight_files
 from ffn2moe.experts import neurons_by_expert, shared_neurons, slice_experts
 from ffn2moe.moe import MoEFFN, moe_layers
@@ -512,10 +513,14 @@ class Shards(Mapping[str, Tensor]):
             self._file_of = weight_files(folder)
         except SafetensorError as error:
             raise ValueError(f"a shard of {folder} cannot be read ({error}): fetch it again") from error
-        self._open: dict[Path, Any] = {}
+        self._layouts: dict[str, tuple[tuple[int, ...], str]] = {}
 
     def __getitem__(self, name: str) -> Tensor:
-        return self._file(name).get_tensor(name)
+        from safetensors import safe_open
+
+        # Opened anew each time: a file that stays mapped stays in memory, page by page as it is read.
+        with safe_open(self._file_of[name], framework="pt") as file:
+            return file.get_tensor(name)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._file_of)
@@ -525,16 +530,14 @@ class Shards(Mapping[str, Tensor]):
 
     def layout(self, name: str) -> tuple[tuple[int, ...], str]:
         """Shape and dtype of a tensor, from the header of its shard."""
-        view = self._file(name).get_slice(name)
-        return tuple(view.get_shape()), view.get_dtype()
-
-    def _file(self, name: str) -> Any:
         from safetensors import safe_open
 
-        path = self._file_of[name]
-        if path not in self._open:
-            self._open[path] = safe_open(path, framework="pt")
-        return self._open[path]
+        if name not in self._layouts:
+            with safe_open(self._file_of[name], framework="pt") as file:
+                for held in file.keys():  # noqa: SIM118
+                    view = file.get_slice(held)
+                    self._layouts[held] = tuple(view.get_shape()), view.get_dtype()
+        return self._layouts[name]
 
 
 class _ShardWriter:
@@ -649,29 +652,51 @@ def save(
     tokenizer: Any = None,
 ) -> Path:
     """Write a student, a causal model whose FFNs are mixtures, as the container that its spec names."""
-    if spec.container is None:
-        raise ValueError("the spec names no container: it is chosen before distillation, as it fixes the gate formula")
-    container = container_named(spec.container)
+    container = _container_of(spec)
     layers = moe_layers(model)
     if len(layers) != spec.num_layers:
         raise ValueError(f"the model has {len(layers)} mixtures, its spec {spec.num_layers}")
+    pieces = chain(
+        outer_tensors(container, model.config, model.state_dict()),
+        (layer_tensors(container, spec, layer, moe) for layer, moe in enumerate(layers)),
+    )
+    options: dict[str, Any] = {"dtype": dtype, "shard_bytes": shard_bytes, "assets": assets, "tokenizer": tokenizer}
+    return write(folder, container, spec, model.config, pieces, **options)
 
-    def pieces() -> Iterator[Mapping[str, Tensor]]:
-        yield from outer_tensors(container, model.config, model.state_dict())
-        for layer, moe in enumerate(layers):
+
+def save_checkpoint(
+    checkpoint: str | Path,
+    folder: str | Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    shard_bytes: int = SHARD_BYTES,
+) -> Path:
+    """Write a checkpoint of this project as the container that its spec names, one layer in memory at a time."""
+    from transformers import AutoConfig
+
+    spec = load_spec(checkpoint)
+    container = _container_of(spec)
+    config = AutoConfig.from_pretrained(checkpoint, trust_remote_code=False)
+    if config.model_type in CONTAINERS:
+        raise ValueError(f"{checkpoint} is a {config.model_type} container already: copy it")
+    source = Shards(checkpoint)
+
+    def mixtures() -> Iterator[dict[str, Tensor]]:
+        for layer in range(spec.num_layers):
+            prefix = f"model.layers.{layer}.mlp."
+            held = {name.removeprefix(prefix): source[name] for name in source if name.startswith(prefix)}
+            moe = MoEFFN(spec, b_in="b_in" in held, b_out="b_out" in held, b_gate="b_gate" in held)
+            moe.load_state_dict(held)
             yield layer_tensors(container, spec, layer, moe)
 
-    return write(
-        folder,
-        container,
-        spec,
-        model.config,
-        pieces(),
-        dtype=dtype,
-        shard_bytes=shard_bytes,
-        assets=assets,
-        tokenizer=tokenizer,
-    )
+    pieces = chain(outer_tensors(container, config, source), mixtures())
+    return write(folder, container, spec, config, pieces, dtype=dtype, shard_bytes=shard_bytes, assets=checkpoint)
+
+
+def _container_of(spec: MoESpec) -> Container:
+    if spec.container is None:
+        raise ValueError("the spec names no container: it is chosen before distillation, as it fixes the gate formula")
+    return container_named(spec.container)
 
 
 def _write_config(folder: Path, container: Container, native: Any, dtype: torch.dtype) -> None:

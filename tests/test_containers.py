@@ -576,6 +576,14 @@ def test_a_saved_checkpoint_becomes_the_same_container_a_layer_at_a_time(tmp_pat
     assert AutoTokenizer.from_pretrained(streamed).vocab_size > 50
 
 
+def test_a_container_is_not_taken_for_a_checkpoint(folders: dict[tuple[str, int], Path], tmp_path: Path) -> None:
+    for (name, _), folder in folders.items():
+        with pytest.raises(ValueError, match=f"is a native {name} container: open it with transformers"):
+            checkpoint.load(folder)
+        with pytest.raises(ValueError, match=f"is a {name} container already"):
+            containers.save_checkpoint(folder, tmp_path / "out")
+
+
 def test_an_interrupted_write_leaves_nothing_that_looks_whole(tmp_path: Path) -> None:
     model, spec = student_of("mixtral")
     container = CONTAINERS["mixtral"]
