@@ -110,7 +110,7 @@ def run(folder: Path, out: Path, tokens: int, threads: int) -> dict[str, Any]:
     import torch
 
     from ffn2moe import stream
-    from ffn2moe.data import batched
+    from ffn2moe.train import in_order
 
     torch.set_num_threads(threads)
     length, batch_tokens = 512, 1024
@@ -127,7 +127,7 @@ def run(folder: Path, out: Path, tokens: int, threads: int) -> dict[str, Any]:
     rows = stream.decompose(
         folder,
         out,
-        batched(ids.tolist(), batch_tokens=batch_tokens),
+        list(in_order("causal", ids.tolist(), batch_texts=batch_tokens // length)),
         num_experts=EXPERTS,
         num_active=ACTIVE,
         max_length=length,

@@ -8,8 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ffn2moe.train import Batch
-
 Track = Callable[[Iterable[Any], int, str], Iterable[Any]]
 
 
@@ -143,29 +141,3 @@ def _sample(
         if done_B.all():
             break
     return ids_BL
-
-
-def batched(token_ids: Sequence[Sequence[int]], *, batch_tokens: int, pad_id: int = 0) -> list[Batch]:
-    """The sequences, in order, in batches of at most `batch_tokens` tokens, padding included (one sequence at least).
-
-    A batch whose sequences are equally long has no mask, as packed blocks have none.
-    """
-    groups: list[list[Sequence[int]]] = []
-    longest = 0
-    for ids in token_ids:
-        longest = max(longest, len(ids))
-        if groups and longest * (len(groups[-1]) + 1) <= batch_tokens:
-            groups[-1].append(ids)
-        else:
-            groups.append([ids])
-            longest = len(ids)
-    return [_padded(group, pad_id) for group in groups]
-
-
-def _padded(group: Sequence[Sequence[int]], pad_id: int) -> Batch:
-    length = max(map(len, group))
-    if all(len(ids) == length for ids in group):
-        return Batch({"input_ids": torch.tensor([list(ids) for ids in group])}, None)
-    ids_BL = torch.tensor([[*ids, *[pad_id] * (length - len(ids))] for ids in group])
-    mask_BL = torch.tensor([[1] * len(ids) + [0] * (length - len(ids)) for ids in group])
-    return Batch({"input_ids": ids_BL, "attention_mask": mask_BL}, mask_BL)

@@ -57,6 +57,10 @@ _PROGRESS, _STATES = "progress.json", "states.safetensors"
 Track = Callable[[Iterable[Any], int, str], Iterable[Any]]
 
 
+class NotStreamable(ValueError):
+    """This model cannot be worked through layer by layer, though it may be in memory."""
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The model without its weights, and the weights by their names in it
 
@@ -91,7 +95,7 @@ def only_stack(model: Any) -> tuple[Stack, nn.ModuleList]:
     """The one stack of layers of a model. ValueError where there are several: what passes between them is unknown."""
     found = stacks_of(model)
     if len(found) != 1:
-        raise ValueError(
+        raise NotStreamable(
             f"{family_of(model).name} models have {len(found)} stacks of layers, and only models of one are decomposed "
             "layer by layer: convert this one in memory"
         )
@@ -124,7 +128,7 @@ class Source:
         for source, path in weight_files(folder).items():
             name, converted = rename_source_key(source, renamings, converters, model.base_model_prefix, wanted)
             if converted is not None:
-                raise ValueError(
+                raise NotStreamable(
                     f"transformers makes the tensor {name} of others (such as {source}), which is not done layer by "
                     "layer: convert this model in memory"
                 )
@@ -352,7 +356,7 @@ def record_calls(model: Any, layers: nn.ModuleList, batch: Batch) -> tuple[Tenso
             return _record_calls(model, layers, batch, rest)
         except (_Unusable, TypeError, IndexError, AttributeError, ValueError, RuntimeError) as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-    raise ValueError(
+    raise NotStreamable(
         f"{type(model).__name__} does not just pass hidden states from layer to layer ({reason}), so it is not "
         "decomposed layer by layer: convert it in memory"
     )

@@ -12,13 +12,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from ffn2moe import activations, checkpoint, stream
-from ffn2moe.data import batched
 from ffn2moe.dense import head_of, read_ffn
 from ffn2moe.factorise import carve, fit_router, layer_inputs, output_of
 from ffn2moe.moe import install_moe, moe_layers
 from ffn2moe.partition import coactivation
 from ffn2moe.stream import Source, decompose, estimate, require_room, skeleton
-from ffn2moe.train import Batch
+from ffn2moe.train import Batch, in_order
 from tests.test_families import CASES, tiny
 
 SETTINGS: dict[str, Any] = {
@@ -39,7 +38,7 @@ STREAMED = [
 
 def blocks(count: int = 12, length: int = 8) -> list[Batch]:
     ids = torch.randint(4, 60, (count, length), generator=torch.Generator().manual_seed(3))
-    return batched(ids.tolist(), batch_tokens=16)
+    return list(in_order("causal", ids.tolist(), batch_texts=2))
 
 
 def make(folder: Path, case: str = "llama", **options: Any) -> Path:
@@ -80,9 +79,9 @@ def test_a_model_of_several_stacks_is_refused(case, tmp_path):
 def test_padding_is_neither_seen_nor_counted(tmp_path):
     make(tmp_path / "dense", "bert")
     texts = [list(range(4, 4 + length)) for length in (5, 8, 8, 3, 7, 6)]
-    decompose(tmp_path / "dense", tmp_path / "a", batched(texts, batch_tokens=16, pad_id=1), **SETTINGS)
-    other = batched(texts, batch_tokens=16, pad_id=50)
-    decompose(tmp_path / "dense", tmp_path / "b", other, **SETTINGS)
+    for name, pad_id in (("a", 1), ("b", 50)):
+        batches = list(in_order("embedding", texts, batch_texts=2, pad_id=pad_id))
+        decompose(tmp_path / "dense", tmp_path / name, batches, **SETTINGS)
     for name in sorted(path.name for path in (tmp_path / "a").glob("*.safetensors")):
         one, two = (load_file(tmp_path / side / name) for side in "ab")
         for key in one:
