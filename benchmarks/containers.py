@@ -1,0 +1,126 @@
+"""Every native container of one dense model: how its logits in plain transformers agree with what it was written from.
+
+    python -m benchmarks.containers ../shared/data/stories260k --out containers
+
+The rows are K = E under a router of zeros against the dense model, in float32 and bfloat16; and K < E under a random
+router (nothing is trained here, so that the router's scores are far apart) against the student, with the container's
+own gates and with unit gates. The folders stay in --out, for other engines to be tried on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from ffn2moe import containers
+from ffn2moe.containers import CONTAINERS, Agreement, Container
+from ffn2moe.dense import load_dense, read_ffn
+from ffn2moe.experts import neurons_by_expert, shared_neurons, slice_experts
+from ffn2moe.moe import MoEFFN, install_moe, moe_layers, spec_of
+from ffn2moe.partition import contiguous
+from ffn2moe.spec import Gate, MoESpec
+
+
+def cut(source: str, container: Container, E: int, K: int, shared_width: int, gate: Gate) -> tuple[Any, MoESpec]:
+    """The dense model with its neurons dealt to experts in their order, and a router of zeros."""
+    model, _ = load_dense(source, head="causal")
+    spec = spec_of(
+        model,
+        head="causal",
+        num_experts=E,
+        num_active=K,
+        partition="contiguous",
+        teacher=source,
+        max_length=512,
+        shared_width=shared_width,
+        gate=gate,
+        router_bias=False,
+        container=container.name,
+        width_multiple=container.width_multiple,
+    )
+    expert_of_neuron_F = torch.full((spec.ffn_width,), -1)
+    expert_of_neuron_F[shared_width:] = contiguous(spec.ffn_width - shared_width, E)
+    neurons_EM = neurons_by_expert(expert_of_neuron_F, E, container.width_multiple)
+    shared_S = shared_neurons(expert_of_neuron_F)
+    layers = []
+    for layer in range(spec.num_layers):
+        experts = slice_experts(read_ffn(model, layer), neurons_EM, shared_S)
+        layers.append(MoEFFN.from_experts(spec, experts, neurons_EM, shared_S=shared_S))
+    install_moe(model, layers)
+    return model.eval(), spec
+
+
+def route_at_random(model: Any, container: Container, seed: int = 0) -> None:
+    """Router weights of unit scores on unit tokens, and a choice bias where the container has one."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for moe in moe_layers(model):
+            E, D = moe.router.weight.shape
+            moe.router.weight.copy_(torch.randn(E, D, generator=generator) / D**0.5)
+            if container.choice_bias:
+                moe.router.balance_bias.copy_(torch.randn(E, generator=generator) / 10)
+
+
+@torch.no_grad()
+def rows(source: str, container: Container, shared_width: int, ids_BL: Tensor, out: Path) -> dict[str, Agreement]:
+    """The agreements of one container, by what was compared."""
+    E, K = 4, 2
+    dense, tokenizer = load_dense(source, head="causal")
+    reference_BLV = dense(ids_BL).logits
+    name = f"{container.name}-shared{shared_width}"
+    found = {}
+    model, spec = cut(source, container, E, E, shared_width, container.gate)
+    for dtype, label in ((torch.float32, "K = E"), (torch.bfloat16, "K = E, bfloat16")):
+        folder = out / f"{name}-full-{str(dtype).removeprefix('torch.')}"
+        containers.save(model, spec, folder, dtype=dtype, assets=source)
+        found[label] = containers.compare(containers.open_native(folder, dtype)(ids_BL).logits.float(), reference_BLV)
+    gates: tuple[tuple[Gate, str], ...] = ((container.gate, "K = 2"), ("unit", "K = 2, unit gates"))
+    for gate, label in gates:
+        model, spec = cut(source, container, E, K, shared_width, gate)
+        route_at_random(model, container)
+        folder = containers.save(model, replace(spec, num_active=K), out / f"{name}-k{K}-{gate}", tokenizer=tokenizer)
+        found[label] = containers.same_logits(model, folder, ids_BL)
+    return found
+
+
+def main(arguments: list[str]) -> None:
+    """The table, on the terminal."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", help="a dense causal model: a Hugging Face folder")
+    parser.add_argument("--text", type=Path, help="text to compare on (default: SOURCE/sample.txt)")
+    parser.add_argument("--out", type=Path, required=True, help="where the containers are written; must not exist")
+    parser.add_argument("--shared", type=int, default=44, help="neurons of the shared expert, where there is one")
+    options = parser.parse_args(arguments)
+    dense, tokenizer = load_dense(options.source, head="causal")
+    text = (options.text or Path(options.source) / "sample.txt").read_text()
+    ids_BL = tokenizer(text, return_tensors="pt").input_ids[:, :512]
+    with torch.no_grad():
+        rounded = containers.compare(dense.bfloat16()(ids_BL).logits.float(), dense.float()(ids_BL).logits)
+    table = Table(title=f"{options.source}: {ids_BL.shape[1]} tokens; relative difference of logits (largest / mean)")
+    table.add_column("container")
+    table.add_column("shared", justify="right")
+    for column in ("compared", "largest", "mean", "top-1"):
+        table.add_column(column, justify="right")
+    for container in CONTAINERS.values():
+        for shared_width in (0,) if container.shared == "none" else (0, options.shared):
+            reason = containers.fits(container, dense.config, shared_width=shared_width)
+            if reason is not None:
+                table.add_row(container.name, "", f"not held: {reason}")
+                continue
+            for label, found in rows(options.source, container, shared_width, ids_BL, options.out).items():
+                figures = (f"{found.largest:.1e}", f"{found.mean:.1e}", f"{found.top1:.3f}")
+                table.add_row(container.name, str(shared_width), label, *figures)
+    table.add_row("dense", "", "bfloat16", f"{rounded.largest:.1e}", f"{rounded.mean:.1e}", f"{rounded.top1:.3f}")
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
