@@ -1,11 +1,11 @@
 """Write a factorised model as an export: a folder that `ffn2moe.runtime` opens, whatever the model's head.
 
-PLAN.onnx            the graph of a plan; of a seq2seq model, its decoder
-PLAN.encoder.onnx    the encoder of a seq2seq model
-*.onnx.data          the weights of a graph of more than 2 GB
-tokenizer/           tokenizer or processor of the teacher
-checkpoint/          the student for PyTorch (`ffn2moe.load`)
-manifest.json        spec, facts of the model, and of each plan its files, their sha256 and its parity
+onnx/PLAN.onnx          the graph of a plan; of a seq2seq model, its decoder
+onnx/PLAN.encoder.onnx  the encoder of a seq2seq model
+onnx/*.onnx.data        the weights of a graph of more than 2 GB
+tokenizer/              tokenizer or processor of the teacher
+checkpoint/             the student for PyTorch (`ffn2moe.load`)
+manifest.json           spec, facts of the model, and of each plan its files, their sha256 and its parity
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from ffn2moe.runtime import DENSE_PLANS, Plan
 from ffn2moe.spec import MoESpec
 from ffn2moe.verify import FLOAT_TOLERANCE, TANH_TOLERANCE, Known, plan_parity
 
+GRAPHS = "onnx"
 CHECKED_ROWS = 16  # where the caller has no samples of its own
 
 
@@ -55,14 +56,14 @@ def export_model(
     folder is no export. ValueError for a float32 plan beyond its tolerance, or a model that cannot be exported.
     """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    (folder / GRAPHS).mkdir(parents=True, exist_ok=True)
     wanted = tuple(runtime.plans_of(spec.head) if plans is None else plans)
     if teacher is None:
         wanted = tuple(plan for plan in wanted if plan not in DENSE_PLANS)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder / "tokenizer")
     checkpoint.save(student, None, spec, folder / "checkpoint")
-    manifest: dict[str, Any] = {"spec": spec.to_dict(), "model": _facts(student, spec), "plans": {}, "refused": {}}
+    manifest: dict[str, Any] = {"spec": spec.to_dict(), "model": facts(student, spec), "plans": {}, "refused": {}}
     entries: dict[str, dict[str, Any]] = manifest["plans"]
 
     mixture = canonical_graphs(student, spec.head, spec.pooling)
@@ -77,7 +78,8 @@ def export_model(
             continue
         files: dict[str, str] = {}
         for part, graph in graphs.items():
-            files |= save_graph(graph, folder / _file(plan, part), largest_file)
+            saved = save_graph(graph, folder / _file(plan, part), largest_file)
+            files |= {f"{GRAPHS}/{name}": digest for name, digest in saved.items()}
         main = _file(plan, "main")
         entries[plan] = {"file": main, "sha256": files.pop(main)}
         if "encoder" in graphs:
@@ -103,10 +105,10 @@ def write_manifest(folder: str | Path, manifest: dict[str, Any]) -> None:
 
 
 def _file(plan: str, part: str) -> str:
-    return f"{plan}.onnx" if part == "main" else f"{plan}.{part}.onnx"
+    return f"{GRAPHS}/{plan}.onnx" if part == "main" else f"{GRAPHS}/{plan}.{part}.onnx"
 
 
-def _facts(model: Any, spec: MoESpec) -> dict[str, Any]:
+def facts(model: Any, spec: MoESpec) -> dict[str, Any]:
     """What the runtime has to know of a model beside its spec."""
     facts: dict[str, Any] = {"reads": family_of(model).reads}
     if spec.head in ("causal", "seq2seq"):

@@ -1,8 +1,9 @@
 """Stage 6: the student and its teacher as ONNX graphs, one a plan, each checked before any is kept.
 
 A float32 graph that is further from PyTorch than its tolerance fails the stage; within it, the graph has the quality
-that stage 5 found. A graph that computes something else on purpose (int8, another form of GELU) is judged by the
-retrieval benchmark. What a plan keeps of the teacher's figure decides later whether it may be chosen.
+that stage 5 found. A graph that computes something else on purpose (int8, another form of GELU) is judged anew: by the
+retrieval benchmark, by its perplexity, or by its agreement with the teacher. What a plan keeps of the teacher's figure
+decides later whether it may be chosen. A language model that was made for a native container is written as one, too.
 """
 
 from __future__ import annotations
@@ -11,19 +12,28 @@ import hashlib
 import json
 import os
 from collections.abc import Sequence
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tasks import corpus
+from tasks.measures import HEADLINES, at
 from tasks.stage import StageRun, main, remove
+from tasks.tokens import read_tokens
 
 if TYPE_CHECKING:
-    from ffn2moe.runtime import Export
+    from collections.abc import Mapping
+
+    from torch import Tensor
+
+    from ffn2moe.spec import MoESpec
 
 STUDENT, TEACHER = "models/distilled", "data/teacher"
-MEASURED = ("dense8", "fused", "sorted8")  # plans that are not what PyTorch computes
 PACKAGES = ("onnx", "onnx-ir", "onnxruntime-gpu", "onnxscript", "torch", "transformers")
+# Largest mean difference of a container's logits from the student's, relative: of gates that are those of the
+# container, and of unit gates, which it has nearly.
+CONTAINER_TOLERANCE, UNIT_TOLERANCE = 1e-4, 1e-2
 
 
 def run(stage: StageRun) -> None:
@@ -36,18 +46,15 @@ def run(stage: StageRun) -> None:
     params, root = stage.params, stage.root
     spec = checkpoint.load_spec(root / STUDENT)
     student = checkpoint.load(root / STUDENT)
-    teacher, tokenizer = load_dense(str(root / TEACHER))
-    pairs = corpus.read_jsonl(root / "data/benchmarks/retrieval.jsonl")
-    evaluated = json.loads((root / "metrics/evaluate.json").read_text(encoding="utf-8"))
-    known_ndcg = {name: float(evaluated[name]["retrieval"]["ndcg_at_10"]) for name in ("teacher", "student")}
+    teacher, tokenizer = load_dense(str(root / TEACHER), head=spec.head)
+    quality = PlanQuality(stage, spec, teacher, tokenizer)
 
     folder = root / "exports" / params.name
     partial = folder.parent / f".{params.name}.partial"
     remove(partial)  # left by a run that was killed
     partial.mkdir(parents=True)
     try:
-        texts = [row["text"] for row in corpus.read_jsonl(root / "data/corpus/evaluation.jsonl")]
-        ids = tokenizer(texts[: params.export.parity_texts], truncation=True, max_length=spec.max_length)["input_ids"]
+        ids = quality.ids[: params.export.parity_texts]
         manifest = export_model(
             student,
             teacher,
@@ -60,23 +67,18 @@ def run(stage: StageRun) -> None:
             track=lambda plans, what: stage.track(plans, len(plans), what),
         )
         entries: dict[str, dict[str, Any]] = manifest["plans"]
-
-        for name, entry in entries.items():
-            if name in MEASURED:
-                graphs = [
-                    runtime.session(file, threads=params.compute.threads)
-                    for file in runtime.checked_files(partial, entry)
-                ]
-                ndcg = retrieval_ndcg(runtime.opened(partial, name, manifest, graphs), pairs)
-            else:
-                ndcg = known_ndcg["teacher" if name in runtime.DENSE_PLANS else "student"]
-            entry["retrieval_ndcg_at_10"] = round(ndcg, 6)
-            entry["retention"] = round(ndcg / known_ndcg["teacher"], 6) if known_ndcg["teacher"] else 0.0
+        for name, entry in stage.track(entries.items(), len(entries), "judging plans"):
+            entry |= quality.of(name, entry, manifest, partial)
         for plan, entry in entries.items():
             stage.say(
-                f"{plan}: {entry['parity_max_abs']:.1e} from PyTorch, nDCG@10 {entry['retrieval_ndcg_at_10']:.4f} "
+                f"{plan}: {entry['parity_max_abs']:.1e} from PyTorch, {quality.told(entry)} "
                 f"({100 * entry['retention']:.1f} % of the teacher's)"
             )
+        for plan, reason in manifest["refused"].items():
+            stage.say(f"no plan {plan}: {reason}")
+        (partial / "container").mkdir()  # one of its outs, and empty where there is none
+        if spec.container:
+            manifest["container"] = write_container(stage, student, teacher, spec, partial / "container", ids)
         manifest |= {
             "teacher": {"source": spec.teacher, "sha256": runtime.sha256(teacher_weights(root / TEACHER))},
             "seed": params.seed,
@@ -89,6 +91,120 @@ def run(stage: StageRun) -> None:
         remove(partial)
 
 
+class PlanQuality:
+    """What each plan keeps of the teacher: what stage 5 found, or measured where a plan computes something else."""
+
+    def __init__(self, stage: StageRun, spec: MoESpec, teacher: Any, tokenizer: Any) -> None:
+        root = stage.root
+        self.stage = stage
+        self.head = spec.head
+        self.headline = HEADLINES[spec.head]
+        path = root / "data/corpus/evaluation.jsonl"
+        self.tokens = read_tokens(path, spec.head, tokenizer, spec.max_length, packed=False)
+        self.ids = self.tokens.ids
+        evaluated = json.loads((root / "metrics/evaluate.json").read_text(encoding="utf-8"))
+        self.known = {
+            "teacher": at(evaluated["teacher"], self.headline.path, 1.0),
+            "student": at(evaluated["student"], self.headline.path),
+        }
+        self.pairs = corpus.read_jsonl(root / "data/benchmarks/retrieval.jsonl") if spec.head == "embedding" else []
+        self.choices = self.teachers_choices(teacher) if spec.head in ("classification", "seq2seq") else []
+
+    def told(self, entry: Mapping[str, Any]) -> str:
+        return f"{self.headline.label} {entry[self.headline.key]:.4f}"
+
+    def of(self, plan: str, entry: Mapping[str, Any], manifest: Mapping[str, Any], folder: Path) -> dict[str, float]:
+        """The figure of one plan, and what it keeps of the teacher's."""
+        from ffn2moe import runtime
+
+        params = self.stage.params
+        if plan in runtime.QUANTIZED_PLANS or entry["parity_max_abs"] > params.export.float_tolerance:
+            files = runtime.checked_files(folder, entry)
+            graphs = [runtime.session(file, threads=params.compute.threads) for file in files]
+            figure = self.measured(runtime.opened(folder, plan, manifest, graphs))
+        else:
+            figure = self.known["teacher" if plan in runtime.DENSE_PLANS else "student"]
+        kept = self.headline.retention(figure, self.known["teacher"])
+        return {self.headline.key: round(figure, 6), "retention": round(kept, 6)}
+
+    def measured(self, export: Any) -> float:
+        """The figure of an open plan, on the texts that stage 5 judged by."""
+        import torch
+
+        from ffn2moe import metrics
+
+        if self.head == "embedding":
+            query_ND = torch.from_numpy(export.encode([row["query"] for row in self.pairs]))
+            document_ND = torch.from_numpy(export.encode([row["document"] for row in self.pairs]))
+            return metrics.retrieval(query_ND, document_ND)["ndcg_at_10"]
+        if self.head == "causal":
+            scores = [export.score(ids) for ids in self.ids if len(ids) > 1]
+            nats_N, tokens_N = (torch.tensor(column, dtype=torch.float64) for column in zip(*scores, strict=True))
+            return metrics.perplexity(nats_N, tokens_N)
+        found = []
+        for batch in self.tokens.in_order(self.stage.params.evaluate.batch_texts):
+            inputs = {name: tensor.numpy() for name, tensor in batch.inputs.items()}
+            if self.head == "seq2seq":
+                logits = export.run(
+                    {name: array for name, array in inputs.items() if name != "decoder_input_ids"},
+                    inputs["decoder_input_ids"],
+                )
+            else:
+                logits = export.run(**inputs)["logits"]
+            found.append(self.choices_of(torch.from_numpy(logits), batch.mask))
+        return (torch.cat(found) == torch.cat(self.choices)).double().mean().item()
+
+    def teachers_choices(self, teacher: Any) -> list[Tensor]:
+        """The teacher's most probable class or token at every judged position, a tensor a batch."""
+        import torch
+
+        found = []
+        with torch.no_grad():
+            for batch in self.tokens.in_order(self.stage.params.evaluate.batch_texts):
+                found.append(self.choices_of(teacher(**batch.inputs).logits, batch.mask))
+        return found
+
+    @staticmethod
+    def choices_of(logits: Tensor, mask: Tensor | None) -> Tensor:
+        chosen = logits.argmax(-1)
+        return chosen if mask is None else chosen[mask.bool()]
+
+
+def write_container(
+    stage: StageRun, student: Any, teacher: Any, spec: MoESpec, folder: Path, ids: Sequence[Sequence[int]]
+) -> dict[str, Any]:
+    """The student as the native container that it was made for: written, audited, and its logits compared."""
+    import torch
+
+    from ffn2moe import containers
+
+    assert spec.container is not None
+    container = containers.container_named(spec.container)
+    containers.save(student, spec, folder, assets=stage.root / TEACHER)
+    length = max(map(len, ids))
+    whole = [list(text) for text in ids if len(text) == length]
+    found = containers.same_logits(student, folder, torch.tensor(whole))
+    limit = CONTAINER_TOLERANCE if spec.gate == container.gate else UNIT_TOLERANCE
+    if not found.mean <= limit:
+        raise ValueError(
+            f"the logits of the container {container.name} differ from the student's by {found.mean:.1e} of the "
+            f"largest, on average, and {limit:.0e} is allowed: this version of transformers computes it in another "
+            "way; set decompose.container=none, or install the versions of constraints.txt"
+        )
+    stage.say(
+        f"container {container.name}: audited; its logits in plain transformers differ by {found.mean:.1e}, "
+        f"{100 * found.top1:.1f} % of the tokens are the same"
+    )
+    agreement = {key: rounded(value) for key, value in asdict(found).items()}
+    notes = containers.engine_notes(container, teacher.config)
+    return {"name": container.name, "folder": "container", "agreement": agreement, "notes": notes}
+
+
+def rounded(value: float) -> float:
+    """Three digits: what a difference is worth telling."""
+    return float(f"{value:.3g}")
+
+
 def keep(partial: Path, folder: Path) -> None:
     """Moves what was made into the export's folder, where the benchmark's plan.json may lie from before."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -96,17 +212,6 @@ def keep(partial: Path, folder: Path) -> None:
     for made in sorted(partial.iterdir()):
         remove(folder / made.name)
         os.replace(made, folder / made.name)
-
-
-def retrieval_ndcg(export: Export, pairs: Sequence[dict[str, str]]) -> float:
-    """nDCG@10 of a plan on the retrieval benchmark."""
-    import torch
-
-    from ffn2moe.metrics import retrieval
-
-    query_ND = export.encode([row["query"] for row in pairs])
-    document_ND = export.encode([row["document"] for row in pairs])
-    return retrieval(torch.from_numpy(query_ND), torch.from_numpy(document_ND))["ndcg_at_10"]
 
 
 def teacher_weights(folder: Path) -> Path:

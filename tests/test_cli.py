@@ -81,7 +81,7 @@ def test_verify_passes_on_a_sound_export(export, capsys):
 
 
 def test_verify_fails_with_a_line_for_each_damaged_part(copy, capsys):
-    graph = copy / "sorted.onnx"
+    graph = copy / "onnx/sorted.onnx"
     graph.write_bytes(graph.read_bytes()[:-9])
     manifest = json.loads((copy / "manifest.json").read_text())
     manifest["spec"]["num_active"] = 3

@@ -42,7 +42,7 @@ def test_the_manifest_says_what_was_exported_and_how_well_it_was_checked(exporte
     assert manifest["spec"] == ffn2moe.checkpoint.load_spec(exported / "models/distilled").to_dict()
     assert set(manifest["plans"]) == set(runtime.PLANS)
     for plan, entry in manifest["plans"].items():
-        assert entry["file"] == f"{plan}.onnx"
+        assert entry["file"] == f"onnx/{plan}.onnx"
         assert entry["sha256"] == runtime.sha256(exported / "exports/tiny" / entry["file"])
         assert 0 < entry["retrieval_ndcg_at_10"] <= 1
     for plan in ("dense", "sorted"):

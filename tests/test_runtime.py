@@ -80,7 +80,7 @@ def test_the_measured_plan_is_the_default_and_sorted_where_none_was(copy):
 
 
 def test_a_damaged_graph_is_refused(copy):
-    graph = copy / "sorted.onnx"
+    graph = copy / "onnx/sorted.onnx"
     content = bytearray(graph.read_bytes())
     content[len(content) // 2] ^= 1
     graph.write_bytes(content)
@@ -94,7 +94,7 @@ def test_a_damaged_graph_is_refused(copy):
         (lambda p: shutil.rmtree(p), FileNotFoundError, "is not an export"),
         (lambda p: (p / "manifest.json").write_text("{"), ValueError, "is not valid JSON"),
         (lambda p: (p / "manifest.json").write_text("{}"), ValueError, "lacks plans, spec"),
-        (lambda p: (p / "sorted.onnx").unlink(), FileNotFoundError, "is missing"),
+        (lambda p: (p / "onnx/sorted.onnx").unlink(), FileNotFoundError, "is missing"),
         (lambda p: shutil.rmtree(p / "tokenizer"), FileNotFoundError, "is missing"),
         (lambda p: (p / "plan.json").write_text("[]"), ValueError, "lacks default_plan"),
     ],
