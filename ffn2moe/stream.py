@@ -17,7 +17,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from ffn2moe.dense import (
     Stack,
     auto_class,
     family_of,
+    ffn_paths,
     head_of,
     install,
     positions,
@@ -683,6 +684,39 @@ class _Work:
         for name in (_PROGRESS, _STATES):
             (self.folder / name).unlink(missing_ok=True)
         os.replace(self.folder, out)
+
+
+def mixtures(folder: str | Path) -> Iterator[MoEFFN]:
+    """The mixtures of a checkpoint in order, float32, each read when it is asked for."""
+    spec = checkpoint.load_spec(folder)
+    files = weight_files(folder)
+    for index, path in enumerate(ffn_paths(skeleton(folder, spec.head))):
+        tensors = {name.removeprefix(f"{path}."): tensor for name, tensor in _named(files, f"{path}.")}
+        moe = MoEFFN(
+            spec,
+            spec.shape_of(index),
+            b_in="b_in" in tensors,
+            b_out="b_out" in tensors,
+            b_gate="b_gate" in tensors,
+        )
+        moe.load_state_dict(tensors)
+        yield moe.eval()
+
+
+def outside(folder: str | Path) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a checkpoint that are no mixture's, with their names, a shard at a time."""
+    paths = tuple(f"{path}." for path in ffn_paths(skeleton(folder, checkpoint.load_spec(folder).head)))
+    return ((name, tensor) for name, tensor in _named(weight_files(folder), "") if not name.startswith(paths))
+
+
+def _named(files: dict[str, Path], prefix: str) -> Iterator[tuple[str, Tensor]]:
+    from safetensors import safe_open
+
+    for path in sorted({path for name, path in files.items() if name.startswith(prefix)}):
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118
+                if name.startswith(prefix):
+                    yield name, file.get_tensor(name).clone()
 
 
 def copy_assets(source: Path, folder: Path) -> None:
