@@ -119,3 +119,17 @@ def distillation_loss(
     relational = (student_BD @ student_BD.T - teacher_BD @ teacher_BD.T).square().mean()
     total = hidden_weight * hidden + embedding_weight * embedding + relational_weight * relational
     return DistillationLoss(total, hidden, embedding, relational)
+
+
+def prior_approximate_loss(scores_TE: Tensor, outputs_TED: Tensor, num_active: int) -> Tensor:
+    """FactorLLM's Prior-Approximate loss as published (arXiv 2408.11855), mean over tokens: the rival of `router_loss`.
+
+    The label is K-hot at the experts whose own output is nearest to ``y / c``, c = E/K, y being the sum of the outputs
+    [T, E, D]; the loss is the reverse ``KL(softmax(scores) || softmax(label))``. docs/methods.md says what is wrong
+    with it.
+    """
+    target_T1D = outputs_TED.detach().sum(1, keepdim=True) * (num_active / outputs_TED.shape[1])
+    error_TE = (outputs_TED.detach() - target_T1D).square().mean(-1)
+    nearest_TK = error_TE.topk(num_active, largest=False).indices
+    label_TE = torch.zeros_like(scores_TE).scatter_(1, nearest_TK, 1.0)
+    return F.kl_div(label_TE.log_softmax(-1), scores_TE.log_softmax(-1), reduction="batchmean", log_target=True)

@@ -1,0 +1,404 @@
+"""FactorLLM's recipe and ours on one small language model: same text, same steps, one table.
+
+    python -m benchmarks.causal ../shared/data/stories260k --out docs/results/stories260k.md
+
+Everything is trained on text drawn from the model itself and judged on a text file that nobody here wrote
+(MODEL/sample.txt unless told). A cell that is done is kept in --work: a run that was stopped continues, and two
+processes with different --cells share the work.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import re
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import track as progress
+from rich.table import Table
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ffn2moe import containers, metrics
+from ffn2moe.data import sample_tokens
+from ffn2moe.dense import ffn_modules, load_dense, read_ffn
+from ffn2moe.factorise import carve, fit_router, layer_inputs
+from ffn2moe.losses import prior_approximate_loss
+from ffn2moe.moe import MoEFFN, install_moe, moe_layers, spec_of
+from ffn2moe.oracle import expert_outputs
+from ffn2moe.spec import MoESpec
+from ffn2moe.timing import machine
+from ffn2moe.train import Batch, Batches, Distiller, LogitsObjective, Loss, Outputs
+
+BALANCE_WEIGHT, PRIOR_WEIGHT = 0.01, 0.05  # of FactorLLM's three losses, beside 1 for the language model's own
+PROMPT = "Once upon a time"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One row of the table."""
+
+    method: str
+    active: int
+    steps: int
+    perplexity: float
+    ratio: float  # to the dense model's perplexity
+    divergence: float  # KL(dense || this), nats a token
+    top1: float  # share of tokens with the dense model's most probable next token
+    seconds: float  # of training, without the text that it is trained on
+    continuation: str
+
+
+class FactorLLM(Distiller):
+    """The published recipe: the language model's own loss, with the router trained by PA and balance terms alone.
+
+    The hard choice passes no gradient to the router.
+    """
+
+    def _train_mode(self) -> None:
+        self.student.eval()
+
+
+class FactorLLMObjective:
+    """Cross entropy, and 0.05 PA + 0.01 balance where the router is trained, on the teacher's FFN inputs."""
+
+    terms = ("text", "prior", "balance")
+
+    def __init__(self, teacher: Any, student: Any, train_router: bool) -> None:
+        self.layers = moe_layers(student)
+        self.train_router = train_router
+        self.inputs: list[Tensor] = []
+        for module in ffn_modules(teacher):
+            module.register_forward_pre_hook(lambda _, inputs: self.inputs.append(inputs[0].flatten(0, -2)))
+
+    def outputs(self, model: Any, batch: Batch) -> Outputs:
+        """Logits; a pass of the teacher leaves its FFN inputs behind."""
+        if not moe_layers(model):
+            self.inputs = []
+        return Outputs((), model(**batch.inputs).logits)
+
+    def loss(self, student: Outputs, teacher: Outputs, batch: Batch, progress: float) -> Loss:
+        """The three terms and their weighted sum."""
+        ids_BL = batch.inputs["input_ids"]
+        text = F.cross_entropy(student.head[:, :-1].flatten(0, 1), ids_BL[:, 1:].flatten())
+        prior = balance = text.new_zeros(())
+        if self.train_router:
+            for moe, x_TD in zip(self.layers, self.inputs, strict=True):
+                scores_TE = moe.router(x_TD)
+                prior = prior + prior_approximate_loss(scores_TE, expert_outputs(moe, x_TD), moe.num_active)
+                chosen_TK = moe.router.choose(scores_TE, moe.num_active)
+                share_E = F.one_hot(chosen_TK, moe.num_experts).float().mean((0, 1))
+                balance = balance + moe.num_experts * (share_E * scores_TE.softmax(-1).mean(0)).sum()
+        total = text + PRIOR_WEIGHT * prior + BALANCE_WEIGHT * balance
+        return Loss(total, {"text": text, "prior": prior, "balance": balance})
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What every cell shares."""
+
+    model: str
+    sample: Path
+    experts: int
+    texts: list[list[int]]
+    steps: int
+    batch_tokens: int
+    learning_rate: float
+    length: int
+    seed: int
+
+    def opened(self) -> tuple[Any, Any]:
+        return load_dense(self.model)
+
+    def spec(self, model: Any, active: int, partition: str, container: str | None = None) -> MoESpec:
+        held = containers.CONTAINERS[container] if container else None
+        return spec_of(
+            model,
+            head="causal",
+            num_experts=self.experts,
+            num_active=active,
+            partition=partition,
+            teacher=Path(self.model).name,
+            max_length=self.length,
+            gate=held.gate if held else "unit",
+            router_bias=held is None,
+            container=container,
+            width_multiple=held.width_multiple if held else 1,
+        )
+
+    def batches(self) -> Batches:
+        return Batches(self.texts, batch_tokens=self.batch_tokens, seed=self.seed)
+
+    def ours(self, active: int, console: Console, *, steps: int, container: str | None = None) -> tuple[Any, float]:
+        """Coactivation, router fitted to the oracle, then distilled on the teacher's logits."""
+        teacher, _ = self.opened()
+        student, _ = self.opened()
+        begun = time.monotonic()
+        spec = self.spec(student, active, "coactivation", container)
+        calibration = Batches(self.texts, batch_tokens=4096, seed=self.seed + 1).from_step(0)
+        layers: list[MoEFFN] = []
+        for index, x_TD in enumerate(layer_inputs(student, calibration, max_tokens=32768)):
+            layers.append(carve(read_ffn(student, index), x_TD, spec, index, seed=self.seed))
+            fit_router(layers[-1], x_TD, ridge=1e-2, steps=200, batch_tokens=4096, learning_rate=1e-2, seed=index)
+        install_moe(student, layers)
+        if steps:
+            run = Distiller(
+                teacher,
+                student,
+                self.batches(),
+                LogitsObjective("forward_kl", logits_weight=1.0, hidden_weight=0.0),
+                steps=steps,
+                learning_rate=self.learning_rate,
+                balance_step=0.0,
+            )
+            _follow(run, f"ours, {active} of {self.experts}", console)
+        return student.eval(), time.monotonic() - begun
+
+    def factorllm(self, active: int, console: Console, *, train_router: bool) -> tuple[Any, float]:
+        """Contiguous experts, scale E/K, a random router; cross entropy on the same text."""
+        teacher, _ = self.opened()
+        student, _ = self.opened()
+        begun = time.monotonic()
+        spec = self.spec(student, active, "contiguous")
+        torch.manual_seed(self.seed)
+        layers = []
+        for index in range(spec.num_layers):
+            layers.append(carve(read_ffn(student, index), torch.empty(0, spec.width), spec, index, seed=self.seed))
+            nn.init.kaiming_uniform_(layers[-1].router.weight, a=math.sqrt(5))  # as nn.Linear starts
+            layers[-1].set_scale(self.experts / active)
+        install_moe(student, layers)
+        objective = FactorLLMObjective(teacher, student, train_router)
+        run = FactorLLM(
+            teacher,
+            student,
+            self.batches(),
+            objective,
+            steps=self.steps,
+            learning_rate=self.learning_rate,
+            balance_step=0.0,
+        )
+        _follow(run, f"FactorLLM, {active} of {self.experts}", console)
+        return student.eval(), time.monotonic() - begun
+
+    def judged(self, model: Any, method: str, active: int, steps: int, seconds: float) -> Cell:
+        teacher, tokenizer = self.opened()
+        stories = re.split(r"<\|endoftext\|>|\n\n\n+", self.sample.read_text(encoding="utf-8"))
+        limit = teacher.config.max_position_embeddings
+        texts = [torch.tensor([tokenizer(story.strip())["input_ids"][:limit]]) for story in stories if story.strip()]
+        nats, dense_nats, apart, same = [], [], [], []
+        with torch.no_grad():
+            for ids_1L in texts:
+                logits_LV, dense_LV = model(input_ids=ids_1L).logits[0, :-1], teacher(input_ids=ids_1L).logits[0, :-1]
+                nats.append(metrics.nats(logits_LV, ids_1L[0, 1:]))
+                dense_nats.append(metrics.nats(dense_LV, ids_1L[0, 1:]))
+                apart.append(metrics.divergence(dense_LV, logits_LV))
+                same.append((logits_LV.argmax(-1) == dense_LV.argmax(-1)).float())
+            prompt = tokenizer(PROMPT, return_tensors="pt")["input_ids"]
+            text = tokenizer.decode(model.generate(prompt, max_new_tokens=80, do_sample=False)[0])
+        mean = torch.cat(nats).double().mean().item()
+        dense = torch.cat(dense_nats).double().mean().item()
+        return Cell(
+            method=method,
+            active=active,
+            steps=steps,
+            perplexity=math.exp(mean),
+            ratio=math.exp(mean - dense),
+            divergence=torch.cat(apart).mean().item(),
+            top1=torch.cat(same).mean().item(),
+            seconds=seconds,
+            continuation=" ".join(text.replace("<s>", " ").split()),
+        )
+
+
+def _follow(run: Distiller, what: str, console: Console) -> None:
+    for _ in progress(run.run(), total=run.steps, description=what, console=console):
+        pass
+
+
+@dataclass(frozen=True)
+class Method:
+    """A row's name and what trains it: model and seconds, from the bench, K, the console."""
+
+    title: str
+    make: Callable[[Bench, int, Console], tuple[Any, float]]
+    trained: bool = True
+
+
+METHODS = {
+    "released": Method("FactorLLM, as released", lambda bench, K, say: bench.factorllm(K, say, train_router=False)),
+    "published": Method("FactorLLM, as published", lambda bench, K, say: bench.factorllm(K, say, train_router=True)),
+    "free": Method("ours, training-free", lambda bench, K, say: bench.ours(K, say, steps=0), trained=False),
+    "ours": Method("ours", lambda bench, K, say: bench.ours(K, say, steps=bench.steps)),
+    "mixtral": Method(
+        "ours, for Mixtral", lambda bench, K, say: bench.ours(K, say, steps=bench.steps, container="mixtral")
+    ),
+}
+
+
+def cell(bench: Bench, name: str, console: Console) -> Cell:
+    """The cell of a name such as `ours-2`: a method and K; `dense` is the teacher."""
+    if name == "dense":
+        return bench.judged(bench.opened()[0], "dense", bench.experts, 0, 0.0)
+    key, _, active = name.partition("-")
+    method = METHODS[key]
+    model, seconds = method.make(bench, int(active), console)
+    return bench.judged(model, method.title, int(active), bench.steps if method.trained else 0, seconds)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.causal", description=__doc__.splitlines()[0])
+    parser.add_argument("model", help="a folder of a causal language model, small enough to train here")
+    parser.add_argument("--sample", type=Path, help="text to judge on, <|endoftext|> or empty lines between documents")
+    parser.add_argument("--experts", type=int, default=4)
+    parser.add_argument("--active", type=int, nargs="+", default=[2, 1])
+    parser.add_argument("--texts", type=int, default=2000, help="drawn from the model")
+    parser.add_argument("--length", type=int, default=256, help="tokens of each")
+    parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--batch-tokens", type=int, default=512)
+    parser.add_argument("--learning-rate", type=float, default=3e-3)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--cells", nargs="+", help="only those, for example ours-2 published-2")
+    parser.add_argument("--work", type=Path, default=Path(".cache/causal"))
+    parser.add_argument("--out", type=Path, help="also write a page, for example docs/results/stories260k.md")
+    options = parser.parse_args(arguments)
+    console = Console(highlight=False)
+    torch.set_num_threads(options.threads)
+    try:
+        rows = measure(options, console)
+    except (ValueError, OSError) as error:
+        Console(stderr=True, soft_wrap=True, highlight=False, markup=False).print(f"error: {error}")
+        return 2
+    console.print(table(rows, options.experts))
+    if options.out:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.write_text(page(options, rows), encoding="utf-8")
+        console.print(f"written to {options.out}")
+    return 0
+
+
+def measure(options: argparse.Namespace, console: Console) -> list[Cell]:
+    """Every cell asked for, from --work where it is there."""
+    sample = options.sample or Path(options.model) / "sample.txt"
+    if not sample.is_file():
+        raise FileNotFoundError(f"{sample} does not exist: name a text file with --sample")
+    work = options.work / "-".join(
+        str(value)
+        for value in (
+            Path(options.model).name,
+            options.experts,
+            options.texts,
+            options.length,
+            options.steps,
+            options.batch_tokens,
+            options.learning_rate,
+            options.seed,
+        )
+    )
+    work.mkdir(parents=True, exist_ok=True)
+    bench = Bench(
+        model=options.model,
+        sample=sample,
+        experts=options.experts,
+        texts=texts(options, work, console),
+        steps=options.steps,
+        batch_tokens=options.batch_tokens,
+        learning_rate=options.learning_rate,
+        length=options.length,
+        seed=options.seed,
+    )
+    names = ["dense", *(f"{key}-{active}" for active in options.active for key in METHODS)]
+    unknown = set(options.cells or ()) - set(names)
+    if unknown:
+        raise ValueError(f"there is no cell {sorted(unknown)[0]!r}; there are: {', '.join(names)}")
+    rows = []
+    for name in names:
+        kept = work / f"{name}.json"
+        if kept.is_file():
+            rows.append(Cell(**json.loads(kept.read_text())))
+        elif not options.cells or name in options.cells:
+            rows.append(cell(bench, name, console))
+            kept.write_text(json.dumps(asdict(rows[-1]), indent=2))
+            console.print(f"{name}: {rows[-1].ratio:.3f}x the dense perplexity, {rows[-1].seconds:.0f} s")
+    return rows
+
+
+def texts(options: argparse.Namespace, work: Path, console: Console) -> list[list[int]]:
+    """What everything is trained on: drawn from the model once, and kept."""
+    kept = work / "texts.json"
+    if not kept.is_file():
+        model, tokenizer = load_dense(options.model)
+        begun = time.monotonic()
+        drawn = sample_tokens(
+            model,
+            count=options.texts,
+            length=options.length,
+            seed=options.seed,
+            bos=tokenizer.bos_token_id,
+            batch=250,
+            track=lambda items, total, what: progress(items, total=total, description=what, console=console),
+        )
+        kept.write_text(json.dumps({"seconds": time.monotonic() - begun, "texts": drawn}))
+    return list(json.loads(kept.read_text())["texts"])
+
+
+COLUMNS = ("method", "active FFN", "steps", "perplexity", "of dense", "KL, nats", "same top token", "time")
+
+
+def _cells_of(row: Cell, experts: int) -> tuple[str, ...]:
+    return (
+        row.method,
+        f"{100 * row.active / experts:.0f} %",
+        str(row.steps or "-"),
+        f"{row.perplexity:.2f}",
+        f"{row.ratio:.3f}x",
+        f"{row.divergence:.3f}",
+        f"{100 * row.top1:.1f} %",
+        f"{row.seconds / 60:.1f} min" if row.seconds else "-",
+    )
+
+
+def table(rows: Sequence[Cell], experts: int) -> Table:
+    """The rows, to look at."""
+    shown = Table()
+    for column in COLUMNS:
+        shown.add_column(column, justify="left" if column == "method" else "right", no_wrap=column == "method")
+    for row, after in zip(rows, [*rows[1:], None], strict=True):
+        shown.add_row(*_cells_of(row, experts), end_section=after is not None and after.active != row.active)
+    return shown
+
+
+def page(options: argparse.Namespace, rows: Sequence[Cell]) -> str:
+    """The same as Markdown, with the command and the machine."""
+    here = machine()
+    lines = [
+        f"# {Path(options.model).name}: FactorLLM's recipe and ours",
+        "",
+        f"    python -m benchmarks.causal {' '.join(sys.argv[1:])}",
+        "",
+        f"{options.experts} experts; {options.texts} texts of {options.length} tokens drawn from the model itself; "
+        f"{options.batch_tokens} tokens a step, the same order for every row; judged on the model's `sample.txt`, "
+        f"which is not trained on. {here['cpu']}, {options.threads} thread.",
+        "",
+        f"| {' | '.join(COLUMNS)} |",
+        f"|{'---|' * len(COLUMNS)}",
+        *(f"| {' | '.join(_cells_of(row, options.experts))} |" for row in rows),
+        "",
+        f'## Greedy continuations of "{PROMPT}"',
+        "",
+        *(f"- **{row.method}, {100 * row.active / options.experts:.0f} %**: {row.continuation}" for row in rows),
+        "",
+    ]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
