@@ -101,7 +101,12 @@ def table(rows: Sequence[Timing]) -> Table:
 def _labels(rows: Sequence[Timing]) -> list[str]:
     """Batch x sequence of each column, with the threads where they differ."""
     several = len({row.threads for row in rows}) > 1
-    labels = (f"{row.batch} x {row.sequence}" + (f", {row.threads} thr." if several else "") for row in rows)
+    labels = (
+        f"{row.batch} x {row.sequence}"
+        + (f", {row.threads} thr." if several else "")
+        + ("" if row.phase == "whole" else f", {row.phase}")
+        for row in rows
+    )
     return list(dict.fromkeys(labels))
 
 

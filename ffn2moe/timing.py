@@ -1,5 +1,9 @@
 """Time the plans of an export side by side, and choose one.
 
+A model that reads all at once has one time a batch, the `whole`. One that generates has three: `prefill` reads the
+prompts (of a seq2seq model: runs its encoder) and gives a first token, `decode` is each token after that, with the
+cache, and `request` is both together.
+
 Plans are timed in turn within each round, on the same texts: what else the machine does falls on all of them, and
 ratios are taken within a round before their median.
 """
@@ -15,11 +19,24 @@ from functools import partial
 from importlib import metadata
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
-from ffn2moe.runtime import DENSE_PLANS, Export, open_export, read_manifest
+from ffn2moe.runtime import (
+    DENSE_PLANS,
+    CausalExport,
+    Export,
+    ModelExport,
+    Seq2SeqExport,
+    open_export,
+    read_manifest,
+)
+
+AnyExport = Export | CausalExport | Seq2SeqExport | ModelExport
+Batch = tuple[np.ndarray, np.ndarray]  # token ids and mask, int64 [B, L]
+Phase = Literal["whole", "prefill", "decode", "request"]
+DECISIVE: tuple[Phase, ...] = ("whole", "request")  # what a plan is chosen by
 
 SHORTEST_SAMPLE = 0.02  # seconds; faster plans are run several times for one sample
 BATCHES = 4  # of different texts, so that no one batch's routing decides
@@ -27,7 +44,10 @@ BATCHES = 4  # of different texts, so that no one batch's routing decides
 
 @dataclass(frozen=True)
 class Timing:
-    """One plan at one shape; speed-ups above 1 are faster."""
+    """One plan at one shape; speed-ups above 1 are faster.
+
+    Milliseconds a batch: of `decode`, those of one token of each of its texts.
+    """
 
     plan: str
     batch: int
@@ -36,6 +56,12 @@ class Timing:
     median_ms: float
     speedup_vs_dense: float
     speedup_vs_best_dense: float
+    phase: Phase = "whole"
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Tokens read, or of `decode` generated, a second."""
+        return 1000 * self.batch * (1 if self.phase == "decode" else self.sequence) / self.median_ms
 
 
 # Wraps the rounds of one shape while they are worked through: (what they time, rounds) -> rounds.
@@ -49,12 +75,13 @@ def time_export(
     shapes: Sequence[tuple[int, int]],
     threads: Sequence[int],
     rounds: int,
+    decode_tokens: int = 16,
     plans: Sequence[str] | None = None,
     track: Track = lambda _, rounds: iter(rounds),
 ) -> Iterator[list[Timing]]:
     """Times the plans of an export (all by default; `dense` always) on real texts: one list a shape and threads.
 
-    `shapes` are batch x sequence, in tokens.
+    `shapes` are batch x sequence, in tokens; a model that generates goes on for `decode_tokens` after them.
     """
     if not any(text.strip() for text in texts):
         raise ValueError("there is no text to time the plans on")
@@ -65,12 +92,19 @@ def time_export(
         for batch, sequence in shapes:
             batches = full_batches(exports["dense"], texts, batch, sequence)
             label = f"{batch} x {sequence}, {count} {'thread' if count == 1 else 'threads'}"
-            yield interleaved(exports, batches, rounds=rounds, threads=count, track=partial(track, label))
+            yield interleaved(
+                exports,
+                batches,
+                rounds=rounds,
+                threads=count,
+                decode_tokens=decode_tokens,
+                track=partial(track, label),
+            )
 
 
 def full_batches(
-    export: Export, texts: Sequence[str], batch: int, sequence: int, count: int = BATCHES
-) -> list[tuple[np.ndarray, np.ndarray]]:
+    export: AnyExport, texts: Sequence[str], batch: int, sequence: int, count: int = BATCHES
+) -> list[Batch]:
     """Batches [B, L] of real text without padding: each row runs through the texts until it is full.
 
     Real text because routing decides the cost of a mixture: random ids would load the experts in another way.
@@ -87,18 +121,25 @@ def full_batches(
     return [(ids_BL, np.ones_like(ids_BL)) for ids_BL in ids]
 
 
-def _cycle(export: Export, texts: Sequence[str]) -> Iterator[list[int]]:
+def _cycle(export: AnyExport, texts: Sequence[str]) -> Iterator[list[int]]:
     while True:
-        for text in texts:
-            yield export.token_ids([text])[0]
+        for text in filter(str.strip, texts):
+            if isinstance(export, CausalExport):
+                yield export.token_ids(text)
+            elif isinstance(export, Export):
+                yield export.token_ids([text])[0]
+            else:
+                read = export.source if isinstance(export, Seq2SeqExport) else export.batch
+                yield read([text])["input_ids"][0].tolist()
 
 
 def interleaved(
-    exports: Mapping[str, Export],
-    batches: Sequence[tuple[np.ndarray, np.ndarray]],
+    exports: Mapping[str, AnyExport],
+    batches: Sequence[Batch],
     *,
     rounds: int,
     threads: int,
+    decode_tokens: int = 16,
     track: Callable[[range], Iterator[int]] = iter,
 ) -> list[Timing]:
     """Times each plan on the batches, `rounds` samples each, and compares them. `exports` must hold `dense`.
@@ -107,33 +148,84 @@ def interleaved(
     """
     calls = {}
     for plan, export in exports.items():  # the first call also allocates
-        export.run(*batches[0])
-        seconds = _seconds(export, batches[0], 1)
+        _seconds(export, batches[0], 1, decode_tokens)
+        seconds = max(_seconds(export, batches[0], 1, decode_tokens).values())
         calls[plan] = max(1, min(50, int(SHORTEST_SAMPLE / seconds)))
-    samples: dict[str, list[float]] = {plan: [] for plan in exports}
+    samples: dict[str, list[dict[Phase, float]]] = {plan: [] for plan in exports}
     plans = list(exports)
     for index in track(range(rounds)):
         first = index % len(plans)  # every plan gets every place in the order
         for plan in plans[first:] + plans[:first]:
-            samples[plan].append(_seconds(exports[plan], batches[index % len(batches)], calls[plan]))
-    medians = {plan: median(seconds) for plan, seconds in samples.items()}
-    best_dense = min((plan for plan in DENSE_PLANS if plan in exports), key=lambda plan: medians[plan])
+            samples[plan].append(_seconds(exports[plan], batches[index % len(batches)], calls[plan], decode_tokens))
     batch, sequence = batches[0][0].shape
+    return [
+        row
+        for phase in samples["dense"][0]
+        for row in _compared(
+            {plan: [sample[phase] for sample in found] for plan, found in samples.items()},
+            batch=batch,
+            sequence=sequence,
+            threads=threads,
+            phase=phase,
+        )
+    ]
+
+
+def _compared(
+    samples: Mapping[str, Sequence[float]], *, batch: int, sequence: int, threads: int, phase: Phase
+) -> list[Timing]:
+    """Each plan beside `dense` and the best dense plan, from seconds of the same rounds."""
+    medians = {plan: median(seconds) for plan, seconds in samples.items()}
+    best_dense = min((plan for plan in DENSE_PLANS if plan in samples), key=lambda plan: medians[plan])
 
     def speedup(plan: str, over: str) -> float:
         return median(slow / fast for slow, fast in zip(samples[over], samples[plan], strict=True))
 
     return [
-        Timing(plan, batch, sequence, threads, 1000 * medians[plan], speedup(plan, "dense"), speedup(plan, best_dense))
-        for plan in exports
+        Timing(
+            plan,
+            batch,
+            sequence,
+            threads,
+            1000 * medians[plan],
+            speedup(plan, "dense"),
+            speedup(plan, best_dense),
+            phase,
+        )
+        for plan in samples
     ]
 
 
-def _seconds(export: Export, batch: tuple[np.ndarray, np.ndarray], calls: int) -> float:
+def _seconds(export: AnyExport, batch: Batch, calls: int, decode_tokens: int) -> dict[Phase, float]:
+    """Mean seconds of each phase over some calls."""
+    ids_BL, mask_BL = batch
     start = time.perf_counter()
+    if isinstance(export, Export | ModelExport):
+        for _ in range(calls):
+            if isinstance(export, Export):
+                export.run(ids_BL, mask_BL)
+            else:
+                export.run(input_ids=ids_BL, attention_mask=mask_BL)
+        return {"whole": (time.perf_counter() - start) / calls}
+    read: Any = (
+        ids_BL.tolist()
+        if isinstance(export, CausalExport)
+        else {
+            "input_ids": ids_BL,
+            "attention_mask": mask_BL,
+        }
+    )
+    prefill = decode = 0.0
     for _ in range(calls):
-        export.run(*batch)
-    return (time.perf_counter() - start) / calls
+        start = time.perf_counter()
+        tokens = export.generate_tokens(read, max_new_tokens=1 + decode_tokens, stop_at_end=False)
+        next(tokens)
+        first = time.perf_counter()
+        made = sum(1 for _ in tokens)
+        prefill += first - start
+        decode += (time.perf_counter() - first) / max(1, made)
+    prefill, decode = prefill / calls, decode / calls
+    return {"prefill": prefill, "decode": decode, "request": prefill + decode_tokens * decode}
 
 
 @dataclass(frozen=True)
@@ -170,9 +262,10 @@ def choose(timings: Sequence[Timing], keeps_quality: Mapping[str, bool]) -> Choi
 
 
 def largest_shape(timings: Sequence[Timing]) -> list[Timing]:
-    """The timings that decide: at the most tokens, on the first number of threads."""
-    most = max(row.batch * row.sequence for row in timings)
-    rows = [row for row in timings if row.batch * row.sequence == most]
+    """The timings that decide: of all the work, at the most tokens, on the first number of threads."""
+    whole = [row for row in timings if row.phase in DECISIVE]
+    most = max(row.batch * row.sequence for row in whole)
+    rows = [row for row in whole if row.batch * row.sequence == most]
     first = (rows[0].batch, rows[0].threads)
     return [row for row in rows if (row.batch, row.threads) == first]
 

@@ -5,13 +5,14 @@ What is measured in time is in no stage before this one, so that those are the s
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from ffn2moe import runtime, timing
 from tasks import corpus
+from tasks.params import Params
 from tasks.stage import StageRun, main
 
 TEXTS = 400  # of the evaluation split, which the batches run through
@@ -23,6 +24,7 @@ def run(stage: StageRun) -> None:
     manifest = runtime.read_manifest(folder)
     texts = [row["text"] for row in corpus.read_jsonl(root / "data/corpus/evaluation.jsonl")][:TEXTS]
     settings = params.benchmark
+    require_room(manifest, params)
 
     def track(label: str, rounds: range) -> Iterator[int]:
         return stage.track(rounds, len(rounds), label)
@@ -34,10 +36,13 @@ def run(stage: StageRun) -> None:
         shapes=settings.shapes,
         threads=settings.threads,
         rounds=settings.rounds,
+        decode_tokens=settings.decode_tokens,
         track=track,
     ):
         what = f"{rows[0].batch} x {rows[0].sequence}, threads {rows[0].threads}"
-        stage.say(f"{what}: " + ", ".join(f"{row.plan} {row.median_ms:.2f} ms" for row in rows))
+        for phase in dict.fromkeys(row.phase for row in rows):
+            told = ", ".join(f"{row.plan} {row.median_ms:.2f} ms" for row in rows if row.phase == phase)
+            stage.say(f"{what}{'' if phase == 'whole' else f', {phase}'}: {told}")
         timings += rows
 
     keeps_quality = {
@@ -72,9 +77,22 @@ def run(stage: StageRun) -> None:
     stage.write_csv("metrics/plots/benchmark.csv", [{"plan": row.plan, **row_of(row)} for row in timings])
 
 
+def require_room(manifest: Mapping[str, Any], params: Params) -> None:
+    """ValueError where a prompt of the shapes, with what is decoded after it, is more than the model can hold."""
+    held = manifest.get("model", {}).get("positions") if manifest["spec"]["head"] == "causal" else None
+    longest = max(sequence for _, sequence in params.benchmark.shapes)
+    if held is not None and longest + params.benchmark.decode_tokens > held:
+        raise ValueError(
+            f"benchmark.shapes have prompts of {longest} tokens, and with benchmark.decode_tokens = "
+            f"{params.benchmark.decode_tokens} after them that is more than the {held} that the model can hold: "
+            "lower one"
+        )
+
+
 def row_of(row: timing.Timing) -> dict[str, Any]:
     """One timing for a file, without its plan's name and without digits that mean nothing."""
     values = {key: value for key, value in asdict(row).items() if key != "plan"}
+    values["tokens_per_second"] = row.tokens_per_second
     return {key: round(value, 4) if isinstance(value, float) else value for key, value in values.items()}
 
 
