@@ -1,4 +1,4 @@
-"""`ffn2moe info | encode | verify PATH`: look at an export, use it, check it.
+"""`ffn2moe convert MODEL OUT` makes an export; `info | encode | generate | verify PATH` look at it, use it, check it.
 
 Everything heavy is imported where it is used, so that `--help` answers at once.
 """
@@ -22,14 +22,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output, `head` say, has had enough
         sys.stderr.close()
         return 0
-    except (ValueError, OSError, RuntimeError) as error:
+    except (ValueError, OSError, RuntimeError, FloatingPointError) as error:
         _say_error(error)
         return USER_ERROR
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="ffn2moe", description="Use what a run of ffn2moe exported.")
+    parser = argparse.ArgumentParser(
+        prog="ffn2moe", description="Convert a dense transformer, and use what came of it."
+    )
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    _converting(commands)
 
     info = _command(commands, "info", _info, "what an export is: experts, plans, quality, speed")
     info.set_defaults(plan=None)
@@ -38,10 +42,91 @@ def _parser() -> argparse.ArgumentParser:
     encode.add_argument("texts", nargs="*", metavar="TEXT", help="texts; without any, the lines of standard input")
     _running(encode)
 
+    generate = _command(commands, "generate", _generate, "the continuation of a prompt, as it is made")
+    generate.add_argument("prompt", metavar="PROMPT", help='a text to go on with; "" for a text from nothing')
+    generate.add_argument("--max-tokens", type=_count, default=128, metavar="N", help="stop after N tokens (128)")
+    generate.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0: always the likeliest token")
+    generate.add_argument(
+        "--top-p",
+        type=float,
+        default=1.0,
+        metavar="P",
+        help="draw from the likeliest tokens, of probability P together",
+    )
+    generate.add_argument("--seed", type=int, default=0, metavar="S", help="of what is drawn (0)")
+    _running(generate)
+
     verify = _command(commands, "verify", _verify, "check an export's files, and its graphs against PyTorch")
     verify.add_argument("--texts", type=_count, default=16, help="random batches are made of so many texts")
     _running(verify)
     return parser
+
+
+def _converting(commands: Any) -> None:
+    text = "a dense model as a mixture of experts, in one process"
+    command: argparse.ArgumentParser = commands.add_parser(
+        "convert", help=text, description=f"{text[0].upper()}{text[1:]}. A stopped conversion goes on where it was."
+    )
+    command.set_defaults(command=_convert)
+    command.add_argument("model", metavar="MODEL", help="a Hugging Face folder, a hub name, or package:NAME")
+    command.add_argument("out", type=Path, metavar="OUT", help="the folder to make")
+    add = command.add_argument
+    add("--experts", type=_count, default=8, metavar="E", help="experts that each FFN is cut into (8)")
+    add("--active", type=_count, default=2, metavar="K", help="experts that a token runs (2)")
+    add("--shared", type=_number, default=0, metavar="N", help="neurons of each FFN that every token runs (0)")
+    add(
+        "--container",
+        default="auto",
+        metavar="NAME",
+        help="the native architecture of a language model: auto (what can hold it), none, or a name such as mixtral",
+    )
+    add(
+        "--gate",
+        default="auto",
+        choices=("auto", "unit", "softmax", "softmax_topk", "sigmoid"),
+        help="how the chosen are weighed (auto: as the container does, else unit)",
+    )
+    add(
+        "--partition",
+        default="coactivation",
+        choices=("coactivation", "weights", "random", "contiguous"),
+        help="how neurons are divided (coactivation)",
+    )
+    add(
+        "--head",
+        choices=("embedding", "causal", "classification", "seq2seq", "features"),
+        help="what the model gives (default: what its config says)",
+    )
+    add(
+        "--corpus",
+        default="auto",
+        metavar="WHAT",
+        help="docstrings, a .txt, .jsonl, .csv or .tsv file, datasets:NAME, "
+        "a folder of images, or generated: what a language model writes itself (auto: that, and docstrings for others)",
+    )
+    add("--text-column", default="text", metavar="NAME", help="of such a file, the column with the text (text)")
+    add("--texts", type=_count, metavar="N", help="at most so many texts or images (generated: 4000, others: 40000)")
+    add("--max-length", type=_count, metavar="L", help="tokens a text is cut to (128; language models: 256)")
+    add("--distill-minutes", type=float, default=10.0, metavar="T", help="time to train the experts (10; 0: none)")
+    add("--distill-steps", type=_number, metavar="N", help="steps instead of minutes: the same on every machine")
+    add("--learning-rate", type=float, metavar="R", help="the highest (1e-3; less for models wider than 512)")
+    add(
+        "--calibration-tokens",
+        type=_count,
+        default=16384,
+        metavar="N",
+        help="tokens whose activations are looked at (16384)",
+    )
+    add(
+        "--dtype",
+        default="auto",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        help="of the native container (auto: the model's)",
+    )
+    add("--device", default="auto", metavar="NAME", help="auto, cpu or cuda")
+    add("--revision", metavar="NAME", help="of a hub name: a tag or a commit")
+    add("--seed", type=_number, default=0, metavar="S", help="of every random choice (0)")
+    add("--no-onnx", action="store_true", help="no ONNX graphs: only checkpoint and container")
 
 
 def _command(commands: Any, name: str, run: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
@@ -70,6 +155,12 @@ def _count(text: str) -> int:
     return int(text)
 
 
+def _number(text: str) -> int:
+    if not text.isdigit():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0")
+    return int(text)
+
+
 def _say_error(error: Exception) -> None:
     from rich.console import Console
 
@@ -82,6 +173,106 @@ def _providers(options: argparse.Namespace) -> tuple[str, ...]:
     return tuple(options.provider or CPU)
 
 
+# --- convert --------------------------------------------------------------------------------------------------------
+
+
+def _convert(options: argparse.Namespace) -> int:
+    from collections.abc import Iterable, Iterator
+
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    console = Console(highlight=False, soft_wrap=True)
+    with console.status("opening the tools"):
+        from transformers.utils import logging
+
+        from ffn2moe.convert import convert, told
+    logging.disable_progress_bar()
+
+    def track(items: Iterable[Any], total: int, what: str) -> Iterator[Any]:
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+        )
+        with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+            yield from progress.track(items, total=total, description=what)
+
+    try:
+        manifest = convert(
+            options.model,
+            options.out,
+            num_experts=options.experts,
+            num_active=options.active,
+            shared_width=options.shared,
+            container=options.container,
+            gate=options.gate,
+            partition=options.partition,
+            corpus=options.corpus,
+            text_column=options.text_column,
+            texts=options.texts,
+            max_length=options.max_length,
+            head=options.head,
+            revision=options.revision,
+            distill_minutes=options.distill_minutes,
+            distill_steps=options.distill_steps,
+            learning_rate=options.learning_rate,
+            calibration_tokens=options.calibration_tokens,
+            dtype=options.dtype,
+            device=options.device,
+            seed=options.seed,
+            onnx=not options.no_onnx,
+            say=lambda line: console.print(line, markup=False),
+            track=track,
+        )
+    except KeyboardInterrupt:
+        console.print(f"stopped: the same command goes on with {options.out}.partial", markup=False)
+        return 130
+    _summary(console, options.out, manifest, told)
+    return 0
+
+
+def _summary(console: Any, out: Path, manifest: dict[str, Any], told: Callable[[dict[str, float]], str]) -> None:
+    from rich.table import Table
+
+    from ffn2moe.spec import MoESpec
+
+    spec, quality = MoESpec.from_dict(manifest["spec"]), manifest["convert"]["quality"]
+    shown = Table(box=None, pad_edge=False, show_header=False)
+    shared = " and a shared one" if any(shape.shared_width for shape in spec.stacks) else ""
+    share = f"{100 * spec.active_share:.0f} % of the FFNs is active"
+    rows = [("experts", f"{spec.num_active} of {spec.num_experts}{shared}: {share}")]
+    rows += [(name, told(found)) for name, found in quality.items()]
+    rows.append(("checkpoint", f"{out / 'checkpoint'} (ffn2moe.load)"))
+    if "container" in manifest:
+        folder = out / manifest["container"]["folder"]
+        rows.append(("container", f"{folder} (transformers, vLLM, SGLang, llama.cpp; no code of ours)"))
+    if manifest["plans"]:
+        rows.append(("ONNX", f"{', '.join(manifest['plans'])} in {out}"))
+    for label, text in rows:
+        shown.add_row(f"[bold]{label}[/bold]", text)
+    console.print(shown)
+    if not manifest["plans"]:
+        following = f'python -c "import ffn2moe; model = ffn2moe.load({str(out / "checkpoint")!r})"'
+    elif spec.head == "causal":
+        following = f'ffn2moe generate {out} "Once upon a time"'
+    elif spec.head == "embedding":
+        following = f'ffn2moe encode {out} "a text"'
+    else:
+        following = f"ffn2moe verify {out}"
+    console.print(f"next: {following}", markup=False)
+
+
 # --- info -----------------------------------------------------------------------------------------------------------
 
 
@@ -90,56 +281,82 @@ def _info(options: argparse.Namespace) -> int:
     from rich.table import Table
 
     from ffn2moe.runtime import default_plan, read_manifest, read_plan
+    from ffn2moe.spec import MoESpec
 
     path: Path = options.path
     manifest, measured = read_manifest(path), read_plan(path)
-    spec, plans = manifest["spec"], manifest["plans"]
+    spec, plans = MoESpec.from_dict(manifest["spec"]), manifest["plans"]
     chosen = default_plan(path, plans)
     console = Console(highlight=False)
 
     what = Table(box=None, pad_edge=False, show_header=False)
-    share = spec["num_active"] * spec["expert_width"] / spec["ffn_width"]
-    for label, text in (
+    widths = " and ".join(dict.fromkeys(str(shape.width) for shape in spec.stacks))
+    neurons = " or ".join(dict.fromkeys(str(shape.expert_width) for shape in spec.stacks))
+    shared = " and ".join(dict.fromkeys(str(shape.shared_width) for shape in spec.stacks if shape.shared_width))
+    facts = [
         ("export", str(path)),
-        ("teacher", spec["teacher"]),
-        ("model", f"{spec['model_class']}, {spec['num_layers']} layers, width {spec['width']}"),
+        ("teacher", spec.teacher),
+        ("model", f"{spec.model_class}, {spec.num_layers} layers, width {widths}"),
         (
             "experts",
-            f"{spec['num_experts']} of {spec['expert_width']} neurons a layer, {spec['num_active']} chosen by each "
-            f"token: {100 * share:.0f} % of the FFN is active",
+            f"{spec.num_experts} of {neurons} neurons a layer, {spec.num_active} chosen by each token"
+            + (f", and a shared one of {shared}" if shared else "")
+            + f": {100 * spec.active_share:.0f} % of the FFN is active",
         ),
-        ("partition", spec["partition"]),
-        ("embeddings", f"{spec['width']} numbers, {spec['pooling']} pooling, up to {spec['max_length']} tokens"),
+        ("gate", spec.gate),
+        ("partition", spec.partition),
+        ("gives", _gives(spec, manifest.get("model", {}))),
         ("default plan", chosen + ("" if measured else " (not measured yet)")),
-    ):
+    ]
+    for label, text in facts:
         what.add_row(f"[bold]{label}[/bold]", text)
     console.print(what)
 
+    retrieval = all("retrieval_ndcg_at_10" in entry for entry in plans.values())
     quality = Table(title="Plans", title_justify="left")
     quality.add_column("plan")
-    for column in ("size", "from PyTorch", "nDCG@10", "of the teacher's"):
+    for column in ("size", "from PyTorch", *(("nDCG@10", "of the teacher's") if retrieval else ())):
         quality.add_column(column, justify="right")
     for plan, entry in plans.items():
-        file = path / entry["file"]
-        quality.add_row(
-            f"[bold]{plan}[/bold]" if plan == chosen else plan,
-            f"{file.stat().st_size / 2**20:.0f} MiB" if file.is_file() else "missing",
+        files = [path / name for name in (entry["file"], *entry.get("more", {}))]
+        whole = all(file.is_file() for file in files)
+        cells = [
+            _mebibytes(sum(file.stat().st_size for file in files)) if whole else "missing",
             f"{entry['parity_max_abs']:.1e}",
-            f"{entry['retrieval_ndcg_at_10']:.4f}",
-            f"{100 * entry['retention']:.1f} %",
-        )
+        ]
+        if retrieval:
+            cells += [f"{entry['retrieval_ndcg_at_10']:.4f}", f"{100 * entry['retention']:.1f} %"]
+        quality.add_row(f"[bold]{plan}[/bold]" if plan == chosen else plan, *cells)
     console.print(quality)
+    for reason in manifest.get("refused", {}).values():
+        console.print(f"not made: {reason}")
     if measured:
         speed = Table(title="Time of a batch x sequence, and speed over dense", title_justify="left")
         speed.add_column("plan")
         for row in measured["timings"][chosen]:
             speed.add_column(f"{row['batch']} x {row['sequence']}", justify="right")
         for plan, rows in measured["timings"].items():
-            cells = (f"{row['median_ms']:.3g} ms {row['speedup_vs_dense']:.2f}x" for row in rows)
-            speed.add_row(f"[bold]{plan}[/bold]" if plan == chosen else plan, *cells)
+            times = (f"{row['median_ms']:.3g} ms {row['speedup_vs_dense']:.2f}x" for row in rows)
+            speed.add_row(f"[bold]{plan}[/bold]" if plan == chosen else plan, *times)
         console.print(speed)
         console.print(f"{measured['reason']} (on {measured['machine']['cpu']})")
     return 0
+
+
+def _mebibytes(size: int) -> str:
+    return f"{size / 2**20:.{0 if size >= 10 * 2**20 else 1}f} MiB"
+
+
+def _gives(spec: Any, model: dict[str, Any]) -> str:
+    """What comes out of a model, in words."""
+    if spec.head == "embedding":
+        return f"embeddings: {spec.width} numbers, {spec.pooling} pooling, up to {spec.max_length} tokens"
+    if spec.head in ("causal", "seq2seq"):
+        longest = model.get("positions")
+        limit = f", up to {longest} tokens" if longest else ""
+        return ("text that goes on with a prompt" if spec.head == "causal" else "text that answers a source") + limit
+    what = "logits of classes" if spec.head == "classification" else "hidden states"
+    return f"{what} of {model.get('reads', 'text')}"
 
 
 # --- encode ---------------------------------------------------------------------------------------------------------
@@ -154,11 +371,38 @@ def _encode(options: argparse.Namespace) -> int:
     if not texts:
         raise ValueError("there is no text to encode: name texts, or pipe lines in")
     export = open_export(options.path, options.plan, options.threads, _providers(options))
+    if not hasattr(export, "encode") or hasattr(export, "generate"):
+        raise ValueError(f"{options.path} makes no embeddings: see `ffn2moe info {options.path}`")
     for start in range(0, len(texts), 1024):  # output comes as it is made
         part = texts[start : start + 1024]
         for text, embedding in zip(part, export.encode(part), strict=True):
             row = {"text": text, "embedding": [float(f"{value:.7g}") for value in embedding.tolist()]}
             sys.stdout.write(json.dumps(row, ensure_ascii=False) + "\n")
+    return 0
+
+
+# --- generate -------------------------------------------------------------------------------------------------------
+
+
+def _generate(options: argparse.Namespace) -> int:
+    from ffn2moe.runtime import open_export
+
+    export = open_export(options.path, options.plan, options.threads, _providers(options))
+    if not hasattr(export, "generate"):
+        raise ValueError(f"{options.path} generates no text: see `ffn2moe info {options.path}`")
+    pieces = export.generate(
+        options.prompt,
+        max_new_tokens=options.max_tokens,
+        temperature=options.temperature,
+        top_p=options.top_p,
+        seed=options.seed,
+    )
+    if export.goes_on:
+        sys.stdout.write(options.prompt)
+    for piece in pieces:
+        sys.stdout.write(piece)
+        sys.stdout.flush()
+    sys.stdout.write("\n")
     return 0
 
 
