@@ -21,6 +21,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from inspect import signature
 from typing import Any
 
 import onnx_ir as ir
@@ -28,7 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from ffn2moe.dense import family_of
-from ffn2moe.onnx_graph import BATCH, INPUTS, SEQUENCE, canonical_graph, traced
+from ffn2moe.onnx_graph import BATCH, SEQUENCE, canonical_graph, rotary_positions, traced
 from ffn2moe.parity import input_shape
 from ffn2moe.spec import Head, Pooling
 
@@ -285,13 +286,19 @@ def _seq2seq_decoder(model: Any) -> ir.Model:
 
 
 class _AtOnce(nn.Module):
-    def __init__(self, model: Any, output: str) -> None:
+    def __init__(self, model: Any, inputs: Sequence[str], output: str) -> None:
         super().__init__()
         self.model = model
+        self.inputs = tuple(inputs)
         self.output = output
+        # A language model with a classifier on top keeps nothing for later.
+        self.options = {"use_cache": False} if "use_cache" in signature(model.forward).parameters else {}
 
-    def forward(self, **inputs: Tensor) -> Tensor:
-        found: Tensor = getattr(self.model(**inputs), self.output)
+    def forward(self, *inputs: Tensor) -> Tensor:
+        named = dict(zip(self.inputs, inputs, strict=True))
+        found: Tensor = getattr(
+            self.model(**named, **rotary_positions(self.model, inputs[0]), **self.options), self.output
+        )
         return found
 
 
@@ -307,18 +314,17 @@ def _at_once(model: Any, head: Head) -> ir.Model:
     if name == "input_ids":
         ids = torch.ones((2, 7), dtype=torch.int64)
         examples = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-        axes = {key: {0: BATCH, 1: SEQUENCE} for key in INPUTS}
+        axes = {0: BATCH, 1: SEQUENCE}
     else:
         examples = {name: torch.zeros(2, *input_shape(model))}
-        axes = {name: {0: BATCH}}
+        axes = {0: BATCH}
     with onnx_attention(model):
         return traced(
             model,
-            _AtOnce(model, output),
-            (),
+            _AtOnce(model, list(examples), output),
+            tuple(examples.values()),
             list(examples),
             [output],
-            {"inputs": axes},
+            {"inputs": tuple(axes for _ in examples)},
             name="encoder",
-            keywords=examples,
         )

@@ -107,15 +107,28 @@ class _SentenceEncoder(nn.Module):
         self.model = model
         self.pooling = pooling
         # Models on the attention interface take a ready mask as it is; building it here saves a score of nodes.
-        self.ready_mask = model.config._attn_implementation == "sdpa"
+        self.ready_mask = model.config._attn_implementation == "sdpa" and not _windows(model)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
         mask = attention_mask
         if self.ready_mask:
             B, L = attention_mask.shape
             mask = attention_mask.to(torch.bool)[:, None, None, :].expand(B, 1, L, L)
-        hidden_BLD = self.model(input_ids=input_ids, attention_mask=mask).last_hidden_state
+        options = rotary_positions(self.model, input_ids)
+        hidden_BLD = self.model(input_ids=input_ids, attention_mask=mask, **options).last_hidden_state
         return hidden_BLD, pool(hidden_BLD, attention_mask, self.pooling)
+
+
+def _windows(model: nn.Module) -> bool:
+    """Whether some layers see their neighbours only, so that one mask does not do for all."""
+    return getattr(model.config, "layer_types", None) is not None
+
+
+def rotary_positions(model: nn.Module, input_ids: Tensor) -> dict[str, Tensor]:
+    """Positions of the tokens, for models that rotate by them: by default they have no batch, which the op wants."""
+    if getattr(model.config, "rope_parameters", None) is None:
+        return {}
+    return {"position_ids": torch.arange(input_ids.shape[1]).expand(*input_ids.shape)}
 
 
 @contextmanager
@@ -177,11 +190,10 @@ def traced(
     dynamic_shapes: dict[str, Any],
     *,
     name: str,
-    keywords: dict[str, Any] | None = None,
 ) -> ir.Model:
     """The canonical graph of `wrapped`, a module around `model`; the model is left as it was.
 
-    `arguments` and `keywords` are examples of what it takes, `inputs` and `outputs` the names of their tensors.
+    `arguments` are examples of what it takes, `inputs` and `outputs` the names of their tensors.
     """
     was_training = model.training
     wrapped.eval()
@@ -190,7 +202,6 @@ def traced(
             program = torch.onnx.export(
                 wrapped,
                 arguments,
-                kwargs=keywords,
                 dynamo=True,
                 opset_version=OPSET,
                 input_names=list(inputs),

@@ -395,7 +395,7 @@ def quantize(model: ir.Model) -> None:
         editor.at = node
         x, index = node.inputs[0], None
         gather = x.producer()
-        if gather is not None and gather.op_type == "Gather" and constant_of(gather.inputs[0]) is None:
+        if gather is not None and _gathers_tokens(gather):
             x, index = gather.inputs
         if x not in quantized:
             if index is not None:
@@ -414,6 +414,11 @@ def quantize(model: ir.Model) -> None:
         if bias and bias[0] is not None:
             y = editor.node("Add", y, bias[0])
         replace(node.outputs[0], y)
+
+
+def _gathers_tokens(node: ir.Node) -> bool:
+    """Whether the node picks rows of activations, as experts do of their tokens."""
+    return node.op_type == "Gather" and node.attributes.get_int("axis", 0) == 0 and constant_of(node.inputs[0]) is None
 
 
 def quantize_weights(model: ir.Model, bits: int) -> None:

@@ -136,12 +136,18 @@ class Parity:
     """How far a graph is from PyTorch: largest absolute difference of each output, over the rows compared."""
 
     by_output: Mapping[str, float]
+    scales: Mapping[str, float]  # standard deviation of each output in PyTorch
     rows: int
     near_ties: int  # rows left out, as their routing is decided by less than rounding, or not among `only`
 
     @property
     def max_abs(self) -> float:
         return float(np.max(list(self.by_output.values())))  # NaN stays NaN
+
+    @property
+    def relative(self) -> float:
+        """The largest difference, of an output whose numbers are above 1 as a share of their spread."""
+        return float(np.max([value / max(1, self.scales[name]) for name, value in self.by_output.items()]))
 
 
 def parity(run: Run, references: Sequence[Reference], only: Sequence[np.ndarray] | None = None) -> Parity:
@@ -153,6 +159,7 @@ def parity(run: Run, references: Sequence[Reference], only: Sequence[np.ndarray]
     ValueError if the routing of every row is one: then nothing can be compared.
     """
     largest: dict[str, float] = {}
+    spread: dict[str, list[np.ndarray]] = {}
     rows = near_ties = 0
     for index, known in enumerate(references):
         found = run(known.sample)
@@ -165,6 +172,7 @@ def parity(run: Run, references: Sequence[Reference], only: Sequence[np.ndarray]
             counts = known.counts(name)
             compared = counts & sure_B.reshape(-1, *(1,) * (counts.ndim - 1))
             differences = np.abs(found[name] - expected)[compared]
+            spread.setdefault(name, []).append(expected[counts].ravel())
             before = largest.setdefault(name, 0.0)
             if differences.size:
                 largest[name] = float(np.maximum(before, differences.max()))  # NaN, once seen, stays
@@ -173,7 +181,9 @@ def parity(run: Run, references: Sequence[Reference], only: Sequence[np.ndarray]
             "the router scores the experts alike for every text, so its choice is arbitrary and no graph can be "
             "compared with PyTorch: train the router first"
         )
-    return Parity(largest, rows, near_ties)
+    return Parity(
+        largest, {name: float(np.concatenate(parts).std()) for name, parts in spread.items()}, rows, near_ties
+    )
 
 
 def same_choices(first: Sequence[Reference], second: Sequence[Reference]) -> list[np.ndarray]:

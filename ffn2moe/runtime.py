@@ -322,6 +322,8 @@ def _sampler(temperature: float, top_p: float, seed: int) -> Callable[[np.ndarra
 class CausalExport(_Decoder):
     """An open export of a language model: `generate` text, or ask for `logits`, `score` and `perplexity`."""
 
+    goes_on = True  # what is generated belongs behind the prompt
+
     def token_ids(self, prompt: str | Sequence[int]) -> list[int]:
         """Token ids of a prompt, with what the tokenizer puts before a text; ids are taken as they are."""
         ids = self._tokenizer.encode(prompt).ids if isinstance(prompt, str) else [int(token) for token in prompt]
@@ -448,6 +450,8 @@ class CausalExport(_Decoder):
 
 class Seq2SeqExport(_Decoder):
     """An open export of an encoder with a decoder: `generate` from a text, or from speech features."""
+
+    goes_on = False
 
     def source(self, texts: Sequence[str]) -> dict[str, np.ndarray]:
         """The encoder's input for texts."""
