@@ -200,21 +200,15 @@ def _seconds(export: AnyExport, batch: Batch, calls: int, decode_tokens: int) ->
     """Mean seconds of each phase over some calls."""
     ids_BL, mask_BL = batch
     start = time.perf_counter()
-    if isinstance(export, Export | ModelExport):
+    if not isinstance(export, CausalExport | Seq2SeqExport):
         for _ in range(calls):
-            if isinstance(export, Export):
-                export.run(ids_BL, mask_BL)
-            else:
+            if isinstance(export, ModelExport):
                 export.run(input_ids=ids_BL, attention_mask=mask_BL)
+            else:
+                export.run(ids_BL, mask_BL)
         return {"whole": (time.perf_counter() - start) / calls}
-    read: Any = (
-        ids_BL.tolist()
-        if isinstance(export, CausalExport)
-        else {
-            "input_ids": ids_BL,
-            "attention_mask": mask_BL,
-        }
-    )
+    source = {"input_ids": ids_BL, "attention_mask": mask_BL}
+    read: Any = ids_BL.tolist() if isinstance(export, CausalExport) else source
     prefill = decode = 0.0
     for _ in range(calls):
         start = time.perf_counter()
