@@ -372,15 +372,8 @@ class _Conversion:
 
         train, judged = some(slice(count, None)), some(slice(0, count))
         tokens = sum(map(len, train[0]))
-        calibration = list(
-            in_order(
-                self.head,
-                train[0][: self._calibration_texts(train[0])],
-                train[1],
-                batch_texts=CALIBRATION_BATCH,
-                pad_id=pad_id,
-            )
-        )
+        calibrated = some(slice(count, count + self._calibration_texts(train[0])))
+        calibration = list(in_order(self.head, *calibrated, batch_texts=CALIBRATION_BATCH, pad_id=pad_id))
         return _Data(
             calibration=calibration,
             evaluation=list(in_order(self.head, *judged, batch_texts=CALIBRATION_BATCH, pad_id=pad_id)),
