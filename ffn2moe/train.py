@@ -478,6 +478,6 @@ def _float32_attention(
     with torch.autocast(kind, enabled=False) if kind == "cpu" else nullcontext():
         if kind == "cpu":
             query, key, value = query.float(), key.float(), value.float()
-            if attention_mask is not None and attention_mask.is_floating_point():  # a bias, as T5 adds
-                attention_mask = attention_mask.float()
+            if options.get("position_bias") is not None:  # as T5 adds to its scores
+                options["position_bias"] = options["position_bias"].float()
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
