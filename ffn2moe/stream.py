@@ -53,6 +53,7 @@ ASSETS = (
     *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model"),
     *("chat_template*", "generation_config.json", "preprocessor_config.json", "processor_config.json", "1_Pooling"),
 )
+OVERHEAD = 2**28  # bytes: what is imported on the way, and what allocators and kernels keep (measured)
 _PROGRESS, _STATES = "progress.json", "states.safetensors"
 
 Track = Callable[[Iterable[Any], int, str], Iterable[Any]]
@@ -267,7 +268,7 @@ def estimate(
         layers=shape.num_layers,
         layer=layer,
         states=states,
-        memory=_resident() + states + layer + _work(shape, num_experts, calibration_tokens, batch_tokens),
+        memory=_resident() + OVERHEAD + states + layer + _work(shape, num_experts, calibration_tokens, batch_tokens),
         disk=int(copies * written * padded) + states,
     )
 
