@@ -14,8 +14,12 @@ from rich.table import Table
 from rich.text import Text
 
 from flows.workspace import Workspace
+from tasks.measures import headline
 
 _MEASURES = (
+    ("language.perplexity", "perplexity on held-out text", 3),
+    ("to_teacher.divergence", "nats from the teacher (KL)", 4),
+    ("to_teacher.agreement", "agreement with the teacher", 4),
     ("retrieval.ndcg_at_10", "docstring retrieval, nDCG@10", 4),
     ("retrieval.mrr", "docstring retrieval, MRR", 4),
     ("stsb.spearman", "STS-B dev, Spearman x 100", 2),
@@ -32,21 +36,27 @@ def show(workspace: Workspace, uri: str, console: Console) -> None:
     manifest = _json(workspace.root / "exports" / workspace.name / "manifest.json")
     share, bound = _at(quality, "active_ffn_share"), _at(quality, "amdahl_bound")
     served = manifest["plans"][plan["default_plan"]]["retention"]
+    label = headline(quality).label
     parts = (
         Text("What was kept", style="bold"),
         kept(quality),
-        Text(f"in float32; the plan {plan['default_plan']} keeps {100 * served:.1f} % of the teacher's nDCG@10"),
+        Text(f"in float32; the plan {plan['default_plan']} keeps {100 * served:.1f} % of the teacher's: {label}"),
         Text(f"\nWhat was gained by the plan {plan['default_plan']}", style="bold"),
         gained(plan),
         Text(plan["reason"]),
         Text(f"{100 * share:.0f} % of the FFN is active; in equal arithmetic at most {bound:.2f}x (Amdahl)"),
         Text("\nWhere it is", style="bold"),
-        _where(workspace, registered, uri),
+        _where(workspace, registered, manifest, uri),
     )
     console.print(
         Panel(Group(*parts), title=f"{workspace.name}: done", title_align="left", padding=(1, 2), expand=False)
     )
-    console.print(_use(workspace, registered, uri), soft_wrap=True, highlight=False, markup=False)
+    console.print(
+        _use(workspace, registered, quality.get("head", "embedding"), uri),
+        soft_wrap=True,
+        highlight=False,
+        markup=False,
+    )
 
 
 def kept(quality: dict[str, Any]) -> Table:
@@ -57,9 +67,14 @@ def kept(quality: dict[str, Any]) -> Table:
         table.add_column(column, justify="right")
     for key, label, digits in _MEASURES:
         values = [_at(quality, f"{model}.{key}") for model in ("teacher", "training_free", "student")]
-        if None not in values:
-            retention = values[2] / values[0] if values[0] else float("nan")
-            table.add_row(label, *(f"{value:.{digits}f}" for value in values), f"{100 * retention:.1f} %")
+        if values[2] is None:
+            continue
+        retention = _at(quality, f"retention.{key}")
+        table.add_row(
+            label,
+            *("" if value is None else f"{value:.{digits}f}" for value in values),
+            "" if retention is None else f"{100 * retention:.1f} %",
+        )
     return table
 
 
@@ -70,8 +85,9 @@ def gained(plan: dict[str, Any]) -> Table:
     for column in ("median", "over dense float32", "over the best dense"):
         table.add_column(column, justify="right")
     for row in plan["timings"].get(plan["default_plan"], []):
+        phase = row.get("phase", "whole")
         table.add_row(
-            f"{row['batch']} x {row['sequence']}, {row['threads']}",
+            f"{row['batch']} x {row['sequence']}, {row['threads']}" + ("" if phase == "whole" else f", {phase}"),
             f"{row['median_ms']:.2f} ms",
             f"{row['speedup_vs_dense']:.2f}x",
             f"{row['speedup_vs_best_dense']:.2f}x",
@@ -79,9 +95,12 @@ def gained(plan: dict[str, Any]) -> Table:
     return table
 
 
-def _where(workspace: Workspace, registered: dict[str, Any], uri: str) -> Table:
+def _where(workspace: Workspace, registered: dict[str, Any], manifest: dict[str, Any], uri: str) -> Table:
     table = Table(box=None, pad_edge=False, show_header=False)
     table.add_row("export", _relative(workspace.export))
+    if "container" in manifest:
+        container = f"{_relative(workspace.export / 'container')} ({manifest['container']['name']})"
+        table.add_row("container", f"{container}: transformers, vLLM and llama.cpp load it as it is")
     table.add_row("report", _relative(workspace.report))
     aliases = " and ".join(registered["aliases"])
     table.add_row("registry", f"models:/{registered['model']}/{registered['version']}, alias {aliases}")
@@ -91,14 +110,20 @@ def _where(workspace: Workspace, registered: dict[str, Any], uri: str) -> Table:
     return table
 
 
-def _use(workspace: Workspace, registered: dict[str, Any], uri: str) -> str:
+def _use(workspace: Workspace, registered: dict[str, Any], head: str, uri: str) -> str:
     alias = registered["aliases"][-1]
     export = _relative(workspace.export)
-    python = f"import ffn2moe; print(ffn2moe.open_export('{export}').encode(['A sentence.']).shape)"
+    call, command = {
+        "embedding": ("encode(['A sentence.']).shape", f"encode {export} 'A sentence.'"),
+        "causal": ("perplexity(['Once upon a time.'])", f"generate {export} 'Once upon a time'"),
+        "seq2seq": ("source(['A sentence.'])", f"generate {export} 'A sentence.'"),
+        "classification": ("classify(['A sentence.'])", f"info {export}"),
+    }[head]
+    python = f"import ffn2moe; print(ffn2moe.open_export('{export}').{call})"
     return "\n".join(
         (
             "Use it:",
-            f"  {_relative(_bin('ffn2moe'))} encode {export} 'A sentence.'",
+            f"  {_relative(_bin('ffn2moe'))} {command}",
             f'  {_relative(Path(sys.executable))} -c "{python}"',
             f"  MLFLOW_TRACKING_URI={uri} {_relative(_bin('mlflow'))} models serve "
             f"-m models:/{registered['model']}@{alias} --env-manager local --port 5001",

@@ -9,16 +9,44 @@ from pathlib import Path
 from typing import Any
 
 from tasks import figures
+from tasks.measures import at, headline
 from tasks.params import Gate
 from tasks.stage import StageRun, main
 
 BENCHMARKS: tuple[tuple[tuple[str, ...], str, str], ...] = (
+    (("language", "perplexity"), "Perplexity", "{:.3f}"),
+    (("to_teacher", "agreement"), "Agreement with the teacher", "{:.4f}"),
     (("retrieval", "ndcg_at_10"), "Retrieval, nDCG@10", "{:.4f}"),
     (("retrieval", "mrr"), "Retrieval, MRR", "{:.4f}"),
     (("stsb", "spearman"), "STS-B, Spearman × 100", "{:.2f}"),
     (("classification", "ag_news", "accuracy"), "AG News, accuracy", "{:.4f}"),
     (("classification", "sst2", "accuracy"), "SST-2, accuracy", "{:.4f}"),
 )
+
+# How the page speaks of models with each head: what is kept, what distillation looks at, and what examples show.
+WORDS = {
+    "embedding": {
+        "kept": "retrieval quality",
+        "learnt": "Hidden states and embeddings against the dense teacher’s",
+        "examples": "What held-out queries find",
+    },
+    "causal": {
+        "kept": "perplexity",
+        "learnt": "The distribution of the next token against the dense teacher’s",
+        "examples": "How each model goes on, always with its likeliest token, after the beginning of a held-out text.",
+    },
+    "seq2seq": {
+        "kept": "choice of tokens",
+        "learnt": "The distribution of the next token against the dense teacher’s, in the teacher’s own answers",
+        "examples": "What each model answers to a held-out text, always with its likeliest token.",
+    },
+    "classification": {
+        "kept": "choice of classes",
+        "learnt": "The distribution over the classes against the dense teacher’s",
+        "examples": "The most probable class of held-out texts.",
+    },
+}
+PHASES = {"whole": "", "prefill": "prefill", "decode": "decode, a token", "request": "whole request"}
 
 
 def run(stage: StageRun) -> None:
@@ -40,18 +68,23 @@ def run(stage: StageRun) -> None:
     }
     rows = benchmark_rows(quality)
     timed = timings(plan)
+    head, manifest = quality.get("head", "embedding"), _json(export / "manifest.json")
     page = environment.get_template("report.html.j2").render(
         params=params,
         settings=params.flat(),
         quality=quality,
         rows=rows,
+        head=head,
+        words=WORDS[head],
+        headline=headline(quality),
         verdict=verdict(params.gate, quality, timed, plan),
         timed=timed,
         prepared=_json(root / "metrics/prepare.json"),
-        manifest=_json(export / "manifest.json"),
+        manifest=manifest,
+        shape=shape_of(manifest["spec"]),
         figures={
             "retention": figures.retention(rows, params.gate.min_retention),
-            "speed": figures.speed(timed["plans"], timed["shapes"], quality["amdahl_bound"]),
+            "speed": figures.speed(timed["drawn"]["plans"], timed["drawn"]["shapes"], quality["amdahl_bound"]),
             "layers_before": figures.layers(_json(root / "metrics/train_router.json")["layers"]),
             "layers_after": figures.layers(quality["layers"]),
             "load": figures.load([row["load"] for row in quality["layers"]]),
@@ -66,7 +99,8 @@ def verdict(
     gate: Gate, quality: Mapping[str, Any], timed: Mapping[str, Any], plan: Mapping[str, Any]
 ) -> dict[str, Any]:
     """What a person must know first: is it worth having, and if not, why."""
-    kept = quality["retention"]["retrieval"]["ndcg_at_10"]
+    path = headline(quality).path
+    kept = at(quality["retention"], path)
     shown = timed["shown"]
     reasons = []
     if kept < gate.min_retention:
@@ -82,7 +116,7 @@ def verdict(
         "passed": not reasons,
         "reasons": reasons,
         "kept": kept,
-        "interval": quality["retention_interval"]["retrieval"]["ndcg_at_10"],
+        "interval": at(quality["retention_interval"], path),
     }
 
 
@@ -90,28 +124,41 @@ def benchmark_rows(quality: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Each benchmark that was run: the three figures as text, and what each mixture keeps, with its interval."""
     rows = []
     for path, label, form in BENCHMARKS:
-        if _at(quality["teacher"], path) is None:
+        if at(quality["student"], path) is None:
             continue
-        row: dict[str, Any] = {"label": label}
-        row["figures"] = {
-            model: form.format(_at(quality[model], path)) for model in ("teacher", "training_free", "student")
-        }
+        row: dict[str, Any] = {"label": label, "figures": {}}
+        for model in ("teacher", "training_free", "student"):
+            figure = at(quality[model], path)
+            row["figures"][model] = "" if figure is None else form.format(figure)
         for model, suffix in (("training_free", "_training_free"), ("student", "")):
-            interval = _at(quality[f"retention_interval{suffix}"], path)
-            row[model] = {"value": _at(quality[f"retention{suffix}"], path), **interval}
+            interval = at(quality[f"retention_interval{suffix}"], path)
+            row[model] = {"value": at(quality[f"retention{suffix}"], path), **interval}
         rows.append(row)
     return rows
+
+
+def shape_of(spec: Mapping[str, Any]) -> dict[str, str]:
+    """Sizes of the FFNs as text; of several stacks one after the other."""
+
+    def each(key: str) -> str:
+        return " and ".join(dict.fromkeys(str(stack[key]) for stack in spec["stacks"]))
+
+    return {
+        "layers": " + ".join(str(stack["num_layers"]) for stack in spec["stacks"]),
+        **{key: each(key) for key in ("width", "ffn_width", "expert_width", "shared_width", "activation")},
+        "gated": "gated " if all(stack["gated"] for stack in spec["stacks"]) else "",
+    }
 
 
 def timings(plan: Mapping[str, Any]) -> dict[str, Any]:
     """Every plan at every shape, in the order they were timed; dense plans first."""
     chosen = plan["default_plan"]
-    keys = [(row["batch"], row["sequence"], row["threads"]) for row in plan["timings"][chosen]]
-    several_threads = len({threads for _, _, threads in keys}) > 1
+    keys = [_key(row) for row in plan["timings"][chosen]]
+    several_threads = len({threads for _, _, threads, _ in keys}) > 1
     names = sorted(plan["timings"], key=lambda name: (not name.startswith("dense"), name != chosen, name))
     plans = []
     for name in names:
-        by_shape = {(row["batch"], row["sequence"], row["threads"]): row for row in plan["timings"][name]}
+        by_shape = {_key(row): row for row in plan["timings"][name]}
         rows = [by_shape[key] for key in keys]
         plans.append(
             {
@@ -123,33 +170,55 @@ def timings(plan: Mapping[str, Any]) -> dict[str, Any]:
                 "vs_best_dense": [row["speedup_vs_best_dense"] for row in rows],
             }
         )
-    # The gate looks at the largest shape, and at the least favourable number of threads there. Shown is the
-    # plan that was chosen or, where dense won, the mixture that came nearest.
-    largest = max(batch * sequence for batch, sequence, _ in keys)
-    places = [place for place, (batch, sequence, _) in enumerate(keys) if batch * sequence == largest]
+    # The gate looks at all the work of the largest shape, and at the least favourable number of threads there. Shown
+    # is the plan that was chosen or, where dense won, the mixture that came nearest.
+    whole = [place for place, key in enumerate(keys) if key[3] in ("whole", "request")]
+    largest = max(keys[place][0] * keys[place][1] for place in whole)
+    places = [place for place in whole if keys[place][0] * keys[place][1] == largest]
     mixtures = [one for one in plans if not one["dense"]]
     best = next(
         (one for one in mixtures if one["chosen"]),
         min(mixtures, key=lambda one: min(one["milliseconds"][place] for place in places)),
     )
     place = min(places, key=lambda index: best["vs_best_dense"][index])
+    decoded = [index for index, key in enumerate(keys) if key[3] == "decode"]
+
+    def label(index: int) -> str:
+        batch, sequence, threads, phase = keys[index]
+        name = f"{batch} × {sequence}" + (f", {threads} thr." if several_threads else "")
+        return f"{name}, {PHASES[phase]}" if PHASES[phase] else name
+
+    # A request is the sum of the other two: it is in the table, and drawn it would say nothing new.
+    drawn = [index for index, key in enumerate(keys) if key[3] != "request"]
     return {
         "plans": plans,
-        "shapes": [
-            f"{batch} × {sequence}" + (f", {threads} thr." if several_threads else "")
-            for batch, sequence, threads in keys
-        ],
+        "shapes": [label(index) for index in range(len(keys))],
+        "drawn": {
+            "shapes": [label(index) for index in drawn],
+            "plans": [one | {"speedups": [one["speedups"][index] for index in drawn]} for one in plans],
+        },
+        "decode": {
+            "shapes": [f"{keys[index][0]} after {keys[index][1]} tokens" for index in decoded],
+            "rates": {
+                one["name"]: [1000 * keys[index][0] / one["milliseconds"][index] for index in decoded] for one in plans
+            },
+        },
         "shown": {
             "name": best["name"],
             "chosen": best["chosen"],
             "vs_dense": best["speedups"][place],
             "vs_best_dense": best["vs_best_dense"][place],
-            "shape": f"{keys[place][0]} × {keys[place][1]} tokens",
+            "shape": f"{keys[place][0]} × {keys[place][1]} tokens"
+            + (" and what is written after them" if keys[place][3] == "request" else ""),
             "threads": keys[place][2],
         },
         "best_dense": plan["best_dense_plan"],
         "machine": plan["machine"],
     }
+
+
+def _key(row: Mapping[str, Any]) -> tuple[int, int, int, str]:
+    return row["batch"], row["sequence"], row["threads"], row.get("phase", "whole")
 
 
 def loss_curves(folder: Path) -> dict[str, str]:
@@ -173,14 +242,6 @@ def _json(path: Path) -> dict[str, Any]:
 def _csv(path: Path) -> Sequence[dict[str, str]]:
     with path.open(encoding="utf-8", newline="") as stream:
         return list(csv.DictReader(stream))
-
-
-def _at(tree: Any, path: Sequence[str]) -> Any:
-    for key in path:
-        if not isinstance(tree, dict) or key not in tree:
-            return None
-        tree = tree[key]
-    return tree
 
 
 if __name__ == "__main__":

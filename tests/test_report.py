@@ -104,8 +104,11 @@ def plan(speedup: float = 1.06, chosen: str = "sorted8") -> dict[str, Any]:
 def write(root: Path, *, kept: float = 0.986, speedup: float = 1.06, folder: bool = True, steps: int = 40) -> None:
     manifest = {
         "spec": {
-            "family": "bert", "num_layers": LAYERS, "width": 384, "ffn_width": 1536, "num_experts": EXPERTS,
-            "expert_width": 384, "num_active": 1, "gated": False, "activation": "gelu", "partition": "coactivation",
+            "family": "bert", "num_experts": EXPERTS, "num_active": 1, "gate": "unit", "partition": "coactivation",
+            "stacks": [{
+                "num_layers": LAYERS, "width": 384, "ffn_width": 1536, "expert_width": 384, "shared_width": 0,
+                "gated": False, "activation": "gelu",
+            }],
         },
         "plans": {
             name: {"parity_max_abs": 2e-6, "retrieval_ndcg_at_10": 0.68, "retention": 0.971}
