@@ -20,8 +20,8 @@ from ffn2moe.dense import family_of, positions
 from ffn2moe.onnx_decoder import canonical_graphs
 from ffn2moe.onnx_graph import LARGEST_FILE, save_graph
 from ffn2moe.onnx_plans import PlanRefused, lower
-from ffn2moe.parity import Parity, Sample, random_samples
-from ffn2moe.runtime import DENSE_PLANS, Plan
+from ffn2moe.parity import MAIN_OUTPUT, Parity, Sample, agreement, random_samples
+from ffn2moe.runtime import DENSE_PLANS, QUANTIZED_PLANS, Plan
 from ffn2moe.spec import MoESpec
 from ffn2moe.verify import FLOAT_TOLERANCE, TANH_TOLERANCE, Known, plan_parity
 
@@ -51,7 +51,8 @@ def export_model(
     `track` wraps the plans while they are worked through: (plans, what is done) -> plans.
 
     The manifest has `spec`, `model` (facts the runtime needs), `plans` (of each: `file`, `sha256`, `encoder` and
-    `more` files where there are any, `parity_max_abs`, `parity`) and `refused`: the reason for each plan whose
+    `more` files where there are any, `parity_max_abs`, `parity`, and of a quantised one `agreement`: how well its
+    main output points in PyTorch's direction) and `refused`: the reason for each plan whose
     operators cannot hold the model. The caller may add to it, and writes it with `write_manifest`: until then the
     folder is no export. ValueError for a float32 plan beyond its tolerance, or a model that cannot be exported.
     """
@@ -95,6 +96,10 @@ def export_model(
         opened = runtime.opened(folder, plan, manifest, [runtime.session(file, threads=1) for file in files_of])
         largest, found = plan_parity(plan, opened.outputs, known, float_tolerance, tanh_tolerance)
         entries[plan] |= {"parity_max_abs": _rounded(largest), "parity": _details(found)}
+        if plan in QUANTIZED_PLANS:
+            references = known.teacher if plan in DENSE_PLANS else known.student
+            assert references is not None
+            entries[plan]["agreement"] = _rounded(agreement(opened.outputs, references, MAIN_OUTPUT[spec.head]))
     return manifest
 
 
