@@ -22,7 +22,7 @@ class Headline:
         return over / under if under else 0.0
 
 
-_AGREEMENT = Headline(("to_teacher", "agreement"), "agreement", "agreement with the teacher", "higher")
+_AGREEMENT = Headline(("to_teacher", "agreement"), "top1_agreement", "agreement with the teacher", "higher")
 HEADLINES: dict[str, Headline] = {
     "embedding": Headline(("retrieval", "ndcg_at_10"), "retrieval_ndcg_at_10", "nDCG@10", "higher"),
     "causal": Headline(("language", "perplexity"), "perplexity", "perplexity", "lower"),
