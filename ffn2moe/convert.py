@@ -7,7 +7,6 @@ one, which appears when it is whole; a conversion that was stopped goes on where
 
 from __future__ import annotations
 
-import gc
 import hashlib
 import json
 import os
@@ -58,7 +57,8 @@ from ffn2moe.train import (
 GENERATED_TEXTS, MOST_TEXTS = 4000, 40000  # by default: that the model writes itself, that are taken of a corpus
 EVALUATION_SHARE, MOST_EVALUATED = 0.05, 200  # of the texts, held out to judge by
 BATCH_TOKENS = 4096
-AT_ONCE = 64  # texts that the model writes, or answers, together
+AT_ONCE = 64  # texts that the model writes, or answers, together ...
+CACHED_NUMBERS = 2**28  # ... as far as their keys and values are no more than this
 CHECKED_BATCH, CALIBRATION_BATCH = 8, 16  # texts
 TIMED_STEPS = 4  # of a trial, whose first is left out
 CHECKPOINT_SECONDS = 60  # between the states that a stopped distillation goes on from
@@ -311,8 +311,14 @@ class _Conversion:
         return total
 
     def _preflight(self, *, distilled: bool) -> None:
-        """Say what it will take; ValueError where the disk is too small."""
+        """Say what it will take. ValueError for what the model cannot be made, and where the disk is too small."""
         settings = self.settings
+        if self.family is None:
+            self.say(f"in memory, as models of type {self.config.model_type!r} have no row: their FFNs are looked for")
+            return
+        spec = spec_of(stream.skeleton(self.folder, self.head), head=self.head, **self._options())
+        if self.container:
+            containers.require_fit(self.container, self.config, spec=spec)
         try:
             found = stream.estimate(
                 self.folder,
@@ -409,7 +415,7 @@ class _Conversion:
                 length=length,
                 seed=settings.seed,
                 bos=teacher.generation_config.bos_token_id if bos is None else bos,
-                batch=AT_ONCE,
+                batch=max(1, min(AT_ONCE, CACHED_NUMBERS // self._cached(length))),
                 track=self.track,
             )
             return {"ids": pack(drawn, length, None), "decoder_ids": None}
@@ -436,6 +442,11 @@ class _Conversion:
                 track=self.track,
             )
         return {"ids": ids, "decoder_ids": answers}
+
+    def _cached(self, length: int) -> int:
+        """Numbers that the keys and values of one text take, at most."""
+        config = self.config.get_text_config()
+        return 2 * config.num_hidden_layers * config.hidden_size * length
 
     def _images(self) -> _Data:
         """Batches of a folder's images, beside texts where the model reads both."""
@@ -473,23 +484,10 @@ class _Conversion:
         done = self.work / "routed"
         if done.is_dir():
             return
-        settings = self.settings
-        options: dict[str, Any] = {
-            "num_experts": settings.num_experts,
-            "num_active": settings.num_active,
-            "max_length": self.max_length,
-            "teacher": self.source,
-            "pooling": pooling_of(self.folder) if self.head == "embedding" else None,
-            "partition": settings.partition,
-            "shared_width": settings.shared_width,
-            "gate": self.gate,
-            "router_bias": self.container.router_bias if self.container else True,
-            "container": self.container.name if self.container else None,
-            "width_multiple": self.container.width_multiple if self.container else 1,
-        }
+        settings, options = self.settings, self._options()
         try:
-            if self.reads != "text":
-                raise stream.NotStreamable("it reads images")
+            if self.family is None or self.reads != "text":
+                raise stream.NotStreamable("it reads images, or its type has no row")
             rows = stream.decompose(
                 self.folder,
                 done,
@@ -511,6 +509,23 @@ class _Conversion:
             f"{len(rows)} layers: the routers find {100 * recall:.0f} % of the experts that the oracle chooses, and "
             f"leave a relative error of {error:.2f}"
         )
+
+    def _options(self) -> dict[str, Any]:
+        """What the spec is made of, beside the model and its head."""
+        settings = self.settings
+        return {
+            "num_experts": settings.num_experts,
+            "num_active": settings.num_active,
+            "max_length": self.max_length,
+            "teacher": self.source,
+            "pooling": pooling_of(self.folder) if self.head == "embedding" else None,
+            "partition": settings.partition,
+            "shared_width": settings.shared_width,
+            "gate": self.gate,
+            "router_bias": self.container.router_bias if self.container else True,
+            "container": self.container.name if self.container else None,
+            "width_multiple": self.container.width_multiple if self.container else 1,
+        }
 
     def _route_in_memory(self, done: Path, data: _Data, options: dict[str, Any]) -> list[dict[str, Any]]:
         settings, teacher = self.settings, self.teacher
@@ -609,7 +624,7 @@ class _Conversion:
 
     def _steps(self, distiller: Distiller, minutes: float) -> int:
         """How many steps fill the time: some are tried, timed, and undone. Known again when the run goes on."""
-        kept = self.work / "steps"
+        kept = self.work / f"steps-{minutes:g}"
         if kept.is_file():
             return int(kept.read_text())
         before = {name: tensor.clone() for name, tensor in distiller.state().items()}
@@ -674,7 +689,6 @@ class _Conversion:
         export.write_manifest(result, manifest)
         os.replace(result, self.out)
         shutil.rmtree(self.work)
-        gc.collect()
         return manifest
 
     def _pieces(self, student: Any | None, spec: MoESpec) -> Iterator[Mapping[str, Tensor]]:

@@ -70,7 +70,7 @@ class NotStreamable(ValueError):
 def skeleton(folder: str | Path, head: Head | None = None) -> Any:
     """The transformers model of a folder on the meta device, in eval mode; what it computes itself is there.
 
-    ValueError where its type is unknown, its activation is, or its layers are not one stack.
+    ValueError where its type is unknown to transformers.
     """
     import transformers
 
@@ -89,7 +89,6 @@ def skeleton(folder: str | Path, head: Head | None = None) -> Any:
                 module._buffers[key] = torch.empty_like(buffer, device="cpu")
         module.__dict__.pop("_is_hf_initialized", None)
     model.initialize_weights()  # parameters are on the meta device, where this does nothing: it fills the buffers
-    only_stack(model)
     return model.eval()
 
 
@@ -248,6 +247,7 @@ def estimate(
     errors are those of `Source`.
     """
     model = skeleton(folder)
+    path = layers_path(model)
     source = Source(folder, model)
     spec = spec_of(
         model,
@@ -259,7 +259,7 @@ def estimate(
         max_length=1,
         shared_width=shared_width,
     )
-    shape, path = spec.stacks[0], layers_path(model)
+    shape = spec.stacks[0]
     layer = sum(source.bytes_of(name, torch.float32) for name in model.state_dict() if name.startswith(f"{path}0."))
     written = sum(source.bytes_of(name, dtype) for name in model.state_dict() if name not in source.aliases)
     padded = (shape.shared_width + num_experts * shape.expert_width) / shape.ffn_width
@@ -431,9 +431,9 @@ def decompose(
     if out.exists():
         raise ValueError(f"{out} exists: remove it, or name another folder")
     model = skeleton(folder, head)
+    stack, layers = only_stack(model)
     source = Source(folder, model)
     require_tokens(model.config, batches)
-    stack, layers = only_stack(model)
     spec = spec_of(
         model,
         head=head or head_of(model.config),
