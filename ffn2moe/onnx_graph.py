@@ -214,7 +214,13 @@ def traced(
     assert program is not None
     graph = program.model
     graph.graph.name = name
-    for rewrite in (_fold_transposed_weights, _attention_without_transposes, _flatten_tokens, _linear_maps_as_gemm):
+    for rewrite in (
+        _fold_transposed_weights,
+        _attention_without_transposes,
+        _flatten_tokens,
+        _linear_maps_as_gemm,
+        _share_tied_weights,
+    ):
         rewrite(graph)
         RemoveUnusedNodesPass()(graph)  # what a rewrite leaves behind would still count as a use
     finish(graph)
@@ -345,13 +351,16 @@ def _name(graph: ir.Graph) -> None:
 # --- rewriting what the exporter gives ------------------------------------------------------------------------------
 
 
+_TRANSPOSED = ".transposed"
+
+
 def _fold_transposed_weights(model: ir.Model) -> None:
     """``x @ weight.T`` with a weight so large that the exporter leaves the transposition to every run."""
     editor = Editor(model)
     for node in [node for node in model.graph if node.op_type == "Transpose"]:
         weight = constant_of(node.inputs[0])
         if weight is not None and weight.ndim == 2:
-            replace(node.outputs[0], editor.constant(f"{node.inputs[0].name}.transposed", weight.T))
+            replace(node.outputs[0], editor.constant(f"{node.inputs[0].name}{_TRANSPOSED}", weight.T))
 
 
 def _attention_without_transposes(model: ir.Model) -> None:
@@ -495,6 +504,19 @@ def _linear_maps_as_gemm(model: ir.Model) -> None:
                 editor.at = node
                 replace(node.outputs[0], editor.node("Gemm", *multiply.inputs, bias))
                 break
+
+
+def _share_tied_weights(model: ir.Model) -> None:
+    """A map onto the vocabulary whose weight is the embedding table reads that table: it is in the file once."""
+    editor = Editor(model)
+    for node in [node for node in model.graph if node.op_type in ("Gemm", "MatMul")]:
+        weight = node.inputs[1]
+        name = (weight.name or "").removesuffix(_TRANSPOSED)
+        table = model.graph.initializers.get(name)
+        if name == weight.name or table is None or not list(table.uses()) or len(node.inputs[0].shape or ()) != 2:
+            continue
+        editor.at = node
+        replace(node.outputs[0], editor.node("Gemm", node.inputs[0], table, *node.inputs[2:], transB=1))
 
 
 def save_graph(model: ir.Model, path: str | Path, largest: int = LARGEST_FILE) -> dict[str, str]:
