@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from math import cos, pi
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -198,6 +198,9 @@ def schedule(step: int, steps: int) -> float:
     return min(1.0, (step + 1) / warmup) * 0.5 * (1 + cos(pi * step / steps))
 
 
+Scope = Literal["experts", "all"]  # what a distillation trains
+
+
 @dataclass(frozen=True)
 class Outputs:
     """What an objective compares: hidden states after each layer, [B, L, D], and what the model's head gives."""
@@ -323,7 +326,8 @@ class StepMetrics:
 class Distiller:
     """End-to-end distillation of a model's mixtures from its dense teacher.
 
-    FFNs and routers are trained; everything else keeps the teacher's weights. `state` and `restore` carry all
+    FFNs and routers are trained (`scope` "experts"), or every weight ("all"), which gives a small student more to adapt
+    with and takes the memory and time of training it whole. What is not trained keeps the teacher's weights. `state` and `restore` carry all
     that a later step depends on, so that a run that was stopped ends in the same weights as one that was not.
     """
 
@@ -337,6 +341,7 @@ class Distiller:
         steps: int,
         learning_rate: float,
         balance_step: float,
+        scope: Scope = "experts",
         device: str | torch.device = "cpu",
         bf16: bool = False,
     ) -> None:
@@ -356,6 +361,9 @@ class Distiller:
             for index, layer in enumerate(self.layers)
             for name, parameter in layer.named_parameters()
         }
+        if scope == "all":
+            others = ((name, one) for name, one in student.named_parameters() if not one.requires_grad)
+            self.trained |= {f"model.{name}": parameter.requires_grad_(True) for name, parameter in others}
         self.optimizer = torch.optim.AdamW(self.trained.values(), lr=learning_rate, weight_decay=0.0, fused=True)
         self._counts_E: list[Tensor] = []
         for layer in self.layers:

@@ -15,7 +15,7 @@ from ffn2moe.experts import neurons_by_expert, slice_experts
 from ffn2moe.losses import distillation_loss, router_loss, softmax_target
 from ffn2moe.moe import MoEFFN, install_moe, moe_layers, spec_of
 from ffn2moe.router import Router
-from ffn2moe.train import Batches, Distiller, EmbeddingObjective, LogitsObjective, train_router
+from ffn2moe.train import Batches, Distiller, EmbeddingObjective, LogitsObjective, Scope, train_router
 from tests.conftest import WORDS, make_tiny_llama
 from tests.test_core import as_mixture, spec_for, tokens
 
@@ -85,7 +85,7 @@ def test_too_few_texts_for_a_batch_is_refused():
         Batches([[1, 2, 3]], batch_tokens=4096, seed=0)
 
 
-def distiller(teacher: Path, steps: int, folder: Path) -> Distiller:
+def distiller(teacher: Path, steps: int, folder: Path, scope: Scope = "experts") -> Distiller:
     dense, tokenizer = load_dense(str(teacher))
     student, _ = load_dense(str(teacher))
     spec = spec_for(read_ffn(student, 0), 4, 1)
@@ -101,6 +101,7 @@ def distiller(teacher: Path, steps: int, folder: Path) -> Distiller:
         steps=steps,
         learning_rate=3e-3,
         balance_step=1e-3,
+        scope=scope,
     )
 
 
@@ -117,15 +118,24 @@ def test_distillation_brings_the_student_closer_and_trains_every_part(tiny_teach
     assert frozen and all(p.grad is None for p in frozen)
 
 
-def test_a_distillation_that_was_stopped_ends_in_the_same_weights(tiny_teacher: Path, tmp_path: Path):
-    whole = distiller(tiny_teacher, 12, tmp_path / "whole")
+def test_all_weights_are_trained_where_that_is_asked(tiny_teacher: Path, tmp_path: Path):
+    run = distiller(tiny_teacher, 4, tmp_path, scope="all")
+    before = {name: parameter.detach().clone() for name, parameter in run.student.named_parameters()}
+    list(run.run())
+    still = [name for name, parameter in run.student.named_parameters() if torch.equal(parameter, before[name])]
+    assert still == []
+
+
+@pytest.mark.parametrize("scope", ["experts", "all"])
+def test_a_distillation_that_was_stopped_ends_in_the_same_weights(tiny_teacher: Path, tmp_path: Path, scope: Scope):
+    whole = distiller(tiny_teacher, 12, tmp_path / "whole", scope)
     list(whole.run())
-    stopped = distiller(tiny_teacher, 12, tmp_path / "stopped")
+    stopped = distiller(tiny_teacher, 12, tmp_path / "stopped", scope)
     steps = stopped.run()
     for _ in range(5):
         next(steps)
     checkpoint.save_progress(tmp_path / "progress", stopped.state(), step=5, fingerprint="a")
-    resumed = distiller(tiny_teacher, 12, tmp_path / "resumed")
+    resumed = distiller(tiny_teacher, 12, tmp_path / "resumed", scope)
     found = checkpoint.load_progress(tmp_path / "progress", fingerprint="a")
     assert found is not None
     resumed.restore(*found)
