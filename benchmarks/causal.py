@@ -28,8 +28,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ffn2moe import containers, metrics
-from ffn2moe.data import sample_tokens
-from ffn2moe.dense import ffn_modules, load_dense, read_ffn
+from ffn2moe.data import pack, sample_tokens
+from ffn2moe.dense import ffn_modules, load_dense, positions, read_ffn
 from ffn2moe.factorise import carve, fit_router, layer_inputs
 from ffn2moe.losses import prior_approximate_loss
 from ffn2moe.moe import MoEFFN, install_moe, moe_layers, spec_of
@@ -38,6 +38,7 @@ from ffn2moe.spec import MoESpec
 from ffn2moe.timing import machine
 from ffn2moe.train import Batch, Batches, Distiller, LogitsObjective, Loss, Outputs
 
+LONGEST_TEXT = 512  # tokens drawn, of a model without a longest
 BALANCE_WEIGHT, PRIOR_WEIGHT = 0.01, 0.05  # of FactorLLM's three losses, beside 1 for the language model's own
 PROMPT = "Once upon a time"
 
@@ -138,7 +139,7 @@ class Bench:
         return Batches(self.texts, batch_tokens=self.batch_tokens, seed=self.seed)
 
     def ours(self, active: int, console: Console, *, steps: int, container: str | None = None) -> tuple[Any, float]:
-        """Coactivation, router fitted to the oracle, then distilled on the teacher's logits."""
+        """Coactivation, router fitted to the oracle, then distilled on the teacher's logits and hidden states."""
         teacher, _ = self.opened()
         student, _ = self.opened()
         begun = time.monotonic()
@@ -154,10 +155,11 @@ class Bench:
                 teacher,
                 student,
                 self.batches(),
-                LogitsObjective("forward_kl", logits_weight=1.0, hidden_weight=0.0),
+                LogitsObjective("forward_kl", logits_weight=1.0, hidden_weight=1.0),
                 steps=steps,
                 learning_rate=self.learning_rate,
                 balance_step=0.0,
+                scope="all",
             )
             _follow(run, f"ours, {active} of {self.experts}", console)
         return student.eval(), time.monotonic() - begun
@@ -184,6 +186,7 @@ class Bench:
             steps=self.steps,
             learning_rate=self.learning_rate,
             balance_step=0.0,
+            scope="all",
         )
         _follow(run, f"FactorLLM, {active} of {self.experts}", console)
         return student.eval(), time.monotonic() - begun
@@ -259,8 +262,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--sample", type=Path, help="text to judge on, <|endoftext|> or empty lines between documents")
     parser.add_argument("--experts", type=int, default=4)
     parser.add_argument("--active", type=int, nargs="+", default=[2, 1])
-    parser.add_argument("--texts", type=int, default=2000, help="drawn from the model")
-    parser.add_argument("--length", type=int, default=256, help="tokens of each")
+    parser.add_argument("--texts", type=int, default=2000, help="drawn from the model, as long as it can")
+    parser.add_argument("--length", type=int, default=128, help="tokens of a training block")
     parser.add_argument("--steps", type=int, default=4000)
     parser.add_argument("--batch-tokens", type=int, default=512)
     parser.add_argument("--learning-rate", type=float, default=3e-3)
@@ -273,20 +276,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     console = Console(highlight=False)
     torch.set_num_threads(options.threads)
     try:
-        rows = measure(options, console)
+        rows, drawn_seconds = measure(options, console)
     except (ValueError, OSError) as error:
         Console(stderr=True, soft_wrap=True, highlight=False, markup=False).print(f"error: {error}")
         return 2
     console.print(table(rows, options.experts))
     if options.out:
         options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(page(options, rows), encoding="utf-8")
+        options.out.write_text(page(options, rows, drawn_seconds), encoding="utf-8")
         console.print(f"written to {options.out}")
     return 0
 
 
-def measure(options: argparse.Namespace, console: Console) -> list[Cell]:
-    """Every cell asked for, from --work where it is there."""
+def measure(options: argparse.Namespace, console: Console) -> tuple[list[Cell], float]:
+    """Every cell asked for, from --work where it is there, and the seconds that drawing the texts took."""
     sample = options.sample or Path(options.model) / "sample.txt"
     if not sample.is_file():
         raise FileNotFoundError(f"{sample} does not exist: name a text file with --sample")
@@ -304,11 +307,12 @@ def measure(options: argparse.Namespace, console: Console) -> list[Cell]:
         )
     )
     work.mkdir(parents=True, exist_ok=True)
+    blocks, drawn_seconds = texts(options, work, console)
     bench = Bench(
         model=options.model,
         sample=sample,
         experts=options.experts,
-        texts=texts(options, work, console),
+        texts=blocks,
         steps=options.steps,
         batch_tokens=options.batch_tokens,
         learning_rate=options.learning_rate,
@@ -328,11 +332,11 @@ def measure(options: argparse.Namespace, console: Console) -> list[Cell]:
             rows.append(cell(bench, name, console))
             kept.write_text(json.dumps(asdict(rows[-1]), indent=2))
             console.print(f"{name}: {rows[-1].ratio:.3f}x the dense perplexity, {rows[-1].seconds:.0f} s")
-    return rows
+    return rows, drawn_seconds
 
 
-def texts(options: argparse.Namespace, work: Path, console: Console) -> list[list[int]]:
-    """What everything is trained on: drawn from the model once, and kept."""
+def texts(options: argparse.Namespace, work: Path, console: Console) -> tuple[list[list[int]], float]:
+    """What everything is trained on, drawn from the model once, and kept; and the seconds that it took."""
     kept = work / "texts.json"
     if not kept.is_file():
         model, tokenizer = load_dense(options.model)
@@ -340,14 +344,15 @@ def texts(options: argparse.Namespace, work: Path, console: Console) -> list[lis
         drawn = sample_tokens(
             model,
             count=options.texts,
-            length=options.length,
+            length=positions(model.config) or LONGEST_TEXT,
             seed=options.seed,
             bos=tokenizer.bos_token_id,
             batch=250,
             track=lambda items, total, what: progress(items, total=total, description=what, console=console),
         )
         kept.write_text(json.dumps({"seconds": time.monotonic() - begun, "texts": drawn}))
-    return list(json.loads(kept.read_text())["texts"])
+    found = json.loads(kept.read_text())
+    return pack(found["texts"], options.length, None), found["seconds"]
 
 
 COLUMNS = ("method", "active FFN", "steps", "perplexity", "of dense", "KL, nats", "same top token", "time")
@@ -376,7 +381,7 @@ def table(rows: Sequence[Cell], experts: int) -> Table:
     return shown
 
 
-def page(options: argparse.Namespace, rows: Sequence[Cell]) -> str:
+def page(options: argparse.Namespace, rows: Sequence[Cell], drawn_seconds: float) -> str:
     """The same as Markdown, with the command and the machine."""
     here = machine()
     lines = [
@@ -384,9 +389,11 @@ def page(options: argparse.Namespace, rows: Sequence[Cell]) -> str:
         "",
         f"    python -m benchmarks.causal {' '.join(sys.argv[1:])}",
         "",
-        f"{options.experts} experts; {options.texts} texts of {options.length} tokens drawn from the model itself; "
-        f"{options.batch_tokens} tokens a step, the same order for every row; judged on the model's `sample.txt`, "
-        f"which is not trained on. {here['cpu']}, {options.threads} thread.",
+        f"{options.experts} experts. {options.texts} texts are drawn from the model itself, which took "
+        f"{drawn_seconds / 60:.1f} minutes, and cut into blocks of {options.length} tokens. Every weight is trained, "
+        f"{options.batch_tokens} tokens a step, in the same order for every row; judged on the model's `sample.txt`, "
+        f"which is not trained on. {here['cpu']}, {options.threads} thread; rows were trained one after another, or two "
+        "at a time.",
         "",
         f"| {' | '.join(COLUMNS)} |",
         f"|{'---|' * len(COLUMNS)}",

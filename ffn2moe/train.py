@@ -327,8 +327,9 @@ class Distiller:
     """End-to-end distillation of a model's mixtures from its dense teacher.
 
     FFNs and routers are trained (`scope` "experts"), or every weight ("all"), which gives a small student more to adapt
-    with and takes the memory and time of training it whole. What is not trained keeps the teacher's weights. `state` and `restore` carry all
-    that a later step depends on, so that a run that was stopped ends in the same weights as one that was not.
+    with and takes the memory and time of training it whole. What is not trained keeps the teacher's weights. `state`
+    and `restore` carry all that a later step depends on, so that a run that was stopped ends in the same weights as one
+    that was not.
     """
 
     def __init__(
