@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from ffn2moe.metrics import pool
@@ -57,53 +57,6 @@ def encode(
     return embeddings_ND
 
 
-@torch.no_grad()
-def module_inputs(
-    model: Any,
-    modules: Sequence[nn.Module],
-    tokenizer: Any,
-    texts: Sequence[str],
-    *,
-    max_length: int,
-    max_tokens: int,
-    batch_texts: int = 64,
-    device: str | torch.device = "cpu",
-) -> list[Tensor]:
-    """What each of `modules` ([B, L, D] -> ...) gets to see of the texts: its inputs at the first
-    `max_tokens` tokens that are not padding, [T, D] on the CPU, the same tokens for every module."""
-    seen: list[list[Tensor]] = [[] for _ in modules]
-    mask_now: Tensor | None = None
-
-    def keep(index: int) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            assert mask_now is not None
-            seen[index].append(inputs[0][mask_now.bool()].float().cpu())
-
-        return hook
-
-    hooks = [module.register_forward_pre_hook(keep(index)) for index, module in enumerate(modules)]
-    tokens = 0
-    try:
-        for _, ids_BL, mask_BL in _batches(
-            model,
-            tokenizer,
-            texts,
-            max_length=max_length,
-            batch_texts=batch_texts,
-            device=device,
-            by_length=False,
-        ):
-            mask_now = mask_BL
-            model(input_ids=ids_BL, attention_mask=mask_BL)
-            tokens += int(mask_BL.sum())
-            if tokens >= max_tokens:
-                break
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return [torch.cat(parts)[:max_tokens] for parts in seen]
-
-
 def _batches(
     model: Any,
     tokenizer: Any,
@@ -113,7 +66,6 @@ def _batches(
     batch_texts: int,
     device: str | torch.device,
     track: Track | None = None,
-    by_length: bool = True,
 ) -> Iterator[tuple[Sequence[int], Tensor, Tensor]]:
     """Indices of the texts in a batch, token ids [B, L] and mask [B, L]; puts the model in its place."""
     if not texts:
@@ -122,7 +74,7 @@ def _batches(
     if empty is not None:
         raise ValueError(f"text {empty} is empty: it has no meaning to encode; leave it out")
     ids = tokenizer(list(texts), truncation=True, max_length=max_length)["input_ids"]
-    order = sorted(range(len(texts)), key=lambda index: -len(ids[index])) if by_length else range(len(texts))
+    order = sorted(range(len(texts)), key=lambda index: -len(ids[index]))
     batches = [order[start : start + batch_texts] for start in range(0, len(order), batch_texts)]
     model.to(device).eval()
     for batch in track(batches, len(batches), "encoding") if track else batches:

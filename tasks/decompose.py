@@ -11,7 +11,8 @@ if TYPE_CHECKING:
     from ffn2moe.containers import Container
     from ffn2moe.spec import MoESpec
 
-IDENTITY_TOLERANCE = 1e-5  # largest difference allowed between the dense model and its K = E mixture
+IDENTITY_TOLERANCE = 1e-5  # largest difference allowed between the dense model and its K = E mixture; of large
+# outputs, as a share of the largest
 CHECKED_TEXTS = 32  # on which that is looked at
 
 
@@ -50,11 +51,11 @@ def run(stage: StageRun) -> None:
     install_moe(model, layers)
     with every_expert(layers):
         difference = (output_of(model, check) - dense).abs().max().item()
-    largest = max(1.0, dense.abs().max().item())  # logits may be large: then the difference is relative to them
-    if not difference <= IDENTITY_TOLERANCE * largest:
+    tolerance = IDENTITY_TOLERANCE * max(1.0, dense.abs().max().item())  # logits may be large
+    if not difference <= tolerance:
         raise ValueError(
             f"with all experts active the mixture differs from the dense model by {difference:.1e}, more than "
-            f"{IDENTITY_TOLERANCE:.0e}: {params.teacher.source} computes its FFNs in another way than the family "
+            f"{tolerance:.0e}: {params.teacher.source} computes its FFNs in another way than the family "
             f"{spec.family!r} says, so its experts would be wrong"
         )
     for moe, row in zip(layers, rows, strict=True):

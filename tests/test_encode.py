@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ffn2moe.dense import load_dense
-from ffn2moe.encode import choose_device, encode, module_inputs
+from ffn2moe.encode import choose_device, encode
 from ffn2moe.metrics import pool
 from tests.texts import make_texts
 
@@ -54,17 +54,6 @@ def test_nothing_and_empty_texts_are_refused(teacher):
         encode(*teacher, [], max_length=16)
     with pytest.raises(ValueError, match="text 1 is empty"):
         encode(*teacher, ["dog", " \n"], max_length=16)
-
-
-def test_inputs_of_modules_are_those_at_tokens_that_are_not_padding(teacher):
-    model, tokenizer = teacher
-    texts = make_texts(6)
-    layers = [layer.intermediate for layer in model.encoder.layer]
-    first, second = module_inputs(model, layers, tokenizer, texts, max_length=32, max_tokens=10**6, batch_texts=4)
-    tokens = sum(len(ids) for ids in tokenizer(texts, truncation=True, max_length=32)["input_ids"])
-    assert first.shape == second.shape == (tokens, 32)
-    alone = module_inputs(model, layers, tokenizer, texts[:1], max_length=32, max_tokens=5)
-    torch.testing.assert_close(alone[1], second[:5], atol=1e-5, rtol=1e-5)
 
 
 def test_a_gpu_that_is_not_there_is_refused():
