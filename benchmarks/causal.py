@@ -114,6 +114,7 @@ class Bench:
     batch_tokens: int
     learning_rate: float
     length: int
+    container: str | None  # that our rows are made for
     seed: int
 
     def opened(self) -> tuple[Any, Any]:
@@ -138,12 +139,12 @@ class Bench:
     def batches(self) -> Batches:
         return Batches(self.texts, batch_tokens=self.batch_tokens, seed=self.seed)
 
-    def ours(self, active: int, console: Console, *, steps: int, container: str | None = None) -> tuple[Any, float]:
+    def ours(self, active: int, console: Console, *, steps: int) -> tuple[Any, float]:
         """Coactivation, router fitted to the oracle, then distilled on the teacher's logits and hidden states."""
         teacher, _ = self.opened()
         student, _ = self.opened()
         begun = time.monotonic()
-        spec = self.spec(student, active, "coactivation", container)
+        spec = self.spec(student, active, "coactivation", self.container)
         calibration = Batches(self.texts, batch_tokens=4096, seed=self.seed + 1).from_step(0)
         layers: list[MoEFFN] = []
         for index, x_TD in enumerate(layer_inputs(student, calibration, max_tokens=32768)):
@@ -240,9 +241,6 @@ METHODS = {
     "published": Method("FactorLLM, as published", lambda bench, K, say: bench.factorllm(K, say, train_router=True)),
     "free": Method("ours, training-free", lambda bench, K, say: bench.ours(K, say, steps=0), trained=False),
     "ours": Method("ours", lambda bench, K, say: bench.ours(K, say, steps=bench.steps)),
-    "mixtral": Method(
-        "ours, for Mixtral", lambda bench, K, say: bench.ours(K, say, steps=bench.steps, container="mixtral")
-    ),
 }
 
 
@@ -267,6 +265,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=4000)
     parser.add_argument("--batch-tokens", type=int, default=512)
     parser.add_argument("--learning-rate", type=float, default=3e-3)
+    parser.add_argument("--container", help="the native container that our rows are made for, for example mixtral")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--cells", nargs="+", help="only those, for example ours-2 published-2")
@@ -303,6 +302,7 @@ def measure(options: argparse.Namespace, console: Console) -> tuple[list[Cell], 
             options.steps,
             options.batch_tokens,
             options.learning_rate,
+            options.container,
             options.seed,
         )
     )
@@ -317,6 +317,7 @@ def measure(options: argparse.Namespace, console: Console) -> tuple[list[Cell], 
         batch_tokens=options.batch_tokens,
         learning_rate=options.learning_rate,
         length=options.length,
+        container=options.container,
         seed=options.seed,
     )
     names = ["dense", *(f"{key}-{active}" for active in options.active for key in METHODS)]
@@ -392,8 +393,9 @@ def page(options: argparse.Namespace, rows: Sequence[Cell], drawn_seconds: float
         f"{options.experts} experts. {options.texts} texts are drawn from the model itself, which took "
         f"{drawn_seconds / 60:.1f} minutes, and cut into blocks of {options.length} tokens. Every weight is trained, "
         f"{options.batch_tokens} tokens a step, in the same order for every row; judged on the model's `sample.txt`, "
-        f"which is not trained on. {here['cpu']}, {options.threads} thread; rows were trained one after another, or two "
-        "at a time.",
+        f"which is not trained on. {here['cpu']}, {options.threads} thread; "
+        "rows were trained one after another, or two at a time. Ours are weighed by "
+        f"{containers.CONTAINERS[options.container].gate if options.container else 'unit'} gates.",
         "",
         f"| {' | '.join(COLUMNS)} |",
         f"|{'---|' * len(COLUMNS)}",
