@@ -230,3 +230,21 @@ def test_a_tokenizer_of_another_model_is_refused(workspace, tmp_path):
     teacher = make_tiny_bert(tmp_path / "teacher", vocab_size=150)
     with pytest.raises(ValueError, match="belong to different models"):
         run(workspace, teacher)
+
+
+def test_inputs_name_what_lies_outside_and_a_generated_corpus_needs_nothing(workspace, tiny_teacher_gated):
+    from tasks import inputs
+
+    write_corpus(workspace / "judge.jsonl", make_texts(3))
+
+    def found(*overrides: str) -> dict:
+        settings = (f"teacher.source={tiny_teacher_gated}", "data.corpus=generated", *overrides)
+        inputs.run(make_stage("inputs", workspace, *settings))
+        return json.loads((workspace / "data/inputs.json").read_text())
+
+    assert found()["corpus"] == {"kind": "generated"} and found()["evaluation"] is None
+    first = found("data.evaluation=judge.jsonl")["evaluation"]
+    write_corpus(workspace / "judge.jsonl", make_texts(4))
+    assert found("data.evaluation=judge.jsonl")["evaluation"] != first
+    with pytest.raises(FileNotFoundError, match=r"data.evaluation = gone.jsonl is not a file"):
+        found("data.evaluation=gone.jsonl")
