@@ -76,9 +76,9 @@ def run(stage: StageRun) -> None:
             )
         for plan, reason in manifest["refused"].items():
             stage.say(f"no plan {plan}: {reason}")
-        (partial / "container").mkdir()  # one of its outs, and empty where there is none
         if spec.container:
             manifest["container"] = write_container(stage, student, teacher, spec, partial / "container", ids)
+        write_card(partial / "container", spec, manifest)
         manifest |= {
             "teacher": {"source": spec.teacher, "sha256": runtime.sha256(teacher_weights(root / TEACHER))},
             "seed": params.seed,
@@ -198,6 +198,30 @@ def write_container(
     agreement = {key: rounded(value) for key, value in asdict(found).items()}
     notes = containers.engine_notes(container, teacher.config)
     return {"name": container.name, "folder": "container", "agreement": agreement, "notes": notes}
+
+
+def write_card(folder: Path, spec: MoESpec, manifest: Mapping[str, Any]) -> None:
+    """What the folder of the container holds, or why it holds nothing: it is one of the stage's outs in any case."""
+    folder.mkdir(exist_ok=True)
+    if spec.container is None:
+        text = (
+            "There is no native container here: decompose.container was `none`, or the model is no language model. The "
+            "graphs are in ../onnx, the model for PyTorch in ../checkpoint.\n"
+        )
+    else:
+        container = manifest["container"]
+        teacher = Path(spec.teacher).name if Path(spec.teacher).is_absolute() else spec.teacher
+        lines = [
+            f"# {teacher} as a mixture of experts ({container['name']})",
+            "",
+            f"The feed-forward layers of `{teacher}`, each cut into {spec.num_experts} experts of which a token "
+            f"runs {spec.num_active}, distilled from the dense model by ffn2moe. A `{container['name']}` model that "
+            "transformers loads with `AutoModelForCausalLM`, without code of its own.",
+            "",
+            *(f"- {note}" for note in container["notes"]),
+        ]
+        text = "\n".join(lines).rstrip() + "\n"
+    (folder / "README.md").write_text(text, encoding="utf-8")
 
 
 def rounded(value: float) -> float:

@@ -7,6 +7,7 @@ with what a seq2seq teacher answers: what later stages see does not depend on ho
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -76,6 +77,10 @@ def run(stage: StageRun) -> None:
             corpus.write_jsonl(out / "retrieval.jsonl", map(asdict, splits.pairs))
             if folder.stsb:
                 corpus.write_jsonl(out / "sts" / "stsb.jsonl", map(asdict, folder.stsb))
+        else:  # a folder of DVC should not be empty
+            about = {name: {"train": len(train), "dev": len(dev)} for name, (train, dev) in sets.items()}
+            text = json.dumps({"head": teacher.head, "labelled_sets": about}, indent=2, sort_keys=True)
+            (out / "about.json").write_text(text + "\n", encoding="utf-8")
         for name, parts in sets.items():
             for part, found in zip(("train", "dev"), parts, strict=True):
                 corpus.write_jsonl(out / "classification" / name / f"{part}.jsonl", found)
