@@ -40,7 +40,7 @@ def show(workspace: Workspace, uri: str, console: Console) -> None:
     parts = (
         Text("What was kept", style="bold"),
         kept(quality),
-        Text(f"in float32; the plan {plan['default_plan']} keeps {100 * served:.1f} % of the teacher's: {label}"),
+        Text(f"in float32; the plan {plan['default_plan']} keeps {100 * served:.1f} % of the teacher's ({label})"),
         Text(f"\nWhat was gained by the plan {plan['default_plan']}", style="bold"),
         gained(plan),
         Text(plan["reason"]),
