@@ -110,6 +110,8 @@ def _converting(commands: Any) -> None:
     add("--distill-minutes", type=float, default=10.0, metavar="T", help="time to train the experts (10; 0: none)")
     add("--distill-steps", type=_number, metavar="N", help="steps instead of minutes: the same on every machine")
     add("--learning-rate", type=float, metavar="R", help="the highest (1e-3; less for models wider than 512)")
+    add("--batch-tokens", type=_count, metavar="N", help="tokens a step sees (4096; a small model wants fewer)")
+    add("--train", default="experts", choices=("experts", "all"), help="experts and routers, or every weight (experts)")
     add(
         "--calibration-tokens",
         type=_count,
@@ -227,6 +229,8 @@ def _convert(options: argparse.Namespace) -> int:
             distill_minutes=options.distill_minutes,
             distill_steps=options.distill_steps,
             learning_rate=options.learning_rate,
+            batch_tokens=options.batch_tokens,
+            scope=options.train,
             calibration_tokens=options.calibration_tokens,
             dtype=options.dtype,
             device=options.device,

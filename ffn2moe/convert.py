@@ -50,6 +50,7 @@ from ffn2moe.train import (
     FeaturesObjective,
     LogitsObjective,
     Objective,
+    Scope,
     bf16_supported,
     in_order,
 )
@@ -67,7 +68,6 @@ PEAK_RATE = 1e-3
 ROUTER = {"ridge": 1e-2, "learning_rate": 1e-2}
 ROUTER_STEPS, ROUTER_BATCH = 200, 1024
 IDENTITY_TOLERANCE = 1e-5  # of the output with K = E, relative to its largest value
-LOW_ACTIVE_SHARE = 0.25  # at which a nearer goal helps (TAID)
 SHARD_BYTES = 2**30  # of the container's files: as much is in memory while one is written
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
@@ -93,6 +93,8 @@ class Settings:
     head: Head | None
     revision: str | None
     learning_rate: float | None
+    batch_tokens: int | None
+    scope: Scope
     calibration_tokens: int
     dtype: Dtype
     seed: int
@@ -118,6 +120,8 @@ def convert(
     distill_minutes: float = 10.0,
     distill_steps: int | None = None,
     learning_rate: float | None = None,
+    batch_tokens: int | None = None,
+    scope: Scope = "experts",
     calibration_tokens: int = 16384,
     dtype: Dtype = "auto",
     device: str = "auto",
@@ -131,6 +135,7 @@ def convert(
     `out` is an export that `ffn2moe.open_export` takes: a graph for each plan where `onnx` is set, the student as a
     checkpoint, and the native container in a folder of its name where one can hold the model. `distill_minutes` are
     turned into steps by timing a few; `distill_steps` fixes them, and 0 of either leaves the experts as they were cut.
+    `scope` is what is trained (`ffn2moe.train.Distiller`), `batch_tokens` what a step sees.
     The corpus `auto` is what a language model writes itself, and docstrings for others. `dtype` is the container's.
 
     Says what it does a line at a time, and wraps what takes long in `track` (items, how many, what is done). A
@@ -154,6 +159,8 @@ def convert(
         head=head,
         revision=revision,
         learning_rate=learning_rate,
+        batch_tokens=batch_tokens,
+        scope=scope,
         calibration_tokens=calibration_tokens,
         dtype=dtype,
         seed=seed,
@@ -241,11 +248,6 @@ class _Conversion:
         if wanted == "generated" and self.head != "causal":
             raise ValueError(f"{self.source} is a {self.head} model, which writes no texts: name a corpus")
         return wanted
-
-    @property
-    def divergence(self) -> Literal["taid", "forward_kl"]:
-        share = (self.settings.num_active / self.settings.num_experts) <= LOW_ACTIVE_SHARE
-        return "taid" if share else "forward_kl"
 
     @cached_property
     def teacher(self) -> Any:
@@ -385,7 +387,7 @@ class _Conversion:
             evaluation=list(in_order(self.head, *judged, batch_texts=CALIBRATION_BATCH, pad_id=pad_id)),
             train=lambda: Batches(
                 train[0],
-                batch_tokens=max(self.max_length, min(BATCH_TOKENS, tokens // 4)),
+                batch_tokens=max(self.max_length, min(self.settings.batch_tokens or BATCH_TOKENS, tokens // 4)),
                 seed=self.settings.seed,
                 pad_id=pad_id,
                 head=self.head,
@@ -586,6 +588,7 @@ class _Conversion:
             steps=steps or TIMED_STEPS,
             learning_rate=rate,
             balance_step=0.0 if self.container and not self.container.choice_bias else 1e-3,
+            scope=self.settings.scope,
             device=self.device,
             bf16=bf16,
         )
@@ -620,7 +623,7 @@ class _Conversion:
             )
         if spec.head == "features":
             return FeaturesObjective()
-        return LogitsObjective(divergence=self.divergence, logits_weight=1.0, hidden_weight=1.0)
+        return LogitsObjective(divergence="forward_kl", logits_weight=1.0, hidden_weight=1.0)
 
     def _steps(self, distiller: Distiller, minutes: float) -> int:
         """How many steps fill the time: some are tried, timed, and undone. Known again when the run goes on."""

@@ -48,6 +48,7 @@ def run(stage: StageRun) -> None:
         steps=settings.steps,
         learning_rate=settings.learning_rate,
         balance_step=balance_step_of(stage, spec),
+        scope=settings.scope,
         device=device,
         bf16=bf16,
     )

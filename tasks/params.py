@@ -131,6 +131,7 @@ class Distill(Section):
     relational_weight: NonNegative
     logits_weight: NonNegative
     divergence: Literal["forward_kl", "reverse_kl", "js", "taid"]
+    scope: Literal["experts", "all"]
     balance_step: NonNegative
     checkpoint_every: Count
 
