@@ -18,6 +18,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -180,7 +181,7 @@ def _rows(results: Sequence[dict[str, Any]]) -> list[list[str]]:
     ]
 
 
-COLUMNS = ("layers", "parameters", "peak memory", "as estimated", "a layer (median)", "all", "written")
+COLUMNS = ("layers", "weights", "peak memory", "estimated", "a layer", "in all", "written")
 
 
 def table(results: Sequence[dict[str, Any]]) -> Table:
@@ -212,8 +213,8 @@ def page(options: argparse.Namespace, results: Sequence[dict[str, Any]]) -> str:
             f"bfloat16 shards; E = {EXPERTS}, K = {ACTIVE}, coactivation partition, routers by ridge regression and "
             f"200 steps, {options.tokens}",
             "calibration tokens, computed in float32. The most memory the process ever had (VmHWM), "
-            f"of which {imports:.2f} GiB are Python,",
-            f"torch and transformers. {here['cpu']}, {options.threads} threads, torch {here.get('torch', '')}, "
+            f"of which {imports:.2f} GiB are Python and",
+            f"torch; a layer's time is the median. {here['cpu']}, {options.threads} threads, torch {metadata.version('torch')}, "
             f"Python {platform.python_version()}; other work ran on the machine.",
             "",
             "```",
