@@ -316,10 +316,11 @@ def _info(options: argparse.Namespace) -> int:
         what.add_row(f"[bold]{label}[/bold]", text)
     console.print(what)
 
-    retrieval = all("retrieval_ndcg_at_10" in entry for entry in plans.values())
+    labels = {"retrieval_ndcg_at_10": "nDCG@10", "perplexity": "perplexity", "top1_agreement": "same choice"}
+    key = next((key for key in labels if all(key in entry for entry in plans.values())), None)
     quality = Table(title="Plans", title_justify="left")
     quality.add_column("plan")
-    for column in ("size", "from PyTorch", *(("nDCG@10", "of the teacher's") if retrieval else ())):
+    for column in ("size", "from PyTorch", *((labels[key], "of the teacher's") if key else ())):
         quality.add_column(column, justify="right")
     for plan, entry in plans.items():
         files = [path / name for name in (entry["file"], *entry.get("more", {}))]
@@ -328,21 +329,29 @@ def _info(options: argparse.Namespace) -> int:
             _mebibytes(sum(file.stat().st_size for file in files)) if whole else "missing",
             f"{entry['parity_max_abs']:.1e}",
         ]
-        if retrieval:
-            cells += [f"{entry['retrieval_ndcg_at_10']:.4f}", f"{100 * entry['retention']:.1f} %"]
+        if key:
+            cells += [f"{entry[key]:.4f}", f"{100 * entry['retention']:.1f} %"]
         quality.add_row(f"[bold]{plan}[/bold]" if plan == chosen else plan, *cells)
     console.print(quality)
     for reason in manifest.get("refused", {}).values():
         console.print(f"not made: {reason}")
     if measured:
-        speed = Table(title="Time of a batch x sequence, and speed over dense", title_justify="left")
-        speed.add_column("plan")
-        for row in measured["timings"][chosen]:
-            speed.add_column(f"{row['batch']} x {row['sequence']}", justify="right")
-        for plan, rows in measured["timings"].items():
-            times = (f"{row['median_ms']:.3g} ms {row['speedup_vs_dense']:.2f}x" for row in rows)
-            speed.add_row(f"[bold]{plan}[/bold]" if plan == chosen else plan, *times)
-        console.print(speed)
+        for phase in dict.fromkeys(row.get("phase", "whole") for row in measured["timings"][chosen]):
+            timed = {"whole": "a", "prefill": "reading", "decode": "a token after", "request": "a request of"}[phase]
+            title = f"Time of {timed} batch x sequence, and speed over dense"
+            speed = Table(title=title, title_justify="left")
+            speed.add_column("plan")
+            for row in measured["timings"][chosen]:
+                if row.get("phase", "whole") == phase:
+                    speed.add_column(f"{row['batch']} x {row['sequence']}", justify="right")
+            for plan, rows in measured["timings"].items():
+                times = (
+                    f"{row['median_ms']:.3g} ms {row['speedup_vs_dense']:.2f}x"
+                    for row in rows
+                    if row.get("phase", "whole") == phase
+                )
+                speed.add_row(f"[bold]{plan}[/bold]" if plan == chosen else plan, *times)
+            console.print(speed)
         console.print(f"{measured['reason']} (on {measured['machine']['cpu']})")
     return 0
 
