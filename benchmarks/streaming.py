@@ -214,8 +214,8 @@ def page(options: argparse.Namespace, results: Sequence[dict[str, Any]]) -> str:
             f"200 steps, {options.tokens}",
             "calibration tokens, computed in float32. The most memory the process ever had (VmHWM), "
             f"of which {imports:.2f} GiB are Python and",
-            f"torch; a layer's time is the median. {here['cpu']}, {options.threads} threads, torch {metadata.version('torch')}, "
-            f"Python {platform.python_version()}; other work ran on the machine.",
+            f"torch; a layer's time is the median. {here['cpu']}, {options.threads} threads,",
+            f"torch {metadata.version('torch')}, Python {platform.python_version()}; other work ran on the machine.",
             "",
             "```",
             command,

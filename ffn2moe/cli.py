@@ -109,8 +109,8 @@ def _converting(commands: Any) -> None:
     add("--max-length", type=_count, metavar="L", help="tokens a text is cut to (128; language models: 256)")
     add("--distill-minutes", type=float, default=10.0, metavar="T", help="time to train the experts (10; 0: none)")
     add("--distill-steps", type=_number, metavar="N", help="steps instead of minutes: the same on every machine")
-    add("--learning-rate", type=float, metavar="R", help="the highest (1e-3; less for models wider than 512)")
-    add("--batch-tokens", type=_count, metavar="N", help="tokens a step sees (4096; a small model wants fewer)")
+    add("--learning-rate", type=float, metavar="R", help="the highest (1e-3, language models 3e-3; less for wide ones)")
+    add("--batch-tokens", type=_count, metavar="N", help="tokens a step sees (4096; fewer for small language models)")
     add("--train", default="experts", choices=("experts", "all"), help="experts and routers, or every weight (experts)")
     add(
         "--calibration-tokens",

@@ -57,14 +57,15 @@ from ffn2moe.train import (
 
 GENERATED_TEXTS, MOST_TEXTS = 4000, 40000  # by default: that the model writes itself, that are taken of a corpus
 EVALUATION_SHARE, MOST_EVALUATED = 0.05, 200  # of the texts, held out to judge by
-BATCH_TOKENS = 4096
+MOST_BATCH_TOKENS, FEWEST_BATCH_TOKENS = 4096, 512  # of a step: a small language model learns more from small ones
+TOKENS_BY_WIDTH = 8  # of its width
 AT_ONCE = 64  # texts that the model writes, or answers, together ...
 CACHED_NUMBERS = 2**28  # ... as far as their keys and values are no more than this
 CHECKED_BATCH, CALIBRATION_BATCH = 8, 16  # texts
 TIMED_STEPS = 4  # of a trial, whose first is left out
 CHECKPOINT_SECONDS = 60  # between the states that a stopped distillation goes on from
-WIDTH_OF_RATE = 512  # up to this model width the learning rate is the default one; above, it falls as 1 / width
-PEAK_RATE = 1e-3
+RATE_BY_WIDTH = 0.512  # over the model's width is the learning rate, as far as it is no more than ...
+PEAK_RATE, PEAK_RATE_CAUSAL = 1e-3, 3e-3  # ... this
 ROUTER = {"ridge": 1e-2, "learning_rate": 1e-2}
 ROUTER_STEPS, ROUTER_BATCH = 200, 1024
 IDENTITY_TOLERANCE = 1e-5  # of the output with K = E, relative to its largest value
@@ -387,7 +388,7 @@ class _Conversion:
             evaluation=list(in_order(self.head, *judged, batch_texts=CALIBRATION_BATCH, pad_id=pad_id)),
             train=lambda: Batches(
                 train[0],
-                batch_tokens=max(self.max_length, min(self.settings.batch_tokens or BATCH_TOKENS, tokens // 4)),
+                batch_tokens=max(self.max_length, min(self._batch_tokens(), tokens // 4)),
                 seed=self.settings.seed,
                 pad_id=pad_id,
                 head=self.head,
@@ -395,6 +396,15 @@ class _Conversion:
             ),
             described={"corpus": self.corpus, "texts": len(ids), "train_tokens": tokens, "evaluation_texts": count},
         )
+
+    def _batch_tokens(self) -> int:
+        """Tokens that a step sees."""
+        if self.settings.batch_tokens:
+            return self.settings.batch_tokens
+        if self.head != "causal":
+            return MOST_BATCH_TOKENS
+        width = self.config.get_text_config().hidden_size
+        return max(FEWEST_BATCH_TOKENS, min(MOST_BATCH_TOKENS, TOKENS_BY_WIDTH * width))
 
     def _calibration_texts(self, ids: Sequence[Sequence[int]]) -> int:
         """How many texts have the tokens that are calibrated on."""
@@ -578,7 +588,8 @@ class _Conversion:
             self.say("not distilled: a model of several towers has no output that the objective knows")
             return {"steps": 0}
         ways = [model.config._attn_implementation for model in (self.teacher, student)]
-        rate = self.settings.learning_rate or PEAK_RATE * min(1.0, WIDTH_OF_RATE / max(s.width for s in spec.stacks))
+        peak = PEAK_RATE_CAUSAL if self.head == "causal" else PEAK_RATE
+        rate = self.settings.learning_rate or min(peak, RATE_BY_WIDTH / max(shape.width for shape in spec.stacks))
         bf16 = bf16_supported(self.device)
         distiller = Distiller(
             self.teacher,
