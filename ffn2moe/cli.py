@@ -197,6 +197,7 @@ def _convert(options: argparse.Namespace) -> int:
 
         from ffn2moe.convert import convert, told
     logging.disable_progress_bar()
+    logging.set_verbosity_error()  # what it says of weights that are not needed here is not for our users
 
     def track(items: Iterable[Any], total: int, what: str) -> Iterator[Any]:
         columns = (
