@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,13 @@ from ffn2moe.spec import MoESpec
 SPEC_FILE = "ffn2moe.json"
 WEIGHTS_FILE = "model.safetensors"
 FORMAT = 1
+# What stands beside config and weights in a model's folder and goes with what is made of it: what opens its text or
+# images, how it pools and generates, and what a licence asks to be passed on.
+ASSETS = (
+    *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model", "*.tiktoken"),
+    *("tekken.json", "chat_template*", "additional_chat_templates", "generation_config.json", "1_Pooling"),
+    *("preprocessor_config.json", "processor_config.json", "LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*"),
+)
 
 
 def save(model: nn.Module, tokenizer: Any, spec: MoESpec, folder: str | Path) -> None:
@@ -170,3 +178,13 @@ def load_progress(path: str | Path, *, fingerprint: str) -> tuple[int, dict[str,
             return int(metadata["step"]), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, KeyError, ValueError):
         return None
+
+
+def copy_assets(source: str | Path, folder: str | Path) -> None:
+    """Copy what stands beside config and weights in a model's folder, as it is."""
+    for pattern in ASSETS:
+        for asset in sorted(Path(source).glob(pattern)):
+            if asset.is_dir():
+                shutil.copytree(asset, Path(folder) / asset.name, dirs_exist_ok=True)
+            else:
+                shutil.copyfile(asset, Path(folder) / asset.name)

@@ -29,7 +29,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ffn2moe.checkpoint import FORMAT, SPEC_FILE, load_spec
+from ffn2moe.checkpoint import FORMAT, SPEC_FILE, copy_assets, load_spec
 from ffn2moe.dense import DenseFFN, require_representable, weight_files
 from ffn2moe.experts import neurons_by_expert, shared_neurons, slice_experts
 from ffn2moe.moe import MoEFFN, moe_layers
@@ -40,12 +40,6 @@ from ffn2moe.spec import FFNShape, Gate, MoESpec
 SHARD_BYTES = 5 * 2**30
 # A router this much smaller chooses the same experts and weighs them nearly alike: unit gates in any container.
 NEAR_UNIT = 2.0**-10
-# What an engine needs beside weights and config; what a licence asks to be passed on.
-ASSETS = (
-    *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.tiktoken"),
-    *("spiece.model", "tekken.json", "chat_template*", "additional_chat_templates", "generation_config.json"),
-    *("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*"),
-)
 _FFN_NAME = re.compile(r"model\.layers\.\d+\.mlp\.")
 # Rotary frequencies that old checkpoints carry; every model computes them.
 _COMPUTED_NAME = re.compile(r".*\.rotary_emb\.inv_freq")
@@ -721,12 +715,7 @@ def _write_assets(folder: Path, native: Any, assets: str | Path | None, tokenize
     from transformers import GenerationConfig
 
     if assets is not None:
-        for pattern in ASSETS:
-            for source in sorted(Path(assets).glob(pattern)):
-                if source.is_dir():
-                    shutil.copytree(source, folder / source.name)
-                else:
-                    shutil.copyfile(source, folder / source.name)
+        copy_assets(assets, folder)
     elif tokenizer is not None:
         tokenizer.save_pretrained(folder)
     if not (folder / "generation_config.json").is_file():

@@ -50,11 +50,6 @@ IDENTITY_TOLERANCE = 1e-5  # of a layer's output with K = E, relative to its lar
 HELD_OUT_SHARE = 8  # of so many calibration batches, one is kept from the routers, to judge them by
 BIG_TENSOR = 64 * 2**20  # bytes of a tensor outside the layers that gets a shard of its own
 LARGEST_FLOAT16 = 65504.0
-# What stands beside config and weights in a model's folder and belongs to what is made of it too.
-ASSETS = (
-    *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model"),
-    *("chat_template*", "generation_config.json", "preprocessor_config.json", "processor_config.json", "1_Pooling"),
-)
 OVERHEAD = 2**28  # bytes: what is imported on the way, and what allocators and kernels keep (measured)
 _PROGRESS, _STATES = "progress.json", "states.safetensors"
 
@@ -701,7 +696,7 @@ class _Work:
         content = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         (self.folder / "model.safetensors.index.json").write_text(json.dumps(content, indent=2) + "\n")
         checkpoint.describe(model, spec, self.folder)
-        copy_assets(source, self.folder)
+        checkpoint.copy_assets(source, self.folder)
         for name in (_PROGRESS, _STATES):
             (self.folder / name).unlink(missing_ok=True)
         os.replace(self.folder, out)
@@ -738,16 +733,6 @@ def _named(files: dict[str, Path], prefix: str) -> Iterator[tuple[str, Tensor]]:
             for name in file.keys():  # noqa: SIM118
                 if name.startswith(prefix):
                     yield name, file.get_tensor(name).clone()
-
-
-def copy_assets(source: Path, folder: Path) -> None:
-    """Tokenizer, chat template and what else stands beside the weights."""
-    for pattern in ASSETS:
-        for asset in sorted(source.glob(pattern)):
-            if asset.is_dir():
-                shutil.copytree(asset, folder / asset.name, dirs_exist_ok=True)
-            else:
-                shutil.copyfile(asset, folder / asset.name)
 
 
 def _settle(path: Path) -> None:
