@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from ffn2moe.dense import ACTIVATIONS, family_of, ffn_layers, install, read_ffn, stack_of
 from ffn2moe.experts import ExpertWeights
 from ffn2moe.router import Router, gates, neutral_scale
-from ffn2moe.spec import FFNShape, Gate, Head, MoESpec, Pooling
+from ffn2moe.spec import FFNShape, Gate, Head, MoESpec, Pooling, Routing, Selection
 
 # Runs of tokens are rounded up to this while training: oneDNN compiles a kernel for every new shape, which costs
 # more than the padding (measured: 2.0 ms a product against 0.1).
@@ -307,6 +307,11 @@ def spec_of(
     container: str | None = None,
     width_multiple: int = 1,
     pooling: Pooling | None = None,
+    selection: Selection = "topk",
+    routing: Routing = "token",
+    active_per_layer: tuple[int, ...] = (),
+    max_active: int | None = None,
+    elastic: tuple[int, ...] = (),
 ) -> MoESpec:
     """The spec of the mixture that is to be made of a dense model.
 
@@ -347,6 +352,11 @@ def spec_of(
         teacher=teacher,
         pooling=pooling,
         max_length=max_length,
+        selection=selection,
+        routing=routing,
+        active_per_layer=active_per_layer,
+        max_active=max_active,
+        elastic=elastic,
     )
 
 

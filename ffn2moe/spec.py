@@ -13,7 +13,7 @@ of neurons; a *partition* puts every neuron in one expert, or in the shared expe
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any, Literal, get_args
 
 Activation = Literal["gelu", "gelu_tanh", "quick_gelu", "relu", "silu"]
@@ -21,6 +21,13 @@ Pooling = Literal["mean", "cls"]
 # How a chosen expert is weighed; s are the router's scores (ffn2moe.router.gates is the definition).
 #   unit: 1    softmax: softmax(s) over all E    softmax_topk: softmax(s) over the chosen K    sigmoid: sigmoid(s)
 Gate = Literal["unit", "softmax", "softmax_topk", "sigmoid"]
+# How many of its experts a token uses (ffn2moe.router.Router.choose is the definition).
+#   topk: the K that score highest    threshold: those near the highest score, K of them on average
+#   prefix: the first n, n by the router, K on average; for experts in order of importance (partition `nested`)
+Selection = Literal["topk", "threshold", "prefix"]
+# What the routers read: each layer's own input, token by token; or what all tokens of a text are before the first
+# mixture, on average, so that the choice of every layer is known ahead of it (Read-ME, arXiv 2410.19123).
+Routing = Literal["token", "sequence"]
 # What a model gives: hidden states and a sentence embedding; next-token logits; logits of a classifier; logits of a
 # decoder that reads an encoder; hidden states alone.
 Head = Literal["embedding", "causal", "classification", "seq2seq", "features"]
@@ -62,7 +69,7 @@ class MoESpec:
     head: Head
     stacks: tuple[FFNShape, ...]
     num_experts: int  # E
-    num_active: int  # K
+    num_active: int  # K; the mean over tokens where the selection is not `topk`, over layers with `active_per_layer`
     gate: Gate
     router_bias: bool  # whether the router has a trained bias; native containers hold none
     container: str | None  # the native architecture that the model was made for, a key into containers.CONTAINERS
@@ -70,9 +77,19 @@ class MoESpec:
     teacher: str  # where the dense model came from, as the user wrote it
     pooling: Pooling | None  # of an embedding model
     max_length: int  # tokens; longer texts are cut
+    selection: Selection = "topk"
+    routing: Routing = "token"
+    active_per_layer: tuple[int, ...] = ()  # K of each layer over all stacks; empty = num_active in all of them
+    max_active: int | None = None  # most experts that a token may use with `threshold`; None = num_experts
+    elastic: tuple[int, ...] = ()  # other K that the same weights were trained for, ascending
 
     def __post_init__(self) -> None:
-        for name, value, legal in (("gate", self.gate, Gate), ("head", self.head, Head)):
+        for name, value, legal in (
+            ("gate", self.gate, Gate),
+            ("head", self.head, Head),
+            ("selection", self.selection, Selection),
+            ("routing", self.routing, Routing),
+        ):
             if value not in get_args(legal):
                 raise ValueError(f"{name} {value!r} is not one of {', '.join(get_args(legal))}")
         if not self.stacks:
@@ -95,6 +112,24 @@ class MoESpec:
                     f"{routed} neurons of the FFN"
                 )
 
+        if self.active_per_layer:
+            if len(self.active_per_layer) != self.num_layers:
+                raise ValueError(
+                    f"active_per_layer names {len(self.active_per_layer)} layers and the model has {self.num_layers}"
+                )
+            if not all(1 <= active <= self.num_experts for active in self.active_per_layer):
+                raise ValueError(
+                    f"active_per_layer = {list(self.active_per_layer)}: each must be between 1 and num_experts = "
+                    f"{self.num_experts}"
+                )
+        if self.max_active is not None and not self.num_active <= self.max_active <= self.num_experts:
+            raise ValueError(
+                f"max_active = {self.max_active} must be between num_active = {self.num_active} and num_experts = "
+                f"{self.num_experts}"
+            )
+        if not all(1 <= active <= self.num_experts for active in self.elastic):
+            raise ValueError(f"elastic = {list(self.elastic)}: each must be between 1 and num_experts")
+
     @property
     def num_layers(self) -> int:
         """Layers of all stacks together."""
@@ -107,6 +142,10 @@ class MoESpec:
                 return shape
             layer -= shape.num_layers
         raise IndexError(f"there are only {self.num_layers} layers")
+
+    def active_of(self, layer: int) -> int:
+        """K of one layer, counted over all stacks in order."""
+        return self.active_per_layer[layer] if self.active_per_layer else self.num_active
 
     def _only(self) -> FFNShape:
         if len(self.stacks) != 1:
@@ -146,10 +185,10 @@ class MoESpec:
     @property
     def active_share(self) -> float:
         """Share of the FFNs' weights that a token uses, padding included: between 0 and about 1."""
-        used = sum(
-            shape.num_layers * shape.width * (shape.shared_width + self.num_active * shape.expert_width)
-            for shape in self.stacks
-        )
+        used = 0
+        for layer in range(self.num_layers):
+            shape = self.shape_of(layer)
+            used += shape.width * (shape.shared_width + self.active_of(layer) * shape.expert_width)
         return used / sum(shape.num_layers * shape.width * shape.ffn_width for shape in self.stacks)
 
     def to_dict(self) -> dict[str, Any]:
@@ -158,17 +197,19 @@ class MoESpec:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> MoESpec:
-        """The inverse of `to_dict`; ValueError for anything else."""
+        """The inverse of `to_dict`; what an older version did not write has its default. ValueError for anything else."""
         _require_keys(values, cls)
         for shape in values["stacks"]:
             _require_keys(shape, FFNShape)
-        return cls(**values | {"stacks": tuple(FFNShape(**shape) for shape in values["stacks"])})
+        several = {name: tuple(values[name]) for name in ("active_per_layer", "elastic") if name in values}
+        return cls(**values | several | {"stacks": tuple(FFNShape(**shape) for shape in values["stacks"])})
 
 
 def _require_keys(values: dict[str, Any], kind: type) -> None:
     known = {f.name for f in fields(kind)}
-    if set(values) != known:
-        missing, unknown = sorted(known - set(values)), sorted(set(values) - known)
+    missing = sorted({f.name for f in fields(kind) if f.default is MISSING} - set(values))
+    unknown = sorted(set(values) - known)
+    if missing or unknown:
         raise ValueError(
             f"this is not a spec of ffn2moe: missing {missing}, unknown {unknown}; "
             "it was written by another version, or edited"

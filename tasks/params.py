@@ -78,8 +78,13 @@ class Data(Section):
 class Decompose(Section):
     num_experts: Count
     num_active: Count
-    partition: Literal["coactivation", "weights", "random", "contiguous"]
+    partition: Literal["coactivation", "weights", "gradient", "nested", "random", "contiguous"]
     shared_width: int = Field(ge=0)
+    guard: bool
+    selection: Literal["topk", "threshold"]
+    max_active: Count | None
+    active_per_layer: Literal["same", "budget"] | tuple[Count, ...]
+    routing: Literal["token", "sequence"]
     container: Literal["none", "auto"] | ContainerName
     gate: Literal["auto", "unit", "softmax", "softmax_topk", "sigmoid"]
     calibration_tokens: Count
@@ -119,10 +124,15 @@ class TrainRouter(Section):
     steps: int = Field(ge=0)
     batch_tokens: Count
     learning_rate: Positive
+    start: Literal["ridge", "centroid", "representative", "mean_row", "zeros"]
     ridge: Positive
+    objective: Literal["oracle", "factorllm", "mass", "norm"]
+    temperature: Positive
 
 
 class Distill(Section):
+    layerwise_steps: int = Field(ge=0)
+    layerwise: Literal["alone", "stitched"]
     steps: int = Field(ge=0)
     batch_tokens: Count
     learning_rate: Positive
@@ -130,7 +140,9 @@ class Distill(Section):
     embedding_weight: NonNegative
     relational_weight: NonNegative
     logits_weight: NonNegative
-    divergence: Literal["forward_kl", "reverse_kl", "js", "taid"]
+    divergence: Literal["forward_kl", "reverse_kl", "js", "balanced_kl", "taid", "sinkhorn"]
+    token_share: float = Field(gt=0, le=1)
+    elastic: tuple[Count, ...]
     scope: Literal["experts", "all"]
     balance_step: NonNegative
     checkpoint_every: Count
