@@ -197,7 +197,7 @@ class MoESpec:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> MoESpec:
-        """The inverse of `to_dict`; what an older version did not write has its default. ValueError for anything else."""
+        """The inverse of `to_dict`; what an older version did not write has its default. ValueError for the rest."""
         _require_keys(values, cls)
         for shape in values["stacks"]:
             _require_keys(shape, FFNShape)
