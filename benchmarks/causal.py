@@ -31,9 +31,9 @@ from ffn2moe import containers, metrics
 from ffn2moe.data import pack, sample_tokens
 from ffn2moe.dense import ffn_modules, load_dense, positions, read_ffn
 from ffn2moe.factorise import carve, fit_router, layer_inputs
-from ffn2moe.losses import prior_approximate_loss
 from ffn2moe.moe import MoEFFN, install_moe, moe_layers, spec_of
 from ffn2moe.oracle import expert_outputs
+from ffn2moe.routing import prior_approximate_loss
 from ffn2moe.spec import MoESpec
 from ffn2moe.timing import machine
 from ffn2moe.train import Batch, Batches, Distiller, LogitsObjective, Loss, Outputs

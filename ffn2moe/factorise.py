@@ -13,12 +13,12 @@ from ffn2moe import oracle
 from ffn2moe.activations import NeuronStatistics
 from ffn2moe.dense import DenseFFN, ffn_modules, stacks_of
 from ffn2moe.experts import neurons_by_expert, shared_neurons, slice_experts
-from ffn2moe.losses import softmax_target
 from ffn2moe.moe import MoEFFN
 from ffn2moe.partition import PartitionMethod, partition_with_shared
-from ffn2moe.router import ridge as ridge_regression
+from ffn2moe.routing import ridge as ridge_regression
+from ffn2moe.routing import softmax_target, train_router
 from ffn2moe.spec import MoESpec
-from ffn2moe.train import Batch, train_router
+from ffn2moe.train import Batch
 
 CHUNK = 4096  # tokens at once, where that makes no more numbers than ...
 MOST_NUMBERS = 2**25  # ... this: the activations, or the outputs of all experts, of a chunk

@@ -1,4 +1,4 @@
-"""What the router and the student are trained on."""
+"""What the student is trained on."""
 
 from __future__ import annotations
 
@@ -12,34 +12,6 @@ from torch.nn import functional as F
 
 Divergence = Literal["forward_kl", "reverse_kl", "js", "taid"]
 TAID_START = 0.4  # share of the teacher in the first target
-
-
-def softmax_target(gain_TE: Tensor, num_active: int, iterations: int = 40) -> Tensor:
-    """The router's target ``q = softmax(gain / tau)``, [T, E], with tau such that the mean entropy is log K.
-
-    K equally good experts have entropy log K, so that is as sharp as a target for a choice of K can be. For
-    K = 1 the target is the one-hot best expert.
-    """
-    if num_active == 1:
-        return F.one_hot(gain_TE.argmax(-1), gain_TE.shape[-1]).to(gain_TE)
-    wanted = log(min(num_active, gain_TE.shape[-1]))
-    spread = gain_TE.std().clamp(min=torch.finfo(gain_TE.dtype).tiny)
-    low, high = -20.0, 20.0  # log2 of tau in units of the spread; the entropy rises with tau
-    for _ in range(iterations):
-        middle = (low + high) / 2
-        q_TE = (gain_TE / (spread * 2**middle)).softmax(-1)
-        entropy = -(q_TE * q_TE.clamp(min=1e-30).log()).sum(-1).mean()
-        low, high = (middle, high) if entropy < wanted else (low, middle)
-    return (gain_TE / (spread * 2**high)).softmax(-1)
-
-
-def router_loss(scores_TE: Tensor, target_TE: Tensor) -> Tensor:
-    """Repaired Prior-Approximate loss: forward ``KL(target || softmax(scores))``, mean over tokens.
-
-    FactorLLM's loss (arXiv 2408.11855) is the reverse KL to a K-hot label; see docs/methods.md for what
-    was repaired and why.
-    """
-    return F.kl_div(scores_TE.log_softmax(-1), target_TE, reduction="batchmean")
 
 
 def hidden_loss(
@@ -119,17 +91,3 @@ def distillation_loss(
     relational = (student_BD @ student_BD.T - teacher_BD @ teacher_BD.T).square().mean()
     total = hidden_weight * hidden + embedding_weight * embedding + relational_weight * relational
     return DistillationLoss(total, hidden, embedding, relational)
-
-
-def prior_approximate_loss(scores_TE: Tensor, outputs_TED: Tensor, num_active: int) -> Tensor:
-    """FactorLLM's Prior-Approximate loss as published (arXiv 2408.11855), mean over tokens: the rival of `router_loss`.
-
-    The label is K-hot at the experts whose own output is nearest to ``y / c``, c = E/K, y being the sum of the outputs
-    [T, E, D]; the loss is the reverse ``KL(softmax(scores) || softmax(label))``. docs/methods.md says what is wrong
-    with it.
-    """
-    target_T1D = outputs_TED.detach().sum(1, keepdim=True) * (num_active / outputs_TED.shape[1])
-    error_TE = (outputs_TED.detach() - target_T1D).square().mean(-1)
-    nearest_TK = error_TE.topk(num_active, largest=False).indices
-    label_TE = torch.zeros_like(scores_TE).scatter_(1, nearest_TK, 1.0)
-    return F.kl_div(label_TE.log_softmax(-1), scores_TE.log_softmax(-1), reduction="batchmean", log_target=True)

@@ -90,25 +90,3 @@ def gates(gate: Gate, scores_TE: Tensor, chosen_TK: Tensor, training: bool = Fal
 def neutral_scale(gate: Gate, num_experts: int, num_active: int) -> float:
     """What the sum of the chosen experts is multiplied by so that, under equal scores, each counts once."""
     return {"unit": 1.0, "softmax": float(num_experts), "softmax_topk": float(num_active), "sigmoid": 2.0}[gate]
-
-
-def ridge(x_TD: Tensor, target_TE: Tensor, penalty: float, intercept: bool = True) -> tuple[Tensor, Tensor]:
-    """Ridge regression from tokens to target scores, in closed form: weight [E, D] and bias [E].
-
-    ``W = (X'X + n penalty s I)^-1 X'U`` on centred data, s the mean variance of X, so that `penalty` has no unit.
-    Without an intercept the bias is 0, and each token's targets are taken about their mean, which no choice sees.
-    """
-    x = x_TD.double()
-    u = target_TE.double()
-    if not intercept:
-        gram = x.T @ x
-        gram.diagonal().add_(penalty * gram.diagonal().mean())
-        weight_DE = torch.linalg.solve(gram, x.T @ (u - u.mean(1, keepdim=True)))
-        return weight_DE.T.float().contiguous(), torch.zeros(u.shape[1])
-    x_mean, u_mean = x.mean(0), u.mean(0)
-    x, u = x - x_mean, u - u_mean
-    gram = x.T @ x
-    gram.diagonal().add_(penalty * gram.diagonal().mean())
-    weight_DE = torch.linalg.solve(gram, x.T @ u)
-    bias_E = u_mean - x_mean @ weight_DE
-    return weight_DE.T.float().contiguous(), bias_E.float()

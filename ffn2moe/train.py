@@ -1,4 +1,4 @@
-"""Training: the routers alone, then the mixtures end to end. Generators of step metrics; they know no tracker."""
+"""Training the mixtures end to end. Generators of step metrics; they know no tracker."""
 
 from __future__ import annotations
 
@@ -11,12 +11,10 @@ from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from ffn2moe.losses import Divergence, distillation_loss, hidden_loss, logits_loss, router_loss
+from ffn2moe.losses import Divergence, distillation_loss, hidden_loss, logits_loss
 from ffn2moe.metrics import pool
 from ffn2moe.moe import moe_layers
-from ffn2moe.router import Router
 from ffn2moe.spec import Head, Pooling
 
 # Texts are padded to one of these lengths, in tokens. Few shapes, because oneDNN compiles a kernel for each.
@@ -153,43 +151,6 @@ class Batches:
                     length=length,
                 )
             epoch, skip = epoch + 1, 0
-
-
-def train_router(
-    router: Router,
-    x_TD: Tensor,
-    target_TE: Tensor,
-    *,
-    steps: int,
-    batch_tokens: int,
-    learning_rate: float,
-    seed: int,
-) -> Iterator[float]:
-    """Minimise the router loss on a layer's inputs [T, D] and targets [T, E]; yields the loss of each step.
-
-    Inputs are whitened per feature inside, so that the learning rate means the same in every layer; the weights
-    are those of the plain inputs again at the end.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    deviation_D = x_TD.std(0).clamp(min=1e-6)
-    mean_D = x_TD.mean(0) if router.has_bias else torch.zeros_like(deviation_D)
-    white_TD = (x_TD - mean_D) / deviation_D
-    weight = (router.weight.detach() * deviation_D).requires_grad_(True)
-    bias = (router.bias.detach() + router.weight.detach() @ mean_D).requires_grad_(router.has_bias)
-    trained = [weight, bias] if router.has_bias else [weight]
-    optimizer = torch.optim.AdamW(trained, lr=learning_rate, weight_decay=0.0)
-    for step in range(steps):
-        rows = torch.randint(len(x_TD), (min(batch_tokens, len(x_TD)),), generator=generator)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate * schedule(step, steps)
-        loss = router_loss(F.linear(white_TD[rows], weight, bias), target_TE[rows])
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        yield loss.item()
-    with torch.no_grad():
-        router.weight.copy_(weight / deviation_D)
-        router.bias.copy_(bias - router.weight @ mean_D)
 
 
 def schedule(step: int, steps: int) -> float:

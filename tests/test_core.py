@@ -17,7 +17,7 @@ from ffn2moe.activations import NeuronStatistics
 from ffn2moe.dense import DenseFFN, family_of, ffn_modules, load_dense, read_ffn
 from ffn2moe.experts import merge_experts, neurons_by_expert, shared_neurons, slice_experts
 from ffn2moe.moe import MoEFFN, dispatch, install_moe, moe_layers
-from ffn2moe.router import Router, gates, ridge
+from ffn2moe.router import Router, gates
 from ffn2moe.spec import MoESpec
 from tests.conftest import make_tiny_bert, make_tiny_llama
 from tests.mixtures import flat_spec
@@ -283,14 +283,6 @@ def test_the_fitted_scale_and_mean_are_the_best_ones():
 # --- router ---------------------------------------------------------------------------------------
 
 
-def test_ridge_recovers_a_linear_map():
-    x_TD = tokens(400)
-    weight_ED, bias_E = tokens(5), tokens(1, 5).flatten()
-    found_ED, found_E = ridge(x_TD, x_TD @ weight_ED.T + bias_E, penalty=1e-9)
-    torch.testing.assert_close(found_ED, weight_ED, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(found_E, bias_E, rtol=1e-4, atol=1e-4)
-
-
 def test_balancing_moves_the_choice_towards_the_idle_expert_and_leaves_the_scores():
     router = Router(4, 3)
     x_TD = tokens(10, 4)
@@ -502,11 +494,3 @@ def test_merging_gives_the_dense_ffn_back_with_a_shared_expert():
     back = merge_experts(weights, moe.neurons, ffn.activation, moe.shared_neurons)
     assert torch.equal(back.w_in_FD, ffn.w_in_FD) and torch.equal(back.w_out_DF, ffn.w_out_DF)
     assert back.w_gate_FD is not None and ffn.w_gate_FD is not None and torch.equal(back.w_gate_FD, ffn.w_gate_FD)
-
-
-def test_ridge_without_intercept_ranks_as_the_targets_do_and_has_no_bias():
-    x_TD = tokens(400)
-    truth_ED = tokens(4, 16, seed=5)
-    weight_ED, bias_E = ridge(x_TD, x_TD @ truth_ED.T + 7.0, 1e-6, intercept=False)
-    assert bias_E.abs().max() == 0
-    assert torch.equal((x_TD @ weight_ED.T).argmax(1), (x_TD @ truth_ED.T).argmax(1))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 
 import pytest
@@ -12,35 +11,11 @@ from ffn2moe import checkpoint
 from ffn2moe import partition as partitions
 from ffn2moe.dense import load_dense, read_ffn
 from ffn2moe.experts import neurons_by_expert, slice_experts
-from ffn2moe.losses import distillation_loss, router_loss, softmax_target
+from ffn2moe.losses import distillation_loss
 from ffn2moe.moe import MoEFFN, install_moe, moe_layers, spec_of
-from ffn2moe.router import Router
-from ffn2moe.train import Batches, Distiller, EmbeddingObjective, LogitsObjective, Scope, train_router
+from ffn2moe.train import Batches, Distiller, EmbeddingObjective, LogitsObjective, Scope
 from tests.conftest import WORDS, make_tiny_llama
-from tests.test_core import as_mixture, spec_for, tokens
-
-
-def test_the_routers_target_has_the_entropy_of_k_equal_choices():
-    q_TE = softmax_target(tokens(200, 8), num_active=3)
-    entropy = -(q_TE * q_TE.log()).sum(-1).mean().item()
-    assert entropy == pytest.approx(math.log(3), abs=1e-3)
-    assert softmax_target(tokens(20, 8), num_active=1).sum(-1).eq(1).all()
-
-
-def test_the_router_loss_is_zero_only_at_the_target():
-    q_TE = softmax_target(tokens(50, 8), num_active=2)
-    assert router_loss(q_TE.log(), q_TE).item() == pytest.approx(0, abs=1e-6)
-    assert router_loss(torch.zeros(50, 8), q_TE).item() > 0.1
-
-
-def test_a_trained_router_finds_what_a_linear_map_can_find():
-    x_TD, weight_ED = tokens(2000), tokens(6, seed=9)
-    target_TE = softmax_target(x_TD @ weight_ED.T, num_active=2)
-    router = Router(16, 6)
-    losses = list(train_router(router, x_TD, target_TE, steps=150, batch_tokens=500, learning_rate=0.05, seed=0))
-    assert losses[-1] < 0.05 * losses[0]
-    agree = router.choose(router(x_TD), 2).sort().values == target_TE.topk(2).indices.sort().values
-    assert agree.float().mean() > 0.95
+from tests.test_core import as_mixture, spec_for
 
 
 def test_distillation_loss_is_zero_for_the_teacher_itself_and_ignores_padding():
