@@ -95,8 +95,8 @@ class FactorLLMObjective:
             for moe, x_TD in zip(self.layers, self.inputs, strict=True):
                 scores_TE = moe.router(x_TD)
                 prior = prior + prior_approximate_loss(scores_TE, expert_outputs(moe, x_TD), moe.num_active)
-                chosen_TK = moe.router.choose(scores_TE, moe.num_active)
-                share_E = F.one_hot(chosen_TK, moe.num_experts).float().mean((0, 1))
+                load_E = moe.router.choose(scores_TE, moe.num_active).load_E(moe.num_experts)
+                share_E = load_E / load_E.sum()
                 balance = balance + moe.num_experts * (share_E * scores_TE.softmax(-1).mean(0)).sum()
         total = text + PRIOR_WEIGHT * prior + BALANCE_WEIGHT * balance
         return Loss(total, {"text": text, "prior": prior, "balance": balance})

@@ -127,7 +127,7 @@ def load(folder: str | Path) -> Any:
     for index, name in enumerate(ffn_paths(model)):
         moe = MoEFFN(
             spec,
-            spec.shape_of(index),
+            index,
             b_in=f"{name}.b_in" in tensors,
             b_out=f"{name}.b_out" in tensors,
             b_gate=f"{name}.b_gate" in tensors,

@@ -679,7 +679,7 @@ def save_checkpoint(
         for layer in range(spec.num_layers):
             prefix = f"model.layers.{layer}.mlp."
             held = {name.removeprefix(prefix): source[name] for name in source if name.startswith(prefix)}
-            moe = MoEFFN(spec, b_in="b_in" in held, b_out="b_out" in held, b_gate="b_gate" in held)
+            moe = MoEFFN(spec, layer, b_in="b_in" in held, b_out="b_out" in held, b_gate="b_gate" in held)
             moe.load_state_dict(held)
             yield layer_tensors(container, spec, layer, moe)
 

@@ -96,7 +96,7 @@ def carve(ffn: DenseFFN, x_TD: Tensor, spec: MoESpec, layer: int, *, seed: int) 
     expert_of_neuron_F = partition_with_shared(method, ffn, statistics, spec.num_experts, seed, shape.shared_width)
     neurons_EM = neurons_by_expert(expert_of_neuron_F, spec.num_experts, shape.expert_width)
     shared_S = shared_neurons(expert_of_neuron_F)
-    return MoEFFN.from_experts(spec, slice_experts(ffn, neurons_EM, shared_S), neurons_EM, shape, shared_S).eval()
+    return MoEFFN.from_experts(spec, slice_experts(ffn, neurons_EM, shared_S), neurons_EM, layer, shared_S).eval()
 
 
 def fit_router(

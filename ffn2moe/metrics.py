@@ -212,10 +212,10 @@ class Load:
     dead_experts: int  # chosen by no token
 
 
-def load(chosen_TK: Tensor, num_experts: int) -> Load:
-    """Statistics of the experts that the tokens of one layer chose, [T, K] indices."""
-    counts_E = torch.bincount(chosen_TK.flatten(), minlength=num_experts)
-    share_E = counts_E.double() / chosen_TK.numel()
+def load(expert_P: Tensor, num_experts: int) -> Load:
+    """Statistics of the experts that the tokens of one layer use, of any shape: one index for each pair."""
+    counts_E = torch.bincount(expert_P.flatten(), minlength=num_experts)
+    share_E = counts_E.double() / expert_P.numel()
     return Load(
         share_E=share_E.tolist(),
         max_over_mean=(share_E.max() * num_experts).item(),

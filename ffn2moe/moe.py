@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from ffn2moe.dense import ACTIVATIONS, family_of, ffn_layers, install, read_ffn, stack_of
 from ffn2moe.experts import ExpertWeights
-from ffn2moe.router import Router, gates, neutral_scale
+from ffn2moe.router import Choice, Router, gates, neutral_scale
 from ffn2moe.spec import FFNShape, Gate, Head, MoESpec, Pooling, Routing, Selection
 
 # Runs of tokens are rounded up to this while training: oneDNN compiles a kernel for every new shape, which costs
@@ -28,7 +28,10 @@ ExpertTensors = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | Non
 
 
 class MoEFFN(nn.Module):
-    """E experts of M neurons, of which each token uses the K that its router scores highest."""
+    """E experts of M neurons, of which each token uses those that its router chooses: K, or K on average.
+
+    `num_active` is K: the number of the spec for this layer, or another of its budgets (`set_active`).
+    """
 
     neurons: Tensor
     shared_neurons: Tensor
@@ -36,21 +39,21 @@ class MoEFFN(nn.Module):
     def __init__(
         self,
         spec: MoESpec,
-        shape: FFNShape | None = None,
+        layer: int = 0,
         *,
         b_in: bool,
         b_out: bool,
         b_gate: bool = False,
     ) -> None:
-        """`shape` is that of the layer's stack; it need not be told where the model has only one."""
+        """`layer` counts over all stacks; it need not be told where all layers are alike."""
         super().__init__()
-        shape = shape or spec.shape_of(0)
+        shape = spec.shape_of(layer)
         E, M, D, S = spec.num_experts, shape.expert_width, shape.width, shape.shared_width
 
         def empty(wanted: bool, *sizes: int) -> nn.Parameter | None:
             return nn.Parameter(torch.zeros(*sizes)) if wanted else None
 
-        self.num_active = spec.num_active
+        self.num_active = spec.active_of(layer)
         self.gate = spec.gate
         self.activation = shape.activation
         self.w_in = nn.Parameter(torch.zeros(E, M, D))
@@ -65,12 +68,12 @@ class MoEFFN(nn.Module):
         self.shared_b_in = empty(S > 0 and b_in, S)
         self.shared_b_gate = empty(S > 0 and shape.gated and b_gate, S)
         # The best scale of the chosen experts, folded into the output matrix at export (methods: identity 3).
-        self.output_scale = nn.Parameter(torch.tensor(neutral_scale(spec.gate, E, spec.num_active)))
-        self.router = Router(D, E, spec.gate, bias=spec.router_bias)
+        self.output_scale = nn.Parameter(torch.tensor(neutral_scale(spec.gate, E, self.num_active)))
+        self.router = Router(D, E, spec.gate, spec.router_bias, spec.selection, spec.max_active)
         # Which neuron of the dense FFN stands at each place, -1 for padding.
         self.register_buffer("neurons", torch.full((E, M), -1, dtype=torch.int64))
         self.register_buffer("shared_neurons", torch.full((S,), -1, dtype=torch.int64))
-        # Set by whoever wants to watch the routing: called with scores [T, E] and the choice [T, K].
+        # Set by whoever wants to watch the routing: called with scores [T, E] and the choice.
         self.observer: RoutingObserver | None = None
 
     @property
@@ -83,13 +86,13 @@ class MoEFFN(nn.Module):
         spec: MoESpec,
         weights: ExpertWeights,
         neurons_EM: Tensor,
-        shape: FFNShape | None = None,
+        layer: int = 0,
         shared_S: Tensor | None = None,
     ) -> MoEFFN:
         """A layer with these experts, a router that scores all alike, and the scale that is neutral then."""
         moe = cls(
             spec,
-            shape,
+            layer,
             b_in=weights.b_in_EM is not None,
             b_out=weights.b_out_D is not None,
             b_gate=weights.b_gate_EM is not None,
@@ -164,10 +167,10 @@ class MoEFFN(nn.Module):
         """[..., D] -> [..., D]."""
         x_TD = x.reshape(-1, x.shape[-1])
         scores_TE = self.router(x_TD)
-        chosen_TK = self.router.choose(scores_TE, self.num_active)
+        choice = self.router.choose(scores_TE, self.num_active)
         if self.observer is not None:
-            self.observer(scores_TE, chosen_TK)
-        return self.finish(x_TD, self.grouped(x_TD, scores_TE, chosen_TK)).reshape(x.shape)
+            self.observer(scores_TE, choice)
+        return self.finish(x_TD, self.grouped(x_TD, scores_TE, choice)).reshape(x.shape)
 
     def finish(self, x_TD: Tensor, y_TD: Tensor) -> Tensor:
         """Scale, shared expert and output bias around the routed sum, [T, D]."""
@@ -201,18 +204,18 @@ class MoEFFN(nn.Module):
             return
         outputs_TED = torch.stack([self.expert(index, x_TD) for index in range(self.num_experts)], dim=1)
         y_TD = outputs_TED.sum(1)
-        self.router.scale.fill_(1.0)
+        self.router.rescale(1.0)
         scores_TE = self.router(x_TD)
-        chosen_TK = self.router.choose(scores_TE, self.num_active)
-        chosen_TKD = outputs_TED.gather(1, chosen_TK.unsqueeze(-1).expand(-1, -1, y_TD.shape[-1]))
+        choice = self.router.choose(scores_TE, self.num_active)
+        chosen_TKD = outputs_TED.gather(1, choice.experts_TK.unsqueeze(-1).expand(-1, -1, y_TD.shape[-1]))
         best_left, best_scale = float("inf"), 1.0
         for exponent in range(-8, 5):
-            gate_TK = gates(self.gate, scores_TE * 2.0**exponent, chosen_TK)
+            gate_TK = gates(self.gate, scores_TE * 2.0**exponent, choice)
             y_S_TD = torch.einsum("tk,tkd->td", gate_TK, chosen_TKD)
             left = -(y_TD * y_S_TD).sum().square() / y_S_TD.square().sum()  # of ||y - a y_S||^2 at the best a
             if left.item() < best_left:
                 best_left, best_scale = left.item(), 2.0**exponent
-        self.router.scale.fill_(best_scale)
+        self.router.rescale(best_scale)
 
     @torch.no_grad()
     def fit_scale_and_mean(self, x_TD: Tensor, chunk: int = 4096) -> None:
@@ -239,52 +242,56 @@ class MoEFFN(nn.Module):
     def reference(self, x_TD: Tensor) -> Tensor:
         """The layer as it is defined: every expert in turn, on the tokens that chose it. [T, D] -> [T, D]."""
         scores_TE = self.router(x_TD)
-        chosen_TK = self.router.choose(scores_TE, self.num_active)
-        gate_TK = gates(self.gate, scores_TE, chosen_TK)
+        choice = self.router.choose(scores_TE, self.num_active)
+        gate_TK = self.router.weigh(scores_TE, choice)
+        used_TK = torch.ones_like(gate_TK, dtype=torch.bool) if choice.used_TK is None else choice.used_TK
         y_TD = torch.zeros_like(x_TD)
         for index in range(self.num_experts):
-            tokens, place = (chosen_TK == index).nonzero(as_tuple=True)
+            tokens, place = ((choice.experts_TK == index) & used_TK).nonzero(as_tuple=True)
             y_TD[tokens] += gate_TK[tokens, place].unsqueeze(-1) * self.expert(index, x_TD[tokens])
         return self.finish(x_TD, y_TD)
 
-    def grouped(self, x_TD: Tensor, scores_TE: Tensor, chosen_TK: Tensor) -> Tensor:
-        """Weighted sum of the chosen experts' outputs, [T, D]: tokens sorted by expert, one product per expert."""
+    def grouped(self, x_TD: Tensor, scores_TE: Tensor, choice: Choice) -> Tensor:
+        """Weighted sum of the used experts' outputs, [T, D]: tokens sorted by expert, one product per expert."""
         if torch.is_autocast_enabled(x_TD.device.type):
             x_TD = x_TD.to(torch.get_autocast_dtype(x_TD.device.type))  # once, before K copies are gathered
         tile = TRAINING_TILE if self.training else 1
-        token_of_slot, slot_TK, widths = dispatch(chosen_TK, self.num_experts, tile)
+        token_of_slot, slot_P, widths = dispatch(choice, self.num_experts, tile)
         # index_select, not x[...]: its gradient is an index_add, 15 times faster on a CPU than index_put.
         x_by_expert = x_TD.index_select(0, token_of_slot).split(widths)
         y_slots = torch.cat([self._expert(x, *w) for x, w in zip(x_by_expert, self._unbound(), strict=True)])
-        y_TKD = y_slots.index_select(0, slot_TK.flatten()).unflatten(0, slot_TK.shape)
-        if self.gate == "unit" and not self.training:
-            return y_TKD.sum(1)
-        gate_TK = gates(self.gate, scores_TE, chosen_TK, self.training)
-        return torch.einsum("tk,tkd->td", gate_TK.to(y_TKD.dtype), y_TKD)
+        y_PD = y_slots.index_select(0, slot_P)
+        weighed = self.gate != "unit" or self.training
+        gate_TK = self.router.weigh(scores_TE, choice, self.training).to(y_PD.dtype) if weighed else None
+        if choice.used_TK is not None:
+            if gate_TK is not None:
+                y_PD = y_PD * gate_TK[choice.used_TK].unsqueeze(1)
+            return y_PD.new_zeros(x_TD.shape).index_add(0, choice.pairs()[0], y_PD)
+        y_TKD = y_PD.unflatten(0, choice.experts_TK.shape)
+        return y_TKD.sum(1) if gate_TK is None else torch.einsum("tk,tkd->td", gate_TK, y_TKD)
 
 
-def dispatch(chosen_TK: Tensor, num_experts: int, tile: int) -> tuple[Tensor, Tensor, list[int]]:
-    """Lay the T * K (token, expert) pairs out by expert, each expert's run rounded up to a multiple of `tile`.
+def dispatch(choice: Choice, num_experts: int, tile: int) -> tuple[Tensor, Tensor, list[int]]:
+    """Lay the used (token, expert) pairs out by expert, each expert's run rounded up to a multiple of `tile`.
 
-    Returns the token of every slot (padding slots name token 0 and are read by nobody), the slot of every pair
-    [T, K], and the width of each expert's run.
+    Returns the token of every slot (padding slots name token 0 and are read by nobody), the slot of every pair [P] in
+    the order of `Choice.pairs`, and the width of each expert's run.
     """
-    K = chosen_TK.shape[1]
-    expert = chosen_TK.flatten()
-    count_E = torch.bincount(expert, minlength=num_experts)
+    token_P, expert_P = choice.pairs()
+    count_E = torch.bincount(expert_P, minlength=num_experts)
     width_E = (count_E + tile - 1) // tile * tile
     # A pair's slot: where its expert's run starts, plus its rank among the pairs of that expert.
-    order = expert.argsort(stable=True)
-    rank = torch.arange(len(expert), device=expert.device) - (count_E.cumsum(0) - count_E)[expert[order]]
-    slot_TK = torch.empty_like(expert).index_copy(0, order, (width_E.cumsum(0) - width_E)[expert[order]] + rank)
+    order = expert_P.argsort(stable=True)
+    rank = torch.arange(len(expert_P), device=expert_P.device) - (count_E.cumsum(0) - count_E)[expert_P[order]]
+    slot_P = torch.empty_like(expert_P).index_copy(0, order, (width_E.cumsum(0) - width_E)[expert_P[order]] + rank)
     widths = width_E.tolist()
-    token_of_slot = torch.zeros(sum(widths), dtype=torch.int64, device=expert.device)
-    token_of_slot[slot_TK] = torch.arange(len(expert), device=expert.device) // K
-    return token_of_slot, slot_TK.view(-1, K), widths
+    token_of_slot = torch.zeros(sum(widths), dtype=torch.int64, device=expert_P.device)
+    token_of_slot[slot_P] = token_P
+    return token_of_slot, slot_P, widths
 
 
 class RoutingObserver(Protocol):
-    def __call__(self, scores_TE: Tensor, chosen_TK: Tensor) -> None: ...
+    def __call__(self, scores_TE: Tensor, choice: Choice) -> None: ...
 
 
 def moe_layers(model: nn.Module) -> list[MoEFFN]:

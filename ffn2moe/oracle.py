@@ -182,7 +182,7 @@ def diagnose(moe: MoEFFN, x_TD: Tensor, chunk: int = 4096) -> dict[str, float]:
         gram_TEE = gram(outputs_TED)
         whole = _whole_energy(moe, x, outputs_TED)
         scores_TE = moe.router(x)
-        chosen_TE = torch.zeros_like(scores_TE).scatter_(1, moe.router.choose(scores_TE, moe.num_active), 1.0)
+        chosen_TE = moe.router.choose(scores_TE, moe.num_active).indicator_TE(moe.num_experts)
         best_TE = oracle(gram_TEE, moe.num_active).chosen_TE
         oracle_fit.add(gram_TEE, best_TE, whole)
         router_fit.add(gram_TEE, chosen_TE, whole)

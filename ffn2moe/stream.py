@@ -710,7 +710,7 @@ def mixtures(folder: str | Path) -> Iterator[MoEFFN]:
         tensors = {name.removeprefix(f"{path}."): tensor for name, tensor in _named(files, f"{path}.")}
         moe = MoEFFN(
             spec,
-            spec.shape_of(index),
+            index,
             b_in="b_in" in tensors,
             b_out="b_out" in tensors,
             b_gate="b_gate" in tensors,

@@ -85,7 +85,7 @@ def diagnose(stage: StageRun, student: Any, tokenizer: Any, spec: MoESpec, devic
     rows = []
     for index, x_TD in stage.track(enumerate(inputs), len(layers), "diagnosing layers"):
         moe = layers[index]
-        load = metrics.load(moe.router.choose(moe.router(x_TD), moe.num_active), moe.num_experts)
+        load = metrics.load(moe.router.choose(moe.router(x_TD), moe.num_active).pairs()[1], moe.num_experts)
         rows.append(
             {
                 "layer": index,

@@ -17,7 +17,7 @@ from ffn2moe.activations import NeuronStatistics
 from ffn2moe.dense import DenseFFN, family_of, ffn_modules, load_dense, read_ffn
 from ffn2moe.experts import merge_experts, neurons_by_expert, shared_neurons, slice_experts
 from ffn2moe.moe import MoEFFN, dispatch, install_moe, moe_layers
-from ffn2moe.router import Router, gates
+from ffn2moe.router import Choice, Router, gates
 from ffn2moe.spec import MoESpec
 from tests.conftest import make_tiny_bert, make_tiny_llama
 from tests.mixtures import flat_spec
@@ -224,7 +224,8 @@ def test_the_grouped_layer_equals_the_reference(count, num_experts, data, gated,
 def test_dispatch_gives_every_pair_a_slot_of_its_own_in_its_experts_run(count, num_experts, tile, data):
     num_active = data.draw(st.integers(1, num_experts))
     chosen_TK = torch.stack([torch.randperm(num_experts)[:num_active] for _ in range(count)])
-    token_of_slot, slot_TK, widths = dispatch(chosen_TK, num_experts, tile)
+    token_of_slot, slot_P, widths = dispatch(Choice(chosen_TK, None), num_experts, tile)
+    slot_TK = slot_P.view_as(chosen_TK)
     assert all(width % tile == 0 for width in widths)
     assert len(slot_TK.flatten().unique()) == slot_TK.numel()
     expert_of_slot = torch.repeat_interleave(torch.arange(num_experts), torch.tensor(widths))
@@ -451,11 +452,11 @@ def test_the_balance_bias_moves_the_choice_and_never_the_gates():
     scores_TE = tokens(20, 4)
     for gate in GATES:
         router = Router(8, 4, gate)
-        chosen_TK = router.choose(scores_TE, 2)
-        before = gates(gate, scores_TE, chosen_TK)
+        choice = router.choose(scores_TE, 2)
+        before = gates(gate, scores_TE, choice)
         router.balance_bias.copy_(torch.tensor([9.0, 9.0, 0.0, 0.0]))
-        assert set(router.choose(scores_TE, 2).flatten().tolist()) == {0, 1}
-        assert torch.equal(gates(gate, scores_TE, chosen_TK), before)
+        assert set(router.choose(scores_TE, 2).experts_TK.flatten().tolist()) == {0, 1}
+        assert torch.equal(gates(gate, scores_TE, choice), before)
 
 
 @pytest.mark.parametrize("gate", GATES)
@@ -469,12 +470,12 @@ def test_a_fitted_router_scale_never_makes_the_routed_output_worse_than_equal_ga
         moe.fit_scale_and_mean(x_TD)
         return (moe.eval()(x_TD) - y_TD).square().sum().item()
 
-    chosen = moe.router.choose(moe.router(x_TD), 2)
+    chosen = moe.router.choose(moe.router(x_TD), 2).experts_TK
     moe.router.scale.fill_(2.0**-8)
     equal = error()
     moe.fit_router_scale(x_TD)
     assert error() <= equal * (1 + 1e-5)
-    assert torch.equal(moe.router.choose(moe.router(x_TD), 2), chosen)
+    assert torch.equal(moe.router.choose(moe.router(x_TD), 2).experts_TK, chosen)
 
 
 def test_the_shared_expert_takes_the_neurons_with_most_output_energy():

@@ -94,7 +94,7 @@ def carve(
         neurons_EM = neurons_by_expert(expert_of_neuron_F, E)
         shared_S = torch.arange(shared_width) if shared_width else None
         weights = slice_experts(read_ffn(model, index), neurons_EM, shared_S)
-        moe = MoEFFN.from_experts(spec, weights, neurons_EM, shape, shared_S)
+        moe = MoEFFN.from_experts(spec, weights, neurons_EM, index, shared_S)
         with torch.no_grad():
             moe.router.weight.copy_(torch.randn(moe.router.weight.shape, generator=generator))
             moe.router.balance_bias.copy_(torch.linspace(-0.1, 0.1, E))

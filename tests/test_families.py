@@ -252,7 +252,7 @@ def carve(model: Any, num_experts: int = 8) -> MoESpec:
             torch.arange(ffn.ffn_width)[torch.randperm(ffn.ffn_width, generator=generator)] % num_experts, num_experts
         )
         weights = slice_experts(ffn, neurons_EM)
-        layers.append(MoEFFN.from_experts(spec, weights, neurons_EM, spec.shape_of(layer)))
+        layers.append(MoEFFN.from_experts(spec, weights, neurons_EM, layer))
     install_moe(model, layers)
     model.eval()
     return spec

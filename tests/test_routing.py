@@ -31,7 +31,7 @@ def test_a_trained_router_finds_what_a_linear_map_can_find():
     router = Router(16, 6)
     losses = list(train_router(router, x_TD, target_TE, steps=150, batch_tokens=500, learning_rate=0.05, seed=0))
     assert losses[-1] < 0.05 * losses[0]
-    agree = router.choose(router(x_TD), 2).sort().values == target_TE.topk(2).indices.sort().values
+    agree = router.choose(router(x_TD), 2).experts_TK.sort().values == target_TE.topk(2).indices.sort().values
     assert agree.float().mean() > 0.95
 
 
