@@ -456,6 +456,18 @@ def install_in_block(block: nn.Module, stack: Stack, ffn: nn.Module) -> None:
     for path in stack.bypass:
         block.set_submodule(path, nn.Identity())
     block.set_submodule(stack.install, ffn)
+    ffn.takes_ffns_place = True
+
+
+def installed_ffns(model: nn.Module) -> list[nn.Module]:
+    """What `install` has put in the place of FFNs, in the order of the layers: mixtures, or anything else."""
+    found: list[nn.Module] = []
+    inside: set[nn.Module] = set()  # parts of one that is found already
+    for module in model.modules():
+        if getattr(module, "takes_ffns_place", False) and module not in inside:
+            found.append(module)
+            inside.update(module.modules())
+    return found
 
 
 def require_untied(model: nn.Module) -> None:

@@ -12,9 +12,11 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
+from ffn2moe.dense import installed_ffns
 from ffn2moe.losses import Divergence, distillation_loss, hidden_loss, logits_loss
 from ffn2moe.metrics import pool
-from ffn2moe.moe import moe_layers
+from ffn2moe.moe import moe_layers, set_active
+from ffn2moe.router import Choice
 from ffn2moe.spec import Head, Pooling
 
 # Texts are padded to one of these lengths, in tokens. Few shapes, because oneDNN compiles a kernel for each.
@@ -159,6 +161,12 @@ def schedule(step: int, steps: int) -> float:
     return min(1.0, (step + 1) / warmup) * 0.5 * (1 + cos(pi * step / steps))
 
 
+def budget_of_step(budgets: Sequence[int], step: int, seed: int) -> int:
+    """The one of several K that a step of elastic training runs: each once in every round, in an order drawn anew."""
+    past, place = divmod(step, len(budgets))
+    return random.Random(f"{seed}/{past}").sample(list(budgets), len(budgets))[place]
+
+
 Scope = Literal["experts", "all"]  # what a distillation trains
 
 
@@ -227,11 +235,15 @@ class EmbeddingObjective:
 
 @dataclass(frozen=True)
 class LogitsObjective:
-    """The teacher's distribution over tokens or classes, and the hidden states on the way to it."""
+    """The teacher's distribution over tokens or classes, and the hidden states on the way to it.
+
+    `token_share` < 1 learns the distribution where there is most to learn (ffn2moe.losses.most_to_learn).
+    """
 
     divergence: Divergence
     logits_weight: float
     hidden_weight: float
+    token_share: float = 1.0
     terms: tuple[str, ...] = ("logits", "hidden")
 
     def outputs(self, model: Any, batch: Batch) -> Outputs:
@@ -240,7 +252,14 @@ class LogitsObjective:
         return Outputs((found.hidden_states if states is None else states)[1:], found.logits)
 
     def loss(self, student: Outputs, teacher: Outputs, batch: Batch, progress: float) -> Loss:
-        logits = logits_loss(student.head, teacher.head, batch.mask, divergence=self.divergence, progress=progress)
+        logits = logits_loss(
+            student.head,
+            teacher.head,
+            batch.mask,
+            divergence=self.divergence,
+            progress=progress,
+            token_share=self.token_share,
+        )
         hidden = logits.new_zeros(())
         if self.hidden_weight:  # a classifier's logits have no mask, its hidden states have that of the text
             mask = batch.inputs.get("attention_mask") if batch.mask is None else batch.mask
@@ -271,7 +290,7 @@ class StepMetrics:
     loss: float
     terms: dict[str, float]
     gradient_norm: float
-    max_over_mean_load: float  # the worst layer's
+    max_over_mean_load: float  # the worst layer's; 1 without mixtures
 
     def row(self) -> dict[str, float]:
         """The same as one flat row."""
@@ -285,12 +304,13 @@ class StepMetrics:
 
 
 class Distiller:
-    """End-to-end distillation of a model's mixtures from its dense teacher.
+    """End-to-end distillation of a model from its dense teacher, of which mixtures or others took the FFNs' place.
 
-    FFNs and routers are trained (`scope` "experts"), or every weight ("all"), which gives a small student more to adapt
-    with and takes the memory and time of training it whole. What is not trained keeps the teacher's weights. `state`
-    and `restore` carry all that a later step depends on, so that a run that was stopped ends in the same weights as one
-    that was not.
+    What was installed for the FFNs is trained (`scope` "experts"), or every weight ("all"), which gives a small student
+    more to adapt with and takes the memory and time of training it whole. What is not trained keeps the teacher's
+    weights. With `elastic`, other K that the same mixtures are to serve, each step runs one of the K
+    (`budget_of_step`), as in SMoE-Dropout (arXiv 2303.01610) and SortedNet (arXiv 2309.00255). `state` and `restore`
+    carry all that a later step depends on, so that a run that was stopped ends in the same weights as one that was not.
     """
 
     def __init__(
@@ -304,11 +324,14 @@ class Distiller:
         learning_rate: float,
         balance_step: float,
         scope: Scope = "experts",
+        elastic: Sequence[int] = (),
+        seed: int = 0,
         device: str | torch.device = "cpu",
         bf16: bool = False,
     ) -> None:
         self.teacher = use_float32_attention(teacher).to(device).eval().requires_grad_(False)
         self.student = use_float32_attention(student).to(device).requires_grad_(False)
+        self.ffns = installed_ffns(student)
         self.layers = moe_layers(student)
         self.batches = batches
         self.objective = objective
@@ -317,45 +340,50 @@ class Distiller:
         self.balance_step = balance_step
         self.device = torch.device(device)
         self.bf16 = bf16
+        self.seed = seed
+        # What the steps take turns in; the K that the student came with, and has again at the end, is the first.
+        self.budgets = tuple(dict.fromkeys((self.layers[0].num_active, *elastic))) if elastic else ()
         self.step = 0
         self.trained = {
             f"{index}.{name}": parameter.requires_grad_(True)
-            for index, layer in enumerate(self.layers)
-            for name, parameter in layer.named_parameters()
+            for index, ffn in enumerate(self.ffns)
+            for name, parameter in ffn.named_parameters()
         }
         if scope == "all":
             others = ((name, one) for name, one in student.named_parameters() if not one.requires_grad)
             self.trained |= {f"model.{name}": parameter.requires_grad_(True) for name, parameter in others}
         self.optimizer = torch.optim.AdamW(self.trained.values(), lr=learning_rate, weight_decay=0.0, fused=True)
         self._counts_E: list[Tensor] = []
-        for layer in self.layers:
-            layer.observer = self._observe
 
-    def _observe(self, scores_TE: Tensor, chosen_TK: Tensor) -> None:
-        self._counts_E.append(torch.bincount(chosen_TK.flatten(), minlength=scores_TE.shape[1]))
+    def _observe(self, scores_TE: Tensor, choice: Choice) -> None:
+        self._counts_E.append(choice.load_E(scores_TE.shape[1]))
 
     def run(self) -> Iterator[StepMetrics]:
         """Train from the current step to the last; yields after each. The student is left in eval mode.
 
         FloatingPointError when the loss is not finite, before it can reach the weights.
         """
-        self._train_mode()
-        for batch in self.batches.from_step(self.step):
-            if self.step >= self.steps:
-                break
-            yield self._one_step(batch.to(self.device))
-        self.student.eval()
+        self.student.eval()  # dropout stays off, for the teacher has none to imitate ...
+        for ffn in self.ffns:
+            ffn.train()  # ... while mixtures pass gradient to their routers
         for layer in self.layers:
-            layer.observer = None
-
-    def _train_mode(self) -> None:
-        """Mixtures pass gradient to their routers; dropout stays off, for the teacher has none to imitate."""
-        self.student.eval()
-        for layer in self.layers:
-            layer.train()
+            layer.observer = self._observe
+        try:
+            for batch in self.batches.from_step(self.step):
+                if self.step >= self.steps:
+                    break
+                yield self._one_step(batch.to(self.device))
+        finally:
+            self.student.eval()
+            if self.budgets:
+                set_active(self.student, self.budgets[0])
+            for layer in self.layers:
+                layer.observer = None
 
     def _one_step(self, batch: Batch) -> StepMetrics:
         self._counts_E = []
+        if self.budgets:
+            set_active(self.student, budget_of_step(self.budgets, self.step, self.seed))
         with torch.autocast(self.device.type, torch.bfloat16) if self.bf16 else nullcontext():
             with torch.no_grad():
                 teacher = self.objective.outputs(self.teacher, batch)
@@ -380,7 +408,7 @@ class Distiller:
             loss=total,
             terms={name: term.item() for name, term in loss.terms.items()},
             gradient_norm=norm.item(),
-            max_over_mean_load=max((c.max() / c.float().mean()).item() for c in self._counts_E),
+            max_over_mean_load=max(((c.max() / c.float().mean()).item() for c in self._counts_E), default=1.0),
         )
         self.step += 1
         return metrics
