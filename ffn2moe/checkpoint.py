@@ -23,7 +23,7 @@ from ffn2moe.dense import (
     require_finite,
     weight_files,
 )
-from ffn2moe.moe import MoEFFN
+from ffn2moe.moe import MoEFFN, connect
 from ffn2moe.spec import MoESpec
 
 SPEC_FILE = "ffn2moe.json"
@@ -80,8 +80,11 @@ def tied(model: nn.Module) -> dict[str, str]:
     return aliases
 
 
-def load_spec(folder: str | Path) -> MoESpec:
-    """The spec of a saved model. FileNotFoundError or ValueError, with the remedy, for anything else."""
+def load_spec(folder: str | Path, active: int | None = None) -> MoESpec:
+    """The spec of a saved model, or of its budget of `active` experts.
+
+    FileNotFoundError or ValueError, with the remedy, for anything else.
+    """
     path = Path(folder) / SPEC_FILE
     if not path.is_file():
         raise FileNotFoundError(
@@ -91,14 +94,17 @@ def load_spec(folder: str | Path) -> MoESpec:
         content = json.loads(path.read_text())
         if content["format"] != FORMAT:
             raise ValueError(f"format {content['format']} is not the {FORMAT} this version reads")
-        return MoESpec.from_dict(content["spec"])
+        spec = MoESpec.from_dict(content["spec"])
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} cannot be read ({error}): restore it, or make the export again") from error
+    return spec if active is None else spec.at(active)
 
 
-def load(folder: str | Path) -> Any:
+def load(folder: str | Path, active: int | None = None) -> Any:
     """The saved model as an ordinary transformers model, float32, in eval mode; its FFNs are `MoEFFN`.
 
+    Of an elastic model, `active` opens one budget alone; without it the model is at its own, and
+    `ffn2moe.moe.set_active` changes between them.
     The weights are in one file or in shards with an index. Every tensor of the files must be used and every tensor of
     the model must be in them.
     """
@@ -107,7 +113,7 @@ def load(folder: str | Path) -> Any:
     from safetensors.torch import load_file
 
     folder = Path(folder)
-    spec = load_spec(folder)
+    saved, spec = load_spec(folder), load_spec(folder, active)
     tensors: dict[str, torch.Tensor] = {}
     try:
         for path in sorted(set(weight_files(folder).values())):
@@ -133,6 +139,9 @@ def load(folder: str | Path) -> Any:
             b_gate=f"{name}.b_gate" in tensors,
         )
         install(model, index, moe)
+    connect(model)
+    if active is not None:
+        tensors = _of_budget(tensors, saved, active)
     missing, unexpected = model.load_state_dict(tensors, strict=False)
     aliases = tied(model)
     missing = [name for name in missing if aliases.get(name) not in tensors]
@@ -142,6 +151,20 @@ def load(folder: str | Path) -> Any:
         )
     require_finite(model, str(folder))
     return model.to(torch.float32).eval()
+
+
+def _of_budget(tensors: dict[str, torch.Tensor], spec: MoESpec, active: int) -> dict[str, torch.Tensor]:
+    """The tensors of an elastic model as one budget of it has them: that one's scale, and no other."""
+    budget = f"elastic_scale.{active}"
+    found = {}
+    for name, tensor in tensors.items():
+        if name.endswith(".output_scale") and active != spec.num_active:
+            continue
+        if name.endswith(f".{budget}"):
+            found[name.removesuffix(budget) + "output_scale"] = tensor
+        elif ".elastic_scale." not in name:
+            found[name] = tensor
+    return found
 
 
 def save_progress(path: str | Path, tensors: dict[str, torch.Tensor], *, step: int, fingerprint: str) -> None:

@@ -76,6 +76,19 @@ def real_tokens(x: Tensor, batch: Batch, layers: str) -> Tensor:
     return x.reshape(-1, x.shape[-1])
 
 
+def texts_of(batches: Iterable[Batch], max_tokens: int) -> Tensor:
+    """Which text each token of `layer_inputs` belongs to, [T], counted from 0; for models of one stack."""
+    parts: list[Tensor] = []
+    texts = 0
+    for batch in batches:
+        mask = batch.inputs["attention_mask"] if batch.mask is None else batch.mask
+        parts.append(mask.nonzero()[:, 0].cpu() + texts)
+        texts += len(mask)
+        if sum(map(len, parts)) >= max_tokens:
+            break
+    return torch.cat(parts)[:max_tokens]
+
+
 def chunk_of(numbers: int) -> int:
     """How many tokens to work on at once, where each makes so many numbers."""
     return max(256, min(CHUNK, MOST_NUMBERS // numbers))
@@ -108,18 +121,21 @@ def fit_router(
     batch_tokens: int,
     learning_rate: float,
     seed: int,
+    route_TD: Tensor | None = None,
 ) -> list[float]:
     """Fit a layer's router to the oracle's choices on tokens [T, D], and its scale and mean to the router.
 
     Ridge regression is the start and `steps` of AdamW the rest; returns the loss of each step. No expert changes.
+    With routing `sequence` the router reads `route_TD`, the means of the tokens' texts (ffn2moe.texts.text_means).
     """
+    read_TD = x_TD if route_TD is None else route_TD
     chunk = chunk_of(moe.num_experts * x_TD.shape[1])
     survey = oracle.survey(moe, x_TD, chunk)
-    moe.router.set(*ridge_regression(x_TD, survey.norm_TE, ridge, intercept=moe.router.has_bias))
+    moe.router.set(*ridge_regression(read_TD, survey.norm_TE, ridge, intercept=moe.router.has_bias))
     losses = list(
         train_router(
             moe.router,
-            x_TD,
+            read_TD,
             softmax_target(survey.gain_TE, moe.num_active),
             steps=steps,
             batch_tokens=batch_tokens,
@@ -127,27 +143,28 @@ def fit_router(
             seed=seed,
         )
     )
-    moe.fit_router_scale(x_TD[:chunk])  # one number, so a part of the tokens will do
-    moe.fit_scale_and_mean(x_TD, chunk)
+    moe.calibrate(x_TD, route_TD)
+    part = slice(chunk)  # one number, so a part of the tokens will do
+    moe.fit_router_scale(x_TD[part], None if route_TD is None else route_TD[part])
+    moe.fit_scale_and_mean(x_TD, chunk, route_TD)
     return losses
 
 
 @contextmanager
 def every_expert(layers: Sequence[MoEFFN]) -> Iterator[None]:
     """For a while, each layer is the dense FFN that it was carved from: K = E and equal scores."""
+    changed = ("router.", "output_scale", "elastic_scale.")
     kept = [
-        (moe.num_active, moe.output_scale.detach().clone(), {k: v.clone() for k, v in moe.router.state_dict().items()})
-        for moe in layers
+        (moe.num_active, {k: v.clone() for k, v in moe.state_dict().items() if k.startswith(changed)}) for moe in layers
     ]
     for moe in layers:
         moe.use_all_experts()
     try:
         yield
     finally:
-        for moe, (num_active, scale, router) in zip(layers, kept, strict=True):
+        for moe, (num_active, tensors) in zip(layers, kept, strict=True):
             moe.num_active = num_active
-            moe.set_scale(scale.item())
-            moe.router.load_state_dict(router)
+            moe.load_state_dict(tensors, strict=False)
 
 
 @torch.no_grad()

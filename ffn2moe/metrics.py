@@ -258,7 +258,8 @@ def ffn_flops(width: int, neurons: int, *, gated: bool) -> int:
 def flops_per_token(spec: MoESpec, config: object, length: int) -> tuple[Flops, Flops]:
     """Of teacher and student, for texts of `length` tokens, in their matrix products.
 
-    `config` is the transformers configuration, for the attention heads. Norms and activations are left out.
+    `config` is the transformers configuration, for the attention heads. Norms and activations are left out. Where the
+    number of experts differs from token to token, the mean of the spec counts.
     """
 
     attention = dense = active = router = 0
@@ -277,9 +278,11 @@ def flops_per_token(spec: MoESpec, config: object, length: int) -> tuple[Flops, 
         crossed = spec.head == "seq2seq" and "decoder" in shape.layers
         attention += shape.num_layers * each * (2 if crossed else 1)
         dense += shape.num_layers * ffn_flops(shape.width, shape.ffn_width, gated=shape.gated)
-        used = shape.shared_width + spec.num_active * shape.expert_width
-        active += shape.num_layers * ffn_flops(shape.width, used, gated=shape.gated)
         router += shape.num_layers * 2 * shape.width * spec.num_experts
+    for layer in range(spec.num_layers):
+        shape = spec.shape_of(layer)
+        used = shape.shared_width + spec.active_of(layer) * shape.expert_width
+        active += ffn_flops(shape.width, used, gated=shape.gated)
     vocabulary = _setting(config, "vocab_size") if spec.head in ("causal", "seq2seq") else 0
     head = 2 * spec.stacks[-1].width * (vocabulary or 0)
     return Flops(attention, dense, head=head), Flops(attention, active, router, head)
@@ -311,7 +314,7 @@ def amdahl_bound(teacher: Flops, active_share: float) -> float:
 
 
 def parameters(teacher: nn.Module, student: nn.Module) -> dict[str, int]:
-    """Parameters of the teacher, of the student, and of the student as one token uses them."""
+    """Parameters of the teacher, of the student, and of the student as a token uses them, on average."""
     total = sum(parameter.numel() for parameter in student.parameters())
     idle = 0
     for moe in moe_layers(student):

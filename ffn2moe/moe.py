@@ -19,6 +19,7 @@ from ffn2moe.dense import ACTIVATIONS, family_of, ffn_layers, install, read_ffn,
 from ffn2moe.experts import ExpertWeights
 from ffn2moe.router import Choice, Router, gates, neutral_scale
 from ffn2moe.spec import FFNShape, Gate, Head, MoESpec, Pooling, Routing, Selection
+from ffn2moe.texts import Texts
 
 # Runs of tokens are rounded up to this while training: oneDNN compiles a kernel for every new shape, which costs
 # more than the padding (measured: 2.0 ms a product against 0.1).
@@ -54,7 +55,9 @@ class MoEFFN(nn.Module):
             return nn.Parameter(torch.zeros(*sizes)) if wanted else None
 
         self.num_active = spec.active_of(layer)
+        self.budgets = (self.num_active, *spec.elastic)
         self.gate = spec.gate
+        self.routing = spec.routing
         self.activation = shape.activation
         self.w_in = nn.Parameter(torch.zeros(E, M, D))
         self.w_out = nn.Parameter(torch.zeros(E, D, M))
@@ -69,12 +72,18 @@ class MoEFFN(nn.Module):
         self.shared_b_gate = empty(S > 0 and shape.gated and b_gate, S)
         # The best scale of the chosen experts, folded into the output matrix at export (methods: identity 3).
         self.output_scale = nn.Parameter(torch.tensor(neutral_scale(spec.gate, E, self.num_active)))
+        # The same for the other budgets, by their K.
+        self.elastic_scale = nn.ParameterDict(
+            {str(K): nn.Parameter(torch.tensor(neutral_scale(spec.gate, E, K))) for K in spec.elastic}
+        )
         self.router = Router(D, E, spec.gate, spec.router_bias, spec.selection, spec.max_active)
         # Which neuron of the dense FFN stands at each place, -1 for padding.
         self.register_buffer("neurons", torch.full((E, M), -1, dtype=torch.int64))
         self.register_buffer("shared_neurons", torch.full((S,), -1, dtype=torch.int64))
         # Set by whoever wants to watch the routing: called with scores [T, E] and the choice.
         self.observer: RoutingObserver | None = None
+        # Of the model that the layer is in, where the routers read whole texts (`install_moe`).
+        self.texts: Texts | None = None
 
     @property
     def num_experts(self) -> int:
@@ -119,13 +128,27 @@ class MoEFFN(nn.Module):
                 moe.shared_neurons.copy_(shared_S)
         return moe
 
+    def set_active(self, num_active: int) -> None:
+        """Use another of the layer's budgets, with its own scale. ValueError for a K that is none of them."""
+        if num_active not in self.budgets:
+            raise ValueError(
+                f"num_active = {num_active} is none of the budgets {sorted(self.budgets)} that this model has scales "
+                "for: choose one of them, or make the model with it in elastic"
+            )
+        self.num_active = num_active
+
+    @property
+    def scale(self) -> Tensor:
+        """The scale of the budget in use."""
+        return self.elastic_scale.get(str(self.num_active), self.output_scale)
+
     def use_all_experts(self) -> None:
         """Make the layer the dense FFN again: K = E and a router that scores all alike. A test of everything else."""
         self.num_active = self.num_experts
         with torch.no_grad():
             self.router.set(torch.zeros_like(self.router.weight), torch.zeros_like(self.router.bias))
             self.router.balance_bias.zero_()
-            self.output_scale.fill_(neutral_scale(self.gate, self.num_experts, self.num_experts))
+        self.set_scale(neutral_scale(self.gate, self.num_experts, self.num_experts))
 
     def _unbound(self) -> list[ExpertTensors]:
         """The weights of each expert. One `unbind` a matrix: its gradient is stacked once, not added E times."""
@@ -163,10 +186,20 @@ class MoEFFN(nn.Module):
             x_TD, self.shared_in, self.shared_out, self.shared_b_in, self.shared_gate, self.shared_b_gate
         )
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., D] -> [..., D]."""
+    def scores(self, x_TD: Tensor, route_TD: Tensor | None = None) -> Tensor:
+        """The router's scores for tokens, [T, E]; with routing `sequence` of `route_TD`, their texts' means."""
+        if self.routing == "token":
+            return self.router(x_TD)
+        if route_TD is None:
+            raise ValueError("routing 'sequence' reads whole texts: give route_TD [T, D], as texts.text_means makes it")
+        return self.router(route_TD)
+
+    def forward(self, x: Tensor, route_TD: Tensor | None = None) -> Tensor:
+        """[..., D] -> [..., D]. `route_TD` is for a layer with routing `sequence` outside its model."""
         x_TD = x.reshape(-1, x.shape[-1])
-        scores_TE = self.router(x_TD)
+        if route_TD is None and self.texts is not None:
+            route_TD = self.texts.route(x)
+        scores_TE = self.scores(x_TD, route_TD)
         choice = self.router.choose(scores_TE, self.num_active)
         if self.observer is not None:
             self.observer(scores_TE, choice)
@@ -174,7 +207,7 @@ class MoEFFN(nn.Module):
 
     def finish(self, x_TD: Tensor, y_TD: Tensor) -> Tensor:
         """Scale, shared expert and output bias around the routed sum, [T, D]."""
-        y_TD = self.output_scale * y_TD
+        y_TD = self.scale * y_TD
         shared_TD = self.shared(x_TD)
         if shared_TD is not None:
             y_TD = y_TD + shared_TD
@@ -182,7 +215,8 @@ class MoEFFN(nn.Module):
 
     @torch.no_grad()
     def set_scale(self, scale: float) -> None:
-        self.output_scale.fill_(scale)
+        """Set the scale of the budget in use."""
+        self.scale.fill_(scale)
 
     @torch.no_grad()
     def all_experts(self, x_TD: Tensor) -> Tensor:
@@ -194,7 +228,12 @@ class MoEFFN(nn.Module):
         return y_TD if self.b_out is None else y_TD + self.b_out
 
     @torch.no_grad()
-    def fit_router_scale(self, x_TD: Tensor) -> None:
+    def calibrate(self, x_TD: Tensor, route_TD: Tensor | None = None) -> None:
+        """Make the router choose K experts on average on tokens [T, D], where their number is not fixed."""
+        self.router.calibrate(self.scores(x_TD, route_TD), self.num_active)
+
+    @torch.no_grad()
+    def fit_router_scale(self, x_TD: Tensor, route_TD: Tensor | None = None) -> None:
         """Set how far the gates are apart, so that the routed sum fits the dense one; the choice stays.
 
         On tokens [T, D]; tried are powers of two from 2^-8 to 2^4, which no dtype rounds. A small scale gives gates
@@ -205,7 +244,7 @@ class MoEFFN(nn.Module):
         outputs_TED = torch.stack([self.expert(index, x_TD) for index in range(self.num_experts)], dim=1)
         y_TD = outputs_TED.sum(1)
         self.router.rescale(1.0)
-        scores_TE = self.router(x_TD)
+        scores_TE = self.scores(x_TD, route_TD)
         choice = self.router.choose(scores_TE, self.num_active)
         chosen_TKD = outputs_TED.gather(1, choice.experts_TK.unsqueeze(-1).expand(-1, -1, y_TD.shape[-1]))
         best_left, best_scale = float("inf"), 1.0
@@ -218,18 +257,18 @@ class MoEFFN(nn.Module):
         self.router.rescale(best_scale)
 
     @torch.no_grad()
-    def fit_scale_and_mean(self, x_TD: Tensor, chunk: int = 4096) -> None:
+    def fit_scale_and_mean(self, x_TD: Tensor, chunk: int = 4096, route_TD: Tensor | None = None) -> None:
         """Set the scale and shift the output bias in closed form, so that the routed output fits the dense one.
 
         On tokens [T, D]: the scale a minimises ``||y - a y_S||^2`` about the means, and the bias takes
-        ``mean(y - a y_S)`` (methods: identity 3). A layer without output bias is fitted by the scale alone.
+        ``mean(y - a y_S)`` (methods: identity 3). A layer without output bias is fitted by the scale alone, and so is
+        each other budget: the bias is the same for all.
         """
-        dense, routed = [], []
+        dense = []
         for x in x_TD.split(chunk):
             shared = self.shared(x)
             dense.append(self.all_experts(x) if shared is None else self.all_experts(x) - shared)
-            routed.append(self.grouped(x, scores := self.router(x), self.router.choose(scores, self.num_active)))
-        y_TD, y_S_TD = torch.cat(dense), torch.cat(routed)
+        y_TD, y_S_TD = torch.cat(dense), self._routed(x_TD, chunk, route_TD)
         if self.b_out is not None:
             y_TD = y_TD - self.b_out
             y_mean, y_S_mean = y_TD.mean(0), y_S_TD.mean(0)
@@ -237,11 +276,29 @@ class MoEFFN(nn.Module):
         scale = (y_S_TD * y_TD).sum(dtype=torch.float64) / y_S_TD.square().sum(dtype=torch.float64)
         self.set_scale(scale.item())
         if self.b_out is not None:
-            self.b_out += y_mean - self.output_scale * y_S_mean
+            shift_D = y_mean - self.scale * y_S_mean
+            self.b_out += shift_D
+            y_TD = y_TD + y_mean - shift_D  # what is left for the scales of the other budgets
+        in_use = self.num_active
+        for other in set(self.budgets) - {in_use}:
+            self.set_active(other)
+            y_S_TD = self._routed(x_TD, chunk, route_TD)
+            scale = (y_S_TD * y_TD).sum(dtype=torch.float64) / y_S_TD.square().sum(dtype=torch.float64)
+            self.set_scale(scale.item())
+        self.num_active = in_use
 
-    def reference(self, x_TD: Tensor) -> Tensor:
-        """The layer as it is defined: every expert in turn, on the tokens that chose it. [T, D] -> [T, D]."""
-        scores_TE = self.router(x_TD)
+    def _routed(self, x_TD: Tensor, chunk: int, route_TD: Tensor | None) -> Tensor:
+        """The sum of the used experts, without scale, shared expert and output bias, [T, D]."""
+        found = []
+        for start in range(0, len(x_TD), chunk):
+            rows = slice(start, start + chunk)
+            scores_TE = self.scores(x_TD[rows], None if route_TD is None else route_TD[rows])
+            found.append(self.grouped(x_TD[rows], scores_TE, self.router.choose(scores_TE, self.num_active)))
+        return torch.cat(found)
+
+    def reference(self, x_TD: Tensor, route_TD: Tensor | None = None) -> Tensor:
+        """The layer as it is defined: every expert in turn, on the tokens that use it. [T, D] -> [T, D]."""
+        scores_TE = self.scores(x_TD, route_TD)
         choice = self.router.choose(scores_TE, self.num_active)
         gate_TK = self.router.weigh(scores_TE, choice)
         used_TK = torch.ones_like(gate_TK, dtype=torch.bool) if choice.used_TK is None else choice.used_TK
@@ -371,3 +428,29 @@ def install_moe(model: nn.Module, layers: list[MoEFFN]) -> None:
     """Put one mixture in the place of every FFN of a dense model."""
     for index, moe in enumerate(layers):
         install(model, index, moe)
+    connect(model)
+
+
+def connect(model: Any) -> None:
+    """Let routers that read whole texts (routing `sequence`) see those that their model is given.
+
+    ValueError for a model whose input is not text.
+    """
+    layers = moe_layers(model)
+    if all(moe.routing == "token" for moe in layers):
+        return
+    if model.main_input_name != "input_ids":
+        raise ValueError(
+            f"routing 'sequence' reads the tokens of a text, and {type(model).__name__} reads {model.main_input_name}: "
+            "use routing 'token'"
+        )
+    texts = Texts()
+    texts.watch(model)
+    for moe in layers:
+        moe.texts = texts
+
+
+def set_active(model: nn.Module, num_active: int) -> None:
+    """Use another budget of an elastic model in all its layers. ValueError for a K that is none of its budgets."""
+    for moe in moe_layers(model):
+        moe.set_active(num_active)

@@ -13,7 +13,7 @@ of neurons; a *partition* puts every neuron in one expert, or in the shared expe
 
 from __future__ import annotations
 
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from typing import Any, Literal, get_args
 
 Activation = Literal["gelu", "gelu_tanh", "quick_gelu", "relu", "silu"]
@@ -129,6 +129,62 @@ class MoESpec:
             )
         if not all(1 <= active <= self.num_experts for active in self.elastic):
             raise ValueError(f"elastic = {list(self.elastic)}: each must be between 1 and num_experts")
+        if tuple(sorted({*self.elastic} - {self.num_active})) != self.elastic:
+            raise ValueError(
+                f"elastic = {list(self.elastic)} must ascend, without num_active = {self.num_active}, which is a "
+                "budget anyway"
+            )
+        self._refuse_what_makes_no_sense()
+
+    def _refuse_what_makes_no_sense(self) -> None:
+        if self.max_active is not None and self.selection != "threshold":
+            raise ValueError(
+                f"max_active limits how many experts the selection threshold uses, and the selection is "
+                f"{self.selection}: leave max_active out, or use selection threshold"
+            )
+        if self.selection == "prefix" and self.gate != "unit":
+            raise ValueError(
+                f"the gate {self.gate} weighs experts by scores of their own, and with selection prefix a score is "
+                "that of a number of experts: use the gate unit"
+            )
+        if self.selection == "prefix" and self.num_active == 1 < self.num_experts:
+            raise ValueError(
+                "with selection prefix and num_active = 1 every token uses the first expert and the router has "
+                "nothing to choose: use more and narrower experts, such as twice as many of which 2 are active"
+            )
+        varied = {
+            "active_per_layer": bool(self.active_per_layer),
+            "elastic": bool(self.elastic),
+        }
+        for name, wanted in varied.items():
+            if wanted and self.selection != "topk":
+                raise ValueError(
+                    f"{name} sets the number of experts of every token, which selection {self.selection} leaves to "
+                    f"the router: use selection topk, or leave {name} out"
+                )
+        if all(varied.values()):
+            raise ValueError(
+                "elastic budgets hold for all layers alike and active_per_layer gives each its own: use one of the two"
+            )
+        if self.routing == "sequence":
+            if self.head == "causal":
+                raise ValueError(
+                    "routing sequence chooses by the whole text, of which a causal model has not seen the rest: use "
+                    "routing token"
+                )
+            if self.head == "seq2seq" or len(self.stacks) > 1:
+                raise ValueError(
+                    "routing sequence has one text that all layers read, and this model has more than one stack of "
+                    "layers: use routing token"
+                )
+        if self.container is not None:
+            plain = {"selection": "topk", "routing": "token", "active_per_layer": (), "elastic": ()}
+            for name, only in plain.items():
+                if getattr(self, name) != only:
+                    raise ValueError(
+                        f"{name} = {getattr(self, name)}, and the container {self.container} runs the same number of "
+                        f"experts for every token in every layer, chosen by each layer: use container none"
+                    )
 
     @property
     def num_layers(self) -> int:
@@ -146,6 +202,20 @@ class MoESpec:
     def active_of(self, layer: int) -> int:
         """K of one layer, counted over all stacks in order."""
         return self.active_per_layer[layer] if self.active_per_layer else self.num_active
+
+    @property
+    def budgets(self) -> tuple[int, ...]:
+        """Every K that the weights were made for, ascending."""
+        return tuple(sorted((self.num_active, *self.elastic)))
+
+    def at(self, num_active: int) -> MoESpec:
+        """The spec of one budget alone. ValueError for a K that is none of the budgets."""
+        if num_active not in self.budgets:
+            raise ValueError(
+                f"{num_active} active experts are none of the budgets that this model was made for: choose from "
+                f"{', '.join(map(str, self.budgets))}"
+            )
+        return replace(self, num_active=num_active, elastic=())
 
     def _only(self) -> FFNShape:
         if len(self.stacks) != 1:
@@ -201,8 +271,9 @@ class MoESpec:
         _require_keys(values, cls)
         for shape in values["stacks"]:
             _require_keys(shape, FFNShape)
-        several = {name: tuple(values[name]) for name in ("active_per_layer", "elastic") if name in values}
-        return cls(**values | several | {"stacks": tuple(FFNShape(**shape) for shape in values["stacks"])})
+        read: dict[str, Any] = {"stacks": tuple(FFNShape(**shape) for shape in values["stacks"])}
+        read |= {name: tuple(values[name]) for name in ("active_per_layer", "elastic") if name in values}
+        return cls(**values | read)
 
 
 def _require_keys(values: dict[str, Any], kind: type) -> None:
