@@ -154,10 +154,12 @@ class Router(nn.Module):
 
         A step of training changes the scores; this keeps the mean at K while they change.
         """
-        before = {name: buffer.clone() for name, buffer in self.named_buffers()}
+        if self.selection == "topk":
+            return
+        moved = self.balance_bias if self.selection == "prefix" else self.margin
+        before = moved.clone()
         self.calibrate(scores_TE, num_active)
-        for name, buffer in self.named_buffers():
-            buffer.lerp_(before[name], 1 - rate)
+        moved.lerp_(before, 1 - rate)
 
     def _margin(self, scores_TE: Tensor, num_active: int) -> Tensor:
         """In closed form: of the T (max_active - 1) gaps to the best score, T (K - 1) are to be within the margin."""

@@ -23,6 +23,7 @@ from ffn2moe.spec import Head, Pooling
 BATCH_LENGTHS = (16, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 WARMUP_SHARE = 0.05  # of the steps
 MAX_GRADIENT_NORM = 1.0
+FOLLOW_RATE = 0.1  # of the way to what would keep a batch's mean number of experts, for those who choose how many
 
 
 @dataclass(frozen=True)
@@ -354,9 +355,11 @@ class Distiller:
             self.trained |= {f"model.{name}": parameter.requires_grad_(True) for name, parameter in others}
         self.optimizer = torch.optim.AdamW(self.trained.values(), lr=learning_rate, weight_decay=0.0, fused=True)
         self._counts_E: list[Tensor] = []
+        self._scores_TE: list[Tensor] = []
 
     def _observe(self, scores_TE: Tensor, choice: Choice) -> None:
         self._counts_E.append(choice.load_E(scores_TE.shape[1]))
+        self._scores_TE.append(scores_TE.detach())
 
     def run(self) -> Iterator[StepMetrics]:
         """Train from the current step to the last; yields after each. The student is left in eval mode.
@@ -381,7 +384,7 @@ class Distiller:
                 layer.observer = None
 
     def _one_step(self, batch: Batch) -> StepMetrics:
-        self._counts_E = []
+        self._counts_E, self._scores_TE = [], []
         if self.budgets:
             set_active(self.student, budget_of_step(self.budgets, self.step, self.seed))
         with torch.autocast(self.device.type, torch.bfloat16) if self.bf16 else nullcontext():
@@ -403,6 +406,8 @@ class Distiller:
         if self.balance_step:
             for layer, count_E in zip(self.layers, self._counts_E, strict=True):
                 layer.router.balance(count_E, self.balance_step)
+        for layer, scores_TE in zip(self.layers, self._scores_TE, strict=True):
+            layer.router.follow(_of_real_tokens(scores_TE, batch), layer.num_active, FOLLOW_RATE)
         metrics = StepMetrics(
             step=self.step,
             loss=total,
@@ -419,9 +424,7 @@ class Distiller:
         for name, parameter in self.trained.items():
             for key, value in self.optimizer.state.get(parameter, {}).items():
                 tensors[f"optimizer.{name}.{key}"] = value
-        for index, layer in enumerate(self.layers):
-            tensors[f"balance_bias.{index}"] = layer.router.balance_bias
-        return tensors
+        return tensors | self._followed()
 
     def restore(self, step: int, tensors: dict[str, Tensor]) -> None:
         """Continue from a `state` that was taken after `step` steps."""
@@ -431,9 +434,23 @@ class Distiller:
                 prefix = f"optimizer.{name}."
                 saved = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
                 self.optimizer.state[parameter] = {key: value.clone() for key, value in saved.items()}
-            for index, layer in enumerate(self.layers):
-                layer.router.balance_bias.copy_(tensors[f"balance_bias.{index}"])
+            for name, buffer in self._followed().items():
+                buffer.copy_(tensors[name])
         self.step = step
+
+    def _followed(self) -> dict[str, Tensor]:
+        """What each step moves besides the weights, by name: how the routers choose."""
+        routers = enumerate(layer.router for layer in self.layers)
+        kept = ((index, dict(router.named_buffers())) for index, router in routers)
+        return {f"{name}.{i}": held[name] for i, held in kept for name in ("balance_bias", "margin") if name in held}
+
+
+def _of_real_tokens(scores_TE: Tensor, batch: Batch) -> Tensor:
+    """The scores of the tokens that are no padding."""
+    for mask in (batch.mask, batch.inputs.get("attention_mask")):
+        if mask is not None and mask.numel() == len(scores_TE):
+            return scores_TE[mask.flatten().bool()]
+    return scores_TE
 
 
 def bf16_supported(device: str | torch.device = "cpu") -> bool:
