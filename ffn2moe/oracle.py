@@ -1,22 +1,32 @@
-"""The best K experts for a token, from the Gram matrix of the experts' outputs.
+"""The best experts for a token, from the Gram matrix of the experts' outputs.
 
 With G_ij = <E_i(x), E_j(x)>, leaving out the experts not in S costs
 ``||y - a y_S||^2 = 1'G1 - 2a 1'G m + a^2 m'G m`` for the indicator m of S: one dense pass and an E x E matrix
 per token rank every subset (derivation: docs/methods.md).
+
+A selection whose number of experts differs from token to token is judged at the same mean number: each token gets as
+many as are worth one price to it. Errors of a fixed subset add up over tokens and so do Gram matrices; where a text
+has one choice for all of its tokens, the sum of their matrices is its matrix.
+
+Letters beside those of `ffn2moe.spec`: R rows, tokens or texts; N numbers of experts, 1 to E.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import combinations
-from math import comb
+from math import comb, floor
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ffn2moe.moe import MoEFFN
+from ffn2moe.spec import Selection
 
 MAX_SUBSETS = 2000  # above this, greedy drop-one instead of enumeration
+BISECTIONS = 60  # of a price
+ROWS = 4096  # ranked at once
 
 
 @torch.no_grad()
@@ -46,11 +56,37 @@ def subset_errors(gram_TEE: Tensor, indicator_CE: Tensor, scale: float = 1.0) ->
     return (energy_T1 - 2 * scale * cross_TC + scale * scale * own_TC).clamp(min=0)
 
 
+@torch.no_grad()
+def grams(moe: MoEFFN, x_TD: Tensor, chunk: int = 4096, text_T: Tensor | None = None) -> tuple[Tensor, float]:
+    """The Gram matrices of a layer on tokens [T, D], [R, E, E], and the energy of its whole output, shared expert too.
+
+    A row is a token; with `text_T` [T] int64, the text of each token from 0 on, a row is a text: the sum of its
+    tokens' matrices. 4 R E^2 bytes.
+    """
+    E, whole, rows = moe.num_experts, 0.0, []
+    texts = 0 if text_T is None else int(text_T.max()) + 1
+    summed_REE = torch.zeros(texts, E, E)
+    for start in range(0, len(x_TD), chunk):
+        x = x_TD[start : start + chunk]
+        outputs_TED = expert_outputs(moe, x)
+        gram_TEE = gram(outputs_TED)
+        shared_TD = moe.shared(x)
+        if shared_TD is None:
+            whole += gram_TEE.sum(dtype=torch.float64).item()
+        else:
+            whole += (shared_TD + outputs_TED.sum(1)).square().sum(dtype=torch.float64).item()
+        if text_T is None:
+            rows.append(gram_TEE)
+        else:
+            summed_REE.index_add_(0, text_T[start : start + chunk], gram_TEE)
+    return (torch.cat(rows) if text_T is None else summed_REE), whole
+
+
 @dataclass(frozen=True)
 class OracleChoice:
     """What the oracle says of T tokens."""
 
-    chosen_TE: Tensor  # K-hot indicator of the best subset
+    chosen_TE: Tensor  # indicator of the best experts
     gain_TE: Tensor  # rise in squared error when an expert must be left out, minus when it must be kept
 
 
@@ -62,7 +98,8 @@ def oracle(gram_TEE: Tensor, num_active: int, scale: float = 1.0) -> OracleChoic
     """
     E = gram_TEE.shape[-1]
     if comb(E, num_active) > MAX_SUBSETS:
-        return _greedy(gram_TEE, num_active, scale)
+        chosen_TE = (_drop_order(gram_TEE, scale) >= E - num_active).to(gram_TEE)
+        return OracleChoice(chosen_TE, _toggle_gain(gram_TEE, chosen_TE, scale))
     indicator_CE = subsets(E, num_active).to(gram_TEE)
     errors_TC = subset_errors(gram_TEE, indicator_CE, scale)
     chosen_TE = indicator_CE[errors_TC.argmin(1)]
@@ -77,45 +114,151 @@ def oracle(gram_TEE: Tensor, num_active: int, scale: float = 1.0) -> OracleChoic
     return OracleChoice(chosen_TE, torch.stack(gains, dim=1))
 
 
-def _greedy(gram_TEE: Tensor, num_active: int, scale: float) -> OracleChoice:
-    """Drop-one: the error of S minus {i} follows from G m, so a step costs T x E x E."""
-    T, E, _ = gram_TEE.shape
-    chosen_TE = gram_TEE.new_ones(T, E)
+def _rise(gram_TEE: Tensor, chosen_TE: Tensor, scale: float) -> Tensor:
+    """Rise in error when each expert is toggled, [T, E]: from G m, so it costs T x E x E."""
+    own_TE = (gram_TEE @ chosen_TE.unsqueeze(2)).squeeze(2)  # <E_i, y_S>
     total_TE = gram_TEE.sum(1)  # <E_i, y>
     diagonal_TE = gram_TEE.diagonal(dim1=1, dim2=2)
+    drop_TE = 2 * scale * total_TE + scale**2 * (diagonal_TE - 2 * own_TE)
+    add_TE = -2 * scale * total_TE + scale**2 * (diagonal_TE + 2 * own_TE)
+    return torch.where(chosen_TE.bool(), drop_TE, add_TE)
 
-    def change(chosen: Tensor) -> Tensor:
-        """Rise in error when each expert is toggled, [T, E]."""
-        own_TE = (gram_TEE @ chosen.unsqueeze(2)).squeeze(2)  # <E_i, y_S>
-        drop = 2 * scale * total_TE + scale**2 * (diagonal_TE - 2 * own_TE)
-        add = -2 * scale * total_TE + scale**2 * (diagonal_TE + 2 * own_TE)
-        return torch.where(chosen.bool(), drop, add)
 
-    for _ in range(E - num_active):
-        rise_TE = change(chosen_TE).masked_fill(~chosen_TE.bool(), torch.inf)
-        chosen_TE = chosen_TE.scatter(1, rise_TE.argmin(1, keepdim=True), 0.0)
-    rise_TE = change(chosen_TE)
-    return OracleChoice(chosen_TE, torch.where(chosen_TE.bool(), rise_TE, -rise_TE))
+def _toggle_gain(gram_TEE: Tensor, chosen_TE: Tensor, scale: float = 1.0) -> Tensor:
+    """What each expert is worth beside the chosen, or among them: minus what toggling it on raises, or plus off."""
+    rise_TE = _rise(gram_TEE, chosen_TE, scale)
+    return torch.where(chosen_TE.bool(), rise_TE, -rise_TE)
+
+
+def _drop_order(gram_TEE: Tensor, scale: float) -> Tensor:
+    """The step at which each expert is dropped, [T, E] from 0 to E - 1: each time the one that is missed least."""
+    chosen_TE = torch.ones(gram_TEE.shape[:2]).to(gram_TEE)
+    order_TE = torch.zeros(gram_TEE.shape[:2], dtype=torch.int64, device=gram_TEE.device)
+    for step in range(gram_TEE.shape[-1]):
+        rise_TE = _rise(gram_TEE, chosen_TE, scale).masked_fill(~chosen_TE.bool(), torch.inf)
+        least_T1 = rise_TE.argmin(1, keepdim=True)
+        order_TE.scatter_(1, least_T1, step)
+        chosen_TE.scatter_(1, least_T1, 0.0)
+    return order_TE
+
+
+def best_of_each_size(gram_TEE: Tensor, most: int | None = None) -> tuple[Tensor, Tensor]:
+    """For n = 1 to `most` (E): the error of the best n experts, [T, N], and which they are, bool [T, N, E].
+
+    By enumeration or greedily, as `oracle`.
+    """
+    E = gram_TEE.shape[-1]
+    errors, chosen = [], []
+    order_TE = None
+    for n in range(1, (most or E) + 1):
+        if comb(E, n) <= MAX_SUBSETS:
+            indicator_CE = subsets(E, n).to(gram_TEE)
+            error_T, best_T = subset_errors(gram_TEE, indicator_CE).min(1)
+            chosen_TE = indicator_CE[best_T]
+        else:
+            order_TE = _drop_order(gram_TEE, 1.0) if order_TE is None else order_TE
+            chosen_TE = (order_TE >= E - n).to(gram_TEE)
+            left_TE = 1 - chosen_TE
+            error_T = ((gram_TEE @ left_TE.unsqueeze(2)).squeeze(2) * left_TE).sum(1).clamp(min=0)
+        errors.append(error_T)
+        chosen.append(chosen_TE.bool())
+    return torch.stack(errors, dim=1), torch.stack(chosen, dim=1)
+
+
+def prefix_errors(gram_TEE: Tensor) -> Tensor:
+    """Squared error of the first n experts for n = 1..E, [T, E]: the inner products among those left out, summed."""
+    among_TEE = gram_TEE.flip(1, 2).cumsum(1).cumsum(2)  # [i, j]: of the last i + 1 with the last j + 1
+    last_TE = among_TEE.diagonal(dim1=1, dim2=2)
+    return torch.cat([last_TE[:, :-1].flip(1), torch.zeros_like(last_TE[:, :1])], dim=1).clamp(min=0)
+
+
+def at_one_price(errors_TN: Tensor, mean: float) -> tuple[Tensor, float]:
+    """How many experts each token should use, [T] from 1 to N, when they may use `mean` on average; and the price.
+
+    Each token uses the number that minimises its error plus the price of its experts (a Lagrange multiplier), so that
+    no other numbers that add up to as many, or fewer, have a smaller sum of errors. The price is the lowest that can
+    be paid; tokens to which two numbers are worth the same have the larger as long as there is room.
+    """
+    errors_TN = errors_TN.double()
+    T, N = errors_TN.shape
+    count_N = torch.arange(1, N + 1, dtype=errors_TN.dtype, device=errors_TN.device)
+    budget = floor(mean * T + 1e-6)
+
+    def at(price: float) -> Tensor:
+        return (errors_TN + price * count_N).argmin(1) + 1
+
+    low, high = 0.0, (errors_TN[:, 0] - errors_TN.amin(1)).max().item() * 2 + 1e-30
+    if at(low).sum() <= budget:
+        return at(low), low
+    for _ in range(BISECTIONS):
+        price = (low + high) / 2
+        low, high = (price, high) if at(price).sum() > budget else (low, price)
+    few_T, many_T = at(high), at(low)
+    more_T = (many_T - few_T).clamp(min=0)
+    affordable_T = more_T.cumsum(0) <= budget - few_T.sum()
+    return few_T + more_T * affordable_T, high
+
+
+def prefix_choice(gram_TEE: Tensor, mean: float) -> Tensor:
+    """How many of the first experts each token should use, [T] int64, K = `mean` on average: the oracle of `prefix`."""
+    return at_one_price(prefix_errors(gram_TEE), mean)[0]
+
+
+def budget_choice(gram_TEE: Tensor, mean: float, most: int | None = None) -> Tensor:
+    """Indicator [T, E] of the best experts, at most `most` a token and K = `mean` on average: that of `threshold`."""
+    return _budget(gram_TEE, mean, most)[0]
+
+
+def _budget(gram_TEE: Tensor, mean: float, most: int | None) -> tuple[Tensor, float]:
+    parts = [best_of_each_size(part, most) for part in gram_TEE.split(ROWS)]
+    count_T, price = at_one_price(torch.cat([errors_TN for errors_TN, _ in parts]), mean)
+    chosen_TNE = torch.cat([chosen_TNE for _, chosen_TNE in parts])
+    return chosen_TNE[torch.arange(len(count_T)), count_T - 1].to(gram_TEE), price
+
+
+def best_choice(selection: Selection, gram_REE: Tensor, mean: float, most: int | None = None) -> Tensor:
+    """Indicator [R, E] of the best choice that a selection allows, K = `mean` experts on average."""
+    E = gram_REE.shape[-1]
+    if selection == "prefix":
+        return (torch.arange(E) < prefix_choice(gram_REE, mean).unsqueeze(1)).to(gram_REE)
+    if selection == "threshold":
+        return budget_choice(gram_REE, mean, most)
+    return torch.cat([oracle(part, round(mean)).chosen_TE for part in gram_REE.split(ROWS)])
 
 
 @dataclass(frozen=True)
 class Survey:
-    """What a layer's experts are to T tokens: all that a router is fitted to."""
+    """What a layer's experts are to R tokens or texts: all that a router is fitted to."""
 
-    norm_TE: Tensor  # ||E_i(x)||
-    gain_TE: Tensor  # the oracle's gains, over the mean energy of the layer's output
+    norm_TE: Tensor  # ||E_i(x)||; of a text, the root of the sum of its tokens' squares
+    gain_TE: Tensor  # what the scores should rank by, over the mean energy of the layer's output; see `survey`
+    chosen_TE: Tensor  # indicator of the best choice that the layer's selection allows
 
 
 @torch.no_grad()
-def survey(moe: MoEFFN, x_TD: Tensor, chunk: int = 4096) -> Survey:
-    """Norms and gains of every expert on tokens [T, D], from one pass over the experts."""
-    norms, gains, energy = [], [], 0.0
-    for x in x_TD.split(chunk):
-        gram_TEE = gram(expert_outputs(moe, x))
-        norms.append(gram_TEE.diagonal(dim1=1, dim2=2).clamp(min=0).sqrt())
-        gains.append(oracle(gram_TEE, moe.num_active).gain_TE)
-        energy += gram_TEE.sum(dtype=torch.float64).item()
-    return Survey(torch.cat(norms), torch.cat(gains) / (energy / len(x_TD)))
+def survey(moe: MoEFFN, x_TD: Tensor, chunk: int = 4096, text_T: Tensor | None = None) -> Survey:
+    """Norms, gains and best choice of every expert on tokens [T, D], or on their texts [T], from one pass.
+
+    The gain is, for `topk`, the oracle's. For `threshold`, by how much more than its price an expert lowers the error:
+    above 0 for the chosen. For `prefix`, whose score n says that n experts are enough, minus the error and the price
+    of the first n: highest at the best n.
+    """
+    gram_REE, _ = grams(moe, x_TD, chunk, text_T)
+    selection, K = moe.router.selection, moe.num_active
+    if selection == "prefix":
+        errors_RE = prefix_errors(gram_REE)
+        count_R, price = at_one_price(errors_RE, K)
+        number_E = torch.arange(1, moe.num_experts + 1)
+        chosen_RE, gain_RE = (number_E <= count_R.unsqueeze(1)).to(gram_REE), -(errors_RE + price * number_E)
+    elif selection == "threshold":
+        chosen_RE, price = _budget(gram_REE, K, moe.router.max_active)
+        gain_RE = _toggle_gain(gram_REE, chosen_RE) - price
+    else:
+        parts = [oracle(part, K) for part in gram_REE.split(ROWS)]
+        chosen_RE, gain_RE = torch.cat([p.chosen_TE for p in parts]), torch.cat([p.gain_TE for p in parts])
+    energy = gram_REE.sum(dtype=torch.float64).item() / len(gram_REE)
+    norm_RE = gram_REE.diagonal(dim1=1, dim2=2).clamp(min=0).sqrt()
+    return Survey(norm_RE, gain_RE / energy, chosen_RE)
 
 
 @dataclass(frozen=True)
@@ -126,72 +269,95 @@ class BestScale:
     error: float  # ||y - a y_S|| / ||y|| over all tokens
 
 
-class _Fit:
-    """Sums over tokens from which the best scale of a choice, and its error, follow in closed form."""
-
-    def __init__(self) -> None:
-        self.cross = self.own = self.routed = self.whole = 0.0
-
-    def add(self, gram_TEE: Tensor, chosen_TE: Tensor, whole: float | None = None) -> None:
-        """Tokens whose routed experts have these inner products; `whole` is the energy of the whole FFN."""
-        routed = gram_TEE.sum((1, 2), dtype=torch.float64).sum().item()
-        self.routed += routed
-        self.whole += routed if whole is None else whole
-        self.cross += (gram_TEE.sum(1) * chosen_TE).sum(dtype=torch.float64).item()
-        own_T = ((gram_TEE @ chosen_TE.unsqueeze(2)).squeeze(2) * chosen_TE).sum(1)
-        self.own += own_T.sum(dtype=torch.float64).item()
-
-    def best(self) -> BestScale:
-        if self.own == 0 or self.whole == 0:
-            return BestScale(1.0, 0.0 if self.whole == 0 else (self.routed / self.whole) ** 0.5)
-        return BestScale(self.cross / self.own, (max(0.0, self.routed - self.cross**2 / self.own) / self.whole) ** 0.5)
-
-
-def _whole_energy(moe: MoEFFN, x_TD: Tensor, outputs_TED: Tensor) -> float | None:
-    """Energy of shared and routed experts together; None where there is no shared expert."""
-    shared_TD = moe.shared(x_TD)
-    if shared_TD is None:
-        return None
-    return (shared_TD + outputs_TED.sum(1)).square().sum(dtype=torch.float64).item()
+def fit_scale(gram_REE: Tensor, chosen_RE: Tensor, whole: float) -> BestScale:
+    """The best scale of a choice [R, E], and its error relative to the energy of the whole FFN, in closed form."""
+    routed = gram_REE.sum(dtype=torch.float64).item()
+    cross = (gram_REE.sum(1) * chosen_RE).sum(dtype=torch.float64).item()
+    own = ((gram_REE @ chosen_RE.unsqueeze(2)).squeeze(2) * chosen_RE).sum(dtype=torch.float64).item()
+    if own == 0 or whole == 0:
+        return BestScale(1.0, 0.0 if whole == 0 else (routed / whole) ** 0.5)
+    return BestScale(cross / own, (max(0.0, routed - cross**2 / own) / whole) ** 0.5)
 
 
 @torch.no_grad()
-def best_scale(moe: MoEFFN, x_TD: Tensor, chunk: int = 4096) -> BestScale:
+def best_scale(moe: MoEFFN, x_TD: Tensor, chunk: int = 4096, text_T: Tensor | None = None) -> BestScale:
     """The best single scale of a layer under the oracle's choice, on tokens [T, D]."""
-    fit = _Fit()
-    for x in x_TD.split(chunk):
-        outputs_TED = expert_outputs(moe, x)
-        gram_TEE = gram(outputs_TED)
-        fit.add(gram_TEE, oracle(gram_TEE, moe.num_active).chosen_TE, _whole_energy(moe, x, outputs_TED))
-    return fit.best()
+    gram_REE, whole = grams(moe, x_TD, chunk, text_T)
+    chosen_RE = best_choice(moe.router.selection, gram_REE, moe.num_active, moe.router.max_active)
+    return fit_scale(gram_REE, chosen_RE, whole)
 
 
 @torch.no_grad()
-def diagnose(moe: MoEFFN, x_TD: Tensor, chunk: int = 4096) -> dict[str, float]:
+def errors_by_active(moe: MoEFFN, x_TD: Tensor, chunk: int = 4096, text_T: Tensor | None = None) -> Tensor:
+    """What a layer loses with K = 1 to E experts, [E] float64: ``||y - a y_S||^2 / ||y||^2`` on tokens [T, D].
+
+    Each K with the best choice that the layer's selection allows and the best scale a.
+    """
+    gram_REE, whole = grams(moe, x_TD, chunk, text_T)
+    selection, most = moe.router.selection, moe.router.max_active
+    errors = []
+    for K in range(1, moe.num_experts + 1):
+        chosen_RE = best_choice(selection, gram_REE, K, max(K, most))
+        errors.append(fit_scale(gram_REE, chosen_RE, whole).error ** 2)
+    return torch.tensor(errors, dtype=torch.float64)
+
+
+def allocate(errors_LE: Tensor, num_active: int) -> tuple[int, ...]:
+    """K of each layer, from 1 to E and on average `num_active` at most, for which the layers' errors have the least sum.
+
+    `errors_LE` is what each layer loses with 1 to E experts. Exact, by dynamic programming over the layers; where
+    errors fall by less with each expert, that is what adding the most useful expert one at a time gives.
+    """
+    L, E = errors_LE.shape
+    budget = num_active * L
+    best_B = np.zeros(budget + 1)  # least error of the layers so far with at most b experts
+    taken = []
+    for error_E in errors_LE.double().numpy():
+        options_EB = np.full((E, budget + 1), np.inf)
+        for K in range(1, min(E, budget) + 1):
+            options_EB[K - 1, K:] = best_B[: budget + 1 - K] + error_E[K - 1]
+        taken.append(options_EB.argmin(0) + 1)
+        best_B = options_EB.min(0)
+    active = []
+    for taken_B in reversed(taken):
+        active.append(int(taken_B[budget]))
+        budget -= active[-1]
+    return tuple(reversed(active))
+
+
+@torch.no_grad()
+def diagnose(
+    moe: MoEFFN,
+    x_TD: Tensor,
+    chunk: int = 4096,
+    *,
+    text_T: Tensor | None = None,
+    route_BD: Tensor | None = None,
+) -> dict[str, float]:
     """How far a layer is from the sum of all its experts, on tokens [T, D].
 
     Errors are relative, ``||y - a y_S|| / ||y||`` over all tokens, each choice with its own best scale a and every
     chosen expert counted alike, whatever its gate (a shared expert is part of y and of y_S): `oracle_error` under the
-    best choice (what the partition costs), `router_error` under the learned one, `gap` their difference (what the
-    router costs), `router_recall` the share of the oracle's K that the router finds.
+    best choice that the layer's selection allows with as many experts on average (what the partition costs),
+    `router_error` under the learned one, `gap` their difference (what the router costs), `router_recall` the share of
+    the oracle's experts that the router finds, `captured_energy` what is left of the output's energy,
+    ``1 - router_error^2``, and `mean_active` how many experts a token uses.
+
+    Where texts are routed as wholes, `text_T` names the text of each token and `route_BD` is what the router reads of
+    each text.
     """
-    oracle_fit, router_fit = _Fit(), _Fit()
-    found = wanted = 0.0
-    for x in x_TD.split(chunk):
-        outputs_TED = expert_outputs(moe, x)
-        gram_TEE = gram(outputs_TED)
-        whole = _whole_energy(moe, x, outputs_TED)
-        scores_TE = moe.router(x)
-        chosen_TE = moe.router.choose(scores_TE, moe.num_active).indicator_TE(moe.num_experts)
-        best_TE = oracle(gram_TEE, moe.num_active).chosen_TE
-        oracle_fit.add(gram_TEE, best_TE, whole)
-        router_fit.add(gram_TEE, chosen_TE, whole)
-        found += (chosen_TE * best_TE).sum().item()
-        wanted += best_TE.sum().item()
-    oracle_error, router_error = oracle_fit.best().error, router_fit.best().error
+    gram_REE, whole = grams(moe, x_TD, chunk, text_T)
+    scores_RE = torch.cat([moe.router(part) for part in (x_TD if route_BD is None else route_BD).split(chunk)])
+    chosen_RE = moe.router.choose(scores_RE, moe.num_active).indicator_TE(moe.num_experts)
+    mean_active = chosen_RE.sum(1).mean(dtype=torch.float64).item()
+    best_RE = best_choice(moe.router.selection, gram_REE, mean_active, moe.router.max_active)
+    oracle_error = fit_scale(gram_REE, best_RE, whole).error
+    router_error = fit_scale(gram_REE, chosen_RE, whole).error
     return {
         "oracle_error": oracle_error,
         "router_error": router_error,
         "gap": router_error - oracle_error,
-        "router_recall": found / wanted,
+        "router_recall": ((chosen_RE * best_RE).sum() / best_RE.sum()).item(),
+        "captured_energy": 1 - router_error**2,
+        "mean_active": mean_active,
     }
