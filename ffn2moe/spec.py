@@ -178,12 +178,12 @@ class MoESpec:
                     "layers: use routing token"
                 )
         if self.container is not None:
-            plain = {"selection": "topk", "routing": "token", "active_per_layer": (), "elastic": ()}
+            plain = {"selection": "topk", "routing": "token", "elastic": (), "active_per_layer": ()}
             for name, only in plain.items():
                 if getattr(self, name) != only:
                     raise ValueError(
                         f"{name} = {getattr(self, name)}, and the container {self.container} runs the same number of "
-                        f"experts for every token in every layer, chosen by each layer: use container none"
+                        "experts for every token in every layer, chosen by each layer: use container none"
                     )
 
     @property

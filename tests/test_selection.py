@@ -1,0 +1,505 @@
+"""How many experts a token uses, chosen by what: each selection, routing and budget against its definition."""
+
+from __future__ import annotations
+
+import copy
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from ffn2moe import checkpoint, metrics
+from ffn2moe.dense import DenseFFN, load_dense, read_ffn
+from ffn2moe.experts import neurons_by_expert, slice_experts
+from ffn2moe.factorise import every_expert, layer_inputs, output_of, texts_of
+from ffn2moe.moe import MoEFFN, install_moe, moe_layers, set_active, spec_of
+from ffn2moe.router import Choice, Router
+from ffn2moe.spec import MoESpec
+from ffn2moe.texts import text_means
+from ffn2moe.train import Batch, Distiller, EmbeddingObjective, collate
+from tests.mixtures import flat_spec
+
+D, F, E = 16, 48, 6
+GATES = ("unit", "softmax", "softmax_topk", "sigmoid")
+PREFIX = ("prefix", "unit", 2)  # with 1 its router has nothing to choose, which is refused
+WAYS = [(selection, gate) for selection in ("topk", "threshold") for gate in GATES] + [("prefix", "unit")]
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def make_ffn() -> DenseFFN:
+    return DenseFFN(
+        w_in_FD=normal(F, D),
+        w_out_DF=normal(D, F, seed=1) / F**0.5,
+        activation="gelu",
+        b_in_F=normal(F, seed=2),
+        b_out_D=normal(D, seed=3),
+    )
+
+
+def make_moe(num_active: int = 2, *, shared: int = 0, **changes: Any) -> MoEFFN:
+    """A layer of E experts, some neurons in a shared one, and a random router."""
+    ffn = make_ffn()
+    expert_of_neuron_F = torch.full((F,), -1)
+    expert_of_neuron_F[shared:] = torch.arange(F - shared) * E // (F - shared)
+    neurons_EM = neurons_by_expert(expert_of_neuron_F, E)
+    shared_S = torch.arange(shared)
+    values = {"width": D, "ffn_width": F, "expert_width": neurons_EM.shape[1], "shared_width": shared}
+    spec = flat_spec(num_experts=E, num_active=num_active, **values, **changes)
+    moe = MoEFFN.from_experts(spec, slice_experts(ffn, neurons_EM, shared_S), neurons_EM, 0, shared_S)
+    with torch.no_grad():
+        moe.router.weight.copy_(normal(E, D, seed=4))
+        moe.router.bias.copy_(normal(E, seed=5))
+    return moe.eval()
+
+
+# --- the choice -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("shared", [0, 6])
+@pytest.mark.parametrize(("selection", "gate"), WAYS)
+def test_the_grouped_layer_is_the_reference_however_experts_are_chosen(selection, gate, shared, training):
+    moe = make_moe(selection=selection, gate=gate, shared=shared)
+    x_TD = normal(70, D, seed=6)
+    moe.calibrate(x_TD)
+    moe.set_scale(1.3)
+    moe.train(training)
+    torch.testing.assert_close(moe(x_TD), moe.reference(x_TD), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("selection", "gate"), WAYS)
+def test_a_router_that_scores_all_alike_and_all_experts_give_the_dense_ffn(selection, gate):
+    moe = make_moe(num_active=3, selection=selection, gate=gate)
+    x_TD = normal(40, D, seed=6)
+    moe.calibrate(x_TD)
+    before = {name: tensor.clone() for name, tensor in moe.state_dict().items()}
+    with every_expert([moe]):
+        torch.testing.assert_close(moe(x_TD), make_ffn()(x_TD), rtol=1e-5, atol=1e-5)
+    assert moe.num_active == 3
+    assert all(torch.equal(tensor, before[name]) for name, tensor in moe.state_dict().items())
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    selection=st.sampled_from(["threshold", "prefix"]),
+    num_active=st.integers(1, E),
+    most=st.integers(1, E),
+    seed=st.integers(0, 99),
+)
+def test_calibrated_tokens_use_k_experts_on_average(selection, num_active, most, seed):
+    max_active = max(num_active, most) if selection == "threshold" else None
+    router = Router(D, E, selection=selection, max_active=max_active)
+    scores_TE = normal(500, E, seed=seed)
+    router.calibrate(scores_TE, num_active)
+    choice = router.choose(scores_TE, num_active)
+    count_T = choice.count_T()
+    assert abs(count_T.double().mean() - num_active) <= 0.01
+    assert count_T.min() >= 1 and count_T.max() <= (max_active or E)
+
+
+def test_threshold_uses_the_experts_within_the_margin_of_the_best_and_no_others():
+    router = Router(D, E, selection="threshold", max_active=4)
+    scores_TE = normal(200, E, seed=7)
+    router.calibrate(scores_TE, 2)
+    p_TE = scores_TE.softmax(-1)
+    share = math.exp(-router.margin.item())  # 1 - tau of D2DMoE
+    wanted_TE = p_TE >= share * p_TE.amax(1, keepdim=True)
+    few_T = wanted_TE.sum(1) <= 4
+    used_TE = router.choose(scores_TE, 2).indicator_TE(E).bool()
+    assert few_T.any() and torch.equal(used_TE[few_T], wanted_TE[few_T])
+    best_TK = scores_TE.topk(4).indices
+    assert torch.equal(used_TE[~few_T], torch.zeros_like(used_TE).scatter(1, best_TK, True)[~few_T])
+
+
+def test_a_balance_bias_moves_the_choice_of_threshold():
+    router = Router(D, E, selection="threshold")
+    scores_TE = normal(50, E, seed=7)
+    router.balance_bias[3] = 100.0
+    assert router.choose(scores_TE, 2).indicator_TE(E).sum(0).argmax() == 3
+    router.balance(torch.tensor([0, 0, 0, 50, 0, 0]), step=1.0)
+    assert router.balance_bias[3] < 100.0
+
+
+def test_prefix_uses_the_first_experts_up_to_the_number_that_scores_highest():
+    router = Router(D, E, selection="prefix")
+    scores_TE = normal(200, E, seed=8)
+    router.calibrate(scores_TE, 3)
+    price_E = -router.balance_bias
+    torch.testing.assert_close(price_E, price_E[0] * torch.arange(1.0, E + 1))
+    count_T = (scores_TE - price_E).argmax(1) + 1
+    choice = router.choose(scores_TE, 3)
+    assert torch.equal(choice.count_T(), count_T)
+    assert torch.equal(choice.indicator_TE(E), (torch.arange(E) < count_T.unsqueeze(1)).float())
+
+
+def test_balancing_leaves_the_price_of_a_prefix_alone():
+    router = Router(D, E, selection="prefix")
+    router.balance(torch.arange(E), step=1.0)
+    assert not router.balance_bias.any()
+
+
+@pytest.mark.parametrize("selection", ["threshold", "prefix"])
+def test_following_reaches_what_calibration_finds(selection):
+    scores_TE = normal(300, E, seed=9)
+    calibrated, followed = (Router(D, E, selection=selection) for _ in range(2))
+    calibrated.calibrate(scores_TE, 2)
+    for _ in range(200):
+        followed.follow(scores_TE, 2, rate=0.1)
+    for name, buffer in followed.named_buffers():
+        torch.testing.assert_close(buffer, calibrated.get_buffer(name))
+
+
+@settings(deadline=None, max_examples=30)
+@given(data=st.data())
+def test_a_choice_tells_the_same_in_every_form(data):
+    used = data.draw(st.lists(st.lists(st.booleans(), min_size=E, max_size=E), min_size=1, max_size=20))
+    used_TK = torch.tensor(used)
+    experts_TK = torch.stack([torch.randperm(E) for _ in used])
+    choice = Choice(experts_TK, used_TK)
+    token_P, expert_P = choice.pairs()
+    indicator_TE = torch.zeros(len(used), E)
+    indicator_TE[token_P, expert_P] = 1
+    assert torch.equal(choice.indicator_TE(E), indicator_TE)
+    assert torch.equal(choice.count_T(), indicator_TE.sum(1).long())
+    assert torch.equal(choice.load_E(E), indicator_TE.sum(0).long())
+
+
+@pytest.mark.parametrize("gate", GATES)
+def test_a_pair_that_is_not_used_has_gate_0(gate):
+    router = Router(D, E, gate, selection="threshold")
+    scores_TE = normal(100, E, seed=9)
+    router.calibrate(scores_TE, 2)
+    choice = router.choose(scores_TE, 2)
+    assert choice.used_TK is not None and not choice.used_TK.all()
+    for training in (False, True):
+        gate_TK = router.weigh(scores_TE, choice, training)
+        assert not gate_TK[~choice.used_TK].any() and (gate_TK[choice.used_TK] > 0).all()
+
+
+@pytest.mark.parametrize("shared", [0, 6])
+@pytest.mark.parametrize(
+    ("selection", "gate", "num_active"), [(*way, active) for way in WAYS for active in (1, 2, 3)][:-3] + [PREFIX]
+)
+def test_every_parameter_learns_from_the_loss(selection, gate, num_active, shared):
+    moe = make_moe(num_active, selection=selection, gate=gate, shared=shared)
+    x_TD = normal(300, D, seed=6)
+    moe.calibrate(x_TD)
+    moe.train()
+    (moe(x_TD) - make_ffn()(x_TD)).square().sum().backward()
+    assert [name for name, one in moe.named_parameters() if one.grad is None or not one.grad.any()] == []
+
+
+def test_a_prefix_passes_the_probability_that_it_reaches_each_expert_straight_through():
+    router = Router(D, E, selection="prefix")
+    scores_TE = normal(30, E, seed=10).requires_grad_(True)
+    router.calibrate(scores_TE.detach(), 3)
+    choice = router.choose(scores_TE, 3)
+    value_TE = normal(30, E, seed=11)
+    (router.weigh(scores_TE, choice, training=True) * value_TE).sum().backward()
+    found = scores_TE.grad
+    again_TE = scores_TE.detach().requires_grad_(True)
+    p_TE = (again_TE + router.balance_bias).softmax(-1)
+    reached_TE = torch.stack([p_TE[:, n:].sum(1) for n in range(E)], dim=1)
+    (reached_TE * choice.indicator_TE(E) * value_TE).sum().backward()
+    torch.testing.assert_close(found, again_TE.grad)
+
+
+@pytest.mark.parametrize("gate", GATES[1:])
+def test_the_scale_of_the_gates_leaves_the_choice_of_threshold_alone(gate):
+    moe = make_moe(selection="threshold", gate=gate)
+    x_TD = normal(300, D, seed=6)
+    moe.calibrate(x_TD)
+    before = moe.router.choose(moe.router(x_TD), 2)
+    moe.fit_router_scale(x_TD)
+    after = moe.router.choose(moe.router(x_TD), 2)
+    assert moe.router.scale != 1
+    assert torch.equal(before.indicator_TE(E), after.indicator_TE(E))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"selection": "prefix", "gate": "softmax"}, "use the gate unit"),
+        ({"selection": "prefix", "num_active": 1}, "the router has nothing to choose"),
+        ({"max_active": 3}, "leave max_active out, or use selection threshold"),
+        ({"selection": "threshold", "max_active": 1}, "must be between num_active = 2"),
+        ({"selection": "threshold", "active_per_layer": (1, 3)}, "use selection topk, or leave active_per_layer out"),
+        ({"selection": "threshold", "elastic": (1,)}, "use selection topk, or leave elastic out"),
+        ({"active_per_layer": (1, 3), "elastic": (1,)}, "use one of the two"),
+        ({"active_per_layer": (1, 7)}, "each must be between 1 and num_experts = 6"),
+        ({"active_per_layer": (1,)}, "names 1 layers and the model has 2"),
+        ({"elastic": (2,)}, "must ascend, without num_active = 2"),
+        ({"elastic": (4, 1)}, "must ascend"),
+        ({"elastic": (7,)}, "each must be between 1 and num_experts"),
+        ({"routing": "sequence", "head": "causal"}, "a causal model has not seen the rest: use routing token"),
+        ({"routing": "sequence", "head": "seq2seq"}, "more than one stack of layers: use routing token"),
+        ({"container": "mixtral", "selection": "threshold"}, "use container none"),
+        ({"container": "mixtral", "head": "embedding", "routing": "sequence"}, "use container none"),
+        ({"container": "mixtral", "elastic": (1,)}, "use container none"),
+        ({"container": "mixtral", "active_per_layer": (1, 3)}, "use container none"),
+    ],
+)
+def test_a_spec_that_makes_no_sense_is_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        flat_spec(**{"num_experts": E, "num_active": 2} | changes)
+
+
+# --- whole models ---------------------------------------------------------------------------------------------------
+
+
+def carve(teacher: Path, num_active: int = 2, num_experts: int = 4, **changes: Any) -> tuple[Any, MoESpec]:
+    """The teacher with random routers before its FFNs, calibrated on random inputs."""
+    model, _ = load_dense(str(teacher))
+    spec = spec_of(
+        model,
+        head="embedding",
+        num_experts=num_experts,
+        num_active=num_active,
+        partition="contiguous",
+        teacher="tiny",
+        pooling="mean",
+        max_length=32,
+        **changes,
+    )
+    layers = []
+    for index in range(spec.num_layers):
+        neurons_EM = neurons_by_expert(torch.arange(spec.ffn_width) * num_experts // spec.ffn_width, num_experts)
+        moe = MoEFFN.from_experts(spec, slice_experts(read_ffn(model, index), neurons_EM), neurons_EM, index)
+        x_TD = normal(200, spec.width, seed=30)
+        with torch.no_grad():
+            moe.router.weight.copy_(normal(num_experts, spec.width, seed=20 + index))
+            moe.set_scale(1.1)
+            for offset, scale in enumerate(moe.elastic_scale.values()):
+                scale.fill_(1.5 + offset)
+        moe.calibrate(x_TD, x_TD)
+        layers.append(moe)
+    install_moe(model, layers)
+    return model.eval(), spec
+
+
+def batch(*lengths: int, padded: int | None = None) -> Batch:
+    generator = torch.Generator().manual_seed(sum(lengths))
+    texts = [torch.randint(5, 90, (length,), generator=generator).tolist() for length in lengths]
+    return collate("embedding", texts, length=padded)
+
+
+KINDS: list[dict[str, Any]] = [
+    {"selection": "threshold", "max_active": 3},
+    {"selection": "threshold", "gate": "softmax"},
+    {"selection": "prefix"},
+    {"routing": "sequence"},
+    {"routing": "sequence", "selection": "threshold"},
+    {"active_per_layer": (1, 3)},
+    {"elastic": (1, 4)},
+]
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_a_checkpoint_gives_every_model_back_bit_for_bit(tiny_teacher, tmp_path, kind):
+    model, spec = carve(tiny_teacher, **kind)
+    checkpoint.save(model, None, spec, tmp_path)
+    assert checkpoint.load_spec(tmp_path) == spec
+    loaded = checkpoint.load(tmp_path)
+    assert [moe.num_active for moe in moe_layers(loaded)] == [spec.active_of(layer) for layer in range(2)]
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, loaded.state_dict()[name]), name
+    inputs = batch(5, 9)
+    assert torch.equal(output_of(model, inputs), output_of(loaded, inputs))
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_with_every_expert_the_model_is_its_teacher(tiny_teacher, kind):
+    model, _ = carve(tiny_teacher, **kind)
+    teacher, _ = load_dense(str(tiny_teacher))
+    inputs = batch(5, 9)
+    with every_expert(moe_layers(model)):
+        torch.testing.assert_close(output_of(model, inputs), output_of(teacher, inputs), rtol=1e-5, atol=1e-5)
+
+
+def test_each_layer_uses_its_own_number_of_experts(tiny_teacher):
+    model, spec = carve(tiny_teacher, active_per_layer=(1, 3))
+    counts = []
+    for moe in moe_layers(model):
+        moe.observer = lambda scores_TE, choice: counts.append(choice.experts_TK.shape[1])
+    output_of(model, batch(7))
+    assert counts == [1, 3]
+    same = replace(spec, active_per_layer=())
+    teacher, student = metrics.flops_per_token(spec, model.config, 16)
+    assert student.ffn == metrics.flops_per_token(same, model.config, 16)[1].ffn == teacher.ffn // 2
+    dense, _ = load_dense(str(tiny_teacher))
+    uneven = metrics.parameters(dense, model)
+    assert uneven == metrics.parameters(dense, carve(tiny_teacher)[0])
+
+
+# --- whole texts ----------------------------------------------------------------------------------------------------
+
+
+def scores_of(model: Any, inputs: Batch) -> list[Tensor]:
+    """What the router of each layer says, [B, L, E], for a batch."""
+    seen: list[Tensor] = []
+    for moe in moe_layers(model):
+        moe.observer = lambda scores_TE, choice: seen.append(scores_TE)
+    with torch.no_grad():
+        model(**inputs.inputs)
+    for moe in moe_layers(model):
+        moe.observer = None
+    return [scores_TE.reshape(*inputs.inputs["input_ids"].shape, -1) for scores_TE in seen]
+
+
+def test_all_layers_read_the_mean_of_a_text_before_the_first_of_them(tiny_teacher):
+    model, _ = carve(tiny_teacher, routing="sequence")
+    inputs = batch(5, 9)
+    first: list[Tensor] = []
+    hook = moe_layers(model)[0].register_forward_pre_hook(lambda module, given: first.append(given[0]))
+    found = scores_of(model, inputs)
+    hook.remove()
+    mask_BL = inputs.inputs["attention_mask"]
+    mean_BD = torch.stack([x[mask.bool()].mean(0) for x, mask in zip(first[0], mask_BL, strict=True)])
+    for moe, scores_BLE in zip(moe_layers(model), found, strict=True):
+        torch.testing.assert_close(scores_BLE, moe.router(mean_BD).unsqueeze(1).expand_as(scores_BLE))
+
+
+def test_padding_and_neighbours_change_no_texts_choice(tiny_teacher):
+    model, _ = carve(tiny_teacher, routing="sequence")
+    text = batch(6)
+    ids_BL = torch.zeros(2, 20, dtype=torch.int64)
+    ids_BL[0, :6], ids_BL[1] = text.inputs["input_ids"][0], torch.arange(5, 25)
+    mask_BL = torch.ones_like(ids_BL)
+    mask_BL[0, 6:] = 0
+    padded = Batch({"input_ids": ids_BL, "attention_mask": mask_BL}, mask_BL)
+    for alone, among in zip(scores_of(model, text), scores_of(model, padded), strict=True):
+        torch.testing.assert_close(alone[0], among[0, :6], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(output_of(model, text), output_of(model, padded)[:6], rtol=1e-4, atol=1e-5)
+
+
+def test_collected_tokens_are_routed_as_in_the_model(tiny_teacher):
+    model, _ = carve(tiny_teacher, routing="sequence")
+    batches = [batch(5, 9), batch(3, 12, 7)]
+    masks = [one.inputs["attention_mask"].bool() for one in batches]
+    by_layer = zip(*(scores_of(model, one) for one in batches), strict=True)
+    seen = [torch.cat([scores[mask] for scores, mask in zip(layer, masks, strict=True)]) for layer in by_layer]
+    inputs = layer_inputs(model, batches, max_tokens=1000)
+    route_TD = text_means(inputs[0], texts_of(batches, 1000))
+    for moe, x_TD, scores_TE in zip(moe_layers(model), inputs, seen, strict=True):
+        torch.testing.assert_close(moe.scores(x_TD, route_TD), scores_TE, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(moe(x_TD, route_TD), moe.reference(x_TD, route_TD), rtol=1e-4, atol=1e-4)
+
+
+def test_a_copy_of_a_model_reads_its_own_texts(tiny_teacher):
+    model, _ = carve(tiny_teacher, routing="sequence")
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        other.embeddings.word_embeddings.weight.mul_(-1)
+    inputs = batch(5, 9)
+    kept = output_of(model, inputs)
+    assert not torch.allclose(output_of(other, inputs), kept)
+    assert torch.equal(output_of(model, inputs), kept)
+
+
+def test_a_layer_outside_its_model_says_that_it_needs_the_texts(tiny_teacher):
+    model, _ = carve(tiny_teacher, routing="sequence")
+    x_TD = normal(5, 32)
+    with pytest.raises(ValueError, match="run the model, or give the layer route_TD"):
+        moe_layers(model)[0](x_TD)
+    with pytest.raises(ValueError, match="give route_TD"):
+        make_moe(routing="sequence")(normal(5, D))
+
+
+def test_a_mask_that_is_no_mask_of_tokens_is_refused(tiny_teacher):
+    model, _ = carve(tiny_teacher, routing="sequence")
+    with pytest.raises(ValueError, match="an attention_mask"):
+        model(input_ids=torch.ones(2, 6, dtype=torch.int64), attention_mask=torch.ones(2, 1, 6, 6))
+
+
+# --- training -------------------------------------------------------------------------------------------------------
+
+
+class Texts:
+    """The same few texts, over and over."""
+
+    def from_step(self, step: int) -> Any:
+        while True:
+            yield batch(5, 9, 12, 16, padded=16)
+            yield batch(6, 7, 11, 16, padded=16)
+
+
+def distiller(teacher: Path, student: nn.Module, steps: int, **options: Any) -> Distiller:
+    objective = EmbeddingObjective(pooling="mean", hidden_weight=1.0, embedding_weight=10.0, relational_weight=100.0)
+    settings = {"learning_rate": 1e-2, "balance_step": 0.0} | options
+    return Distiller(load_dense(str(teacher))[0], student, Texts(), objective, steps=steps, **settings)
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_distillation_reaches_every_router(tiny_teacher, kind):
+    model, _ = carve(tiny_teacher, **kind)
+    before = [moe.router.weight.detach().clone() for moe in moe_layers(model)]
+    losses = [step.loss for step in distiller(tiny_teacher, model, 12).run()]
+    assert losses[-1] < losses[0]
+    assert all((moe.router.weight != old).any() for moe, old in zip(moe_layers(model), before, strict=True))
+
+
+@pytest.mark.parametrize("selection", ["threshold", "prefix"])
+def test_training_keeps_the_mean_number_of_experts(tiny_teacher, selection):
+    model, _ = carve(tiny_teacher, num_experts=8, num_active=3, selection=selection)
+    run = distiller(tiny_teacher, model, 60, learning_rate=3e-3)
+    for _ in run.run():
+        pass
+    counts: list[Tensor] = []
+    for moe in moe_layers(model):
+        moe.observer = lambda scores_TE, choice: counts.append(choice.count_T())
+    for _, inputs in zip(range(2), Texts().from_step(0), strict=False):
+        mask = inputs.inputs["attention_mask"].bool().flatten()
+        with torch.no_grad():
+            model(**inputs.inputs)
+        counts[-2:] = [count_T[mask] for count_T in counts[-2:]]
+    assert abs(torch.cat(counts).double().mean() - 3) < 0.25
+
+
+# --- several budgets ------------------------------------------------------------------------------------------------
+
+
+def test_each_budget_has_its_own_scale_and_is_opened_alone(tiny_teacher, tmp_path):
+    model, spec = carve(tiny_teacher, elastic=(1, 4))
+    checkpoint.save(model, None, spec, tmp_path)
+    assert spec.budgets == (1, 2, 4)
+    inputs = batch(5, 9)
+    for active, scale in ((1, 1.5), (2, 1.1), (4, 2.5)):
+        set_active(model, active)
+        alone = checkpoint.load(tmp_path, active=active)
+        assert checkpoint.load_spec(tmp_path, active=active) == replace(spec, num_active=active, elastic=())
+        assert all(moe.num_active == active and moe.scale == scale for moe in moe_layers(model))
+        assert all(moe.num_active == active and moe.output_scale == scale for moe in moe_layers(alone))
+        assert not any("elastic" in name for name in alone.state_dict())
+        assert torch.equal(output_of(alone, inputs), output_of(model, inputs))
+    with pytest.raises(ValueError, match=r"none of the budgets \[1, 2, 4\]"):
+        set_active(model, 3)
+    with pytest.raises(ValueError, match="choose from 1, 2, 4"):
+        checkpoint.load(tmp_path, active=3)
+
+
+def test_the_closed_form_scale_of_every_budget_is_the_best():
+    moe = make_moe(elastic=(1, 4))
+    x_TD = normal(400, D, seed=6)
+    moe.fit_scale_and_mean(x_TD)
+    assert moe.num_active == 2
+    y_TD = make_ffn()(x_TD)
+
+    def error() -> float:
+        return (moe(x_TD) - y_TD).square().sum().item()
+
+    for active in moe.budgets:
+        moe.set_active(active)
+        best, scale = error(), moe.scale.item()
+        for other in (0.98, 1.02):
+            moe.set_scale(scale * other)
+            assert error() > best
+        moe.set_scale(scale)
