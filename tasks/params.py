@@ -118,6 +118,79 @@ class Decompose(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _nested_experts_are_counted(self) -> Decompose:
+        if self.partition != "nested":
+            return self
+        why = "decompose.partition = nested has the router say how many of the ordered experts a token runs"
+        if self.selection != "topk":
+            raise ValueError(
+                f"{why}, so that decompose.selection = {self.selection} has nothing to choose: set "
+                "decompose.selection=topk, or another partition"
+            )
+        if self.gate not in ("auto", "unit"):
+            raise ValueError(
+                f"{why}, and no score of its own to weigh one by: set decompose.gate=auto in place of {self.gate}, or "
+                "another partition"
+            )
+        if self.num_active == 1 < self.num_experts:
+            raise ValueError(
+                f"{why}, and decompose.num_active = 1 leaves it one answer: set decompose.num_experts="
+                f"{2 * self.num_experts} and decompose.num_active=2, or another partition"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _the_number_of_experts_is_set_once(self) -> Decompose:
+        counted = "decompose.partition = nested" if self.partition == "nested" else ""
+        if self.selection == "threshold":
+            counted = "decompose.selection = threshold"
+        if self.max_active is not None:
+            if self.selection != "threshold":
+                raise ValueError(
+                    f"decompose.max_active = {self.max_active} limits what decompose.selection = threshold lets a "
+                    "token run, which is not set: set decompose.max_active=null, or decompose.selection=threshold"
+                )
+            if not self.num_active <= self.max_active <= self.num_experts:
+                raise ValueError(
+                    f"decompose.max_active = {self.max_active} must be between decompose.num_active = "
+                    f"{self.num_active}, which tokens run on average, and decompose.num_experts = {self.num_experts}"
+                )
+        if self.active_per_layer == "same":
+            return self
+        if counted:
+            raise ValueError(
+                f"decompose.active_per_layer = {self.active_per_layer} sets how many experts a token runs, which "
+                f"{counted} leaves to the router: set decompose.active_per_layer=same, or choose by topk without nested"
+            )
+        if isinstance(self.active_per_layer, tuple):
+            over = [active for active in self.active_per_layer if active > self.num_experts]
+            if over or not self.active_per_layer:
+                raise ValueError(
+                    f"decompose.active_per_layer = {list(self.active_per_layer)} must hold, for each layer, a number "
+                    f"between 1 and decompose.num_experts = {self.num_experts}"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _containers_run_the_best_k(self) -> Decompose:
+        if self.container == "none":
+            return self
+        others = {
+            "partition": (self.partition, self.partition == "nested", "another partition"),
+            "selection": (self.selection, self.selection != "topk", "decompose.selection=topk"),
+            "active_per_layer": (self.active_per_layer, self.active_per_layer != "same", "the same in all layers"),
+            "routing": (self.routing, self.routing != "token", "decompose.routing=token"),
+        }
+        for key, (value, wanted, remedy) in others.items():
+            if wanted:
+                raise ValueError(
+                    f"decompose.{key} = {value}, but a native container runs the same number of experts for every "
+                    f"token in every layer, those that the layer's own router scores highest: set "
+                    f"decompose.container=none, or {remedy}"
+                )
+        return self
+
 
 class TrainRouter(Section):
     tokens: Count
@@ -236,6 +309,48 @@ class Params(Section):
                 f"teacher.head = {head}: set decompose.container=none"
             )
         return self
+
+    @model_validator(mode="after")
+    def _elastic_budgets_are_other_numbers_of_experts(self) -> Params:
+        others, settings = self.distill.elastic, self.decompose
+        if not others:
+            return self
+        named = f"distill.elastic = {list(others)}"
+        if max(others) > settings.num_experts:
+            raise ValueError(
+                f"{named} has more than decompose.num_experts = {settings.num_experts}: a token can run at most every "
+                "expert"
+            )
+        if len({*others, settings.num_active}) <= len(others):
+            raise ValueError(
+                f"{named} must name each other budget once; decompose.num_active = {settings.num_active} is one anyway"
+            )
+        for key, value, only in (
+            ("partition", settings.partition, settings.partition != "nested"),
+            ("selection", settings.selection, settings.selection == "topk"),
+            ("active_per_layer", settings.active_per_layer, settings.active_per_layer == "same"),
+            ("container", settings.container, settings.container == "none"),
+        ):
+            if not only:
+                raise ValueError(
+                    f"{named} switches all layers between fixed numbers of experts, which decompose.{key} = {value} "
+                    "does not know: set distill.elastic=[], or another decompose." + key
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _whole_texts_are_known_to_encoders(self) -> Params:
+        head = self.teacher.head
+        if self.decompose.routing == "token" or head not in ("causal", "seq2seq"):
+            return self
+        why = {
+            "causal": "a language model has not seen the rest of its text when it chooses",
+            "seq2seq": "the layers of encoder and decoder read different texts",
+        }[head]
+        raise ValueError(
+            f"decompose.routing = sequence chooses by the mean of a whole text, and {why} (teacher.head = {head}): "
+            "set decompose.routing=token"
+        )
 
     @property
     def model_name(self) -> str:

@@ -113,6 +113,72 @@ def test_only_language_models_write_texts_and_fill_containers(setting):
         load_params(FILE, [setting, "teacher.head=classification"])
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["partition=nested", "gate=softmax"], "set decompose.gate=auto in place of softmax"),
+        (["partition=nested", "selection=threshold"], "set decompose.selection=topk, or another partition"),
+        (["partition=nested", "num_active=1"], "set decompose.num_experts=16 and decompose.num_active=2"),
+        (["partition=nested", "container=auto"], "set decompose.container=none, or another partition"),
+        (["partition=nested", "container=mixtral"], "set decompose.container=none, or another partition"),
+        (["partition=nested", "max_active=3"], "set decompose.max_active=null, or decompose.selection=threshold"),
+        (["partition=nested", "active_per_layer=budget"], "decompose.partition = nested leaves to the router"),
+        (["selection=threshold", "active_per_layer=[1, 3]"], "decompose.selection = threshold leaves to the router"),
+        (["selection=threshold", "container=glm4_moe"], "or decompose.selection=topk"),
+        (["selection=threshold", "max_active=1"], "must be between decompose.num_active = 2"),
+        (["selection=threshold", "max_active=9"], "and decompose.num_experts = 8"),
+        (["max_active=3"], "set decompose.max_active=null, or decompose.selection=threshold"),
+        (["active_per_layer=[1, 9]"], "a number between 1 and decompose.num_experts = 8"),
+        (["active_per_layer=[]"], "must hold, for each layer, a number"),
+        (["active_per_layer=[0, 2]"], "greater than or equal to 1"),
+        (["active_per_layer=most"], "should be 'same' or 'budget'"),
+        (["active_per_layer=budget", "container=mixtral"], "or the same in all layers"),
+        (["routing=sequence", "container=mixtral"], "or decompose.routing=token"),
+    ],
+)
+def test_what_a_token_may_use_is_said_without_contradiction(settings, message):
+    with pytest.raises(ParamsError) as error:
+        load_params(FILE, [f"decompose.{setting}" for setting in settings])
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["distill.elastic=[1, 9]"], "has more than decompose.num_experts = 8"),
+        (["distill.elastic=[1, 1]"], "must name each other budget once"),
+        (["distill.elastic=[2]"], "decompose.num_active = 2 is one anyway"),
+        (["distill.elastic=[0]"], "greater than or equal to 1"),
+        (["distill.elastic=[1]", "decompose.container=mixtral"], "another decompose.container"),
+        (["distill.elastic=[1]", "decompose.partition=nested"], "another decompose.partition"),
+        (["distill.elastic=[1]", "decompose.selection=threshold"], "set distill.elastic=[], or another"),
+        (["distill.elastic=[1]", "decompose.active_per_layer=budget"], "another decompose.active_per_layer"),
+        (["decompose.routing=sequence", "teacher.head=causal"], "has not seen the rest of its text"),
+        (["decompose.routing=sequence", "teacher.head=seq2seq"], "read different texts"),
+    ],
+)
+def test_budgets_and_whole_texts_are_for_models_that_know_them(settings, message):
+    with pytest.raises(ParamsError) as error:
+        load_params(FILE, settings)
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ["decompose.partition=nested", "decompose.shared_width=64"],
+        ["decompose.selection=threshold", "decompose.max_active=4", "decompose.gate=sigmoid"],
+        ["decompose.active_per_layer=budget"],
+        ["decompose.active_per_layer=[1, 2, 3]"],
+        ["decompose.routing=sequence", "decompose.selection=threshold", "teacher.head=classification"],
+        ["decompose.routing=sequence", "decompose.partition=nested"],
+        ["distill.elastic=[1, 4]", "decompose.routing=sequence"],
+    ],
+)
+def test_what_goes_together_is_accepted(settings):
+    load_params(FILE, settings)
+
+
 def test_an_unknown_and_a_missing_key_of_the_file_are_both_named(tmp_path):
     text = FILE.read_text().replace("num_experts:", "number_of_experts:")
     (tmp_path / "params.yaml").write_text(text)
