@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ffn2moe.dense import DenseFFN
 
@@ -17,14 +18,19 @@ class NeuronStatistics:
     """What the F neurons of one FFN do over T calibration tokens, summed in float64.
 
     Up to `WIDEST_MOMENTS` neurons: second moments, F x F, whatever T is. Above: the activations of the first
-    `MOST_KEPT_TOKENS` tokens, T x F in bfloat16.
+    `MOST_KEPT_TOKENS` tokens, T x F in bfloat16. With `groups`, G, the neurons' importance to each group of tokens.
+    Without `profiles`, sums alone.
     """
 
-    def __init__(self, ffn_width: int) -> None:
+    def __init__(self, ffn_width: int, groups: int = 0, profiles: bool = True) -> None:
         self.tokens = 0
+        self.profiled = profiles
+        self.members_G = torch.zeros(groups, dtype=torch.float64)
+        self.importance_GF = torch.zeros(groups, ffn_width, dtype=torch.float64)
         self.sum_F = torch.zeros(ffn_width, dtype=torch.float64)
         self.square_F = torch.zeros(ffn_width, dtype=torch.float64)
-        self.second_FF = torch.zeros(ffn_width, ffn_width, dtype=torch.float64) if ffn_width <= WIDEST_MOMENTS else None
+        moments = profiles and ffn_width <= WIDEST_MOMENTS
+        self.second_FF = torch.zeros(ffn_width, ffn_width, dtype=torch.float64) if moments else None
         self.kept_TF: list[Tensor] = []
 
     def update(self, h_TF: Tensor) -> None:
@@ -36,10 +42,21 @@ class NeuronStatistics:
             self.square_F = self.second_FF.diagonal()
             return
         for h in h_TF.split(1024):  # the squares of all tokens at once would be as large as the activations
-            self.square_F += h.double().square().sum(0).cpu()
+            self.square_F += h.float().square().sum(0).double().cpu()
         room = MOST_KEPT_TOKENS - sum(map(len, self.kept_TF))
-        if room > 0:
+        if self.profiled and room > 0:
             self.kept_TF.append(h_TF[:room].bfloat16().cpu())
+
+    def update_importance(self, h_TF: Tensor, gradient_TF: Tensor, group_T: Tensor) -> None:
+        """Add ``|h_j dL/dh_j|`` of T tokens to the groups that they belong to, [T] int64 from 0 to G - 1."""
+        member_GT = F.one_hot(group_T, len(self.members_G)).T
+        self.members_G += member_GT.sum(1)
+        change_TF = (h_TF * gradient_TF).abs_()
+        self.importance_GF += (member_GT.to(change_TF.dtype) @ change_TF).double().cpu()
+
+    def importance(self) -> Tensor:
+        """Mean of ``|h_j dL/dh_j|`` over the tokens of each group, [G, F]: how L changes without the neuron."""
+        return self.importance_GF / self.members_G.clamp(min=1).unsqueeze(1)
 
     def profiles(self, directions: int, seed: int) -> Tensor:
         """Each neuron's centred, normalised activation over the tokens, in the coordinates that matter, [F, P].
@@ -47,6 +64,7 @@ class NeuronStatistics:
         These are the leading eigenvectors of the neurons' correlation matrix, times the roots of their eigenvalues:
         inner products are the correlations, as nearly as P directions can tell. A neuron that never moves is 0.
         """
+        assert self.profiled, "made without profiles"
         if self.second_FF is not None:
             values, vectors_FP = torch.linalg.eigh(self.correlation())
         else:
@@ -107,10 +125,19 @@ class NeuronStatistics:
 
     def narrow(self, neurons_R: Tensor) -> NeuronStatistics:
         """The same statistics of some of the neurons."""
-        some = NeuronStatistics(0)
+        some = NeuronStatistics(0, profiles=self.profiled)
         some.tokens = self.tokens
         some.sum_F = self.sum_F[neurons_R]
         some.square_F = self.square_F[neurons_R]
         some.second_FF = None if self.second_FF is None else self.second_FF[neurons_R][:, neurons_R]
         some.kept_TF = [kept[:, neurons_R] for kept in self.kept_TF]
+        some.members_G, some.importance_GF = self.members_G, self.importance_GF[:, neurons_R]
         return some
+
+
+def largest_contributions(ffn: DenseFFN, x_TD: Tensor, chunk: int = 4096) -> Tensor:
+    """The most that each neuron ever adds to the output on tokens [T, D], ``max |h_j| ||w_out[:, j]||``, [F]."""
+    largest_F = torch.zeros(ffn.ffn_width)
+    for x in x_TD.split(chunk):
+        largest_F = torch.maximum(largest_F, ffn.neurons(x).abs().amax(0).float().cpu())
+    return largest_F * ffn.w_out_DF.norm(dim=0)

@@ -8,17 +8,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ffn2moe import oracle
-from ffn2moe.activations import NeuronStatistics
+from ffn2moe.activations import WIDEST_MOMENTS, NeuronStatistics
 from ffn2moe.dense import DenseFFN, ffn_modules, stacks_of
 from ffn2moe.experts import neurons_by_expert, shared_neurons, slice_experts
+from ffn2moe.metrics import pool
 from ffn2moe.moe import MoEFFN
-from ffn2moe.partition import PartitionMethod, partition_with_shared
+from ffn2moe.partition import PartitionMethod, partition_with_shared, token_groups
 from ffn2moe.routing import ridge as ridge_regression
 from ffn2moe.routing import softmax_target, train_router
-from ffn2moe.spec import MoESpec
-from ffn2moe.train import Batch
+from ffn2moe.spec import Head, MoESpec, Pooling
+from ffn2moe.train import Batch, bf16_supported
 
 CHUNK = 4096  # tokens at once, where that makes no more numbers than ...
 MOST_NUMBERS = 2**25  # ... this: the activations, or the outputs of all experts, of a chunk
@@ -94,22 +96,132 @@ def chunk_of(numbers: int) -> int:
     return max(256, min(CHUNK, MOST_NUMBERS // numbers))
 
 
+def output_gradients(
+    model: Any,
+    batches: Iterable[Batch],
+    *,
+    head: Head,
+    pooling: Pooling | None,
+    max_tokens: int,
+    seed: int,
+    device: str | torch.device = "cpu",
+) -> list[Tensor]:
+    """The gradient of the model's loss at the output of each layer's FFN, [T, D] for the tokens of `layer_inputs`.
+
+    The loss of a model that writes text is the cross-entropy of the next token. Any other is judged by what it gives,
+    a sentence embedding, logits or hidden states, which has no loss without labels: there it is the output's part in a
+    random direction (one of signs, for each text), whose gradient is, squared and on average, how far the output moves.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    outputs = [layer.get_submodule(stack.w_out) for stack, layers in stacks_of(model) for layer in layers]
+    paths = [stack.layers for stack, layers in stacks_of(model) for _ in layers]
+    found: list[list[Tensor]] = [[] for _ in outputs]
+    probes: list[Tensor] = []
+
+    def add_probe(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        probes.append(torch.zeros_like(output, requires_grad=True))
+        return output + probes[-1]
+
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    hooks = [module.register_forward_hook(add_probe) for module in outputs]
+    model.to(device).eval().requires_grad_(False)
+    try:
+        for batch in batches:
+            batch = batch.to(torch.device(device))
+            probes.clear()
+            gradients = torch.autograd.grad(_loss(model, batch, head, pooling, generator), probes)
+            for parts, gradient, path in zip(found, gradients, paths, strict=True):
+                parts.append(real_tokens(gradient, batch, path).float().cpu())
+            if all(sum(map(len, parts)) >= max_tokens for parts in found):
+                break
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for parameter in trained:
+            parameter.requires_grad_(True)
+    return [torch.cat(parts)[:max_tokens] for parts in found]
+
+
+def _loss(model: Any, batch: Batch, head: Head, pooling: Pooling | None, generator: torch.Generator) -> Tensor:
+    """What `output_gradients` differentiates: a sum over texts and tokens."""
+    if head == "causal" or head == "seq2seq":
+        logits_BLV = model(**batch.inputs).logits[:, :-1]
+        ids_BL = batch.inputs["input_ids" if head == "causal" else "decoder_input_ids"][:, 1:]
+        if batch.mask is not None:
+            ids_BL = ids_BL.masked_fill(batch.mask[:, 1:] == 0, -100)  # which cross_entropy leaves out
+        return F.cross_entropy(logits_BLV.flatten(0, 1).float(), ids_BL.flatten(), reduction="sum")
+    if head == "embedding":
+        assert batch.mask is not None and pooling is not None
+        output = pool(model(**batch.inputs)[0], batch.mask, pooling)
+    else:
+        found = model(**batch.inputs)
+        output = found.logits if getattr(found, "logits", None) is not None else found[0]
+    direction = torch.randint(2, output.shape, generator=generator).to(output) * 2 - 1
+    return (output * direction).sum()
+
+
+def _fast(ffn: DenseFFN, device: torch.device) -> torch.autocast:
+    """Statistics of a wide FFN take bfloat16 where the hardware computes it: its activations are kept so anyway."""
+    wide = ffn.ffn_width > WIDEST_MOMENTS and bf16_supported(device)
+    return torch.autocast(device.type, torch.bfloat16, enabled=wide)
+
+
 @torch.no_grad()
-def carve(ffn: DenseFFN, x_TD: Tensor, spec: MoESpec, layer: int, *, seed: int) -> MoEFFN:
+def carve(
+    ffn: DenseFFN,
+    x_TD: Tensor,
+    spec: MoESpec,
+    layer: int,
+    *,
+    seed: int,
+    gradient_TD: Tensor | None = None,
+    guarded: Tensor | None = None,
+) -> MoEFFN:
     """The mixture of one layer: the FFN's neurons divided by what they do on tokens [T, D], and nothing trained.
 
-    `spec` says how many experts, how wide, and by which partition; the router scores all alike.
+    `spec` says how many experts, how wide, and by which partition; the router scores all alike. `gradient_TD` is that
+    of the loss at the FFN's output (`output_gradients`), which the partition `gradient` needs. The neurons `guarded`
+    always belong to the shared expert.
     """
     shape = spec.shape_of(layer)
-    statistics = NeuronStatistics(ffn.ffn_width)
-    if spec.partition == "coactivation" or shape.shared_width:
-        for x in x_TD.split(chunk_of(ffn.ffn_width)):
-            statistics.update(ffn.neurons(x))
     method: PartitionMethod = spec.partition  # type: ignore[assignment]
-    expert_of_neuron_F = partition_with_shared(method, ffn, statistics, spec.num_experts, seed, shape.shared_width)
+    statistics = neuron_statistics(ffn, x_TD, method, spec.num_experts, shape.shared_width, seed, gradient_TD)
+    expert_of_neuron_F = partition_with_shared(
+        method, ffn, statistics, spec.num_experts, seed, shape.shared_width, guarded
+    )
     neurons_EM = neurons_by_expert(expert_of_neuron_F, spec.num_experts, shape.expert_width)
-    shared_S = shared_neurons(expert_of_neuron_F)
+    return mixture(ffn, neurons_EM, shared_neurons(expert_of_neuron_F), spec, layer)
+
+
+def mixture(ffn: DenseFFN, neurons_EM: Tensor, shared_S: Tensor, spec: MoESpec, layer: int) -> MoEFFN:
+    """The mixture of one layer under a partition that is known."""
     return MoEFFN.from_experts(spec, slice_experts(ffn, neurons_EM, shared_S), neurons_EM, layer, shared_S).eval()
+
+
+def neuron_statistics(
+    ffn: DenseFFN,
+    x_TD: Tensor,
+    method: PartitionMethod,
+    num_experts: int,
+    shared_width: int,
+    seed: int,
+    gradient_TD: Tensor | None = None,
+) -> NeuronStatistics:
+    """What a partition into experts, and into S shared neurons, asks of the neurons on tokens [T, D]."""
+    weighed = method == "gradient" and gradient_TD is not None
+    statistics = NeuronStatistics(ffn.ffn_width, num_experts if weighed else 0, profiles=method == "coactivation")
+    if method not in ("coactivation", "gradient", "nested") and shared_width == 0:
+        return statistics
+    group_T = token_groups(x_TD, num_experts, seed) if weighed else None
+    chunk = chunk_of(ffn.ffn_width)
+    with _fast(ffn, x_TD.device):
+        for start in range(0, len(x_TD), chunk):
+            rows = slice(start, start + chunk)
+            h_TF = ffn.neurons(x_TD[rows])
+            statistics.update(h_TF)
+            if gradient_TD is not None and group_T is not None:
+                statistics.update_importance(h_TF, gradient_TD[rows] @ ffn.w_out_DF, group_T[rows])
+    return statistics
 
 
 def fit_router(

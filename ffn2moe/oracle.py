@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import combinations
-from math import comb, floor
+from math import comb
 
 import numpy as np
 import torch
@@ -54,32 +54,6 @@ def subset_errors(gram_TEE: Tensor, indicator_CE: Tensor, scale: float = 1.0) ->
     cross_TC = gram_TEE.sum(1) @ indicator_CE.T
     own_TC = gram_TEE.reshape(T, E * E) @ pairs_CEE.reshape(-1, E * E).T
     return (energy_T1 - 2 * scale * cross_TC + scale * scale * own_TC).clamp(min=0)
-
-
-@torch.no_grad()
-def grams(moe: MoEFFN, x_TD: Tensor, chunk: int = 4096, text_T: Tensor | None = None) -> tuple[Tensor, float]:
-    """The Gram matrices of a layer on tokens [T, D], [R, E, E], and the energy of its whole output, shared expert too.
-
-    A row is a token; with `text_T` [T] int64, the text of each token from 0 on, a row is a text: the sum of its
-    tokens' matrices. 4 R E^2 bytes.
-    """
-    E, whole, rows = moe.num_experts, 0.0, []
-    texts = 0 if text_T is None else int(text_T.max()) + 1
-    summed_REE = torch.zeros(texts, E, E)
-    for start in range(0, len(x_TD), chunk):
-        x = x_TD[start : start + chunk]
-        outputs_TED = expert_outputs(moe, x)
-        gram_TEE = gram(outputs_TED)
-        shared_TD = moe.shared(x)
-        if shared_TD is None:
-            whole += gram_TEE.sum(dtype=torch.float64).item()
-        else:
-            whole += (shared_TD + outputs_TED.sum(1)).square().sum(dtype=torch.float64).item()
-        if text_T is None:
-            rows.append(gram_TEE)
-        else:
-            summed_REE.index_add_(0, text_T[start : start + chunk], gram_TEE)
-    return (torch.cat(rows) if text_T is None else summed_REE), whole
 
 
 @dataclass(frozen=True)
@@ -172,57 +146,100 @@ def prefix_errors(gram_TEE: Tensor) -> Tensor:
     return torch.cat([last_TE[:, :-1].flip(1), torch.zeros_like(last_TE[:, :1])], dim=1).clamp(min=0)
 
 
-def at_one_price(errors_TN: Tensor, mean: float) -> tuple[Tensor, float]:
+def at_one_price(errors_TN: Tensor, mean: float, weight_T: Tensor | None = None) -> tuple[Tensor, float]:
     """How many experts each token should use, [T] from 1 to N, when they may use `mean` on average; and the price.
 
     Each token uses the number that minimises its error plus the price of its experts (a Lagrange multiplier), so that
     no other numbers that add up to as many, or fewer, have a smaller sum of errors. The price is the lowest that can
-    be paid; tokens to which two numbers are worth the same have the larger as long as there is room.
+    be paid; tokens to which two numbers are worth the same have the larger as long as there is room. Rows may stand
+    for several tokens each, `weight_T`.
     """
     errors_TN = errors_TN.double()
     T, N = errors_TN.shape
-    count_N = torch.arange(1, N + 1, dtype=errors_TN.dtype, device=errors_TN.device)
-    budget = floor(mean * T + 1e-6)
+    weight_T = errors_TN.new_ones(T) if weight_T is None else weight_T.to(errors_TN)
+    cost_TN = weight_T.unsqueeze(1) * torch.arange(1, N + 1, dtype=errors_TN.dtype, device=errors_TN.device)
+    budget = mean * weight_T.sum() + 1e-6
 
     def at(price: float) -> Tensor:
-        return (errors_TN + price * count_N).argmin(1) + 1
+        return (errors_TN + price * cost_TN).argmin(1) + 1
 
-    low, high = 0.0, (errors_TN[:, 0] - errors_TN.amin(1)).max().item() * 2 + 1e-30
-    if at(low).sum() <= budget:
+    def cost(count_T: Tensor) -> Tensor:
+        return (weight_T * count_T).sum()
+
+    # Above this price a second expert pays for no token.
+    low, high = 0.0, ((errors_TN[:, 0] - errors_TN.amin(1)) / weight_T.clamp(min=1)).max().item() * 2 + 1e-30
+    if cost(at(low)) <= budget:
         return at(low), low
     for _ in range(BISECTIONS):
         price = (low + high) / 2
-        low, high = (price, high) if at(price).sum() > budget else (low, price)
+        low, high = (price, high) if cost(at(price)) > budget else (low, price)
     few_T, many_T = at(high), at(low)
     more_T = (many_T - few_T).clamp(min=0)
-    affordable_T = more_T.cumsum(0) <= budget - few_T.sum()
+    affordable_T = (weight_T * more_T).cumsum(0) <= budget - cost(few_T)
     return few_T + more_T * affordable_T, high
 
 
-def prefix_choice(gram_TEE: Tensor, mean: float) -> Tensor:
+def prefix_choice(gram_TEE: Tensor, mean: float, weight_T: Tensor | None = None) -> Tensor:
     """How many of the first experts each token should use, [T] int64, K = `mean` on average: the oracle of `prefix`."""
-    return at_one_price(prefix_errors(gram_TEE), mean)[0]
+    return at_one_price(prefix_errors(gram_TEE), mean, weight_T)[0]
 
 
-def budget_choice(gram_TEE: Tensor, mean: float, most: int | None = None) -> Tensor:
-    """Indicator [T, E] of the best experts, at most `most` a token and K = `mean` on average: that of `threshold`."""
-    return _budget(gram_TEE, mean, most)[0]
+def budget_choice(
+    gram_TEE: Tensor, mean: float, most: int | None = None, weight_T: Tensor | None = None
+) -> tuple[Tensor, float]:
+    """The oracle of `threshold`: the best experts, at most `most` a token and K = `mean` on average; and their price.
 
-
-def _budget(gram_TEE: Tensor, mean: float, most: int | None) -> tuple[Tensor, float]:
+    Indicator [T, E].
+    """
     parts = [best_of_each_size(part, most) for part in gram_TEE.split(ROWS)]
-    count_T, price = at_one_price(torch.cat([errors_TN for errors_TN, _ in parts]), mean)
+    count_T, price = at_one_price(torch.cat([errors_TN for errors_TN, _ in parts]), mean, weight_T)
     chosen_TNE = torch.cat([chosen_TNE for _, chosen_TNE in parts])
     return chosen_TNE[torch.arange(len(count_T)), count_T - 1].to(gram_TEE), price
 
 
-def best_choice(selection: Selection, gram_REE: Tensor, mean: float, most: int | None = None) -> Tensor:
-    """Indicator [R, E] of the best choice that a selection allows, K = `mean` experts on average."""
-    E = gram_REE.shape[-1]
+@dataclass(frozen=True)
+class Grams:
+    """What a layer's experts give together on R tokens or texts."""
+
+    gram_REE: Tensor
+    tokens_R: Tensor  # int64; 1 where a row is a token
+    whole: float  # energy of the layer's output, shared expert too
+
+
+@torch.no_grad()
+def grams(moe: MoEFFN, x_TD: Tensor, chunk: int = 4096, text_T: Tensor | None = None) -> Grams:
+    """The Gram matrices of a layer on tokens [T, D].
+
+    A row is a token; with `text_T` [T] int64, the text of each token from 0 on, a row is a text: the sum of its
+    tokens' matrices. 4 R E^2 bytes.
+    """
+    E, whole = moe.num_experts, 0.0
+    tokens_R = torch.ones_like(x_TD[:, 0], dtype=torch.int64) if text_T is None else torch.bincount(text_T)
+    gram_REE = torch.zeros(len(tokens_R), E, E, device=x_TD.device)
+    for start in range(0, len(x_TD), chunk):
+        x = x_TD[start : start + chunk]
+        outputs_TED = expert_outputs(moe, x)
+        gram_TEE = gram(outputs_TED)
+        shared_TD = moe.shared(x)
+        if shared_TD is None:
+            whole += gram_TEE.sum(dtype=torch.float64).item()
+        else:
+            whole += (shared_TD + outputs_TED.sum(1)).square().sum(dtype=torch.float64).item()
+        if text_T is None:
+            gram_REE[start : start + chunk] = gram_TEE
+        else:
+            gram_REE.index_add_(0, text_T[start : start + chunk], gram_TEE)
+    return Grams(gram_REE, tokens_R, whole)
+
+
+def best_choice(selection: Selection, found: Grams, mean: float, most: int | None = None) -> Tensor:
+    """Indicator [R, E] of the best choice that a selection allows, K = `mean` experts a token on average."""
+    gram_REE = found.gram_REE
     if selection == "prefix":
-        return (torch.arange(E) < prefix_choice(gram_REE, mean).unsqueeze(1)).to(gram_REE)
+        count_R1 = prefix_choice(gram_REE, mean, found.tokens_R).unsqueeze(1)
+        return (torch.arange(gram_REE.shape[-1], device=gram_REE.device) < count_R1).to(gram_REE)
     if selection == "threshold":
-        return budget_choice(gram_REE, mean, most)
+        return budget_choice(gram_REE, mean, most, found.tokens_R)[0]
     return torch.cat([oracle(part, round(mean)).chosen_TE for part in gram_REE.split(ROWS)])
 
 
@@ -243,16 +260,17 @@ def survey(moe: MoEFFN, x_TD: Tensor, chunk: int = 4096, text_T: Tensor | None =
     above 0 for the chosen. For `prefix`, whose score n says that n experts are enough, minus the error and the price
     of the first n: highest at the best n.
     """
-    gram_REE, _ = grams(moe, x_TD, chunk, text_T)
-    selection, K = moe.router.selection, moe.num_active
+    found = grams(moe, x_TD, chunk, text_T)
+    gram_REE, selection, K = found.gram_REE, moe.router.selection, moe.num_active
     if selection == "prefix":
         errors_RE = prefix_errors(gram_REE)
-        count_R, price = at_one_price(errors_RE, K)
-        number_E = torch.arange(1, moe.num_experts + 1)
-        chosen_RE, gain_RE = (number_E <= count_R.unsqueeze(1)).to(gram_REE), -(errors_RE + price * number_E)
+        count_R, price = at_one_price(errors_RE, K, found.tokens_R)
+        number_E = torch.arange(1, moe.num_experts + 1, device=gram_REE.device)
+        chosen_RE = (number_E <= count_R.unsqueeze(1)).to(gram_REE)
+        gain_RE = -(errors_RE + price * number_E * found.tokens_R.unsqueeze(1))
     elif selection == "threshold":
-        chosen_RE, price = _budget(gram_REE, K, moe.router.max_active)
-        gain_RE = _toggle_gain(gram_REE, chosen_RE) - price
+        chosen_RE, price = budget_choice(gram_REE, K, moe.router.max_active, found.tokens_R)
+        gain_RE = _toggle_gain(gram_REE, chosen_RE) - price * found.tokens_R.unsqueeze(1)
     else:
         parts = [oracle(part, K) for part in gram_REE.split(ROWS)]
         chosen_RE, gain_RE = torch.cat([p.chosen_TE for p in parts]), torch.cat([p.gain_TE for p in parts])
@@ -269,8 +287,9 @@ class BestScale:
     error: float  # ||y - a y_S|| / ||y|| over all tokens
 
 
-def fit_scale(gram_REE: Tensor, chosen_RE: Tensor, whole: float) -> BestScale:
+def fit_scale(found: Grams, chosen_RE: Tensor) -> BestScale:
     """The best scale of a choice [R, E], and its error relative to the energy of the whole FFN, in closed form."""
+    gram_REE, whole = found.gram_REE, found.whole
     routed = gram_REE.sum(dtype=torch.float64).item()
     cross = (gram_REE.sum(1) * chosen_RE).sum(dtype=torch.float64).item()
     own = ((gram_REE @ chosen_RE.unsqueeze(2)).squeeze(2) * chosen_RE).sum(dtype=torch.float64).item()
@@ -282,9 +301,8 @@ def fit_scale(gram_REE: Tensor, chosen_RE: Tensor, whole: float) -> BestScale:
 @torch.no_grad()
 def best_scale(moe: MoEFFN, x_TD: Tensor, chunk: int = 4096, text_T: Tensor | None = None) -> BestScale:
     """The best single scale of a layer under the oracle's choice, on tokens [T, D]."""
-    gram_REE, whole = grams(moe, x_TD, chunk, text_T)
-    chosen_RE = best_choice(moe.router.selection, gram_REE, moe.num_active, moe.router.max_active)
-    return fit_scale(gram_REE, chosen_RE, whole)
+    found = grams(moe, x_TD, chunk, text_T)
+    return fit_scale(found, best_choice(moe.router.selection, found, moe.num_active, moe.router.max_active))
 
 
 @torch.no_grad()
@@ -293,17 +311,16 @@ def errors_by_active(moe: MoEFFN, x_TD: Tensor, chunk: int = 4096, text_T: Tenso
 
     Each K with the best choice that the layer's selection allows and the best scale a.
     """
-    gram_REE, whole = grams(moe, x_TD, chunk, text_T)
-    selection, most = moe.router.selection, moe.router.max_active
+    found = grams(moe, x_TD, chunk, text_T)
     errors = []
     for K in range(1, moe.num_experts + 1):
-        chosen_RE = best_choice(selection, gram_REE, K, max(K, most))
-        errors.append(fit_scale(gram_REE, chosen_RE, whole).error ** 2)
+        chosen_RE = best_choice(moe.router.selection, found, K, max(K, moe.router.max_active))
+        errors.append(fit_scale(found, chosen_RE).error ** 2)
     return torch.tensor(errors, dtype=torch.float64)
 
 
 def allocate(errors_LE: Tensor, num_active: int) -> tuple[int, ...]:
-    """K of each layer, from 1 to E and on average `num_active` at most, for which the layers' errors have the least sum.
+    """K of each layer, from 1 to E and on average `num_active` at most, with the least sum of the layers' errors.
 
     `errors_LE` is what each layer loses with 1 to E experts. Exact, by dynamic programming over the layers; where
     errors fall by less with each expert, that is what adding the most useful expert one at a time gives.
@@ -332,7 +349,7 @@ def diagnose(
     chunk: int = 4096,
     *,
     text_T: Tensor | None = None,
-    route_BD: Tensor | None = None,
+    route_TD: Tensor | None = None,
 ) -> dict[str, float]:
     """How far a layer is from the sum of all its experts, on tokens [T, D].
 
@@ -343,16 +360,19 @@ def diagnose(
     the oracle's experts that the router finds, `captured_energy` what is left of the output's energy,
     ``1 - router_error^2``, and `mean_active` how many experts a token uses.
 
-    Where texts are routed as wholes, `text_T` names the text of each token and `route_BD` is what the router reads of
-    each text.
+    With routing `sequence`, `text_T` names the text of each token and `route_TD` is what the router reads for it, the
+    mean of its text (ffn2moe.texts.text_means); the best choice is then the best for each text.
     """
-    gram_REE, whole = grams(moe, x_TD, chunk, text_T)
-    scores_RE = torch.cat([moe.router(part) for part in (x_TD if route_BD is None else route_BD).split(chunk)])
+    found = grams(moe, x_TD, chunk, text_T)
+    read_RD = x_TD
+    if text_T is not None and route_TD is not None:
+        read_RD = x_TD.new_zeros(len(found.tokens_R), x_TD.shape[1])
+        read_RD[text_T] = route_TD
+    scores_RE = torch.cat([moe.router(part) for part in read_RD.split(chunk)])
     chosen_RE = moe.router.choose(scores_RE, moe.num_active).indicator_TE(moe.num_experts)
-    mean_active = chosen_RE.sum(1).mean(dtype=torch.float64).item()
-    best_RE = best_choice(moe.router.selection, gram_REE, mean_active, moe.router.max_active)
-    oracle_error = fit_scale(gram_REE, best_RE, whole).error
-    router_error = fit_scale(gram_REE, chosen_RE, whole).error
+    mean_active = (chosen_RE.sum(1) * found.tokens_R).sum().item() / len(x_TD)
+    best_RE = best_choice(moe.router.selection, found, mean_active, moe.router.max_active)
+    oracle_error, router_error = fit_scale(found, best_RE).error, fit_scale(found, chosen_RE).error
     return {
         "oracle_error": oracle_error,
         "router_error": router_error,
