@@ -9,7 +9,10 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ffn2moe.spec import MoESpec
 
 USER_ERROR = 2
 
@@ -304,10 +307,11 @@ def _info(options: argparse.Namespace) -> int:
         ("model", f"{spec.model_class}, {spec.num_layers} layers, width {widths}"),
         (
             "experts",
-            f"{spec.num_experts} of {neurons} neurons a layer, {spec.num_active} chosen by each token"
+            f"{spec.num_experts} of {neurons} neurons a layer, {_choice(spec)}"
             + (f", and a shared one of {shared}" if shared else "")
             + f": {100 * spec.active_share:.0f} % of the FFN is active",
         ),
+        *((("budgets", _budgets(spec)),) if spec.elastic else ()),
         ("gate", spec.gate),
         ("partition", spec.partition),
         ("gives", _gives(spec, manifest.get("model", {}))),
@@ -361,7 +365,26 @@ def _mebibytes(size: int) -> str:
     return f"{size / 2**20:.{0 if size >= 10 * 2**20 else 1}f} MiB"
 
 
-def _gives(spec: Any, model: dict[str, Any]) -> str:
+def _choice(spec: MoESpec) -> str:
+    """How many of its experts each token or text uses."""
+    who = "token" if spec.routing == "token" else "text, ahead of all layers"
+    if spec.selection == "prefix":
+        return f"the first {spec.num_active} on average used by each {who}"
+    if spec.selection == "threshold":
+        most = f" and at most {spec.max_active}" if spec.max_active else ""
+        return f"{spec.num_active} on average{most} chosen by each {who}"
+    if spec.active_per_layer:
+        return f"{', '.join(map(str, spec.active_per_layer))} in the layers in turn chosen by each {who}"
+    return f"{spec.num_active} chosen by each {who}"
+
+
+def _budgets(spec: MoESpec) -> str:
+    """The numbers of experts that an elastic model serves, and their shares of the FFN."""
+    shares = (f"{active} ({100 * spec.at(active).active_share:.0f} %)" for active in spec.budgets)
+    return f"{', '.join(shares)} of the experts active, with the same weights"
+
+
+def _gives(spec: MoESpec, model: dict[str, Any]) -> str:
     """What comes out of a model, in words."""
     if spec.head == "embedding":
         return f"embeddings: {spec.width} numbers, {spec.pooling} pooling, up to {spec.max_length} tokens"

@@ -50,6 +50,25 @@ def test_info_shows_experts_plans_and_quality(export, capsys):
         assert word in shown, word
 
 
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"selection": "threshold", "max_active": 3}, ["2 on average and at most 3 chosen by each token"]),
+        ({"selection": "prefix"}, ["the first 2 on average used by each token"]),
+        ({"routing": "sequence"}, ["2 chosen by each text, ahead of all layers"]),
+        ({"active_per_layer": [1, 3]}, ["1, 3 in the layers in turn chosen by each token: 50 %"]),
+        ({"elastic": [1, 4]}, ["budgets", "1 (25 %), 2 (50 %), 4 (100 %) of the experts active"]),
+    ],
+)
+def test_info_says_how_many_experts_are_used_by_what(copy, capsys, changes, words):
+    manifest = json.loads((copy / "manifest.json").read_text())
+    manifest["spec"] |= changes
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    assert cli.main(["info", str(copy)]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert all(word in shown for word in words), shown
+
+
 def test_info_shows_the_speed_once_it_was_measured(copy, capsys):
     row = {"batch": 1, "sequence": 4, "threads": 1, "median_ms": 2.0, "speedup_vs_dense": 1.5}
     plans = ("dense", "dense8", "fused", "sorted", "sorted8")
