@@ -28,6 +28,9 @@ Selection = Literal["topk", "threshold", "prefix"]
 # What the routers read: each layer's own input, token by token; or what all tokens of a text are before the first
 # mixture, on average, so that the choice of every layer is known ahead of it (Read-ME, arXiv 2410.19123).
 Routing = Literal["token", "sequence"]
+# What becomes of the experts that a task uses least (ffn2moe.shrink is the definition).
+#   drop: they go    regroup: their neurons go to the others, which get wider    merge: the others take their mean
+Shrinking = Literal["drop", "regroup", "merge"]
 # What a model gives: hidden states and a sentence embedding; next-token logits; logits of a classifier; logits of a
 # decoder that reads an encoder; hidden states alone.
 Head = Literal["embedding", "causal", "classification", "seq2seq", "features"]
@@ -37,8 +40,8 @@ Head = Literal["embedding", "causal", "classification", "seq2seq", "features"]
 class FFNShape:
     """The FFNs of one stack of equal layers. A decoder-only model has one stack, an encoder-decoder two.
 
-    Sizes are in neurons or dimensions. `shared_width + num_experts * expert_width >= ffn_width`: experts that the
-    partition leaves short are padded with zero neurons, which change nothing.
+    Sizes are in neurons or dimensions. `shared_width + num_experts * expert_width >= ffn_width`, unless experts were
+    taken away: experts that the partition leaves short are padded with zero neurons, which change nothing.
     """
 
     layers: str  # where the stack is: the path of its ModuleList, relative to the model's base model
@@ -82,6 +85,7 @@ class MoESpec:
     active_per_layer: tuple[int, ...] = ()  # K of each layer over all stacks; empty = num_active in all of them
     max_active: int | None = None  # most experts that a token may use with `threshold`; None = num_experts
     elastic: tuple[int, ...] = ()  # other K that the same weights were trained for, ascending
+    shrunk: Shrinking | None = None  # how experts were taken away after conversion; not all neurons need be left then
 
     def __post_init__(self) -> None:
         for name, value, legal in (
@@ -89,8 +93,9 @@ class MoESpec:
             ("head", self.head, Head),
             ("selection", self.selection, Selection),
             ("routing", self.routing, Routing),
+            ("shrunk", self.shrunk, Shrinking),
         ):
-            if value not in get_args(legal):
+            if value not in get_args(legal) and not (name == "shrunk" and value is None):
                 raise ValueError(f"{name} {value!r} is not one of {', '.join(get_args(legal))}")
         if not self.stacks:
             raise ValueError("a factorised model has at least one stack of layers")
@@ -106,7 +111,7 @@ class MoESpec:
                     f"num_experts = {self.num_experts} is more than the {routed} neurons of the FFN that are routed: "
                     "every expert needs at least one neuron"
                 )
-            if self.num_experts * shape.expert_width < routed:
+            if self.num_experts * shape.expert_width < routed and self.shrunk is None:
                 raise ValueError(
                     f"{self.num_experts} experts of {shape.expert_width} neurons hold fewer than the "
                     f"{routed} neurons of the FFN"
@@ -263,7 +268,8 @@ class MoESpec:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as JSON gives them back."""
-        return asdict(self) | {"stacks": [asdict(shape) for shape in self.stacks]}
+        plain = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
+        return plain | {"stacks": [asdict(shape) for shape in self.stacks]}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> MoESpec:
