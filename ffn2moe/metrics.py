@@ -261,6 +261,7 @@ def flops_per_token(spec: MoESpec, config: object, length: int) -> tuple[Flops, 
     `config` is the transformers configuration, for the attention heads. Norms and activations are left out. Where the
     number of experts differs from token to token, the mean of the spec counts.
     """
+    chosen_for = length if spec.routing == "sequence" else 1
 
     attention = dense = active = router = 0
     for shape in spec.stacks:
@@ -278,7 +279,7 @@ def flops_per_token(spec: MoESpec, config: object, length: int) -> tuple[Flops, 
         crossed = spec.head == "seq2seq" and "decoder" in shape.layers
         attention += shape.num_layers * each * (2 if crossed else 1)
         dense += shape.num_layers * ffn_flops(shape.width, shape.ffn_width, gated=shape.gated)
-        router += shape.num_layers * 2 * shape.width * spec.num_experts
+        router += shape.num_layers * 2 * shape.width * spec.num_experts // chosen_for
     for layer in range(spec.num_layers):
         shape = spec.shape_of(layer)
         used = shape.shared_width + spec.active_of(layer) * shape.expert_width

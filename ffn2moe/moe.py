@@ -54,8 +54,7 @@ class MoEFFN(nn.Module):
         def empty(wanted: bool, *sizes: int) -> nn.Parameter | None:
             return nn.Parameter(torch.zeros(*sizes)) if wanted else None
 
-        self.num_active = spec.active_of(layer)
-        self.budgets = (self.num_active, *spec.elastic)
+        self.num_active = self._own_active = spec.active_of(layer)
         self.gate = spec.gate
         self.routing = spec.routing
         self.activation = shape.activation
@@ -127,6 +126,11 @@ class MoEFFN(nn.Module):
             if shared_S is not None:
                 moe.shared_neurons.copy_(shared_S)
         return moe
+
+    @property
+    def budgets(self) -> tuple[int, ...]:
+        """Every K that the layer has a scale for, its own first."""
+        return (self._own_active, *map(int, self.elastic_scale)) if self.elastic_scale else (self.num_active,)
 
     def set_active(self, num_active: int) -> None:
         """Use another of the layer's budgets, with its own scale. ValueError for a K that is none of them."""
@@ -281,7 +285,7 @@ class MoEFFN(nn.Module):
             y_TD = y_TD + y_mean - shift_D  # what is left for the scales of the other budgets
         in_use = self.num_active
         for other in set(self.budgets) - {in_use}:
-            self.set_active(other)
+            self.num_active = other
             y_S_TD = self._routed(x_TD, chunk, route_TD)
             scale = (y_S_TD * y_TD).sum(dtype=torch.float64) / y_S_TD.square().sum(dtype=torch.float64)
             self.set_scale(scale.item())
