@@ -29,6 +29,7 @@ class NeuronStatistics:
         self.importance_GF = torch.zeros(groups, ffn_width, dtype=torch.float64)
         self.sum_F = torch.zeros(ffn_width, dtype=torch.float64)
         self.square_F = torch.zeros(ffn_width, dtype=torch.float64)
+        self.largest_F = torch.zeros(ffn_width)
         moments = profiles and ffn_width <= WIDEST_MOMENTS
         self.second_FF = torch.zeros(ffn_width, ffn_width, dtype=torch.float64) if moments else None
         self.kept_TF: list[Tensor] = []
@@ -37,6 +38,7 @@ class NeuronStatistics:
         """Add the activations of T tokens, [T, F]."""
         self.tokens += h_TF.shape[0]
         self.sum_F += h_TF.sum(0, dtype=torch.float64).cpu()
+        self.largest_F = torch.maximum(self.largest_F, h_TF.abs().amax(0).float().cpu())
         if self.second_FF is not None:
             self.second_FF += (h_TF.T @ h_TF).double().cpu()
             self.square_F = self.second_FF.diagonal()
@@ -123,21 +125,18 @@ class NeuronStatistics:
         """Expected output energy of each neuron, ``E[h_j^2] ||w_out[:, j]||^2``, [F] (methods: CMoE)."""
         return self.square_F / self.tokens * ffn.w_out_DF.double().square().sum(0)
 
+    def largest_contribution(self, ffn: DenseFFN) -> Tensor:
+        """The most that each neuron ever adds to the output, ``max |h_j| ||w_out[:, j]||``, [F]."""
+        return self.largest_F * ffn.w_out_DF.norm(dim=0)
+
     def narrow(self, neurons_R: Tensor) -> NeuronStatistics:
         """The same statistics of some of the neurons."""
         some = NeuronStatistics(0, profiles=self.profiled)
         some.tokens = self.tokens
         some.sum_F = self.sum_F[neurons_R]
         some.square_F = self.square_F[neurons_R]
+        some.largest_F = self.largest_F[neurons_R]
         some.second_FF = None if self.second_FF is None else self.second_FF[neurons_R][:, neurons_R]
         some.kept_TF = [kept[:, neurons_R] for kept in self.kept_TF]
         some.members_G, some.importance_GF = self.members_G, self.importance_GF[:, neurons_R]
         return some
-
-
-def largest_contributions(ffn: DenseFFN, x_TD: Tensor, chunk: int = 4096) -> Tensor:
-    """The most that each neuron ever adds to the output on tokens [T, D], ``max |h_j| ||w_out[:, j]||``, [F]."""
-    largest_F = torch.zeros(ffn.ffn_width)
-    for x in x_TD.split(chunk):
-        largest_F = torch.maximum(largest_F, ffn.neurons(x).abs().amax(0).float().cpu())
-    return largest_F * ffn.w_out_DF.norm(dim=0)

@@ -198,6 +198,12 @@ def mixture(ffn: DenseFFN, neurons_EM: Tensor, shared_S: Tensor, spec: MoESpec, 
     return MoEFFN.from_experts(spec, slice_experts(ffn, neurons_EM, shared_S), neurons_EM, layer, shared_S).eval()
 
 
+@torch.no_grad()
+def largest_contributions(ffn: DenseFFN, x_TD: Tensor) -> Tensor:
+    """The most that each neuron adds to the FFN's output on tokens [T, D], [F]: what `super_neurons` are told by."""
+    return neuron_statistics(ffn, x_TD, "nested", 1, 0, 0).largest_contribution(ffn)
+
+
 def neuron_statistics(
     ffn: DenseFFN,
     x_TD: Tensor,

@@ -8,7 +8,11 @@ from tasks.stage import StageRun, main
 from tasks.tokens import read_tokens
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from ffn2moe.containers import Container
+    from ffn2moe.dense import DenseFFN
+    from ffn2moe.moe import MoEFFN
     from ffn2moe.spec import MoESpec
 
 IDENTITY_TOLERANCE = 1e-5  # largest difference allowed between the dense model and its K = E mixture; of large
@@ -20,31 +24,68 @@ def run(stage: StageRun) -> None:
     from ffn2moe import checkpoint, oracle
     from ffn2moe.dense import load_dense, read_ffn
     from ffn2moe.encode import choose_device
-    from ffn2moe.factorise import carve, every_expert, layer_inputs, output_of
+    from ffn2moe.factorise import (
+        carve,
+        every_expert,
+        largest_contributions,
+        layer_inputs,
+        output_gradients,
+        output_of,
+        texts_of,
+    )
     from ffn2moe.moe import install_moe
+    from ffn2moe.partition import super_neurons
     from ffn2moe.router import neutral_scale
 
     params, root = stage.params, stage.root
     settings = params.decompose
     head = None if params.teacher.head == "auto" else params.teacher.head
     model, tokenizer = load_dense(str(root / "data/teacher"), head=head)
-    spec = describe(stage, model)
+    spec = describe(stage, model, settings.shared_width)
     tokens = read_tokens(root / "data/corpus/calibration.jsonl", spec.head, tokenizer, params.teacher.max_length)
-    inputs = layer_inputs(
-        model,
-        tokens.in_order(),
-        max_tokens=settings.calibration_tokens,
-        device=choose_device(params.compute.device),
-    )
+    device, most = choose_device(params.compute.device), settings.calibration_tokens
+    inputs = layer_inputs(model, tokens.in_order(), max_tokens=most, device=device)
+    gradients: list[Tensor | None] = [None] * len(inputs)
+    if spec.partition == "gradient":
+        gradients[:] = output_gradients(
+            model,
+            tokens.in_order(),
+            head=spec.head,
+            pooling=spec.pooling,
+            max_tokens=most,
+            seed=params.seed,
+            device=device,
+        )
+    text_T = texts_of(tokens.in_order(), most) if spec.routing == "sequence" else None
     model.to("cpu")
+    ffns = [read_ffn(model, index) for index in range(len(inputs))]
+    found = super_neurons([largest_contributions(ffn, x_TD) for ffn, x_TD in zip(ffns, inputs, strict=True)])
+    guarded = found if settings.guard else [None] * len(found)
+    needed = max(map(len, found)) if settings.guard else 0
+    if needed > settings.shared_width:
+        stage.say(
+            f"decompose.guard: {sum(map(len, found))} neurons make massive activations, up to {needed} in a layer, so "
+            f"that the shared experts hold {needed} neurons in place of {settings.shared_width}"
+        )
+        spec = describe(stage, model, needed)
     layers = [
-        carve(read_ffn(model, index), x_TD, spec, index, seed=params.seed)
+        carve(ffns[index], x_TD, spec, index, seed=params.seed, gradient_TD=gradients[index], guarded=guarded[index])
         for index, x_TD in stage.track(enumerate(inputs), len(inputs), "dividing layers")
     ]
+    if settings.active_per_layer == "budget":
+        spec, layers = within_budget(stage, spec, ffns, layers, inputs, text_T)
     rows: list[dict[str, Any]] = []
     for index, (moe, x_TD) in enumerate(zip(layers, inputs, strict=True)):
-        best = oracle.best_scale(moe, x_TD)
-        rows.append({"layer": index, "oracle_error": best.error, "scale": best.scale})
+        best = oracle.best_scale(moe, x_TD, text_T=text_T)
+        rows.append(
+            {
+                "layer": index,
+                "oracle_error": best.error,
+                "scale": best.scale,
+                "num_active": spec.active_of(index),
+                "super_neurons": found[index].tolist(),
+            }
+        )
 
     check = next(tokens.in_order(CHECKED_TEXTS))
     dense = output_of(model, check)
@@ -59,7 +100,7 @@ def run(stage: StageRun) -> None:
             f"{spec.family!r} says, so its experts would be wrong"
         )
     for moe, row in zip(layers, rows, strict=True):
-        moe.set_scale(row["scale"] * neutral_scale(spec.gate, spec.num_experts, spec.num_active))
+        moe.set_scale(row["scale"] * neutral_scale(spec.gate, spec.num_experts, moe.num_active))
     with stage.out("models/decomposed") as out:
         checkpoint.save(model, tokenizer, spec, out)
     stage.write_json(
@@ -75,8 +116,45 @@ def run(stage: StageRun) -> None:
     stage.say(f"all experts active differ from the dense model by {difference:.1e}")
 
 
-def describe(stage: StageRun, model: Any) -> MoESpec:
+def within_budget(
+    stage: StageRun,
+    spec: MoESpec,
+    ffns: list[DenseFFN],
+    layers: list[MoEFFN],
+    inputs: list[Tensor],
+    text_T: Tensor | None,
+) -> tuple[MoESpec, list[MoEFFN]]:
+    """The same mixtures with K of each layer by what the layer loses with fewer; in each stack K on average.
+
+    Stacks of an encoder-decoder are not weighed against each other: they run a different number of tokens.
+    """
+    from dataclasses import replace
+
+    import torch
+
+    from ffn2moe import oracle
+    from ffn2moe.factorise import mixture
+
+    errors_LE = torch.stack(
+        [
+            oracle.errors_by_active(moe, x_TD, text_T=text_T)
+            for moe, x_TD in stage.track(list(zip(layers, inputs, strict=True)), len(layers), "weighing layers")
+        ]
+    )
+    parts = errors_LE.split([shape.num_layers for shape in spec.stacks])
+    active = tuple(K for part in parts for K in oracle.allocate(part, spec.num_active))
+    spec = replace(spec, active_per_layer=active)
+    stage.say(f"experts a token runs, layer by layer: {', '.join(map(str, active))}")
+    return spec, [
+        mixture(ffn, moe.neurons, moe.shared_neurons, spec, index)
+        for index, (ffn, moe) in enumerate(zip(ffns, layers, strict=True))
+    ]
+
+
+def describe(stage: StageRun, model: Any, shared_width: int) -> MoESpec:
     """The spec of the mixture that the parameters ask of this model; says so when experts need padding.
+
+    K of each layer is not in it where that is to be found within a budget.
 
     ValueError where the container that is asked for cannot hold the model, with the property that forbids it.
     """
@@ -97,11 +175,16 @@ def describe(stage: StageRun, model: Any) -> MoESpec:
         teacher=params.teacher.source,
         pooling=pooling_of(stage.root / "data/teacher") if head == "embedding" else None,
         max_length=params.teacher.max_length,
-        shared_width=settings.shared_width,
+        shared_width=shared_width,
         gate=gate,
         router_bias=container is None,
         container=container.name if container else None,
         width_multiple=container.width_multiple if container else 1,
+        selection="prefix" if settings.partition == "nested" else settings.selection,
+        routing=settings.routing,
+        active_per_layer=settings.active_per_layer if isinstance(settings.active_per_layer, tuple) else (),
+        max_active=settings.max_active,
+        elastic=tuple(sorted({*params.distill.elastic} - {settings.num_active})),
     )
     if container:
         require_fit(container, model.config, spec=spec)
@@ -125,7 +208,7 @@ def container_of(stage: StageRun, model: Any) -> Container | None:
     if settings.container != "auto":
         return container_named(settings.container)
     try:
-        container, why = choose(model.config, shared_width=settings.shared_width)
+        container, why = choose(model.config, shared_width=max(settings.shared_width, settings.guard))
     except ValueError as error:
         raise ValueError(f"decompose.container = auto, but {error}; set decompose.container=none") from None
     stage.say(f"container: {why}")
