@@ -21,9 +21,9 @@ from ffn2moe.onnx_decoder import canonical_graphs
 from ffn2moe.onnx_graph import LARGEST_FILE, save_graph
 from ffn2moe.onnx_plans import PlanRefused, lower
 from ffn2moe.parity import MAIN_OUTPUT, Parity, Sample, agreement, random_samples
-from ffn2moe.runtime import DENSE_PLANS, QUANTIZED_PLANS, Plan
+from ffn2moe.runtime import DENSE_PLANS, QUANTIZED_PLANS, Plan, form_of, with_budget
 from ffn2moe.spec import MoESpec
-from ffn2moe.verify import FLOAT_TOLERANCE, TANH_TOLERANCE, Known, plan_parity
+from ffn2moe.verify import FLOAT_TOLERANCE, TANH_TOLERANCE, Known, budget, plan_parity
 
 GRAPHS = "onnx"
 CHECKED_ROWS = 16  # where the caller has no samples of its own
@@ -41,7 +41,7 @@ def export_model(
     float_tolerance: float = FLOAT_TOLERANCE,
     tanh_tolerance: float = TANH_TOLERANCE,
     largest_file: int = LARGEST_FILE,
-    track: Callable[[Sequence[Plan], str], Iterable[Plan]] = lambda plans, _: plans,
+    track: Callable[[Sequence[str], str], Iterable[str]] = lambda plans, _: plans,
 ) -> dict[str, Any]:
     """Write every plan of a model, for any head, and check each against PyTorch; gives the manifest.
 
@@ -49,6 +49,9 @@ def export_model(
     plans. `plans` None means all that the head has (`runtime.plans_of`). They are compared on `samples`
     (`ffn2moe.parity`; None: random ones). Weights of more than `largest_file` bytes go into a file of their own.
     `track` wraps the plans while they are worked through: (plans, what is done) -> plans.
+
+    A plan has the experts of the spec. Of an elastic mixture each is there again for every other budget, as plans of
+    their own (`sorted-k1`, whose entry says `num_active`): graphs, files, parity and quality are those of the budget.
 
     The manifest has `spec`, `model` (facts the runtime needs), `plans` (of each: `file`, `sha256`, `encoder` and
     `more` files where there are any, `parity_max_abs`, `parity`, and of a quantised one `agreement`: how well its
@@ -67,13 +70,25 @@ def export_model(
     manifest: dict[str, Any] = {"spec": spec.to_dict(), "model": facts(student, spec), "plans": {}, "refused": {}}
     entries: dict[str, dict[str, Any]] = manifest["plans"]
 
-    mixture = canonical_graphs(student, spec.head, spec.pooling)
+    budget_of: dict[str, int | None] = {plan: None for plan in wanted}
+    for other in spec.elastic:
+        budget_of |= {with_budget(plan, other): other for plan in wanted if plan not in DENSE_PLANS}
     needs_dense = teacher is not None and any(plan in DENSE_PLANS for plan in wanted)
     dense = canonical_graphs(teacher, spec.head, spec.pooling) if needs_dense else {}
-    for plan in track(wanted, "writing plans"):
-        canonical = dense if plan in DENSE_PLANS else mixture
+    mixtures: dict[int | None, dict[str, Any]] = {}
+    for plan in track(tuple(budget_of), "writing plans"):
+        form, num_active = form_of(plan), budget_of[plan]
+        if form in manifest["refused"]:
+            continue
+        if form in DENSE_PLANS:
+            canonical = dense
+        elif num_active not in mixtures:
+            with budget(student, spec, num_active):
+                canonical = mixtures[num_active] = canonical_graphs(student, spec.head, spec.pooling)
+        else:
+            canonical = mixtures[num_active]
         try:
-            graphs = {part: lower(graph, plan) for part, graph in canonical.items()}
+            graphs = {part: lower(graph, form) for part, graph in canonical.items()}  # type: ignore[arg-type]
         except PlanRefused as reason:
             manifest["refused"][plan] = str(reason)
             continue
@@ -83,6 +98,8 @@ def export_model(
             files |= {f"{GRAPHS}/{name}": digest for name, digest in saved.items()}
         main = _file(plan, "main")
         entries[plan] = {"file": main, "sha256": files.pop(main)}
+        if num_active is not None:
+            entries[plan]["num_active"] = num_active
         if "encoder" in graphs:
             entries[plan]["encoder"] = _file(plan, "encoder")
         if files:
@@ -90,14 +107,19 @@ def export_model(
 
     if samples is None:
         samples = random_samples(student, spec, CHECKED_ROWS)
-    known = Known.of(spec, student, samples, teacher if needs_dense else None)
-    for plan in track(tuple(entries), "checking plans"):  # type: ignore[arg-type]
+    known: dict[int | None, Known] = {}
+    for plan in track(tuple(entries), "checking plans"):
+        form, num_active = form_of(plan), budget_of[plan]
+        if num_active not in known:
+            with budget(student, spec, num_active):
+                compared = teacher if needs_dense and num_active is None else None
+                known[num_active] = Known.of(spec, student, samples, compared)
         files_of = runtime.checked_files(folder, entries[plan])
         opened = runtime.opened(folder, plan, manifest, [runtime.session(file, threads=1) for file in files_of])
-        largest, found = plan_parity(plan, opened.outputs, known, float_tolerance, tanh_tolerance)
+        largest, found = plan_parity(plan, opened.outputs, known[num_active], float_tolerance, tanh_tolerance)
         entries[plan] |= {"parity_max_abs": _rounded(largest), "parity": _details(found)}
-        if plan in QUANTIZED_PLANS:
-            references = known.teacher if plan in DENSE_PLANS else known.student
+        if form in QUANTIZED_PLANS:
+            references = known[num_active].teacher if form in DENSE_PLANS else known[num_active].student
             assert references is not None
             entries[plan]["agreement"] = _rounded(agreement(opened.outputs, references, MAIN_OUTPUT[spec.head]))
     return manifest

@@ -40,14 +40,15 @@ from torch import Tensor, nn
 
 from ffn2moe.dense import family_of
 from ffn2moe.metrics import pool
-from ffn2moe.moe import MoEFFN
+from ffn2moe.moe import MoEFFN, moe_layers
 from ffn2moe.runtime import sha256
 from ffn2moe.spec import Pooling
 
 OPSET = 23  # the first with a standard Attention op
 DOMAIN, MIXTURE = "ffn2moe", "Mixture"
-# The inputs of a mixture node after x [T, D], as attributes of `Mixture`; those that a layer lacks are left out.
-PARTS = ("router", "router_bias", "choice_bias", "w_in", "b_in", "w_gate", "b_gate", "w_out", "b_out")
+# The inputs of a mixture node after x [T, D] and what the router reads of each text [B, D], if it does not read x, as
+# attributes of `Mixture`; those that a layer lacks are left out.
+PARTS = ("router", "router_bias", "choice_bias", "margin", "w_in", "b_in", "w_gate", "b_gate", "w_out", "b_out")
 BATCH, SEQUENCE = "batch", "sequence"
 LARGEST_FILE = 2**31 - 2**24  # bytes of weights inside one file
 INPUTS = ("input_ids", "attention_mask")
@@ -63,21 +64,32 @@ class _ExportedMoE(nn.Module):
     def __init__(self, moe: MoEFFN) -> None:
         super().__init__()
         self.shared = moe if moe.shared_in is not None else None
-        self.attributes = {"num_active": moe.num_active, "gate": moe.gate, "activation": moe.activation}
+        self.texts = moe.texts
+        router = moe.router
+        # With all experts chosen every selection is that of all, and the gates of a prefix are 1.
+        selection = "topk" if moe.num_active == moe.num_experts else router.selection
+        gate = "unit" if router.selection == "prefix" else moe.gate
+        self.attributes = {
+            "selection": selection,
+            "num_active": moe.num_active if selection == "topk" else router.max_active,
+            "gate": gate,
+            "activation": moe.activation,
+        }
         with torch.no_grad():
-            weight_ED, bias_E = moe.router.folded()
-            choice_E = moe.router.balance_bias
-            if moe.gate == "unit":  # what shifts the choice shifts nothing else
+            weight_ED, bias_E = router.folded()
+            choice_E = router.balance_bias
+            if gate == "unit":  # what shifts the choice shifts nothing else
                 bias_E, choice_E = bias_E + choice_E, torch.zeros_like(choice_E)
             parts = {
                 "router": weight_ED,
                 "router_bias": bias_E,
                 "choice_bias": choice_E if choice_E.any() else None,
+                "margin": router.margin if selection == "threshold" else None,
                 "w_in": moe.w_in,
                 "b_in": moe.b_in,
                 "w_gate": moe.w_gate,
                 "b_gate": moe.b_gate,
-                "w_out": moe.w_out * moe.output_scale,
+                "w_out": moe.w_out * moe.scale,
                 "b_out": moe.b_out,
             }
             for name in PARTS:
@@ -88,7 +100,7 @@ class _ExportedMoE(nn.Module):
         x_TD = x.reshape(-1, x.shape[-1])
         y_TD = torch.onnx.ops.symbolic(
             f"{DOMAIN}::{MIXTURE}",
-            (x_TD, *(getattr(self, name) for name in PARTS)),
+            (x_TD, None if self.texts is None else self.texts.means(x), *(getattr(self, name) for name in PARTS)),
             self.attributes,
             dtype=x_TD.dtype,
             shape=x_TD.shape,
@@ -107,7 +119,9 @@ class _SentenceEncoder(nn.Module):
         self.model = model
         self.pooling = pooling
         # Models on the attention interface take a ready mask as it is; building it here saves a score of nodes.
-        self.ready_mask = model.config._attn_implementation == "sdpa" and not _windows(model)
+        # Routers that read whole texts have to see which tokens are real.
+        whole_texts = any(moe.texts is not None for moe in moe_layers(model))
+        self.ready_mask = model.config._attn_implementation == "sdpa" and not _windows(model) and not whole_texts
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
         mask = attention_mask

@@ -33,7 +33,7 @@ from ffn2moe.runtime import (
     quantize_blocks,
     swiglu_rows,
 )
-from ffn2moe.spec import Activation, Gate
+from ffn2moe.spec import Activation, Gate, Selection
 
 _BITS: dict[str, int] = {"qmoe8": 8, "qmoe4": 4, "dense4": 4}
 
@@ -59,8 +59,10 @@ def lower(canonical: ir.Model, plan: Plan) -> ir.Model:
             y_TD = _fused(editor, mixture)
         elif plan in _BITS:
             y_TD = _quantized_experts(editor, mixture, _BITS[plan])
-        else:
+        elif mixture.selection == "topk":
             y_TD = _sorted_experts(editor, mixture)
+        else:
+            y_TD = _used_experts(editor, mixture)
         replace(mixture.node.outputs[0], y_TD)
     if plan in INT8_PLANS:
         quantize(graph)
@@ -78,13 +80,16 @@ class Mixture:
 
     node: ir.Node
     x_TD: ir.Value
+    route_BD: ir.Value | None  # what the router reads of each text; None: it reads x, token by token
     name: str  # of the layer
-    num_active: int
+    selection: Selection
+    num_active: int  # K of `topk`, else the most that a token may use
     gate: Gate
     activation: Activation
     router: ir.Value
     router_bias: ir.Value
     choice_bias: ir.Value | None
+    margin: ir.Value | None  # of `threshold`
     w_in_EMD: np.ndarray
     b_in_EM: np.ndarray | None
     w_gate_EMD: np.ndarray | None
@@ -95,20 +100,23 @@ class Mixture:
     @classmethod
     def of(cls, node: ir.Node) -> Mixture:
         assert node.op_type == MIXTURE
-        values = dict(zip(PARTS, node.inputs[1:], strict=False))
+        values = dict(zip(PARTS, node.inputs[2:], strict=False))
         w_in = values["w_in"]
         arrays = {name: constant_of(value) for name, value in values.items()}
         assert node.inputs[0] is not None and w_in is not None
         return cls(
             node=node,
             x_TD=node.inputs[0],
+            route_BD=node.inputs[1],
             name=(w_in.name or "").removesuffix(".w_in"),
+            selection=node.attributes["selection"].as_string(),
             num_active=node.attributes["num_active"].as_int(),
             gate=node.attributes["gate"].as_string(),
             activation=node.attributes["activation"].as_string(),
             router=values["router"],
             router_bias=values["router_bias"],
             choice_bias=values.get("choice_bias"),
+            margin=values.get("margin"),
             w_in_EMD=arrays["w_in"],  # type: ignore[arg-type]
             b_in_EM=arrays.get("b_in"),
             w_gate_EMD=arrays.get("w_gate"),
@@ -125,18 +133,59 @@ class Mixture:
 # --- routing --------------------------------------------------------------------------------------------------------
 
 
-def _route(editor: Editor, mixture: Mixture) -> tuple[ir.Value, ir.Value]:
-    """The router's scores [T, E] and choice [T, K]."""
-    scores_TE = editor.node(
-        "Gemm", mixture.x_TD, mixture.router, mixture.router_bias, transB=1, name=f"{mixture.name}.router"
+def _scores(editor: Editor, mixture: Mixture) -> ir.Value:
+    """The router's scores [T, E]; where it reads a text as a whole, every token has those of its text."""
+    name = f"{mixture.name}.router"
+    if mixture.route_BD is None:
+        return editor.node("Gemm", mixture.x_TD, mixture.router, mixture.router_bias, transB=1, name=name)
+    scores_BE = editor.node("Gemm", mixture.route_BD, mixture.router, mixture.router_bias, transB=1, name=name)
+    texts = editor.node("Shape", scores_BE, start=0, end=1)
+    length = editor.node("Div", editor.node("Shape", mixture.x_TD, start=0, end=1), texts)
+    experts = editor.constant(f"experts_{mixture.num_experts}", np.array([mixture.num_experts]))
+    scores_BLE = editor.node(
+        "Expand",
+        editor.node("Unsqueeze", scores_BE, editor.constant("axis_1", np.array([1]))),
+        editor.node("Concat", texts, length, experts, axis=0),
     )
-    ranked_TE = scores_TE
-    if mixture.choice_bias is not None:
-        if mixture.gate == "sigmoid":
-            ranked_TE = editor.node("Sigmoid", scores_TE)
-        ranked_TE = editor.node("Add", ranked_TE, mixture.choice_bias)
-    K = editor.constant(f"choose_{mixture.num_active}", np.array([mixture.num_active]))
-    return scores_TE, editor.nodes("TopK", [ranked_TE, K], outputs=2, axis=-1)[1]
+    to_tokens = editor.constant(f"tokens_of_{mixture.num_experts}", np.array([-1, mixture.num_experts]))
+    return editor.node("Reshape", scores_BLE, to_tokens)
+
+
+def _ranked(editor: Editor, mixture: Mixture, scores_TE: ir.Value) -> ir.Value:
+    """What experts are chosen by [T, E]: the scores, shifted."""
+    if mixture.choice_bias is None:
+        return scores_TE
+    on_gates = mixture.gate == "sigmoid" and mixture.selection == "topk"
+    ranked_TE = editor.node("Sigmoid", scores_TE) if on_gates else scores_TE
+    return editor.node("Add", ranked_TE, mixture.choice_bias)
+
+
+def _highest(editor: Editor, ranked_TE: ir.Value, count: int) -> Sequence[ir.Value]:
+    """Values and places [T, K] of the K highest, in falling order."""
+    return editor.nodes("TopK", [ranked_TE, editor.constant(f"choose_{count}", np.array([count]))], outputs=2, axis=-1)
+
+
+def _route(editor: Editor, mixture: Mixture) -> tuple[ir.Value, ir.Value]:
+    """The router's scores [T, E] and choice [T, K], of the selection `topk`."""
+    scores_TE = _scores(editor, mixture)
+    return scores_TE, _highest(editor, _ranked(editor, mixture, scores_TE), mixture.num_active)[1]
+
+
+def _used(editor: Editor, mixture: Mixture, scores_TE: ir.Value) -> ir.Value:
+    """Which experts a token uses, bool [T, E], of selections that give each token a number of its own."""
+    ranked_TE = _ranked(editor, mixture, scores_TE)
+    if mixture.selection == "prefix":
+        last_T1 = editor.node("ArgMax", ranked_TE, axis=-1, keepdims=1)
+        return editor.node("GreaterOrEqual", last_T1, editor.constant("numbers", np.arange(mixture.num_experts)[None]))
+    E, most = mixture.num_experts, mixture.num_active
+    if most == E:
+        best_T1 = editor.node("ReduceMax", ranked_TE, editor.constant("axis_1", np.array([1])), keepdims=1)
+        return editor.node("GreaterOrEqual", ranked_TE, editor.node("Sub", best_T1, mixture.margin))
+    value_TK, chosen_TK = _highest(editor, ranked_TE, most)
+    best_T1 = editor.node("Slice", value_TK, *(_index(editor, n) for n in (0, 1, 1)))
+    near_TK = editor.node("GreaterOrEqual", value_TK, editor.node("Sub", best_T1, mixture.margin))
+    nothing_TE = editor.node("ConstantOfShape", editor.node("Shape", scores_TE), value=ir.tensor([False]))
+    return editor.node("ScatterElements", nothing_TE, chosen_TK, near_TK, axis=1)
 
 
 def _gates(editor: Editor, mixture: Mixture, scores_TE: ir.Value, chosen_TK: ir.Value) -> ir.Value | None:
@@ -147,6 +196,18 @@ def _gates(editor: Editor, mixture: Mixture, scores_TE: ir.Value, chosen_TK: ir.
         return editor.node("GatherElements", editor.node("Softmax", scores_TE, axis=-1), chosen_TK, axis=1)
     s_TK = editor.node("GatherElements", scores_TE, chosen_TK, axis=1)
     return editor.node("Softmax", s_TK, axis=-1) if mixture.gate == "softmax_topk" else editor.node("Sigmoid", s_TK)
+
+
+def _gates_of_used(editor: Editor, mixture: Mixture, scores_TE: ir.Value, used_TE: ir.Value) -> ir.Value | None:
+    """The weight of each expert [T, E], as far as it is used (`ffn2moe.router.gates`); None where it is 1."""
+    if mixture.gate == "unit":
+        return None
+    if mixture.gate == "sigmoid":
+        return editor.node("Sigmoid", scores_TE)
+    if mixture.gate == "softmax_topk":
+        masked = editor.constant("masked_score", np.array(-np.inf, dtype=np.float32))
+        scores_TE = editor.node("Where", used_TE, scores_TE, masked)
+    return editor.node("Softmax", scores_TE, axis=-1)
 
 
 def _masked_logits(editor: Editor, mixture: Mixture) -> tuple[ir.Value, ir.Value | None]:
@@ -182,6 +243,11 @@ def _masked_logits(editor: Editor, mixture: Mixture) -> tuple[ir.Value, ir.Value
 
 def _require_op(plan: str, mixture: Mixture) -> None:
     op = "com.microsoft.MoE" if plan == "fused" else "com.microsoft.QMoE"
+    if mixture.selection != "topk":
+        raise PlanRefused(
+            f"{plan}: {op} runs the same number of experts for every token, and the selection {mixture.selection!r} "
+            "does not; the plan `sorted` computes only what is used"
+        )
     if mixture.w_gate_EMD is not None and mixture.activation != "silu":
         raise PlanRefused(
             f"{plan}: {op} has no gated FFN with {mixture.activation}, only with silu; the plan `sorted` has one"
@@ -302,7 +368,10 @@ def _sorted_experts(editor: Editor, mixture: Mixture) -> ir.Value:
     b_share_D = None
     if mixture.b_out_D is not None and mixture.gate == "unit":
         b_share_D = editor.constant(f"{mixture.name}.b_share", mixture.b_out_D / np.float32(K))
-    outputs = [_one_expert(editor, mixture, expert, tokens[expert], b_share_D) for expert in range(E)]
+    outputs = [
+        _one_expert(editor, mixture, expert, editor.node("Gather", mixture.x_TD, tokens[expert], axis=0), b_share_D)
+        for expert in range(E)
+    ]
     y_RD = editor.node("Concat", *outputs, axis=0) if E > 1 else outputs[0]
 
     # Rank of each (expert, token) in the row: how many choices come before it.
@@ -325,11 +394,67 @@ def _sorted_experts(editor: Editor, mixture: Mixture) -> ir.Value:
     return _weighed(editor, mixture, editor.node("ReduceSum", y_TKD, axis_1, keepdims=0), None)
 
 
-def _one_expert(
-    editor: Editor, mixture: Mixture, expert: int, tokens: ir.Value, b_share_D: ir.Value | None
-) -> ir.Value:
+def _used_experts(editor: Editor, mixture: Mixture) -> ir.Value:
+    """The same for selections that give each token a number of experts of its own: only used pairs are computed.
+
+    As many rows for every token, to be gathered back, would be those of the token that uses most. So each expert adds
+    its outputs to those of the tokens that it took, one expert after the other: within one ``ScatterND`` no token
+    comes twice, and nothing is lost on several threads. The first block of a `prefix` takes every token as it is.
+    """
+    E = mixture.num_experts
+    scores_TE = _scores(editor, mixture)
+    used_TE = _used(editor, mixture, scores_TE)
+    gate_TE = _gates_of_used(editor, mixture, scores_TE, used_TE)
+    axis_1 = editor.constant("axis_1", np.array([1]))
+    b_out_D = None if mixture.b_out_D is None else editor.constant(f"{mixture.name}.b_out", mixture.b_out_D)
+
+    first = 1 if mixture.selection == "prefix" and gate_TE is None else 0
+    if first:
+        y_TD = _one_expert(editor, mixture, 0, mixture.x_TD, b_out_D)
+    else:
+        nothing = editor.node(
+            "ConstantOfShape", editor.node("Shape", mixture.x_TD), value=ir.tensor(np.zeros(1, dtype=np.float32))
+        )
+        y_TD = nothing if b_out_D is None else editor.node("Add", nothing, b_out_D)
+    if first == E:
+        return y_TD
+
+    used_ET = editor.node("Transpose", used_TE, perm=[1, 0])
+    if first:
+        used_ET = editor.node("Slice", used_ET, *(_index(editor, n) for n in (first, E, 0)))
+    _, token_R = editor.nodes("Split", [editor.node("NonZero", used_ET)], outputs=2, axis=0, num_outputs=2)
+    token_R1 = editor.node("Reshape", token_R, editor.constant("fill_axis_1", np.array([-1, 1])))
+    count_E = editor.node("ReduceSum", editor.node("Cast", used_ET, to=ir.DataType.INT64), axis_1, keepdims=0)
+
+    def by_expert(row: ir.Value) -> Sequence[ir.Value]:
+        return editor.nodes("Split", [row, count_E], outputs=E - first, axis=0) if E - first > 1 else [row]
+
+    tokens = by_expert(token_R1)
+    gates: Sequence[ir.Value] = ()
+    if gate_TE is not None:
+        gate_R = editor.node("Compress", editor.node("Transpose", gate_TE, perm=[1, 0]), _flat(editor, used_ET))
+        gates = by_expert(editor.node("Unsqueeze", gate_R, axis_1))
+    for expert in range(first, E):
+        token_n1 = tokens[expert - first]
+        x_nD = editor.node("Gather", mixture.x_TD, _flat(editor, token_n1), axis=0)
+        y_nD = _one_expert(editor, mixture, expert, x_nD, None)
+        if gates:
+            y_nD = editor.node("Mul", y_nD, gates[expert - first])
+        y_TD = editor.node("ScatterND", y_TD, token_n1, y_nD, reduction="add")
+    return y_TD
+
+
+def _index(editor: Editor, number: int) -> ir.Value:
+    return editor.constant(f"index_{number}", np.array([number]))
+
+
+def _flat(editor: Editor, value: ir.Value) -> ir.Value:
+    return editor.node("Reshape", value, editor.constant("fill_axis", np.array([-1])))
+
+
+def _one_expert(editor: Editor, mixture: Mixture, expert: int, x_nD: ir.Value, bias_D: ir.Value | None) -> ir.Value:
+    """The output [n, D] of one expert for the tokens that it took, with a bias of the layer's, if any."""
     name = f"{mixture.name}.experts.{expert}"
-    x_nD = editor.node("Gather", mixture.x_TD, tokens, axis=0)
 
     def linear(part: str, weight_MD: np.ndarray, bias_EM: np.ndarray | None) -> ir.Value:
         weight = editor.constant(f"{name}.{part}.weight", weight_MD.T)
@@ -343,7 +468,7 @@ def _one_expert(
         gate_nM = linear("gate", mixture.w_gate_EMD[expert], mixture.b_gate_EM)
         h_nM = editor.node("Mul", _activate(editor, gate_nM, mixture.activation), h_nM)
     w_out_MD = editor.constant(f"{name}.out.weight", mixture.w_out_EDM[expert].T)
-    return editor.node("Gemm", h_nM, w_out_MD, *([] if b_share_D is None else [b_share_D]), name=f"{name}.out")
+    return editor.node("Gemm", h_nM, w_out_MD, *([] if bias_D is None else [bias_D]), name=f"{name}.out")
 
 
 def _activate(editor: Editor, h: ir.Value, activation: Activation) -> ir.Value:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ffn2moe.dense import positions
 from ffn2moe.metrics import pool
 from ffn2moe.moe import MoEFFN, moe_layers
+from ffn2moe.router import Choice
 from ffn2moe.runtime import pad
 from ffn2moe.spec import Head, MoESpec, Pooling
 
@@ -44,7 +45,7 @@ class Reference:
 
     sample: Sample
     outputs: Mapping[str, np.ndarray]
-    margin_B: np.ndarray  # smallest lead of a chosen expert over the next, as a share of the layer's typical score
+    margin_B: np.ndarray  # least change of a score that changes a choice, as a share of the layer's typical score
     choices: tuple[np.ndarray, ...]  # of each layer, as indicators [B, L, E], false at padding
 
     def counts(self, output: str) -> np.ndarray:
@@ -93,9 +94,9 @@ def reference(
     }
     mixtures = moe_layers(model)
     before = [(moe.observer, moe.activation) for moe in mixtures]
-    seen: list[tuple[MoEFFN, Tensor, Tensor]] = []
+    seen: list[tuple[MoEFFN, Tensor, Choice]] = []
     for moe in mixtures:
-        moe.observer = lambda scores_TE, chosen_TK, moe=moe: seen.append((moe, scores_TE, chosen_TK))
+        moe.observer = lambda scores_TE, choice, moe=moe: seen.append((moe, scores_TE, choice))
         if tanh and moe.activation == "gelu" and moe.w_gate is None:
             moe.activation = "gelu_tanh"
     try:
@@ -106,29 +107,46 @@ def reference(
             B = len(next(iter(sample.values())))
             margin_B = torch.full((B,), torch.inf)
             choices = []
-            for moe, scores_TE, chosen_TK in seen:
+            for moe, scores_TE, choice in seen:
                 mask = None if in_decoder[id(moe)] else sample.get("attention_mask")
                 read_BL = (
                     torch.ones(B, len(scores_TE) // B, dtype=torch.bool)
                     if mask is None
                     else torch.from_numpy(mask) != 0
                 )
-                ranked_TE = scores_TE.sigmoid() if moe.gate == "sigmoid" else scores_TE
-                ranked_BLE = (ranked_TE + moe.router.balance_bias).reshape(*read_BL.shape, moe.num_experts)
-                indicator = torch.zeros_like(ranked_BLE, dtype=torch.bool)
-                indicator.scatter_(-1, chosen_TK.reshape(*read_BL.shape, -1), True)
-                choices.append((indicator & read_BL.unsqueeze(-1)).numpy())
-                if chosen_TK.shape[-1] < moe.num_experts:
-                    worst = ranked_BLE.masked_fill(~indicator, torch.inf).amin(-1)
-                    next_best = ranked_BLE.masked_fill(indicator, -torch.inf).amax(-1)
-                    lead_BL = (worst - next_best) / ranked_BLE.abs().mean().clamp(min=1e-30)
-                    margin_B = margin_B.minimum(lead_BL.masked_fill(~read_BL, torch.inf).amin(1))
+                used_TE = choice.indicator_TE(moe.num_experts).bool()
+                choices.append((used_TE.reshape(*read_BL.shape, -1) & read_BL.unsqueeze(-1)).numpy())
+                lead_BL = _lead(moe, scores_TE, used_TE).reshape(read_BL.shape)
+                margin_B = margin_B.minimum(lead_BL.masked_fill(~read_BL, torch.inf).amin(1))
             arrays = {name: tensor.numpy() for name, tensor in outputs.items()}
             found.append(Reference(sample, arrays, margin_B.numpy(), tuple(choices)))
         return found
     finally:
         for moe, (observer, activation) in zip(mixtures, before, strict=True):
             moe.observer, moe.activation = observer, activation
+
+
+def _lead(moe: MoEFFN, scores_TE: Tensor, used_TE: Tensor) -> Tensor:
+    """By how much scores may change before a token's choice does, [T], as a share of the layer's typical score."""
+    E, K = moe.num_experts, moe.num_active
+    if E == K:
+        return scores_TE.new_full((len(scores_TE),), torch.inf)
+    ranked_TE = moe.router.ranked(scores_TE)
+    if moe.router.selection == "prefix":  # a tie of the two best lengths
+        best_T2 = ranked_TE.topk(2, dim=-1).values
+        lead_T = best_T2[:, 0] - best_T2[:, 1]
+    else:
+        used_least_T = ranked_TE.masked_fill(~used_TE, torch.inf).amin(-1)
+        unused_best_T = ranked_TE.masked_fill(used_TE, -torch.inf).amax(-1)
+        lead_T = used_least_T - unused_best_T
+        if moe.router.selection == "threshold":  # has an edge of its own, which decides of all but the best
+            most = moe.router.max_active
+            best_TK = ranked_TE.topk(most, dim=-1).values
+            to_edge_TK = (best_TK - (best_TK[:, :1] - moe.router.margin)).abs()
+            to_edge_TK[:, 0] = torch.inf
+            full_T = used_TE.sum(-1) == most  # only then is there another expert that would be next
+            lead_T = torch.where(full_T, lead_T, torch.inf).minimum(to_edge_TK.amin(-1))
+    return lead_T / ranked_TE.abs().mean().clamp(min=1e-30)
 
 
 @dataclass(frozen=True)

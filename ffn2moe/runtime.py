@@ -40,6 +40,16 @@ BLOCK = 32  # weights that share a scale, in plans of 8 and 4 bits
 MOE_ACTIVATIONS = {"gelu": "gelu", "gelu_tanh": "gelu", "relu": "relu", "silu": "silu"}
 
 
+def with_budget(plan: Plan, num_active: int) -> str:
+    """The name of a plan that runs the same weights with another number of experts than the spec's: `sorted-k1`."""
+    return f"{plan}-k{num_active}"
+
+
+def form_of(plan: str) -> str:
+    """Which of the plans above a plan is, whatever its number of experts: `sorted` of `sorted-k1`."""
+    return plan.partition("-k")[0]
+
+
 def plans_of(head: str) -> tuple[Plan, ...]:
     """The plans of models with this head: those that decode token by token have plans for that."""
     return DECODER_PLANS if head in ("causal", "seq2seq") else PLANS
@@ -170,7 +180,7 @@ def open_export(
         because = f": {refused}" if refused else f"; it has: {', '.join(sorted(plans))}"
         raise ValueError(f"{path} has no plan {plan!r}{because}")
     files = checked_files(path, plans[plan])
-    if plan in OP_PLANS:
+    if form_of(plan) in OP_PLANS:
         self_tests(plan, manifest["spec"], providers)
     graphs = [session(file, threads=threads, providers=providers) for file in files]
     return opened(path, plan, manifest, graphs)
@@ -757,7 +767,7 @@ def dequantize_blocks(packed: np.ndarray, scales: np.ndarray, bits: int) -> np.n
 
 def self_tests(plan: str, spec: Mapping[str, Any], providers: Sequence[str] = CPU) -> float:
     """Checks the operator of a plan on this runtime for every kind of FFN of the model; the largest difference."""
-    bits = {"qmoe8": 8, "qmoe4": 4}.get(plan, 32)
+    bits = {"qmoe8": 8, "qmoe4": 4}.get(form_of(plan), 32)
     kinds = sorted({(stack["activation"], stack["gated"]) for stack in spec["stacks"]})
     return max(self_test(activation, providers, gated=gated, bits=bits) for activation, gated in kinds)
 

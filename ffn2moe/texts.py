@@ -45,7 +45,12 @@ class Texts:
         self._mask_BL = self._mean_BD = None
 
     def route(self, x: Tensor) -> Tensor:
-        """The mean of the text that each token of a layer's input belongs to, [..., D] -> [T, D].
+        """The mean of the text that each token of a layer's input belongs to, [..., D] -> [T, D]."""
+        means_BD = self.means(x)
+        return means_BD.repeat_interleave(x[..., 0].numel() // len(means_BD), 0)
+
+    def means(self, x: Tensor) -> Tensor:
+        """The mean of every text, [B, D], asked for by a layer with its input [..., D].
 
         The first layer that asks is the first mixture, and its input is what the others get to read, too.
         """
@@ -62,7 +67,7 @@ class Texts:
             share_BL = share_BL / share_BL.sum(1, keepdim=True).clamp(min=1.0)
             with torch.autocast(x.device.type, enabled=False):
                 self._mean_BD = torch.einsum("bl,bld->bd", share_BL, x.float().reshape(B, L, -1))
-        return self._mean_BD.repeat_interleave(L, 0)
+        return self._mean_BD
 
 
 def text_means(x_TD: Tensor, text_T: Tensor) -> Tensor:

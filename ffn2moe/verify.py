@@ -7,6 +7,7 @@ point in the same direction. Letters as in `ffn2moe.spec`.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,6 +17,7 @@ import numpy as np
 from torch import nn
 
 from ffn2moe import runtime
+from ffn2moe.moe import set_active
 from ffn2moe.parity import (
     MAIN_OUTPUT,
     Parity,
@@ -28,13 +30,26 @@ from ffn2moe.parity import (
     reference,
     same_choices,
 )
-from ffn2moe.runtime import CPU, DENSE_PLANS, OP_PLANS, QUANTIZED_PLANS
+from ffn2moe.runtime import CPU, DENSE_PLANS, OP_PLANS, QUANTIZED_PLANS, form_of
 from ffn2moe.spec import Head, MoESpec
 
 FLOAT_TOLERANCE = 1e-4  # largest difference of a float32 plan
 TANH_TOLERANCE = 2e-3  # the same where the operator's GELU is the tanh form
 # Of a quantised plan's main output with PyTorch's (`parity.agreement`): below, the graph is broken.
 INT8_AGREEMENT, INT4_AGREEMENT = 0.9, 0.7
+
+
+@contextmanager
+def budget(model: nn.Module, spec: MoESpec, num_active: int | None) -> Iterator[None]:
+    """For a while, an elastic model runs with this many experts, one of `spec.elastic`; None: with the spec's own."""
+    if num_active is None:
+        yield
+        return
+    set_active(model, num_active)
+    try:
+        yield
+    finally:
+        set_active(model, spec.num_active)
 
 
 @dataclass(frozen=True)
@@ -73,9 +88,10 @@ def plan_parity(
     it is for near the true model's, on the rows where the difference moves no token to another expert:
     where it does, what follows is another, equally good choice and nothing small is left to compare.
     """
-    references = known.teacher if plan in DENSE_PLANS else known.student
+    form = form_of(plan)
+    references = known.teacher if form in DENSE_PLANS else known.student
     assert references is not None, "a dense plan is compared with the teacher"
-    if plan == "fused" and known.tanh is not None:
+    if form == "fused" and known.tanh is not None:
         try:
             exact = parity(run, references)  # on a runtime whose GELU is the erf form
             _require(plan, exact.relative, float_tolerance)
@@ -88,7 +104,7 @@ def plan_parity(
             _require(plan, largest, tanh_tolerance)
         return largest, found
     found = parity(run, references)
-    if plan not in QUANTIZED_PLANS:
+    if form not in QUANTIZED_PLANS:
         _require(plan, found.relative, float_tolerance)
     return found.max_abs, found
 
@@ -141,8 +157,8 @@ def verify(
         sound += [plan] if check.passed else []
         yield check
     for plan in sound:
-        if plan in OP_PLANS:
-            op = "MoE" if plan == "fused" else "QMoE"
+        if form_of(plan) in OP_PLANS:
+            op = "MoE" if form_of(plan) == "fused" else "QMoE"
             yield _attempt(
                 f"{plan}: self-test of com.microsoft.{op}",
                 partial(_self_tests, plan, manifest["spec"], providers),
@@ -151,10 +167,16 @@ def verify(
     spec, student = checkpoint.load_spec(path / "checkpoint"), checkpoint.load(path / "checkpoint")
     same = spec.to_dict() == manifest["spec"]
     yield Check("checkpoint", same, f"{'is' if same else 'is not'} what the manifest describes")
-    known = Known.of(spec, student, random_samples(student, spec, texts))
+    samples = random_samples(student, spec, texts)
+    budgets = {plan: manifest["plans"][plan].get("num_active") for plan in sound}
+    known = {}
+    for num_active in dict.fromkeys(budgets.values()):
+        with budget(student, spec, num_active):
+            known[num_active] = Known.of(spec, student, samples)
     dense: list[Reference] = []
     for plan in sorted(sound, key=lambda plan: plan != "dense"):
-        yield _attempt(f"{plan}: parity", partial(_opened_parity, path, plan, threads, providers, known, dense))
+        of_budget = known[budgets[plan]]
+        yield _attempt(f"{plan}: parity", partial(_opened_parity, path, plan, threads, providers, of_budget, dense))
 
 
 def _attempt(name: str, action: Callable[[], str]) -> Check:
@@ -181,8 +203,8 @@ def _opened_parity(
     known: Known,
     dense: list[Reference],
 ) -> str:
-    run = runtime.open_export(path, plan, threads, providers).outputs
-    if plan not in DENSE_PLANS and plan not in QUANTIZED_PLANS:
+    run, form = runtime.open_export(path, plan, threads, providers).outputs, form_of(plan)
+    if form not in DENSE_PLANS and form not in QUANTIZED_PLANS:
         largest, found = plan_parity(plan, run, known)
         return f"{largest:.1e} from PyTorch on {found.rows} texts"
     rows = sum(len(one.margin_B) for one in known.student)
@@ -199,7 +221,7 @@ def _opened_parity(
     found_agreement = agreement(run, dense if plan in DENSE_PLANS else known.student, output)
     of = "dense" if plan in DENSE_PLANS else "PyTorch"
     what = "mean cosine" if output == "sentence_embedding" else "correlation"
-    least = INT4_AGREEMENT if plan.endswith("4") else INT8_AGREEMENT
+    least = INT4_AGREEMENT if form.endswith("4") else INT8_AGREEMENT
     if not found_agreement >= least:
         raise ValueError(f"its {output} has a {what} of {found_agreement:.3f} with that of {of}, below {least}")
     return f"{what} {found_agreement:.4f} with {of}, on {rows} texts"

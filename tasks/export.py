@@ -2,8 +2,9 @@
 
 A float32 graph that is further from PyTorch than its tolerance fails the stage; within it, the graph has the quality
 that stage 5 found. A graph that computes something else on purpose (int8, another form of GELU) is judged anew: by the
-retrieval benchmark, by its perplexity, or by its agreement with the teacher. What a plan keeps of the teacher's figure
-decides later whether it may be chosen. A language model that was made for a native container is written as one, too.
+retrieval benchmark, by its perplexity, or by its agreement with the teacher. So is each other budget of an elastic
+mixture (`sorted-k1`). What a plan keeps of the teacher's figure decides later whether it may be chosen. A language
+model that was made for a native container is written as one, too.
 """
 
 from __future__ import annotations
@@ -117,13 +118,14 @@ class PlanQuality:
         """The figure of one plan, and what it keeps of the teacher's."""
         from ffn2moe import runtime
 
-        params = self.stage.params
-        if plan in runtime.QUANTIZED_PLANS or entry["parity_max_abs"] > params.export.float_tolerance:
+        params, form = self.stage.params, runtime.form_of(plan)
+        is_another = form in runtime.QUANTIZED_PLANS or "num_active" in entry
+        if is_another or entry["parity_max_abs"] > params.export.float_tolerance:
             files = runtime.checked_files(folder, entry)
             graphs = [runtime.session(file, threads=params.compute.threads) for file in files]
             figure = self.measured(runtime.opened(folder, plan, manifest, graphs))
         else:
-            figure = self.known["teacher" if plan in runtime.DENSE_PLANS else "student"]
+            figure = self.known["teacher" if form in runtime.DENSE_PLANS else "student"]
         kept = self.headline.retention(figure, self.known["teacher"])
         return {self.headline.key: round(figure, 6), "retention": round(kept, 6)}
 

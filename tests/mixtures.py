@@ -13,7 +13,7 @@ from ffn2moe import checkpoint
 from ffn2moe.dense import load_dense, read_ffn
 from ffn2moe.experts import neurons_by_expert, slice_experts
 from ffn2moe.moe import MoEFFN, install_moe, spec_of
-from ffn2moe.spec import FFNShape, MoESpec, Pooling
+from ffn2moe.spec import FFNShape, Head, MoESpec, Pooling
 from tasks.corpus import write_jsonl
 from tests.texts import make_texts, write_corpus
 
@@ -21,41 +21,49 @@ from tests.texts import make_texts, write_corpus
 def carve(
     teacher: Path,
     *,
+    head: Head = "embedding",
     num_experts: int = 4,
     num_active: int = 2,
     pooling: Pooling = "mean",
     output_scale: float = 1.25,
+    **options: Any,
 ) -> tuple[Any, MoESpec]:
-    """The teacher with its FFNs cut into experts that a random router chooses from, and the spec of that."""
+    """The teacher with its FFNs cut into experts that a random router chooses from, and the spec of that.
+
+    `options` go to `spec_of`. Where tokens use a number of experts of their own, it is `num_active` on average over
+    random tokens.
+    """
     model, _ = load_dense(str(teacher))
     spec = spec_of(
         model,
-        head="embedding",
+        head=head,
         num_experts=num_experts,
         num_active=num_active,
         partition="contiguous",
         teacher="tiny",
-        pooling=pooling,
+        pooling=pooling if head == "embedding" else None,
         max_length=32,
+        **options,
     )
     generator = torch.Generator().manual_seed(1)
     layers = []
     for index in range(spec.num_layers):
         expert_of_neuron_F = torch.arange(spec.ffn_width) * num_experts // spec.ffn_width
         neurons_EM = neurons_by_expert(expert_of_neuron_F, num_experts)
-        moe = MoEFFN.from_experts(spec, slice_experts(read_ffn(model, index), neurons_EM), neurons_EM)
+        moe = MoEFFN.from_experts(spec, slice_experts(read_ffn(model, index), neurons_EM), neurons_EM, index)
         with torch.no_grad():
             moe.router.weight.copy_(torch.randn(moe.router.weight.shape, generator=generator))
             moe.router.balance_bias.copy_(torch.linspace(-0.1, 0.1, num_experts))
             moe.output_scale.fill_(output_scale)
+            moe.router.calibrate(moe.router(torch.randn(512, spec.width, generator=generator)), moe.num_active)
         layers.append(moe)
     install_moe(model, layers)
     return model.eval(), spec
 
 
-def make_workspace(root: Path, teacher: Path) -> Path:
-    """What the stage `export` reads: a teacher, a student carved from it, texts and pairs."""
-    model, spec = carve(teacher)
+def make_workspace(root: Path, teacher: Path, **options: Any) -> Path:
+    """What the stage `export` reads: a teacher, a student carved from it (`carve`), texts and pairs."""
+    model, spec = carve(teacher, **options)
     _, tokenizer = load_dense(str(teacher))
     shutil.copytree(teacher, root / "data/teacher")
     checkpoint.save(model, tokenizer, spec, root / "models/distilled")

@@ -1,0 +1,248 @@
+"""Whatever chooses the experts, and however many, the graphs compute what PyTorch does, or say why they cannot."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from ffn2moe import checkpoint, onnx_decoder, onnx_graph, onnx_plans, runtime
+from ffn2moe.dense import load_dense
+from ffn2moe.export import write_manifest
+from ffn2moe.moe import moe_layers, set_active
+from ffn2moe.parity import NEAR_TIE, Sample, agreement, parity, random_samples, reference
+from ffn2moe.verify import Known, plan_parity, verify
+from tasks import export
+from tests.conftest import make_tiny_bert, make_tiny_llama
+from tests.mixtures import carve, make_workspace
+from tests.test_decoder import opened
+from tests.test_export import SETTINGS
+from tests.test_onnx import EMBEDDING, batch_of, run_of
+from tests.texts import make_stage
+
+SELECTIONS: dict[str, dict[str, Any]] = {
+    "threshold": {"selection": "threshold"},
+    "threshold, at most 3": {"selection": "threshold", "max_active": 3},
+    "prefix": {"selection": "prefix"},
+}
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory) -> Path:
+    """Two layers, so that an error in the first moves what the second chooses."""
+    return make_tiny_bert(tmp_path_factory.mktemp("teacher") / "bert")
+
+
+@pytest.fixture(scope="module")
+def language_model(tmp_path_factory) -> Path:
+    return make_tiny_llama(tmp_path_factory.mktemp("teacher") / "llama")
+
+
+def samples(seed: int = 0) -> list[Sample]:
+    """Texts of many lengths in batches with padding, one token alone among them."""
+    random = np.random.default_rng(seed)
+    return [batch_of(random, batch, sequence) for batch, sequence in ((1, 1), (4, 20), (3, 50), (1, 33))]
+
+
+def check(model: Any, spec: Any, plans: tuple[str, ...], batches: list[Sample] | None = None) -> dict[str, Any]:
+    """Each plan of an encoder equals PyTorch; gives the plans as functions."""
+    canonical = onnx_graph.canonical_graph(model, spec.pooling)
+    known = Known.of(spec, model, batches or samples())
+    runs = {plan: run_of(onnx_plans.lower(canonical, plan)) for plan in plans}  # type: ignore[arg-type]
+    for plan, run in runs.items():
+        _, found = plan_parity(plan, run, known)  # raises where it is too far
+        assert found.rows >= 6
+        if plan in runtime.QUANTIZED_PLANS:
+            assert agreement(run, known.student, EMBEDDING) > 0.9
+    return runs
+
+
+@pytest.mark.parametrize("name", SELECTIONS)
+def test_tokens_that_use_as_many_experts_as_they_need_are_computed_as_in_pytorch(teacher, name):
+    model, spec = carve(teacher, **SELECTIONS[name])
+    check(model, spec, ("sorted", "sorted8"))
+
+
+@pytest.mark.parametrize("gate", ["softmax", "softmax_topk", "sigmoid"])
+@pytest.mark.parametrize("name", ["threshold", "threshold, at most 3"])
+def test_every_gate_weighs_the_experts_within_the_threshold(teacher, name, gate):
+    check(*carve(teacher, gate=gate, **SELECTIONS[name]), ("sorted",))
+
+
+@pytest.mark.parametrize("name", SELECTIONS)
+def test_language_models_decode_with_a_number_of_experts_by_token(language_model, name):
+    model, spec = carve(language_model, head="causal", **SELECTIONS[name])
+    graphs = onnx_decoder.canonical_graphs(model, "causal")
+    known = reference(model, random_samples(model, spec, 12), "causal")
+    export = opened({"main": onnx_plans.lower(graphs["main"], "sorted")})
+    found = parity(export.outputs, known)
+    assert found.rows >= 6 and found.relative < 1e-5
+
+
+@pytest.mark.parametrize("selection", ["threshold", "prefix"])
+def test_only_used_experts_are_computed(teacher, selection):
+    model, spec = carve(teacher, selection=selection)
+    lowered = onnx_plans.lower(onnx_graph.canonical_graph(model, spec.pooling), "sorted")
+    for node in lowered.graph:  # the neurons of every expert are an output, too
+        if node.op_type == "Gelu":
+            lowered.graph.outputs.append(node.outputs[0])
+    session = runtime.session(onnx_graph.ir.to_proto(lowered).SerializeToString(), threads=1)
+    sample = batch_of(np.random.default_rng(1), 4, 30)
+    names = [output.name for output in session.get_outputs()][len(onnx_graph.OUTPUTS) :]
+    rows = [len(array) for array in session.run(names, dict(sample))]
+    seen: list[int] = []
+    for moe in moe_layers(model):
+        moe.observer = lambda scores_TE, choice: seen.extend(choice.load_E(4).tolist())
+    with torch.no_grad():
+        model(**{name: torch.from_numpy(array) for name, array in sample.items()})
+    assert sorted(rows) == sorted(seen) and sum(seen) < 0.75 * 2 * 4 * 120  # of 2 layers, 4 experts and 120 tokens
+
+
+@pytest.mark.parametrize("selection", ["threshold", "prefix"])
+def test_a_plan_of_used_experts_gives_the_same_numbers_on_more_than_one_thread(teacher, selection):
+    model, spec = carve(teacher, selection=selection)
+    lowered = onnx_plans.lower(onnx_graph.canonical_graph(model, spec.pooling), "sorted")
+    sample = batch_of(np.random.default_rng(8), 8, 64)
+    expected, two = run_of(lowered)(sample), run_of(lowered, threads=2)
+    for _ in range(20):
+        np.testing.assert_allclose(two(sample)[EMBEDDING], expected[EMBEDDING], atol=1e-5)
+
+
+@pytest.mark.parametrize("selection", ["threshold", "prefix"])
+def test_with_all_experts_chosen_every_selection_is_the_teacher(teacher, selection):
+    dense, _ = load_dense(str(teacher))
+    model, spec = carve(teacher, selection=selection, num_active=4, output_scale=1.0)
+    known = reference(dense, samples(), "embedding", "mean")
+    run = run_of(onnx_plans.lower(onnx_graph.canonical_graph(model, spec.pooling), "sorted"))
+    assert parity(run, known).max_abs < 1e-5
+
+
+@pytest.mark.parametrize("selection", ["threshold", "prefix"])
+def test_operators_of_a_fixed_number_of_experts_are_refused_with_the_plan_that_has_none(teacher, selection):
+    model, spec = carve(teacher, selection=selection)
+    canonical = onnx_graph.canonical_graph(model, spec.pooling)
+    for plan in ("fused", "qmoe8", "qmoe4"):
+        with pytest.raises(onnx_plans.PlanRefused, match=f"{plan}: .* same number of experts .*; the plan `sorted`"):
+            onnx_plans.lower(canonical, plan)
+
+
+@pytest.mark.parametrize(("layers", "plans"), [((1, 3), ("fused", "sorted", "sorted8")), ((4, 2), ("fused", "sorted"))])
+def test_each_layer_has_a_number_of_experts_of_its_own(teacher, layers, plans):
+    model, spec = carve(teacher, active_per_layer=layers)
+    assert [moe.num_active for moe in moe_layers(model)] == list(layers)
+    check(model, spec, plans)
+
+
+def test_the_quantised_operators_have_a_number_of_experts_by_layer(language_model):
+    model, spec = carve(language_model, head="causal", active_per_layer=(1, 3), gate="softmax_topk")
+    canonical = onnx_decoder.canonical_graphs(model, "causal")["main"]
+    known = reference(model, random_samples(model, spec, 12), "causal")
+    for plan, least in (("qmoe8", 0.99), ("qmoe4", 0.8)):
+        lowered = onnx_plans.lower(canonical, plan)
+        assert [node.attributes["k"].as_int() for node in lowered.graph if node.op_type == "QMoE"] == [1, 3]
+        assert agreement(opened({"main": lowered}).outputs, known, "logits") > least
+
+
+# --- one choice for a text ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"selection": "threshold"}, {"selection": "prefix"}, {"gate": "softmax"}], ids=str
+)
+def test_a_choice_for_a_text_is_that_of_its_real_tokens(teacher, options):
+    model, spec = carve(teacher, routing="sequence", **options)
+    runs = check(model, spec, ("fused", "sorted", "sorted8") if options == {} else ("sorted",), samples() + samples(1))
+    ids = samples()[3]["input_ids"]
+    short = {"input_ids": ids, "attention_mask": np.ones_like(ids)}
+    padded = {name: np.pad(array, ((0, 0), (0, 11))) for name, array in short.items()}
+    np.testing.assert_allclose(runs["sorted"](padded)[EMBEDDING], runs["sorted"](short)[EMBEDDING], atol=1e-5)
+
+
+# --- several budgets ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def elastic(tmp_path_factory, teacher) -> Path:
+    """A workspace in which the stage `export` has run on a mixture of three budgets."""
+    root = make_workspace(tmp_path_factory.mktemp("elastic"), teacher, elastic=(1, 3))
+    export.run(make_stage("export", root, *SETTINGS))
+    return root
+
+
+def test_every_budget_of_an_elastic_mixture_has_plans_with_a_quality_of_their_own(elastic):
+    manifest = runtime.read_manifest(elastic / "exports/tiny")
+    mixtures = [plan for plan in runtime.PLANS if plan not in runtime.DENSE_PLANS]
+    others = {f"{plan}-k{K}": K for plan in mixtures for K in (1, 3)}
+    assert {*manifest["plans"]} == {*runtime.PLANS, *others} and not manifest["refused"]
+    for plan, entry in manifest["plans"].items():
+        assert entry.get("num_active") == others.get(plan)
+        assert entry["sha256"] == runtime.sha256(elastic / "exports/tiny" / entry["file"])
+        if runtime.form_of(plan) == "sorted":
+            assert entry["parity_max_abs"] <= 1e-4
+    found = {plan: manifest["plans"][plan]["retrieval_ndcg_at_10"] for plan in ("sorted", "sorted-k1", "sorted-k3")}
+    assert len(set(found.values())) == 3  # judged, each of them
+
+
+def test_a_budget_is_opened_by_its_name_and_is_the_model_with_so_many_experts(elastic):
+    student = checkpoint.load(elastic / "models/distilled")
+    set_active(student, 1)
+    known = reference(student, samples(), "embedding", "mean")
+    one, two = (runtime.open_export(elastic / "exports/tiny", plan, 1) for plan in ("sorted-k1", "sorted"))
+    assert parity(one.outputs, known).max_abs < 1e-4 < parity(two.outputs, known).max_abs
+
+
+def test_verify_looks_at_every_budget(elastic, tmp_path):
+    found = list(verify(elastic / "exports/tiny", texts=4, threads=1))
+    assert all(check.passed for check in found), found
+    assert {"fused-k3: self-test of com.microsoft.MoE", "sorted8-k1: parity"} < {check.name for check in found}
+    copied = Path(shutil.copytree(elastic / "exports/tiny", tmp_path / "copy"))
+    manifest = runtime.read_manifest(copied)
+    manifest["plans"]["sorted-k1"] |= {key: manifest["plans"]["sorted"][key] for key in ("file", "sha256")}
+    write_manifest(copied, manifest)  # a plan that computes another budget than it says
+    checks = {check.name: check for check in verify(copied, plans=["sorted-k1"], texts=4, threads=1)}
+    assert not checks["sorted-k1: parity"].passed
+
+
+def test_the_stage_says_which_plans_a_selection_cannot_have(teacher, tmp_path, capsys):
+    root = make_workspace(tmp_path, teacher, selection="threshold")
+    export.run(make_stage("export", root, *SETTINGS))
+    manifest = runtime.read_manifest(root / "exports/tiny")
+    assert {*manifest["plans"]} == {"dense", "dense8", "sorted", "sorted8"}
+    assert "selection 'threshold'" in manifest["refused"]["fused"]
+    assert "no plan fused: fused: com.microsoft.MoE runs the same number" in " ".join(capsys.readouterr().out.split())
+    with pytest.raises(ValueError, match="no plan 'fused': fused: .* the same number of experts"):
+        runtime.open_export(root / "exports/tiny", "fused")
+    assert all(check.passed for check in verify(root / "exports/tiny", texts=4, threads=1))
+
+
+# --- what rounding decides ------------------------------------------------------------------------------------------
+
+
+def test_a_score_at_the_edge_of_the_margin_is_a_near_tie(teacher):
+    model, spec = carve(teacher, selection="threshold")
+    known = reference(model, samples(), "embedding", spec.pooling)
+    assert all((one.margin_B > NEAR_TIE).all() for one in known)
+    router = moe_layers(model)[0].router
+    seen: list[torch.Tensor] = []
+    moe_layers(model)[0].observer = lambda scores_TE, choice: seen.append(scores_TE)
+    reference(model, samples()[:1], "embedding", spec.pooling)  # its own observers come and go
+    with torch.no_grad():
+        model(**{name: torch.from_numpy(array) for name, array in samples()[0].items()})
+        ranked_E = router.ranked(seen[0])[0].sort(descending=True).values
+        router.margin.copy_(ranked_E[0] - ranked_E[1])
+    assert (reference(model, samples()[:1], "embedding", spec.pooling)[0].margin_B < NEAR_TIE).all()
+
+
+def test_two_lengths_of_one_score_are_a_near_tie(teacher):
+    model, spec = carve(teacher, selection="prefix")
+    assert all((one.margin_B > NEAR_TIE).all() for one in reference(model, samples(), "embedding", spec.pooling))
+    for moe in moe_layers(model):
+        torch.nn.init.zeros_(moe.router.weight)
+        moe.router.balance_bias.zero_()
+    known = reference(model, samples(), "embedding", spec.pooling)
+    with pytest.raises(ValueError, match="train the router first"):
+        parity(lambda sample: known[0].outputs, known[:1])
