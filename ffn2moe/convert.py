@@ -646,8 +646,6 @@ class _Conversion:
         for _ in distiller.run():
             times.append(time.monotonic())
         distiller.restore(0, before)
-        for layer in distiller.layers:
-            layer.observer = distiller._observe
         seconds = (times[-1] - times[0]) / (len(times) - 1)
         steps = max(1, int(60 * minutes / seconds))
         self.say(f"a step takes {seconds:.2f} s: {steps} of them fill {minutes:g} minutes")

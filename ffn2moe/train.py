@@ -23,7 +23,8 @@ from ffn2moe.spec import Head, Pooling
 BATCH_LENGTHS = (16, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 WARMUP_SHARE = 0.05  # of the steps
 MAX_GRADIENT_NORM = 1.0
-FOLLOW_RATE = 0.1  # of the way to what would keep a batch's mean number of experts, for those who choose how many
+FOLLOW_RATE = 0.1  # of the way to what would keep a batch's mean number of experts, for those who choose how many ...
+FOLLOWED_TOKENS = 1024  # ... by so many of its tokens
 
 
 @dataclass(frozen=True)
@@ -343,7 +344,7 @@ class Distiller:
         self.bf16 = bf16
         self.seed = seed
         # What the steps take turns in; the K that the student came with, and has again at the end, is the first.
-        self.budgets = tuple(dict.fromkeys((self.layers[0].num_active, *elastic))) if elastic else ()
+        self.budgets = tuple(dict.fromkeys((self.layers[0].num_active, *elastic))) if elastic and self.layers else ()
         self.step = 0
         self.trained = {
             f"{index}.{name}": parameter.requires_grad_(True)
@@ -354,12 +355,10 @@ class Distiller:
             others = ((name, one) for name, one in student.named_parameters() if not one.requires_grad)
             self.trained |= {f"model.{name}": parameter.requires_grad_(True) for name, parameter in others}
         self.optimizer = torch.optim.AdamW(self.trained.values(), lr=learning_rate, weight_decay=0.0, fused=True)
-        self._counts_E: list[Tensor] = []
-        self._scores_TE: list[Tensor] = []
+        self._routed: list[tuple[Tensor, Choice]] = []  # scores and choice of each mixture in this step
 
     def _observe(self, scores_TE: Tensor, choice: Choice) -> None:
-        self._counts_E.append(choice.load_E(scores_TE.shape[1]))
-        self._scores_TE.append(scores_TE.detach())
+        self._routed.append((scores_TE.detach(), choice))
 
     def run(self) -> Iterator[StepMetrics]:
         """Train from the current step to the last; yields after each. The student is left in eval mode.
@@ -384,7 +383,7 @@ class Distiller:
                 layer.observer = None
 
     def _one_step(self, batch: Batch) -> StepMetrics:
-        self._counts_E, self._scores_TE = [], []
+        self._routed = []
         if self.budgets:
             set_active(self.student, budget_of_step(self.budgets, self.step, self.seed))
         with torch.autocast(self.device.type, torch.bfloat16) if self.bf16 else nullcontext():
@@ -403,20 +402,28 @@ class Distiller:
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate * schedule(self.step, self.steps)
         self.optimizer.step()
-        if self.balance_step:
-            for layer, count_E in zip(self.layers, self._counts_E, strict=True):
-                layer.router.balance(count_E, self.balance_step)
-        for layer, scores_TE in zip(self.layers, self._scores_TE, strict=True):
-            layer.router.follow(_of_real_tokens(scores_TE, batch), layer.num_active, FOLLOW_RATE)
+        loads = self._move_routers(batch)
         metrics = StepMetrics(
             step=self.step,
             loss=total,
             terms={name: term.item() for name, term in loss.terms.items()},
             gradient_norm=norm.item(),
-            max_over_mean_load=max(((c.max() / c.float().mean()).item() for c in self._counts_E), default=1.0),
+            max_over_mean_load=max(((load_E.max() / load_E.mean()).item() for load_E in loads), default=1.0),
         )
         self.step += 1
         return metrics
+
+    @torch.no_grad()
+    def _move_routers(self, batch: Batch) -> list[Tensor]:
+        """Change how the routers choose, which no gradient does; gives how many tokens use each expert, [E] a layer."""
+        loads = []
+        for layer, (scores_TE, choice) in zip(self.layers, self._routed, strict=True):
+            loads.append(_of_real_tokens(choice.indicator_TE(layer.num_experts), batch).sum(0))
+            if self.balance_step:
+                layer.router.balance(loads[-1], self.balance_step)
+            scores_TE = _of_real_tokens(scores_TE, batch)[:FOLLOWED_TOKENS]
+            layer.router.follow(scores_TE, layer.num_active, FOLLOW_RATE)
+        return loads
 
     def state(self) -> dict[str, Tensor]:
         """Everything that the next step depends on, by name."""
@@ -445,12 +452,12 @@ class Distiller:
         return {f"{name}.{i}": held[name] for i, held in kept for name in ("balance_bias", "margin") if name in held}
 
 
-def _of_real_tokens(scores_TE: Tensor, batch: Batch) -> Tensor:
-    """The scores of the tokens that are no padding."""
+def _of_real_tokens(rows_TE: Tensor, batch: Batch) -> Tensor:
+    """The rows of the tokens that are no padding."""
     for mask in (batch.mask, batch.inputs.get("attention_mask")):
-        if mask is not None and mask.numel() == len(scores_TE):
-            return scores_TE[mask.flatten().bool()]
-    return scores_TE
+        if mask is not None and mask.numel() == len(rows_TE):
+            return rows_TE[mask.flatten().bool()]
+    return rows_TE
 
 
 def bf16_supported(device: str | torch.device = "cpu") -> bool:

@@ -1,12 +1,13 @@
-"""Stage 4: the mixtures learn, end to end, to do what the dense teacher does.
+"""Stage 4: the mixtures learn, layer by layer and then end to end, to do what the dense teacher does.
 
-Killed at any moment, it continues from the last checkpoint in .cache and ends in the same bytes.
+Killed at any moment, it continues from the last layer or checkpoint in .cache and ends in the same bytes.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,9 +17,10 @@ from tasks.tokens import read_tokens
 
 if TYPE_CHECKING:
     from ffn2moe.spec import MoESpec
-    from ffn2moe.train import Distiller, Objective, StepMetrics
+    from ffn2moe.train import BatchSource, Distiller, Objective, StepMetrics
 
 REPORTED_EVERY = 10  # steps between the rows of the loss curve
+LAYERS = ".cache/layerwise"  # the layers that are done, until the stage is
 
 
 def run(stage: StageRun) -> None:
@@ -40,19 +42,24 @@ def run(stage: StageRun) -> None:
         f"{settings.batch_tokens} tokens ({settings.steps / batches.per_epoch:.1f} epochs), "
         f"{'bfloat16' if bf16 else 'float32'} on {device}"
     )
+    objective = objective_of(stage, spec)
+    fingerprint = run_fingerprint(stage)
+    curve = train_layers(stage, teacher, student, batches, objective, spec, bf16=bf16, fingerprint=fingerprint)
     distiller = Distiller(
         teacher,
         student,
         batches,
-        objective_of(stage, spec),
+        objective,
         steps=settings.steps,
         learning_rate=settings.learning_rate,
         balance_step=balance_step_of(stage, spec),
         scope=settings.scope,
+        elastic=spec.elastic,
+        seed=params.seed,
         device=device,
         bf16=bf16,
     )
-    progress = Progress(root / ".cache" / "distill.safetensors", run_fingerprint(stage))
+    progress = Progress(root / ".cache" / "distill.safetensors", fingerprint)
     progress.resume(distiller)
     if distiller.step:
         stage.say(f"continuing from the checkpoint at step {distiller.step}")
@@ -76,10 +83,59 @@ def run(stage: StageRun) -> None:
             "tokens": settings.steps * settings.batch_tokens,
             "loss_last_50": sum(row["loss"] for row in last) / max(1, len(last)),
             "bf16": bf16,
+            "layerwise_steps": settings.layerwise_steps,
         },
     )
+    stage.write_csv("metrics/plots/layerwise.csv", curve or [{"layer": 0, "step": 0, "loss": 0.0}])
     stage.write_csv("metrics/plots/distill.csv", rows[::REPORTED_EVERY] or [{"step": 0, "loss": 0.0}])
     progress.discard()
+    shutil.rmtree(root / LAYERS, ignore_errors=True)
+
+
+def train_layers(
+    stage: StageRun,
+    teacher: Any,
+    student: Any,
+    batches: BatchSource,
+    objective: Objective,
+    spec: MoESpec,
+    *,
+    bf16: bool,
+    fingerprint: str,
+) -> list[dict[str, Any]]:
+    """Train every layer of the student by itself, if that is asked; gives the curves of their losses."""
+    import torch
+
+    from ffn2moe.encode import choose_device
+    from ffn2moe.layerwise import distil_layers
+
+    params, settings = stage.params, stage.params.distill
+    if not settings.layerwise_steps:
+        return []
+    layers = distil_layers(
+        teacher,
+        student,
+        batches,
+        objective,
+        judge=settings.layerwise,
+        steps=settings.layerwise_steps,
+        batch_tokens=settings.batch_tokens,
+        learning_rate=settings.learning_rate,
+        seed=params.seed,
+        elastic=spec.elastic,
+        workers=torch.get_num_threads(),
+        device=choose_device(params.compute.device),
+        bf16=bf16,
+        folder=stage.root / LAYERS,
+        fingerprint=fingerprint,
+    )
+    rows = [
+        {"layer": found.layer, "step": step, "loss": loss}
+        for found in stage.track(layers, spec.num_layers, "training layers")
+        for step, loss in enumerate(found.losses)
+        if step % REPORTED_EVERY == 0
+    ]
+    return sorted(rows, key=lambda row: (row["layer"], row["step"]))  # layers are done in any order
 
 
 def objective_of(stage: StageRun, spec: MoESpec) -> Objective:
@@ -87,6 +143,7 @@ def objective_of(stage: StageRun, spec: MoESpec) -> Objective:
     from ffn2moe.train import EmbeddingObjective, LogitsObjective
 
     settings = stage.params.distill
+    settings.require_sense_for(spec.head)
     if spec.head == "embedding":
         assert spec.pooling is not None
         return EmbeddingObjective(
@@ -99,6 +156,7 @@ def objective_of(stage: StageRun, spec: MoESpec) -> Objective:
         divergence=settings.divergence,
         logits_weight=settings.logits_weight,
         hidden_weight=settings.hidden_weight,
+        token_share=settings.token_share,
     )
 
 

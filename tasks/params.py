@@ -111,11 +111,12 @@ class Decompose(Section):
                 f"model learns with the formula that it will run with: set decompose.gate=auto"
                 + (f", or decompose.container to {' or '.join(able)}" if able else "")
             )
-        if self.shared_width and name not in SHARED_CONTAINERS:
-            raise ValueError(
-                f"decompose.shared_width = {self.shared_width}, but the container {name} has no shared expert: set "
-                f"decompose.shared_width=0, or decompose.container to {' or '.join(SHARED_CONTAINERS)}"
-            )
+        for key, value, without in (("shared_width", self.shared_width, 0), ("guard", self.guard, "false")):
+            if value and name not in SHARED_CONTAINERS:
+                raise ValueError(
+                    f"decompose.{key} = {str(value).lower()}, but the container {name} has no shared expert: set "
+                    f"decompose.{key}={without}, or decompose.container to {' or '.join(SHARED_CONTAINERS)}"
+                )
         return self
 
     @model_validator(mode="after")
@@ -220,6 +221,30 @@ class Distill(Section):
     balance_step: NonNegative
     checkpoint_every: Count
 
+    def require_sense_for(self, head: str) -> None:
+        """ValueError for what a teacher with this head has no use for."""
+        gives_none = "an embedding model is distilled on its hidden states and embeddings and has no logits"
+        if self.divergence == "sinkhorn" and head != "classification":
+            why = {
+                "embedding": gives_none,
+                "causal": "it compares the distributions of a batch each with each, entry by entry, which a vocabulary "
+                "makes too large and what is near in it meaningless",
+            }
+            raise ValueError(
+                f"distill.divergence = sinkhorn is for classifiers, and the teacher's head is {head}: "
+                f"{why.get(head, why['causal'])}; set distill.divergence="
+                + ("forward_kl" if head == "embedding" else "taid, forward_kl, reverse_kl, js or balanced_kl")
+            )
+        if self.token_share < 1 and head in ("embedding", "classification"):
+            why_none = {
+                "embedding": gives_none,
+                "classification": "a classifier gives one distribution for a whole text, without positions",
+            }
+            raise ValueError(
+                f"distill.token_share = {self.token_share:g} chooses among the positions of a text, and "
+                f"{why_none[head]} (the teacher's head is {head}): set distill.token_share=1.0"
+            )
+
 
 class Evaluate(Section):
     batch_texts: Count
@@ -307,6 +332,23 @@ class Params(Section):
             raise ValueError(
                 f"decompose.container = {self.decompose.container}, but containers hold causal language models and "
                 f"teacher.head = {head}: set decompose.container=none"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _distillation_suits_the_head(self) -> Params:
+        if self.teacher.head != "auto":  # else the stage asks, when it knows
+            self.distill.require_sense_for(self.teacher.head)
+        return self
+
+    @model_validator(mode="after")
+    def _a_stitched_layer_chooses_by_its_own_input(self) -> Params:
+        settings = self.distill
+        if settings.layerwise_steps and settings.layerwise == "stitched" and self.decompose.routing == "sequence":
+            raise ValueError(
+                "distill.layerwise = stitched puts one layer at a time into the teacher, and with decompose.routing = "
+                "sequence it would read another layer's input than later: set distill.layerwise=alone, or "
+                "distill.layerwise_steps=0"
             )
         return self
 

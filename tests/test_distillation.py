@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 import math
-from typing import get_args
+import os
+from pathlib import Path
+from typing import Any, get_args
 
 import pytest
 import torch
+from torch import nn
 
+from ffn2moe import layerwise
+from ffn2moe.dense import install, installed_ffns, load_dense
+from ffn2moe.layerwise import Judge, LayerCurve, distil_layers
 from ffn2moe.losses import Divergence, logits_loss, most_to_learn, sinkhorn_distance, sinkhorn_plan
+from ffn2moe.moe import moe_layers, set_active
+from ffn2moe.train import Batches, Distiller, EmbeddingObjective, budget_of_step
+from tests.conftest import WORDS
+from tests.mixtures import carve
 
 DIVERGENCES = get_args(Divergence)
 
@@ -125,3 +135,207 @@ def test_a_share_of_the_tokens_is_a_share_of_those_that_count():
     assert loss.item() == pytest.approx(each.topk(4).values.mean().item(), abs=1e-6)
     whole = logits_loss(student, teacher, mask, divergence="forward_kl")
     assert whole.item() == pytest.approx(each.mean().item(), abs=1e-6)
+
+
+# --- layer by layer -------------------------------------------------------------------------------
+
+
+def opened(teacher: Path, **more: Any) -> tuple[Any, Any, Batches]:
+    """A dense model, a mixture carved from it, and batches of texts."""
+    dense, tokenizer = load_dense(str(teacher))
+    student, _ = carve(teacher, output_scale=1.0, **more)
+    texts = [" ".join(WORDS[(i * j) % len(WORDS)] for j in range(1, 4 + i % 12)) for i in range(1, 200)]
+    return dense, student, Batches(tokenizer(texts)["input_ids"], batch_tokens=256, seed=0)
+
+
+OBJECTIVE = EmbeddingObjective("mean", hidden_weight=1.0, embedding_weight=10.0, relational_weight=100.0)
+
+
+def by_layer(dense: Any, student: Any, batches: Batches, **changes: Any) -> list[LayerCurve]:
+    settings: dict[str, Any] = {"judge": "alone", "steps": 30, "batch_tokens": 256, "learning_rate": 1e-2, "seed": 0}
+    return list(distil_layers(dense, student, batches, OBJECTIVE, **settings | changes))
+
+
+@pytest.mark.parametrize("judge", ["alone", "stitched"])
+def test_layerwise_distillation_lowers_the_error_of_every_layer_and_trains_router_and_experts(
+    tiny_teacher: Path, judge: Judge
+):
+    dense, student, batches = opened(tiny_teacher)
+    before = {name: tensor.clone() for name, tensor in student.state_dict().items()}
+    curves = by_layer(dense, student, batches, judge=judge)
+    assert [curve.layer for curve in curves] == [0, 1]
+    for curve in curves:
+        assert len(curve.losses) == 30 and sum(curve.losses[-5:]) < 0.8 * sum(curve.losses[:5])
+    after = student.state_dict()
+    for name, parameter in student.named_parameters():
+        inside = any(parameter is one for ffn in installed_ffns(student) for one in ffn.parameters())
+        assert torch.equal(after[name], before[name]) != inside, name
+
+
+def test_one_worker_and_two_give_the_same_layers(tiny_teacher: Path):
+    found = []
+    for workers in (1, 2):
+        dense, student, batches = opened(tiny_teacher)
+        curves = by_layer(dense, student, batches, steps=4, workers=workers)
+        found.append((sorted(curves, key=lambda curve: curve.layer), student.state_dict()))
+    (curves, one), (others, two) = found
+    assert curves == others
+    assert [name for name in one if not torch.equal(one[name], two[name])] == []
+
+
+def test_a_stitch_leaves_nothing_of_itself_behind(tiny_teacher: Path):
+    dense, student, batches = opened(tiny_teacher)
+    kinds = {name: type(module) for name, module in student.named_modules()}
+    places = {name: type(module) for name, module in dense.named_modules()}
+    by_layer(dense, student, batches, judge="stitched", stitch=True, steps=2)
+    assert {name: type(module) for name, module in student.named_modules()} == kinds
+    assert {name: type(module) for name, module in dense.named_modules()} == places
+    assert moe_layers(dense) == [] and not any(moe.observer for moe in moe_layers(student))
+
+
+def test_layers_that_are_done_are_not_trained_again(tiny_teacher: Path, tmp_path: Path, monkeypatch):
+    dense, student, batches = opened(tiny_teacher)
+    whole = by_layer(dense, student, batches, steps=4)
+    wanted = student.state_dict()
+
+    dense, student, batches = opened(tiny_teacher)
+    steps = distil_layers(
+        dense,
+        student,
+        batches,
+        OBJECTIVE,
+        judge="alone",
+        steps=4,
+        batch_tokens=256,
+        learning_rate=1e-2,
+        seed=0,
+        folder=tmp_path,
+        fingerprint="a",
+    )
+    next(steps)
+    steps.close()
+    trained = []
+    losses = layerwise._Alone.losses
+    monkeypatch.setattr(layerwise._Alone, "losses", lambda job: trained.append(job.layer) or losses(job))
+    dense, student, batches = opened(tiny_teacher)
+    assert by_layer(dense, student, batches, steps=4, folder=tmp_path, fingerprint="a") == whole
+    assert trained == [1]
+    assert [name for name, tensor in student.state_dict().items() if not torch.equal(tensor, wanted[name])] == []
+    by_layer(*opened(tiny_teacher), steps=4, folder=tmp_path, fingerprint="b")
+    assert trained == [1, 0, 1]
+
+
+class Killed(nn.Linear):
+    """An FFN's successor on which its process dies."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        os._exit(9)
+
+
+def test_a_worker_that_fails_or_dies_is_named_with_its_layer_and_changes_nothing(tiny_teacher: Path):
+    dense, student, batches = opened(tiny_teacher)
+    with torch.no_grad():
+        moe_layers(student)[1].w_out.fill_(float("inf"))
+    kept = moe_layers(student)[1].w_in.clone()
+    with pytest.raises(FloatingPointError, match=r"layer 1 .* lower the learning rate"):
+        by_layer(dense, student, batches, steps=2)
+    with pytest.raises(ChildProcessError, match=r"train layer 1 failed: FloatingPointError: the loss of layer 1"):
+        by_layer(dense, student, batches, steps=2, workers=2)
+    assert torch.equal(moe_layers(student)[1].w_in, kept)
+    install(student, 1, Killed(32, 32))
+    with pytest.raises(ChildProcessError, match=r"train layer 1 ended with exit code 9 .* fewer workers"):
+        by_layer(dense, student, batches, steps=2, workers=2)
+
+
+def test_layerwise_distillation_refuses_a_student_that_is_dense_somewhere(tiny_teacher: Path):
+    dense, _, batches = opened(tiny_teacher)
+    with pytest.raises(ValueError, match="in the place of 0 FFNs, of which the teacher has 2"):
+        by_layer(dense, load_dense(str(tiny_teacher))[0], batches)
+
+
+# --- end to end -----------------------------------------------------------------------------------
+
+
+def distiller(dense: Any, student: Any, batches: Batches, *, steps: int, **more: Any) -> Distiller:
+    return Distiller(dense, student, batches, OBJECTIVE, steps=steps, learning_rate=3e-3, balance_step=1e-3, **more)
+
+
+def test_whatever_was_installed_for_an_ffn_is_trained_and_nothing_else(tiny_teacher: Path):
+    dense, student, batches = opened(tiny_teacher)
+    narrow = nn.Sequential(nn.Linear(32, 8), nn.GELU(), nn.Linear(8, 32))
+    install(student, 1, narrow)
+    assert installed_ffns(student) == [moe_layers(student)[0], narrow]
+    run = distiller(dense, student, batches, steps=20)
+    before = {name: parameter.detach().clone() for name, parameter in student.named_parameters()}
+    losses = [metrics.loss for metrics in run.run()]
+    assert sum(losses[-4:]) < sum(losses[:4])
+    for name, parameter in student.named_parameters():
+        inside = any(parameter is one for ffn in installed_ffns(student) for one in ffn.parameters())
+        assert torch.equal(parameter, before[name]) != inside, name
+
+
+def test_a_student_without_mixtures_has_no_load_to_be_uneven(tiny_teacher: Path):
+    dense, student, batches = opened(tiny_teacher)
+    for layer in range(2):
+        install(student, layer, nn.Linear(32, 32))
+    assert [metrics.max_over_mean_load for metrics in distiller(dense, student, batches, steps=2).run()] == [1.0, 1.0]
+
+
+def test_every_budget_has_its_turn_in_every_round_by_seed_and_step_alone():
+    budgets = (2, 1, 4)
+    drawn = [budget_of_step(budgets, step, seed=3) for step in range(300)]
+    assert all(sorted(drawn[start : start + 3]) == [1, 2, 4] for start in range(0, 300, 3))
+    assert len({tuple(drawn[start : start + 3]) for start in range(0, 300, 3)}) == 6  # in no fixed order
+    assert drawn == [budget_of_step(budgets, step, seed=3) for step in range(300)]
+    assert drawn != [budget_of_step(budgets, step, seed=4) for step in range(300)]
+
+
+def test_elastic_training_teaches_every_budget_and_ends_at_the_models_own(tiny_teacher: Path):
+    dense, student, batches = opened(tiny_teacher, elastic=(1, 4))
+    run = distiller(dense, student, batches, steps=36, elastic=(1, 4))
+    before = {name: parameter.detach().clone() for name, parameter in run.trained.items()}
+    seen = []
+    for _ in run.run():
+        seen.append(moe_layers(student)[0].num_active)
+    assert [seen.count(K) for K in (1, 2, 4)] == [12, 12, 12]
+    assert [moe.num_active for moe in moe_layers(student)] == [2, 2]
+    assert [name for name, parameter in run.trained.items() if torch.equal(parameter, before[name])] == []
+    errors = {}
+    for model in (opened(tiny_teacher, elastic=(1, 4))[1], student):
+        for K in (1, 2, 4):
+            set_active(model, K)
+            outputs = [OBJECTIVE.outputs(one, next(batches.from_step(0))) for one in (model, dense)]
+            errors.setdefault(K, []).append(OBJECTIVE.loss(*outputs, next(batches.from_step(0)), 1.0).total.item())
+    assert all(after < start for start, after in (errors[1], errors[2]))
+
+
+@pytest.mark.parametrize("selection", ["topk", "threshold"])
+def test_a_run_that_was_stopped_ends_as_one_that_was_not(tiny_teacher: Path, selection: str):
+    more = {"elastic": (1, 4)} if selection == "topk" else {"selection": "threshold"}
+    elastic = {"elastic": (1, 4)} if selection == "topk" else {}
+    whole = distiller(*opened(tiny_teacher, **more), steps=9, **elastic)
+    list(whole.run())
+    stopped = distiller(*opened(tiny_teacher, **more), steps=9, **elastic)
+    steps = stopped.run()
+    for _ in range(4):
+        next(steps)
+    state = {name: tensor.clone() for name, tensor in stopped.state().items()}
+    resumed = distiller(*opened(tiny_teacher, **more), steps=9, **elastic)
+    resumed.restore(4, state)
+    list(resumed.run())
+    wanted, found = whole.student.state_dict(), resumed.student.state_dict()
+    assert [name for name in wanted if not torch.equal(wanted[name], found[name])] == []
+    if selection == "threshold":
+        assert all(moe.router.margin > 0 for moe in moe_layers(resumed.student))
+
+
+def test_padding_is_no_load(tiny_teacher: Path):
+    dense, student, batches = opened(tiny_teacher)
+    run = distiller(dense, student, batches, steps=1)
+    loads = []
+    kept = run._move_routers
+    run._move_routers = lambda batch: loads.append((kept(batch), batch)) or loads[0][0]
+    list(run.run())
+    (found, batch) = loads[0]
+    assert batch.mask.sum() < batch.mask.numel()
+    assert [load_E.sum() for load_E in found] == [2 * batch.mask.sum()] * 2
