@@ -436,6 +436,16 @@ def test_a_classifier_chooses_by_the_text_too(tmp_path):
     assert 16 * first.router == metrics.flops_per_token(again, model.config, 16)[1].router
 
 
+def test_a_model_that_reads_no_text_has_none_to_choose_by(tiny_teacher):
+    from transformers import ViTConfig, ViTModel
+
+    sizes = {"num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64, "hidden_size": 32}
+    model = ViTModel(ViTConfig(**sizes, image_size=8, patch_size=4), add_pooling_layer=False)
+    layers = moe_layers(carve(tiny_teacher, routing="sequence")[0])
+    with pytest.raises(ValueError, match="ViTModel reads pixel_values: use routing 'token'"):
+        install_moe(model, layers)
+
+
 # --- training -------------------------------------------------------------------------------------------------------
 
 
