@@ -1,0 +1,483 @@
+"""Neurons to experts, and the best choice of experts: what each method promises."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import get_args
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from ffn2moe import activations, checkpoint, oracle
+from ffn2moe import partition as partitions
+from ffn2moe.activations import NeuronStatistics
+from ffn2moe.dense import DenseFFN, load_dense, read_ffn
+from ffn2moe.factorise import carve, largest_contributions, layer_inputs, neuron_statistics, output_gradients
+from ffn2moe.metrics import pool
+from ffn2moe.partition import PartitionMethod
+from ffn2moe.texts import text_means
+from ffn2moe.train import in_order
+from tasks import decompose, prepare
+from tests.conftest import make_tiny_bert, make_tiny_llama
+from tests.test_core import random_ffn, random_moe, spec_for, tokens
+from tests.texts import make_stage, make_texts, write_corpus
+
+METHODS = get_args(PartitionMethod)
+
+
+def assign(
+    method: PartitionMethod, ffn: DenseFFN, num_experts: int, shared_width: int = 0, guarded: Tensor | None = None
+) -> Tensor:
+    """The expert of each neuron of an FFN, by random tokens and gradients."""
+    x_TD = tokens(120)
+    gradient_TD = tokens(120, seed=2)
+    found = neuron_statistics(ffn, x_TD, method, num_experts, shared_width, 0, gradient_TD)
+    return partitions.partition_with_shared(method, ffn, found, num_experts, 0, shared_width, guarded)
+
+
+# --- partitions -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", METHODS)
+@settings(deadline=None, max_examples=10)
+@given(ffn_width=st.integers(12, 50), num_experts=st.integers(1, 8), gated=st.booleans(), data=st.data())
+def test_every_method_shares_out_every_neuron_once_and_evenly(method, ffn_width, num_experts, gated, data):
+    shared_width = data.draw(st.integers(0, ffn_width - num_experts))
+    expert_of_neuron_F = assign(method, random_ffn(ffn_width, gated=gated), num_experts, shared_width)
+    assert (expert_of_neuron_F == -1).sum() == shared_width
+    widths = torch.bincount(expert_of_neuron_F[expert_of_neuron_F >= 0], minlength=num_experts)
+    assert len(widths) == num_experts and widths.sum() == ffn_width - shared_width
+    assert widths.max() - widths.min() <= 1
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_same_tokens_and_seed_give_the_same_partition(method):
+    assert torch.equal(assign(method, random_ffn(40), 4, 5), assign(method, random_ffn(40), 4, 5))
+
+
+@given(energy=st.lists(st.floats(0, 1e6), min_size=4, max_size=40), num_experts=st.integers(1, 4))
+def test_nested_experts_stand_in_the_order_of_their_neurons_energy(energy, num_experts):
+    energy_F = torch.tensor(energy, dtype=torch.float64)
+    expert_of_neuron_F = partitions.nested(energy_F, num_experts)
+    for expert in range(num_experts - 1):
+        assert energy_F[expert_of_neuron_F == expert].min() >= energy_F[expert_of_neuron_F == expert + 1].max()
+
+
+def test_nested_prefixes_lose_less_than_prefixes_of_any_other_partition():
+    ffn, x_TD = random_ffn(64), tokens(300)
+
+    def lost(method: str) -> Tensor:
+        spec = spec_for(ffn, 8, 2, partition=method)
+        moe = carve(ffn, x_TD, spec, 0, seed=0, gradient_TD=tokens(300, seed=2))
+        return oracle.prefix_errors(oracle.grams(moe, x_TD).gram_REE).mean(0)[:-1]
+
+    nested = lost("nested")
+    for method in METHODS:
+        assert method == "nested" or (nested < lost(method)).all()
+
+
+@settings(deadline=None, max_examples=25)
+@given(num_experts=st.integers(1, 5), ffn_width=st.integers(5, 30), seed=st.integers(0, 100))
+def test_no_expert_would_rather_have_a_neuron_that_matters_more_to_it_than_to_its_own(num_experts, ffn_width, seed):
+    importance_EF = torch.rand(num_experts, ffn_width, generator=torch.Generator().manual_seed(seed))
+    expert_of_neuron_F = partitions.gradient(importance_EF)
+    here_F = importance_EF.gather(0, expert_of_neuron_F.unsqueeze(0)).squeeze(0)
+    there_FF = importance_EF[expert_of_neuron_F]  # of the neuron in the column, at the expert of that in the row
+    assert not ((there_FF > here_F) & (here_F < there_FF.T) & (there_FF > here_F.unsqueeze(1))).any()
+
+
+def test_neurons_that_matter_to_one_kind_of_token_share_its_expert():
+    kind_T = torch.arange(400) % 4
+    x_TD = torch.nn.functional.one_hot(kind_T, 16).float() * 5 + 0.1 * tokens(400)
+    importance_TF = 0.1 + torch.nn.functional.one_hot(kind_T, 4).float().repeat_interleave(6, 1)
+    groups_T = partitions.token_groups(x_TD, 4, seed=0)
+    assert all(len(groups_T[kind_T == kind].unique()) == 1 for kind in range(4))
+    statistics = NeuronStatistics(24, groups=4)
+    for h_TF, group_T in zip(importance_TF.split(90), groups_T.split(90), strict=True):
+        statistics.update(h_TF)
+        statistics.update_importance(h_TF, torch.ones_like(h_TF), group_T)
+    found_F = partitions.partition("gradient", random_ffn(24), statistics, 4, seed=0)
+    assert all(len(found_F[6 * kind : 6 * kind + 6].unique()) == 1 for kind in range(4))
+
+
+def test_importance_does_not_depend_on_how_the_tokens_are_cut():
+    h_TF, gradient_TF, group_T = tokens(100, 12), tokens(100, 12, seed=2), torch.arange(100) % 3
+    found = []
+    for size in (100, 33):
+        statistics = NeuronStatistics(12, groups=3)
+        parts = (part.split(size) for part in (h_TF, gradient_TF, group_T))
+        for h, gradient, group in zip(*parts, strict=True):
+            statistics.update_importance(h, gradient, group)
+        found.append(statistics.importance())
+    torch.testing.assert_close(found[0].float(), found[1].float())
+    torch.testing.assert_close(found[0][1].float(), (h_TF * gradient_TF).abs()[1::3].mean(0))
+
+
+@pytest.mark.parametrize("method", ["coactivation", "nested", "gradient"])
+def test_a_partition_by_statistics_asks_for_text_and_gradients(method):
+    ffn = random_ffn(24)
+    with pytest.raises(ValueError, match=f"the {method} partition needs activation statistics"):
+        partitions.partition(method, ffn, NeuronStatistics(24), 4, seed=0)
+    if method == "gradient":
+        with pytest.raises(ValueError, match=r"backward pass through the whole model.* use coactivation"):
+            carve(ffn, tokens(), spec_for(ffn, 4, 2, partition=method), 0, seed=0)
+        with pytest.raises(ValueError, match="3 calibration tokens do not make 4 groups"):
+            carve(ffn, tokens(3), spec_for(ffn, 4, 2, partition=method), 0, seed=0, gradient_TD=tokens(3))
+
+
+def test_statistics_of_a_wide_ffn_in_bfloat16_divide_it_almost_as_in_float32(monkeypatch):
+    ffn, x_TD = random_ffn(48), tokens(500)
+    narrow = neuron_statistics(ffn, x_TD, "nested", 4, 0, 0)
+    monkeypatch.setattr(activations, "WIDEST_MOMENTS", 40)
+    monkeypatch.setattr("ffn2moe.factorise.WIDEST_MOMENTS", 40)
+    wide = neuron_statistics(ffn, x_TD, "nested", 4, 0, 0)
+    torch.testing.assert_close(wide.energy(ffn), narrow.energy(ffn), rtol=0.03, atol=0)
+
+
+# --- the guard ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", METHODS)
+@settings(deadline=None, max_examples=10)
+@given(guarded=st.sets(st.integers(0, 29), max_size=6), more=st.integers(0, 4))
+def test_guarded_neurons_are_in_the_shared_expert_whatever_the_method(method, guarded, more):
+    expert_of_neuron_F = assign(method, random_ffn(30), 4, len(guarded) + more, torch.tensor(sorted(guarded)).long())
+    assert guarded <= set(torch.nonzero(expert_of_neuron_F == -1).flatten().tolist())
+    assert (expert_of_neuron_F == -1).sum() == len(guarded) + more
+
+
+def test_a_guard_that_finds_nothing_changes_nothing():
+    nobody = torch.tensor([], dtype=torch.int64)
+    for shared_width in (0, 5):
+        plain = assign("coactivation", random_ffn(30), 4, shared_width)
+        assert torch.equal(plain, assign("coactivation", random_ffn(30), 4, shared_width, nobody))
+
+
+def test_a_shared_expert_that_is_too_narrow_for_the_guarded_is_refused():
+    with pytest.raises(ValueError, match="3 neurons are guarded and the shared expert holds 2"):
+        assign("random", random_ffn(30), 4, 2, torch.arange(3))
+
+
+def test_super_neurons_are_few_of_all_the_model_and_near_the_largest():
+    quiet = [1 + 0.1 * tokens(1, 3000, seed=layer)[0].abs() for layer in range(3)]
+    quiet[1][[7, 70]] = torch.tensor([900.0, 400.0])
+    assert [found.tolist() for found in partitions.super_neurons(quiet)] == [[], [7, 70], []]
+    quiet[1][70] = 80.0  # less than a tenth of the largest
+    assert [found.tolist() for found in partitions.super_neurons(quiet)] == [[], [7], []]
+    assert all(len(found) == 0 for found in partitions.super_neurons([torch.ones(2000)]))
+
+
+def test_the_largest_contribution_of_a_neuron_is_the_largest_it_ever_makes():
+    ffn, x_TD = random_ffn(20, gated=True), tokens(300)
+    each_TFD = ffn.neurons(x_TD).unsqueeze(2) * ffn.w_out_DF.T
+    torch.testing.assert_close(largest_contributions(ffn, x_TD), each_TFD.norm(dim=2).amax(0), rtol=1e-5, atol=1e-6)
+
+
+# --- the gradient of the whole model --------------------------------------------------------------
+
+
+def texts_of_ids(lengths: tuple[int, ...]) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randint(5, 90, (length,), generator=generator).tolist() for length in lengths]
+
+
+@pytest.mark.parametrize(("make", "head"), [(make_tiny_bert, "embedding"), (make_tiny_llama, "causal")])
+def test_the_gradient_says_how_the_loss_changes_when_a_neuron_is_left_out(make, head, tmp_path: Path):
+    model, _ = load_dense(str(make(tmp_path / "teacher")))
+    pooling = "mean" if head == "embedding" else None
+    batches = list(in_order(head, texts_of_ids((7, 12, 9))))
+    kept = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    found = output_gradients(model, batches, head=head, pooling=pooling, max_tokens=100, seed=3)
+    assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == kept
+    inputs = layer_inputs(model, batches, max_tokens=100)
+    assert [g.shape for g in found] == [x.shape for x in inputs]
+
+    def loss() -> float:
+        batch = batches[0]
+        if head == "causal":
+            logits, ids = model(**batch.inputs).logits[:, :-1], batch.inputs["input_ids"][:, 1:]
+            real = batch.mask[:, 1:].bool()
+            return torch.nn.functional.cross_entropy(logits[real], ids[real], reduction="sum").item()
+        embedding = pool(model(**batch.inputs)[0], batch.mask, pooling)
+        signs = torch.randint(2, embedding.shape, generator=torch.Generator().manual_seed(3)) * 2 - 1
+        return (embedding * signs).sum().item()
+
+    ffn = read_ffn(model, 1)
+    gradient_F = (ffn.neurons(inputs[1]) * (found[1] @ ffn.w_out_DF)).sum(0)
+    neuron, step = int(gradient_F.abs().argmax()), 0.05
+    block = (model.base_model.encoder.layer if head == "embedding" else model.base_model.layers)[1]
+    w_out = (block.output.dense if head == "embedding" else block.mlp.down_proj).weight
+    with torch.no_grad():
+        before = loss()
+        w_out[:, neuron] *= 1 + step
+        assert (loss() - before) / step == pytest.approx(gradient_F[neuron].item(), rel=0.05)
+
+
+def test_gradients_are_those_of_the_first_tokens_however_many_texts_there_are(tmp_path: Path):
+    model, _ = load_dense(str(make_tiny_llama(tmp_path / "teacher")))
+    ids = texts_of_ids((8, 8, 8, 8))
+    some, all_of_them = (
+        output_gradients(
+            model, in_order("causal", ids, batch_texts=size), head="causal", pooling=None, max_tokens=16, seed=0
+        )
+        for size in (1, 4)
+    )
+    for one, other in zip(some, all_of_them, strict=True):
+        assert one.shape == other.shape == (16, one.shape[1])
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
+# --- the best choice for as many experts on average -----------------------------------------------
+
+
+def random_gram(count: int, num_experts: int, seed: int = 0) -> Tensor:
+    """Gram matrices of random outputs, some tokens louder than others."""
+    outputs_TED = torch.randn(count, num_experts, 6, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return oracle.gram(outputs_TED * torch.linspace(0.1, 3, count, dtype=torch.float64).view(-1, 1, 1))
+
+
+def error(gram_TEE: Tensor, chosen_TE: Tensor) -> Tensor:
+    left_TE = 1 - chosen_TE.to(gram_TEE)
+    return torch.einsum("te,tef,tf->t", left_TE, gram_TEE, left_TE)
+
+
+@given(count=st.integers(1, 20), num_experts=st.integers(1, 9), seed=st.integers(0, 1000))
+def test_the_error_of_a_prefix_is_that_of_its_experts(count, num_experts, seed):
+    gram_TEE = random_gram(count, num_experts, seed)
+    found_TE = oracle.prefix_errors(gram_TEE)
+    for n in range(1, num_experts + 1):
+        chosen_TE = (torch.arange(num_experts) < n).expand(count, num_experts)
+        torch.testing.assert_close(found_TE[:, n - 1], error(gram_TEE, chosen_TE), rtol=1e-9, atol=1e-9)
+
+
+@settings(deadline=None, max_examples=40)
+@given(num_experts=st.integers(2, 7), data=st.data(), seed=st.integers(0, 1000))
+def test_no_prefixes_of_the_same_mean_length_have_a_smaller_error(num_experts, data, seed):
+    mean = data.draw(st.floats(1, num_experts))
+    gram_TEE = random_gram(50, num_experts, seed)
+    count_T = oracle.prefix_choice(gram_TEE, mean)
+    assert mean - num_experts / 50 < count_T.double().mean() <= mean + 1e-6
+    errors_TE = oracle.prefix_errors(gram_TEE)
+    best = errors_TE.gather(1, count_T.unsqueeze(1) - 1).sum()
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(20):  # the same numbers, dealt to other tokens; and one expert moved between two tokens
+        dealt_T = count_T[torch.randperm(50, generator=generator)]
+        moved_T = count_T.clone()
+        one, other = torch.randperm(50, generator=generator)[:2].tolist()
+        if moved_T[one] > 1 and moved_T[other] < num_experts:
+            moved_T[one] -= 1
+            moved_T[other] += 1
+        for rival_T in (dealt_T, moved_T):
+            assert errors_TE.gather(1, rival_T.unsqueeze(1) - 1).sum() >= best - 1e-9
+
+
+@settings(deadline=None, max_examples=40)
+@given(num_experts=st.integers(2, 6), data=st.data(), seed=st.integers(0, 1000))
+def test_no_experts_of_the_same_mean_number_have_a_smaller_error(num_experts, data, seed):
+    most = data.draw(st.integers(1, num_experts))
+    mean = data.draw(st.floats(1, most))
+    gram_TEE = random_gram(50, num_experts, seed)
+    chosen_TE, price = oracle.budget_choice(gram_TEE, mean, most)
+    number_T = chosen_TE.sum(1)
+    assert price >= 0 and number_T.min() >= 1 and number_T.max() <= most
+    assert mean - num_experts / 50 < number_T.mean() <= mean + 1e-6
+    best = error(gram_TEE, chosen_TE).sum()
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(20):
+        order_TE = torch.rand(50, num_experts, generator=generator).argsort(1).argsort(1)
+        rival_TE = order_TE < number_T[torch.randperm(50, generator=generator)].unsqueeze(1)
+        assert error(gram_TEE, rival_TE).sum() >= best - 1e-9
+
+
+def test_as_many_experts_for_every_token_are_never_better_than_as_many_on_average():
+    gram_TEE = random_gram(200, 6)
+    for K in range(1, 7):
+        fixed = error(gram_TEE, oracle.oracle(gram_TEE, K).chosen_TE).sum()
+        assert error(gram_TEE, oracle.budget_choice(gram_TEE, K)[0]).sum() <= fixed + 1e-9
+
+
+def test_the_greedy_budget_is_close_to_the_exact_one(monkeypatch):
+    moe = random_moe(random_ffn(64), 8, 3)
+    gram_TEE = oracle.gram(oracle.expert_outputs(moe, tokens(200)))
+    exact, _ = oracle.budget_choice(gram_TEE, 3)
+    monkeypatch.setattr(oracle, "MAX_SUBSETS", 0)
+    greedy, _ = oracle.budget_choice(gram_TEE, 3)
+    best = error(gram_TEE, exact).sum()
+    assert best <= error(gram_TEE, greedy).sum() <= 1.1 * best
+
+
+@settings(deadline=None, max_examples=40)
+@given(layers=st.integers(1, 6), num_experts=st.integers(1, 6), data=st.data(), seed=st.integers(0, 1000))
+def test_no_k_per_layer_within_the_budget_loses_less_than_the_allocated_one(layers, num_experts, data, seed):
+    num_active = data.draw(st.integers(1, num_experts))
+    generator = torch.Generator().manual_seed(seed)
+    errors_LE = torch.rand(layers, num_experts, generator=generator, dtype=torch.float64)
+    errors_LE = errors_LE.sort(1, descending=True).values
+    active = oracle.allocate(errors_LE, num_active)
+    assert len(active) == layers and sum(active) <= num_active * layers
+    assert all(1 <= K <= num_experts for K in active)
+
+    def lost(rival) -> float:
+        return sum(errors_LE[layer, K - 1].item() for layer, K in enumerate(rival))
+
+    assert lost(active) <= lost([num_active] * layers)
+    for _ in range(30):
+        rival = torch.randint(1, num_experts + 1, (layers,), generator=generator).tolist()
+        assert sum(rival) > num_active * layers or lost(active) <= lost(rival) + 1e-12
+
+
+# --- a layer, whatever its selection --------------------------------------------------------------
+
+SELECTIONS = ("topk", "threshold", "prefix")
+
+
+def layer(selection: str, num_active: int = 3, **changes: object):
+    """A mixture with a random partition, and a router that chooses as many experts on average."""
+    ffn = random_ffn(48)
+    spec = spec_for(ffn, 6, num_active, selection=selection, partition="nested", **changes)
+    moe = carve(ffn, tokens(300), spec, 0, seed=0)
+    torch.nn.init.normal_(moe.router.weight, generator=torch.Generator().manual_seed(0))
+    return moe
+
+
+@pytest.mark.parametrize("selection", SELECTIONS)
+def test_the_survey_gains_rank_the_experts_as_the_best_choice_does(selection):
+    moe, x_TD = layer(selection), tokens(300)
+    found = oracle.survey(moe, x_TD, chunk=70)
+    chosen_TE = found.chosen_TE.bool()
+    assert chosen_TE.sum(1).float().mean() == pytest.approx(3, abs=6 / 300)
+    if selection == "prefix":
+        number_T = found.gain_TE.argmax(1) + 1
+        assert (number_T != chosen_TE.sum(1)).float().mean() < 0.02  # tokens at the price itself may differ
+    else:
+        worst_in = found.gain_TE.masked_fill(~chosen_TE, torch.inf).amin(1)
+        best_out = found.gain_TE.masked_fill(chosen_TE, -torch.inf).amax(1)
+        assert (worst_in >= best_out - 1e-6).float().mean() > (0.99 if selection == "topk" else 0.9)
+
+
+@pytest.mark.parametrize("selection", SELECTIONS)
+def test_no_router_beats_the_best_choice_of_as_many_experts(selection):
+    moe, x_TD = layer(selection), tokens(300)
+    moe.calibrate(x_TD)
+    found = oracle.diagnose(moe, x_TD, chunk=70)
+    assert 0 < found["oracle_error"] < found["router_error"]
+    assert found["mean_active"] == pytest.approx(3, abs=0.1)
+    assert found["captured_energy"] == pytest.approx(1 - found["router_error"] ** 2)
+    assert 0 < found["router_recall"] < 1
+    assert oracle.best_scale(moe, x_TD).error == pytest.approx(found["oracle_error"], rel=0.05)
+
+
+@pytest.mark.parametrize("selection", SELECTIONS)
+def test_what_a_layer_loses_falls_with_every_expert_down_to_nothing(selection):
+    errors_E = oracle.errors_by_active(layer(selection), tokens(300))
+    assert (errors_E.diff() < 0).all() and errors_E[-1] < 1e-6 < errors_E[-2]
+    assert errors_E[2].sqrt().item() == pytest.approx(oracle.best_scale(layer(selection), tokens(300)).error)
+
+
+@pytest.mark.parametrize("selection", ["topk", "threshold"])
+def test_one_choice_for_a_text_is_the_best_one_for_the_sum_of_its_tokens(selection):
+    moe, x_TD = layer(selection, routing="sequence"), tokens(300)
+    text_T = torch.arange(300) // 10
+    route_TD = text_means(x_TD, text_T)
+    moe.calibrate(x_TD, route_TD)
+    found = oracle.diagnose(moe, x_TD, chunk=70, text_T=text_T, route_TD=route_TD)
+    assert 0 < found["oracle_error"] <= found["router_error"]
+    by_token = oracle.best_scale(layer(selection), x_TD).error
+    assert by_token < found["oracle_error"]  # a choice for each token can do no worse
+    survey = oracle.survey(moe, x_TD, chunk=70, text_T=text_T)
+    assert survey.gain_TE.shape == survey.norm_TE.shape == (30, 6)
+    if selection == "topk":
+        outputs_TED = oracle.expert_outputs(moe, x_TD)
+        summed_BEE = oracle.gram(outputs_TED).view(30, 10, 6, 6).sum(1)
+        assert torch.equal(survey.chosen_TE, oracle.oracle(summed_BEE, 3).chosen_TE)
+
+
+# --- the stage ------------------------------------------------------------------------------------
+
+SMALL = (
+    "teacher.source=teacher",
+    "data.corpus=texts.jsonl",
+    "data.calibration_texts=40",
+    "data.evaluation_pairs=30",
+    "teacher.max_length=32",
+    "decompose.calibration_tokens=400",
+    "decompose.num_experts=4",
+    "distill.batch_tokens=256",
+    "train_router.batch_tokens=256",
+)
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("prepared")
+    make_tiny_bert(root / "teacher", ffn_width=60)
+    write_corpus(root / "texts.jsonl", make_texts(200))
+    prepare.run(make_stage("prepare", root, *SMALL))
+    return root
+
+
+@pytest.mark.parametrize(
+    "chosen",
+    [
+        ("partition=gradient",),
+        ("partition=gradient", "shared_width=9"),
+        ("partition=nested",),
+        ("partition=nested", "shared_width=9", "guard=true"),
+        ("guard=true",),
+        ("active_per_layer=budget",),
+        ("active_per_layer=[1, 3]",),
+        ("selection=threshold", "max_active=3"),
+        ("routing=sequence",),
+    ],
+    ids=" ".join,
+)
+def test_decompose_makes_what_is_asked_and_all_experts_are_the_dense_model(chosen, prepared, tmp_path: Path):
+    root = tmp_path / "root"
+    shutil.copytree(prepared, root)
+    decompose.run(make_stage("decompose", root, *SMALL, *(f"decompose.{setting}" for setting in chosen)))
+    found = json.loads((root / "metrics/decompose.json").read_text())
+    assert found["identity_max_abs"] <= 1e-5
+    spec = checkpoint.load_spec(root / "models/decomposed")
+    asked = dict(setting.split("=") for setting in chosen)
+    assert spec.partition == asked.get("partition", "coactivation")
+    assert spec.selection == ("prefix" if spec.partition == "nested" else asked.get("selection", "topk"))
+    assert spec.routing == asked.get("routing", "token")
+    assert spec.max_active == (3 if "max_active" in asked else None)
+    rows = found["layers"]
+    assert [row["num_active"] for row in rows] == [spec.active_of(0), spec.active_of(1)]
+    if asked.get("active_per_layer") == "budget":
+        assert len(spec.active_per_layer) == 2 and sum(spec.active_per_layer) <= 4
+    if asked.get("active_per_layer") == "[1, 3]":
+        assert spec.active_per_layer == (1, 3)
+    wanted = max(len(row["super_neurons"]) for row in rows) if "guard" in asked else 0
+    assert spec.shared_width == max(wanted, int(asked.get("shared_width", 0)))
+    if "guard" in asked:
+        assert wanted >= 1
+        for row, moe in zip(rows, moe_layers_of(root), strict=True):
+            assert set(row["super_neurons"]) <= set(moe.shared_neurons.tolist())
+
+
+def moe_layers_of(root: Path):
+    import ffn2moe
+    from ffn2moe.moe import moe_layers
+
+    return moe_layers(ffn2moe.load(root / "models/decomposed"))
+
+
+def test_elastic_budgets_are_in_the_spec_in_order(prepared, tmp_path: Path):
+    root = tmp_path / "root"
+    shutil.copytree(prepared, root)
+    decompose.run(make_stage("decompose", root, *SMALL, "distill.elastic=[4, 1]"))
+    assert checkpoint.load_spec(root / "models/decomposed").elastic == (1, 4)
+
+
+def test_a_guard_needs_a_container_with_a_shared_expert():
+    from tasks.params import ParamsError, load_params
+
+    with pytest.raises(ParamsError, match=r"decompose\.guard = true, but the container mixtral has no shared expert"):
+        load_params(overrides=["decompose.container=mixtral", "decompose.guard=true", "teacher.head=causal"])
