@@ -1,4 +1,5 @@
 """`ffn2moe convert MODEL OUT` makes an export; `info | encode | generate | verify PATH` look at it, use it, check it.
+`ffn2moe shrink PATH TEXTS` fits it to one task.
 
 Everything heavy is imported where it is used, so that `--help` answers at once.
 """
@@ -62,6 +63,8 @@ def _parser() -> argparse.ArgumentParser:
     verify = _command(commands, "verify", _verify, "check an export's files, and its graphs against PyTorch")
     verify.add_argument("--texts", type=_count, default=16, help="random batches are made of so many texts")
     _running(verify)
+
+    _shrinking(commands)
     return parser
 
 
@@ -143,6 +146,24 @@ def _command(commands: Any, name: str, run: Callable[[argparse.Namespace], int],
     return command
 
 
+def _shrinking(commands: Any) -> None:
+    command = _command(commands, "shrink", _shrink, "fewer experts, for one task: those that its texts use")
+    command.add_argument("texts", metavar="TEXTS", help="texts of the task: a .txt, .jsonl, .csv or .tsv file")
+    add = command.add_argument
+    add("--keep", type=_count, required=True, metavar="N", help="experts that each layer keeps")
+    add(
+        "--method",
+        required=True,
+        choices=("drop", "regroup", "merge"),
+        help="the others go, or give their neurons to those kept, which get wider, or are averaged into them",
+    )
+    add("--out", type=Path, required=True, metavar="PATH", help="the export to make; PATH stays as it is")
+    add("--text-column", default="text", metavar="NAME", help="of a table, the column with the text (text)")
+    add("--calibration-tokens", type=_count, default=16384, metavar="N", help="tokens that are looked at (16384)")
+    add("--device", default="auto", metavar="NAME", help="auto, cpu or cuda")
+    add("--no-onnx", action="store_true", help="no ONNX graphs: only the checkpoint")
+
+
 def _running(command: argparse.ArgumentParser) -> None:
     command.add_argument("--plan", help="how to execute it (default: the one the benchmark chose; verify: all)")
     command.add_argument("--threads", type=_count, help="threads (default: one a core)")
@@ -178,13 +199,18 @@ def _providers(options: argparse.Namespace) -> tuple[str, ...]:
     return tuple(options.provider or CPU)
 
 
-# --- convert --------------------------------------------------------------------------------------------------------
+def _quiet_library() -> None:
+    """What transformers says of weights that are not needed here is not for our users."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
 
 
-def _convert(options: argparse.Namespace) -> int:
+def _progress(console: Any) -> Callable[[Any, int, str], Any]:
+    """Wraps items that take long, (items, how many, what is done) -> items, in a bar on a terminal."""
     from collections.abc import Iterable, Iterator
 
-    from rich.console import Console
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
@@ -193,14 +219,6 @@ def _convert(options: argparse.Namespace) -> int:
         TimeElapsedColumn,
         TimeRemainingColumn,
     )
-
-    console = Console(highlight=False, soft_wrap=True)
-    with console.status("opening the tools"):
-        from transformers.utils import logging
-
-        from ffn2moe.convert import convert, told
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()  # what it says of weights that are not needed here is not for our users
 
     def track(items: Iterable[Any], total: int, what: str) -> Iterator[Any]:
         columns = (
@@ -213,6 +231,20 @@ def _convert(options: argparse.Namespace) -> int:
         )
         with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
             yield from progress.track(items, total=total, description=what)
+
+    return track
+
+
+# --- convert --------------------------------------------------------------------------------------------------------
+
+
+def _convert(options: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    console = Console(highlight=False, soft_wrap=True)
+    with console.status("opening the tools"):
+        from ffn2moe.convert import convert, told
+    _quiet_library()
 
     try:
         manifest = convert(
@@ -241,7 +273,7 @@ def _convert(options: argparse.Namespace) -> int:
             seed=options.seed,
             onnx=not options.no_onnx,
             say=lambda line: console.print(line, markup=False),
-            track=track,
+            track=_progress(console),
         )
     except KeyboardInterrupt:
         console.print(f"stopped: the same command goes on with {options.out}.partial", markup=False)
@@ -279,6 +311,52 @@ def _summary(console: Any, out: Path, manifest: dict[str, Any], told: Callable[[
     else:
         following = f"ffn2moe verify {out}"
     console.print(f"next: {following}", markup=False)
+
+
+# --- shrink ---------------------------------------------------------------------------------------------------------
+
+
+def _shrink(options: argparse.Namespace) -> int:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(highlight=False, soft_wrap=True)
+    with console.status("opening the tools"):
+        from ffn2moe.shrink import shrink
+        from ffn2moe.spec import MoESpec
+    _quiet_library()
+    manifest = shrink(
+        options.path,
+        options.texts,
+        options.out,
+        keep=options.keep,
+        method=options.method,
+        text_column=options.text_column,
+        calibration_tokens=options.calibration_tokens,
+        device=options.device,
+        onnx=not options.no_onnx,
+        say=lambda line: console.print(line, markup=False),
+        track=_progress(console),
+    )
+    before, after = (MoESpec.from_dict(one) for one in (manifest["shrink"]["from"], manifest["spec"]))
+    shown = Table(title="Layers; errors are those of the FFN on texts held out", title_justify="left")
+    for column in ("layer", "kept", "load covered", "error before", "after", "changed by"):
+        shown.add_column(column, justify="left" if column == "kept" else "right")
+    for row in manifest["shrink"]["layers"]:
+        shown.add_row(
+            str(row["layer"]),
+            " ".join(map(str, row["kept"])),
+            f"{100 * row['covered']:.1f} %",
+            *(f"{row[key]:.3f}" for key in ("error_before", "error_after", "change")),
+        )
+    console.print(shown)
+    console.print(
+        f"{before.num_experts} experts of {before.stacks[0].expert_width} neurons are now {after.num_experts} of "
+        f"{after.stacks[0].expert_width}; {100 * after.active_share:.0f} % of the FFN is active "
+        f"({100 * before.active_share:.0f} % before)"
+    )
+    console.print(f"made {options.out}; next: ffn2moe info {options.out}", markup=False)
+    return 0
 
 
 # --- info -----------------------------------------------------------------------------------------------------------
