@@ -6,6 +6,7 @@ import random
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from itertools import islice
 from math import cos, pi
 from typing import Any, Literal, Protocol
 
@@ -25,6 +26,7 @@ WARMUP_SHARE = 0.05  # of the steps
 MAX_GRADIENT_NORM = 1.0
 FOLLOW_RATE = 0.1  # of the way to what would keep a batch's mean number of experts, for those who choose how many ...
 FOLLOWED_TOKENS = 1024  # ... by so many of its tokens
+SETTLING_BATCHES = 8  # on which that number is set after the last step
 
 
 @dataclass(frozen=True)
@@ -375,6 +377,7 @@ class Distiller:
                 if self.step >= self.steps:
                     break
                 yield self._one_step(batch.to(self.device))
+            self._settle()
         finally:
             self.student.eval()
             if self.budgets:
@@ -424,6 +427,25 @@ class Distiller:
             scores_TE = _of_real_tokens(scores_TE, batch)[:FOLLOWED_TOKENS]
             layer.router.follow(scores_TE, layer.num_active, FOLLOW_RATE)
         return loads
+
+    @torch.no_grad()
+    def _settle(self) -> None:
+        """Make tokens use K experts on average after the last step, too, where their number is not fixed.
+
+        On the batches that would come next. Twice, for what a layer chooses changes what later layers are given.
+        """
+        if all(layer.router.selection == "topk" for layer in self.layers):
+            return
+        for _ in range(2):
+            seen: list[list[Tensor]] = [[] for _ in self.layers]
+            for batch in islice(self.batches.from_step(self.steps), SETTLING_BATCHES):
+                self._routed = []
+                batch = batch.to(self.device)
+                self.student(**batch.inputs)
+                for parts, (scores_TE, _) in zip(seen, self._routed, strict=True):
+                    parts.append(_of_real_tokens(scores_TE, batch))
+            for layer, parts in zip(self.layers, seen, strict=True):
+                layer.router.calibrate(torch.cat(parts), layer.num_active)
 
     def state(self) -> dict[str, Tensor]:
         """Everything that the next step depends on, by name."""
