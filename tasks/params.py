@@ -303,6 +303,22 @@ class Params(Section):
         return self
 
     @model_validator(mode="after")
+    def _nested_experts_are_not_scored_one_by_one(self) -> Params:
+        if self.decompose.partition != "nested":
+            return self
+        settings = self.train_router
+        for key, value, able in (
+            ("start", settings.start, ("ridge", "zeros")),
+            ("objective", settings.objective, ("oracle",)),
+        ):
+            if value not in able:
+                raise ValueError(
+                    f"train_router.{key} = {value} is about single experts, and with decompose.partition = nested the "
+                    f"router says how many are enough: set train_router.{key}={' or '.join(able)}, or another partition"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _something_to_learn_from(self) -> Params:
         weights = self.distill.model_dump()
         embedding = ("hidden_weight", "embedding_weight", "relational_weight")
@@ -350,6 +366,23 @@ class Params(Section):
                 "sequence it would read another layer's input than later: set distill.layerwise=alone, or "
                 "distill.layerwise_steps=0"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _a_router_that_counts_learns_to_count(self) -> Params:
+        settings = self.train_router
+        if self.decompose.partition != "nested":
+            return self
+        for key, value, able in (
+            ("start", settings.start, ("ridge", "zeros")),
+            ("objective", settings.objective, ("oracle",)),
+        ):
+            if value not in able:
+                raise ValueError(
+                    f"train_router.{key} = {value} gives each expert a score of its own, and with decompose.partition "
+                    f"= nested a score is that of a number of experts: set train_router.{key}={' or '.join(able)}, or "
+                    "another partition"
+                )
         return self
 
     @model_validator(mode="after")

@@ -153,6 +153,8 @@ def test_what_a_token_may_use_is_said_without_contradiction(settings, message):
         (["distill.elastic=[1]", "decompose.partition=nested"], "another decompose.partition"),
         (["distill.elastic=[1]", "decompose.selection=threshold"], "set distill.elastic=[], or another"),
         (["distill.elastic=[1]", "decompose.active_per_layer=budget"], "another decompose.active_per_layer"),
+        (["decompose.partition=nested", "train_router.start=centroid"], "set train_router.start=ridge or zeros, or"),
+        (["decompose.partition=nested", "train_router.objective=norm"], "set train_router.objective=oracle, or"),
         (["decompose.routing=sequence", "teacher.head=causal"], "has not seen the rest of its text"),
         (["decompose.routing=sequence", "teacher.head=seq2seq"], "read different texts"),
     ],
