@@ -11,6 +11,7 @@ from ffn2moe.dense import DenseFFN
 # Wider FFNs keep the activations themselves, in bfloat16: F x F moments and their eigenvectors cost more than they say.
 WIDEST_MOMENTS = 4096
 MOST_KEPT_TOKENS = 16384  # of a wider FFN
+ROWS = 1024  # of bfloat16 activations that are made float32 at once
 OVERSAMPLING, POWER_STEPS = 16, 4  # of the search for leading directions (Halko, Martinsson & Tropp 2011)
 
 
@@ -37,14 +38,18 @@ class NeuronStatistics:
     def update(self, h_TF: Tensor) -> None:
         """Add the activations of T tokens, [T, F]."""
         self.tokens += h_TF.shape[0]
-        self.sum_F += h_TF.sum(0, dtype=torch.float64).cpu()
-        self.largest_F = torch.maximum(self.largest_F, h_TF.abs().amax(0).float().cpu())
         if self.second_FF is not None:
+            self.sum_F += h_TF.sum(0, dtype=torch.float64).cpu()
             self.second_FF += (h_TF.T @ h_TF).double().cpu()
             self.square_F = self.second_FF.diagonal()
+            self.largest_F = torch.maximum(self.largest_F, h_TF.abs().amax(0).float().cpu())
             return
-        for h in h_TF.split(1024):  # the squares of all tokens at once would be as large as the activations
-            self.square_F += h.float().square().sum(0).double().cpu()
+        for part in h_TF.split(ROWS):
+            h = part.to(torch.float32, copy=True)
+            self.sum_F += h.sum(0).double().cpu()
+            h.square_()
+            self.square_F += h.sum(0).double().cpu()
+            self.largest_F = torch.maximum(self.largest_F, h.amax(0).sqrt().cpu())
         room = MOST_KEPT_TOKENS - sum(map(len, self.kept_TF))
         if self.profiled and room > 0:
             self.kept_TF.append(h_TF[:room].bfloat16().cpu())
@@ -87,17 +92,23 @@ class NeuronStatistics:
         basis_FP = torch.randn(len(mean_F), width, generator=generator)
         for step in range(POWER_STEPS + 1):
             basis_FP = torch.linalg.qr(basis_FP).Q
+            # Centring and scaling are folded into the basis, so that the activations are read and never rewritten.
+            scaled_FP = scale_F.unsqueeze(1) * basis_FP
+            mean_P = mean_F @ scaled_FP
             image_FP = torch.zeros(basis_FP.shape, dtype=torch.float64)
+            sum_P = torch.zeros(width, dtype=torch.float64)
             gram_PP = torch.zeros(width, width, dtype=torch.float64)
             for kept in self.kept_TF:
-                for h in kept.split(1024):
-                    h_TF = (h.float() - mean_F) * scale_F
-                    projected_TP = h_TF @ basis_FP
+                for part in kept.split(ROWS):
+                    h_TF = part.float()
+                    projected_TP = h_TF @ scaled_FP - mean_P
                     gram_PP += (projected_TP.T @ projected_TP).double()
                     if step < POWER_STEPS:
-                        image_FP += (h_TF.T @ projected_TP).double()
+                        image_FP += h_TF.T @ projected_TP
+                        sum_P += projected_TP.sum(0)
             if step < POWER_STEPS:
-                basis_FP = image_FP.float()
+                centred_FP = image_FP - torch.outer(mean_F.double(), sum_P)
+                basis_FP = scale_F.unsqueeze(1) * centred_FP.float()
         values, rotation_PP = torch.linalg.eigh(gram_PP / sum(map(len, self.kept_TF)))
         return values, basis_FP.double() @ rotation_PP
 
