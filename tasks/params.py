@@ -369,23 +369,6 @@ class Params(Section):
         return self
 
     @model_validator(mode="after")
-    def _a_router_that_counts_learns_to_count(self) -> Params:
-        settings = self.train_router
-        if self.decompose.partition != "nested":
-            return self
-        for key, value, able in (
-            ("start", settings.start, ("ridge", "zeros")),
-            ("objective", settings.objective, ("oracle",)),
-        ):
-            if value not in able:
-                raise ValueError(
-                    f"train_router.{key} = {value} gives each expert a score of its own, and with decompose.partition "
-                    f"= nested a score is that of a number of experts: set train_router.{key}={' or '.join(able)}, or "
-                    "another partition"
-                )
-        return self
-
-    @model_validator(mode="after")
     def _elastic_budgets_are_other_numbers_of_experts(self) -> Params:
         others, settings = self.distill.elastic, self.decompose
         if not others:
