@@ -64,8 +64,9 @@ def run(stage: StageRun) -> None:
 def diagnose(stage: StageRun, student: Any, tokenizer: Any, spec: MoESpec, device: str) -> list[dict[str, Any]]:
     """Oracle, router and load of every layer of the student, on its own inputs over held-out texts."""
     from ffn2moe import metrics, oracle
-    from ffn2moe.factorise import layer_inputs
+    from ffn2moe.factorise import layer_inputs, texts_of
     from ffn2moe.moe import moe_layers
+    from ffn2moe.texts import text_means
 
     layers = moe_layers(student)
     tokens = read_tokens(
@@ -75,21 +76,22 @@ def diagnose(stage: StageRun, student: Any, tokenizer: Any, spec: MoESpec, devic
         stage.params.teacher.max_length,
         packed=False,
     )
-    inputs = layer_inputs(
-        student,
-        tokens.in_order(stage.params.evaluate.batch_texts),
-        max_tokens=DIAGNOSED_TOKENS,
-        device=device,
-    )
+    batch_texts = stage.params.evaluate.batch_texts
+    inputs = layer_inputs(student, tokens.in_order(batch_texts), max_tokens=DIAGNOSED_TOKENS, device=device)
+    text_T = route_TD = None
+    if spec.routing == "sequence":
+        text_T = texts_of(tokens.in_order(batch_texts), DIAGNOSED_TOKENS)
+        route_TD = text_means(inputs[0], text_T)
     student.to("cpu")
     rows = []
     for index, x_TD in stage.track(enumerate(inputs), len(layers), "diagnosing layers"):
         moe = layers[index]
-        load = metrics.load(moe.router.choose(moe.router(x_TD), moe.num_active).pairs()[1], moe.num_experts)
+        choice = moe.router.choose(moe.scores(x_TD, route_TD), moe.num_active)
+        load = metrics.load(choice.pairs()[1], moe.num_experts)
         rows.append(
             {
                 "layer": index,
-                **oracle.diagnose(moe, x_TD),
+                **oracle.diagnose(moe, x_TD, text_T=text_T, route_TD=route_TD),
                 "max_over_mean_load": load.max_over_mean,
                 "dead_experts": load.dead_experts,
                 "load": load.share_E,
