@@ -13,7 +13,7 @@ import ffn2moe
 from ffn2moe import checkpoint, layerwise
 from ffn2moe.dense import ACTIVATIONS, load_dense
 from ffn2moe.moe import moe_layers
-from tasks import decompose, distill, prepare, train_router
+from tasks import decompose, distill, evaluate, prepare, train_router
 from tests.conftest import make_tiny_bert
 from tests.texts import make_stage, make_texts, write_corpus
 
@@ -191,3 +191,30 @@ def test_the_frozen_parts_of_the_student_are_the_teachers(routed, tmp_path):
     for name, tensor in teacher.state_dict().items():
         if ".intermediate." not in name and ".output.dense" not in name:
             assert torch.equal(student[name], tensor), name
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ("selection=threshold", "max_active=4", "gate=softmax"),
+        ("partition=nested", "shared_width=8"),
+        ("active_per_layer=budget",),
+        ("routing=sequence", "selection=threshold"),
+    ],
+    ids=lambda settings: settings[0],
+)
+def test_every_way_to_choose_experts_goes_through_all_stages(prepared, tmp_path, settings):
+    root = tmp_path / "root"
+    shutil.copytree(prepared, root)
+    for task in (decompose, train_router, distill, evaluate):
+        task.run(stage(root, task.__name__.removeprefix("tasks."), *(f"decompose.{one}" for one in settings)))
+    layers = json.loads((root / "metrics/evaluate.json").read_text())["layers"]
+    assert sum(layer["mean_active"] for layer in layers) / len(layers) == pytest.approx(2, abs=0.3)
+    assert all(layer["router_error"] >= layer["oracle_error"] - 1e-6 for layer in layers)
+    spec = checkpoint.load_spec(root / "models/distilled")
+    assert (spec.selection, spec.routing) == {
+        "selection=threshold": ("threshold", "token"),
+        "partition=nested": ("prefix", "token"),
+        "active_per_layer=budget": ("topk", "token"),
+        "routing=sequence": ("threshold", "sequence"),
+    }[settings[0]]
