@@ -567,7 +567,8 @@ class _Conversion:
                 steps=ROUTER_STEPS,
                 batch_tokens=ROUTER_BATCH,
                 seed=settings.seed + index,
-                **ROUTER,
+                ridge=ROUTER["ridge"],
+                learning_rate=ROUTER["learning_rate"],
             )
             judged = inputs[index][kept:] if kept < len(inputs[index]) else inputs[index]
             chunk = chunk_of(moe.num_experts * judged.shape[1])

@@ -17,8 +17,7 @@ from ffn2moe.experts import neurons_by_expert, shared_neurons, slice_experts
 from ffn2moe.metrics import pool
 from ffn2moe.moe import MoEFFN
 from ffn2moe.partition import PartitionMethod, partition_with_shared, token_groups
-from ffn2moe.routing import ridge as ridge_regression
-from ffn2moe.routing import softmax_target, train_router
+from ffn2moe.routing import Objective, Start, phases, start_weights, train_router
 from ffn2moe.spec import Head, MoESpec, Pooling
 from ffn2moe.train import Batch, bf16_supported
 
@@ -239,26 +238,41 @@ def fit_router(
     batch_tokens: int,
     learning_rate: float,
     seed: int,
+    start: Start = "ridge",
+    objective: Objective = "oracle",
+    temperature: float = 1.0,
+    text_T: Tensor | None = None,
     route_TD: Tensor | None = None,
 ) -> list[float]:
     """Fit a layer's router to the oracle's choices on tokens [T, D], and its scale and mean to the router.
 
-    Ridge regression is the start and `steps` of AdamW the rest; returns the loss of each step. No expert changes.
-    With routing `sequence` the router reads `route_TD`, the means of the tokens' texts (ffn2moe.texts.text_means).
+    From `start` (with the penalty `ridge`) by `steps` of AdamW on `objective`, the scores divided by `temperature` at
+    first and by 1 at last (ffn2moe.routing); returns the loss of each step. No expert changes. How many experts a token
+    uses on average is calibrated where the selection leaves it open.
+
+    With routing `sequence` the router reads `route_TD`, the means of the tokens' texts (ffn2moe.texts.text_means), and
+    its labels are sums over the tokens of each text, `text_T` [T] (`texts_of`). ValueError without them, and for starts
+    and objectives about single experts where the selection is `prefix`.
     """
-    read_TD = x_TD if route_TD is None else route_TD
+    read_RD = x_TD
+    if moe.routing == "sequence":
+        if text_T is None or route_TD is None:
+            raise ValueError("routing 'sequence' fits routers to whole texts: give text_T and route_TD of the tokens")
+        read_RD = x_TD.new_zeros(int(text_T.max()) + 1, x_TD.shape[1])
+        read_RD[text_T] = route_TD
     chunk = chunk_of(moe.num_experts * x_TD.shape[1])
-    survey = oracle.survey(moe, x_TD, chunk)
-    moe.router.set(*ridge_regression(read_TD, survey.norm_TE, ridge, intercept=moe.router.has_bias))
+    survey = oracle.survey(moe, x_TD, chunk, text_T if moe.routing == "sequence" else None)
+    moe.router.set(*start_weights(start, moe, read_RD, survey, x_TD, penalty=ridge, chunk=chunk))
     losses = list(
         train_router(
             moe.router,
-            read_TD,
-            softmax_target(survey.gain_TE, moe.num_active),
+            read_RD,
+            phases(objective, moe, x_TD, survey, text_T=text_T if moe.routing == "sequence" else None, chunk=chunk),
             steps=steps,
-            batch_tokens=batch_tokens,
+            batch_rows=max(1, batch_tokens * len(read_RD) // len(x_TD)),
             learning_rate=learning_rate,
             seed=seed,
+            temperature=temperature,
         )
     )
     moe.calibrate(x_TD, route_TD)

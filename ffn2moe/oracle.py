@@ -250,6 +250,7 @@ class Survey:
     norm_TE: Tensor  # ||E_i(x)||; of a text, the root of the sum of its tokens' squares
     gain_TE: Tensor  # what the scores should rank by, over the mean energy of the layer's output; see `survey`
     chosen_TE: Tensor  # indicator of the best choice that the layer's selection allows
+    grams: Grams
 
 
 @torch.no_grad()
@@ -276,7 +277,7 @@ def survey(moe: MoEFFN, x_TD: Tensor, chunk: int = 4096, text_T: Tensor | None =
         chosen_RE, gain_RE = torch.cat([p.chosen_TE for p in parts]), torch.cat([p.gain_TE for p in parts])
     energy = gram_REE.sum(dtype=torch.float64).item() / len(gram_REE)
     norm_RE = gram_REE.diagonal(dim1=1, dim2=2).clamp(min=0).sqrt()
-    return Survey(norm_RE, gain_RE / energy, chosen_RE)
+    return Survey(norm_RE, gain_RE / energy, chosen_RE, found)
 
 
 @dataclass(frozen=True)
@@ -368,7 +369,8 @@ def diagnose(
     if text_T is not None and route_TD is not None:
         read_RD = x_TD.new_zeros(len(found.tokens_R), x_TD.shape[1])
         read_RD[text_T] = route_TD
-    scores_RE = torch.cat([moe.router(part) for part in read_RD.split(chunk)])
+    parts = read_RD.split(chunk)
+    scores_RE = torch.cat([moe.scores(part, None if route_TD is None else part) for part in parts])
     chosen_RE = moe.router.choose(scores_RE, moe.num_active).indicator_TE(moe.num_experts)
     mean_active = (chosen_RE.sum(1) * found.tokens_R).sum().item() / len(x_TD)
     best_RE = best_choice(moe.router.selection, found, mean_active, moe.router.max_active)

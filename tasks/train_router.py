@@ -1,6 +1,6 @@
 """Stage 3: the routers, each layer by itself on the dense teacher's inputs; no expert changes.
 
-The oracle's choices are the labels, ridge regression the start, the repaired Prior-Approximate loss the rest.
+Where they start and what they learn from there, ffn2moe.routing; how far they come, judged on texts held out.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from tasks.tokens import read_tokens
 if TYPE_CHECKING:
     from torch import Tensor
 
+    Texts = dict[str, Tensor]
+
 REPORTED_EVERY = 10  # steps
 HELD_OUT_TOKENS = 8192  # of the calibration texts, which the routers are not trained on
 
@@ -21,22 +23,28 @@ def run(stage: StageRun) -> None:
     from ffn2moe import checkpoint, oracle
     from ffn2moe.dense import load_dense
     from ffn2moe.encode import choose_device
-    from ffn2moe.factorise import fit_router, layer_inputs
+    from ffn2moe.factorise import fit_router, layer_inputs, texts_of
     from ffn2moe.moe import moe_layers
+    from ffn2moe.texts import text_means
 
     params, root, settings = stage.params, stage.root, stage.params.train_router
     student = checkpoint.load(root / "models/decomposed")
     spec = checkpoint.load_spec(root / "models/decomposed")
     teacher, tokenizer = load_dense(str(root / "data/teacher"), head=spec.head)
 
-    def inputs_on(split: str, max_tokens: int) -> list[Tensor]:
+    def inputs_on(split: str, max_tokens: int) -> tuple[list[Tensor], Texts]:
+        """The inputs of every layer and, where routers read whole texts, which text each token is of and its mean."""
         tokens = read_tokens(root / f"data/corpus/{split}.jsonl", spec.head, tokenizer, params.teacher.max_length)
-        return layer_inputs(
+        inputs = layer_inputs(
             teacher, tokens.in_order(), max_tokens=max_tokens, device=choose_device(params.compute.device)
         )
+        if spec.routing == "token":
+            return inputs, {}
+        text_T = texts_of(tokens.in_order(), max_tokens)
+        return inputs, {"text_T": text_T, "route_TD": text_means(inputs[0], text_T)}
 
-    train = inputs_on("train", settings.tokens)
-    held_out = inputs_on("calibration", HELD_OUT_TOKENS)
+    train, train_texts = inputs_on("train", settings.tokens)
+    held_out, held_out_texts = inputs_on("calibration", HELD_OUT_TOKENS)
     rows: list[dict[str, Any]] = []
     curve: list[dict[str, Any]] = []
     for index, moe in stage.track(enumerate(moe_layers(student)), spec.num_layers, "training routers"):
@@ -48,9 +56,14 @@ def run(stage: StageRun) -> None:
             batch_tokens=settings.batch_tokens,
             learning_rate=settings.learning_rate,
             seed=params.seed + index,
+            start=settings.start,
+            objective=settings.objective,
+            temperature=settings.temperature,
+            **train_texts,
         )
         curve += [{"layer": index, "step": i, "loss": loss} for i, loss in enumerate(losses) if i % REPORTED_EVERY == 0]
-        row = {"layer": index, **oracle.diagnose(moe, held_out[index]), "scale": moe.output_scale.item()}
+        found = oracle.diagnose(moe, held_out[index], **held_out_texts)
+        row = {"layer": index, **found, "scale": moe.output_scale.item()}
         stage.log_metrics({f"router_error.layer_{index}": row["router_error"]})
         rows.append(row)
     with stage.out("models/routed") as out:

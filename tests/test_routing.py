@@ -3,49 +3,359 @@
 from __future__ import annotations
 
 import math
+from typing import Any, get_args
 
 import pytest
 import torch
+from torch import Tensor
+from torch.nn import functional as F
 
+from ffn2moe import oracle
+from ffn2moe.dense import DenseFFN
+from ffn2moe.experts import neurons_by_expert, slice_experts
+from ffn2moe.factorise import fit_router
+from ffn2moe.moe import MoEFFN
 from ffn2moe.router import Router
-from ffn2moe.routing import ridge, router_loss, softmax_target, train_router
-from tests.test_core import tokens
+from ffn2moe.routing import (
+    Objective,
+    Phase,
+    Start,
+    activation_mass,
+    draw_probabilities,
+    expected_regret,
+    independent_error,
+    phases,
+    prior_approximate_loss,
+    prior_label,
+    ridge,
+    router_loss,
+    softmax_target,
+    start_weights,
+    train_router,
+)
+from ffn2moe.spec import Gate
+from ffn2moe.texts import text_means
+from tests.mixtures import flat_spec
+
+STARTS, OBJECTIVES = get_args(Start), get_args(Objective)
+SELECTIONS = ("topk", "threshold", "prefix")
+WIDTH, EXPERTS, EACH = 16, 6, 8  # D, E and M of the toy
+TRAINING = {"ridge": 1e-2, "steps": 60, "batch_tokens": 500, "learning_rate": 0.05, "seed": 0}
 
 
-def test_the_routers_target_has_the_entropy_of_k_equal_choices():
-    q_TE = softmax_target(tokens(200, 8), num_active=3)
-    entropy = -(q_TE * q_TE.log()).sum(-1).mean().item()
-    assert entropy == pytest.approx(math.log(3), abs=1e-3)
-    assert softmax_target(tokens(20, 8), num_active=1).sum(-1).eq(1).all()
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def test_the_router_loss_is_zero_only_at_the_target():
-    q_TE = softmax_target(tokens(50, 8), num_active=2)
-    assert router_loss(q_TE.log(), q_TE).item() == pytest.approx(0, abs=1e-6)
-    assert router_loss(torch.zeros(50, 8), q_TE).item() > 0.1
+def toy(*, gated: bool = False, shared: int = 0, num_active: int = 2, **changes: Any) -> MoEFFN:
+    """A layer in whose FFN every expert answers to a direction of its own; with padding where S > 0."""
+    routed, total = EXPERTS * EACH - shared, EXPERTS * EACH
+    direction_ED = F.normalize(normal(EXPERTS, WIDTH, seed=1), dim=1)
+    expert_of_neuron_F = torch.full((total,), -1)
+    expert_of_neuron_F[shared:] = torch.arange(routed) * EXPERTS // routed
+    rows_FD = direction_ED[expert_of_neuron_F.clamp(min=0)] + 0.1 * normal(total, WIDTH, seed=2)
+    ffn = DenseFFN(
+        w_in_FD=normal(total, WIDTH, seed=3) if gated else rows_FD,
+        w_out_DF=normal(WIDTH, total, seed=4),
+        activation="silu" if gated else "gelu",
+        b_in_F=None if gated else -0.5 + 0.1 * normal(total, seed=5),
+        b_out_D=None if gated else normal(WIDTH, seed=6),
+        w_gate_FD=rows_FD if gated else None,
+    )
+    neurons_EM = neurons_by_expert(expert_of_neuron_F, EXPERTS)
+    spec = flat_spec(
+        width=WIDTH,
+        ffn_width=total,
+        expert_width=neurons_EM.shape[1],
+        shared_width=shared,
+        num_experts=EXPERTS,
+        num_active=num_active,
+        gated=gated,
+        activation=ffn.activation,
+        **changes,
+    )
+    shared_S = torch.arange(shared)
+    return MoEFFN.from_experts(spec, slice_experts(ffn, neurons_EM, shared_S), neurons_EM, 0, shared_S).eval()
 
 
-def test_a_trained_router_finds_what_a_linear_map_can_find():
-    x_TD, weight_ED = tokens(2000), tokens(6, seed=9)
-    target_TE = softmax_target(x_TD @ weight_ED.T, num_active=2)
-    router = Router(16, 6)
-    losses = list(train_router(router, x_TD, target_TE, steps=150, batch_tokens=500, learning_rate=0.05, seed=0))
-    assert losses[-1] < 0.05 * losses[0]
-    agree = router.choose(router(x_TD), 2).experts_TK.sort().values == target_TE.topk(2).indices.sort().values
-    assert agree.float().mean() > 0.95
+def tokens(count: int = 1500, seed: int = 7) -> Tensor:
+    """Each in the direction of two experts, more or less."""
+    direction_ED = F.normalize(normal(EXPERTS, WIDTH, seed=1), dim=1)
+    share_TE = torch.rand(count, EXPERTS, generator=torch.Generator().manual_seed(seed)) ** 4
+    return 4 * share_TE @ direction_ED + 0.2 * normal(count, WIDTH, seed=seed)
+
+
+def recall(moe: MoEFFN, x_TD: Tensor) -> float:
+    return oracle.diagnose(moe, x_TD)["router_recall"]
+
+
+# --- where a router starts ------------------------------------------------------------------------------------------
 
 
 def test_ridge_recovers_a_linear_map():
-    x_TD = tokens(400)
-    weight_ED, bias_E = tokens(5), tokens(1, 5).flatten()
+    x_TD = normal(400, WIDTH)
+    weight_ED, bias_E = normal(5, WIDTH, seed=1), normal(5, seed=2)
     found_ED, found_E = ridge(x_TD, x_TD @ weight_ED.T + bias_E, penalty=1e-9)
     torch.testing.assert_close(found_ED, weight_ED, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(found_E, bias_E, rtol=1e-4, atol=1e-4)
 
 
 def test_ridge_without_intercept_ranks_as_the_targets_do_and_has_no_bias():
-    x_TD = tokens(400)
-    truth_ED = tokens(4, 16, seed=5)
+    x_TD = normal(400, WIDTH)
+    truth_ED = normal(4, WIDTH, seed=5)
     weight_ED, bias_E = ridge(x_TD, x_TD @ truth_ED.T + 7.0, 1e-6, intercept=False)
     assert bias_E.abs().max() == 0
     assert torch.equal((x_TD @ weight_ED.T).argmax(1), (x_TD @ truth_ED.T).argmax(1))
+
+
+@pytest.mark.parametrize("shared", [0, 5])
+@pytest.mark.parametrize("router_bias", [True, False])
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("method", STARTS)
+def test_every_start_is_finite_has_the_routers_shape_and_knows_more_than_chance(method, gated, router_bias, shared):
+    moe, x_TD = toy(gated=gated, router_bias=router_bias, shared=shared), tokens()
+    weight_ED, bias_E = start_weights(method, moe, x_TD, oracle.survey(moe, x_TD), x_TD, penalty=1e-2)
+    assert weight_ED.shape == moe.router.weight.shape and bias_E.shape == moe.router.bias.shape
+    assert weight_ED.isfinite().all() and bias_E.isfinite().all()
+    assert router_bias or bias_E.abs().max() == 0
+    moe.router.set(weight_ED, bias_E)
+    if method != "zeros":
+        assert recall(moe, x_TD) > 0.5  # chance is 2 in 6
+
+
+@pytest.mark.parametrize("method", ["centroid", "representative", "mean_row"])
+def test_scores_of_a_start_from_rows_are_apart_by_one(method):
+    moe, x_TD = toy(), 50 * tokens()
+    weight_ED, bias_E = start_weights(method, moe, x_TD, oracle.survey(moe, x_TD), x_TD, penalty=1e-2)
+    scores_TE = F.linear(x_TD, weight_ED, bias_E)
+    assert (scores_TE - scores_TE.mean(1, keepdim=True)).square().mean() == pytest.approx(1.0, rel=1e-4)
+
+
+def test_mean_row_and_centroid_leave_out_what_fills_an_expert_up():
+    moe, x_TD = toy(shared=5), tokens()  # 43 neurons for 6 experts of 8
+    assert (moe.neurons < 0).any()
+    for method, rows_EMD in (("mean_row", moe.w_in), ("centroid", F.normalize(moe.w_in, dim=2))):
+        weight_ED, _ = start_weights(method, moe, x_TD, oracle.survey(moe, x_TD), x_TD, penalty=1e-2)
+        real_EM = (moe.neurons >= 0).float()
+        mean_ED = (rows_EMD * real_EM.unsqueeze(2)).sum(1) / real_EM.sum(1, keepdim=True)
+        torch.testing.assert_close(F.normalize(weight_ED.flatten(), dim=0), F.normalize(mean_ED.flatten(), dim=0))
+
+
+def test_a_representative_is_a_neuron_of_the_expert_that_fires_as_the_others_do():
+    moe, x_TD = toy(), tokens()
+    with torch.no_grad():
+        moe.w_in[:, 0] = -moe.w_in[:, 0]  # fires on other tokens
+        moe.w_in[:, 1] = 0.0  # never fires
+    weight_ED, _ = start_weights("representative", moe, x_TD, oracle.survey(moe, x_TD), x_TD, penalty=1e-2)
+    for row_D, rows_MD in zip(weight_ED, moe.w_in.detach(), strict=True):
+        assert int(F.cosine_similarity(row_D, rows_MD).argmax()) >= 2
+        assert F.cosine_similarity(row_D, rows_MD).max() == pytest.approx(1.0, abs=1e-5)
+
+
+# --- what a router is trained towards -------------------------------------------------------------------------------
+
+
+def test_the_routers_target_has_the_entropy_of_k_equal_choices():
+    q_TE = softmax_target(normal(200, 8), num_active=3)
+    entropy = -(q_TE * q_TE.log()).sum(-1).mean().item()
+    assert entropy == pytest.approx(math.log(3), abs=1e-3)
+    assert softmax_target(normal(20, 8), num_active=1).sum(-1).eq(1).all()
+
+
+def test_the_router_loss_is_zero_only_at_the_target():
+    q_TE = softmax_target(normal(50, 8), num_active=2)
+    assert router_loss(q_TE.log(), q_TE).item() == pytest.approx(0, abs=1e-6)
+    assert router_loss(torch.zeros(50, 8), q_TE).item() > 0.1
+
+
+@pytest.mark.parametrize("num_active", [1, 2, 5])
+def test_factorllms_label_marks_the_experts_nearest_to_their_share_of_the_output(num_active):
+    outputs_TED = normal(60, EXPERTS, WIDTH)
+    target_T1D = outputs_TED.sum(1, keepdim=True) / (EXPERTS / num_active)
+    error_TE = (outputs_TED - target_T1D).square().mean(-1)
+    label_TE = prior_label(oracle.gram(outputs_TED), num_active)
+    assert label_TE.sum(1).eq(num_active).all()
+    inside, outside = error_TE.masked_fill(label_TE == 0, -1), error_TE.masked_fill(label_TE == 1, math.inf)
+    assert (inside.amax(1) <= outside.amin(1)).all()
+
+
+def test_factorllms_label_names_idle_experts_where_the_useful_ones_have_nothing_in_common():
+    """Of y = E_0 + E_1, orthogonal, E_0 is further from y / 3 than nothing is: one reason why the oracle took over."""
+    outputs_1ED = torch.eye(EXPERTS, WIDTH).unsqueeze(0)
+    outputs_1ED[:, 2:] *= 1e-3
+    gram_1EE = oracle.gram(outputs_1ED)
+    assert prior_label(gram_1EE, 2)[0, :2].sum() == 0
+    assert oracle.oracle(gram_1EE, 2).chosen_TE[0, :2].sum() == 2
+
+
+def test_factorllms_loss_is_the_reverse_divergence_to_the_softmax_of_the_label():
+    outputs_TED, scores_TE = normal(60, EXPERTS, WIDTH), normal(60, EXPERTS, seed=1)
+    p_TE, q_TE = scores_TE.softmax(1), prior_label(oracle.gram(outputs_TED), 2).softmax(1)
+    expected = (p_TE * (p_TE / q_TE).log()).sum(1).mean()
+    torch.testing.assert_close(prior_approximate_loss(scores_TE, outputs_TED, 2), expected)
+
+
+def test_the_mass_of_an_expert_is_the_sum_of_its_positive_activations():
+    moe, x_TD = toy(), tokens(40)
+    h_EM = F.gelu(torch.einsum("emd,d->em", moe.w_in, x_TD[3]) + moe.b_in)
+    torch.testing.assert_close(activation_mass(moe, x_TD)[3], h_EM.relu().sum(1).detach())
+    text_T = torch.arange(40) // 10
+    torch.testing.assert_close(activation_mass(moe, x_TD, text_T)[1], activation_mass(moe, x_TD)[10:20].sum(0))
+
+
+@pytest.mark.parametrize("num_active", [1, 2, 5])
+def test_the_expected_regret_is_0_for_the_best_choice_and_1_for_a_blind_one(num_active):
+    moe, x_TD = toy(num_active=num_active), tokens(300)
+    survey, rows = oracle.survey(moe, x_TD), torch.arange(300)
+    loss = expected_regret(moe, survey)
+    assert loss(torch.zeros(300, EXPERTS), rows).item() == pytest.approx(1.0, rel=1e-4)
+    scale = oracle.fit_scale(survey.grams, survey.chosen_TE).scale
+    best_TE = oracle.oracle(survey.grams.gram_REE, num_active, scale).chosen_TE
+    assert loss(1e4 * best_TE, rows).item() == pytest.approx(0.0, abs=1e-4)
+
+
+def test_the_expected_error_of_independent_draws_is_the_mean_over_draws():
+    gram_TEE = oracle.gram(normal(3, EXPERTS, WIDTH))
+    p_TE = torch.rand(3, EXPERTS, generator=torch.Generator().manual_seed(0))
+    total_T = torch.zeros(3)
+    for count in range(EXPERTS + 1):
+        m_CE = oracle.subsets(EXPERTS, count) if count else torch.zeros(1, EXPERTS)
+        chance_TC = (p_TE.unsqueeze(1) * m_CE + (1 - p_TE).unsqueeze(1) * (1 - m_CE)).prod(2)
+        total_T += (chance_TC * oracle.subset_errors(gram_TEE, m_CE, 1.2)).sum(1)
+    torch.testing.assert_close(independent_error(gram_TEE, p_TE, 1.2), total_T, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_draws_add_up_to_k_and_stay_so_to_first_order(together):
+    scores_TE = (3 * normal(9, EXPERTS)).double().requires_grad_(True)
+    p_TE = draw_probabilities(scores_TE, 2, together=together)
+    assert p_TE.sum().item() == pytest.approx(18, abs=1e-4)
+    assert together or (p_TE.sum(1) - 2).abs().max() < 1e-4
+    (gradient_TE,) = torch.autograd.grad(p_TE.sum(), scores_TE)
+    assert gradient_TE.abs().max() < 1e-6
+
+
+def test_above_so_many_subsets_the_choice_is_learnt_from_single_draws(monkeypatch):
+    moe, x_TD = toy(), tokens()
+    monkeypatch.setattr("ffn2moe.routing.MAX_ENUMERATED", 10)
+    losses = fit_router(moe, x_TD, start="zeros", **TRAINING)
+    assert losses[-1] < 0.5 * losses[len(losses) // 3]
+    assert recall(moe, tokens(seed=8)) > 0.75
+
+
+# --- the training ---------------------------------------------------------------------------------------------------
+
+
+def test_a_trained_router_finds_what_a_linear_map_can_find():
+    x_TD, weight_ED = normal(2000, WIDTH), normal(6, WIDTH, seed=9)
+    target_TE = softmax_target(x_TD @ weight_ED.T, num_active=2)
+    router = Router(WIDTH, 6)
+    whole = [Phase(1.0, lambda scores_BE, rows: router_loss(scores_BE, target_TE[rows]))]
+    losses = list(train_router(router, x_TD, whole, steps=150, batch_rows=500, learning_rate=0.05, seed=0))
+    assert losses[-1] < 0.05 * losses[0]
+    chosen_TE = router.choose(router(x_TD), 2).indicator_TE(6)
+    assert (chosen_TE * target_TE).sum() > 0.95 * target_TE.topk(2).values.sum()
+
+
+@pytest.mark.parametrize("router_bias", [True, False])
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_every_objective_lowers_its_loss_and_finds_the_experts_it_names(objective, gated, router_bias):
+    moe, x_TD = toy(gated=gated, router_bias=router_bias, shared=5), tokens()
+    before = [moe.w_in.clone(), moe.w_out.clone()]
+    losses = fit_router(moe, x_TD, start="zeros", objective=objective, **TRAINING)
+    assert len(losses) == TRAINING["steps"]
+    assert losses[-1] < losses[0]
+    judged_TD = tokens(seed=8)
+    if objective == "factorllm":
+        label_TE = prior_label(oracle.survey(moe, judged_TD).grams.gram_REE, moe.num_active)
+        chosen_TE = moe.router.choose(moe.router(judged_TD), moe.num_active).indicator_TE(EXPERTS)
+        assert (chosen_TE * label_TE).sum() / label_TE.sum() > 0.6  # chance is 2 in 6
+    else:
+        assert recall(moe, judged_TD) > 0.6
+    assert router_bias or moe.router.bias.abs().max() == 0
+    assert torch.equal(moe.w_in, before[0]) and torch.equal(moe.w_out, before[1])
+
+
+@pytest.mark.parametrize("gate", get_args(Gate))
+@pytest.mark.parametrize("start", STARTS)
+def test_with_every_gate_a_fitted_layer_is_nearer_to_the_dense_one_than_its_mean(start, gate):
+    moe, x_TD = toy(gate=gate), tokens()
+    dense_TD = moe.all_experts(x_TD)
+    fit_router(moe, x_TD, start=start, **TRAINING)
+    left = (moe(x_TD) - dense_TD).square().sum()
+    assert left < 0.7 * (dense_TD - dense_TD.mean(0)).square().sum()
+
+
+@pytest.mark.parametrize("routing", ["token", "sequence"])
+@pytest.mark.parametrize("selection", SELECTIONS)
+def test_every_selection_is_fitted_and_uses_k_experts_on_average(selection, routing):
+    moe, x_TD = toy(selection=selection, routing=routing), tokens()
+    text_T = torch.arange(len(x_TD)) // 3
+    texts = {"text_T": text_T, "route_TD": text_means(x_TD, text_T)} if routing == "sequence" else {}
+    losses = fit_router(moe, x_TD, **texts, **TRAINING)
+    assert losses[-1] < losses[len(losses) // 3]
+    found = oracle.diagnose(moe, x_TD, **texts)
+    assert found["mean_active"] == pytest.approx(2, abs=0.02)
+    blind = toy(selection=selection, routing=routing)
+    blind.router.set(normal(EXPERTS, WIDTH, seed=11), torch.zeros(EXPERTS))
+    blind.calibrate(x_TD, texts.get("route_TD"))
+    assert found["router_error"] < oracle.diagnose(blind, x_TD, **texts)["router_error"]
+
+
+def test_a_router_of_texts_asks_for_the_texts():
+    with pytest.raises(ValueError, match="give text_T and route_TD"):
+        fit_router(toy(routing="sequence"), tokens(), **TRAINING)
+
+
+def test_the_last_phase_ends_better_by_the_criterion_than_the_first_alone():
+    moe, x_TD = toy(), tokens()
+    fit_router(moe, x_TD, **TRAINING)
+    found = oracle.diagnose(moe, tokens(seed=8))["router_error"]
+    survey = oracle.survey(moe, x_TD)
+    moe.router.set(*start_weights("ridge", moe, x_TD, survey, x_TD, penalty=1e-2))
+    convex = [Phase(1.0, phases("oracle", moe, x_TD, survey)[0].loss)]
+    list(train_router(moe.router, x_TD, convex, steps=60, batch_rows=500, learning_rate=0.05, seed=0))
+    assert found < oracle.diagnose(moe, tokens(seed=8))["router_error"]
+
+
+@pytest.mark.parametrize(("key", "value"), [("start", "centroid"), ("objective", "norm"), ("objective", "factorllm")])
+def test_what_is_about_single_experts_is_refused_where_their_number_is_scored(key, value):
+    with pytest.raises(ValueError, match=f"{key} '{value}' is about single experts"):
+        fit_router(toy(selection="prefix"), tokens(), **{key: value}, **TRAINING)
+
+
+def test_the_temperature_falls_from_what_is_asked_to_1():
+    seen = []
+
+    def loss(scores_BE: Tensor, rows: Tensor) -> Tensor:
+        seen.append(scores_BE.detach().std().item())
+        return 0 * scores_BE.sum()
+
+    router, x_RD = Router(WIDTH, EXPERTS), normal(50, WIDTH)
+    router.set(normal(EXPERTS, WIDTH, seed=1), torch.zeros(EXPERTS))
+    halves = [Phase(0.5, loss), Phase(0.5, loss)]
+    training = {"steps": 11, "batch_rows": 10**6, "learning_rate": 0.1, "seed": 0}
+    list(train_router(router, x_RD, halves, temperature=8.0, **training))
+    annealed = seen.copy()
+    seen.clear()
+    list(train_router(router, x_RD, halves, **training))
+    factor = [plain / cooled for plain, cooled in zip(seen, annealed, strict=True)]
+    # Batches are drawn alike, so that the scores differ by the temperature alone.
+    assert factor == pytest.approx([8 ** (1 - step / 10) for step in range(11)], rel=1e-4)
+
+
+def test_annealing_changes_what_is_learnt_and_still_learns():
+    plain, annealed = toy(), toy()
+    fit_router(plain, tokens(), **TRAINING)
+    fit_router(annealed, tokens(), temperature=4.0, **TRAINING)
+    assert not torch.equal(plain.router.weight, annealed.router.weight)
+    assert recall(annealed, tokens(seed=8)) > 0.75
+
+
+def test_no_steps_leave_the_start():
+    moe, x_TD = toy(), tokens()
+    assert fit_router(moe, x_TD, **TRAINING | {"steps": 0}) == []
+    weight_ED, bias_E = ridge(x_TD, oracle.survey(moe, x_TD).norm_TE, 1e-2)
+    torch.testing.assert_close(moe.router.weight, weight_ED, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(moe.router.bias, bias_E, rtol=1e-3, atol=1e-4)
