@@ -495,7 +495,7 @@ def test_training_keeps_the_mean_number_of_experts_and_ends_at_it(tiny_teacher, 
     for step in distiller(tiny_teacher, model, 60, learning_rate=3e-3).run():
         if step.step == 59:
             assert mean_active(model) == pytest.approx([3, 3], abs=0.5)
-    assert mean_active(model) == pytest.approx([3, 3], abs=0.05)
+    assert mean_active(model) == pytest.approx([3, 3], abs=0.1)  # one of these 82 tokens may change by 7 at once
 
 
 # --- several budgets ------------------------------------------------------------------------------------------------
