@@ -220,13 +220,13 @@ def table(one: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> list[str
             figures = [_written(name, row["figures"][name]) + _share(row, name) for name in names]
             told = [
                 f"**{row['title']}**" if row["group"] == "default" else row["title"],
-                _percent(row["cost"]["active_share"]),
+                _percent(row["cost"]["active_share"], spread=False),
                 *figures,
                 _percent(row["quality"]),
                 _spread("{:.3f}", errors.get("router_error")),
                 _spread("{:.3f}", errors.get("oracle_error")),
                 _spread("{:.2f}", errors.get("router_recall")),
-                _percent(row["cost"]["flops"]),
+                _percent(row["cost"]["flops"], spread=False),
                 _spread("{:.0f}", row["seconds"]["processor"], spread=False),
                 str(row["seeds"]),
             ]
@@ -240,8 +240,8 @@ def _share(row: Mapping[str, Any], name: str) -> str:
     return f" ({100 * statistics.mean(row['kept'][name]):.1f} %)" if name in row["kept"] and name != "agreement" else ""
 
 
-def _percent(values: Sequence[float]) -> str:
-    return _spread("{:.1f}", [100 * value for value in values]) + " %"
+def _percent(values: Sequence[float], *, spread: bool = True) -> str:
+    return _spread("{:.1f}", [100 * value for value in values], spread=spread) + " %"
 
 
 def _written(name: str, values: Sequence[float]) -> str:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.ablation.methods import STAGE_TITLES, STAGES, Stage
+from benchmarks.ablation.methods import STAGE_TITLES, STAGES
 from benchmarks.ablation.rows import FIGURES, means
 
 COLOURS = {  # Okabe and Ito's, which the colour-blind can tell apart
@@ -25,6 +26,21 @@ COLOURS = {  # Okabe and Ito's, which the colour-blind can tell apart
 MARKERS = {"default": "*", "FactorLLM": "X", "rivals": "s", "after conversion": "D"}
 
 
+DODGE = 0.45  # octaves over which the groups of one share stand side by side
+
+
+@dataclass(frozen=True)
+class Point:
+    """A row in a panel."""
+
+    x: float
+    y: float
+    spread: float
+    group: str
+    title: str
+    share: float
+
+
 def draw(one: Mapping[str, Any], path: Path) -> None:
     """The plot of a grid as PNG."""
     from matplotlib.figure import Figure
@@ -33,21 +49,21 @@ def draw(one: Mapping[str, Any], path: Path) -> None:
     stages = [stage for stage in STAGES if any(row["stage"] == stage for row in rows)]
     last = stages[-1]
     judges = [name for name in FIGURES if name in rows[0]["kept"] and name != "agreement"]
-    panels: list[tuple[str, Stage, str | None]] = [(STAGE_TITLES[stage], stage, None) for stage in stages]
-    if len(judges) > 1:
-        panels += [(f"{STAGE_TITLES[last]}: {FIGURES[name][0]}", last, name) for name in judges]
-    columns = min(3, len(panels)) if len(judges) <= 1 else max(3, len(stages))
-    lines = -(-len(panels) // columns)
-    figure = Figure(figsize=(4.6 * columns, 3.9 * lines + 0.5), layout="constrained", dpi=160)
-    axes = figure.subplots(lines, columns, squeeze=False).flatten()
-    for place, (title, stage, judge) in zip(axes, panels, strict=False):
-        _panel(place, title, [row for row in rows if row["stage"] == stage], judge)
-    for place in axes[len(panels) :]:
-        place.set_visible(False)
+    figure = Figure(figsize=(14, 9.4 if len(judges) > 1 else 5.4), layout="constrained", dpi=150)
+    places = figure.add_gridspec(2 if len(judges) > 1 else 1, 12, height_ratios=(5, 4) if len(judges) > 1 else None)
+    for index, stage in enumerate(stages):
+        wide = 12 // len(stages)
+        axes = figure.add_subplot(places[0, wide * index : wide * (index + 1)])
+        _panel(axes, STAGE_TITLES[stage], [row for row in rows if row["stage"] == stage], None)
+    for index, judge in enumerate(judges if len(judges) > 1 else ()):
+        wide = 12 // len(judges)
+        axes = figure.add_subplot(places[1, wide * index : wide * (index + 1)])
+        title = f"{STAGE_TITLES[last]}: {FIGURES[judge][0]}"
+        _panel(axes, title, [row for row in rows if row["stage"] == last], judge)
     shown = [group for group in COLOURS if any(row["group"] == group for row in rows)]
     names = {"default": "ours, as by default", "rivals": "rival compressors"}
     handles = [
-        axes[0].plot(
+        figure.axes[0].plot(
             [], [], MARKERS.get(group, "o"), color=COLOURS[group], markersize=9, label=names.get(group, group)
         )[0]
         for group in shown
@@ -61,58 +77,69 @@ def draw(one: Mapping[str, Any], path: Path) -> None:
 
 
 def _panel(axes: Any, title: str, rows: Sequence[Mapping[str, Any]], judge: str | None) -> None:
-    """Each row as a dot with its spread, the default as a line, and the best of all as a thin one."""
+    """Each row as a dot with its spread, the default as a line, and the best at each cost as a thin one.
+
+    The dots of one share stand side by side by group: what they cost is where the middle of their row is.
+    """
+    groups = [group for group in COLOURS if any(row["group"] == group for row in rows)]
     points = []
     for row in rows:
         values = row["quality"] if judge is None else row["kept"][judge]
-        x = 100 * statistics.mean(row["cost"]["ffn_flops"])
-        y = 100 * statistics.mean(values)
         spread = 100 * statistics.stdev(values) if len(values) > 1 else 0.0
-        points.append((x, y, spread, row))
-    front = _front([(x, y) for x, y, _, row in points if row["group"] != "FactorLLM"])
-    if len(front) > 1:
-        axes.plot(*zip(*front, strict=True), color="#bbbbbb", linewidth=1.2, zorder=1)
-    own = sorted((x, y) for x, y, _, row in points if row["group"] == "default")
-    if len(own) > 1:
-        axes.plot(*zip(*own, strict=True), color=COLOURS["default"], linewidth=1.2, zorder=2)
-    for x, y, spread, row in points:
-        group = row["group"]
-        default = group == "default"
+        cost = 100 * statistics.mean(row["cost"]["ffn_flops"])
+        points.append(Point(cost, 100 * statistics.mean(values), spread, row["group"], row["title"], row["share"]))
+    lowest, highest = _lowest([point.y for point in points]), max(100.0, *(point.y for point in points))
+    height = highest - lowest
+    for group in groups:
+        own = [point for point in points if point.group == group]
+        default, dodge = group == "default", 2 ** (DODGE * (groups.index(group) / max(1, len(groups) - 1) - 0.5))
+        dodge = 1.0 if default else dodge
+        seen = [point for point in own if point.y >= lowest]
+        style = {"color": COLOURS[group], "markeredgecolor": "black" if default else "white", "markeredgewidth": 0.5}
         axes.errorbar(
-            x,
-            y,
-            yerr=spread or None,
+            [point.x * dodge for point in seen],
+            [point.y for point in seen],
+            yerr=[point.spread for point in seen],
             fmt=MARKERS.get(group, "o"),
-            color=COLOURS[group],
             markersize=13 if default else 6,
-            markeredgecolor="white" if not default else "black",
-            markeredgewidth=0.5,
             elinewidth=1,
-            alpha=1 if default else 0.85,
             zorder=5 if default else 3,
+            **style,
         )
-    _name_the_ends(axes, points)
+        for share in sorted({point.share for point in own}):
+            below = [point for point in own if point.share == share and point.y < lowest]
+            if not below:
+                continue
+            x = below[0].x * dodge
+            axes.plot(x, lowest, "v", markersize=6, clip_on=False, zorder=4, **style)
+            if judge is None:
+                named = ", ".join(f"{point.title} {point.y:.0f}" for point in below)
+                told = named if len(below) == 1 else f"{group} {', '.join(f'{point.y:.0f}' for point in below)}"
+                style_of_text = {"rotation": 90, "fontsize": 6.5, "ha": "center", "color": COLOURS[group]}
+                axes.annotate(told, (x, lowest), xytext=(0, 6), textcoords="offset points", **style_of_text)
+    _line(axes, [(point.x, point.y) for point in points if point.group == "default"], COLOURS["default"])
+    _line(axes, _front([(point.x, point.y) for point in points]), "#bbbbbb")
+    if judge is None:
+        _name_the_best(axes, points)
     axes.axhline(100, color="#444444", linewidth=0.8, linestyle=":")
     axes.set_title(title, fontsize=10)
     axes.set_xscale("log", base=2)
-    ticks = sorted({round(200 * row["share"]) / 2 for row in rows})
+    ticks = sorted({100 * point.share for point in points})
     axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
-    axes.set_xlim(0.72 * min(ticks), 1.6 * max(ticks))
+    axes.set_xlim(0.7 * min(ticks), 1.9 * max(ticks))
     axes.minorticks_off()
-    lowest = _lowest([y for _, y, _, _ in points])
-    below = sum(y < lowest for _, y, _, _ in points)
-    highest = max([100.0, *(y for _, y, _, _ in points)])
-    axes.set_ylim(lowest - 0.04 * (highest - lowest), highest + 0.06 * (highest - lowest))
-    if below:
-        axes.annotate(
-            f"{below} below", (0.98, 0.02), xycoords="axes fraction", ha="right", fontsize=7.5, color="#666666"
-        )
+    axes.set_ylim(lowest - 0.04 * height, highest + 0.06 * height)
     axes.grid(color="#e6e6e6", linewidth=0.6)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.set_xlabel("FLOPs of the FFNs with routers, % of the teacher's", fontsize=9)
-    axes.set_ylabel("% of the teacher kept", fontsize=9)
+    axes.set_xlabel("FLOPs of FFNs and routers, % of the teacher's", fontsize=8.5)
+    axes.set_ylabel("% of the teacher kept", fontsize=8.5)
     axes.tick_params(labelsize=8.5)
+
+
+def _line(axes: Any, points: Sequence[tuple[float, float]], colour: str) -> None:
+    if len(points) > 1:
+        axes.plot(*zip(*sorted(points), strict=True), color=colour, linewidth=1.2, zorder=2)
 
 
 def _front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
@@ -125,33 +152,32 @@ def _front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
 
 
 def _lowest(values: Sequence[float]) -> float:
-    """Where the axis begins: what is far below nearly all others is not shown, so that these can be told apart."""
-    ordered = sorted(values)
-    tenth = ordered[len(ordered) // 10]
-    return max(ordered[0], tenth - 1.0 * (ordered[-1] - tenth))
+    """Where the axis begins: outliers by Tukey's rule are told at the edge, so that all others can be told apart."""
+    if len(values) < 4:
+        return min(values)
+    low, _, high = statistics.quantiles(values, n=4)
+    return max(min(values), low - 1.5 * (high - low))
 
 
-def _name_the_ends(axes: Any, points: Sequence[tuple[float, float, float, Mapping[str, Any]]]) -> None:
-    """The best method, the best rival and the best FactorLLM of each share by name."""
-    for share in {row["share"] for _, _, _, row in points}:
-        here = [point for point in points if point[3]["share"] == share]
-        named = []
-        for belongs in (
-            lambda row: row["group"] not in ("rivals", "FactorLLM"),
-            lambda row: row["group"] == "rivals",
-            lambda row: row["group"] == "FactorLLM",
-        ):
-            those = [point for point in here if belongs(point[3])]
-            if those:
-                named.append(max(those, key=lambda point: point[1]))
-        for x, y, _, row in named:
+def _name_the_best(axes: Any, points: Sequence[Point]) -> None:
+    """The best of ours and the best rival of each share by name."""
+    for share in {point.share for point in points}:
+        here = [point for point in points if point.share == share]
+        ours = [point for point in here if point.group not in ("rivals", "FactorLLM")]
+        rivals = [point for point in here if point.group == "rivals"]
+        for those, up in ((ours, 1), (rivals, -1)):
+            if not those:
+                continue
+            best = max(those, key=lambda point: point.y)
             axes.annotate(
-                row["title"],
-                (x, y),
-                xytext=(7, 0),
+                best.title,
+                (best.x, best.y),
+                xytext=(0, 12 * up) if up > 0 else (12, -2),
                 textcoords="offset points",
                 fontsize=6.8,
-                va="center",
+                ha="center" if up > 0 else "left",
+                va="bottom" if up > 0 else "top",
                 color="#333333",
-                annotation_clip=True,
+                bbox={"boxstyle": "round,pad=0.1", "facecolor": "white", "edgecolor": "none", "alpha": 0.8},
+                zorder=6,
             )
