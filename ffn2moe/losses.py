@@ -22,10 +22,12 @@ def hidden_loss(
     """Squared error of each layer's hidden states [B, L, D] relative to their energy, summed over layers."""
     total = student_hidden[0].new_zeros((), dtype=torch.float32)
     for student_BLD, teacher_BLD in zip(student_hidden, teacher_hidden, strict=True):
-        error, whole = student_BLD.float() - teacher_BLD.float(), teacher_BLD.float()
+        # mse_loss makes one pass each way, where a difference and its square make several.
+        error_BL = F.mse_loss(student_BLD.float(), teacher_BLD.float(), reduction="none").sum(-1)
+        whole_BL = teacher_BLD.float().square().sum(-1)
         if mask_BL is not None:
-            error, whole = error * mask_BL.unsqueeze(-1), whole * mask_BL.unsqueeze(-1)
-        total = total + error.square().sum() / whole.square().sum()
+            error_BL, whole_BL = error_BL * mask_BL, whole_BL * mask_BL
+        total = total + error_BL.sum() / whole_BL.sum()
     return total
 
 

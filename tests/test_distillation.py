@@ -339,3 +339,21 @@ def test_padding_is_no_load(tiny_teacher: Path):
     (found, batch) = loads[0]
     assert batch.mask.sum() < batch.mask.numel()
     assert [load_E.sum() for load_E in found] == [2 * batch.mask.sum()] * 2
+
+
+def test_frozen_weights_kept_in_bfloat16_for_a_step_change_no_bit_and_are_themselves_again_after_it(tiny_teacher: Path):
+    results = []
+    for keep in (True, False):
+        run = distiller(*opened(tiny_teacher), steps=3, bf16=True)
+        before = {name: (id(parameter), parameter.dtype) for name, parameter in run.student.named_parameters()}
+        assert len(run._halves) == 2 * (2 * 6 * 2 - 2 * 2)  # weights and biases; the student's FFNs are its own
+        if not keep:
+            run._halves = []
+        rows = []
+        for metrics in run.run():
+            rows.append(metrics)
+            assert before == {name: (id(one), one.dtype) for name, one in run.student.named_parameters()}
+        results.append((rows, run.student.state_dict()))
+    (rows, one), (others, two) = results
+    assert rows == others
+    assert [name for name in one if not torch.equal(one[name], two[name])] == []
