@@ -80,13 +80,10 @@ def export_model(
         form, num_active = form_of(plan), budget_of[plan]
         if form in manifest["refused"]:
             continue
-        if form in DENSE_PLANS:
-            canonical = dense
-        elif num_active not in mixtures:
-            with budget(student, spec, num_active):
-                canonical = mixtures[num_active] = canonical_graphs(student, spec.head, spec.pooling)
-        else:
-            canonical = mixtures[num_active]
+        if form not in DENSE_PLANS and num_active not in mixtures:
+            with budget(student, spec, num_active):  # one budget's graphs in memory at a time
+                mixtures = {num_active: canonical_graphs(student, spec.head, spec.pooling)}
+        canonical = dense if form in DENSE_PLANS else mixtures[num_active]
         try:
             graphs = {part: lower(graph, form) for part, graph in canonical.items()}  # type: ignore[arg-type]
         except PlanRefused as reason:

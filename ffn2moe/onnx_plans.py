@@ -10,6 +10,11 @@
 | `dense8` | `dense` in int8, in the same way as `sorted8` |
 | `dense4` | `dense` with every linear map a `MatMulNBits` of 4 bits |
 
+Where each token has a number of experts of its own (selections `threshold` and `prefix`), `sorted` and `sorted8`
+compute what is used; the operators of `fused`, `qmoe8` and `qmoe4` run a fixed number, and are refused. Another budget
+of an elastic mixture is a plan of its own, `sorted-k1`: the same rewriting of another canonical graph
+(`ffn2moe.export`).
+
 Which is fastest depends on the machine and on batch x sequence, so it is measured (`tasks.benchmark`), not known.
 """
 

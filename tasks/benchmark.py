@@ -50,7 +50,8 @@ def run(stage: StageRun) -> None:
     }
     choice = timing.choose(timing.largest_shape(timings), keeps_quality)
     stage.say(choice.reason)
-    bounds = bounds_of(folder, max(sequence for _, sequence in settings.shapes))
+    budget = manifest["plans"][choice.plan].get("num_active")
+    bounds = bounds_of(folder, max(sequence for _, sequence in settings.shapes), budget)
     by_plan = {plan: [row_of(row) for row in timings if row.plan == plan] for plan in manifest["plans"]}
     stage.write_json(
         f"exports/{params.name}/plan.json",
@@ -96,13 +97,16 @@ def row_of(row: timing.Timing) -> dict[str, Any]:
     return {key: round(value, 4) if isinstance(value, float) else value for key, value in values.items()}
 
 
-def bounds_of(folder: Path, length: int) -> dict[str, float]:
-    """How much faster the mixture could be end to end: by its FLOPs, and by Amdahl's law (routing for free)."""
+def bounds_of(folder: Path, length: int, num_active: int | None = None) -> dict[str, float]:
+    """How much faster the mixture could be end to end: by its FLOPs, and by Amdahl's law (routing for free).
+
+    `num_active` is the budget of an elastic mixture; None is its own.
+    """
     from transformers import AutoConfig
 
     from ffn2moe import checkpoint, metrics
 
-    spec = checkpoint.load_spec(folder / "checkpoint")
+    spec = checkpoint.load_spec(folder / "checkpoint", num_active)
     config = AutoConfig.from_pretrained(folder / "checkpoint")
     teacher, student = metrics.flops_per_token(spec, config, length)
     return {
