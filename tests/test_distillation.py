@@ -13,6 +13,7 @@ from torch import nn
 
 from ffn2moe import layerwise
 from ffn2moe.dense import install, installed_ffns, load_dense
+from ffn2moe.factorise import layer_inputs
 from ffn2moe.layerwise import Judge, LayerCurve, distil_layers
 from ffn2moe.losses import Divergence, logits_loss, most_to_learn, sinkhorn_distance, sinkhorn_plan
 from ffn2moe.moe import moe_layers, set_active
@@ -172,6 +173,29 @@ def test_layerwise_distillation_lowers_the_error_of_every_layer_and_trains_route
         assert torch.equal(after[name], before[name]) != inside, name
 
 
+@pytest.mark.parametrize(
+    "options",
+    [{"elastic": (1, 4)}, {"selection": "threshold"}, {"selection": "prefix"}, {"routing": "sequence"}],
+    ids=["elastic", "threshold", "prefix", "sequence"],
+)
+def test_layers_learn_alone_whatever_their_routers_choose_by(tiny_teacher: Path, options: dict[str, Any]):
+    dense, student, batches = opened(tiny_teacher, **options)
+    curves = by_layer(dense, student, batches, elastic=options.get("elastic", ()), steps=60)
+    for curve in curves:
+        assert sum(curve.losses[-12:]) < 0.9 * sum(curve.losses[:12])
+    x_TD = layer_inputs(dense, batches.from_step(0), max_tokens=2000)[0]
+    moe = moe_layers(student)[0]
+    assert moe.num_active == 2
+    if "selection" in options:  # still K experts on average
+        choice = moe.router.choose(moe.router(x_TD), 2)
+        assert choice.count_T().float().mean().item() == pytest.approx(2, abs=0.2)
+
+
+def test_a_layer_that_reads_whole_texts_is_not_stitched(tiny_teacher: Path):
+    with pytest.raises(ValueError, match="train the layers alone"):
+        by_layer(*opened(tiny_teacher, routing="sequence"), judge="stitched")
+
+
 def test_one_worker_and_two_give_the_same_layers(tiny_teacher: Path):
     found = []
     for workers in (1, 2):
@@ -232,19 +256,26 @@ class Killed(nn.Linear):
         os._exit(9)
 
 
-def test_a_worker_that_fails_or_dies_is_named_with_its_layer_and_changes_nothing(tiny_teacher: Path):
+def test_a_worker_that_fails_or_dies_is_named_with_its_layer_and_changes_nothing(tiny_teacher: Path, tmp_path: Path):
     dense, student, batches = opened(tiny_teacher)
     with torch.no_grad():
         moe_layers(student)[1].w_out.fill_(float("inf"))
-    kept = moe_layers(student)[1].w_in.clone()
+    before = moe_layers(student)[1].w_in.clone()
     with pytest.raises(FloatingPointError, match=r"layer 1 .* lower the learning rate"):
         by_layer(dense, student, batches, steps=2)
+    assert torch.equal(moe_layers(student)[1].w_in, before)
+    how = layerwise._How(steps=2, batch_tokens=256, learning_rate=1e-2, seed=0, elastic=(), device="cpu", bf16=False)
+
+    def in_a_worker() -> list[int]:
+        jobs = layerwise._alone(dense, installed_ffns(student), batches, [1], how)
+        return list(layerwise._spread(jobs, layerwise._Kept(tmp_path, "a"), 1))
+
     with pytest.raises(ChildProcessError, match=r"train layer 1 failed: FloatingPointError: the loss of layer 1"):
-        by_layer(dense, student, batches, steps=2, workers=2)
-    assert torch.equal(moe_layers(student)[1].w_in, kept)
+        in_a_worker()
     install(student, 1, Killed(32, 32))
     with pytest.raises(ChildProcessError, match=r"train layer 1 ended with exit code 9 .* fewer workers"):
-        by_layer(dense, student, batches, steps=2, workers=2)
+        in_a_worker()
+    assert list(tmp_path.iterdir()) == []  # nothing is left of their orders
 
 
 def test_layerwise_distillation_refuses_a_student_that_is_dense_somewhere(tiny_teacher: Path):
