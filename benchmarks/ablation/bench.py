@@ -36,7 +36,7 @@ PARAMS = Path(__file__).resolve().parents[2] / "params.yaml"
 # A probe is fitted on, and asked about, so many texts of a labelled set, the same for every model: the whole sets would
 # take as long to read as all else together.
 PROBE_TRAIN, PROBE_DEV = 400, 600
-JUDGED_AT_ONCE = 32  # texts
+JUDGED_AT_ONCE = 128  # texts: few, and each expert would get too few tokens to be worth its product
 CALIBRATED_AT_ONCE = 64
 
 
