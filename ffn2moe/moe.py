@@ -21,8 +21,8 @@ from ffn2moe.router import Choice, Router, gates, neutral_scale
 from ffn2moe.spec import FFNShape, Gate, Head, MoESpec, Pooling, Routing, Selection
 from ffn2moe.texts import Texts
 
-# Runs of tokens are rounded up to this in training and under autocast: oneDNN compiles a kernel for every new shape, which costs
-# more than the padding (measured: 2.0 ms a product against 0.1).
+# Runs of tokens are rounded up to this in training and under autocast: oneDNN compiles a kernel for every new shape,
+# which costs more than the padding (measured: 2.0 ms a product against 0.1).
 TILE = 128
 
 ExpertTensors = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
