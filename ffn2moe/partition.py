@@ -18,6 +18,7 @@ from ffn2moe.dense import DenseFFN
 
 PartitionMethod = Literal["coactivation", "weights", "gradient", "nested", "random", "contiguous"]
 PROFILE_DIRECTIONS = 64  # principal directions of a neuron's profile that the clustering sees
+MOST_DIMENSIONS = 256  # of the points that the clustering of a wide FFN sees
 SUPER_QUANTILE, SUPER_SHARE = 0.999, 0.1  # of the largest contributions of all neurons, and of the largest of these
 
 
@@ -110,6 +111,10 @@ def balanced_kmeans(points_FP: Tensor, num_experts: int, seed: int) -> Tensor:
 
     count = len(points_FP)
     wide = count > WIDEST_MOMENTS  # then a run takes seconds, and what its last steps gain is slight
+    if wide and points_FP.shape[1] > MOST_DIMENSIONS:
+        # A random projection keeps the distances, and so the cost of every clustering (Johnson & Lindenstrauss 1984).
+        generator = torch.Generator().manual_seed(seed)
+        points_FP = points_FP @ torch.randn(points_FP.shape[1], MOST_DIMENSIONS, generator=generator).to(points_FP)
     clustering = KMeansConstrained(
         n_clusters=num_experts,
         size_min=count // num_experts,

@@ -139,6 +139,15 @@ def test_statistics_of_a_wide_ffn_in_bfloat16_divide_it_almost_as_in_float32(mon
     torch.testing.assert_close(wide.energy(ffn), narrow.energy(ffn), rtol=0.03, atol=0)
 
 
+def test_clusters_are_found_through_the_projection_of_wide_ffns(monkeypatch):
+    monkeypatch.setattr(partitions, "WIDEST_MOMENTS", 40)
+    monkeypatch.setattr(partitions, "MOST_DIMENSIONS", 16)
+    order = torch.randperm(48, generator=torch.Generator().manual_seed(0))
+    points_FP = tokens(4, 60).repeat_interleave(12, 0)[order] + 0.2 * tokens(48, 60, seed=2)
+    found_F = partitions.balanced_kmeans(points_FP, 4, seed=0)
+    assert all(len(found_F[order // 12 == group].unique()) == 1 for group in range(4))
+
+
 # --- the guard ------------------------------------------------------------------------------------
 
 

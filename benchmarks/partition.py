@@ -1,0 +1,196 @@
+"""Divide one layer of LLaMA-7B's shape into experts by every method, and measure the time.
+
+    python -m benchmarks.partition --threads 2 --out docs/results/partition.md
+
+Weights, tokens and gradients are random and made on the spot, so that nothing is downloaded: they give a clustering no
+structure to find, which is its slowest case. What is timed is `ffn2moe.factorise.carve`, all that a stage does with a
+layer; the errors of such experts say nothing and are not reported. Takes some 4 GB of memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from importlib import metadata
+from pathlib import Path
+from typing import Any, get_args
+from unittest.mock import patch
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from ffn2moe import factorise, oracle, partition
+from ffn2moe.dense import DenseFFN
+from ffn2moe.factorise import carve, chunk_of
+from ffn2moe.partition import PartitionMethod
+from ffn2moe.spec import FFNShape, MoESpec
+from ffn2moe.timing import machine
+
+WIDTH, FFN_WIDTH, EXPERTS, ACTIVE = 4096, 11008, 16, 4
+LIMIT = 60.0  # seconds for the whole partition of a layer
+PARTS = ("activations", "statistics", "clustering", "slicing")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = _parser().parse_args(arguments)
+    torch.set_num_threads(options.threads)
+    console = Console(highlight=False)
+    ffn, x_TD, gradient_TD = layer(options.tokens)
+    results = []
+    for method in options.methods:
+        for shared_width in options.shared:
+            with console.status(f"{method}, {shared_width} shared neurons"):
+                results.append(measure(method, shared_width, ffn, x_TD, gradient_TD, options.survey_tokens))
+    shown = Table(title="One layer of LLaMA-7B's shape", title_justify="left")
+    for column in columns(options):
+        shown.add_column(column, justify="right")
+    for row in results:
+        shown.add_row(*cells(row))
+    console.print(shown)
+    if options.out:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.write_text(page(options, results), encoding="utf-8")
+        console.print(f"written to {options.out}")
+    slowest = max(results, key=lambda row: row["seconds"])
+    if slowest["seconds"] > LIMIT:
+        console.print(f"[red]{slowest['method']} took {slowest['seconds']:.0f} s, more than {LIMIT:.0f} s[/red]")
+        return 1
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.partition", description=__doc__.splitlines()[0])
+    parser.add_argument("--methods", nargs="+", default=list(get_args(PartitionMethod)), help="those to measure")
+    parser.add_argument("--shared", type=int, nargs="+", default=[0], help="widths of the shared expert")
+    parser.add_argument("--tokens", type=int, default=16000, help="calibration tokens")
+    parser.add_argument("--survey-tokens", type=int, default=2048, help="tokens that the oracle is asked about")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--out", type=Path, help="also write a page, for example docs/results/partition.md")
+    return parser
+
+
+def layer(tokens: int) -> tuple[DenseFFN, torch.Tensor, torch.Tensor]:
+    """A gated FFN, its inputs [T, D] and the gradients at its outputs [T, D], all random."""
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(rows: int, columns: int, deviation: float = 1.0) -> torch.Tensor:
+        return deviation * torch.randn(rows, columns, generator=generator)
+
+    ffn = DenseFFN(
+        w_in_FD=normal(FFN_WIDTH, WIDTH, 0.02),
+        w_out_DF=normal(WIDTH, FFN_WIDTH, 0.02),
+        activation="silu",
+        w_gate_FD=normal(FFN_WIDTH, WIDTH, 0.02),
+    )
+    return ffn, normal(tokens, WIDTH), normal(tokens, WIDTH)
+
+
+@contextmanager
+def clocks() -> Iterator[dict[str, float]]:
+    """Seconds spent in each part of what is done inside: other than in these it is statistics."""
+    spent = dict.fromkeys(PARTS, 0.0)
+
+    def timed(part: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any, **more: Any) -> Any:
+            start = time.perf_counter()
+            try:
+                return function(*arguments, **more)
+            finally:
+                spent[part] += time.perf_counter() - start
+
+        return call
+
+    with (
+        patch.object(DenseFFN, "neurons", timed("activations", DenseFFN.neurons)),
+        patch.object(partition, "balanced_kmeans", timed("clustering", partition.balanced_kmeans)),
+        patch.object(partition, "gradient", timed("clustering", partition.gradient)),
+        patch.object(factorise, "mixture", timed("slicing", factorise.mixture)),
+    ):
+        start = time.perf_counter()
+        yield spent
+        spent["statistics"] = time.perf_counter() - start - sum(spent.values())
+
+
+def measure(
+    method: PartitionMethod,
+    shared_width: int,
+    ffn: DenseFFN,
+    x_TD: torch.Tensor,
+    gradient_TD: torch.Tensor,
+    survey_tokens: int,
+) -> dict[str, Any]:
+    """Seconds that a method takes, by the clock and of all processors, and those of the oracle on its experts."""
+    routed = FFN_WIDTH - shared_width
+    shape = FFNShape("layers", 1, WIDTH, FFN_WIDTH, -(-routed // EXPERTS), shared_width, True, "silu")
+    spec = MoESpec(
+        family="llama",
+        model_class="LlamaModel",
+        head="causal",
+        stacks=(shape,),
+        num_experts=EXPERTS,
+        num_active=ACTIVE,
+        gate="unit",
+        router_bias=True,
+        container=None,
+        partition=method,
+        teacher="random weights",
+        pooling=None,
+        max_length=2048,
+        selection="prefix" if method == "nested" else "topk",
+    )
+    processors = time.process_time()
+    with clocks() as spent:
+        moe = carve(ffn, x_TD, spec, 0, seed=0, gradient_TD=gradient_TD)
+    row: dict[str, Any] = {"method": method, "shared": shared_width, **spent, "seconds": sum(spent.values())}
+    row["processors"] = time.process_time() - processors
+    start = time.perf_counter()
+    oracle.survey(moe, x_TD[:survey_tokens], chunk_of(EXPERTS * WIDTH))
+    return row | {"survey": time.perf_counter() - start}
+
+
+def columns(options: argparse.Namespace) -> list[str]:
+    return ["method", "shared", *PARTS, "in all", "processor time", f"oracle, {options.survey_tokens} tokens"]
+
+
+def cells(row: dict[str, Any]) -> list[str]:
+    seconds = (*PARTS, "seconds", "processors", "survey")
+    return [row["method"], str(row["shared"]), *(f"{row[part]:.1f} s" for part in seconds)]
+
+
+def page(options: argparse.Namespace, results: Sequence[dict[str, Any]]) -> str:
+    """The table as Markdown, under the command that made it."""
+    here = machine()
+    command = f"python -m benchmarks.partition --shared {' '.join(map(str, options.shared))} --tokens {options.tokens}"
+    command += f" --survey-tokens {options.survey_tokens} --threads {options.threads} --out docs/results/partition.md"
+    head = columns(options)
+    return "\n".join(
+        [
+            "# A layer of LLaMA-7B's shape, divided",
+            "",
+            f"D {WIDTH}, F {FFN_WIDTH}, gated; {EXPERTS} experts, {options.tokens} calibration tokens; weights, tokens "
+            "and gradients are random.",
+            "`statistics` is all that is no product of the dense FFN and no clustering, `slicing` the experts' weights "
+            "and the mixture made of",
+            f"them. {here['cpu']}, {options.threads} threads, torch {metadata.version('torch')}, Python "
+            f"{platform.python_version()}; other work ran on the machine, so the",
+            "processor time, of all threads together, says more than the clock.",
+            "",
+            "```",
+            command,
+            "```",
+            "",
+            "| " + " | ".join(head) + " |",
+            "|" + "---|" * len(head),
+            *(f"| {' | '.join(cells(row))} |" for row in results),
+            "",
+        ]
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
