@@ -101,7 +101,7 @@ def distil_layers(
       that method puts module after module into a small model of its own, with linear stitches around it as widths
       differ, and throws the stitches away. Here the widths agree, and the layers around the module are those that it
       will stand among, so no stitch is needed. ``stitch=True`` trains one all the same, a linear map behind the module
-      that starts as the identity; what it learns is lost with it, so the module ends up worse by that.
+      that starts as the identity, and throws it away with all that it has learnt.
 
     Alone, a layer learns in one thread and in an order of its own that depends on the seed: the result is the same for
     any number of `workers`, which are processes where there is more than one. Stitched, whole models run, which keep

@@ -47,7 +47,7 @@ def logits_loss(
     - `forward_kl`: KL(t || s); `reverse_kl`: KL(s || t); `js`: the Jensen-Shannon divergence.
     - `balanced_kl` (BD-KD, arXiv 2212.12965): both directions, weighed anew at each position by who is surer. Where
       the student's entropy is below the teacher's, KL(t || s) counts double, which spreads the student out; elsewhere
-      KL(s || t) does, which sharpens it. The weights are 2 and 1 over 3, so that the unit stays.
+      KL(s || t) does, which sharpens it. The weights 2 and 1, over 3, are this project's.
     - `taid` (arXiv 2501.16937): the forward KL to a target between the two, ``softmax((1 - a) z_s + a z_t)`` of the
       logits with the student's held fixed, a rising linearly with `progress` from 0.4 to 1: a nearer goal while the
       student is far off. The paper raises a further, by ``5e-4 (1 - a) sigmoid(momentum of the loss's relative
