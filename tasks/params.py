@@ -202,6 +202,7 @@ class TrainRouter(Section):
     ridge: Positive
     objective: Literal["oracle", "factorllm", "mass", "norm"]
     temperature: Positive
+    refit: NonNegative
 
 
 class Distill(Section):

@@ -1,6 +1,7 @@
-"""Stage 3: the routers, each layer by itself on the dense teacher's inputs; no expert changes.
+"""Stage 3: the routers, each layer by itself on the dense teacher's inputs, then what the experts give.
 
-Where they start and what they learn from there, ffn2moe.routing; how far they come, judged on texts held out.
+Where routers start and what they learn from there, ffn2moe.routing; how far they come, judged on texts held out.
+Then the experts' output matrices are fitted to the dense FFN in closed form, ffn2moe.reconstruct.
 """
 
 from __future__ import annotations
@@ -21,10 +22,11 @@ HELD_OUT_TOKENS = 8192  # of the calibration texts, which the routers are not tr
 
 def run(stage: StageRun) -> None:
     from ffn2moe import checkpoint, oracle
-    from ffn2moe.dense import load_dense
+    from ffn2moe.dense import load_dense, read_ffn
     from ffn2moe.encode import choose_device
     from ffn2moe.factorise import fit_router, layer_inputs, texts_of
     from ffn2moe.moe import moe_layers
+    from ffn2moe.reconstruct import refit_outputs, relative_error
     from ffn2moe.texts import text_means
 
     params, root, settings = stage.params, stage.root, stage.params.train_router
@@ -64,6 +66,11 @@ def run(stage: StageRun) -> None:
         curve += [{"layer": index, "step": i, "loss": loss} for i, loss in enumerate(losses) if i % REPORTED_EVERY == 0]
         found = oracle.diagnose(moe, held_out[index], **held_out_texts)
         row = {"layer": index, **found, "scale": moe.output_scale.item()}
+        if settings.refit:
+            ffn, route_TD = read_ffn(teacher, index), train_texts.get("route_TD")
+            refit_outputs(moe, train[index], ffn(train[index]), penalty=settings.refit, route_TD=route_TD)
+            wanted_TD = ffn(held_out[index])
+            row["refit_error"] = relative_error(moe, held_out[index], wanted_TD, held_out_texts.get("route_TD"))
         stage.log_metrics({f"router_error.layer_{index}": row["router_error"]})
         rows.append(row)
     with stage.out("models/routed") as out:
