@@ -21,7 +21,7 @@ from ffn2moe.parity import NEAR_TIE, Run, Sample, agreement, parity, random_samp
 from ffn2moe.runtime import Plan
 from ffn2moe.spec import MoESpec
 from ffn2moe.verify import Known, plan_parity, verify
-from tasks import export
+from tasks import benchmark, export
 from tests.conftest import make_tiny_bert, make_tiny_classifier, make_tiny_llama
 from tests.mixtures import carve, make_workspace
 from tests.test_decoder import opened
@@ -231,6 +231,15 @@ def test_a_budget_is_opened_by_its_name_and_is_the_model_with_so_many_experts(el
     known = reference(student, samples(), "embedding", "mean")
     one, two = (runtime.open_export(elastic / "exports/tiny", plan, 1) for plan in ("sorted-k1", "sorted"))
     assert parity(one.outputs, known).max_abs < 1e-4 < parity(two.outputs, known).max_abs
+
+
+def test_the_benchmark_times_every_budget_and_knows_what_each_can_gain(elastic, tmp_path):
+    root = Path(shutil.copytree(elastic, tmp_path / "copy"))
+    benchmark.run(make_stage("benchmark", root, "name=tiny", "benchmark.shapes=[[2,4]]", "benchmark.rounds=2"))
+    plan = runtime.read_plan(root / "exports/tiny")
+    assert plan is not None and {*plan["timings"]} == {*runtime.read_manifest(root / "exports/tiny")["plans"]}
+    one, own, three = (benchmark.bounds_of(root / "exports/tiny", 16, budget)["flops"] for budget in (1, None, 3))
+    assert one > own > three
 
 
 def test_verify_looks_at_every_budget(elastic, tmp_path):
