@@ -253,7 +253,7 @@ def expected_regret(moe: MoEFFN, survey: oracle.Survey) -> Loss:
         return _enumerated(torch.cat(parts), indicator_CE)
     blind = independent_error(gram_REE, torch.full_like(survey.chosen_TE, K / E), scale).mean()
     least = independent_error(gram_REE, survey.chosen_TE, scale).mean()
-    unit = (blind - least).abs().clamp(min=TINY)
+    unit = (blind - least).clamp(min=1e-6 * gram_REE.sum((1, 2)).mean().item() + TINY)  # with K = E both are alike
 
     def loss(scores_BE: Tensor, rows: Tensor) -> Tensor:
         p_BE = draw_probabilities(scores_BE, K, together=selection == "threshold")

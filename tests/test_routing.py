@@ -303,6 +303,17 @@ def test_every_selection_is_fitted_and_uses_k_experts_on_average(selection, rout
     assert found["router_error"] < oracle.diagnose(blind, x_TD, **texts)["router_error"]
 
 
+@pytest.mark.parametrize(
+    ("selection", "num_active"),
+    [("topk", 1), ("threshold", 1), *((selection, EXPERTS) for selection in SELECTIONS)],
+)
+def test_one_expert_or_all_of_them_are_fitted_too(selection, num_active):
+    moe, x_TD = toy(selection=selection, num_active=num_active), tokens()
+    losses = fit_router(moe, x_TD, **TRAINING)
+    assert torch.tensor(losses).isfinite().all() and moe.router.weight.isfinite().all()
+    assert oracle.diagnose(moe, x_TD)["mean_active"] == pytest.approx(num_active, abs=0.02)
+
+
 def test_a_router_of_texts_asks_for_the_texts():
     with pytest.raises(ValueError, match="give text_T and route_TD"):
         fit_router(toy(routing="sequence"), tokens(), **TRAINING)
