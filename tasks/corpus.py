@@ -60,6 +60,7 @@ class LabelledFolder:
     """What a data folder holds: texts to learn from, and sets to judge by."""
 
     texts: list[str]
+    sources: dict[str, str] = field(default_factory=dict)  # of each text: the set that it is of
     stsb: list[ScoredPair] = field(default_factory=list)
     classification: dict[str, tuple[list[LabelledText], list[LabelledText]]] = field(default_factory=dict)
 
@@ -124,12 +125,12 @@ def read_folder(folder: Path) -> LabelledFolder:
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"data.folder = {folder} is not a folder; give one, or null for none")
-    texts: list[str] = []
+    found: list[tuple[str, list[str]]] = []
     stsb: list[ScoredPair] = []
     classification: dict[str, tuple[list[LabelledText], list[LabelledText]]] = {}
 
     if (file := folder / "stsb" / "train.csv").is_file():
-        texts += [side for pair in _read_stsb(file) for side in (pair.first, pair.second)]
+        found.append(("stsb", [side for pair in _read_stsb(file) for side in (pair.first, pair.second)]))
     if (file := folder / "stsb" / "dev.csv").is_file():
         stsb = _read_stsb(file)
     if (file := folder / "ag_news" / "sample.csv").is_file():
@@ -139,23 +140,26 @@ def read_folder(folder: Path) -> LabelledFolder:
         train, dev = map(_read_sst2, sst2)
         classification["sst2"] = (train, dev)
     elif sst2[0].is_file():
-        texts += [row.text for row in _read_sst2(sst2[0])]
+        found.append(("sst2", [row.text for row in _read_sst2(sst2[0])]))
     if (file := folder / "wikitext2" / "valid.txt").is_file():
-        texts += _read_wikitext(file)
-    for file in sorted(folder.glob("*.txt")):
-        texts += read_documents(file)
-    for file in sorted(folder.glob("*.jsonl")):
-        texts += read_jsonl_column(file, "text")
-
-    texts += [row.text for train, _ in classification.values() for row in train]
-    texts = [text for text in map(clean, texts) if text]
+        found.append(("wikitext2", _read_wikitext(file)))
+    found += [(file.stem, read_documents(file)) for file in sorted(folder.glob("*.txt"))]
+    found += [(file.stem, read_jsonl_column(file, "text")) for file in sorted(folder.glob("*.jsonl"))]
+    found += [(name, [row.text for row in train]) for name, (train, _) in classification.items()]
+    sources: dict[str, str] = {}
+    texts = []
+    for source, raw in found:
+        for text in map(clean, raw):
+            if text:
+                texts.append(text)
+                sources.setdefault(text, source)
     if not texts and not stsb:
         raise ValueError(
             f"data.folder = {folder} holds none of stsb/*.csv, ag_news/sample.csv, sst2/*.tsv, "
             "wikitext2/valid.txt, *.txt, *.jsonl; see README.md for the layout"
         )
     classification = {name: _fit_set(train, dev) for name, (train, dev) in classification.items()}
-    return LabelledFolder(texts, stsb, classification)
+    return LabelledFolder(texts, sources, stsb, classification)
 
 
 def _read_stsb(path: Path) -> list[ScoredPair]:

@@ -5,9 +5,12 @@ Everything is computed in float32 and nothing is timed, so that the same models 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from tasks import judge_embeddings, judge_logits
+from tasks.corpus import read_jsonl
+from tasks.measures import at, headline
 from tasks.stage import StageRun, main
 from tasks.tokens import read_tokens
 
@@ -16,12 +19,14 @@ if TYPE_CHECKING:
 
 DIAGNOSED_TOKENS = 8192  # of held-out texts, on which oracle, router and load of each layer are measured
 TRAINING_FREE, STUDENT = "models/routed", "models/distilled"
+ELASTIC = "student_with_"  # and K: the student with another of its budgets, as it is judged
 
 
 def run(stage: StageRun) -> None:
     from ffn2moe import checkpoint, metrics
     from ffn2moe.dense import load_dense
     from ffn2moe.encode import choose_device
+    from ffn2moe.moe import set_active
 
     params, root = stage.params, stage.root
     device = choose_device(params.compute.device)
@@ -29,13 +34,19 @@ def run(stage: StageRun) -> None:
     teacher, tokenizer = load_dense(str(root / "data/teacher"), head=spec.head)
     student = checkpoint.load(root / STUDENT)
     models = {"teacher": teacher, "training_free": checkpoint.load(root / TRAINING_FREE), "student": student}
+    for active in spec.elastic:
+        models[f"{ELASTIC}{active}"] = checkpoint.load(root / STUDENT)
+        set_active(models[f"{ELASTIC}{active}"], active)
     judge = judge_embeddings.judge if spec.head == "embedding" else judge_logits.judge
     payload = judge(stage, models, tokenizer, spec, device)
 
-    layers = diagnose(stage, student, tokenizer, spec, device)
+    if spec.elastic:
+        payload["budgets"] = budgets(payload, spec)
+    layers = diagnose(stage, teacher, student, tokenizer, spec, device)
     teacher_flops, student_flops = metrics.flops_per_token(spec, teacher.config, params.teacher.max_length)
     payload |= {
         "layers": layers,
+        "agreement": agreement(stage, student, tokenizer, spec, device),
         "active_ffn_share": spec.active_share,
         "flops_per_token": {
             "teacher": teacher_flops.total,
@@ -49,7 +60,7 @@ def run(stage: StageRun) -> None:
     stage.write_json("metrics/evaluate.json", payload)
     stage.write_csv(
         "metrics/plots/layers.csv",
-        [{key: value for key, value in row.items() if key != "load"} for row in payload["layers"]],
+        [{key: value for key, value in row.items() if not isinstance(value, list | dict)} for row in payload["layers"]],
     )
     stage.write_csv(
         "metrics/plots/load.csv",
@@ -61,9 +72,11 @@ def run(stage: StageRun) -> None:
     )
 
 
-def diagnose(stage: StageRun, student: Any, tokenizer: Any, spec: MoESpec, device: str) -> list[dict[str, Any]]:
-    """Oracle, router and load of every layer of the student, on its own inputs over held-out texts."""
-    from ffn2moe import metrics, oracle
+def diagnose(
+    stage: StageRun, teacher: Any, student: Any, tokenizer: Any, spec: MoESpec, device: str
+) -> list[dict[str, Any]]:
+    """Oracle, router, load and super neurons of every layer of the student, on its own inputs over held-out texts."""
+    from ffn2moe import diagnostics
     from ffn2moe.factorise import layer_inputs, texts_of
     from ffn2moe.moe import moe_layers
     from ffn2moe.texts import text_means
@@ -78,23 +91,71 @@ def diagnose(stage: StageRun, student: Any, tokenizer: Any, spec: MoESpec, devic
     )
     batch_texts = stage.params.evaluate.batch_texts
     inputs = layer_inputs(student, tokens.in_order(batch_texts), max_tokens=DIAGNOSED_TOKENS, device=device)
+    dense = layer_inputs(teacher, tokens.in_order(batch_texts), max_tokens=DIAGNOSED_TOKENS, device=device)
     text_T = route_TD = None
     if spec.routing == "sequence":
         text_T = texts_of(tokens.in_order(batch_texts), DIAGNOSED_TOKENS)
         route_TD = text_means(inputs[0], text_T)
     student.to("cpu")
+    teacher.to("cpu")
+    massive = diagnostics.massive(teacher, layers, dense)
+    return [
+        {
+            "layer": index,
+            **diagnostics.of_layer(layers[index], x_TD, text_T=text_T, route_TD=route_TD),
+            "super_neurons": massive[index].count,
+            "super_neurons_shared": massive[index].shared,
+        }
+        for index, x_TD in stage.track(enumerate(inputs), len(layers), "diagnosing layers")
+    ]
+
+
+def agreement(stage: StageRun, student: Any, tokenizer: Any, spec: MoESpec, device: str) -> dict[str, Any] | None:
+    """How far the experts of each layer go with where texts are from; None, saying so, where all are from one place.
+
+    On the calibration texts: they are of every source that is trained on, and are not trained on themselves.
+    """
+    from dataclasses import asdict
+
+    from ffn2moe import diagnostics
+    from ffn2moe.factorise import layer_inputs, texts_of
+    from ffn2moe.moe import moe_layers
+    from ffn2moe.texts import text_means
+
+    path = stage.root / "data/corpus/calibration.jsonl"
+    sources = [row.get("source", "unknown") for row in read_jsonl(path)]
+    tokens = read_tokens(path, spec.head, tokenizer, stage.params.teacher.max_length, packed=False)
+    batch_texts = stage.params.evaluate.batch_texts
+    if len(spec.stacks) > 1 or len(set(sources)) < 2:
+        why = "the model has two stacks" if len(spec.stacks) > 1 else f"all texts are from {sources[0]}"
+        stage.say(f"agreement of experts with the sources of texts is left out: {why}")
+        return None
+    text_T = texts_of(tokens.in_order(batch_texts), DIAGNOSED_TOKENS)
+    inputs = layer_inputs(student, tokens.in_order(batch_texts), max_tokens=DIAGNOSED_TOKENS, device=device)
+    student.to("cpu")
+    route_TD = text_means(inputs[0], text_T) if spec.routing == "sequence" else None
     rows = []
-    for index, x_TD in stage.track(enumerate(inputs), len(layers), "diagnosing layers"):
-        moe = layers[index]
-        choice = moe.router.choose(moe.scores(x_TD, route_TD), moe.num_active)
-        load = metrics.load(choice.pairs()[1], moe.num_experts)
+    for index, (moe, x_TD) in enumerate(zip(moe_layers(student), inputs, strict=True)):
+        choice = diagnostics.chosen(moe, x_TD, route_TD)
+        rows.append({"layer": index, **asdict(diagnostics.agreement(choice, text_T, sources, moe.num_experts))})
+    seen = [sources[text] for text in text_T.unique().tolist()]
+    return {"layers": rows, "texts": {source: seen.count(source) for source in sorted(set(seen))}}
+
+
+def budgets(payload: dict[str, Any], spec: MoESpec) -> list[dict[str, Any]]:
+    """What is kept with every K that an elastic student serves, most first; its figures leave the payload's top."""
+    path = headline(payload).path
+    teachers = at(payload["teacher"], path)
+    rows = []
+    for active in sorted({*spec.elastic, spec.num_active}, reverse=True):
+        figures = payload["student"] if active == spec.num_active else payload.pop(f"{ELASTIC}{active}")
+        figure = at(figures, path)
         rows.append(
             {
-                "layer": index,
-                **oracle.diagnose(moe, x_TD, text_T=text_T, route_TD=route_TD),
-                "max_over_mean_load": load.max_over_mean,
-                "dead_experts": load.dead_experts,
-                "load": load.share_E,
+                "num_active": active,
+                "active_ffn_share": replace(spec, num_active=active, elastic=()).active_share,
+                "figure": figure,
+                "retention": figure if teachers is None else headline(payload).retention(figure, teachers),
             }
         )
     return rows

@@ -60,12 +60,16 @@ def run(stage: StageRun) -> None:
     folder = corpus.read_folder(stage.root / data.folder) if data.folder else corpus.LabelledFolder([])
     if teacher.head == "embedding":
         splits, benchmark = divide(stage, folder)
-        rows = {name: [{"text": text} for text in getattr(splits, name)] for name in SPLITS}
+        rows: dict[str, list[dict[str, Any]]] = {
+            name: [{"text": text} for text in getattr(splits, name)] for name in SPLITS
+        }
         sets = {name: [list(map(asdict, part)) for part in both] for name, both in folder.classification.items()}
     else:
         splits, written = divide_for_logits(stage, folder, teacher)
         rows = {name: tokenised(stage, teacher, getattr(splits, name), written) for name in SPLITS}
         sets = labelled_sets(stage, folder, teacher)
+    for row in (row for part in rows.values() for row in part):
+        row["source"] = folder.sources.get(row["text"], corpus_name(data.corpus))
 
     with stage.out("data/teacher") as out:
         copy_teacher(stage, out)
@@ -194,6 +198,11 @@ def corpus_source(stage: StageRun) -> str:
     if source == "docstrings" or source.startswith("datasets:"):
         return source
     return str(stage.root / Path(source).expanduser())
+
+
+def corpus_name(source: str) -> str:
+    """What the texts of a corpus are told by: the name of a file without its ending, else as it is written."""
+    return Path(source).stem if Path(source).suffix else source
 
 
 def divide(stage: StageRun, folder: corpus.LabelledFolder) -> tuple[corpus.Splits, str]:
