@@ -372,7 +372,7 @@ def _info(options: argparse.Namespace) -> int:
     path: Path = options.path
     manifest, measured = read_manifest(path), read_plan(path)
     spec, plans = MoESpec.from_dict(manifest["spec"]), manifest["plans"]
-    chosen = default_plan(path, plans)
+    chosen = default_plan(path, plans) if plans else "none: there are no ONNX graphs"
     console = Console(highlight=False)
 
     what = Table(box=None, pad_edge=False, show_header=False)
@@ -391,9 +391,9 @@ def _info(options: argparse.Namespace) -> int:
         ),
         *((("budgets", _budgets(spec)),) if spec.elastic else ()),
         ("gate", spec.gate),
-        ("partition", spec.partition),
+        ("partition", spec.partition + (f", then fitted to a task: {spec.shrunk}" if spec.shrunk else "")),
         ("gives", _gives(spec, manifest.get("model", {}))),
-        ("default plan", chosen + ("" if measured else " (not measured yet)")),
+        ("default plan", chosen + ("" if measured or not plans else " (not measured yet)")),
     ]
     for label, text in facts:
         what.add_row(f"[bold]{label}[/bold]", text)
@@ -415,7 +415,8 @@ def _info(options: argparse.Namespace) -> int:
         if key:
             cells += [f"{entry[key]:.4f}", f"{100 * entry['retention']:.1f} %"]
         quality.add_row(f"[bold]{plan}[/bold]" if plan == chosen else plan, *cells)
-    console.print(quality)
+    if plans:
+        console.print(quality)
     for reason in manifest.get("refused", {}).values():
         console.print(f"not made: {reason}")
     if measured:

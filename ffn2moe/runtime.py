@@ -638,6 +638,10 @@ def read_plan(path: Path) -> dict[str, Any] | None:
 
 def default_plan(path: Path, plans: Mapping[str, Any]) -> str:
     """The plan that the benchmark chose, or `sorted` where none has run."""
+    if not plans:
+        raise ValueError(
+            f"{path} has no ONNX graphs: make it without --no-onnx, or open {path / 'checkpoint'} with ffn2moe.load"
+        )
     chosen = read_plan(path)
     return str(chosen["default_plan"]) if chosen else UNMEASURED_PLAN if UNMEASURED_PLAN in plans else min(plans)
 

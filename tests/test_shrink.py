@@ -337,10 +337,14 @@ def test_a_checkpoint_becomes_an_export_with_fewer_experts(
     assert [row["layer"] for row in manifest["shrink"]["layers"]] == [0, 1]
     assert manifest["shrink"]["from"]["num_experts"] == 4
 
-    if method != "regroup":
-        return
     assert cli.main(["info", str(out)]) == 0
-    assert f"3 of {spec.expert_width} neurons" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert f"3 of {spec.expert_width} neurons" in shown and f"contiguous, then fitted to a task: {method}" in shown
+    if graphs:
+        assert "there are no ONNX graphs" in shown
+        assert cli.main(["encode", str(out), "a word"]) == 2
+        assert "open" in (told := capsys.readouterr().err) and "with ffn2moe.load" in told
+        return
     assert cli.main(["verify", str(out), "--texts", "4", "--threads", "1"]) == 0
     capsys.readouterr()
     assert cli.main(["encode", str(out), "a word", "--threads", "1", "--plan", "sorted"]) == 0
