@@ -176,8 +176,8 @@ def layers(rows: Sequence[Mapping[str, Any]]) -> str:
     return svg[0]
 
 
-def load(shares: Sequence[Sequence[float]]) -> str:
-    """Heat map: how often each expert of each layer is chosen, 1 being its fair share."""
+def load(shares: Sequence[Sequence[float]], names: Sequence[str] | None = None) -> str:
+    """Heat map: how often each expert is chosen, 1 being its fair share; a row a layer, or what `names` says."""
     experts = len(shares[0])
     with _canvas(0.9 + 0.34 * len(shares)) as (_, axes, svg):
         for layer, row in enumerate(shares):
@@ -197,8 +197,8 @@ def load(shares: Sequence[Sequence[float]]) -> str:
         axes.set_ylim(len(shares) - 0.5, -0.5)
         step = max(1, experts // 16)
         axes.set_xticks(range(0, experts, step))
-        axes.set_yticks(range(len(shares)))
+        axes.set_yticks(range(len(shares)), names)
         axes.grid(visible=False)
         axes.set_xlabel("expert")
-        axes.set_ylabel("layer")
+        axes.set_ylabel("layer" if names is None else "")
     return svg[0]

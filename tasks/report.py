@@ -46,6 +46,21 @@ WORDS = {
         "examples": "The most probable class of held-out texts.",
     },
 }
+# What is known of each layer: where it stands in a row of `layers`, or of `agreement`, its heading, how it is written.
+LAYER_COLUMNS: tuple[tuple[str, str, str], ...] = (
+    ("oracle_error", "error, oracle", "{:.3f}"),
+    ("router_error", "error, router", "{:.3f}"),
+    ("gap", "gap", "{:.3f}"),
+    ("captured_energy", "energy captured", "{:.3f}"),
+    ("router_recall", "recall", "{:.2f}"),
+    ("mean_active", "experts a token", "{:.2f}"),
+    ("max_over_mean_load", "largest load over mean", "{:.2f}"),
+    ("dead_experts", "dead experts", "{}"),
+    ("super_neurons", "super neurons", "{}"),
+    ("super_neurons_shared", "of them shared", "{}"),
+    ("tokens", "agreement, tokens", "{:.3f}"),
+    ("texts", "agreement, texts", "{:.3f}"),
+)
 PHASES = {"whole": "", "prefill": "prefill", "decode": "decode, a token", "request": "whole request"}
 
 
@@ -82,12 +97,14 @@ def run(stage: StageRun) -> None:
         prepared=_json(root / "metrics/prepare.json"),
         manifest=manifest,
         shape=shape_of(manifest["spec"]),
+        layers=layer_table(quality),
         figures={
             "retention": figures.retention(rows, params.gate.min_retention),
             "speed": figures.speed(timed["drawn"]["plans"], timed["drawn"]["shapes"], quality["amdahl_bound"]),
             "layers_before": figures.layers(_json(root / "metrics/train_router.json")["layers"]),
             "layers_after": figures.layers(quality["layers"]),
             "load": figures.load([row["load"] for row in quality["layers"]]),
+            **domains(quality),
             **loss_curves(root / "metrics/plots"),
         },
     )
@@ -135,6 +152,27 @@ def benchmark_rows(quality: Mapping[str, Any]) -> list[dict[str, Any]]:
             row[model] = {"value": at(quality[f"retention{suffix}"], path), **interval}
         rows.append(row)
     return rows
+
+
+def layer_table(quality: Mapping[str, Any]) -> list[list[str]]:
+    """What is known of every layer, as rows of text under a row of headings."""
+    rows = quality["layers"]
+    if quality["agreement"]:
+        rows = [{**row, **more} for row, more in zip(rows, quality["agreement"]["layers"], strict=True)]
+    columns = [column for column in LAYER_COLUMNS if column[0] in rows[0]]
+    table = [["layer", *(heading for _, heading, _ in columns)]]
+    for row in rows:
+        table.append([str(row["layer"]), *(form.format(row[key]) for key, _, form in columns)])
+    return table
+
+
+def domains(quality: Mapping[str, Any]) -> dict[str, str]:
+    """The drawing of which experts the texts of each source use, in the layer whose experts tell most of it."""
+    agreement = quality["agreement"]
+    if not agreement:
+        return {}
+    telling = max(agreement["layers"], key=lambda row: row["tokens"])
+    return {"domains": figures.load(telling["load_CE"], list(agreement["texts"]))}
 
 
 def shape_of(spec: Mapping[str, Any]) -> dict[str, str]:

@@ -46,6 +46,7 @@ def quality(kept: float = 0.986, folder: bool = True) -> dict[str, Any]:
         "retention_training_free": free,
         "retention_interval_training_free": free_intervals,
         "layers": layers(),
+        "agreement": agreement() if folder else None,
         "active_ffn_share": 0.25,
         "amdahl_bound": 1.9,
         "flops_per_token": {"teacher": 22413312, "student": 11700000, "length": 128},
@@ -69,12 +70,24 @@ def layers() -> list[dict[str, Any]]:
             "router_error": 0.25 + 0.02 * layer,
             "gap": 0.05,
             "router_recall": 0.75,
+            "captured_energy": 0.94,
+            "mean_active": 1.0,
+            "super_neurons": 3 - layer,
+            "super_neurons_shared": 0,
             "max_over_mean_load": 1.4,
             "dead_experts": 0,
             "load": [0.1, 0.35, 0.3, 0.25],
         }
         for layer in range(LAYERS)
     ]
+
+
+def agreement() -> dict[str, Any]:
+    rows = [
+        {"layer": layer, "tokens": 0.1 + 0.2 * (layer == 1), "texts": 0.31, "load_CE": [[0.1, 0.4, 0.3, 0.2]] * 2}
+        for layer in range(LAYERS)
+    ]
+    return {"layers": rows, "texts": {"docstrings": 200, "sst2": 56}}
 
 
 def plan(speedup: float = 1.06, chosen: str = "sorted8") -> dict[str, Any]:
@@ -190,9 +203,31 @@ def test_the_page_is_well_formed_and_fetches_nothing(page):
 
 
 def test_every_drawing_is_there_in_the_colours_of_the_page(page):
-    assert page.count("<svg") == page.count("</svg>") == 7
+    assert page.count("<svg") == page.count("</svg>") == 8
     assert "var(--student)" in page and "#0d0e0f" not in page
     assert 'width="' not in "".join(re.findall(r"<svg [^>]*>", page)), "a drawing fills its place"
+
+
+def test_every_layer_is_diagnosed_and_the_layer_whose_experts_tell_most_is_shown(page, tmp_path):
+    text = re.sub(r"\s+", " ", re.sub(r"<[^>]+>", " ", page))
+    assert "layer error, oracle error, router gap energy captured recall" in text
+    assert "Experts and where texts are from, layer 1" in text and "docstrings 200, sst2 56" in text
+    alone = make(tmp_path, folder=False)
+    assert "All calibration texts are of one source" in alone and "agreement, tokens" not in alone
+    assert "Budgets" not in page
+
+
+def test_every_budget_of_an_elastic_model_is_shown(tmp_path):
+    write(tmp_path)
+    path = tmp_path / "metrics/evaluate.json"
+    rows = [
+        {"num_active": active, "active_ffn_share": active / 4, "figure": 0.6 + 0.02 * active, "retention": 0.9}
+        for active in (2, 1)
+    ]
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"budgets": rows}))
+    report.run(make_stage("report", tmp_path))
+    page = (tmp_path / "reports/report.html").read_text(encoding="utf-8")
+    assert "Budgets" in page and "0.6400" in page and "0.6200" in page
 
 
 def test_the_verdict_comes_first_and_says_what_the_numbers_say(page):
