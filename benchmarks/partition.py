@@ -10,6 +10,7 @@ layer; the errors of such experts say nothing and are not reported. Takes some 4
 from __future__ import annotations
 
 import argparse
+import os
 import platform
 import sys
 import time
@@ -47,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             with console.status(f"{method}, {shared_width} shared neurons"):
                 results.append(measure(method, shared_width, ffn, x_TD, gradient_TD, options.survey_tokens))
     shown = Table(title="One layer of LLaMA-7B's shape", title_justify="left")
-    for column in columns(options):
+    for column in COLUMNS:
         shown.add_column(column, justify="right")
     for row in results:
         shown.add_row(*cells(row))
@@ -153,8 +154,7 @@ def measure(
     return row | {"survey": time.perf_counter() - start}
 
 
-def columns(options: argparse.Namespace) -> list[str]:
-    return ["method", "shared", *PARTS, "in all", "processor time", f"oracle, {options.survey_tokens} tokens"]
+COLUMNS = ("method", "S", *PARTS, "in all", "processors", "oracle")
 
 
 def cells(row: dict[str, Any]) -> list[str]:
@@ -167,25 +167,27 @@ def page(options: argparse.Namespace, results: Sequence[dict[str, Any]]) -> str:
     here = machine()
     command = f"python -m benchmarks.partition --shared {' '.join(map(str, options.shared))} --tokens {options.tokens}"
     command += f" --survey-tokens {options.survey_tokens} --threads {options.threads} --out docs/results/partition.md"
-    head = columns(options)
     return "\n".join(
         [
             "# A layer of LLaMA-7B's shape, divided",
             "",
             f"D {WIDTH}, F {FFN_WIDTH}, gated; {EXPERTS} experts, {options.tokens} calibration tokens; weights, tokens "
             "and gradients are random.",
-            "`statistics` is all that is no product of the dense FFN and no clustering, `slicing` the experts' weights "
-            "and the mixture made of",
-            f"them. {here['cpu']}, {options.threads} threads, torch {metadata.version('torch')}, Python "
-            f"{platform.python_version()}; other work ran on the machine, so the",
-            "processor time, of all threads together, says more than the clock.",
+            "Seconds by the clock. `activations` are the products of the dense FFN, in bfloat16 where the hardware has "
+            "it, `slicing` is the",
+            "experts' weights and the mixture made of them, `statistics` the rest; `processors` is the time of all "
+            "threads together, `oracle` the",
+            f"survey of such a layer that routers are fitted to, in float32, on {options.survey_tokens} tokens more.",
+            f"{here['cpu']}, {options.threads} threads, torch {metadata.version('torch')}, Python "
+            f"{platform.python_version()}; load average {os.getloadavg()[0]:.0f}: where",
+            "that is more than the threads, other work had its share of the clock and not of `processors`.",
             "",
             "```",
             command,
             "```",
             "",
-            "| " + " | ".join(head) + " |",
-            "|" + "---|" * len(head),
+            "| " + " | ".join(COLUMNS) + " |",
+            "|" + "---|" * len(COLUMNS),
             *(f"| {' | '.join(cells(row))} |" for row in results),
             "",
         ]

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ffn2moe.dense import DenseFFN
+from ffn2moe.train import bf16_supported
 
 # Wider FFNs keep the activations themselves, in bfloat16: F x F moments and their eigenvectors cost more than they say.
 WIDEST_MOMENTS = 4096
@@ -90,6 +91,8 @@ class NeuronStatistics:
         generator = torch.Generator().manual_seed(seed)
         width = min(directions + OVERSAMPLING, len(mean_F))
         basis_FP = torch.randn(len(mean_F), width, generator=generator)
+        # Where the basis turns to may be rounded; what it shows in the end, the last step, is not.
+        working = torch.bfloat16 if bf16_supported() else torch.float32
         for step in range(POWER_STEPS + 1):
             basis_FP = torch.linalg.qr(basis_FP).Q
             # Centring and scaling are folded into the basis, so that the activations are read and never rewritten.
@@ -100,11 +103,13 @@ class NeuronStatistics:
             gram_PP = torch.zeros(width, width, dtype=torch.float64)
             for kept in self.kept_TF:
                 for part in kept.split(ROWS):
-                    h_TF = part.float()
-                    projected_TP = h_TF @ scaled_FP - mean_P
-                    gram_PP += (projected_TP.T @ projected_TP).double()
-                    if step < POWER_STEPS:
-                        image_FP += h_TF.T @ projected_TP
+                    last = step == POWER_STEPS
+                    h_TF = part.to(torch.float32 if last else working)
+                    projected_TP = (h_TF @ scaled_FP.to(h_TF.dtype)).float() - mean_P
+                    if last:
+                        gram_PP += (projected_TP.T @ projected_TP).double()
+                    else:
+                        image_FP += h_TF.T @ projected_TP.to(working)
                         sum_P += projected_TP.sum(0)
             if step < POWER_STEPS:
                 centred_FP = image_FP - torch.outer(mean_F.double(), sum_P)
