@@ -36,6 +36,7 @@ BUDGET = Budget(
     router_batch_tokens=128,
     router_learning_rate=1e-2,
     ridge=1e-2,
+    refit=1e-2,
     held_out_tokens=256,
     max_length=32,
 )

@@ -142,6 +142,7 @@ def budget_of(options: argparse.Namespace) -> Budget:
         router_batch_tokens=router.batch_tokens,
         router_learning_rate=router.learning_rate,
         ridge=router.ridge,
+        refit=router.refit,
         held_out_tokens=min(HELD_OUT_TOKENS, params.decompose.calibration_tokens),
         max_length=params.teacher.max_length,
     )

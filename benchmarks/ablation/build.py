@@ -15,11 +15,12 @@ from benchmarks.ablation.factorllm import FactorLLMObjective, as_released
 from benchmarks.ablation.grid import Cell, Store
 from benchmarks.ablation.methods import DEFAULT, Method, elastic_budgets, kept_experts
 from ffn2moe import checkpoint, factorise, metrics, oracle, rivals
-from ffn2moe.dense import DenseFFN, read_ffn
-from ffn2moe.factorise import carve, fit_router, largest_contributions, layer_inputs, output_gradients
+from ffn2moe.dense import DenseFFN, installed_ffns, read_ffn
+from ffn2moe.factorise import carve, fit_router, largest_contributions, layer_inputs, output_gradients, outputs
 from ffn2moe.layerwise import distil_layers
 from ffn2moe.moe import MoEFFN, install_moe, moe_layers, set_active, spec_of
 from ffn2moe.partition import super_neurons
+from ffn2moe.reconstruct import refit_outputs
 from ffn2moe.shrink import Tokens, shrink_model
 from ffn2moe.spec import MoESpec
 from ffn2moe.texts import text_means
@@ -35,7 +36,7 @@ def measure(bench: Bench, cell: Cell) -> dict[str, Any]:
     begun, processor = time.monotonic(), time.process_time()
     made = make(bench, cell)
     built = time.monotonic()
-    errors = ffn_errors(bench, made, distilled=cell.stage == "distilled")
+    errors = ffn_errors(bench, made, cell)
     cost = cost_of(bench, made, errors)
     figures = bench.judge(made.model)
     return {
@@ -53,10 +54,15 @@ def measure(bench: Bench, cell: Cell) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Made:
-    """The model of a cell; without a spec where no mixture is in it."""
+    """The model of a cell; without a spec where no mixture is in it.
+
+    `routed` is what `oracle.diagnose` says of each layer before the experts' outputs are fitted, as their sum is the
+    dense FFN then.
+    """
 
     model: Any
     spec: MoESpec | None
+    routed: tuple[dict[str, float], ...] = ()
 
 
 def make(bench: Bench, cell: Cell) -> Made:
@@ -112,27 +118,40 @@ def mixture(bench: Bench, cell: Cell) -> Made:
     method, budget = cell.method, bench.budget
     student = bench.model()
     spec, layers = carved(bench, cell, student)
+    of_texts, of_held_out = (
+        texts_of_tokens(bench, kind) if spec.routing == "sequence" else {} for kind in ("router", "calibration")
+    )
+    routed = []
     for index, moe in enumerate(layers):
-        if method.recipe != "ours":
+        x_TD, held_out_TD = bench.inputs("router", index), bench.held_out(index)
+        if method.recipe == "ours":
+            fit_router(
+                moe,
+                x_TD,
+                start=method.start,
+                objective=method.objective,
+                temperature=method.temperature,
+                ridge=budget.ridge,
+                steps=0 if cell.stage == "free" else budget.router_steps,
+                batch_tokens=budget.router_batch_tokens,
+                learning_rate=budget.router_learning_rate,
+                seed=cell.seed + index,
+                **of_texts,
+            )
+        else:
             as_released(moe)
-            continue
-        sequence = spec.routing == "sequence"
-        fit_router(
-            moe,
-            bench.inputs("router", index),
-            start=method.start,
-            objective=method.objective,
-            temperature=method.temperature,
-            ridge=budget.ridge,
-            steps=0 if cell.stage == "free" else budget.router_steps,
-            batch_tokens=budget.router_batch_tokens,
-            learning_rate=budget.router_learning_rate,
-            seed=cell.seed + index,
-            text_T=bench.text_of_token("router") if sequence else None,
-            route_TD=text_means(bench.inputs("router", 0), bench.text_of_token("router")) if sequence else None,
-        )
+        routed.append(oracle.diagnose(moe, held_out_TD, **{k: v[: len(held_out_TD)] for k, v in of_held_out.items()}))
+        if method.recipe == "ours" and method.refit and budget.refit:
+            wanted_TD = outputs(read_ffn(bench.teacher, index), x_TD)
+            refit_outputs(moe, x_TD, wanted_TD, penalty=budget.refit, route_TD=of_texts.get("route_TD"))
     install_moe(student, layers)
-    return Made(student.eval(), spec)
+    return Made(student.eval(), spec, tuple(routed))
+
+
+def texts_of_tokens(bench: Bench, kind: str) -> dict[str, Tensor]:
+    """What routers of whole texts are fitted with: the text of each token, and what is read of it."""
+    text_T = bench.text_of_token(kind)
+    return {"text_T": text_T, "route_TD": text_means(bench.inputs(kind, 0), text_T)}
 
 
 def carved(bench: Bench, cell: Cell, model: Any) -> tuple[MoESpec, list[MoEFFN]]:
@@ -287,37 +306,38 @@ def objective_of(bench: Bench, method: Method) -> Objective:
 # --- what is found ------------------------------------------------------------------------------------
 
 
-def ffn_errors(bench: Bench, made: Made, *, distilled: bool) -> dict[str, float]:
-    """Means over the layers of what `oracle.diagnose` says, on texts that no router was trained on.
+def ffn_errors(bench: Bench, made: Made, cell: Cell) -> dict[str, float]:
+    """How far the FFNs are from dense, means over the layers, on texts that no router was trained on.
 
-    A mixture whose experts are the dense FFN's is looked at on the teacher's inputs; a distilled one, whose experts
-    are its own, on its own inputs and against all its experts together. A rival has the one error, and distilled none.
+    `error` is that of the layers as they stand, ``||y - layer(x)|| / ||y||`` on the teacher's inputs, before any
+    distillation. The others are `oracle.diagnose`'s: of a distilled mixture, whose experts are its own, on its own
+    inputs and against all its experts together. A rival has none of them.
     """
-    if made.spec is None:
-        return {} if distilled else {"router_error": rival_error(bench, made)}
-    rows = []
-    own, text_T = seen(bench, made) if distilled else ([], bench.text_of_token("calibration"))
-    for index, moe in enumerate(moe_layers(made.model)):
-        x_TD = own[index] if distilled else bench.held_out(index)
-        if made.spec.routing == "token":
-            rows.append(oracle.diagnose(moe, x_TD))
-            continue
-        first_TD, text = own[0] if distilled else bench.held_out(0), text_T[: len(x_TD)]
-        rows.append(oracle.diagnose(moe, x_TD, text_T=text, route_TD=text_means(first_TD, text)))
-    return {key: sum(row[key] for row in rows) / len(rows) for key in rows[0]}
+    found: dict[str, float] = {}
+    rows = [*made.routed]
+    if cell.stage == "distilled" or cell.method.after:
+        rows = [] if made.spec is None else own_diagnoses(bench, made, made.spec)
+    if cell.stage != "distilled" and (made.spec is None or made.spec.routing == "token"):
+        found["error"] = sum(layer_errors(bench, made.model)) / bench.num_layers
+    return found | {key: sum(row[key] for row in rows) / len(rows) for key in (rows[0] if rows else ())}
 
 
-def rival_error(bench: Bench, made: Made) -> float:
-    """``||y - rival(x)|| / ||y||`` on the teacher's inputs, mean over the layers."""
-    total = 0.0
-    with torch.no_grad():
-        for index, layer in enumerate(
-            layer for layer in made.model.modules() if isinstance(layer, rivals.CompressedFFN)
-        ):
-            x_TD = bench.held_out(index)
-            y_TD = read_ffn(bench.teacher, index)(x_TD)
-            total += ((y_TD - layer(x_TD)).norm() / y_TD.norm()).item()
-    return total / bench.num_layers
+def own_diagnoses(bench: Bench, made: Made, spec: MoESpec) -> list[dict[str, float]]:
+    """What `oracle.diagnose` says of each layer of a mixture on its own inputs."""
+    inputs, text_T = seen(bench, made)
+    of_texts = {"text_T": text_T, "route_TD": text_means(inputs[0], text_T)} if spec.routing == "sequence" else {}
+    return [oracle.diagnose(moe, x_TD, **of_texts) for moe, x_TD in zip(moe_layers(made.model), inputs, strict=True)]
+
+
+@torch.no_grad()
+def layer_errors(bench: Bench, model: Any) -> list[float]:
+    """``||y - layer(x)|| / ||y||`` of every layer on the teacher's inputs, y being the dense FFN's output."""
+    errors = []
+    for index, layer in enumerate(installed_ffns(model)):
+        x_TD = bench.held_out(index)
+        y_TD = outputs(read_ffn(bench.teacher, index), x_TD)
+        errors.append(((y_TD - layer(x_TD)).norm() / y_TD.norm()).item())
+    return errors
 
 
 def seen(bench: Bench, made: Made) -> tuple[list[Tensor], Tensor]:

@@ -32,6 +32,7 @@ class Budget:
     router_batch_tokens: int
     router_learning_rate: float
     ridge: float
+    refit: float
     held_out_tokens: int  # on which the FFNs' error is measured
     max_length: int
 

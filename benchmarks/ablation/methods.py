@@ -25,6 +25,7 @@ Group = Literal[
     "partition",
     "router start",
     "router objective",
+    "reconstruction",
     "gates",
     "selection",
     "distillation",
@@ -59,6 +60,7 @@ class Method:
     start: Start = "ridge"
     objective: Objective = "oracle"
     temperature: float = 1.0
+    refit: bool = True  # the experts' outputs, to the dense FFN's under the router's choice
     layerwise_share: float = 0.0  # of the steps of distillation, each layer by itself before the others
     layerwise: Judge = "alone"
     divergence: Divergence = "forward_kl"
@@ -174,6 +176,7 @@ _OBJECTIVES = (
         temperature=4.0,
     ),
 )
+_RECONSTRUCTIONS = (Method("scale-and-mean", "scale and mean alone", "reconstruction", "docs/methods.md", refit=False),)
 _GATES = (
     Method("softmax", "softmax over all", "gates", "Qwen2-MoE", gate="softmax"),
     Method("softmax_topk", "softmax over the chosen", "gates", "Mixtral", gate="softmax_topk"),
@@ -280,13 +283,14 @@ EMBEDDING_METHODS: tuple[Method, ...] = (
     *_PARTITIONS,
     *_STARTS,
     *_OBJECTIVES,
+    *_RECONSTRUCTIONS,
     *_GATES,
     *_SELECTIONS,
     *_DISTILLATIONS,
     *_AFTER,
     *_RIVALS,
 )
-CAUSAL_METHODS: tuple[Method, ...] = (DEFAULT, *FACTORLLM, *_GATES, *_DIVERGENCES)
+CAUSAL_METHODS: tuple[Method, ...] = (DEFAULT, *FACTORLLM, *_RECONSTRUCTIONS, *_GATES, *_DIVERGENCES)
 
 
 def methods_of(head: str) -> dict[str, Method]:

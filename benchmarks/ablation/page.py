@@ -124,11 +124,12 @@ mean. *Router trained*: the router's steps, too. *Distilled*: both, and the step
 every row.
 
 A figure is the mean over seeds ± their standard deviation, with the number of seeds in the last column; in brackets
-what is kept of the teacher's. *Kept* is the mean of these shares over the judges. *Error* is `||y - a y_S|| / ||y||` of
-the FFNs, mean over the layers, under the learned choice of experts, beside that of the best choice of as many (the
-oracle); of a distilled mixture it is against all of its own experts, so that it speaks of the router alone. *Active*
-counts neurons, as many as the tokens were seen to use; *FLOPs* are the whole model's, as a share of the teacher's.
-*Seconds* are the processor's, of making and judging a cell.
+what is kept of the teacher's. *Kept* is the mean of these shares over the judges. *Error* is `||y - layer(x)|| / ||y||`
+of the FFNs as they stand, mean over the layers. *Of the choice* is `||y - a y_S|| / ||y||`, y being the sum of all
+experts, for the experts that the router chooses, before their outputs are fitted, beside that of the best choice of as
+many (the oracle); of a distilled mixture it is against all of its own experts. *Active* counts neurons, as many as the
+tokens were seen to use; *FLOPs* are the whole model's, as a share of the teacher's. *Seconds* are the processor's, of
+making and judging a cell.
 """
 
 
@@ -208,7 +209,7 @@ def table(one: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> list[str
     """The rows of a group beside the default, stage by stage and share by share."""
     names = [name for name, _ in ordered(rows[0]["figures"])]
     headings = ["method", "active", *(FIGURES[name][0] for name in names), "kept"]
-    headings += ["error", "oracle's", "recall", "FLOPs", "seconds", "seeds"]
+    headings += ["error", "of the choice", "of the oracle's", "recall", "FLOPs", "seconds", "seeds"]
     lines = []
     for stage in STAGES:
         here = [row for row in rows if row["stage"] == stage]
@@ -223,6 +224,7 @@ def table(one: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> list[str
                 _percent(row["cost"]["active_share"], spread=False),
                 *figures,
                 _percent(row["quality"]),
+                _spread("{:.3f}", errors.get("error")),
                 _spread("{:.3f}", errors.get("router_error")),
                 _spread("{:.3f}", errors.get("oracle_error")),
                 _spread("{:.2f}", errors.get("router_recall")),

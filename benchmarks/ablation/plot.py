@@ -17,6 +17,7 @@ COLOURS = {  # Okabe and Ito's, which the colour-blind can tell apart
     "partition": "#0072B2",
     "router start": "#56B4E9",
     "router objective": "#009E73",
+    "reconstruction": "#A6761D",
     "gates": "#F0E442",
     "selection": "#CC79A7",
     "distillation": "#E69F00",
