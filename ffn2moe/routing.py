@@ -178,8 +178,8 @@ def phases(
     - ``factorllm``: the Prior-Approximate loss as published (arXiv 2408.11855): `prior_label`, `reverse_kl`.
     - ``mass``: binary cross-entropy to the activation mass of each expert over the largest of all
       (MoEfication, arXiv 2110.01786): `activation_mass`.
-    - ``norm``: mean squared error to the norms of the experts' outputs (D2DMoE, arXiv 2310.04361), in units of their
-      root mean square. A router without bias is asked for the differences alone, which are all that it can give.
+    - ``norm``: mean squared error to the norms of the experts' outputs (D2DMoE, arXiv 2310.04361), over their
+      mean square. A router without bias is asked for the differences alone, which are all that it can give.
 
     ValueError for labels of single experts where the selection is `prefix`.
     """
@@ -195,10 +195,9 @@ def phases(
         mass_RE = activation_mass(moe, x_TD, text_T, chunk)
         share_RE = mass_RE / mass_RE.max().clamp(min=TINY)
         return [Phase(1.0, lambda scores_BE, rows: F.binary_cross_entropy_with_logits(scores_BE, share_RE[rows]))]
-    norm_RE = survey.norm_TE / survey.norm_TE.square().mean().sqrt().clamp(min=TINY)
-    if moe.router.has_bias:
-        return [Phase(1.0, lambda scores_BE, rows: F.mse_loss(scores_BE, norm_RE[rows]))]
-    return [Phase(1.0, lambda scores_BE, rows: F.mse_loss(_about_mean(scores_BE), _about_mean(norm_RE[rows])))]
+    shift = (lambda values_RE: values_RE) if moe.router.has_bias else _about_mean
+    norm_RE, energy = survey.norm_TE, survey.norm_TE.square().mean().clamp(min=TINY)
+    return [Phase(1.0, lambda scores_BE, rows: F.mse_loss(shift(scores_BE), shift(norm_RE[rows])) / energy)]
 
 
 def _about_mean(values_RE: Tensor) -> Tensor:
