@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,10 +13,12 @@ import torch
 from benchmarks.ablation import __main__ as command
 from benchmarks.ablation import build
 from benchmarks.ablation.bench import Bench, Setup
-from benchmarks.ablation.grid import Budget, Cell, cells
+from benchmarks.ablation.grid import Budget, Cell, Store, cells
 from benchmarks.ablation.methods import CAUSAL_METHODS, DEFAULT, EMBEDDING_METHODS, GROUPS, STAGES
+from benchmarks.ablation.run import finish
 from ffn2moe.moe import moe_layers
 from tasks import prepare
+from tests.conftest import make_tiny_llama
 from tests.texts import make_stage, make_texts, write_corpus
 
 E = 4
@@ -153,6 +156,100 @@ def test_a_grid_lists_runs_goes_on_and_makes_its_page_again(workspace, tmp_path,
     assert command.main(["--out", str(tmp_path / "docs/results.md"), "--page-only"]) == 0
     assert (tmp_path / "docs/results.md").read_text() == text
     assert str(tmp_path) not in text and "±" in text
+
+
+def test_what_fails_is_told_at_the_end_and_the_others_go_on(workspace, tmp_path, capsys, monkeypatch):
+    def measure(bench: Bench, cell: Cell) -> dict:
+        if cell.method.name == "random":
+            raise ValueError("no luck")
+        return made_up(cell)
+
+    monkeypatch.setattr("benchmarks.ablation.run.measure", measure)
+    grid = arguments(workspace, tmp_path, "--methods", "random", "weights", "--stages", "free")
+    assert command.main(grid) == 1
+    told = capsys.readouterr().out
+    assert told.count("failed: random 25 % free seed 0: ValueError: no luck") == 1
+    assert {path.name.split("-")[0] for path in (tmp_path / "work/cells").iterdir()} == {"weights"}
+
+
+def test_a_grid_that_is_stopped_keeps_what_is_done_and_makes_the_page(workspace, tmp_path, capsys, monkeypatch):
+    measured = []
+
+    def measure(bench: Bench, cell: Cell) -> dict:
+        if len(measured) == 3:
+            raise KeyboardInterrupt
+        measured.append(cell)
+        return made_up(cell)
+
+    monkeypatch.setattr("benchmarks.ablation.run.measure", measure)
+    grid = arguments(workspace, tmp_path, "--methods", "default", "random", "--stages", "free")
+    assert command.main(grid) == 130
+    assert "goes on from here" in capsys.readouterr().out
+    assert len(list((tmp_path / "work/cells").iterdir())) == 3 and (tmp_path / "docs/results.md").is_file()
+
+
+def test_a_cell_that_is_killed_while_it_is_written_leaves_no_file(tmp_path, monkeypatch):
+    def killed(old: Path, new: Path) -> None:
+        raise KeyboardInterrupt
+
+    store, cell = Store(tmp_path, BUDGET, "data"), Cell(DEFAULT, 1, "free", seed=0)
+    monkeypatch.setattr("os.replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        store.write(cell, {"figures": {}})
+    assert not list(tmp_path.iterdir()) and store.read(cell) is None
+
+
+def test_other_settings_are_other_cells(tmp_path):
+    cell = Cell(DEFAULT, 1, "free", seed=0)
+    others = (
+        (replace(BUDGET, steps=3), "data", cell),
+        (BUDGET, "other data", cell),
+        (BUDGET, "data", replace(cell, seed=1)),
+        (BUDGET, "data", replace(cell, method=replace(DEFAULT, gate="sigmoid"))),
+        (BUDGET, "data", cell),
+    )
+    paths = [Store(tmp_path, budget, data).path(one) for budget, data, one in others]
+    assert len(set(paths)) == len(paths)
+    assert Store(tmp_path, BUDGET, "data").path(replace(cell, method=replace(DEFAULT, title="another"))) == paths[-1]
+
+
+def test_processes_side_by_side_find_what_one_finds(bench):
+    todo = [Cell(DEFAULT, active, "free", seed=0) for active in (1, 2)]
+    found = {finished.cell: finished.found for finished in finish(bench.setup, todo, jobs=2)}
+    assert set(found) == set(todo)
+    alone = build.measure(bench, todo[0])
+    assert found[todo[0]]["figures"] == alone["figures"] and found[todo[0]]["threads"] == 1
+
+
+def test_a_process_that_dies_costs_the_cells_it_was_at_and_no_more(bench):
+    broken = replace(bench.setup, threads=0)  # which torch refuses as the process starts
+    todo = [Cell(DEFAULT, active, "free", seed=0) for active in (1, 2)]
+    assert all(finished.found is None and "died" in finished.error for finished in finish(broken, todo, jobs=2))
+
+
+def test_a_method_that_is_not_there_is_named_with_those_that_are(workspace, tmp_path, capsys):
+    assert command.main(arguments(workspace, tmp_path, "--methods", "magic")) == 2
+    told = capsys.readouterr().err
+    assert "no method or group 'magic'" in told and "coactivation" not in told and "low_rank" in told
+
+
+@pytest.fixture(scope="module")
+def language(tmp_path_factory) -> Bench:
+    """A tiny language model, texts drawn from itself, and a sample to judge by."""
+    root = tmp_path_factory.mktemp("language")
+    (root / "sample.txt").write_text("\n".join(make_texts(8, seed=9)[0].split("\n")[0] for _ in range(8)))
+    overrides = ("data.corpus=generated", "data.evaluation=sample.txt", "data.max_texts=120", *SMALL)
+    teacher = make_tiny_llama(root / "llama")
+    prepare.run(make_stage("prepare", root, f"teacher.source={teacher}", *overrides))
+    return Bench(Setup(root, root / "cache", BUDGET, threads=1, device="cpu", name="tiny"))
+
+
+@pytest.mark.parametrize("method", CAUSAL_METHODS, ids=lambda method: method.name)
+def test_every_method_for_language_models_runs_to_the_end(language, method):
+    found = build.measure(language, Cell(method, 1, method.stages[-1], seed=0))
+    assert set(found["figures"]) == {"perplexity", "divergence", "agreement"}
+    assert found["kept"]["perplexity"] == pytest.approx(language.dense["perplexity"] / found["figures"]["perplexity"])
+    assert language.dense["divergence"] == pytest.approx(0, abs=1e-6)
 
 
 def made_up(cell: Cell) -> dict:

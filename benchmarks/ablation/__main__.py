@@ -21,6 +21,7 @@ from rich.console import Console
 from benchmarks.ablation.grid import Budget
 from benchmarks.ablation.methods import GROUPS, STAGES, Method, methods_of
 
+DRAWN = ("data.max_texts=2000", "data.calibration_texts=200")  # of the texts that a causal model is trained on
 HELD_OUT_TOKENS = 8192  # of the calibration texts, on which the FFNs' error is measured
 
 
@@ -155,7 +156,7 @@ def settings_of(options: argparse.Namespace) -> list[str]:
         settings.append(f"data.folder={options.data.resolve()}")
     sample = options.sample or Path(options.model) / "sample.txt"
     if sample.is_file():
-        settings += ["data.corpus=generated", f"data.evaluation={sample.resolve()}", "data.max_texts=2000"]
+        settings += ["data.corpus=generated", f"data.evaluation={sample.resolve()}", *DRAWN]
     elif options.sample:
         raise FileNotFoundError(f"{options.sample} does not exist: name a text file with --sample")
     return settings + options.set

@@ -65,9 +65,10 @@ def _shown(arguments: Sequence[str]) -> list[str]:
 def judged(bench: Bench) -> str:
     """What the figures are of."""
     if bench.head != "embedding":
-        return f"{len(bench.tokens('evaluation', packed=False).ids)} texts that nothing here was trained on"
+        texts = len(bench.tokens("evaluation", packed=False).ids)
+        return f"the first {bench.budget.max_length} tokens of {texts} texts that nothing here was trained on"
     found = bench.benchmarks
-    parts = [f"{len(found.pairs)} retrieval pairs of docstrings"]
+    parts = [f"{len(found.pairs)} retrieval pairs"]
     if found.stsb:
         parts.append(f"{len(found.stsb)} pairs of STS-B dev")
     parts += [f"{len(dev)} texts of {FIGURES[name][0]}" for name, (_, dev) in found.classification.items()]

@@ -6,11 +6,12 @@ import gc
 import os
 import subprocess
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing
 from dataclasses import dataclass
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 from pathlib import Path
 from typing import Any
 
@@ -41,11 +42,13 @@ def run(setup: Setup, store: Store, todo: Sequence[Cell], jobs: int, console: Co
     """Works through the cells in their order and writes each; returns those that failed."""
     failed: list[Finished] = []
     seconds: dict[Stage, list[float]] = {}
-    done = 0.0
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+    with (
+        Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress,
+        closing(finish(setup, todo, jobs)) as finishing,  # so that Ctrl-C ends the other processes, too
+    ):
         task = progress.add_task("cells", total=len(todo))
-        for number, finished in enumerate(finish(setup, todo, jobs), 1):
+        for number, finished in enumerate(finishing, 1):
             cell = finished.cell
             if finished.found is None:
                 failed.append(finished)
@@ -55,7 +58,6 @@ def run(setup: Setup, store: Store, todo: Sequence[Cell], jobs: int, console: Co
                 spent = finished.found["seconds"]
                 seconds.setdefault(cell.stage, []).append(sum(spent.values()))
                 line = f"{told(finished.found)}, {spent['made']:.0f} + {spent['judged']:.0f} s"
-            done += 1
             left = estimate(todo[number:], seconds) / jobs
             progress.update(task, completed=number, description=f"cells, {clock(left)} left")
             console.print(f"{number}/{len(todo)} {cell.name(store.budget.experts)}: {line}; {clock(left)} left")
@@ -78,7 +80,7 @@ def told(found: dict[str, Any]) -> str:
 # --- processes ----------------------------------------------------------------------------------------
 
 
-def finish(setup: Setup, cells: Sequence[Cell], jobs: int) -> Iterator[Finished]:
+def finish(setup: Setup, cells: Sequence[Cell], jobs: int) -> Generator[Finished]:
     """Each cell as it ends, in this process for one job, else in so many others.
 
     A process that dies takes the cells beside it along, as the pool cannot say whose it was: they count as failed, and
@@ -107,6 +109,10 @@ def finish(setup: Setup, cells: Sequence[Cell], jobs: int) -> Iterator[Finished]
                     yield future.result()
                 else:
                     yield Finished(cell, None, "its process, or one beside it, died: out of memory? use fewer --jobs")
+        except BaseException:  # stopped: nobody waits for what the others are at
+            for process in active_children():
+                process.terminate()
+            raise
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 
