@@ -37,9 +37,10 @@ from ffn2moe.dense import (
     weight_files,
 )
 from ffn2moe.encode import choose_device
-from ffn2moe.factorise import carve, chunk_of, every_expert, fit_router, layer_inputs, output_of
+from ffn2moe.factorise import carve, chunk_of, every_expert, fit_router, layer_inputs, output_of, outputs
 from ffn2moe.metrics import pool
 from ffn2moe.moe import install_moe, moe_layers, spec_of
+from ffn2moe.reconstruct import refit_outputs
 from ffn2moe.spec import Gate, Head, MoESpec
 from ffn2moe.train import (
     Batch,
@@ -66,7 +67,7 @@ TIMED_STEPS = 4  # of a trial, whose first is left out
 CHECKPOINT_SECONDS = 60  # between the states that a stopped distillation goes on from
 RATE_BY_WIDTH = 0.512  # over the model's width is the learning rate, as far as it is no more than ...
 PEAK_RATE, PEAK_RATE_CAUSAL = 1e-3, 3e-3  # ... this
-ROUTER = {"ridge": 1e-2, "learning_rate": 1e-2}
+ROUTER = {"ridge": 1e-2, "learning_rate": 1e-2, "refit": 1e-2}
 ROUTER_STEPS, ROUTER_BATCH = 200, 1024
 IDENTITY_TOLERANCE = 1e-5  # of the output with K = E, relative to its largest value
 SHARD_BYTES = 2**30  # of the container's files: as much is in memory while one is written
@@ -561,6 +562,7 @@ class _Conversion:
             )
         for index, moe in self.track(list(enumerate(layers)), len(layers), "routing layers"):
             kept = max(1, len(inputs[index]) - len(inputs[index]) // stream.HELD_OUT_SHARE)
+            wanted_TD = outputs(read_ffn(teacher, index), inputs[index][:kept])
             fit_router(
                 moe,
                 inputs[index][:kept],
@@ -573,6 +575,7 @@ class _Conversion:
             judged = inputs[index][kept:] if kept < len(inputs[index]) else inputs[index]
             chunk = chunk_of(moe.num_experts * judged.shape[1])
             rows.append({"layer": index, **oracle.diagnose(moe, judged, chunk)})
+            refit_outputs(moe, inputs[index][:kept], wanted_TD, penalty=ROUTER["refit"], chunk=chunk)
         partial = done.with_name("routed.partial")
         shutil.rmtree(partial, ignore_errors=True)
         checkpoint.save(student, None, spec, partial)

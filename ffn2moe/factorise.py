@@ -203,6 +203,12 @@ def largest_contributions(ffn: DenseFFN, x_TD: Tensor) -> Tensor:
     return neuron_statistics(ffn, x_TD, "nested", 1, 0, 0).largest_contribution(ffn)
 
 
+@torch.no_grad()
+def outputs(ffn: DenseFFN, x_TD: Tensor) -> Tensor:
+    """Output of a dense FFN, [T, D], a part of the tokens at a time."""
+    return torch.cat([ffn(x) for x in x_TD.split(chunk_of(ffn.ffn_width))])
+
+
 def neuron_statistics(
     ffn: DenseFFN,
     x_TD: Tensor,

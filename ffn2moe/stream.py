@@ -41,8 +41,9 @@ from ffn2moe.dense import (
     stacks_of,
     weight_files,
 )
-from ffn2moe.factorise import carve, chunk_of, every_expert, fit_router, real_tokens
+from ffn2moe.factorise import carve, chunk_of, every_expert, fit_router, outputs, real_tokens
 from ffn2moe.moe import MoEFFN, spec_of
+from ffn2moe.reconstruct import refit_outputs
 from ffn2moe.spec import FFNShape, Gate, Head, MoESpec, Pooling
 from ffn2moe.train import Batch
 
@@ -409,6 +410,7 @@ def decompose(
     router_steps: int = 200,
     router_batch_tokens: int = 1024,
     learning_rate: float = 1e-2,
+    refit: float = 1e-2,
     dtype: torch.dtype | None = None,
     seed: int = 0,
     track: Track | None = None,
@@ -416,8 +418,9 @@ def decompose(
     """Write the model in `folder`, its FFNs as routed mixtures, to `out`; `checkpoint.load` opens it.
 
     `batches` are the calibration tokens: the routers are fitted on them, and judged on the one in `HELD_OUT_SHARE`
-    that they are not fitted on. Computes in float32; writes weights in `dtype` (None: as the source has them) and
-    routers in float32. Returns a row for each layer: what the partition and the router cost, and the seconds it took.
+    that they are not fitted on; `refit` is the penalty of ffn2moe.reconstruct, 0 leaves that out. Computes in float32;
+    writes weights in `dtype` (None: as the source has them) and routers in float32. Returns a row for each layer: what
+    the partition and the router cost, and the seconds it took.
 
     A run that was stopped goes on at the layer where it was, if it is called with the same source and settings.
     ValueError or FileNotFoundError with the remedy for a source that cannot be used, damaged weights, a context longer
@@ -467,6 +470,7 @@ def decompose(
         fitted = torch.cat(inputs[: len(inputs) - held_out])
         with torch.enable_grad():
             moe = carve(ffn, fitted, spec, index, seed=seed)
+            wanted_TD = outputs(ffn, fitted) if refit else None
             del ffn
             install(model, index, moe)
             _require_identity(layer, moe, calls.calls[0][index], hidden[0], after[0], index, spec)
@@ -482,10 +486,12 @@ def decompose(
         judged = torch.cat(inputs[-held_out:]) if held_out else fitted
         row = {"layer": index, **oracle.diagnose(moe, judged, chunk_of(num_experts * judged.shape[1]))}
         row |= {"scale": moe.output_scale.item()}
+        if wanted_TD is not None:
+            refit_outputs(moe, fitted, wanted_TD, penalty=refit, chunk=chunk_of(moe.num_experts * moe.w_in.shape[1]))
         work.write(plan.shard_of_layer(index), plan.stored(prefix, layer.state_dict()))
         hidden = after
         layer.to("meta")
-        del moe, inputs, fitted, judged, after
+        del moe, inputs, fitted, judged, after, wanted_TD
         rows.append(row | {"seconds": time.perf_counter() - start})
         work.keep(rows, hidden)
         _give_memory_back()

@@ -24,7 +24,7 @@ def run(stage: StageRun) -> None:
     from ffn2moe import checkpoint, oracle
     from ffn2moe.dense import load_dense, read_ffn
     from ffn2moe.encode import choose_device
-    from ffn2moe.factorise import fit_router, layer_inputs, texts_of
+    from ffn2moe.factorise import fit_router, layer_inputs, outputs, texts_of
     from ffn2moe.moe import moe_layers
     from ffn2moe.reconstruct import refit_outputs, relative_error
     from ffn2moe.texts import text_means
@@ -68,8 +68,8 @@ def run(stage: StageRun) -> None:
         row = {"layer": index, **found, "scale": moe.output_scale.item()}
         if settings.refit:
             ffn, route_TD = read_ffn(teacher, index), train_texts.get("route_TD")
-            refit_outputs(moe, train[index], ffn(train[index]), penalty=settings.refit, route_TD=route_TD)
-            wanted_TD = ffn(held_out[index])
+            refit_outputs(moe, train[index], outputs(ffn, train[index]), penalty=settings.refit, route_TD=route_TD)
+            wanted_TD = outputs(ffn, held_out[index])
             row["refit_error"] = relative_error(moe, held_out[index], wanted_TD, held_out_texts.get("route_TD"))
         stage.log_metrics({f"router_error.layer_{index}": row["router_error"]})
         rows.append(row)

@@ -13,9 +13,10 @@ from safetensors.torch import load_file, save_file
 
 from ffn2moe import activations, checkpoint, stream
 from ffn2moe.dense import head_of, read_ffn
-from ffn2moe.factorise import carve, fit_router, layer_inputs, output_of
+from ffn2moe.factorise import carve, fit_router, layer_inputs, output_of, outputs
 from ffn2moe.moe import install_moe, moe_layers
 from ffn2moe.partition import coactivation
+from ffn2moe.reconstruct import refit_outputs
 from ffn2moe.stream import Source, decompose, estimate, require_room, skeleton
 from ffn2moe.train import Batch, in_order
 from tests.test_families import CASES, tiny
@@ -61,6 +62,7 @@ def test_layer_by_layer_gives_what_the_model_in_memory_gives(case, tmp_path):
     for index, x_TD in enumerate(layer_inputs(model, fitted, max_tokens=10**6)):
         moe = carve(read_ffn(model, index), x_TD, spec, index, seed=0)
         fit_router(moe, x_TD, ridge=1e-2, steps=5, batch_tokens=64, learning_rate=1e-2, seed=index)
+        refit_outputs(moe, x_TD, outputs(read_ffn(model, index), x_TD), penalty=1e-2)
         layers.append(moe)
     for ours, theirs in zip(moe_layers(student), layers, strict=True):
         assert torch.equal(ours.neurons, theirs.neurons)
