@@ -89,7 +89,8 @@ def _panel(axes: Any, title: str, rows: Sequence[Mapping[str, Any]], judge: str 
         spread = 100 * statistics.stdev(values) if len(values) > 1 else 0.0
         cost = 100 * statistics.mean(row["cost"]["ffn_flops"])
         points.append(Point(cost, 100 * statistics.mean(values), spread, row["group"], row["title"], row["share"]))
-    lowest, highest = _lowest([point.y for point in points]), max(100.0, *(point.y for point in points))
+    highest = max(100.0, *(point.y for point in points))
+    lowest = min(highest - 1, _lowest([point.y for point in points]))
     height = highest - lowest
     for group in groups:
         own = [point for point in points if point.group == group]
@@ -102,7 +103,7 @@ def _panel(axes: Any, title: str, rows: Sequence[Mapping[str, Any]], judge: str 
             [point.y for point in seen],
             yerr=[point.spread for point in seen],
             fmt=MARKERS.get(group, "o"),
-            markersize=13 if default else 6,
+            markersize=13 if default else 8 if group == "FactorLLM" else 6,
             elinewidth=1,
             zorder=5 if default else 3,
             **style,
