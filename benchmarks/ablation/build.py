@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 import shutil
 import time
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from benchmarks.ablation.bench import Bench
@@ -177,7 +180,7 @@ def carved(bench: Bench, cell: Cell, model: Any) -> tuple[MoESpec, list[MoEFFN]]
         ]
     spec = spec_of_cell(bench, cell, model, ffns[0], at_least=max(0 if one is None else len(one) for one in guarded))
     layers = [
-        carve(ffn, x_TD, spec, index, seed=cell.seed, gradient_TD=gradients[index], guarded=guarded[index])
+        divided(bench, cell, spec, index, ffn, x_TD, gradients[index], guarded[index])
         for index, (ffn, x_TD) in enumerate(zip(ffns, inputs, strict=True))
     ]
     if method.active_per_layer == "budget":
@@ -188,6 +191,32 @@ def carved(bench: Bench, cell: Cell, model: Any) -> tuple[MoESpec, list[MoEFFN]]
             for index, (ffn, moe) in enumerate(zip(ffns, layers, strict=True))
         ]
     return spec, layers
+
+
+def divided(
+    bench: Bench,
+    cell: Cell,
+    spec: MoESpec,
+    layer: int,
+    ffn: DenseFFN,
+    x_TD: Tensor,
+    gradient_TD: Tensor | None,
+    guarded: Tensor | None,
+) -> MoEFFN:
+    """The mixture of a layer. How its neurons are divided is worked out once for all cells that divide them alike."""
+    shared_width = spec.shape_of(layer).shared_width
+    kind = (spec.partition, spec.num_experts, shared_width, cell.method.guard, cell.seed, layer)
+    settings = repr((bench.data, bench.budget.max_length, bench.budget.calibration_tokens, kind))
+    path = bench.setup.cache / "partitions" / f"{hashlib.sha256(settings.encode()).hexdigest()[:16]}.safetensors"
+    if path.is_file():
+        found = load_file(path)
+        return factorise.mixture(ffn, found["neurons"], found["shared"], spec, layer)
+    moe = carve(ffn, x_TD, spec, layer, seed=cell.seed, gradient_TD=gradient_TD, guarded=guarded)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fresh = path.with_suffix(f".{os.getpid()}")
+    save_file({"neurons": moe.neurons, "shared": moe.shared_neurons}, fresh)
+    fresh.replace(path)
+    return moe
 
 
 def spec_of_cell(bench: Bench, cell: Cell, model: Any, ffn: DenseFFN, *, at_least: int) -> MoESpec:
