@@ -30,9 +30,10 @@ from torch.nn import functional as F
 from ffn2moe import containers, metrics
 from ffn2moe.data import pack, sample_tokens
 from ffn2moe.dense import ffn_modules, load_dense, positions, read_ffn
-from ffn2moe.factorise import carve, fit_router, layer_inputs
+from ffn2moe.factorise import carve, fit_router, layer_inputs, outputs
 from ffn2moe.moe import MoEFFN, install_moe, moe_layers, spec_of
 from ffn2moe.oracle import expert_outputs
+from ffn2moe.reconstruct import refit_outputs
 from ffn2moe.routing import prior_approximate_loss
 from ffn2moe.spec import MoESpec
 from ffn2moe.timing import machine
@@ -148,8 +149,10 @@ class Bench:
         calibration = Batches(self.texts, batch_tokens=4096, seed=self.seed + 1).from_step(0)
         layers: list[MoEFFN] = []
         for index, x_TD in enumerate(layer_inputs(student, calibration, max_tokens=32768)):
-            layers.append(carve(read_ffn(student, index), x_TD, spec, index, seed=self.seed))
+            ffn = read_ffn(student, index)
+            layers.append(carve(ffn, x_TD, spec, index, seed=self.seed))
             fit_router(layers[-1], x_TD, ridge=1e-2, steps=200, batch_tokens=4096, learning_rate=1e-2, seed=index)
+            refit_outputs(layers[-1], x_TD, outputs(ffn, x_TD), penalty=1e-2)
         install_moe(student, layers)
         if steps:
             run = Distiller(
