@@ -213,7 +213,7 @@ def softmax_target(gain_TE: Tensor, num_active: int, iterations: int = 40) -> Te
     if num_active == 1:
         return F.one_hot(gain_TE.argmax(-1), gain_TE.shape[-1]).to(gain_TE)
     wanted = log(min(num_active, gain_TE.shape[-1]))
-    spread = gain_TE.std().clamp(min=TINY)
+    spread = gain_TE.std().clamp(min=1e-30)  # 2^-20 of which is a normal number: others may be taken as 0
     low, high = -20.0, 20.0  # log2 of tau in units of the spread; the entropy rises with tau
     for _ in range(iterations):
         middle = (low + high) / 2

@@ -1,105 +1,96 @@
-"""Output matrices in closed form: the neurons in use stand in for those that are not."""
+"""The output matrices fitted in closed form: nearer to the dense FFN, whatever chooses and weighs the experts."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
 
+from ffn2moe.experts import neurons_by_expert, slice_experts
 from ffn2moe.moe import MoEFFN
-from ffn2moe.refit import Moments, leading, neurons, refit_output
+from ffn2moe.reconstruct import _inputs, _outputs, refit_outputs, relative_error
 from tests.mixtures import flat_spec
+from tests.test_selection import WAYS, D, E, F, make_ffn, make_moe, normal
 
-KINDS = [
-    {},
-    {"gate": "softmax"},
-    {"gate": "sigmoid"},
-    {"gated": True, "activation": "silu"},
-    {"shared_width": 4, "expert_width": 15},
-    {"selection": "threshold"},
-    {"selection": "prefix"},
-    {"routing": "sequence"},
-]
+TOKENS = normal(600, D, seed=7)
+HELD_OUT = normal(600, D, seed=8)
+WANTED, HELD_OUT_WANTED = make_ffn()(TOKENS), make_ffn()(HELD_OUT)
 
 
-def make(*, b_out: bool = True, **changes: object) -> tuple[MoEFFN, Tensor, Tensor]:
-    """A layer with random weights, tokens, and the sum of all experts on them."""
-    generator = torch.Generator().manual_seed(0)
-    moe = MoEFFN(flat_spec(**changes), b_in=True, b_out=b_out).eval()
+@pytest.mark.parametrize("shared", [0, 6])
+@pytest.mark.parametrize(("selection", "gate"), WAYS)
+def test_the_layer_is_linear_in_what_is_fitted(selection, gate, shared):
+    moe = make_moe(selection=selection, gate=gate, shared=shared)
+    moe.calibrate(TOKENS)
+    moe.set_scale(1.3)
     with torch.no_grad():
-        for parameter in moe.parameters():
-            if parameter.dim():
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) / parameter.shape[-1] ** 0.5)
-    x_TD = torch.randn(400, 32, generator=generator) * torch.linspace(0.1, 2, 32) + 0.2
-    moe.calibrate(x_TD, x_TD if moe.routing == "sequence" else None)
-    return moe, x_TD, moe.all_experts(x_TD)
+        linear_TD = _inputs(moe, HELD_OUT, None) @ _outputs(moe)
+        torch.testing.assert_close(linear_TD, moe(HELD_OUT), rtol=1e-4, atol=1e-4)
 
 
-def run(moe: MoEFFN, x_TD: Tensor) -> Tensor:
-    return moe(x_TD, x_TD if moe.routing == "sequence" else None).detach()
+@pytest.mark.parametrize("shared", [0, 6])
+@pytest.mark.parametrize(("selection", "gate"), WAYS)
+def test_tokens_that_were_not_fitted_come_nearer_to_the_dense_ffn(selection, gate, shared):
+    moe = make_moe(selection=selection, gate=gate, shared=shared)
+    moe.calibrate(TOKENS)
+    moe.fit_scale_and_mean(TOKENS)
+    before = relative_error(moe, HELD_OUT, HELD_OUT_WANTED)
+    refit_outputs(moe, TOKENS, WANTED, penalty=1e-2)
+    assert relative_error(moe, HELD_OUT, HELD_OUT_WANTED) < 0.95 * before
 
 
-def refit(moe: MoEFFN, x_TD: Tensor, target_TD: Tensor, shrinkage: float = 1e-3) -> None:
-    route_TD = x_TD if moe.routing == "sequence" else None
-    refit_output(moe, x_TD, target_TD, route_TD=route_TD, shrinkage=shrinkage)
-
-
-@pytest.mark.parametrize("changes", KINDS)
-@pytest.mark.parametrize("b_out", [False, True])
-def test_it_is_better_than_the_best_scale_and_mean(changes: dict[str, object], b_out: bool) -> None:
-    moe, x_TD, y_TD = make(b_out=b_out, **changes)
-    moe.fit_scale_and_mean(x_TD, route_TD=x_TD if moe.routing == "sequence" else None)
-    before = (run(moe, x_TD) - y_TD).square().sum()
-    refit(moe, x_TD, y_TD)
-    assert (run(moe, x_TD) - y_TD).square().sum() < 0.8 * before
-
-
-@pytest.mark.parametrize("shrinkage", [1e-3, 0.1, 10.0])
-@pytest.mark.parametrize("b_out", [False, True])
-def test_with_any_shrinkage_it_is_no_worse_on_its_tokens(shrinkage: float, b_out: bool) -> None:
-    moe, x_TD, y_TD = make(b_out=b_out)
-    before = (run(moe, x_TD) - y_TD).square().sum()
-    refit(moe, x_TD, y_TD, shrinkage)
-    assert (run(moe, x_TD) - y_TD).square().sum() <= before
-
-
-@pytest.mark.parametrize("changes", KINDS)
-def test_what_is_right_already_stays(changes: dict[str, object]) -> None:
-    moe, x_TD, _ = make(**changes)
-    before = {name: tensor.clone() for name, tensor in moe.state_dict().items()}
-    refit(moe, x_TD, run(moe, x_TD))
-    for name, tensor in moe.state_dict().items():
-        torch.testing.assert_close(tensor, before[name], atol=1e-4, rtol=1e-3)
-
-
-def test_padding_stays_zero() -> None:
-    moe, x_TD, y_TD = make()
-    with torch.no_grad():
-        for tensor in (moe.w_in, moe.b_in):
-            assert tensor is not None
-            tensor[2, 15] = 0
-        moe.w_out[2, :, 15] = 0
-    refit(moe, x_TD, y_TD)
-    assert not moe.w_out[2, :, 15].any()
-
-
-def test_neurons_are_what_the_output_matrix_multiplies() -> None:
-    for changes in ({}, {"gated": True, "activation": "silu"}):
-        moe, x_TD, _ = make(**changes)
-        torch.testing.assert_close(neurons(moe, 1, x_TD) @ moe.w_out[1].T, moe.expert(1, x_TD))
-
-
-def test_the_fit_is_the_solution_of_least_squares() -> None:
+def test_no_other_output_matrices_are_nearer_on_the_fitted_tokens():
+    moe = make_moe()
+    refit_outputs(moe, TOKENS, WANTED, penalty=1e-9)
+    best = relative_error(moe, TOKENS, WANTED)
     generator = torch.Generator().manual_seed(0)
-    x_TI, y_TO = torch.randn(90, 7, generator=generator), torch.randn(90, 3, generator=generator)
-    moments = Moments.of(x_TI, y_TO, torch.zeros(3, 7), shrinkage=1e-9)
-    weight_OI = moments.weight()
-    with_ones = torch.cat([x_TI, torch.ones(90, 1)], dim=1).double()
-    wanted = torch.linalg.lstsq(with_ones, y_TO.double()).solution
-    torch.testing.assert_close(weight_OI, wanted[:7].T, atol=1e-5, rtol=1e-4)
-    torch.testing.assert_close(moments.bias(weight_OI), wanted[7], atol=1e-5, rtol=1e-4)
+    for tensor in (moe.w_out, moe.b_out):
+        for size in (1e-3, 1e-1):
+            kept = tensor.detach().clone()
+            with torch.no_grad():
+                tensor += size * torch.randn(tensor.shape, generator=generator)
+            assert relative_error(moe, TOKENS, WANTED) > best
+            with torch.no_grad():
+                tensor.copy_(kept)
 
 
-def test_the_leading_directions_come_first() -> None:
-    gram = torch.diag(torch.tensor([1.0, 5.0, 3.0]))
-    assert leading(gram, 2).abs().argmax(0).tolist() == [1, 2]
+def test_the_dense_ffn_is_left_as_it_is():
+    moe = make_moe(num_active=E)
+    before = moe.w_out.detach().clone()
+    refit_outputs(moe, TOKENS, WANTED, penalty=1e-6)
+    torch.testing.assert_close(moe.w_out.detach(), before, rtol=1e-4, atol=1e-4)
+
+
+def test_fewer_tokens_than_neurons_change_only_what_they_show():
+    moe = make_moe()
+    before = relative_error(moe, TOKENS[:8], WANTED[:8])
+    refit_outputs(moe, TOKENS[:8], WANTED[:8], penalty=1e-3)
+    assert relative_error(moe, TOKENS[:8], WANTED[:8]) < 0.5 * before
+    assert torch.isfinite(moe.w_out).all()
+
+
+def test_padding_stays_zero():
+    spec = flat_spec(num_experts=E, num_active=2, width=D, ffn_width=F, expert_width=F // E + 4)
+    neurons_EM = neurons_by_expert(torch.arange(F) * E // F, E, F // E + 4)
+    moe = MoEFFN.from_experts(spec, slice_experts(make_ffn(), neurons_EM), neurons_EM).eval()
+    refit_outputs(moe, TOKENS, WANTED, penalty=1e-2)
+    assert (moe.w_out.transpose(1, 2)[neurons_EM == -1] == 0).all()
+
+
+def test_every_budget_gains():
+    moe = make_moe(elastic=(1, 3))
+    moe.fit_scale_and_mean(TOKENS)
+    before = {}
+    for budget in moe.budgets:
+        moe.set_active(budget)
+        before[budget] = relative_error(moe, HELD_OUT, HELD_OUT_WANTED)
+    moe.set_active(2)
+    refit_outputs(moe, TOKENS, WANTED, penalty=1e-2)
+    assert moe.num_active == 2
+    for budget in moe.budgets:
+        moe.set_active(budget)
+        assert relative_error(moe, HELD_OUT, HELD_OUT_WANTED) < before[budget]
+
+
+def test_a_penalty_of_nothing_is_refused():
+    with pytest.raises(ValueError, match="must be positive"):
+        refit_outputs(make_moe(), TOKENS, WANTED, penalty=0.0)

@@ -287,6 +287,15 @@ def test_with_every_gate_a_fitted_layer_is_nearer_to_the_dense_one_than_its_mean
     assert left < 0.7 * (dense_TD - dense_TD.mean(0)).square().sum()
 
 
+def test_experts_that_are_all_alike_have_a_target_where_subnormal_numbers_are_zero():
+    torch.set_flush_denormal(True)
+    try:
+        target_TE = softmax_target(torch.zeros(5, EXPERTS), 2)
+    finally:
+        torch.set_flush_denormal(False)
+    torch.testing.assert_close(target_TE, torch.full((5, EXPERTS), 1 / EXPERTS))
+
+
 @pytest.mark.parametrize("routing", ["token", "sequence"])
 @pytest.mark.parametrize("selection", SELECTIONS)
 def test_every_selection_is_fitted_and_uses_k_experts_on_average(selection, routing):
