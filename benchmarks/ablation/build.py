@@ -339,12 +339,12 @@ def ffn_errors(bench: Bench, made: Made, cell: Cell) -> dict[str, float]:
     """How far the FFNs are from dense, means over the layers, on texts that no router was trained on.
 
     `error` is that of the layers as they stand, ``||y - layer(x)|| / ||y||`` on the teacher's inputs, before any
-    distillation. The others are `oracle.diagnose`'s: of a distilled mixture, whose experts are its own, on its own
-    inputs and against all its experts together. A rival has none of them.
+    distillation. The others are `oracle.diagnose`'s: of a mixture whose experts are its own by then (distilled, made
+    smaller, or at another of its budgets) on its own inputs and against all its experts together. A rival has none.
     """
     found: dict[str, float] = {}
     rows = [*made.routed]
-    if cell.stage == "distilled" or cell.method.after:
+    if cell.stage == "distilled" or not rows:
         rows = [] if made.spec is None else own_diagnoses(bench, made, made.spec)
     if cell.stage != "distilled" and (made.spec is None or made.spec.routing == "token"):
         found["error"] = sum(layer_errors(bench, made.model)) / bench.num_layers
