@@ -114,7 +114,7 @@ def test_every_method_runs_to_the_end(bench, method):
 def test_what_is_measured_is_there_before_anything_is_distilled(bench, name):
     (method,) = (method for method in EMBEDDING_METHODS if method.name == name)
     found = build.measure(bench, Cell(method, 1 if method.fits(1, E) else 2, "free", seed=0))
-    assert 0 < found["errors"]["error"] and 0 < found["cost"]["active_share"] < 1
+    assert found["errors"]["error"] > 0 and 0 < found["cost"]["active_share"] < 1
 
 
 def test_the_dense_model_keeps_everything(bench, monkeypatch):
