@@ -9,7 +9,7 @@ import copy
 import multiprocessing
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from multiprocessing import connection
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ffn2moe.checkpoint import load_progress, save_progress
@@ -120,18 +121,18 @@ def distil_layers(
     with tempfile.TemporaryDirectory() as temporary:
         kept = _Kept(Path(folder or temporary), fingerprint)
         todo = [index for index in range(len(ffns)) if not kept.has(index)]
-        jobs: list[_Job] = []
-        if todo and judge == "alone":
-            jobs = _alone(teacher, ffns, batches, todo, how)
-        elif todo:
-            jobs = _stitched(teacher, ffns, batches, objective, todo, stitch, how)
         for index in sorted(set(range(len(ffns))) - set(todo)):
             yield kept.put_back(ffns[index], index)
-        apart = judge == "alone" and how.device == "cpu"
-        if apart and min(workers, len(jobs)) > 1:
-            trained = _spread(jobs, kept, min(workers, len(jobs)))
+        if not todo:
+            return
+        on_cpu = how.device == "cpu"
+        if judge == "stitched":
+            stitched = _stitched(teacher, ffns, batches, objective, todo, stitch, how)
+            trained = _here(stitched, kept, one_thread=False)
+        elif on_cpu and min(workers, len(todo)) > 1:
+            trained = _spread(_alone(teacher, ffns, batches, todo, how), kept, min(workers, len(todo)))
         else:
-            trained = _here(jobs, kept, one_thread=apart)
+            trained = _here(_alone(teacher, ffns, batches, todo, how), kept, one_thread=on_cpu)
         for index in trained:
             yield kept.put_back(ffns[index], index)
 
@@ -223,6 +224,26 @@ class _Alone:
             set_active(ffn, budgets[0])
         return losses
 
+    def tensors(self) -> dict[str, Tensor]:
+        """All tensors of the job by name, as safetensors keeps them."""
+        found = {f"ffn.{name}": tensor for name, tensor in self.ffn.state_dict().items()}
+        found |= {f"dense.{name}": tensor for name, tensor in vars(self.dense).items() if isinstance(tensor, Tensor)}
+        found["x_TD"] = self.x_TD
+        if self.route_TD is not None:
+            found["route_TD"] = self.route_TD
+        return {name: tensor.detach().contiguous() for name, tensor in found.items()}
+
+    def shell(self) -> _Alone:
+        """The job without the contents of its tensors."""
+        return self.filled({name: tensor.to("meta") for name, tensor in self.tensors().items()})
+
+    def filled(self, tensors: Mapping[str, Tensor]) -> _Alone:
+        """The same job with these tensors."""
+        ffn = copy.deepcopy(self.ffn)
+        ffn.load_state_dict(_under("ffn.", tensors), assign=True)
+        dense = replace(self.dense, **_under("dense.", tensors))
+        return replace(self, ffn=ffn, dense=dense, x_TD=tensors["x_TD"], route_TD=tensors.get("route_TD"))
+
     @torch.no_grad()
     def _wanted(self, x_TD: Tensor) -> Tensor:
         tensors = {name: value.to(x_TD.device) for name, value in vars(self.dense).items() if isinstance(value, Tensor)}
@@ -230,7 +251,13 @@ class _Alone:
         return torch.cat([dense(x) for x in x_TD.split(CHUNK)])
 
 
-def _alone(teacher: Any, ffns: Sequence[nn.Module], batches: BatchSource, todo: Sequence[int], how: _How) -> list[_Job]:
+def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def _alone(
+    teacher: Any, ffns: Sequence[nn.Module], batches: BatchSource, todo: Sequence[int], how: _How
+) -> list[_Alone]:
     """The jobs of layers that are judged by what the FFN itself makes of the teacher's inputs."""
     dense = [read_ffn(teacher, index) for index in range(len(ffns))]
     most = MOST_NUMBERS // sum(ffn.w_in_FD.shape[1] for ffn in dense)
@@ -333,7 +360,7 @@ def _threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _here(jobs: Sequence[_Job], kept: _Kept, *, one_thread: bool) -> Iterator[int]:
+def _here(jobs: Iterable[_Job], kept: _Kept, *, one_thread: bool) -> Iterator[int]:
     """Do the jobs in this process; yields the layer of each when it is done."""
     for job in jobs:
         with _threads(1 if one_thread else torch.get_num_threads()):
@@ -341,21 +368,23 @@ def _here(jobs: Sequence[_Job], kept: _Kept, *, one_thread: bool) -> Iterator[in
         yield job.layer
 
 
-def _spread(jobs: Sequence[_Job], kept: _Kept, workers: int) -> Iterator[int]:
+def _spread(jobs: Sequence[_Alone], kept: _Kept, workers: int) -> Iterator[int]:
     """Do the jobs in so many processes at once; yields the layer of each when it is done.
 
-    The processes are started anew, not forked, which threads do not survive; each reads its jobs from a file, because
+    The processes are started anew, not forked, which threads do not survive; each reads its tensors from files, because
     shared memory is small in containers. What goes wrong in one is raised here.
     """
     context = multiprocessing.get_context("spawn")
     deterministic = torch.are_deterministic_algorithms_enabled()
     with tempfile.TemporaryDirectory(dir=kept.folder) as orders:
+        for job in jobs:
+            save_file(job.tensors(), _order(orders, job.layer))
         shares = [list(jobs[start::workers]) for start in range(workers)]
         processes = []
         for number, share in enumerate(shares):
-            order = Path(orders) / f"{number}"
-            torch.save((share, kept, deterministic), order)
-            processes.append(context.Process(target=_work, args=(str(order), os.getpid()), daemon=True))
+            shells = [job.shell() for job in share]
+            arguments = (shells, orders, number, kept, deterministic, os.getpid())
+            processes.append(context.Process(target=_work, args=arguments, daemon=True))
         waiting = {job.layer for job in jobs}
         try:
             for process in processes:
@@ -369,7 +398,7 @@ def _spread(jobs: Sequence[_Job], kept: _Kept, workers: int) -> Iterator[int]:
                 for number, process in enumerate(processes):
                     left = [job.layer for job in shares[number] if job.layer in waiting]
                     if left and process.sentinel not in running:
-                        raise _failure(Path(orders) / f"{number}", left, process.exitcode)
+                        raise _failure(_said(orders, number), left, process.exitcode)
         finally:
             for process in processes:
                 if process.is_alive():
@@ -378,28 +407,37 @@ def _spread(jobs: Sequence[_Job], kept: _Kept, workers: int) -> Iterator[int]:
                     process.join()
 
 
-def _failure(order: Path, layers: Sequence[int], exit_code: int | None) -> ChildProcessError:
+def _order(orders: str, layer: int) -> Path:
+    """The tensors of one job."""
+    return Path(orders) / f"layer-{layer}.safetensors"
+
+
+def _said(orders: str, worker: int) -> Path:
+    """What a worker left that failed."""
+    return Path(orders) / f"worker-{worker}.error"
+
+
+def _failure(said: Path, layers: Sequence[int], exit_code: int | None) -> ChildProcessError:
     left = f"layer{'s' * (len(layers) > 1)} {', '.join(map(str, layers))}"
-    told = order.with_suffix(".error")
-    if told.is_file():
-        return ChildProcessError(f"the worker that was to train {left} failed: {told.read_text()}")
+    if said.is_file():
+        return ChildProcessError(f"the worker that was to train {left} failed: {said.read_text()}")
     return ChildProcessError(
         f"the worker that was to train {left} ended with exit code {exit_code} and said nothing: if memory ran out, "
         "use fewer workers; layers that are done are kept"
     )
 
 
-def _work(order: str, parent: int) -> None:
+def _work(shells: Sequence[_Alone], orders: str, worker: int, kept: _Kept, deterministic: bool, parent: int) -> None:
     """A process of `_spread`."""
     try:
-        jobs, kept, deterministic = torch.load(order, weights_only=False)  # written by the process that started this
         torch.use_deterministic_algorithms(deterministic, warn_only=True)
         torch.utils.deterministic.fill_uninitialized_memory = False
+        jobs = (shell.filled(load_file(_order(orders, shell.layer))) for shell in shells)
         for _ in _here(jobs, kept, one_thread=True):
             if os.getppid() != parent:  # nobody is left who waits for the rest
                 return
     except KeyboardInterrupt:
         raise SystemExit(130) from None
     except Exception as error:
-        Path(order).with_suffix(".error").write_text(f"{type(error).__name__}: {error}")
+        _said(orders, worker).write_text(f"{type(error).__name__}: {error}")
         raise SystemExit(1) from error
