@@ -1,0 +1,257 @@
+"""The fused experts operator for OpenVINO's CPU plugin: its ONNX node, its weights, and how it is built.
+
+One node computes a layer of experts: y_T = sum over k of gates_TK[t, k] * E_chosen[t, k](x_T), with
+E_e(x) = W_out_e act(W_in_e x + b_in_e), or W_out_e (act(W_gate_e x + b_gate_e) * (W_in_e x + b_in_e)) where gated.
+
+The node, domain `ffn2moe`, op_type `Experts`, version 1:
+
+| input | type | shape | |
+|---|---|---|---|
+| x | float32 | [T, D] | tokens; T may be 0 |
+| chosen | int64 or int32 | [T, K] | experts of each token, 0 to E - 1; one named twice counts twice |
+| gates | float32 | [T, K] | a pair of gate 0 is not computed |
+| experts | uint8 constant | [E, bytes] | what `pack_experts` gives: weights, scales and input biases of each expert |
+
+Output: y, float32 [T, D]. An output bias and a scale of the output stay outside.
+
+| attribute | type | |
+|---|---|---|
+| width | int | D |
+| expert_width | int | M: neurons of each expert |
+| gated | int | 1 where there is a W_gate, else 0 |
+| activation | string | `gelu` (erf), `gelu_tanh`, `quick_gelu`, `relu` or `silu` |
+| weights | string | `bf16`, `int8` or `int4`: what `experts` holds |
+
+`attributes` makes them. The weights stand in the file as the kernels read them, so that nothing is packed or copied
+when a model is loaded, and the file is as small as its bits. Every path of the kernels reads the same layout
+(`pack_experts`); which one runs is decided by the processor, or by the environment variable FFN2MOE_NATIVE, one of
+`PATHS`.
+
+Precision. `bf16`: weights and activations are rounded to bfloat16 and summed in float32. `int8`: weights are whole
+numbers with one scale an output row. `int4`: the same, each made of 4 bits and a whole-numbered factor for each 32 of
+a row. With whole-numbered weights the activations of a token are 16-bit whole numbers with one scale a token, and sums
+are exact; the paths without such instructions compute in float32. The same path gives the same bits whatever the
+number of threads, and whatever other tokens are in the batch.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal, get_args
+
+import numpy as np
+
+from ffn2moe.spec import Activation
+
+DOMAIN = "ffn2moe"
+OP_TYPE = "Experts"
+VERSION = 1
+PATHS = ("amx", "avx512", "avx2", "plain")
+
+Weights = Literal["bf16", "int8", "int4"]
+WEIGHTS: tuple[Weights, ...] = get_args(Weights)
+
+_ROWS = 16  # outputs in a panel
+_STEP = {"bf16": 32, "int8": 64, "int4": 64}  # inputs are padded to a multiple of
+_BLOCK = 32  # inputs that share a factor, int4
+_LARGEST_4, _LARGEST_FACTOR = 7, 18  # 7 * 18 = 126 is a signed byte
+_LINE = 64  # bytes
+
+
+def attributes(
+    width: int, expert_width: int, *, gated: bool, activation: Activation, weights: Weights
+) -> dict[str, Any]:
+    """The attributes of the node. ValueError for an activation or weights that the operator has not."""
+    _check(weights, activation)
+    return {
+        "width": width,
+        "expert_width": expert_width,
+        "gated": int(gated),
+        "activation": activation,
+        "weights": weights,
+    }
+
+
+# --- weights --------------------------------------------------------------------------------------------------------
+
+
+def pack_experts(
+    weights: Weights,
+    w_in_EMD: np.ndarray,
+    w_out_EDM: np.ndarray,
+    *,
+    b_in_EM: np.ndarray | None = None,
+    w_gate_EMD: np.ndarray | None = None,
+    b_gate_EM: np.ndarray | None = None,
+) -> np.ndarray:
+    """The constant `experts` of the node, uint8 [E, bytes].
+
+    A matrix [N, K] is cut into panels of 16 rows (`pack_bf16`, `pack_int8`, `pack_int4`). After each panel of W_in and
+    W_gate come its 16 biases, float32. An expert is: panel 0 of W_in, panel 0 of W_gate (where gated), panel 1 of W_in
+    and so on, then the panels of W_out. Rows and columns that fill up are zero. ValueError for shapes that do not
+    fit together and weights that are not finite.
+    """
+    E, M, D = w_in_EMD.shape
+    _expect("w_out", w_out_EDM, (E, D, M))
+    pairs = [("in", w_in_EMD, b_in_EM)]
+    if w_gate_EMD is not None:
+        _expect("w_gate", w_gate_EMD, (E, M, D))
+        pairs.append(("gate", w_gate_EMD, b_gate_EM))
+    elif b_gate_EM is not None:
+        raise ValueError("b_gate without w_gate: give both, or neither")
+    inner = []
+    for name, weight_EMD, bias_EM in pairs:
+        if bias_EM is None:
+            bias_EM = np.zeros((E, M), dtype=np.float32)
+        _expect(f"b_{name}", bias_EM, (E, M))
+        bias_EPR = np.pad(bias_EM.astype(np.float32), [(0, 0), (0, -M % _ROWS)]).reshape(E, -1, _ROWS)
+        inner.append(np.concatenate([_panels(weights, weight_EMD), bias_EPR.view(np.uint8)], axis=-1))
+    outer = _panels(weights, w_out_EDM)
+    return np.concatenate([np.stack(inner, axis=2).reshape(E, -1), outer.reshape(E, -1)], axis=1)
+
+
+def _panels(weights: Weights, weight_ENK: np.ndarray) -> np.ndarray:
+    if not np.isfinite(weight_ENK).all():
+        raise ValueError("weights must be finite: the checkpoint holds NaN or infinity")
+    return {"bf16": pack_bf16, "int8": pack_int8, "int4": pack_int4}[weights](weight_ENK)
+
+
+def pack_bf16(weight_ENK: np.ndarray) -> np.ndarray:
+    """Panels uint8 [E, N/16, bytes] of matrices [E, N, K] in bfloat16, rounded to the nearest.
+
+    A panel holds [K/2, 16, 2]: pairs of neighbours in a row, of 16 rows; K is filled up to a multiple of 32.
+    """
+    bits = np.ascontiguousarray(weight_ENK, dtype=np.float32).view(np.uint32)
+    rounded = ((bits + (0x7FFF + ((bits >> 16) & 1))) >> 16).astype(np.uint16)
+    return _grouped(rounded, 2, _STEP["bf16"]).view(np.uint8)
+
+
+def pack_int8(weight_ENK: np.ndarray) -> np.ndarray:
+    """Panels uint8 [E, N/16, bytes] of matrices [E, N, K] as signed bytes, -127 to 127, and a scale for each row.
+
+    A panel holds [K/4, 16, 4] bytes, four neighbours in a row, of 16 rows, then 16 scales, float32; K is filled up to a
+    multiple of 64.
+    """
+    scale_EN = (np.abs(weight_ENK).max(-1) / np.float32(127)).astype(np.float32)
+    steps = np.rint(weight_ENK / _nonzero(scale_EN)[..., None]).astype(np.int8)
+    return np.concatenate([_grouped(steps, 4, _STEP["int8"]).view(np.uint8), _row_scales(scale_EN)], axis=-1)
+
+
+def pack_int4(weight_ENK: np.ndarray) -> np.ndarray:
+    """Panels uint8 [E, N/16, bytes] of matrices [E, N, K] in 4 bits: scale of the row * factor of the block * number.
+
+    Numbers are -7 to 7, factors 1 to 18 for each 32 of a row, so that a product is a signed byte. A panel holds
+    [K/8, 16, 4] bytes (number + 8; in the low half that of places 0 to 3 of eight neighbours, in the high half 4 to 7),
+    [K/32, 16] factors, zeros up to a multiple of 64 bytes, then 16 scales, float32; K is filled up to a multiple of 64.
+    """
+    E, N, K = weight_ENK.shape
+    weight_ENBC = np.pad(weight_ENK, [(0, 0), (0, 0), (0, -K % _STEP["int4"])]).reshape(E, N, -1, _BLOCK)
+    step_ENB = np.abs(weight_ENBC).max(-1) / np.float32(_LARGEST_4)
+    scale_EN = (step_ENB.max(-1) / np.float32(_LARGEST_FACTOR)).astype(np.float32)
+    factor_ENB = np.clip(np.rint(step_ENB / _nonzero(scale_EN)[..., None]), 1, _LARGEST_FACTOR)
+    steps = np.rint(weight_ENBC / (_nonzero(scale_EN)[..., None] * factor_ENB)[..., None])
+    numbers = np.clip(steps, -_LARGEST_4, _LARGEST_4).astype(np.int8).reshape(E, N, -1)
+    grouped = _grouped((numbers + 8).astype(np.uint8), 4, _STEP["int4"], filling=8).reshape(
+        E, -(-N // _ROWS), -1, 2, _LINE
+    )
+    nibbles = (grouped[..., 0, :] | (grouped[..., 1, :] << 4)).reshape(E, grouped.shape[1], -1)
+    factors = _grouped(factor_ENB.astype(np.uint8), 1, 1, filling=1)
+    factors = np.pad(factors, [(0, 0), (0, 0), (0, -factors.shape[-1] % _LINE)])
+    return np.concatenate([nibbles, factors, _row_scales(scale_EN)], axis=-1)
+
+
+def _grouped(values_ENK: np.ndarray, group: int, step: int, filling: int = 0) -> np.ndarray:
+    """[E, N, K] -> [E, N/16, K/group * 16 * group], the `group` neighbours of each of 16 rows side by side."""
+    E, N, K = values_ENK.shape
+    padding = [(0, 0), (0, -N % _ROWS), (0, -K % step)]
+    values = np.pad(values_ENK, padding, constant_values=filling)
+    values = values.reshape(E, -1, _ROWS, values.shape[2] // group, group).transpose(0, 1, 3, 2, 4)
+    return np.ascontiguousarray(values).reshape(E, values.shape[1], -1)
+
+
+def _row_scales(scale_EN: np.ndarray) -> np.ndarray:
+    return _grouped(scale_EN[..., None], 1, 1).view(np.uint8)
+
+
+def _nonzero(scale: np.ndarray) -> np.ndarray:
+    return np.maximum(scale, np.finfo(np.float32).tiny)
+
+
+def round_weights(weights: Weights, weight_ENK: np.ndarray) -> np.ndarray:
+    """Matrices [E, N, K] as the operator holds them, float64: unpacked from what `pack_experts` stores."""
+    E, N, K = weight_ENK.shape
+    panels = _panels(weights, weight_ENK)
+    padded = K + -K % _STEP[weights]
+    if weights == "bf16":
+        bits = panels.view(np.uint16).astype(np.uint32) << 16
+        return _ungrouped(bits.view(np.float32), 2)[:, :N, :K].astype(np.float64)
+    scale_EN = _ungrouped(np.ascontiguousarray(panels[..., -_LINE:]).view(np.float32), 1)[..., 0]
+    if weights == "int8":
+        steps = _ungrouped(np.ascontiguousarray(panels[..., : _ROWS * padded]).view(np.int8), 4).astype(np.float64)
+    else:
+        lines = panels[..., : _ROWS * padded // 2].reshape(E, panels.shape[1], -1, 1, _LINE)
+        numbers = np.concatenate([lines & 15, lines >> 4], axis=3).reshape(E, panels.shape[1], -1)
+        start = _ROWS * padded // 2
+        factors = _ungrouped(panels[..., start : start + _ROWS * padded // _BLOCK], 1)
+        steps = (_ungrouped(numbers, 4).astype(np.float64) - 8) * np.repeat(factors, _BLOCK, axis=-1)
+    return (steps * scale_EN[..., None])[:, :N, :K]
+
+
+def _ungrouped(panels: np.ndarray, group: int) -> np.ndarray:
+    """The inverse of `_grouped`: [E, P, K * 16] -> [E, P * 16, K]."""
+    E, P, _ = panels.shape
+    return panels.reshape(E, P, -1, _ROWS, group).transpose(0, 1, 3, 2, 4).reshape(E, P * _ROWS, -1)
+
+
+# --- what it computes -----------------------------------------------------------------------------------------------
+
+
+def reference(
+    x_TD: np.ndarray,
+    chosen_TK: np.ndarray,
+    gates_TK: np.ndarray,
+    w_in_EMD: np.ndarray,
+    w_out_EDM: np.ndarray,
+    *,
+    activation: Activation,
+    b_in_EM: np.ndarray | None = None,
+    w_gate_EMD: np.ndarray | None = None,
+    b_gate_EM: np.ndarray | None = None,
+) -> np.ndarray:
+    """What the node computes, in float64 and one pair of token and expert after the other: y_TD."""
+    _check("bf16", activation)
+    act = ACTIVATIONS[activation]
+    y_TD = np.zeros(x_TD.shape, dtype=np.float64)
+    for t, k in np.argwhere(gates_TK != 0):
+        e = chosen_TK[t, k]
+        x_D = x_TD[t].astype(np.float64)
+        up_M = w_in_EMD[e].astype(np.float64) @ x_D + (0 if b_in_EM is None else b_in_EM[e])
+        if w_gate_EMD is None:
+            h_M = act(up_M)
+        else:
+            h_M = act(w_gate_EMD[e].astype(np.float64) @ x_D + (0 if b_gate_EM is None else b_gate_EM[e])) * up_M
+        y_TD[t] += gates_TK[t, k] * (w_out_EDM[e].astype(np.float64) @ h_M)
+    return y_TD
+
+
+_erf = np.vectorize(math.erf, otypes=[np.float64])
+
+ACTIVATIONS: dict[str, Any] = {
+    "gelu": lambda z: 0.5 * z * (1 + _erf(z / math.sqrt(2))),
+    "gelu_tanh": lambda z: 0.5 * z * (1 + np.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z**3))),
+    "quick_gelu": lambda z: z / (1 + np.exp(-1.702 * z)),
+    "relu": lambda z: np.maximum(z, 0),
+    "silu": lambda z: z / (1 + np.exp(-z)),
+}
+
+
+def _check(weights: str, activation: str) -> None:
+    if weights not in WEIGHTS:
+        raise ValueError(f"weights {weights!r} is not one of {', '.join(WEIGHTS)}")
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation {activation!r} is not one of {', '.join(ACTIVATIONS)}")
+
+
+def _expect(name: str, array: np.ndarray, shape: tuple[int, ...]) -> None:
+    if array.shape != shape:
+        raise ValueError(f"{name} has shape {list(array.shape)}, but w_in asks for {list(shape)}")
