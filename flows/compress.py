@@ -15,39 +15,29 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
-from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field
+
+from flows.environment import settle
+from flows.service import api
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# Before Prefect is imported, which reads these once. Quiet, nothing sent anywhere, all of it in the project.
-_SETTINGS = {
-    "DO_NOT_TRACK": "1",
-    "DVC_NO_ANALYTICS": "1",
-    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
-    "PREFECT_HOME": str(ROOT / ".prefect"),
-    "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "300",  # it takes 5, on a busy machine much more
-    "PREFECT_RESULTS_PERSIST_BY_DEFAULT": "false",
-    "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL",  # the API keeps the log, the board shows it
-    "PREFECT_SERVER_LOGGING_LEVEL": "CRITICAL",
-    "MLFLOW_DISABLE_TELEMETRY": "true",
-    "HF_HUB_DISABLE_TELEMETRY": "1",
-    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-    "TRANSFORMERS_VERBOSITY": "error",
-    "RAY_USAGE_STATS_ENABLED": "0",
-}
-for _key, _value in _SETTINGS.items():
-    os.environ.setdefault(_key, _value)
+settle(ROOT)
+if _address := api(ROOT):  # `make up` has started a server: runs are shown there, and none is started for each
+    os.environ.setdefault("PREFECT_API_URL", _address)
 
-from prefect import flow, task  # noqa: E402
+from prefect import flow, runtime, task  # noqa: E402
+from prefect.artifacts import create_markdown_artifact  # noqa: E402
 from prefect.cache_policies import NO_CACHE  # noqa: E402
 from prefect.logging import get_run_logger  # noqa: E402
 from prefect.states import Completed, State  # noqa: E402
 from rich.console import Console  # noqa: E402
 
 from flows import dvc, summary  # noqa: E402
-from flows.guardian import guard  # noqa: E402
+from flows.guardian import MARK, guard  # noqa: E402
 from flows.progress import Board  # noqa: E402
 from flows.workspace import (  # noqa: E402
     BusyError,
@@ -57,10 +47,11 @@ from flows.workspace import (  # noqa: E402
     check,
     commit,
     isolate,
+    kept,
     lock,
     plan,
 )
-from tasks.params import load_params  # noqa: E402
+from tasks.params import Settings, load_params  # noqa: E402
 from tasks.stage import PipelineRecord, Registry, default_tracking_uri, explain, remove  # noqa: E402
 
 _STOPPED = "stopped; what is finished is kept, and the same command goes on from there"
@@ -102,25 +93,38 @@ def bring_up_to_date(stage: str, workspace: Workspace, environment: dict[str, st
 
 
 @flow(name="compress", persist_result=False, log_prints=False)
-def compress(overrides: list[str] | None = None, called_from: str | None = None) -> dict[str, str]:
-    """Runs every stage in order and records it; returns stage -> Cached, Restored or Completed.
+def compress(
+    settings: Settings | None = None,
+    overrides: list[str] | None = None,
+    called_from: str | None = None,
+    wait_minutes: Annotated[int, Field(ge=0, le=10080)] = 0,
+    stage_hours: Annotated[float, Field(gt=0, le=720)] | None = None,
+) -> State:
+    """Runs every stage in order and records it; ends as Cached if nothing changed, else as Completed.
 
-    overrides: KEY=VALUE settings for this run only. called_from: the folder their paths are relative to.
+    The state's data are stage -> Cached, Restored or Completed.
+
+    settings: of this run only; what is out of range is refused at submission. overrides: the same as KEY=VALUE, as
+    typed at a terminal. called_from: the folder their paths are relative to. wait_minutes: for another run in the
+    same workspace to end; stage_hours: longest that one stage may take (None: as long as it likes).
     Raises FlowError (also ParamsError) with cause and remedy; what was good before is there afterwards.
     """
     check(ROOT)
-    with ExitStack() as stack:
-        if overrides:
-            workspace = isolate(ROOT, overrides, Path(called_from or ROOT))
-            console.print(f"settings of this run only: a workspace of its own, {workspace.root.relative_to(ROOT)}")
-        else:
-            workspace = Workspace(ROOT, ROOT, load_params(ROOT / "params.yaml").name)
-        stack.enter_context(lock(workspace.root))
-        return _run(workspace)
+    _guardian = None if MARK in os.environ else guard(ROOT)  # held on to: it acts when this end of its pipe closes
+    chosen = [*(settings.assignments() if settings else ()), *(overrides or ())]
+    if chosen:
+        workspace = isolate(ROOT, chosen, Path(called_from or ROOT))
+        _tell(f"settings of this run only: a workspace of its own, {workspace.root.relative_to(ROOT)}")
+    else:
+        workspace = Workspace(ROOT, ROOT, load_params(ROOT / "params.yaml").name)
+    with lock(workspace.root, wait_minutes * 60, _tell):
+        return _run(workspace, stage_hours)
 
 
-def _run(workspace: Workspace) -> dict[str, str]:
+def _run(workspace: Workspace, stage_hours: float | None) -> State:
     head, dirty = commit(workspace.source)
+    if dirty:
+        _tell("tracked files differ from the last commit: the run is recorded as git.dirty; commit them to repeat it")
     settings = " ".join(workspace.overrides)
     tags = {"git.commit": head, "git.dirty": str(dirty).lower(), "settings": settings}
     record = PipelineRecord.start(workspace.source, workspace.name, tags)
@@ -132,10 +136,15 @@ def _run(workspace: Workspace) -> dict[str, str]:
     }
     stages = dvc.stages(workspace.root)
     outcomes: dict[str, str] = {}
+    stage_task = bring_up_to_date.with_options(timeout_seconds=stage_hours and stage_hours * 3600)
+    before = _inputs(workspace.root)
     try:
-        with Board(stages, workspace.source / ".cache" / "durations.json", console) as board:
+        with (
+            Board(stages, workspace.source / ".cache" / "durations.json", console) as board,
+            kept(workspace.root, workspace.name),
+        ):
             for stage in stages:
-                state = bring_up_to_date(stage, workspace, environment, board, return_state=True)
+                state = stage_task(stage, workspace, environment, board, return_state=True)
                 if not state.is_completed():
                     raise _failure(stage, state)
                 outcomes[stage] = state.name or "Completed"
@@ -143,23 +152,61 @@ def _run(workspace: Workspace) -> dict[str, str]:
                 record.link(stage, fingerprint, ran=state.name == "Completed")
         if workspace.isolated:
             bring_back(workspace)
-        record.log(
-            workspace.root,
-            load_params(workspace.root / "params.yaml"),
-            _datasets(workspace.root),
-            {f"outcome.{stage}": outcome for stage, outcome in outcomes.items()},
-        )
+        unchanged = set(outcomes.values()) == {"Cached"}
+        if unchanged and runtime.deployment.id:
+            record.discard()  # a schedule that finds nothing to do, hour after hour, is no experiment
+        else:
+            record.log(
+                workspace.root,
+                load_params(workspace.root / "params.yaml"),
+                _datasets(workspace.root),
+                {f"outcome.{stage}": outcome for stage, outcome in outcomes.items()},
+            )
+            record.finish("FINISHED")
     except Exception as error:
         record.finish("FAILED", str(error))
         raise
     except BaseException:  # Ctrl-C, SIGTERM
         record.finish("KILLED")
         raise
-    record.finish("FINISHED")
+    told = _verdict(outcomes, before, _inputs(workspace.root))
+    _publish(workspace.name, outcomes, told)
     summary.show(workspace, default_tracking_uri(workspace.source), console)
     if workspace.isolated:
         remove(workspace.root)  # its results are in exports/NAME and, for the next run like it, in the DVC cache
-    return outcomes
+    return Completed(name="Cached" if unchanged else "Completed", message=told, data=outcomes)
+
+
+def _tell(line: str) -> None:
+    """To the terminal, and to the log that the API keeps."""
+    console.print(line, highlight=False, markup=False)
+    get_run_logger().info(line)
+
+
+def _inputs(root: Path) -> dict[str, Any]:
+    """What the stage `inputs` last saw outside the workspace: the teacher, the corpus, the data."""
+    path = root / "data" / "inputs.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def _verdict(outcomes: dict[str, str], before: dict[str, Any], after: dict[str, Any]) -> str:
+    """One line on what a run found and did."""
+    done = [stage for stage, outcome in outcomes.items() if outcome != "Cached"]
+    if not done:
+        return f"nothing changed: all {len(outcomes)} stages are Cached"
+    changed = [key for key in after if before and before.get(key) != after[key]]
+    cause = f"changed: {', '.join(changed)}" if changed else "parameters, code or results changed"
+    return f"{cause if before else 'a first run'}; {len(done)} of {len(outcomes)} stages ran ({', '.join(done)})"
+
+
+def _publish(name: str, outcomes: dict[str, str], told: str) -> None:
+    """The outcome as an artifact, where the API shows what runs made."""
+    rows = "\n".join(f"| {stage} | {outcome} |" for stage, outcome in outcomes.items())
+    create_markdown_artifact(
+        key="outcome",
+        description=f"{name}: {told}",
+        markdown=f"**{name}**: {told}\n\n| stage | outcome |\n|---|---|\n{rows}\n",
+    )
 
 
 def _failure(stage: str, state: State) -> BaseException:

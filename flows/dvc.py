@@ -23,12 +23,19 @@ _NOISE = re.compile(
     r"|^\s+dvc config|^Use `dvc push`|^Data and pipelines are up|^Stage '.*'( didn't change| is cached)"
     r"|^Running stage|^Successfully registered model|^Created version|^Registered model '.*' already exists"
 )
-_BUSY = re.compile(r"is busy, it is being blocked by|Unable to acquire lock", re.IGNORECASE)
+_BUSY = re.compile(
+    r"is busy, it is being blocked by|Unable to acquire lock|database is locked|database .* is locked by", re.IGNORECASE
+)
 
 
 def stages(root: Path) -> list[str]:
     """The stages of dvc.yaml, in order."""
     return list(_yaml(root / "dvc.yaml")["stages"])
+
+
+def parameters(root: Path, stage: str) -> list[str]:
+    """The keys of params.yaml, or whole sections of it, that a stage reads."""
+    return list(_yaml(root / "dvc.yaml")["stages"][stage].get("params", []))
 
 
 def locked(root: Path, stage: str) -> dict[str, Any]:
@@ -67,12 +74,16 @@ def reproduce(
         elif not _NOISE.match(line) and not line.startswith("ERROR: failed to reproduce"):
             on_line(line)
 
-    code = _dvc(command, root, environment, lines, heard)
+    try:
+        code = _dvc(command, root, environment, lines, heard)
+    except BaseException:  # stopped, or out of time
+        _restore(stage, root, environment)
+        raise
     text = "\n".join(lines)
     if code:
         _restore(stage, root, environment)
         if _BUSY.search(text):
-            raise BusyError(f"the workspace is busy: {_tail(lines)}; wait for the other DVC and run again")
+            raise BusyError(f"the workspace is busy: {_tail(lines)}", "wait for the other DVC and run again")
         raise FlowError(_reason(stage, lines))
     if started not in text:
         return "Restored" if "is cached - skipping run" in text else "Cached"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -32,19 +33,41 @@ def guard(root: Path) -> subprocess.Popen[bytes]:
     return guardian
 
 
-def end(mark: str) -> None:
-    """Terminates, then kills, every process that carries the mark."""
-    left = [process for process in psutil.process_iter() if _carries(process, mark)]
-    for process in left:
+def carriers(variable: str, value: str) -> list[psutil.Process]:
+    """Every process with this variable in its environment, but for this one."""
+    return [one for one in psutil.process_iter() if one.pid != os.getpid() and _carries(one, variable, value)]
+
+
+def orphaned(pid: int) -> bool:
+    """Whether a process was started by a flow that is no more, so that its guardian is about to end it."""
+    try:
+        mark = psutil.Process(pid).environ().get(MARK)
+    except psutil.NoSuchProcess:
+        return True
+    except psutil.AccessDenied:
+        return False
+    return mark is not None and not psutil.pid_exists(int(mark))
+
+
+def end(variable: str, value: str) -> int:
+    """Ends every process that carries a mark; how many there were."""
+    return finish(carriers(variable, value))
+
+
+def finish(processes: Sequence[psutil.Process], patience: float = 3) -> int:
+    """Terminates processes, kills those that are still there after `patience` seconds; how many there were."""
+    for process in processes:
         _send(process, "terminate")
-    _, alive = psutil.wait_procs(left, timeout=3)
+    _, alive = psutil.wait_procs(processes, timeout=patience)
     for process in alive:
         _send(process, "kill")
+    psutil.wait_procs(alive, timeout=3)
+    return len(processes)
 
 
-def _carries(process: psutil.Process, mark: str) -> bool:
+def _carries(process: psutil.Process, variable: str, value: str) -> bool:
     try:
-        return process.environ().get(MARK) == mark
+        return process.environ().get(variable) == value
     except psutil.Error:  # another user's, or gone
         return False
 
@@ -56,4 +79,4 @@ def _send(process: psutil.Process, action: str) -> None:
 
 if __name__ == "__main__":
     sys.stdin.read()
-    end(sys.argv[1])
+    end(MARK, sys.argv[1])

@@ -9,18 +9,22 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TextIO
 
 import psutil
 
+from flows.guardian import orphaned
 from tasks import params as parameters
-from tasks.stage import remove, replace_folder
+from tasks.stage import clock, remove, replace_folder
 
 ROOM_NEEDED = 2**30  # bytes; what the smallest useful run writes
+ORPHANS_END = 15.0  # seconds; a guardian terminates what a killed flow has left, and kills it after 3
 
 
 class FlowError(Exception):
@@ -29,6 +33,10 @@ class FlowError(Exception):
 
 class BusyError(FlowError):
     """Something else is at work in the workspace."""
+
+    def __init__(self, cause: str, remedy: str) -> None:
+        super().__init__(f"{cause}; {remedy}")
+        self.cause = cause
 
 
 @dataclass(frozen=True)
@@ -88,46 +96,77 @@ def commit(root: Path) -> tuple[str, bool]:
 
 
 @contextmanager
-def lock(root: Path) -> Iterator[None]:
-    """Holds a workspace: one workspace, one run. BusyError when another run or DVC is at work in it."""
+def lock(root: Path, patience: float = 0, tell: Callable[[str], None] = lambda line: None) -> Iterator[None]:
+    """Holds a workspace: one workspace, one run. BusyError when another run or DVC is at work in it.
+
+    patience: seconds to wait for that to end; `tell` hears of the wait, once.
+    """
     path = root / ".cache" / "run.lock"
     path.parent.mkdir(parents=True, exist_ok=True)
+    deadline = time.monotonic() + patience
+    told = False
     with path.open("a+") as stream:
+        while True:
+            try:
+                _acquire(stream, root)
+                _refuse_other_dvc(root)
+                break
+            except BusyError as busy:
+                fcntl.flock(stream, fcntl.LOCK_UN)  # so that no two that wait keep each other from it
+                if time.monotonic() >= deadline:
+                    raise
+                if not told:
+                    tell(f"{busy.cause}; waiting for up to {clock(patience)}")
+                    told = True
+                time.sleep(1)
         try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            yield
+        finally:
             stream.seek(0)
-            holder = stream.read().strip() or "unknown"
-            raise BusyError(
-                f"another run is going on in {root} (process {holder}); wait for it, stop it (kill "
-                f'{holder}), or run beside it in a workspace of your own: make run SET="name=another"'
-            ) from None
+            stream.truncate()
+
+
+def _acquire(stream: TextIO, root: Path) -> None:
+    try:
+        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
         stream.seek(0)
-        stream.truncate()
-        stream.write(f"{os.getpid()}\n")
-        stream.flush()
-        _refuse_other_dvc(root)
-        yield
+        holder = stream.read().strip() or "unknown"
+        raise BusyError(
+            f"another run is going on in {root} (process {holder})",
+            f"wait for it, stop it (kill {holder}), or run beside it in a workspace of your own: make run "
+            'SET="name=another"',
+        ) from None
+    stream.seek(0)
+    stream.truncate()
+    stream.write(f"{os.getpid()}\n")
+    stream.flush()
 
 
 def _refuse_other_dvc(root: Path) -> None:
     """DVC notes in rwlock who reads and writes what; the note of a killed one would block every later one."""
     path = root / ".dvc" / "tmp" / "rwlock"
+    deadline = time.monotonic() + ORPHANS_END
+    while alive := _at_work(path):
+        # One whose flow was killed ends in a moment: the flow's guardian sees to it.
+        if time.monotonic() > deadline or not all(orphaned(pid) for pid in alive):
+            raise BusyError(
+                f"DVC is at work in {root} (process {', '.join(map(str, alive))})",
+                f"wait for it or stop it (kill {' '.join(map(str, alive))}), then run again",
+            )
+        time.sleep(0.2)
+    path.unlink(missing_ok=True)
+
+
+def _at_work(path: Path) -> list[int]:
+    """The processes of the DVCs that rwlock names and that are alive."""
     try:
         notes = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return
-    except ValueError:  # cut short by a kill or a full disk
-        notes = {}
+    except (FileNotFoundError, ValueError):  # cut short by a kill or a full disk
+        return []
     writers = list(notes.get("write", {}).values())
     readers = [reader for group in notes.get("read", {}).values() for reader in group]
-    alive = sorted({note["pid"] for note in writers + readers if _is_dvc(note["pid"])})
-    if alive:
-        raise BusyError(
-            f"DVC is at work in {root} (process {', '.join(map(str, alive))}); wait for it or stop it "
-            f"(kill {' '.join(map(str, alive))}), then run again"
-        )
-    path.unlink(missing_ok=True)
+    return sorted({note["pid"] for note in writers + readers if _is_dvc(note["pid"])})
 
 
 def _is_dvc(pid: int) -> bool:
@@ -202,6 +241,36 @@ def _copy_changes(source: Path, root: Path) -> None:
             shutil.copy2(source / name, target)
         else:
             remove(target)
+
+
+@contextmanager
+def kept(root: Path, name: str) -> Iterator[None]:
+    """exports/NAME is afterwards as the block has made it, or, if that does not end well, as it was before.
+
+    The stages write it piece by piece, and between two of them it is neither the old one nor the new one. A run
+    that was killed could not put it back: then this does so first, and DVC brings in what was finished since.
+    """
+    export = root / "exports" / name
+    saved = root / ".cache" / "export-before" / name
+    if saved.is_dir():
+        replace_folder(saved, export)
+    remove(saved.with_name(f".{name}.partial"))
+    if export.is_dir():
+        partial = saved.with_name(f".{name}.partial")
+        shutil.copytree(export, partial, symlinks=True, copy_function=_same_file)
+        os.replace(partial, saved)
+    try:
+        yield
+    except BaseException:
+        if saved.is_dir():
+            replace_folder(saved, export)
+        raise
+    remove(saved)
+
+
+def _same_file(source: str, target: str) -> None:
+    """A second name for the same bytes: no stage writes into a file that is there, they all replace it."""
+    os.link(source, target, follow_symlinks=False)
 
 
 def bring_back(workspace: Workspace) -> None:

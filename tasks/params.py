@@ -7,12 +7,14 @@ a value of the wrong type and a contradiction each raise ParamsError with the ke
 from __future__ import annotations
 
 import difflib
+import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, model_validator
+from pydantic.fields import FieldInfo
 from ruamel.yaml import YAML  # the parser DVC reads params.yaml with: `1e-3` is a number, `on` a string
 from ruamel.yaml.error import YAMLError
 
@@ -253,9 +255,18 @@ class Evaluate(Section):
 
 
 class Export(Section):
+    engines: tuple[Literal["onnxruntime", "openvino"], ...] = Field(min_length=1)
     parity_texts: Count
     float_tolerance: Positive
     tanh_tolerance: Positive
+
+    @model_validator(mode="after")
+    def _other_engines_are_measured_beside_onnx_runtime(self) -> Export:
+        if "onnxruntime" not in self.engines:
+            raise ValueError(
+                "export.engines leaves out onnxruntime, whose plan `dense` every other is measured beside: add it"
+            )
+        return self
 
 
 class Benchmark(Section):
@@ -419,6 +430,27 @@ class Params(Section):
     def flat(self) -> dict[str, Any]:
         """Dotted key -> value, in the order of params.yaml."""
         return dict(_flatten(self.model_dump(by_alias=True)))
+
+
+def _optional(model: type[BaseModel]) -> type[BaseModel]:
+    """A section with the same keys, bounds and legal values, none of which need be given."""
+    fields: dict[str, Any] = {}
+    for name, field in model.model_fields.items():
+        kind: Any = field.annotation
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            kind = _optional(kind)
+        fields[name] = (kind | None, FieldInfo.merge_field_infos(field, annotation=kind | None, default=None))
+    settings = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, populate_by_name=True)
+    return create_model(f"{model.__name__}Settings", __config__=settings, **fields)
+
+
+class Settings(_optional(Params)):  # type: ignore[misc]
+    """Some of the parameters, for one run only. An API knows their bounds by its schema and refuses others."""
+
+    def assignments(self) -> list[str]:
+        """As KEY=VALUE, in the order of params.yaml."""
+        given = self.model_dump(mode="json", by_alias=True, exclude_unset=True)
+        return [f"{key}={json.dumps(value)}" for key, value in _flatten(given)]
 
 
 def load_params(path: str | os.PathLike[str] = "params.yaml", overrides: Sequence[str] = ()) -> Params:

@@ -18,6 +18,7 @@ import os
 import random
 import shutil
 import signal
+import socket
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -38,6 +39,8 @@ TRACKING_URI = "FFN2MOE_TRACKING_URI"
 EXPERIMENT = "ffn2moe"
 USER_ERROR = 2
 SECONDS_BETWEEN_LINES = 5.0
+SECONDS_FOR_A_LOCK = 60.0
+PROCESS = "process"  # tag of a pipeline's run: who makes it, so that one that was killed can be told apart
 
 
 class StageRun:
@@ -202,6 +205,17 @@ def explain(error: BaseException) -> str | None:
             f"the disk is full ({free:.0f} MiB free in {Path.cwd()}); make room (`dvc gc -w` drops the "
             "results of other workspaces and commits) and run again: what is finished is kept"
         )
+    if _is_locked(error):
+        return (
+            "the database of the run record is locked by another program for longer than a minute; see which "
+            "(fuser -v mlflow.db), let it end or stop it, and run again: what is finished is kept"
+        )
+    if any(sign in str(error) for sign in ("out-of-date database schema", "Can't locate revision")):
+        return (
+            "the database of the run record was made by another version of MLflow; made by an older one: copy "
+            "mlflow.db and run `mlflow db upgrade sqlite:///mlflow.db`; by a newer one: install that, or put mlflow.db "
+            "aside (mv mlflow.db mlflow-other.db), and a new record begins"
+        )
     if isinstance(error, MemoryError) or "out of memory" in str(error).lower():
         return "out of memory; lower distill.batch_tokens, train_router.batch_tokens or evaluate.batch_texts"
     if isinstance(error, FileNotFoundError) and error.filename is not None:
@@ -211,6 +225,22 @@ def explain(error: BaseException) -> str | None:
     if isinstance(error, ValueError | OSError | FloatingPointError) and str(error):
         return str(error)
     return None
+
+
+def _is_locked(error: BaseException) -> bool:
+    return "database is locked" in str(error)
+
+
+def patiently(action: Callable[[], Item]) -> Item:
+    """What `action` gives; tried again for a minute while another program has locked the database."""
+    deadline = time.monotonic() + SECONDS_FOR_A_LOCK
+    while True:
+        try:
+            return action()
+        except Exception as error:
+            if not _is_locked(error) or time.monotonic() > deadline:
+                raise
+            time.sleep(1)
 
 
 def die_with_parent() -> None:
@@ -297,19 +327,20 @@ def mlflow_client(uri: str) -> Any:
 
     mlflow.set_tracking_uri(uri)
     mlflow.set_registry_uri(uri)
-    if not uri.startswith("sqlite:///"):
+
+    def connect(artifacts: str | None = None) -> Any:
         client = mlflow.MlflowClient(uri, uri)
         if client.get_experiment_by_name(EXPERIMENT) is None:
-            client.create_experiment(EXPERIMENT)
+            client.create_experiment(EXPERIMENT, artifact_location=artifacts)
         return client
+
+    if not uri.startswith("sqlite:///"):
+        return connect()
     database = Path(uri.removeprefix("sqlite:///"))
     # One at a time: of several processes that find no database each tries to make it, and all but one fail.
     with open(f"{database}.lock", "w") as stream:
         fcntl.flock(stream, fcntl.LOCK_EX)
-        client = mlflow.MlflowClient(uri, uri)
-        if client.get_experiment_by_name(EXPERIMENT) is None:
-            client.create_experiment(EXPERIMENT, artifact_location=(database.parent / "mlartifacts").as_uri())
-    return client
+        return patiently(lambda: connect((database.parent / "mlartifacts").as_uri()))
 
 
 def experiment_id(client: Any) -> str:
@@ -335,7 +366,7 @@ class RunRecord:
             return None
         client = mlflow_client(uri)
         tags = {"mlflow.parentRunId": parent, "mlflow.runName": stage, "stage": stage}
-        run = client.create_run(experiment_id(client), tags=tags)
+        run = patiently(lambda: client.create_run(experiment_id(client), tags=tags))
         record = cls(client, run.info.run_id)
         section = "register_" if stage == "register" else stage
         values = getattr(params, section, None)
@@ -367,13 +398,17 @@ class RunRecord:
             self._try(partial(self._client.log_batch, self.run_id, metrics=batch))
 
     def _try(self, action: Callable[[], object]) -> None:
-        if not self._works:
-            return
-        try:
-            action()
-        except Exception as error:  # whatever the tracker's storage throws, the stage's files are the truth
-            self._works = False
-            logging.getLogger(__name__).warning("the run record stops here, the stage goes on: %s", error)
+        self._works = self._works and _recorded(action)
+
+
+def _recorded(action: Callable[[], object]) -> bool:
+    """Whether it could be written down; if not, that is said, and what is recorded goes on."""
+    try:
+        patiently(action)
+    except Exception as error:  # whatever the tracker's storage throws, the files are the truth
+        logging.getLogger(__name__).warning("the run record stops here, the run goes on: %s", error)
+        return False
+    return True
 
 
 def _params(values: Mapping[str, Any]) -> list[Any]:
@@ -395,7 +430,9 @@ class PipelineRecord:
         """A new parent run; the database is made here if need be, before anything parallel."""
         uri = default_tracking_uri(root)
         client = mlflow_client(uri)
-        run = client.create_run(experiment_id(client), run_name=name, tags=dict(tags))
+        _recorded(lambda: _close_killed(client))
+        made_by = {PROCESS: _this_process()}
+        run = patiently(lambda: client.create_run(experiment_id(client), run_name=name, tags={**tags, **made_by}))
         return cls(client, uri, run.info.run_id)
 
     def environment(self) -> dict[str, str]:
@@ -407,6 +444,9 @@ class PipelineRecord:
 
         `fingerprint` identifies what dvc.lock says of the stage.
         """
+        _recorded(lambda: self._link(stage, fingerprint, ran))
+
+    def _link(self, stage: str, fingerprint: str, ran: bool) -> None:
         if ran:
             for run in self._search(f"tags.stage = '{stage}' and tags.mlflow.parentRunId = '{self.run_id}'"):
                 self._client.set_tag(run.info.run_id, "fingerprint", fingerprint)
@@ -423,6 +463,15 @@ class PipelineRecord:
         tags: Mapping[str, str],
     ) -> None:
         """Parameters, data sets (name -> hash, counts), metrics, and the files that tell what happened."""
+        _recorded(lambda: self._log(root, params, datasets, tags))
+
+    def _log(
+        self,
+        root: Path,
+        params: Params,
+        datasets: Mapping[str, tuple[str, Mapping[str, Any]]],
+        tags: Mapping[str, str],
+    ) -> None:
         from mlflow.entities import Dataset, DatasetInput, InputTag, Metric
 
         now = int(time.time() * 1000)
@@ -455,12 +504,52 @@ class PipelineRecord:
     def finish(self, status: str, error: str = "") -> None:
         """Ends the run: FINISHED, FAILED or KILLED."""
         if error:
-            self._client.set_tag(self.run_id, "error", error[:5000])
-        self._client.set_terminated(self.run_id, status)
+            _recorded(lambda: self._client.set_tag(self.run_id, "error", error[:5000]))
+        _recorded(lambda: _close_nested(self._client, self.run_id))
+        _recorded(lambda: self._client.set_terminated(self.run_id, status))
+
+    def discard(self) -> None:
+        """Takes the run out of the record, as if it had not been."""
+        _recorded(lambda: self._client.delete_run(self.run_id))
 
     def _search(self, query: str) -> list[Any]:
         experiment = experiment_id(self._client)
         return self._client.search_runs([experiment], query, max_results=1, order_by=["attributes.start_time DESC"])
+
+
+def _this_process() -> str:
+    """The machine, the process, and when that started: another one may get its number."""
+    import psutil
+
+    return f"{socket.gethostname()} {os.getpid()} {psutil.Process().create_time()}"
+
+
+def _was_killed(process: str) -> bool:
+    """Whether that process was on this machine and is no more."""
+    import psutil
+
+    host, pid, started = process.rsplit(" ", 2)
+    if host != socket.gethostname():
+        return False
+    try:
+        return abs(psutil.Process(int(pid)).create_time() - float(started)) > 5  # a clock that was set moves it
+    except psutil.NoSuchProcess:
+        return True
+
+
+def _close_killed(client: Any) -> None:
+    """Ends the runs whose pipeline could not do so itself: SIGKILL, a power cut."""
+    for run in client.search_runs([experiment_id(client)], "attributes.status = 'RUNNING'"):
+        if PROCESS in run.data.tags and _was_killed(run.data.tags[PROCESS]):
+            _close_nested(client, run.info.run_id)
+            client.set_terminated(run.info.run_id, "KILLED")
+
+
+def _close_nested(client: Any, parent: str) -> None:
+    """Ends the stages' runs of a pipeline that is over: one still running belongs to a stage that was killed."""
+    query = f"attributes.status = 'RUNNING' and tags.mlflow.parentRunId = '{parent}'"
+    for run in client.search_runs([experiment_id(client)], query):
+        client.set_terminated(run.info.run_id, "KILLED")
 
 
 # --- the model registry ---------------------------------------------------------------------------
