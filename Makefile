@@ -3,9 +3,11 @@
 #
 # VENV=FOLDER  another virtual environment      PYTHON=PATH  the Python 3.11 to make it with
 # SET="..."    settings of one run: make run SET="name=trial decompose.num_experts=16"
+# GRID="..."   keys with the values of a sweep: make sweep GRID="decompose.num_experts=8,16 --search 12"
 
 VENV ?= .venv
 SET ?=
+GRID ?=
 TESTS ?= tests
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
@@ -20,10 +22,11 @@ export MLFLOW_DISABLE_TELEMETRY := true
 export HF_HUB_DISABLE_TELEMETRY := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run repro test check bench clean
+.PHONY: help setup run sweep repro test check bench clean
 
 help:
 	@echo 'make run     the whole pipeline; SET="name=trial decompose.num_experts=16" for one run in a workspace of its own'
+	@echo 'make sweep   many settings side by side; GRID="decompose.num_experts=8,16 decompose.num_active=1,2"'
 	@echo 'make test    the tests; TESTS="tests/test_moe.py -k oracle" for some of them'
 	@echo 'make check   ruff, mypy, import-linter'
 	@echo 'make bench   time every execution plan of the export again, on this machine'
@@ -65,6 +68,9 @@ $(MLFLOW_DB): | $(STAMP)
 
 run: $(STAMP) $(MLFLOW_DB)
 	@$(BIN)/python -m flows.compress $(SET)
+
+sweep: $(STAMP) $(MLFLOW_DB)
+	@$(BIN)/python -m flows.sweep run $(GRID)
 
 repro: $(STAMP) $(MLFLOW_DB)
 	@PATH="$(abspath $(BIN)):$$PATH" $(BIN)/dvc repro

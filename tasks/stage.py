@@ -435,6 +435,34 @@ class PipelineRecord:
         run = patiently(lambda: client.create_run(experiment_id(client), run_name=name, tags={**tags, **made_by}))
         return cls(client, uri, run.info.run_id)
 
+    @classmethod
+    def go_on(cls, root: Path, run_id: str) -> PipelineRecord | None:
+        """An earlier run, under way again; None if this database does not know it."""
+        from mlflow.exceptions import MlflowException
+
+        uri = default_tracking_uri(root)
+        client = mlflow_client(uri)
+        try:
+            client.update_run(run_id, status="RUNNING")
+        except MlflowException:
+            return None
+        return cls(client, uri, run_id)
+
+    def add(
+        self, values: Mapping[str, float], files: Sequence[Path] = (), tags: Mapping[str, str] | None = None
+    ) -> None:
+        """Further numbers, files and tags."""
+        from mlflow.entities import Metric, RunTag
+
+        now = int(time.time() * 1000)
+        self._client.log_batch(
+            self.run_id,
+            metrics=[Metric(key, float(value), now, 0) for key, value in values.items()],
+            tags=[RunTag(key, value) for key, value in (tags or {}).items()],
+        )
+        for file in files:
+            self._client.log_artifact(self.run_id, str(file))
+
     def environment(self) -> dict[str, str]:
         """What a stage needs to attach itself."""
         return {PARENT_RUN: self.run_id, TRACKING_URI: self._uri}

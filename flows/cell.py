@@ -1,0 +1,120 @@
+"""One cell of a sweep, as a process of its own: what fails, or runs out of memory, costs this cell alone.
+
+python -m flows.cell make JOB.json      the stages whose results are the same bytes everywhere
+python -m flows.cell measure JOB.json   the stages with measured times, alone; the results go to exports/NAME
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import resource
+import shutil
+import signal
+import sys
+from collections.abc import Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from flows import dvc
+from flows.workspace import FlowError, Workspace, bring_back, commit, isolate, lock
+from tasks.stage import explain
+
+MEASURED = ("benchmark", "report")  # what follows and needs the machine to itself; `register` is for a chosen cell
+
+
+def make(job: dict[str, Any]) -> None:
+    """Brings every stage before `benchmark` up to date in a workspace of the cell's own."""
+    source, record = Path(job["source"]), Path(job["record"])
+    workspace = isolate(source, job["settings"], Path(job["called_from"]))
+    with lock(workspace.root):
+        stages = before_measuring(dvc.stages(workspace.root))
+        common = shared(workspace.root, stages, job["swept"])
+        # What every cell begins with is done once: the first to come does it, the others find it in the cache.
+        with _one_at_a_time(record.parent / "shared.lock"):
+            for stage in common:
+                _reproduce(stage, workspace)
+        for stage in stages[len(common) :]:
+            _reproduce(stage, workspace)
+
+
+def measure(job: dict[str, Any]) -> None:
+    """Times the cell's plans, writes its report, and puts all of it in exports/NAME."""
+    source, record = Path(job["source"]), Path(job["record"])
+    workspace = isolate(source, job["settings"], Path(job["called_from"]))
+    with lock(workspace.root):
+        for stage in (stage for stage in dvc.stages(workspace.root) if stage in MEASURED):
+            _reproduce(stage, workspace)
+        # The texts that the cells are compared on are those of their own evaluation.
+        texts = workspace.root / "data" / "corpus" / "evaluation.jsonl"
+        if texts.is_file():
+            shutil.copy2(texts, record / "texts.jsonl")
+        bring_back(workspace)
+
+
+def before_measuring(stages: Sequence[str]) -> list[str]:
+    """The stages up to the first that measures times."""
+    measured = [stages.index(stage) for stage in MEASURED if stage in stages]
+    return list(stages[: min(measured, default=len(stages))])
+
+
+def shared(root: Path, stages: Sequence[str], swept: Sequence[str]) -> list[str]:
+    """The stages, from the first on, that no key of the sweep reaches: the same for all cells."""
+    keys = [*swept, "name"]
+    found: list[str] = []
+    for stage in stages:
+        read = dvc.parameters(root, stage)
+        if any(key == one or key.startswith(f"{one}.") or one.startswith(f"{key}.") for key in keys for one in read):
+            break
+        found.append(stage)
+    return found
+
+
+@contextmanager
+def _one_at_a_time(path: Path) -> Any:
+    with path.open("a+") as stream:
+        fcntl.flock(stream, fcntl.LOCK_EX)
+        yield
+
+
+def _reproduce(stage: str, workspace: Workspace) -> None:
+    head, dirty = commit(workspace.source)
+    environment = {
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
+        "FFN2MOE_GIT_COMMIT": head,
+        "FFN2MOE_GIT_DIRTY": str(dirty).lower(),
+    }
+    outcome = dvc.reproduce(stage, workspace.root, environment, _say)
+    _say(f"{stage} {outcome}")
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)  # noqa: T201
+
+
+def _terminated(number: int, frame: object) -> None:
+    sys.exit(128 + number)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """The command line; returns the exit code: 0 done, 2 with a last line that says why not."""
+    signal.signal(signal.SIGTERM, _terminated)
+    step, path = arguments
+    job = json.loads(Path(path).read_text(encoding="utf-8"))
+    try:
+        {"make": make, "measure": measure}[step](job)
+    except Exception as error:
+        message = str(error) if isinstance(error, FlowError) else explain(error)
+        if message is None:
+            raise
+        _say(f"error: {message}")
+        return 2
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
+    _say(f"memory: the largest process held {peak / 2**20:.0f} MiB")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,323 @@
+"""The cells of a sweep and how far each has come: an Optuna study in SQLite, so that a stopped sweep goes on.
+
+A cell is one combination of settings. It waits, is under way, and then has figures, has failed with a reason, or was
+left out because its settings contradict each other.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import re
+import sqlite3
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from flows.workspace import FlowError, plan
+from tasks import params as parameters
+from tasks.params import ParamsError
+
+EXAMPLE = "decompose.num_experts=8,16 decompose.num_active=1,2"
+PROPOSALS = 200  # in a row that may be illegal or known before a search counts as exhausted
+_NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?"
+_RANGE = re.compile(rf"^({_NUMBER})\.\.({_NUMBER})$")
+
+
+@dataclass(frozen=True)
+class Range:
+    """Numbers a search may choose from; whole ones if both ends are written so."""
+
+    low: float
+    high: float
+    whole: bool
+
+    @property
+    def logarithmic(self) -> bool:
+        """Whether it spans so much that factors matter, not differences."""
+        return self.low > 0 and self.high / self.low >= 10
+
+
+Axis = tuple[str, ...] | Range  # values as they are written in a setting
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One combination of settings; its number is its place in the sweep."""
+
+    number: int
+    name: str  # of its workspace, its export and its runs
+    settings: tuple[str, ...]  # KEY=VALUE
+
+    @property
+    def label(self) -> str:
+        return " ".join(setting for setting in self.settings if not setting.startswith("name=")) or "as committed"
+
+
+def parse(texts: Sequence[str]) -> dict[str, Axis]:
+    """KEY=VALUE,VALUE,... (or, for a search, KEY=LOW..HIGH) -> the values of each key.
+
+    A comma inside brackets belongs to the value. Raises FlowError for what cannot be read.
+    """
+    axes: dict[str, Axis] = {}
+    for text in texts:
+        key, equals, values = text.partition("=")
+        if not equals or not key:
+            raise FlowError(f"cannot read {text!r}: write KEY=VALUE,VALUE,... for example {EXAMPLE}")
+        if key in axes:
+            raise FlowError(f"{key} is given twice; write all its values after one {key}=")
+        if key == "name":
+            raise FlowError("name is the sweep's own to set, as each cell needs another; the sweep's: --name NAME")
+        if found := _RANGE.match(values):
+            low, high = (float(number) for number in found.groups())
+            if low >= high:
+                raise FlowError(f"{text}: the range is empty; write the lower number first")
+            axes[key] = Range(low, high, all(re.fullmatch(r"[-+]?\d+", number) for number in found.groups()))
+            continue
+        parts = [part.strip() for part in _split(values)]
+        if not all(parts):
+            raise FlowError(f"{text!r} holds an empty value; write null for none, or leave the comma out")
+        if twice := sorted({part for part in parts if parts.count(part) > 1}):
+            raise FlowError(f"{text}: {', '.join(twice)} is there twice, and no cell runs twice; leave one out")
+        axes[key] = tuple(parts)
+    return axes
+
+
+def _split(text: str) -> Iterator[str]:
+    """The parts between the commas that are in no bracket."""
+    depth, part = 0, ""
+    for sign in text:
+        depth += (sign in "[{") - (sign in "]}")
+        if sign == "," and depth == 0:
+            yield part
+            part = ""
+        else:
+            part += sign
+    yield part
+
+
+def combinations(axes: Mapping[str, Axis]) -> list[dict[str, str]]:
+    """Every combination of a grid; FlowError where there is nothing to choose from, or a range."""
+    ranges = [key for key, axis in axes.items() if isinstance(axis, Range)]
+    if ranges:
+        raise FlowError(f"a grid has no end of values for {', '.join(ranges)}: list them, or search with --search 20")
+    values = [axis for axis in axes.values() if not isinstance(axis, Range)]
+    if all(len(axis) < 2 for axis in values):
+        raise FlowError(f"the grid is empty: give at least one key several values, for example {EXAMPLE}")
+    return [dict(zip(axes, combination, strict=True)) for combination in itertools.product(*values)]
+
+
+class Study:
+    """Hands out cells that have not run, and keeps what came of each."""
+
+    def __init__(
+        self, source: Path, name: str, axes: Mapping[str, Axis], search: int | None, called_from: Path
+    ) -> None:
+        """Begins a study in sweeps/NAME, or goes on with it.
+
+        `search` is how many cells a search may try, None for a grid. FlowError (also ParamsError) if nothing can come
+        of it: an unknown key, an empty grid, only illegal cells, or a study of that name with other values.
+        """
+        self.folder = source / "sweeps" / name
+        self.name = name
+        self.search = search
+        self._source = source
+        self._axes = dict(axes)
+        raw = parameters.read(source / "params.yaml")
+        committed = parameters.validate(raw)
+        for key, axis in axes.items():  # a key nobody knows is said at once, not for every cell
+            parameters.override(
+                parameters.read(source / "params.yaml"), [f"{key}={axis[0] if isinstance(axis, tuple) else axis.low}"]
+            )
+        if search is None:
+            waiting = combinations(axes)
+        elif all(isinstance(axis, tuple) and len(axis) < 2 for axis in axes.values()):
+            raise FlowError("there is nothing to search: give at least one key several values, or a range LOW..HIGH")
+        definition: dict[str, Any] = {
+            "keys": {key: list(axis) if isinstance(axis, tuple) else vars(axis) for key, axis in axes.items()},
+            "kind": "grid" if search is None else "search",
+            "params.yaml": {key: str(value) for key, value in committed.flat().items()},
+        }
+        self._called_from = called_from
+        known = (self.folder / "study.db").is_file()
+        if not known and search is None:
+            reasons = [self._illegal(self._cell(number, values)) for number, values in enumerate(waiting)]
+            if all(reasons):
+                raise FlowError(f"none of the {len(reasons)} cells is legal; the first, for one: {reasons[0]}")
+        self._study = open_study(self.folder, committed.seed, search)
+        before = self._study.user_attrs.get("definition")
+        if before is None:
+            self._study.set_user_attr("called_from", str(called_from))
+            # Before the definition, without which a study that was cut short here is begun again.
+            for values in waiting[len(self._study.trials) :] if search is None else ():
+                self._study.enqueue_trial(values)
+            self._study.set_user_attr("definition", definition)
+        elif before != definition:
+            raise FlowError(
+                f"the sweep {name} is there already with {_difference(before, definition)}; take another name "
+                f"(--name), or remove what it found: rm -r {self.folder.relative_to(source)}"
+            )
+        self._called_from = Path(self._study.user_attrs["called_from"])
+
+    @property
+    def called_from(self) -> Path:
+        """The folder that paths among the settings are relative to: where the sweep was begun."""
+        return self._called_from
+
+    def unfinished(self) -> list[Cell]:
+        """Cells that were under way when the sweep was stopped."""
+        return [self._of(trial) for trial in self._trials("RUNNING") if "settings" in trial.user_attrs]
+
+    def take(self) -> Cell | None:
+        """The next legal cell, from now on under way; None if there is none left."""
+        from optuna.trial import TrialState
+
+        for _ in range(PROPOSALS if self.search else len(self._study.trials) + 1):
+            if self.search is None and not self._trials("WAITING"):
+                return None
+            if self.search is not None and self._tried() >= self.search:
+                return None
+            trial = self._study.ask(self._distributions())
+            cell = self._cell(trial.number, {key: _text(value) for key, value in trial.params.items()})
+            trial.set_user_attr("settings", list(cell.settings))
+            reason = self._illegal(cell) or self._known(cell)
+            if reason is None:
+                return cell
+            trial.set_user_attr("reason", reason)
+            self._study.tell(trial, state=TrialState.PRUNED)
+        return None
+
+    def note(self, cell: Cell, **attributes: Any) -> None:
+        """Keeps something about a cell that is under way."""
+        import optuna
+
+        trial = optuna.trial.Trial(self._study, self._study.trials[cell.number]._trial_id)
+        for key, value in attributes.items():
+            trial.set_user_attr(key, value)
+
+    def noted(self, cell: Cell, key: str) -> Any:
+        return self._study.trials[cell.number].user_attrs.get(key)
+
+    def finish(self, cell: Cell, kept: float, speed: float) -> None:
+        """A cell is done: the share of the teacher's quality it keeps, and its speed over the best dense plan."""
+        self._study.tell(cell.number, [kept, speed])
+
+    def fail(self, cell: Cell, reason: str) -> None:
+        """A cell came to nothing; the others go on."""
+        from optuna.trial import TrialState
+
+        self.note(cell, reason=reason)
+        self._study.tell(cell.number, state=TrialState.FAIL)
+
+    def finished(self) -> list[Cell]:
+        return [self._of(trial) for trial in self._trials("COMPLETE")]
+
+    def failed(self) -> list[tuple[Cell, str]]:
+        """Cells that came to nothing, with the reason."""
+        return [(self._of(trial), trial.user_attrs["reason"]) for trial in self._trials("FAIL")]
+
+    def left_out(self) -> list[tuple[Cell, str]]:
+        """Cells whose settings contradict each other, with the reason; not what a search proposed twice."""
+        trials = [trial for trial in self._trials("PRUNED") if not trial.user_attrs["reason"].startswith("the same as")]
+        return [(self._of(trial), trial.user_attrs["reason"]) for trial in trials]
+
+    def remaining(self) -> int:
+        """How many cells are still to be done, those under way among them; of a grid, some may turn out illegal."""
+        running = len(self._trials("RUNNING"))
+        if self.search is None:
+            return running + len(self._trials("WAITING"))
+        return max(running, self.search - self._tried() + running)
+
+    def _tried(self) -> int:
+        return len(self._trials("RUNNING")) + len(self._trials("COMPLETE")) + len(self._trials("FAIL"))
+
+    def _trials(self, state: str) -> list[Any]:
+        from optuna.trial import TrialState
+
+        return self._study.get_trials(deepcopy=False, states=(TrialState[state],))
+
+    def _of(self, trial: Any) -> Cell:
+        return Cell(trial.number, f"{self.name}-{trial.number:03}", tuple(trial.user_attrs["settings"]))
+
+    def _cell(self, number: int, values: Mapping[str, str]) -> Cell:
+        name = f"{self.name}-{number:03}"
+        return Cell(number, name, (f"name={name}", *(f"{key}={value}" for key, value in values.items())))
+
+    def _illegal(self, cell: Cell) -> str | None:
+        try:
+            plan(self._source, cell.settings, self._called_from)
+        except ParamsError as error:
+            return str(error).removeprefix("the settings: ")
+        return None
+
+    def _known(self, cell: Cell) -> str | None:
+        """Why a proposal of the search is none: a cell with the same settings is there."""
+        for trial in self._study.get_trials(deepcopy=False):
+            same = trial.user_attrs.get("settings", [])[1:] == list(cell.settings[1:])
+            if same and trial.number < cell.number and trial.state.name != "PRUNED":
+                return f"the same as cell {trial.number}"
+        return None
+
+    def _distributions(self) -> dict[str, Any]:
+        from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+
+        found: dict[str, Any] = {}
+        for key, axis in self._axes.items():
+            if isinstance(axis, tuple):
+                found[key] = CategoricalDistribution(axis)
+            elif axis.whole:
+                found[key] = IntDistribution(round(axis.low), round(axis.high), log=axis.logarithmic)
+            else:
+                found[key] = FloatDistribution(axis.low, axis.high, log=axis.logarithmic)
+        return found
+
+
+def open_study(folder: Path, seed: int = 0, search: int | None = None) -> Any:
+    """The Optuna study in a folder, made if it is not there; FlowError if the file is none."""
+    import optuna
+
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "study.db"
+    remedy = f"remove it to begin again (rm {path}); the results of finished cells stay in DVC's cache"
+    try:
+        if path.is_file():
+            with sqlite3.connect(path) as database:
+                database.execute("pragma schema_version").fetchone()
+        # The lock waits its turn where something else (a viewer) reads the file.
+        storage = optuna.storages.RDBStorage(
+            f"sqlite:///{path.resolve()}", engine_kwargs={"connect_args": {"timeout": 60}}
+        )
+        study = optuna.create_study(
+            storage=storage, study_name="sweep", directions=["maximize", "maximize"], load_if_exists=True
+        )
+    except sqlite3.DatabaseError as error:
+        raise FlowError(f"{path} is not a study ({error}); {remedy}") from None
+    except RuntimeError as error:  # of another version of Optuna
+        raise FlowError(f"{path} cannot be used ({error}); use the Optuna of constraints.txt, or {remedy}") from None
+    study.set_metric_names(["kept", "speed"])
+    study.sampler = optuna.samplers.TPESampler(
+        # Another seed after each resumption: the same one would propose the same cells again.
+        seed=seed + len(study.trials),
+        n_startup_trials=max(4, (search or 0) // 3),
+        constant_liar=True,  # cells under way count as bad, so that two at a time are not two alike
+    )
+    return study
+
+
+def _text(value: Any) -> str:
+    """A value as it is written in a setting; numbers of a search with the digits that matter."""
+    return f"{value:.4g}" if isinstance(value, float) and math.isfinite(value) else str(value)
+
+
+def _difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    if before["kind"] != now["kind"]:
+        return f"a {before['kind']}, and this is a {now['kind']}"
+    if before["keys"] != now["keys"]:
+        return f"other values ({json.dumps(before['keys'])})"
+    changed = [key for key, value in now["params.yaml"].items() if before["params.yaml"].get(key) != value]
+    return f"another params.yaml (changed since: {', '.join(changed) or 'its keys'})"

@@ -1,0 +1,168 @@
+"""Exports of several runs side by side: timed in one interleaved session, and drawn as quality against speed.
+
+    python -m tasks.compare SESSION.json TIMINGS.json
+
+No stage of dvc.yaml: what is compared are the results of whole runs. Each run has timed its own plans, but not in the
+same minutes; here all of them are timed in turn within each round, with the dense plans among them.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from tasks.stage import explain
+
+TEXTS = 400  # which the batches run through, as in the stage `benchmark`
+
+
+@dataclass(frozen=True)
+class Point:
+    """One plan of one export, at the shape that decides."""
+
+    cell: int
+    plan: str
+    kept: float  # share of the teacher's quality, by the headline figure
+    vs_best_dense: float
+    vs_dense: float
+    median_ms: float
+
+
+def points(cell: int, export: Path) -> list[Point]:
+    """Every plan that is a mixture, as the export's own benchmark timed it."""
+    from ffn2moe.runtime import DENSE_PLANS
+
+    manifest, timed = _json(export / "manifest.json"), _json(export / "plan.json")["timings"]
+    found = []
+    for plan, rows in timed.items():
+        if plan in DENSE_PLANS:
+            continue
+        row = deciding(rows)
+        figures = (row["speedup_vs_best_dense"], row["speedup_vs_dense"], row["median_ms"])
+        found.append(Point(cell, plan, float(manifest["plans"][plan]["retention"]), *figures))
+    return found
+
+
+def dense_plans(export: Path, wanted: float) -> list[str]:
+    """`dense` and the other dense plans that keep this share of the quality."""
+    from ffn2moe.runtime import DENSE_PLANS
+
+    plans = _json(export / "manifest.json")["plans"]
+    return [plan for plan in DENSE_PLANS if plan in plans and (plan == "dense" or plans[plan]["retention"] >= wanted)]
+
+
+def deciding(rows: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+    """The timing that a plan is judged by: of all the work, at the most tokens, on the first number of threads."""
+    whole = [row for row in rows if row.get("phase", "whole") in ("whole", "request")]
+    return max(whole, key=lambda row: row["batch"] * row["sequence"])
+
+
+def best_of(found: Sequence[Point]) -> list[Point]:
+    """The points that no other beats in both quality and speed, from the most quality to the most speed."""
+    from ffn2moe import pareto
+
+    return [found[place] for place in pareto.front([(point.kept, point.vs_best_dense) for point in found])]
+
+
+def cheapest_of(found: Sequence[Point], keeps: float) -> Point | None:
+    """The fastest point that keeps at least this share of the quality."""
+    from ffn2moe import pareto
+
+    place = pareto.cheapest([(point.kept, point.vs_best_dense) for point in found], keeps)
+    return None if place is None else found[place]
+
+
+def session(job: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Times `exports` (label -> folder and plan; `dense` among them) at one shape; a row each, in the job's order."""
+    from ffn2moe import timing
+    from ffn2moe.runtime import open_export
+
+    lines = Path(job["texts"]).read_text(encoding="utf-8").splitlines()[:TEXTS]
+    opened = {label: open_export(folder, plan, job["threads"]) for label, (folder, plan) in job["exports"].items()}
+    batch, sequence = job["shape"]
+    batches = timing.full_batches(opened["dense"], [json.loads(line)["text"] for line in lines], batch, sequence)
+    rows = timing.interleaved(
+        opened, batches, rounds=job["rounds"], threads=job["threads"], decode_tokens=job["decode_tokens"]
+    )
+    return [asdict(row) for row in rows if row.phase in timing.DECISIVE]
+
+
+def draw(found: Sequence[Point], labels: Mapping[int, str], wanted: float, path: Path) -> None:
+    """Quality against speed of every point, with the front, in the format that the path's name asks for."""
+    from matplotlib.figure import Figure
+
+    best = best_of(found)
+    figure = Figure(figsize=(8.4, 5.2 + 0.2 * len(best)), dpi=150, layout="constrained")
+    grid = figure.add_gridspec(2, 1, height_ratios=[5, 0.3 + 0.22 * len(best)])
+    axes, legend = figure.add_subplot(grid[0]), figure.add_subplot(grid[1])
+    others = [point for point in found if point not in best]
+    axes.scatter(
+        [point.vs_best_dense for point in others],
+        [100 * point.kept for point in others],
+        s=26,
+        color="#9aa3b2",
+        label="other plans",
+    )
+    axes.step(
+        [point.vs_best_dense for point in best],
+        [100 * point.kept for point in best],
+        where="pre",
+        color="#2563c9",
+        linewidth=1.2,
+        alpha=0.6,
+    )
+    axes.scatter(
+        [point.vs_best_dense for point in best],
+        [100 * point.kept for point in best],
+        s=46,
+        color="#2563c9",
+        zorder=3,
+        label="Pareto front",
+    )
+    for number, point in enumerate(best, 1):
+        axes.annotate(
+            str(number), (point.vs_best_dense, 100 * point.kept), xytext=(5, 5), textcoords="offset points", fontsize=9
+        )
+    axes.axvline(1, color="#1b1f27", linewidth=1, label="best dense plan")
+    axes.axhline(100 * wanted, color="#1b1f27", linewidth=1, linestyle=":", label="gate.min_retention")
+    axes.set_xlabel("speed over the best dense plan (right is faster)")
+    axes.set_ylabel("% of the teacher's quality kept")
+    axes.grid(color="#dce0e7", linewidth=0.6)
+    axes.set_axisbelow(True)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    axes.legend(frameon=False, fontsize=9, loc="best")
+    legend.axis("off")
+    told = [
+        f"{number}  {100 * point.kept:.1f} %  {point.vs_best_dense:.2f}x  {point.plan}, {labels[point.cell]}"
+        for number, point in enumerate(best, 1)
+    ]
+    legend.text(0, 1, "\n".join(told), fontsize=9, family="monospace", va="top", wrap=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+
+
+def _json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Times the session of one file and writes the rows to another; the exit code."""
+    job, out = (Path(argument) for argument in arguments)
+    try:
+        out.write_text(json.dumps(session(_json(job)), indent=2) + "\n", encoding="utf-8")
+    except Exception as error:
+        message = explain(error)
+        if message is None:
+            raise
+        print(f"error: {message}", flush=True)  # noqa: T201
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
