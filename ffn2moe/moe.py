@@ -7,7 +7,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -17,15 +16,10 @@ from torch.nn import functional as F
 
 from ffn2moe.dense import ACTIVATIONS, family_of, ffn_layers, install, read_ffn, stack_of
 from ffn2moe.experts import ExpertWeights
+from ffn2moe.grouped import Layout, tile_of
 from ffn2moe.router import Choice, Router, gates, neutral_scale
 from ffn2moe.spec import FFNShape, Gate, Head, MoESpec, Pooling, Routing, Selection
 from ffn2moe.texts import Texts
-
-# Runs of tokens are rounded up to this in training and under autocast: oneDNN compiles a kernel for every new shape,
-# which costs more than the padding (measured: 2.0 ms a product against 0.1).
-TILE = 128
-
-ExpertTensors = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
 
 
 class MoEFFN(nn.Module):
@@ -154,16 +148,6 @@ class MoEFFN(nn.Module):
             self.router.balance_bias.zero_()
         self.set_scale(neutral_scale(self.gate, self.num_experts, self.num_experts))
 
-    def _unbound(self) -> list[ExpertTensors]:
-        """The weights of each expert. One `unbind` a matrix: its gradient is stacked once, not added E times."""
-        absent = [None] * self.num_experts
-
-        def each(stacked: nn.Parameter | None) -> Sequence[Tensor | None]:
-            return absent if stacked is None else stacked.unbind(0)
-
-        stacks = (self.w_in, self.w_out, self.b_in, self.w_gate, self.b_gate)
-        return list(zip(*map(each, stacks), strict=True))
-
     def _expert(
         self,
         x_TD: Tensor,
@@ -180,7 +164,10 @@ class MoEFFN(nn.Module):
 
     def expert(self, index: int, x_TD: Tensor) -> Tensor:
         """Output of one expert, [T, D], without scale or output bias."""
-        return self._expert(x_TD, *self._unbound()[index])
+        stacks = (self.w_in, self.w_out, self.b_in, self.w_gate, self.b_gate)
+        w_in, w_out, b_in, w_gate, b_gate = (None if stack is None else stack[index] for stack in stacks)
+        assert w_in is not None and w_out is not None
+        return self._expert(x_TD, w_in, w_out, b_in, w_gate, b_gate)
 
     def shared(self, x_TD: Tensor) -> Tensor | None:
         """Output of the shared expert, [T, D]; None where there is none."""
@@ -313,43 +300,25 @@ class MoEFFN(nn.Module):
         return self.finish(x_TD, y_TD)
 
     def grouped(self, x_TD: Tensor, scores_TE: Tensor, choice: Choice) -> Tensor:
-        """Weighted sum of the used experts' outputs, [T, D]: tokens sorted by expert, one product per expert."""
+        """Weighted sum of the used experts' outputs, [T, D]: tokens sorted by expert, one product per expert.
+
+        The gates weigh the neurons, of which a slot has fewer than outputs.
+        """
         autocast = torch.is_autocast_enabled(x_TD.device.type)
         if autocast:
             x_TD = x_TD.to(torch.get_autocast_dtype(x_TD.device.type))  # once, before K copies are gathered
-        tile = TILE if self.training or autocast else 1
-        token_of_slot, slot_P, widths = dispatch(choice, self.num_experts, tile)
-        # index_select, not x[...]: its gradient is an index_add, 15 times faster on a CPU than index_put.
-        x_by_expert = x_TD.index_select(0, token_of_slot).split(widths)
-        y_slots = torch.cat([self._expert(x, *w) for x, w in zip(x_by_expert, self._unbound(), strict=True)])
-        y_PD = y_slots.index_select(0, slot_P)
-        weighed = self.gate != "unit" or self.training
-        gate_TK = self.router.weigh(scores_TE, choice, self.training).to(y_PD.dtype) if weighed else None
-        if choice.used_TK is not None:
-            if gate_TK is not None:
-                y_PD = y_PD * gate_TK[choice.used_TK].unsqueeze(1)
-            return y_PD.new_zeros(x_TD.shape).index_add(0, choice.pairs()[0], y_PD)
-        y_TKD = y_PD.unflatten(0, choice.experts_TK.shape)
-        return y_TKD.sum(1) if gate_TK is None else torch.einsum("tk,tkd->td", gate_TK, y_TKD)
-
-
-def dispatch(choice: Choice, num_experts: int, tile: int) -> tuple[Tensor, Tensor, list[int]]:
-    """Lay the used (token, expert) pairs out by expert, each expert's run rounded up to a multiple of `tile`.
-
-    Returns the token of every slot (padding slots name token 0 and are read by nobody), the slot of every pair [P] in
-    the order of `Choice.pairs`, and the width of each expert's run.
-    """
-    token_P, expert_P = choice.pairs()
-    count_E = torch.bincount(expert_P, minlength=num_experts)
-    width_E = (count_E + tile - 1) // tile * tile
-    # A pair's slot: where its expert's run starts, plus its rank among the pairs of that expert.
-    order = expert_P.argsort(stable=True)
-    rank = torch.arange(len(expert_P), device=expert_P.device) - (count_E.cumsum(0) - count_E)[expert_P[order]]
-    slot_P = torch.empty_like(expert_P).index_copy(0, order, (width_E.cumsum(0) - width_E)[expert_P[order]] + rank)
-    widths = width_E.tolist()
-    token_of_slot = torch.zeros(sum(widths), dtype=torch.int64, device=expert_P.device)
-    token_of_slot[slot_P] = token_P
-    return token_of_slot, slot_P, widths
+        tiled = self.training or autocast or x_TD.device.type != "cpu"
+        tile = tile_of(choice.experts_TK.numel(), self.num_experts) if tiled else 1
+        layout = Layout.of(choice, self.num_experts, tile)
+        x_SD = layout.gather(x_TD)
+        act = ACTIVATIONS[self.activation]
+        h_SM = layout.linear(x_SD, self.w_in, self.b_in)
+        h_SM = act(h_SM) if self.w_gate is None else act(layout.linear(x_SD, self.w_gate, self.b_gate)) * h_SM
+        if self.gate != "unit" or self.training:
+            gate_TK = self.router.weigh(scores_TE, choice, self.training).to(h_SM.dtype)
+            gate_P = gate_TK.flatten() if choice.used_TK is None else gate_TK[choice.used_TK]
+            h_SM = h_SM * layout.spread(gate_P).unsqueeze(1)
+        return layout.add_up(layout.linear(h_SM, self.w_out))
 
 
 class RoutingObserver(Protocol):

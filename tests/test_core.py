@@ -16,7 +16,8 @@ from ffn2moe import partition as partitions
 from ffn2moe.activations import NeuronStatistics
 from ffn2moe.dense import DenseFFN, family_of, ffn_modules, load_dense, read_ffn
 from ffn2moe.experts import merge_experts, neurons_by_expert, shared_neurons, slice_experts
-from ffn2moe.moe import MoEFFN, dispatch, install_moe, moe_layers
+from ffn2moe.grouped import Layout
+from ffn2moe.moe import MoEFFN, install_moe, moe_layers
 from ffn2moe.router import Choice, Router, gates
 from ffn2moe.spec import MoESpec
 from tests.conftest import make_tiny_bert, make_tiny_llama
@@ -221,10 +222,11 @@ def test_the_grouped_layer_equals_the_reference(count, num_experts, data, gated,
 
 @settings(deadline=None, max_examples=40)
 @given(count=st.integers(1, 50), num_experts=st.integers(1, 9), tile=st.sampled_from([1, 4, 16]), data=st.data())
-def test_dispatch_gives_every_pair_a_slot_of_its_own_in_its_experts_run(count, num_experts, tile, data):
+def test_a_layout_gives_every_pair_a_slot_of_its_own_in_its_experts_run(count, num_experts, tile, data):
     num_active = data.draw(st.integers(1, num_experts))
     chosen_TK = torch.stack([torch.randperm(num_experts)[:num_active] for _ in range(count)])
-    token_of_slot, slot_P, widths = dispatch(Choice(chosen_TK, None), num_experts, tile)
+    layout = Layout.of(Choice(chosen_TK, None), num_experts, tile)
+    token_of_slot, slot_P, widths = layout.token_S, layout.slot_P, layout.widths
     slot_TK = slot_P.view_as(chosen_TK)
     assert all(width % tile == 0 for width in widths)
     assert len(slot_TK.flatten().unique()) == slot_TK.numel()
