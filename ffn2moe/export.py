@@ -1,6 +1,7 @@
 """Write a factorised model as an export: a folder that `ffn2moe.runtime` opens, whatever the model's head.
 
-onnx/PLAN.onnx          the graph of a plan; of a seq2seq model, its decoder
+onnx/PLAN.onnx          the graph of a plan, or of several (`ov-dense` runs that of `dense`); of a seq2seq model,
+                        its decoder
 onnx/PLAN.encoder.onnx  the encoder of a seq2seq model
 onnx/*.onnx.data        the weights of a graph of more than 2 GB
 tokenizer/              tokenizer or processor of the teacher
@@ -11,17 +12,18 @@ manifest.json           spec, facts of the model, and of each plan its files, th
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ffn2moe import checkpoint, runtime
 from ffn2moe.dense import family_of, positions
+from ffn2moe.engines import Engine, has_openvino, openvino, openvino_precision
 from ffn2moe.onnx_decoder import canonical_graphs
 from ffn2moe.onnx_graph import LARGEST_FILE, save_graph
 from ffn2moe.onnx_plans import PlanRefused, lower
 from ffn2moe.parity import MAIN_OUTPUT, Parity, Sample, agreement, random_samples
-from ffn2moe.runtime import DENSE_PLANS, QUANTIZED_PLANS, Plan, form_of, with_budget
+from ffn2moe.runtime import DENSE_PLANS, Plan, engine_of, form_of, graph_of, with_budget
 from ffn2moe.spec import MoESpec
 from ffn2moe.verify import FLOAT_TOLERANCE, TANH_TOLERANCE, Known, budget, plan_parity
 
@@ -37,6 +39,7 @@ def export_model(
     folder: str | Path,
     *,
     plans: Iterable[Plan] | None = None,
+    engines: Sequence[Engine] | None = None,
     samples: Sequence[Sample] | None = None,
     float_tolerance: float = FLOAT_TOLERANCE,
     tanh_tolerance: float = TANH_TOLERANCE,
@@ -46,22 +49,28 @@ def export_model(
     """Write every plan of a model, for any head, and check each against PyTorch; gives the manifest.
 
     `student` and `teacher` are transformers models with the head of the spec; without a teacher there are no dense
-    plans. `plans` None means all that the head has (`runtime.plans_of`). They are compared on `samples`
+    plans. `plans` None means all that the head has in these `engines` (`runtime.plans_of`; None: those that are
+    installed). They are compared on `samples`
     (`ffn2moe.parity`; None: random ones). Weights of more than `largest_file` bytes go into a file of their own.
     `track` wraps the plans while they are worked through: (plans, what is done) -> plans.
 
     A plan has the experts of the spec. Of an elastic mixture each is there again for every other budget, as plans of
     their own (`sorted-k1`, whose entry says `num_active`): graphs, files, parity and quality are those of the budget.
 
-    The manifest has `spec`, `model` (facts the runtime needs), `plans` (of each: `file`, `sha256`, `encoder` and
-    `more` files where there are any, `parity_max_abs`, `parity`, and of a quantised one `agreement`: how well its
-    main output points in PyTorch's direction) and `refused`: the reason for each plan whose
-    operators cannot hold the model. The caller may add to it, and writes it with `write_manifest`: until then the
-    folder is no export. ValueError for a float32 plan beyond its tolerance, or a model that cannot be exported.
+    The manifest has `spec`, `model` (facts the runtime needs), `plans` (of each: `engine`, `precision`, `file`,
+    `sha256`, `encoder` and `more` files where there are any, `parity_max_abs`, `parity`, and `agreement`, how well its
+    main output points in PyTorch's direction, where it rounds more than float32 does) and `refused`: the reason for
+    each plan whose operators cannot hold the model. A plan that runs in bfloat16 has the parity of its graph in
+    float32. The caller may add to it, and writes it with `write_manifest`: until then the folder is no export.
+    ValueError for a graph beyond its tolerance, or a model that cannot be exported; EngineMissing for an engine that
+    was asked for and is not installed.
     """
     folder = Path(folder)
     (folder / GRAPHS).mkdir(parents=True, exist_ok=True)
-    wanted = tuple(runtime.plans_of(spec.head) if plans is None else plans)
+    installed: tuple[Engine, ...] = ("onnxruntime", "openvino") if has_openvino() else ("onnxruntime",)
+    wanted = tuple(runtime.plans_of(spec.head, engines or installed) if plans is None else plans)
+    if any(engine_of(plan) == "openvino" for plan in wanted):
+        openvino()
     if teacher is None:
         wanted = tuple(plan for plan in wanted if plan not in DENSE_PLANS)
     if tokenizer is not None:
@@ -76,31 +85,25 @@ def export_model(
     needs_dense = teacher is not None and any(plan in DENSE_PLANS for plan in wanted)
     dense = canonical_graphs(teacher, spec.head, spec.pooling) if needs_dense else {}
     mixtures: dict[int | None, dict[str, Any]] = {}
+    written: dict[str, dict[str, Any]] = {}  # files of each graph
     for plan in track(tuple(budget_of), "writing plans"):
-        form, num_active = form_of(plan), budget_of[plan]
+        form, num_active, name = form_of(plan), budget_of[plan], graph_of(plan)
         if form in manifest["refused"]:
             continue
-        if form not in DENSE_PLANS and num_active not in mixtures:
-            with budget(student, spec, num_active):  # one budget's graphs in memory at a time
-                mixtures = {num_active: canonical_graphs(student, spec.head, spec.pooling)}
-        canonical = dense if form in DENSE_PLANS else mixtures[num_active]
-        try:
-            graphs = {part: lower(graph, form) for part, graph in canonical.items()}  # type: ignore[arg-type]
-        except PlanRefused as reason:
-            manifest["refused"][plan] = str(reason)
-            continue
-        files: dict[str, str] = {}
-        for part, graph in graphs.items():
-            saved = save_graph(graph, folder / _file(plan, part), largest_file)
-            files |= {f"{GRAPHS}/{name}": digest for name, digest in saved.items()}
-        main = _file(plan, "main")
-        entries[plan] = {"file": main, "sha256": files.pop(main)}
+        if name not in written:
+            if form not in DENSE_PLANS and num_active not in mixtures:
+                with budget(student, spec, num_active):  # one budget's graphs in memory at a time
+                    mixtures = {num_active: canonical_graphs(student, spec.head, spec.pooling)}
+            canonical = dense if form in DENSE_PLANS else mixtures[num_active]
+            try:
+                graphs = {part: lower(graph, form_of(name)) for part, graph in canonical.items()}  # type: ignore[arg-type]
+            except PlanRefused as reason:
+                manifest["refused"][plan] = str(reason)
+                continue
+            written[name] = _write(graphs, name, folder, largest_file)
+        entries[plan] = {"engine": engine_of(plan)} | written[name]
         if num_active is not None:
             entries[plan]["num_active"] = num_active
-        if "encoder" in graphs:
-            entries[plan]["encoder"] = _file(plan, "encoder")
-        if files:
-            entries[plan]["more"] = files
 
     if samples is None:
         samples = random_samples(student, spec, CHECKED_ROWS)
@@ -111,15 +114,35 @@ def export_model(
             with budget(student, spec, num_active):
                 compared = teacher if needs_dense and num_active is None else None
                 known[num_active] = Known.of(spec, student, samples, compared)
-        files_of = runtime.checked_files(folder, entries[plan])
-        opened = runtime.opened(folder, plan, manifest, [runtime.session(file, threads=1) for file in files_of])
+        files = runtime.checked_files(folder, entries[plan])
+        sessions = runtime.open_graphs(files, plan, threads=1, precision="float32")
+        opened = runtime.opened(folder, plan, manifest, sessions)
         largest, found = plan_parity(plan, opened.outputs, known[num_active], float_tolerance, tanh_tolerance)
         entries[plan] |= {"parity_max_abs": _rounded(largest), "parity": _details(found)}
-        if form in QUANTIZED_PLANS:
+        if engine_of(plan) == "openvino" and openvino_precision() != "float32":
+            sessions = runtime.open_graphs(files, plan, threads=1)
+            opened = runtime.opened(folder, plan, manifest, sessions)
+        entries[plan]["precision"] = runtime.precision_of(plan, sessions[0])
+        if entries[plan]["precision"] != "float32":
             references = known[num_active].teacher if form in DENSE_PLANS else known[num_active].student
             assert references is not None
             entries[plan]["agreement"] = _rounded(agreement(opened.outputs, references, MAIN_OUTPUT[spec.head]))
     return manifest
+
+
+def _write(graphs: Mapping[str, Any], name: str, folder: Path, largest_file: int) -> dict[str, Any]:
+    """Writes the graphs of a plan, its main one and an encoder's; gives what the manifest says of the files."""
+    files: dict[str, str] = {}
+    for part, graph in graphs.items():
+        saved = save_graph(graph, folder / _file(name, part), largest_file)
+        files |= {f"{GRAPHS}/{file}": digest for file, digest in saved.items()}
+    main = _file(name, "main")
+    entry: dict[str, Any] = {"file": main, "sha256": files.pop(main)}
+    if "encoder" in graphs:
+        entry["encoder"] = _file(name, "encoder")
+    if files:
+        entry["more"] = files
+    return entry
 
 
 def write_manifest(folder: str | Path, manifest: dict[str, Any]) -> None:

@@ -1,6 +1,6 @@
 """Open an export and use it, by any of its plans: embeddings, generated text, logits, hidden states.
 
-Needs numpy, onnxruntime and tokenizers, and no torch: an export is light to serve.
+Needs numpy, tokenizers and the plan's engine (`ffn2moe.engines`), and no torch: an export is light to serve.
 """
 
 from __future__ import annotations
@@ -15,19 +15,21 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 
+from ffn2moe.engines import CPU, Engine, Graph, Precision, open_graph, session
+
 if TYPE_CHECKING:
-    import onnxruntime
     from tokenizers import Tokenizer
 
-# What they are: ffn2moe.onnx_plans.
-Plan = Literal["dense", "dense8", "dense4", "fused", "qmoe8", "qmoe4", "sorted", "sorted8"]
-DECODER_PLANS: tuple[Plan, ...] = get_args(Plan)
+# What they are: ffn2moe.onnx_plans. Those of OpenVINO begin with ov-.
+Plan = Literal["dense", "dense8", "dense4", "fused", "qmoe8", "qmoe4", "sorted", "sorted8", "ov-dense", "ov-sorted"]
+OV = "ov-"
+DECODER_PLANS: tuple[Plan, ...] = ("dense", "dense8", "dense4", "fused", "qmoe8", "qmoe4", "sorted", "sorted8")
 PLANS: tuple[Plan, ...] = ("dense", "dense8", "fused", "sorted", "sorted8")  # of models that read all at once
-DENSE_PLANS: tuple[Plan, ...] = ("dense", "dense8", "dense4")
+OPENVINO_PLANS: tuple[Plan, ...] = tuple(plan for plan in get_args(Plan) if plan.startswith(OV))
+DENSE_PLANS: tuple[Plan, ...] = ("dense", "dense8", "dense4", "ov-dense")
 INT8_PLANS: tuple[Plan, ...] = ("dense8", "sorted8")  # by ONNX Runtime's dynamic quantisation
 QUANTIZED_PLANS: tuple[Plan, ...] = (*INT8_PLANS, "dense4", "qmoe8", "qmoe4")
 OP_PLANS: tuple[Plan, ...] = ("fused", "qmoe8", "qmoe4")  # rest on an operator that is tested when it is opened
-CPU = ("CPUExecutionProvider",)
 MANIFEST, PLAN_FILE = "manifest.json", "plan.json"
 BATCH_TOKENS = 1024  # at once: more leave the processor's cache (int8 plans: a fifth slower at 4096)
 UNMEASURED_PLAN = "sorted"  # where no benchmark has chosen: float32 and standard ops, good everywhere
@@ -50,45 +52,27 @@ def form_of(plan: str) -> str:
     return plan.partition("-k")[0]
 
 
-def plans_of(head: str) -> tuple[Plan, ...]:
+def engine_of(plan: str) -> Engine:
+    """What runs a plan."""
+    return "openvino" if plan.startswith(OV) else "onnxruntime"
+
+
+def graph_of(plan: str) -> str:
+    """The plan whose graph a plan runs: plans of several engines share one where it is standard ONNX."""
+    form = form_of(plan)
+    return plan.removeprefix(OV) if form in ("ov-dense", "ov-sorted") else plan
+
+
+def precision_of(plan: str, graph: Graph) -> str:
+    """What a plan of an open graph multiplies in: `float32`, `bfloat16`, `int8` or `int4` (the weights, at least)."""
+    form = form_of(plan)
+    return f"int{form[-1]}" if form in QUANTIZED_PLANS else graph.precision
+
+
+def plans_of(head: str, engines: Sequence[Engine] = ("onnxruntime",)) -> tuple[Plan, ...]:
     """The plans of models with this head: those that decode token by token have plans for that."""
-    return DECODER_PLANS if head in ("causal", "seq2seq") else PLANS
-
-
-def session(
-    graph: str | Path | bytes, *, threads: int | None = None, providers: Sequence[str] = CPU
-) -> onnxruntime.InferenceSession:
-    """An ONNX Runtime session on `threads` threads (None: one a core), on the named execution providers.
-
-    Denormal numbers are taken as zero: they are what a masked token's attention comes to, they change nothing,
-    and a CPU multiplies them many times slower. (ONNX Runtime decides this for the process, in its first session.)
-    """
-    import onnxruntime as ort
-
-    available = ort.get_available_providers()
-    for provider in providers:
-        if provider not in available:
-            raise ValueError(
-                f"the execution provider {provider!r} is not in this onnxruntime; it has: {', '.join(available)}"
-            )
-    options = ort.SessionOptions()
-    options.log_severity_level = 3  # errors; a failed run raises anyway
-    options.intra_op_num_threads = threads or 0
-    options.inter_op_num_threads = 1
-    options.add_session_config_entry("session.set_denormal_as_zero", "1")
-    if threads == 1:  # a lone thread need not wait for others
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    content = graph if isinstance(graph, bytes) else str(graph)
-    if tuple(providers) != CPU:  # a provider that cannot start says so below, once; not in red, and twice
-        ort.set_default_logger_severity(4)
-    opened = ort.InferenceSession(content, options, providers=list(providers))
-    started = opened.get_providers()
-    if started[0] != providers[0]:
-        raise ValueError(
-            f"the execution provider {providers[0]!r} does not start on this machine (no such device, or its driver "
-            f"or libraries are missing); leave it out to use {started[0]}"
-        )
-    return opened
+    of_head = DECODER_PLANS if head in ("causal", "seq2seq") else PLANS
+    return tuple(plan for plan in (*of_head, *OPENVINO_PLANS) if engine_of(plan) in engines)
 
 
 class Export:
@@ -99,7 +83,7 @@ class Export:
         path: Path,
         plan: str,
         manifest: Mapping[str, Any],
-        graph: onnxruntime.InferenceSession,
+        graph: Graph,
         tokenizer: Tokenizer,
     ) -> None:
         self.path = path
@@ -163,12 +147,14 @@ def open_export(
     plan: str | None = None,
     threads: int | None = None,
     providers: Sequence[str] = CPU,
+    precision: Precision | None = None,
 ) -> Any:
     """Open the export in folder `path`: an `Export` of embeddings, or a `CausalExport`, `Seq2SeqExport` or
     `ModelExport`, by the head of the model.
 
     `plan` None takes the one that the benchmark chose (plan.json), or `sorted` where none has run. The graphs must
     have the sha256 of the manifest, and a plan that rests on a MoE op must pass `self_test` on this runtime.
+    `threads` None takes one a core; `precision` is OpenVINO's (`ffn2moe.engines.open_graph`).
     Raises FileNotFoundError or ValueError, with cause and remedy.
     """
     path = Path(path)
@@ -182,11 +168,24 @@ def open_export(
     files = checked_files(path, plans[plan])
     if form_of(plan) in OP_PLANS:
         self_tests(plan, manifest["spec"], providers)
-    graphs = [session(file, threads=threads, providers=providers) for file in files]
+    graphs = open_graphs(files, plan, threads=threads, providers=providers, precision=precision)
     return opened(path, plan, manifest, graphs)
 
 
-def opened(path: Path, plan: str, manifest: Mapping[str, Any], graphs: Sequence[onnxruntime.InferenceSession]) -> Any:
+def open_graphs(
+    files: Sequence[Path],
+    plan: str,
+    *,
+    threads: int | None = None,
+    providers: Sequence[str] = CPU,
+    precision: Precision | None = None,
+) -> list[Graph]:
+    """The graphs of a plan in its engine (`ffn2moe.engines.open_graph`)."""
+    engine = engine_of(plan)
+    return [open_graph(file, engine, threads=threads, providers=providers, precision=precision) for file in files]
+
+
+def opened(path: Path, plan: str, manifest: Mapping[str, Any], graphs: Sequence[Graph]) -> Any:
     """The object for the head of the export, over sessions that are open: its graph, and then its encoder's."""
     head, spec = manifest["spec"]["head"], manifest["spec"]
     tokenizer = None
@@ -211,7 +210,7 @@ class _Decoder:
         path: Path,
         plan: str,
         manifest: Mapping[str, Any],
-        graphs: Sequence[onnxruntime.InferenceSession],
+        graphs: Sequence[Graph],
         tokenizer: Tokenizer,
     ) -> None:
         self.path = path
@@ -222,10 +221,10 @@ class _Decoder:
         self._tokenizer = tokenizer
         self._model: Mapping[str, Any] = manifest["model"]
         self._pad_id = _padding_id(path / "tokenizer", tokenizer)
-        self._outputs = [output.name for output in self._graph.get_outputs()]
+        self._outputs = list(self._graph.outputs)
         # Shapes [B, H, tokens, d] of the cached keys and values.
         self._cache_shapes = {
-            value.name: value.shape for value in self._graph.get_inputs() if value.name.startswith("past_key_values.")
+            name: shape for name, shape in self._graph.inputs.items() if name.startswith("past_key_values.")
         }
 
     def __repr__(self) -> str:
@@ -238,27 +237,18 @@ class _Decoder:
         return None if limit is None else int(limit)
 
     def _empty_cache(self, batch: int) -> dict[str, Any]:
-        import onnxruntime as ort
-
         return {
-            name: ort.OrtValue.ortvalue_from_numpy(np.zeros((batch, shape[1], 0, shape[3]), dtype=np.float32))
+            name: np.zeros((batch, shape[1], 0, shape[3]), dtype=np.float32)
             for name, shape in self._cache_shapes.items()
         }
 
     def _step(self, ids_BL: np.ndarray, cache: dict[str, Any], others: Mapping[str, Any]) -> np.ndarray:
         """Logits [B, L, V] of the next tokens; the cache is replaced by the longer one."""
-        import onnxruntime as ort
-
-        arrays = {"input_ids": ids_BL} | {
-            name: value for name, value in others.items() if isinstance(value, np.ndarray)
-        }
-        values = {name: ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()}
-        found = self._graph.run_with_ort_values(self._outputs, {**others, **values, **cache})
+        found = self._graph.run_values(self._outputs, {"input_ids": ids_BL, **others, **cache})
         by_name = dict(zip(self._outputs, found, strict=True))
         for name in cache:
             cache[name] = by_name[name.replace("past_key_values", "present")]
-        logits_BLV: np.ndarray = by_name["logits"].numpy()
-        return logits_BLV
+        return self._graph.array(by_name["logits"])
 
     def _require_room(self, tokens: int, what: str) -> None:
         if self.longest is not None and tokens > self.longest:
@@ -341,7 +331,7 @@ class CausalExport(_Decoder):
             ids = [int(self._model["bos_token_id"])]
         if not ids:
             raise ValueError("the prompt is empty, and this model has no token to begin a text with: give it a word")
-        vocabulary = self._graph.get_outputs()[0].shape[-1]
+        vocabulary = self._graph.outputs["logits"][-1]
         if min(ids) < 0 or max(ids) >= vocabulary:
             raise ValueError(f"a token id of the prompt is outside of the vocabulary, 0 to {vocabulary - 1}")
         return ids
@@ -474,12 +464,9 @@ class Seq2SeqExport(_Decoder):
     def encode(self, source: Mapping[str, np.ndarray]) -> dict[str, Any]:
         """What the decoder reads of a source: keys and values of each of its layers, and the source's mask."""
         assert self._encoder is not None
-        import onnxruntime as ort
-
-        names = [output.name for output in self._encoder.get_outputs()]
-        values = {name: ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array)) for name, array in source.items()}
-        found = dict(zip(names, self._encoder.run_with_ort_values(names, values), strict=True))
-        wanted = {value.name for value in self._graph.get_inputs()}
+        names = list(self._encoder.outputs)
+        found = dict(zip(names, self._encoder.run_values(names, source), strict=True))
+        wanted = self._graph.inputs
         read: dict[str, Any] = {name: value for name, value in found.items() if name in wanted}
         if "encoder_attention_mask" in wanted:
             read["encoder_attention_mask"] = source["attention_mask"]
@@ -573,7 +560,7 @@ class ModelExport:
         path: Path,
         plan: str,
         manifest: Mapping[str, Any],
-        graphs: Sequence[onnxruntime.InferenceSession],
+        graphs: Sequence[Graph],
         tokenizer: Tokenizer | None,
     ) -> None:
         self.path = path
@@ -582,7 +569,7 @@ class ModelExport:
         self._graph = graphs[0]
         self._tokenizer = tokenizer
         self._pad_id = 0 if tokenizer is None else _padding_id(path / "tokenizer", tokenizer)
-        self._outputs = [output.name for output in self._graph.get_outputs()]
+        self._outputs = list(self._graph.outputs)
 
     def __repr__(self) -> str:
         return f"ModelExport({str(self.path)!r}, plan={self.plan!r})"
@@ -590,7 +577,7 @@ class ModelExport:
     @property
     def inputs(self) -> tuple[str, ...]:
         """Names of what it reads: `input_ids` and `attention_mask`, or `pixel_values` [B, channels, H, W]."""
-        return tuple(value.name for value in self._graph.get_inputs())
+        return tuple(self._graph.inputs)
 
     def batch(self, texts: Sequence[str]) -> dict[str, np.ndarray]:
         """Token ids and mask of texts as one batch, int64 [B, L] each."""

@@ -62,6 +62,7 @@ def run(stage: StageRun) -> None:
             tokenizer,
             spec,
             partial,
+            engines=params.export.engines,
             samples=list(text_samples(ids, spec.head, params.seed)),
             float_tolerance=params.export.float_tolerance,
             tanh_tolerance=params.export.tanh_tolerance,
@@ -80,11 +81,12 @@ def run(stage: StageRun) -> None:
         if spec.container:
             manifest["container"] = write_container(stage, student, teacher, spec, partial / "container", ids)
         write_card(partial / "container", spec, manifest)
+        packages = [*PACKAGES, *(("openvino",) if "openvino" in params.export.engines else ())]
         manifest |= {
             "teacher": {"source": spec.teacher, "sha256": runtime.sha256(teacher_weights(root / TEACHER))},
             "seed": params.seed,
             "data_sha256": data_sha256(root / "data"),
-            "versions": {"ffn2moe": ffn2moe.__version__} | {package: version(package) for package in PACKAGES},
+            "versions": {"ffn2moe": ffn2moe.__version__} | {package: version(package) for package in packages},
         }
         StageRun("export", params, partial).write_json("manifest.json", manifest)
         keep(partial, folder)
@@ -119,10 +121,10 @@ class PlanQuality:
         from ffn2moe import runtime
 
         params, form = self.stage.params, runtime.form_of(plan)
-        is_another = form in runtime.QUANTIZED_PLANS or "num_active" in entry
+        is_another = entry["precision"] != "float32" or "num_active" in entry
         if is_another or entry["parity_max_abs"] > params.export.float_tolerance:
             files = runtime.checked_files(folder, entry)
-            graphs = [runtime.session(file, threads=params.compute.threads) for file in files]
+            graphs = runtime.open_graphs(files, plan, threads=params.compute.threads)
             figure = self.measured(runtime.opened(folder, plan, manifest, graphs))
         else:
             figure = self.known["teacher" if form in runtime.DENSE_PLANS else "student"]

@@ -22,6 +22,7 @@ import ffn2moe
 from ffn2moe import cli, onnx_decoder, onnx_plans, runtime
 from ffn2moe.dense import load_dense, read_ffn
 from ffn2moe.experts import neurons_by_expert, slice_experts
+from ffn2moe.engines import OnnxRuntimeGraph, session
 from ffn2moe.export import export_model, write_manifest
 from ffn2moe.moe import MoEFFN, install_moe, spec_of
 from ffn2moe.parity import parity, random_samples, reference
@@ -125,7 +126,9 @@ def opened(graphs: dict[str, Any], kind: type = runtime.CausalExport) -> Any:
     """An export of graphs in memory, without a tokenizer."""
     import onnx_ir as ir
 
-    sessions = [runtime.session(ir.to_proto(graph).SerializeToString(), threads=1) for graph in graphs.values()]
+    sessions = [
+        OnnxRuntimeGraph(session(ir.to_proto(graph).SerializeToString(), threads=1)) for graph in graphs.values()
+    ]
 
     class Nothing:
         def token_to_id(self, _: str) -> None: ...
