@@ -22,7 +22,7 @@ export MLFLOW_DISABLE_TELEMETRY := true
 export HF_HUB_DISABLE_TELEMETRY := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run sweep repro test check bench clean
+.PHONY: help setup run sweep repro test check bench native clean
 
 help:
 	@echo 'make run     the whole pipeline; SET="name=trial decompose.num_experts=16" for one run in a workspace of its own'
@@ -30,6 +30,7 @@ help:
 	@echo 'make test    the tests; TESTS="tests/test_moe.py -k oracle" for some of them'
 	@echo 'make check   ruff, mypy, import-linter'
 	@echo 'make bench   time every execution plan of the export again, on this machine'
+	@echo 'make native  build the fused experts operator for OpenVINO, with the C++ compiler of this machine'
 	@echo 'make repro   the same stages as make run by DVC alone: no Prefect, no run record'
 	@echo 'make setup   the environment in $(VENV), at the versions of constraints.txt; every target does it first'
 	@echo 'make clean   remove caches and scratch; results, the run record and the environment stay'
@@ -86,6 +87,9 @@ check: $(STAMP)
 
 bench: $(STAMP)
 	@PATH="$(abspath $(BIN)):$$PATH" $(BIN)/dvc repro --force --single-item benchmark
+
+native: $(STAMP)
+	@$(BIN)/python -m ffn2moe.native
 
 clean:
 	@rm -rf .cache .workspaces .prefect .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache build *.egg-info

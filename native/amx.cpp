@@ -1,0 +1,266 @@
+// AMX: tiles of 16 tokens by 16 outputs. Whole-numbered weights by TDPBSSD (high bytes) and TDPBUSD (low bytes),
+// bfloat16 weights by TDPBF16PS.
+#if defined(__AMX_INT8__) && defined(__linux__)
+#include "avx512.h"
+
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+namespace ffn2moe {
+namespace {
+
+constexpr int kDepth16 = 32; // inputs in a tile of bfloat16
+
+// How tiles 0 to 7 are shaped: sums 0 to 3 and activations 4, 5 have `rows` rows, weights 6, 7 have 16.
+struct alignas(64) Shape {
+    uint8_t palette, start_row, zero[14];
+    uint16_t bytes[16];
+    uint8_t rows[16];
+};
+
+inline void shape_tiles(int rows) {
+    Shape shape = {};
+    shape.palette = 1;
+    for (int tile = 0; tile < 8; ++tile) {
+        shape.bytes[tile] = 64;
+        shape.rows[tile] = uint8_t(tile < 6 ? rows : 16);
+    }
+    _tile_loadconfig(&shape);
+}
+
+thread_local Shape others; // the shape that the thread had: the engine's own kernels keep theirs between calls
+
+void enter() { _tile_storeconfig(&others); }
+
+void leave() {
+    if (others.palette)
+        _tile_loadconfig(&others);
+    else
+        _tile_release();
+}
+
+struct alignas(64) Scratch {
+    int32_t sums[4][kRows][kRows];
+};
+
+// Two panels of signed bytes and 16 tokens: sums 0 and 2 of high, 1 and 3 of low bytes.
+inline void product_whole(const uint8_t* tiles, int depth, const uint8_t* panel0, const uint8_t* panel1,
+                          Scratch& scratch) {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    for (int k = 0; k < depth; k += kDepth, tiles += 2 * kTile, panel0 += kTile, panel1 += kTile) {
+        _tile_loadd(4, tiles, 64);
+        _tile_loadd(6, panel0, 64);
+        _tile_dpbssd(0, 4, 6);
+        _tile_loadd(5, tiles + kTile, 64);
+        _tile_dpbusd(1, 5, 6);
+        _tile_loadd(7, panel1, 64);
+        _tile_dpbssd(2, 4, 7);
+        _tile_dpbusd(3, 5, 7);
+    }
+    _tile_stored(0, scratch.sums[0], 64);
+    _tile_stored(1, scratch.sums[1], 64);
+    _tile_stored(2, scratch.sums[2], 64);
+    _tile_stored(3, scratch.sums[3], 64);
+}
+
+// Two panels of bfloat16 and 32 tokens (`two`) or 16: sums 0 and 1 of the first 16 tokens, 2 and 3 of the others.
+inline void product_bf16(const uint8_t* tiles, const uint8_t* others16, int depth, const uint8_t* panel0,
+                         const uint8_t* panel1, Scratch& scratch) {
+    _tile_zero(0);
+    _tile_zero(1);
+    if (others16) {
+        _tile_zero(2);
+        _tile_zero(3);
+        for (int k = 0; k < depth;
+             k += kDepth16, tiles += kTile, others16 += kTile, panel0 += kTile, panel1 += kTile) {
+            _tile_loadd(4, tiles, 64);
+            _tile_loadd(6, panel0, 64);
+            _tile_dpbf16ps(0, 4, 6);
+            _tile_loadd(7, panel1, 64);
+            _tile_dpbf16ps(1, 4, 7);
+            _tile_loadd(5, others16, 64);
+            _tile_dpbf16ps(2, 5, 6);
+            _tile_dpbf16ps(3, 5, 7);
+        }
+        _tile_stored(2, scratch.sums[2], 64);
+        _tile_stored(3, scratch.sums[3], 64);
+    } else {
+        for (int k = 0; k < depth; k += kDepth16, tiles += kTile, panel0 += kTile, panel1 += kTile) {
+            _tile_loadd(4, tiles, 64);
+            _tile_loadd(6, panel0, 64);
+            _tile_dpbf16ps(0, 4, 6);
+            _tile_loadd(7, panel1, 64);
+            _tile_dpbf16ps(1, 4, 7);
+        }
+    }
+    _tile_stored(0, scratch.sums[0], 64);
+    _tile_stored(1, scratch.sums[1], 64);
+}
+
+inline void load_bf16(const Rows& source, int width, const Operand& operand) {
+    const int steps = operand.depth / kDepth16;
+    for (int row = 0; row < round_up(operand.rows, kRows); ++row) {
+        uint8_t* tile = operand.tiles + size_t(row / kRows) * steps * kTile + row % kRows * 64;
+        const float* x = row < operand.rows ? source[row] : nullptr;
+        for (int step = 0; step < steps; ++step, tile += kTile) {
+            const int k = step * kDepth16;
+            const __m512 first = x ? _mm512_maskz_loadu_ps(first_of(width - k), x + k) : _mm512_setzero_ps();
+            const __m512 second = x ? _mm512_maskz_loadu_ps(first_of(width - k - 16), x + k + 16) : _mm512_setzero_ps();
+            _mm512_storeu_si512(tile, (__m512i)_mm512_cvtne2ps_pbh(second, first));
+        }
+    }
+}
+
+inline __m512 whole_sum(const Scratch& scratch, int which, int r) {
+    return _mm512_fmadd_ps(_mm512_cvtepi32_ps(_mm512_load_si512(scratch.sums[which][r])), _mm512_set1_ps(256),
+                           _mm512_cvtepi32_ps(_mm512_load_si512(scratch.sums[which + 1][r])));
+}
+
+inline __m512 float_sum(const Scratch& scratch, int which, int r) {
+    return _mm512_castsi512_ps(_mm512_load_si512(scratch.sums[which][r]));
+}
+
+// Panels as the products read them: numbers of 4 bits are decoded, into memory of the thread.
+struct Panels {
+    const uint8_t *first, *second;
+};
+
+inline Panels numbers_of(const Layer& layer, const uint8_t* panel0, const uint8_t* panel1, int depth) {
+    if (layer.weights != Weights::int4) return {panel0, panel1};
+    thread_local struct Decoded {
+        uint8_t* bytes = nullptr;
+        size_t size = 0;
+        ~Decoded() { __builtin_free(bytes); }
+    } decoded;
+    const size_t size = size_t(depth) * kRows;
+    if (decoded.size < 2 * size) {
+        __builtin_free(decoded.bytes);
+        void* fresh = nullptr;
+        if (posix_memalign(&fresh, kLine, 2 * size)) __builtin_trap();
+        decoded.bytes = static_cast<uint8_t*>(fresh);
+        decoded.size = 2 * size;
+    }
+    decode_int4(panel0, depth, 0, depth, decoded.bytes);
+    if (panel1 != panel0) decode_int4(panel1, depth, 0, depth, decoded.bytes + size);
+    return {decoded.bytes, panel1 == panel0 ? decoded.bytes : decoded.bytes + size};
+}
+
+// Calls body(row, count, r -> sums of the first panel, r -> sums of the second) for tiles of tokens.
+template <class Body>
+inline void products(const Layer& layer, const uint8_t* panel0, const uint8_t* panel1, const Operand& x,
+                     Scratch& scratch, const Body& body) {
+    const Panels panels = numbers_of(layer, panel0, panel1, x.depth);
+    __asm__ volatile("" ::: "memory"); // the compiler does not know that tiles are loaded from memory it has written
+    const size_t tile = size_t(x.depth) * kRows * 2;
+    for (int row = 0; row < x.rows;) {
+        const uint8_t* at = x.tiles + row / kRows * tile;
+        const int left = x.rows - row;
+        if (layer.weights != Weights::bf16) {
+            product_whole(at, x.depth, panels.first, panels.second, scratch);
+            body(row, left < kRows ? left : kRows, [&](int r, int which) { return whole_sum(scratch, 2 * which, r); });
+            row += kRows;
+        } else {
+            const bool two = left > kRows;
+            product_bf16(at, two ? at + tile : nullptr, x.depth, panels.first, panels.second, scratch);
+            for (int half = 0; half < (two ? 2 : 1); ++half) {
+                const int count = left - half * kRows < kRows ? left - half * kRows : kRows;
+                body(row + half * kRows, count, [&](int r, int which) { return float_sum(scratch, 2 * half + which, r); });
+            }
+            row += two ? 2 * kRows : kRows;
+        }
+    }
+}
+
+size_t tile_bytes(Weights, int depth) { return size_t(depth) * kRows * 2; }
+
+void load(Weights weights, const Rows& source, int width, const Operand& operand) {
+    weights == Weights::bf16 ? load_bf16(source, width, operand) : load_whole(source, width, operand);
+}
+
+// What a token's sums are multiplied by, beside the scales of the weights.
+inline __m512 scale_of(const Layer& layer, const Operand& x, int row, float gate) {
+    return _mm512_set1_ps(layer.weights == Weights::bf16 ? gate : gate * x.scales[row]);
+}
+
+void hidden(const Layer& layer, const uint8_t* expert, const Operand& x, int first, int last, float* h,
+            size_t stride) {
+    Scratch scratch;
+    shape_tiles(x.rows < kRows ? x.rows : kRows);
+    const size_t bytes = layer.hidden_bytes(), after = layer.numbers(x.depth);
+    const bool scaled = layer.weights != Weights::bf16;
+    const size_t bias_after = after + (scaled ? kLine : 0);
+    const __m512 one = _mm512_set1_ps(1);
+    for (int panel = first; panel < last; panel += layer.gated ? 1 : 2) {
+        // Gated: the panel of W_in and that of W_gate. Else: two panels of W_in.
+        const uint8_t* in0 = expert + panel * bytes * (layer.gated ? 2 : 1);
+        const uint8_t* in1 = layer.gated || panel + 1 < last ? in0 + bytes : in0;
+        const __m512 scale0 = scaled ? vector(in0 + after) : one, bias0 = vector(in0 + bias_after);
+        const __m512 scale1 = scaled ? vector(in1 + after) : one, bias1 = vector(in1 + bias_after);
+        products(layer, in0, in1, x, scratch, [&](int row, int count, const auto& sum) {
+            for (int r = 0; r < count; ++r) {
+                const __m512 factor = scale_of(layer, x, row + r, 1);
+                const __m512 first_z = _mm512_fmadd_ps(sum(r, 0), _mm512_mul_ps(factor, scale0), bias0);
+                const __m512 second_z = _mm512_fmadd_ps(sum(r, 1), _mm512_mul_ps(factor, scale1), bias1);
+                float* at = h + (row + r) * stride + panel * kRows;
+                if (layer.gated) {
+                    _mm512_storeu_ps(at, _mm512_mul_ps(activate(layer.activation, second_z), first_z));
+                } else {
+                    _mm512_storeu_ps(at, activate(layer.activation, first_z));
+                    if (in1 != in0) _mm512_storeu_ps(at + kRows, activate(layer.activation, second_z));
+                }
+            }
+        });
+    }
+}
+
+void output(const Layer& layer, const uint8_t* expert, const Operand& h, int first, int last, float* y, size_t stride,
+            const int32_t* index, const float* gates) {
+    Scratch scratch;
+    shape_tiles(h.rows < kRows ? h.rows : kRows);
+    const size_t bytes = layer.output_bytes(), after = layer.numbers(h.depth);
+    const bool scaled = layer.weights != Weights::bf16;
+    const __m512 one = _mm512_set1_ps(1);
+    const uint8_t* out = layer.output_at(expert);
+    for (int panel = first; panel < last; panel += 2) {
+        const uint8_t* out0 = out + panel * bytes;
+        const uint8_t* out1 = panel + 1 < last ? out0 + bytes : out0;
+        const __m512 scale0 = scaled ? vector(out0 + after) : one, scale1 = scaled ? vector(out1 + after) : one;
+        const __mmask16 valid0 = first_of(layer.width - panel * kRows);
+        const __mmask16 valid1 = out1 == out0 ? 0 : first_of(layer.width - (panel + 1) * kRows);
+        products(layer, out0, out1, h, scratch, [&](int row, int count, const auto& sum) {
+            for (int r = 0; r < count; ++r) {
+                const __m512 factor = scale_of(layer, h, row + r, gates[row + r]);
+                float* at = y + stride * size_t(index[row + r]) + panel * kRows;
+                add_output(at, valid0, _mm512_mul_ps(sum(r, 0), _mm512_mul_ps(factor, scale0)));
+                add_output(at + kRows, valid1, _mm512_mul_ps(sum(r, 1), _mm512_mul_ps(factor, scale1)));
+            }
+        });
+    }
+}
+
+bool supported() {
+    unsigned a, b, c, d;
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
+    const unsigned wanted = 1u << 22 | 1u << 24 | 1u << 25; // amx-bf16, amx-tile, amx-int8
+    if ((d & wanted) != wanted) return false;
+    if (!__get_cpuid_count(7, 1, &a, &b, &c, &d) || !(a & 1u << 5)) return false; // avx512-bf16
+    constexpr long request_permission = 0x1023, tile_data = 18;                   // ARCH_REQ_XCOMP_PERM
+    return syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
+}
+
+} // namespace
+} // namespace ffn2moe
+
+const ffn2moe::Path* ffn2moe::amx() {
+    static const Path path = {"amx", tile_bytes, load, hidden, output, enter, leave};
+    static const bool here = avx512() && supported();
+    return here ? &path : nullptr;
+}
+#else
+#include "kernels.h"
+const ffn2moe::Path* ffn2moe::amx() { return nullptr; }
+#endif
