@@ -19,7 +19,7 @@ from typing import Any
 
 from flows.workspace import FlowError, plan
 from tasks import params as parameters
-from tasks.params import ParamsError
+from tasks.params import Params, ParamsError
 
 EXAMPLE = "decompose.num_experts=8,16 decompose.num_active=1,2"
 PROPOSALS = 200  # in a row that may be illegal or known before a search counts as exhausted
@@ -126,6 +126,7 @@ class Study:
         self.search = search
         self._source = source
         self._axes = dict(axes)
+        self._params: dict[tuple[str, ...], Params] = {}
         raw = parameters.read(source / "params.yaml")
         committed = parameters.validate(raw)
         for key, axis in axes.items():  # a key nobody knows is said at once, not for every cell
@@ -246,9 +247,16 @@ class Study:
         name = f"{self.name}-{number:03}"
         return Cell(number, name, (f"name={name}", *(f"{key}={value}" for key, value in values.items())))
 
+    def params(self, cell: Cell) -> Params:
+        """The validated parameters of a cell; ParamsError if they contradict each other."""
+        if cell.settings not in self._params:
+            raw = plan(self._source, cell.settings, self._called_from)[0]
+            self._params[cell.settings] = parameters.validate(raw, source="the settings")
+        return self._params[cell.settings]
+
     def _illegal(self, cell: Cell) -> str | None:
         try:
-            plan(self._source, cell.settings, self._called_from)
+            self.params(cell)
         except ParamsError as error:
             return str(error).removeprefix("the settings: ")
         return None

@@ -47,9 +47,9 @@ from rich.table import Table
 from flows import study as studies
 from flows.guardian import guard
 from flows.study import Cell, Study
-from flows.workspace import ROOM_NEEDED, FlowError, check, commit, plan
+from flows.workspace import ROOM_NEEDED, FlowError, check, commit
 from tasks import compare
-from tasks.params import Params, load_params, validate
+from tasks.params import load_params
 from tasks.stage import PipelineRecord, clock, default_tracking_uri, explain, remove
 
 ROOT = pipeline.ROOT
@@ -310,13 +310,20 @@ def _make(
         while waiting and len(running) < (at_a_time or _fit(study, len(running))):
             _require_room(study)
             job = _job(study, waiting, swept, record)
+            if study.noted(waiting, "made"):  # before the sweep was stopped
+                made.append(job)
+                waiting = next(wave, None)
+                continue
             progress.tell(waiting, f"runs, {job.file.with_name('log.txt').relative_to(ROOT)}")
             running[waiting.number] = make.submit(waiting.name, job, crew, done)
             waiting = next(wave, None)
+        if not running:
+            break
         job = done.get()
         future = running.pop(job.cell.number)
         future.wait()
         if future.state.is_completed():
+            study.note(job.cell, made=True)
             made.append(job)
             progress.tell(job.cell, "made; measured when the others are")
         else:
@@ -330,7 +337,7 @@ def _measure(study: Study, job: Job, crew: Crew, progress: Progressing) -> None:
     if not state.is_completed():
         return _failed(study, job, state, progress)
     export = ROOT / "exports" / cell.name
-    params = _params(study, cell)
+    params = study.params(cell)
     found = compare.points(cell.number, export)
     if not found:
         return _end_badly(study, job, "the export holds no plan of a mixture", progress)
@@ -443,10 +450,6 @@ def _own_record(study: Study, cell: Cell, record: PipelineRecord) -> PipelineRec
     return own
 
 
-def _params(study: Study, cell: Cell) -> Params:
-    return validate(plan(ROOT, cell.settings, study.called_from)[0])
-
-
 def _compare(study: Study, crew: Crew) -> list[dict[str, Any]]:
     """The points of all cells with speeds from one session, as rows; in points.csv, results.json and front.png too."""
     cells = study.finished()
@@ -454,8 +457,8 @@ def _compare(study: Study, crew: Crew) -> list[dict[str, Any]]:
         raise FlowError("no cell came to anything; " + "; ".join(_without_figures(study)[:3]))
     found: list[compare.Point] = []
     # Cells with one teacher share its dense plans; another teacher has its own, in a session of its own.
-    by_teacher = sorted(cells, key=lambda cell: str(_params(study, cell).teacher))
-    for number, (_, group) in enumerate(groupby(by_teacher, key=lambda cell: str(_params(study, cell).teacher))):
+    by_teacher = sorted(cells, key=lambda cell: str(study.params(cell).teacher))
+    for number, (_, group) in enumerate(groupby(by_teacher, key=lambda cell: str(study.params(cell).teacher))):
         for part, several in enumerate(_in_memory(list(group))):
             found += _session(study, several, study.folder / f"session-{number}-{part}.json", crew)
     best = compare.best_of(found)
@@ -501,7 +504,7 @@ def _session(study: Study, cells: list[Cell], path: Path, crew: Crew) -> list[co
 
     Of each cell those plans that none of its own beats. A session of the same plans that is there is not repeated.
     """
-    params = _params(study, cells[0])
+    params = study.params(cells[0])
     first = ROOT / "exports" / cells[0].name
     own = {
         f"{point.cell}:{point.plan}": point
