@@ -402,12 +402,14 @@ def _run(command: list[str]) -> None:
 
 def main() -> int:
     """python -m ffn2moe.native: build the operator, and say where it is."""
+    from rich.console import Console
+
     try:
         path = build()
     except (FileNotFoundError, RuntimeError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        Console(stderr=True, soft_wrap=True, highlight=False, markup=False).print(f"error: {error}")
         return 2
-    print(f"the experts operator is built: {path}")
+    Console(soft_wrap=True, highlight=False, markup=False).print(f"the experts operator is built: {path}")
     return 0
 
 
