@@ -21,10 +21,10 @@ import numpy
 from ruamel.yaml import YAML
 
 from ffn2moe.runtime import open_export
-from ffn2moe.timing import DECISIVE
 from tasks.measures import at, headline
 from tasks.params import Params
-from tasks.stage import Registry, StageRun, main, numbers
+from tasks.registry import Registry
+from tasks.stage import StageRun, main, numbers
 
 EXAMPLE = ("A mixture of experts runs a part of itself for each token.", "The weather is fine today.")
 # What the served model imports, beside the package ffn2moe that travels with it.
@@ -77,35 +77,34 @@ def run(stage: StageRun) -> None:
 def judge(params: Params, quality: Mapping[str, Any], plan: Mapping[str, Any]) -> dict[str, Any]:
     """The two figures the gate looks at, and why `champion` is refused, if it is.
 
-    The speed-up is over the best dense plan at the largest shape, the lowest one over the numbers of threads.
+    The speed-up is that of the whole workload over the best dense plan of each shape, the lowest one over the numbers
+    of threads.
     """
     gate = params.gate
     retention = float(at(quality["retention"], headline(quality).path))
-    rows = [row for row in plan["timings"][plan["default_plan"]] if row.get("phase", "whole") in DECISIVE]
-    largest = max(row["batch"] * row["sequence"] for row in rows)
-    speedup = min(float(row["speedup_vs_best_dense"]) for row in rows if row["batch"] * row["sequence"] == largest)
+    found = min(plan["by_threads"], key=lambda one: one["speedup_vs_best_dense"])
+    speedup = float(found["speedup_vs_best_dense"])
     refused = []
     if retention < gate.min_retention:
         refused.append(f"retention {retention:.4f} is below gate.min_retention = {gate.min_retention}")
     if speedup <= gate.min_speedup:
         refused.append(
-            f"the plan {plan['default_plan']} runs at {speedup:.2f}x the best dense plan, "
+            f"the workload runs at {speedup:.2f}x the best dense plan, on {' and '.join(found['plans'])}, "
             f"not above gate.min_speedup = {gate.min_speedup}"
         )
     return {"retention": retention, "speedup_vs_best_dense": speedup, "refused": refused}
 
 
 def slim_copy(export: Path, target: Path, plan: Mapping[str, Any]) -> Path:
-    """The export with its chosen plan only, and without the checkpoint: what serving needs."""
-    chosen = plan["default_plan"]
+    """The export with the plans that were chosen only, and without the checkpoint: what serving needs."""
+    chosen = plan["plans"]
     manifest = _json(export / "manifest.json")
-    manifest["plans"] = {chosen: manifest["plans"][chosen]}
-    entry = manifest["plans"][chosen]
-    for name in (entry["file"], *entry.get("more", {})):
+    manifest["plans"] = {name: manifest["plans"][name] for name in chosen}
+    for name in {file for entry in manifest["plans"].values() for file in (entry["file"], *entry.get("more", {}))}:
         (target / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(export / name, target / name)
     shutil.copytree(export / "tokenizer", target / "tokenizer")
-    slim = {**plan, "timings": {chosen: plan["timings"][chosen]}}
+    slim = {**plan, "timings": {name: plan["timings"][name] for name in chosen}}
     for name, payload in (("manifest.json", manifest), ("plan.json", slim)):
         (target / name).write_text(json.dumps(payload, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     return target

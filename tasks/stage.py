@@ -1,6 +1,6 @@
 """What every stage has in common: parameters, seed, progress, atomic writes, one clear error, a run record.
 
-The one file that imports mlflow, inside functions: files are the truth, the record is a copy of them, and a
+It imports mlflow inside functions (as tasks/registry.py does): files are the truth, the record is a copy of them, and a
 stage run by plain `dvc repro` needs none.
 """
 
@@ -578,94 +578,6 @@ def _close_nested(client: Any, parent: str) -> None:
     query = f"attributes.status = 'RUNNING' and tags.mlflow.parentRunId = '{parent}'"
     for run in client.search_runs([experiment_id(client)], query):
         client.set_terminated(run.info.run_id, "KILLED")
-
-
-# --- the model registry ---------------------------------------------------------------------------
-
-
-class Registry:
-    """Versions and aliases of one registered model."""
-
-    def __init__(self, root: Path, model: str) -> None:
-        self.uri = default_tracking_uri(root)
-        self.model = model
-        self._client = mlflow_client(self.uri)
-
-    def holds(self, version: int) -> bool:
-        """Whether a version is there; not so when the database is another one than it was registered in."""
-        from mlflow.exceptions import MlflowException
-
-        try:
-            self._client.get_model_version(self.model, str(version))
-        except MlflowException:
-            return False
-        return True
-
-    @contextmanager
-    def added(
-        self,
-        *,
-        code: Path,
-        export: Path,
-        packages: Sequence[Path],
-        requirements: Sequence[str],
-        example: Sequence[str],
-    ) -> Iterator[int]:
-        """A new version: a file of code that opens `export`; it is deleted if the block does not end well."""
-        import mlflow
-
-        experiment = experiment_id(self._client)
-        parent = os.environ.get(PARENT_RUN)
-        tags = {"mlflow.parentRunId": parent} if parent else {}
-        with mlflow.start_run(experiment_id=experiment, run_name=f"{self.model} model", tags=tags):
-            logged = mlflow.pyfunc.log_model(
-                name="model",
-                python_model=str(code),
-                artifacts={"export": str(export)},
-                code_paths=[str(path) for path in packages],
-                pip_requirements=list(requirements),
-                input_example=list(example),
-                registered_model_name=self.model,
-            )
-        version = int(logged.registered_model_version)
-        try:
-            yield version
-        except BaseException:
-            self._client.delete_model_version(self.model, str(version))
-            raise
-
-    def tag(self, version: int, tags: Mapping[str, str]) -> None:
-        for key, value in tags.items():
-            self._client.set_model_version_tag(self.model, str(version), key, value)
-
-    def predict(self, version: int, texts: Sequence[str]) -> Any:
-        """What the registered version itself answers."""
-        import mlflow
-
-        return mlflow.pyfunc.load_model(f"models:/{self.model}/{version}").predict(list(texts))
-
-    def version_of(self, alias: str) -> int | None:
-        """The version an alias points to; None if there is no such alias."""
-        from mlflow.exceptions import MlflowException
-
-        try:
-            return int(self._client.get_model_version_by_alias(self.model, alias).version)
-        except MlflowException:
-            return None
-
-    @contextmanager
-    def moved(self, alias: str, version: int) -> Iterator[None]:
-        """Points an alias to a version; back to where it was if the block does not end well."""
-        before = self.version_of(alias)
-        try:
-            self._client.set_registered_model_alias(self.model, alias, str(version))
-            yield
-        except BaseException:
-            if before is None:
-                self._client.delete_registered_model_alias(self.model, alias)
-            else:
-                self._client.set_registered_model_alias(self.model, alias, str(before))
-            raise
 
 
 if __name__ == "__main__":  # `make` does this before anything parallel

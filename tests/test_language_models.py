@@ -27,7 +27,7 @@ from tasks import (
     report,
     train_router,
 )
-from tasks.stage import Registry
+from tasks.registry import Registry
 from tests.conftest import make_tiny_classifier, make_tiny_llama, make_tiny_t5
 from tests.texts import make_stage, make_texts, write_corpus
 

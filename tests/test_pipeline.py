@@ -12,7 +12,7 @@ import pytest
 from ruamel.yaml import YAML
 
 import ffn2moe
-from tasks.stage import Registry
+from tasks.registry import Registry
 from tests.conftest import make_tiny_bert
 from tests.texts import make_texts, write_corpus
 from tests.toy import compress, git, make_tiny

@@ -23,7 +23,8 @@ from ffn2moe import onnx_graph, onnx_plans
 from ffn2moe.runtime import open_export
 from tasks import register
 from tasks.params import load_params
-from tasks.stage import PARENT_RUN, TRACKING_URI, Registry, StageRun, default_tracking_uri, mlflow_client
+from tasks.registry import Registry
+from tasks.stage import PARENT_RUN, TRACKING_URI, StageRun, default_tracking_uri, mlflow_client
 from tests.mixtures import carve
 from tests.texts import PARAMS
 

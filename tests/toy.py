@@ -97,7 +97,7 @@ def evaluate(stage: StageRun) -> None:
 
 
 def register(stage: StageRun) -> None:
-    from tasks.stage import Registry
+    from tasks.registry import Registry
 
     name = stage.params.model_name
     registry = Registry(stage.root, name)
