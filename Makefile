@@ -7,6 +7,10 @@
 
 VENV ?= .venv
 SET ?=
+# Of the services; without them 4200 and 5000, or those they run on already. NOTIFY: who hears of failed runs.
+PREFECT_PORT ?=
+MLFLOW_PORT ?=
+NOTIFY ?=
 GRID ?=
 TESTS ?= tests
 BIN := $(VENV)/bin
@@ -22,7 +26,7 @@ export MLFLOW_DISABLE_TELEMETRY := true
 export HF_HUB_DISABLE_TELEMETRY := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run sweep repro test check bench native clean
+.PHONY: help setup run up down status sweep repro test check bench native clean
 
 help:
 	@echo 'make run     the whole pipeline; SET="name=trial decompose.num_experts=16" for one run in a workspace of its own'
@@ -32,6 +36,9 @@ help:
 	@echo 'make bench   time every execution plan of the export again, on this machine'
 	@echo 'make native  build the fused experts operator for OpenVINO, with the C++ compiler of this machine'
 	@echo 'make repro   the same stages as make run by DVC alone: no Prefect, no run record'
+	@echo 'make up      Prefect server, worker and MLflow server for scheduled runs; PREFECT_PORT=4300 MLFLOW_PORT=5100 NOTIFY=URL'
+	@echo 'make status  what runs, the next scheduled run, how the last one ended'
+	@echo 'make down    stop them'
 	@echo 'make setup   the environment in $(VENV), at the versions of constraints.txt; every target does it first'
 	@echo 'make clean   remove caches and scratch; results, the run record and the environment stay'
 
@@ -76,6 +83,16 @@ sweep: $(STAMP) $(MLFLOW_DB)
 repro: $(STAMP) $(MLFLOW_DB)
 	@PATH="$(abspath $(BIN)):$$PATH" $(BIN)/dvc repro
 
+up: $(STAMP)
+	@$(BIN)/python -m flows.service up $(if $(PREFECT_PORT),--prefect-port $(PREFECT_PORT)) \
+	    $(if $(MLFLOW_PORT),--mlflow-port $(MLFLOW_PORT)) $(if $(NOTIFY),--notify '$(NOTIFY)')
+
+down: $(STAMP)
+	@$(BIN)/python -m flows.service down
+
+status: $(STAMP)
+	@$(BIN)/python -m flows.service status || true
+
 test: $(STAMP)
 	@$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder $(TESTS)
 
@@ -92,5 +109,6 @@ native: $(STAMP)
 	@$(BIN)/python -m ffn2moe.native
 
 clean:
+	@[ ! -f .prefect/service/state.json ] || $(BIN)/python -m flows.service down
 	@rm -rf .cache .workspaces .prefect .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache build *.egg-info
 	@find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
