@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import numpy as np
 
 from ffn2moe.engines import CPU, Engine, Graph, Precision, open_graph, session
+from ffn2moe.switch import Switch, places
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -152,24 +154,36 @@ def open_export(
     """Open the export in folder `path`: an `Export` of embeddings, or a `CausalExport`, `Seq2SeqExport` or
     `ModelExport`, by the head of the model.
 
-    `plan` None takes the one that the benchmark chose (plan.json), or `sorted` where none has run. The graphs must
-    have the sha256 of the manifest, and a plan that rests on a MoE op must pass `self_test` on this runtime.
+    `plan` None takes what was chosen by measuring (plan.json, `ffn2moe.autoplan`), or `sorted` where nothing was. If
+    several plans were chosen, each batch runs on the one for its shape, opened when it is first needed
+    (`ffn2moe.switch`). The graphs must have the sha256 of the manifest, and a plan that rests on a MoE op must pass
+    `self_test` on this runtime.
     `threads` None takes one a core; `precision` is OpenVINO's (`ffn2moe.engines.open_graph`).
     Raises FileNotFoundError or ValueError, with cause and remedy.
     """
     path = Path(path)
     manifest = read_manifest(path)
     plans = manifest["plans"]
-    plan = plan or default_plan(path, plans)
-    if plan not in plans:
-        refused = manifest.get("refused", {}).get(plan)
-        because = f": {refused}" if refused else f"; it has: {', '.join(sorted(plans))}"
-        raise ValueError(f"{path} has no plan {plan!r}{because}")
-    files = checked_files(path, plans[plan])
-    if form_of(plan) in OP_PLANS:
-        self_tests(plan, manifest["spec"], providers)
-    graphs = open_graphs(files, plan, threads=threads, providers=providers, precision=precision)
-    return opened(path, plan, manifest, graphs)
+    measured = read_plan(path) if plan is None and tuple(providers) == CPU else None
+    chosen = places(measured, threads or cores()) if measured else []
+    by_shape = tuple(dict.fromkeys(place.plan for place in chosen))
+    first = plan or default_plan(path, plans)
+    if by_shape and first not in by_shape:  # chosen for another number of threads
+        first = by_shape[0]
+
+    def graphs_of(name: str) -> list[Graph]:
+        if name not in plans:
+            refused = manifest.get("refused", {}).get(name)
+            because = f": {refused}" if refused else f"; it has: {', '.join(sorted(plans))}"
+            raise ValueError(f"{path} has no plan {name!r}{because}")
+        files = checked_files(path, plans[name])
+        if form_of(name) in OP_PLANS:
+            self_tests(name, manifest["spec"], providers)
+        return open_graphs(files, name, threads=threads, providers=providers, precision=precision)
+
+    if len(by_shape) > 1:
+        return opened(path, first, manifest, [Switch(chosen, lambda name: graphs_of(name)[0], first)])
+    return opened(path, first, manifest, graphs_of(first))
 
 
 def open_graphs(
@@ -631,6 +645,11 @@ def default_plan(path: Path, plans: Mapping[str, Any]) -> str:
         )
     chosen = read_plan(path)
     return str(chosen["default_plan"]) if chosen else UNMEASURED_PLAN if UNMEASURED_PLAN in plans else min(plans)
+
+
+def cores() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def checked_files(path: Path, entry: Mapping[str, Any]) -> list[Path]:

@@ -1,19 +1,22 @@
-"""Time the plans of an export side by side, and choose one.
+"""Time the plans of an export side by side. What is chosen by that is in `ffn2moe.autoplan`.
 
 A model that reads all at once has one time a batch, the `whole`. One that generates has three: `prefill` reads the
 prompts (of a seq2seq model: runs its encoder) and gives a first token, `decode` is each token after that, with the
 cache, and `request` is both together.
 
-Plans are timed in turn within each round, on the same texts: what else the machine does falls on all of them, and
-ratios are taken within a round before their median.
+Plans are timed in turn within each round, on the same texts and threads: what else the machine does falls on all of
+them, and ratios are taken within a round before their median. The order is drawn anew for every round, so that no plan
+always comes after the same other one. Noise is the confidence interval of that median.
 """
 
 from __future__ import annotations
 
-import os
+import math
 import platform
+import random
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from importlib import metadata
@@ -29,6 +32,7 @@ from ffn2moe.runtime import (
     Export,
     ModelExport,
     Seq2SeqExport,
+    cores,
     open_export,
     read_manifest,
 )
@@ -39,14 +43,17 @@ Phase = Literal["whole", "prefill", "decode", "request"]
 DECISIVE: tuple[Phase, ...] = ("whole", "request")  # what a plan is chosen by
 
 SHORTEST_SAMPLE = 0.02  # seconds; faster plans are run several times for one sample
-BATCHES = 4  # of different texts, so that no one batch's routing decides
+BATCHES = 16  # of different texts: no one batch's routing decides, nor do shapes that an engine has seen before
+# Of an interval: high, as it is looked at for several plans, and again and again until it is narrow.
+CONFIDENCE = 0.99
 
 
 @dataclass(frozen=True)
 class Timing:
     """One plan at one shape; speed-ups above 1 are faster.
 
-    Milliseconds a batch: of `decode`, those of one token of each of its texts.
+    Milliseconds a batch: of `decode`, those of one token of each of its texts. `low` and `high` are the interval of
+    `speedup_vs_best_dense`: 0 and infinity where there were too few rounds to tell.
     """
 
     plan: str
@@ -57,6 +64,10 @@ class Timing:
     speedup_vs_dense: float
     speedup_vs_best_dense: float
     phase: Phase = "whole"
+    best_dense: str = "dense"  # the plan that it is compared with
+    low: float = 0.0
+    high: float = math.inf
+    rounds: int = 0  # that this plan took part in
 
     @property
     def tokens_per_second(self) -> float:
@@ -146,57 +157,127 @@ def interleaved(
 
     `threads` is recorded; it is up to the exports to be open on that many.
     """
-    calls = {}
-    for plan, export in exports.items():  # the first call also allocates
-        _seconds(export, batches[0], 1, decode_tokens)
-        seconds = max(_seconds(export, batches[0], 1, decode_tokens).values())
-        calls[plan] = max(1, min(50, int(SHORTEST_SAMPLE / seconds)))
-    samples: dict[str, list[dict[Phase, float]]] = {plan: [] for plan in exports}
-    plans = list(exports)
-    for index in track(range(rounds)):
-        first = index % len(plans)  # every plan gets every place in the order
-        for plan in plans[first:] + plans[:first]:
-            samples[plan].append(_seconds(exports[plan], batches[index % len(batches)], calls[plan], decode_tokens))
-    batch, sequence = batches[0][0].shape
-    return [
-        row
-        for phase in samples["dense"][0]
-        for row in _compared(
-            {plan: [sample[phase] for sample in found] for plan, found in samples.items()},
-            batch=batch,
-            sequence=sequence,
-            threads=threads,
-            phase=phase,
-        )
-    ]
+    race = Race(exports, batches, threads=threads, decode_tokens=decode_tokens)
+    for _ in track(range(rounds)):
+        race.round()
+    return race.timings()
 
 
-def _compared(
-    samples: Mapping[str, Sequence[float]], *, batch: int, sequence: int, threads: int, phase: Phase
-) -> list[Timing]:
-    """Each plan beside `dense` and the best dense plan, from seconds of the same rounds."""
-    medians = {plan: median(seconds) for plan, seconds in samples.items()}
-    best_dense = min((plan for plan in DENSE_PLANS if plan in samples), key=lambda plan: medians[plan])
+class Race:
+    """Plans that are timed in turn on the batches of one shape, round by round. One of them at least is dense.
 
-    def speedup(plan: str, over: str) -> float:
-        return median(slow / fast for slow, fast in zip(samples[over], samples[plan], strict=True))
+    `comparable` are the dense plans that others are compared with: None means all that are there.
+    """
 
-    return [
-        Timing(
-            plan,
-            batch,
-            sequence,
-            threads,
-            1000 * medians[plan],
-            speedup(plan, "dense"),
-            speedup(plan, best_dense),
-            phase,
-        )
-        for plan in samples
-    ]
+    def __init__(
+        self,
+        exports: Mapping[str, AnyExport],
+        batches: Sequence[Batch],
+        *,
+        threads: int,
+        decode_tokens: int = 16,
+        comparable: Collection[str] | None = None,
+        seed: int = 0,
+    ) -> None:
+        self.batch, self.sequence = batches[0][0].shape
+        self.threads = threads
+        self.running = list(exports)
+        self.rounds = 0
+        self._exports = exports
+        self._batches = batches
+        self._decode_tokens = decode_tokens
+        self._comparable = [plan for plan in exports if is_dense(plan) and (comparable is None or plan in comparable)]
+        assert self._comparable, "something dense to compare with"
+        self._order = random.Random(seed)
+        self._samples: dict[str, dict[int, dict[Phase, float]]] = {plan: {} for plan in exports}  # by round
+        self._calls = {}
+        for plan, export in exports.items():
+            seconds = max(sample(export, batches[0], decode_tokens).values())
+            if seconds < SHORTEST_SAMPLE:  # the first call also allocates
+                seconds = max(sample(export, batches[0], decode_tokens).values())
+            self._calls[plan] = max(1, min(50, int(SHORTEST_SAMPLE / max(seconds, 1e-9))))
+
+    def round(self) -> None:
+        """One more sample of every plan that is still running, on the next batch, in an order of its own."""
+        batch = self._batches[self.rounds % len(self._batches)]
+        for plan in self._order.sample(self.running, len(self.running)):
+            calls = self._calls[plan]
+            if calls > 1:  # another plan's weights are in the cache, its threads may still look for work
+                sample(self._exports[plan], batch, self._decode_tokens)
+            self._samples[plan][self.rounds] = sample(self._exports[plan], batch, self._decode_tokens, calls)
+        self.rounds += 1
+
+    def drop(self, plan: str) -> None:
+        """Leave a plan out from now on; what is known of it stays. Not the best dense plan: it is what counts."""
+        assert all(plan != self.best_dense(phase) for phase in self.phases)
+        self.running.remove(plan)
+
+    @property
+    def phases(self) -> list[Phase]:
+        return list(next(iter(self._samples[self.running[0]].values()), {}))
+
+    def best_dense(self, phase: Phase) -> str:
+        """The fastest of the dense plans to compare with."""
+        running = [plan for plan in self._comparable if plan in self.running]
+        return min(running, key=lambda plan: median(self.seconds(plan, phase)))
+
+    def seconds(self, plan: str, phase: Phase) -> list[float]:
+        return [sample[phase] for sample in self._samples[plan].values()]
+
+    def ratios(self, plan: str, over: str, phase: Phase) -> list[float]:
+        """How many times as fast as another plan, in each of the rounds that both took part in."""
+        mine, others = self._samples[plan], self._samples[over]
+        return [others[index][phase] / mine[index][phase] for index in mine if index in others]
+
+    def timings(self) -> list[Timing]:
+        """Every plan beside `dense` (where that is missing, beside the best dense plan) and the best dense plan."""
+        found = []
+        for phase in self.phases:
+            best = self.best_dense(phase)
+            plain = "dense" if "dense" in self._exports else best
+            for plan in self._exports:
+                ratios = self.ratios(plan, best, phase)
+                low, high = (1.0, 1.0) if plan == best else median_interval(ratios)
+                found.append(
+                    Timing(
+                        plan,
+                        self.batch,
+                        self.sequence,
+                        self.threads,
+                        1000 * median(self.seconds(plan, phase)),
+                        median(self.ratios(plan, plain, phase)),
+                        median(ratios),
+                        phase,
+                        best,
+                        low,
+                        high,
+                        len(self._samples[plan]),
+                    )
+                )
+        return found
 
 
-def _seconds(export: AnyExport, batch: Batch, calls: int, decode_tokens: int) -> dict[Phase, float]:
+def is_dense(plan: str) -> bool:
+    """Whether a plan is the teacher, in any engine and precision."""
+    return plan in DENSE_PLANS
+
+
+def median_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> tuple[float, float]:
+    """Confidence interval of the median, by order statistics, which asks nothing of how the values are distributed.
+
+    Of n values above or below the median like tosses of a coin, the k-th smallest lies above it with the probability
+    of fewer than k tails (Conover, Practical Nonparametric Statistics, 1999, 3.2). (0, infinity) where n is too small
+    for this confidence: 8 are needed for 99 %.
+    """
+    ordered, n = sorted(values), len(values)
+    most = (1 - confidence) / 2 * 2**n
+    tosses = k = 0
+    while k < n and (tosses := tosses + math.comb(n, k)) <= most:
+        k += 1
+    return (ordered[k - 1], ordered[n - k]) if k else (0.0, math.inf)
+
+
+def sample(export: AnyExport, batch: Batch, decode_tokens: int = 16, calls: int = 1) -> dict[Phase, float]:
     """Mean seconds of each phase over some calls."""
     ids_BL, mask_BL = batch
     start = time.perf_counter()
@@ -222,68 +303,39 @@ def _seconds(export: AnyExport, batch: Batch, calls: int, decode_tokens: int) ->
     return {"prefill": prefill, "decode": decode, "request": prefill + decode_tokens * decode}
 
 
-@dataclass(frozen=True)
-class Choice:
-    """The plan to use, and why."""
-
-    plan: str
-    best_dense: str
-    speedup_vs_best_dense: float
-    reason: str
-
-
-def choose(timings: Sequence[Timing], keeps_quality: Mapping[str, bool]) -> Choice:
-    """The fastest mixture plan that keeps its quality, if it beats the fastest dense plan that does; else that one.
-
-    `timings` of one shape and number of threads. `dense` itself always counts as keeping its quality.
-    """
-    fast = sorted(timings, key=lambda timing: timing.median_ms)
-    kept = [timing for timing in fast if timing.plan == "dense" or keeps_quality.get(timing.plan, False)]
-    dense = next(timing for timing in kept if timing.plan in DENSE_PLANS)
-    mixture = next((timing for timing in kept if timing.plan not in DENSE_PLANS), None)
-    if mixture is None:
-        return Choice(dense.plan, dense.plan, 1.0, f"no mixture plan keeps the quality: {dense.plan} is the default")
-    ratio = mixture.speedup_vs_dense / dense.speedup_vs_dense
-    if ratio > 1:
-        return Choice(mixture.plan, dense.plan, ratio, f"{mixture.plan} is {ratio:.2f}x as fast as {dense.plan}")
-    return Choice(
-        dense.plan,
-        dense.plan,
-        1.0,
-        f"no mixture plan beats {dense.plan} here ({mixture.plan} has {ratio:.2f}x its speed): "
-        f"{dense.plan} is the default",
-    )
-
-
-def largest_shape(timings: Sequence[Timing]) -> list[Timing]:
-    """The timings that decide: of all the work, at the most tokens, on the first number of threads."""
-    whole = [row for row in timings if row.phase in DECISIVE]
-    most = max(row.batch * row.sequence for row in whole)
-    rows = [row for row in whole if row.batch * row.sequence == most]
-    first = (rows[0].batch, rows[0].threads)
-    return [row for row in rows if (row.batch, row.threads) == first]
-
-
 def machine() -> dict[str, Any]:
-    """What was measured on; no name of the host."""
+    """What was measured on, and with which engines; no name of the host."""
     return {
         "cpu": _cpu_name(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": cores(),
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
-        "onnxruntime": metadata.version("onnxruntime-gpu"),
+        **{engine: version for engine in ("onnxruntime", "openvino") if (version := _version(engine))},
     }
 
 
-_INT8_FLAGS = {"AVX2": "avx2", "AVX512-VNNI": "avx512_vnni", "AMX-INT8": "amx_int8"}
+def _version(engine: str) -> str | None:
+    for distribution in {"onnxruntime": ("onnxruntime-gpu", "onnxruntime")}.get(engine, (engine,)):
+        with suppress(metadata.PackageNotFoundError):
+            return metadata.version(distribution)
+    return None
+
+
+_FLAGS = {
+    "AVX2": "avx2",
+    "AVX512-VNNI": "avx512_vnni",
+    "AVX512-BF16": "avx512_bf16",
+    "AMX-INT8": "amx_int8",
+    "AMX-BF16": "amx_bf16",
+}
 
 
 def _cpu_name() -> str:
-    """The processor's name, and which of the instructions it has that int8 arithmetic is fast with."""
+    """The processor's name, and which of the instructions it has that int8 and bfloat16 arithmetic is fast with."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
     fields = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in reversed(lines))}
     name = fields.get("model name") or platform.processor() or platform.machine()
     flags = fields.get("flags", "").split()
-    known = [label for label, flag in _INT8_FLAGS.items() if flag in flags]
+    known = [label for label, flag in _FLAGS.items() if flag in flags]
     return f"{name} ({', '.join(known)})" if known else name

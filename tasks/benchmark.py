@@ -1,18 +1,18 @@
-"""Stage 7: every plan timed beside the dense ones, and the plan that this machine should use.
+"""Stage 7: every plan of every engine timed beside the dense ones, and the plans that this machine should use.
 
 What is measured in time is in no stage before this one, so that those are the same bytes everywhere.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from ffn2moe import runtime, timing
+from ffn2moe import autoplan, runtime, timing
+from ffn2moe.workload import Workload
 from tasks import corpus
-from tasks.params import Params
+from tasks.params import Benchmark
 from tasks.stage import StageRun, main
 
 TEXTS = 400  # of the evaluation split, which the batches run through
@@ -23,97 +23,109 @@ def run(stage: StageRun) -> None:
     folder = root / "exports" / params.name
     manifest = runtime.read_manifest(folder)
     texts = [row["text"] for row in corpus.read_jsonl(root / "data/corpus/evaluation.jsonl")][:TEXTS]
-    settings = params.benchmark
-    require_room(manifest, params)
+    settings, workload = params.benchmark, workload_of(params.benchmark)
+    keeps_quality = autoplan.quality_of(manifest, params.gate.min_retention)
 
     def track(label: str, rounds: range) -> Iterator[int]:
         return stage.track(rounds, len(rounds), label)
 
-    timings: list[timing.Timing] = []
-    for rows in timing.time_export(
+    measured = autoplan.measure(
         folder,
         texts,
-        shapes=settings.shapes,
+        workload,
         threads=settings.threads,
+        keeps_quality=keeps_quality,
         rounds=settings.rounds,
         decode_tokens=settings.decode_tokens,
         track=track,
-    ):
-        what = f"{rows[0].batch} x {rows[0].sequence}, threads {rows[0].threads}"
-        for phase in dict.fromkeys(row.phase for row in rows):
-            told = ", ".join(f"{row.plan} {row.median_ms:.2f} ms" for row in rows if row.phase == phase)
-            stage.say(f"{what}{'' if phase == 'whole' else f', {phase}'}: {told}")
-        timings += rows
-
-    keeps_quality = {
-        plan: float(entry["retention"]) >= params.gate.min_retention for plan, entry in manifest["plans"].items()
-    }
-    choice = timing.choose(timing.largest_shape(timings), keeps_quality)
-    stage.say(choice.reason)
-    budget = manifest["plans"][choice.plan].get("num_active")
-    bounds = bounds_of(folder, max(sequence for _, sequence in settings.shapes), budget)
-    by_plan = {plan: [row_of(row) for row in timings if row.plan == plan] for plan in manifest["plans"]}
-    stage.write_json(
-        f"exports/{params.name}/plan.json",
-        {
-            "default_plan": choice.plan,
-            "best_dense_plan": choice.best_dense,
-            "speedup_vs_best_dense": round(choice.speedup_vs_best_dense, 4),
-            "reason": choice.reason,
-            "keeps_quality": keeps_quality,
-            "bounds": bounds,
-            "machine": timing.machine(),
-            "timings": by_plan,
-        },
+        tell=lambda rows: say_times(stage, rows),
     )
+    for plan, reason in measured.left_out.items():
+        stage.say(f"{plan} does not run here: {reason}")
+
+    def planned(max_plans: int | None = None) -> dict[str, Any]:
+        return autoplan.planned(
+            folder,
+            measured,
+            workload,
+            threads=settings.threads,
+            keeps_quality=keeps_quality,
+            min_retention=params.gate.min_retention,
+            decode_tokens=settings.decode_tokens,
+            max_plans=max_plans,
+            texts=texts,
+        )
+
+    content = planned()
+    if manifest["spec"]["head"] == "embedding" and len(content["plans"]) > 1:
+        mixed = mixed_retention(root, folder, content["plans"], manifest, settings.threads[0])
+        stage.say(f"queries on one plan and documents on another keep {100 * mixed:.1f} % of the teacher's at least")
+        if mixed < params.gate.min_retention:
+            stage.say("that is too little: one plan for every batch")
+            content = planned(max_plans=1)
+        content["mixed_retention"] = round(mixed, 6)
+    stage.say(content["reason"])
+    budget = manifest["plans"][content["default_plan"]].get("num_active")
+    content["bounds"] = autoplan.bounds_of(folder, workload.longest, budget)
+    stage.write_json(f"exports/{params.name}/plan.json", content)
     stage.write_json(
         "metrics/benchmark.json",
         {
-            "default_plan": choice.plan,
-            "speedup_vs_best_dense": round(choice.speedup_vs_best_dense, 4),
-            "bounds": bounds,
-            "largest_shape": {row.plan: row_of(row) for row in timing.largest_shape(timings)},
+            **{key: content[key] for key in ("default_plan", "speedup_vs_best_dense", "bounds")},
+            "memory_mib": content["memory_mib"],
+            "largest_shape": {row.plan: autoplan.row_of(row) for row in largest_shape(measured.timings)},
         },
     )
-    stage.write_csv("metrics/plots/benchmark.csv", [{"plan": row.plan, **row_of(row)} for row in timings])
+    stage.write_csv(
+        "metrics/plots/benchmark.csv", [{"plan": row.plan, **autoplan.row_of(row)} for row in measured.timings]
+    )
 
 
-def require_room(manifest: Mapping[str, Any], params: Params) -> None:
-    """ValueError where a prompt of the shapes, with what is decoded after it, is more than the model can hold."""
-    held = manifest.get("model", {}).get("positions") if manifest["spec"]["head"] == "causal" else None
-    longest = max(sequence for _, sequence in params.benchmark.shapes)
-    if held is not None and longest + params.benchmark.decode_tokens > held:
-        raise ValueError(
-            f"benchmark.shapes have prompts of {longest} tokens, and with benchmark.decode_tokens = "
-            f"{params.benchmark.decode_tokens} after them that is more than the {held} that the model can hold: "
-            "lower one"
-        )
+def workload_of(settings: Benchmark) -> Workload:
+    """The shapes of params.yaml; each comes as often as the others where it has no weight."""
+    return Workload.of(
+        {(int(batch), int(sequence)): float(*weight or [1]) for batch, sequence, *weight in settings.shapes},
+        "params.yaml",
+    )
 
 
-def row_of(row: timing.Timing) -> dict[str, Any]:
-    """One timing for a file, without its plan's name and without digits that mean nothing."""
-    values = {key: value for key, value in asdict(row).items() if key != "plan"}
-    values["tokens_per_second"] = row.tokens_per_second
-    return {key: round(value, 4) if isinstance(value, float) else value for key, value in values.items()}
+def say_times(stage: StageRun, rows: Sequence[timing.Timing]) -> None:
+    what = f"{rows[0].batch} x {rows[0].sequence}, threads {rows[0].threads}"
+    for phase in dict.fromkeys(row.phase for row in rows):
+        told = ", ".join(f"{row.plan} {row.median_ms:.2f} ms" for row in rows if row.phase == phase)
+        stage.say(f"{what}{'' if phase == 'whole' else f', {phase}'}: {told}")
 
 
-def bounds_of(folder: Path, length: int, num_active: int | None = None) -> dict[str, float]:
-    """How much faster the mixture could be end to end: by its FLOPs, and by Amdahl's law (routing for free).
+def largest_shape(timings: Sequence[timing.Timing]) -> list[timing.Timing]:
+    """The timings of all the work, at the most tokens, on the first number of threads."""
+    whole = [row for row in timings if row.phase in timing.DECISIVE]
+    most = max(whole, key=lambda row: row.batch * row.sequence)
+    return [row for row in whole if (row.batch, row.sequence, row.threads) == (most.batch, most.sequence, most.threads)]
 
-    `num_active` is the budget of an elastic mixture; None is its own.
+
+def mixed_retention(root: Path, folder: Path, plans: Sequence[str], manifest: dict[str, Any], threads: int) -> float:
+    """What the worst pair of plans keeps of the teacher's retrieval, with queries on one and documents on the other.
+
+    Batches of different shapes meet: a query comes alone, and documents come many at once.
     """
-    from transformers import AutoConfig
+    import torch
 
-    from ffn2moe import checkpoint, metrics
+    from ffn2moe import metrics
 
-    spec = checkpoint.load_spec(folder / "checkpoint", num_active)
-    config = AutoConfig.from_pretrained(folder / "checkpoint")
-    teacher, student = metrics.flops_per_token(spec, config, length)
-    return {
-        "flops": round(teacher.total / student.total, 4),
-        "amdahl": round(metrics.amdahl_bound(teacher, spec.active_share), 4),
-        "ffn_share": round(teacher.ffn / teacher.total, 4),
-    }
+    pairs = corpus.read_jsonl(root / "data/benchmarks/retrieval.jsonl")
+    queries, documents = {}, {}
+    for plan in plans:
+        export = runtime.open_export(folder, plan, threads)
+        queries[plan] = torch.from_numpy(export.encode([row["query"] for row in pairs]))
+        documents[plan] = torch.from_numpy(export.encode([row["document"] for row in pairs]))
+    entry = manifest["plans"][plans[0]]
+    teacher = entry["retrieval_ndcg_at_10"] / entry["retention"]
+    return min(
+        metrics.retrieval(queries[one], documents[other])["ndcg_at_10"] / teacher
+        for one in plans
+        for other in plans
+        if one != other
+    )
 
 
 if __name__ == "__main__":

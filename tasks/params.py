@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, create_model, model_validator
 from pydantic.fields import FieldInfo
 from ruamel.yaml import YAML  # the parser DVC reads params.yaml with: `1e-3` is a number, `on` a string
 from ruamel.yaml.error import YAMLError
@@ -269,8 +269,22 @@ class Export(Section):
         return self
 
 
+def _shape(shape: tuple[int | float, ...]) -> tuple[int | float, ...]:
+    counts, weights = shape[:2], shape[2:]
+    if not (all(isinstance(count, int) and count >= 1 for count in counts) and all(weight > 0 for weight in weights)):
+        raise ValueError(
+            f"benchmark.shapes has {list(shape)}: write [batch, sequence], or [batch, sequence, weight] with a weight "
+            "above 0; a batch holds a text, and a text a token"
+        )
+    return shape
+
+
+# Batch x sequence, and how often it comes among the others (1 where it does not say).
+Shape = Annotated[tuple[int | float, ...], Field(min_length=2, max_length=3), AfterValidator(_shape)]
+
+
 class Benchmark(Section):
-    shapes: tuple[tuple[Count, Count], ...] = Field(min_length=1)
+    shapes: tuple[Shape, ...] = Field(min_length=1)
     threads: tuple[Count, ...] = Field(min_length=1)
     decode_tokens: Count
     rounds: Count
@@ -279,10 +293,15 @@ class Benchmark(Section):
 class Gate(Section):
     min_retention: NonNegative
     min_speedup: NonNegative
+    max_quality_loss: float = Field(ge=0, lt=1)
+    max_slowdown: Positive
+    max_growth: Positive
 
 
 class Register(Section):
     model_name: str | None = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    max_texts: Count
+    max_characters: Count
 
 
 class Params(Section):

@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 import ffn2moe
 from ffn2moe import runtime
 from ffn2moe.encode import encode
-from ffn2moe.timing import Timing, choose, interleaved, time_export
+from ffn2moe.timing import interleaved, time_export
 from tests.texts import make_texts
 
 TEXTS = [*make_texts(30), "a"]
@@ -205,29 +205,6 @@ def test_the_plans_take_turns_so_that_a_slow_moment_hits_all_of_them(monkeypatch
 
     monkeypatch.setattr("ffn2moe.timing.SHORTEST_SAMPLE", 0)  # one call a sample
     batch = (np.ones((1, 2)), np.ones((1, 2)))
-    interleaved({"dense": Recorder("dense"), "sorted": Recorder("sorted")}, [batch], rounds=4, threads=1)
-    assert order[-8:] == ["dense", "sorted", "sorted", "dense"] * 2
-
-
-def timings(**milliseconds: float) -> list[Timing]:
-    dense = milliseconds["dense"]
-    best = min(value for plan, value in milliseconds.items() if plan.startswith("dense"))
-    return [Timing(plan, 32, 128, 1, value, dense / value, best / value) for plan, value in milliseconds.items()]
-
-
-def test_the_fastest_mixture_that_keeps_its_quality_is_chosen():
-    rows = timings(dense=100, dense8=50, sorted=60, sorted8=40, fused=90)
-    kept = dict.fromkeys(runtime.PLANS, True)
-    choice = choose(rows, kept)
-    assert (choice.plan, choice.best_dense) == ("sorted8", "dense8")
-    assert choice.speedup_vs_best_dense == pytest.approx(1.25)
-    without = choose(rows, kept | {"sorted8": False, "dense8": False})
-    assert (without.plan, without.best_dense) == ("sorted", "dense")
-
-
-def test_where_no_mixture_wins_the_dense_plan_is_chosen_and_said():
-    rows = timings(dense=100, dense8=30, sorted=60, sorted8=40)
-    choice = choose(rows, dict.fromkeys(runtime.PLANS, True))
-    assert choice.plan == "dense8" and "no mixture plan beats dense8" in choice.reason
-    nothing = choose(rows, {})
-    assert nothing.plan == "dense" and "keeps the quality" in nothing.reason
+    interleaved({"dense": Recorder("dense"), "sorted": Recorder("sorted")}, [batch], rounds=20, threads=1)
+    rounds = [tuple(order[at : at + 2]) for at in range(len(order) - 40, len(order), 2)]
+    assert set(rounds) == {("dense", "sorted"), ("sorted", "dense")}

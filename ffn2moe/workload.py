@@ -1,0 +1,169 @@
+"""Workloads: which batches a model is asked to run, and how often each.
+
+Said in a word (`1x16:0.5,32x128:0.5`), or read from a file of real requests and put into a handful of shapes.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+HANDFUL = 6  # shapes that real requests are put into, at most
+FILES = (".txt", ".jsonl", ".csv")
+_EXAMPLE = "write batch x sequence with a weight each, for example 1x16:0.5,32x128:0.5"
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Batches of so many texts, of so many tokens; the weight is their share of all batches."""
+
+    batch: int
+    sequence: int
+    weight: float
+
+    @property
+    def tokens(self) -> int:
+        return self.batch * self.sequence
+
+    def __str__(self) -> str:
+        return f"{self.batch} x {self.sequence}"
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Shapes whose weights sum to 1, and where they come from."""
+
+    shapes: tuple[Shape, ...]
+    source: str = "given"
+
+    @classmethod
+    def of(cls, weights: Mapping[tuple[int, int], float], source: str = "given") -> Workload:
+        """Of (batch, sequence) -> weight, on any scale. ValueError for a workload of nothing, or an absurd one."""
+        for (batch, sequence), weight in weights.items():
+            if batch < 1 or sequence < 1:
+                raise ValueError(
+                    f"the workload has the shape {batch}x{sequence}: a batch holds a text, and a text a token"
+                )
+            if not (math.isfinite(weight) and weight >= 0):
+                raise ValueError(f"the weight of {batch}x{sequence} is {weight:g}: it must be a number from 0 up")
+        total = math.fsum(weights.values())
+        if total <= 0:
+            what = "all of its weights are 0" if weights else "it has no shapes"
+            raise ValueError(f"the workload is empty, {what}: {_EXAMPLE}")
+        return cls(tuple(Shape(*shape, weight / total) for shape, weight in weights.items() if weight > 0), source)
+
+    @property
+    def longest(self) -> int:
+        return max(shape.sequence for shape in self.shapes)
+
+    @property
+    def largest(self) -> Shape:
+        """The shape of the most tokens."""
+        return max(self.shapes, key=lambda shape: shape.tokens)
+
+
+def parse_workload(text: str) -> Workload:
+    """`BATCHxSEQUENCE[:WEIGHT],...`; without a weight it is 1. ValueError for anything else."""
+    weights: dict[tuple[int, int], float] = {}
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        shape, _, weight = part.partition(":")
+        batch, cross, sequence = shape.lower().partition("x")
+        try:
+            if not cross:
+                raise ValueError
+            key = (int(batch), int(sequence))
+            weights[key] = weights.get(key, 0.0) + (float(weight) if weight else 1.0)
+        except ValueError:
+            raise ValueError(f"cannot read {part!r} in the workload {text!r}: {_EXAMPLE}") from None
+    return Workload.of(weights, text)
+
+
+# --- real requests --------------------------------------------------------------------------------------------------
+
+
+def read_requests(file: str | Path, column: str = "text") -> list[list[str]]:
+    """The batches of texts in a file of requests, in its order; texts without a word are left out.
+
+    .txt: a text a line, each asked by itself. .jsonl and .csv: a row each. Its text is in `column`, or in .jsonl a
+    list of texts, which came as one batch. Rows with the same `timestamp` came together, as one batch; a row with a
+    `batch_size` stands for a batch of so many texts like its own. FileNotFoundError, or ValueError with the line that
+    cannot be read.
+    """
+    file = Path(file)
+    if file.suffix not in FILES:
+        raise ValueError(f"{file} must be one of {', '.join(FILES)}: texts, a line or a row each")
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} does not exist: name a file of requests, or give shapes like 1x16:0.5")
+    try:
+        rows = list(_rows(file, column))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is not UTF-8 text ({error.reason}): convert it first") from None
+    together: dict[str | int, list[str]] = {}  # by time, or each row by itself
+    for index, (texts, when) in enumerate(rows):
+        together.setdefault(index if when is None else when, []).extend(text for text in texts if text.strip())
+    batches = [texts for texts in together.values() if texts]
+    if not batches:
+        raise ValueError(f"{file} holds no text, so there is no workload in it")
+    return batches
+
+
+def _rows(file: Path, column: str) -> Iterator[tuple[list[str], str | None]]:
+    """The texts of each row, and its time, if it has one."""
+    with file.open(encoding="utf-8", newline="" if file.suffix == ".csv" else None) as stream:
+        if file.suffix == ".txt":
+            for line in stream:
+                yield [line.strip()], None
+            return
+        rows: Iterator[Any] = csv.DictReader(stream) if file.suffix == ".csv" else filter(str.strip, stream)
+        for number, raw in enumerate(rows, start=2 if file.suffix == ".csv" else 1):
+            try:
+                row = raw if isinstance(raw, dict) else json.loads(raw)
+                texts = row.get(column) if isinstance(row, dict) else None
+                if isinstance(texts, str):
+                    texts = [texts] * int(row.get("batch_size") or 1)
+                if not (isinstance(texts, list) and all(isinstance(text, str) for text in texts)):
+                    raise ValueError(f"it has no text in {column!r}")
+                when = row.get("timestamp")
+            except ValueError as error:
+                raise ValueError(f"{file}, line {number}: {error}") from None
+            yield texts, None if when in (None, "") else str(when)
+
+
+def workload_of(
+    batches: Sequence[Sequence[str]], lengths: Callable[[Sequence[str]], Sequence[int]], source: str = "requests"
+) -> Workload:
+    """The shapes of batches of texts. `lengths` gives the tokens of each text, as the model would cut it.
+
+    A batch is as long as its longest text. Batches within a factor of 2 in both are one shape, the medians of theirs;
+    of the shapes at most a handful stay, those that most tokens are in, and the others go to the nearest.
+    """
+    sizes = [(len(batch), max(lengths(batch))) for batch in batches]
+    cells: dict[tuple[int, int], list[tuple[int, int]]] = {}
+    for batch, length in sizes:
+        cells.setdefault((round(math.log2(batch)), round(math.log2(length))), []).append((batch, length))
+    most = sorted(cells.values(), key=lambda members: -sum(batch * length for batch, length in members))
+    shapes = [_middle(members) for members in most[:HANDFUL]]
+    weights = Counter({shape: 0 for shape in shapes})
+    for members in most:
+        middle = _middle(members)
+        weights[min(shapes, key=lambda shape: distance(middle, shape))] += len(members)
+    return Workload.of(dict(sorted(weights.items())), source)
+
+
+def _middle(members: Sequence[tuple[int, int]]) -> tuple[int, int]:
+    return round(median(batch for batch, _ in members)), round(median(length for _, length in members))
+
+
+def distance(one: tuple[int, int], other: tuple[int, int]) -> tuple[float, float]:
+    """How unlike two shapes are in what they cost: first by their tokens, which FFNs see, then by their length."""
+    return (
+        abs(math.log(one[0] * one[1]) - math.log(other[0] * other[1])),
+        abs(math.log(one[1]) - math.log(other[1])),
+    )
