@@ -58,7 +58,7 @@ OUTPUTS = ("last_hidden_state", "sentence_embedding")
 # --- out of PyTorch -------------------------------------------------------------------------------------------------
 
 
-class _ExportedMoE(nn.Module):
+class ExportedMoE(nn.Module):
     """Stands in for a `MoEFFN` while the exporter traces: the same function, the routed experts in one node."""
 
     def __init__(self, moe: MoEFFN) -> None:
@@ -151,7 +151,7 @@ def _exportable(model: nn.Module) -> Iterator[None]:
     mixtures = {name: module for name, module in model.named_modules() if isinstance(module, MoEFFN)}
     try:
         for name, moe in mixtures.items():
-            model.set_submodule(name, _ExportedMoE(moe))
+            model.set_submodule(name, ExportedMoE(moe))
         yield
     finally:
         for name, moe in mixtures.items():
@@ -254,7 +254,7 @@ class Editor:
     def constant(self, name: str, array: np.ndarray) -> ir.Value:
         """An initializer of that name; asked for twice, it is the same one."""
         if name not in self.graph.initializers:
-            value = ir.val(name, const_value=ir.tensor(np.ascontiguousarray(array), name=name))
+            value = ir.val(name, const_value=ir.tensor(np.asarray(array, order="C"), name=name))
             self.graph.initializers[name] = value
         return self.graph.initializers[name]
 

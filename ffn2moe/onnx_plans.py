@@ -346,26 +346,20 @@ def _quantized_experts(editor: Editor, mixture: Mixture, bits: int) -> ir.Value:
 def _sorted_experts(editor: Editor, mixture: Mixture) -> ir.Value:
     """Standard ops that compute the chosen experts only.
 
-    ``NonZero`` of the choice as [E, T] lists the tokens of expert 0, then those of expert 1 and so on; each
-    expert gathers its own. No padding and no sorting of T x K numbers; an expert without tokens multiplies an empty
-    matrix. The outputs are gathered back by their rank in that list and the K of a token are added up: a
-    ``ScatterND`` that adds would be one op less, but on more than one thread ONNX Runtime loses additions to it.
+    ``NonZero`` of the choice as [E, T x K] lists the pairs of a token and one of its choices: those of expert 0, then
+    those of expert 1 and so on; each expert gathers its tokens. No padding and no sorting of T x K numbers; an expert
+    without tokens multiplies an empty matrix. The outputs are gathered back by the place of their pair in that list,
+    and the K of a token are added up: a ``ScatterND`` that adds would be one op less, but on more than one thread ONNX
+    Runtime loses additions to it. (What else was tried, with figures: docs/decisions/0014.)
     """
     E, K = mixture.num_experts, mixture.num_active
     scores_TE, chosen_TK = _route(editor, mixture)
     axis_1 = editor.constant("axis_1", np.array([1]))
-
-    # Which expert takes which token: true at the choice.
-    nothing_TE = editor.node("ConstantOfShape", editor.node("Shape", scores_TE), value=ir.tensor([False]))
-    yes_TK = editor.node("ConstantOfShape", editor.node("Shape", chosen_TK), value=ir.tensor([True]))
-    mask_ET = editor.node(
-        "Transpose", editor.node("ScatterElements", nothing_TE, chosen_TK, yes_TK, axis=1), perm=[1, 0]
-    )
-    # The tokens of all experts in a row, and how many each has.
-    _, token_R = editor.nodes("Split", [editor.node("NonZero", mask_ET)], outputs=2, axis=0, num_outputs=2)
-    token_R = editor.node("Reshape", token_R, editor.constant("fill_axis", np.array([-1])))
-    taken_ET = editor.node("Cast", mask_ET, to=ir.DataType.INT64)
-    count_E = editor.node("ReduceSum", taken_ET, axis_1, keepdims=0)
+    experts = editor.constant(f"experts_{E}", np.array([E]))
+    taken_EP = editor.node("OneHot", _flat(editor, chosen_TK), experts, editor.constant("no_yes", np.arange(2)), axis=0)
+    pair_R = _tokens(editor, taken_EP)
+    token_R = pair_R if K == 1 else editor.node("Div", pair_R, editor.constant(f"choices_{K}", np.array(K)))
+    count_E = editor.node("ReduceSum", taken_EP, axis_1, keepdims=0)
     tokens = editor.nodes("Split", [token_R, count_E], outputs=E, axis=0) if E > 1 else [token_R]
 
     # Each of a token's K experts adds its share of the output bias, inside its Gemm: no pass of its own. Not where
@@ -379,24 +373,24 @@ def _sorted_experts(editor: Editor, mixture: Mixture) -> ir.Value:
     ]
     y_RD = editor.node("Concat", *outputs, axis=0) if E > 1 else outputs[0]
 
-    # Rank of each (expert, token) in the row: how many choices come before it.
-    before_ET = editor.node(
-        "Reshape",
-        editor.node(
-            "CumSum",
-            editor.node("Reshape", taken_ET, editor.constant("fill_axis", np.array([-1]))),
-            editor.constant("axis_0_scalar", np.array(0)),
-            exclusive=1,
-        ),
-        editor.node("Shape", mask_ET),
-    )
-    rank_TK = editor.node("GatherElements", editor.node("Transpose", before_ET, perm=[1, 0]), chosen_TK, axis=1)
-    y_TKD = editor.node("Gather", y_RD, rank_TK, axis=0)
+    zero, one = (editor.constant(f"number_{number}", np.array(number)) for number in (0, 1))
+    place_R = editor.node("Range", zero, editor.node("Size", pair_R), one)
+    place_P = editor.node("ScatterElements", pair_R, pair_R, place_R, axis=0)
     gate_TK = _gates(editor, mixture, scores_TE, chosen_TK)
+    if K == 1:
+        y_TD = editor.node("Gather", y_RD, place_P, axis=0)
+        return _weighed(editor, mixture, y_TD, gate_TK) if gate_TK is not None else y_TD
+    place_TK = editor.node("Reshape", place_P, editor.constant(f"by_{K}", np.array([-1, K])))
+    y_TKD = editor.node("Gather", y_RD, place_TK, axis=0)
     if gate_TK is None:
         return editor.node("ReduceSum", y_TKD, axis_1, keepdims=0)
     y_TKD = editor.node("Mul", y_TKD, editor.node("Unsqueeze", gate_TK, editor.constant("axis_2", np.array([2]))))
     return _weighed(editor, mixture, editor.node("ReduceSum", y_TKD, axis_1, keepdims=0), None)
+
+
+def _tokens(editor: Editor, taken_ET: ir.Value) -> ir.Value:
+    """The tokens (or pairs) that each expert takes, one expert after the other, as one row [R]."""
+    return editor.node("Gather", editor.node("NonZero", taken_ET), editor.constant("number_1", np.array(1)), axis=0)
 
 
 def _used_experts(editor: Editor, mixture: Mixture) -> ir.Value:
@@ -427,25 +421,23 @@ def _used_experts(editor: Editor, mixture: Mixture) -> ir.Value:
     used_ET = editor.node("Transpose", used_TE, perm=[1, 0])
     if first:
         used_ET = editor.node("Slice", used_ET, *(_index(editor, n) for n in (first, E, 0)))
-    _, token_R = editor.nodes("Split", [editor.node("NonZero", used_ET)], outputs=2, axis=0, num_outputs=2)
-    token_R1 = editor.node("Reshape", token_R, editor.constant("fill_axis_1", np.array([-1, 1])))
+    token_R = _tokens(editor, used_ET)
     count_E = editor.node("ReduceSum", editor.node("Cast", used_ET, to=ir.DataType.INT64), axis_1, keepdims=0)
 
     def by_expert(row: ir.Value) -> Sequence[ir.Value]:
         return editor.nodes("Split", [row, count_E], outputs=E - first, axis=0) if E - first > 1 else [row]
 
-    tokens = by_expert(token_R1)
+    tokens, places = by_expert(token_R), by_expert(editor.node("Unsqueeze", token_R, axis_1))
     gates: Sequence[ir.Value] = ()
     if gate_TE is not None:
         gate_R = editor.node("Compress", editor.node("Transpose", gate_TE, perm=[1, 0]), _flat(editor, used_ET))
         gates = by_expert(editor.node("Unsqueeze", gate_R, axis_1))
     for expert in range(first, E):
-        token_n1 = tokens[expert - first]
-        x_nD = editor.node("Gather", mixture.x_TD, _flat(editor, token_n1), axis=0)
+        x_nD = editor.node("Gather", mixture.x_TD, tokens[expert - first], axis=0)
         y_nD = _one_expert(editor, mixture, expert, x_nD, None)
         if gates:
             y_nD = editor.node("Mul", y_nD, gates[expert - first])
-        y_TD = editor.node("ScatterND", y_TD, token_n1, y_nD, reduction="add")
+        y_TD = editor.node("ScatterND", y_TD, places[expert - first], y_nD, reduction="add")
     return y_TD
 
 
@@ -468,15 +460,16 @@ def _one_expert(editor: Editor, mixture: Mixture, expert: int, x_nD: ir.Value, b
 
     h_nM = linear("in", mixture.w_in_EMD[expert], mixture.b_in_EM)
     if mixture.w_gate_EMD is None:
-        h_nM = _activate(editor, h_nM, mixture.activation)
+        h_nM = activate(editor, h_nM, mixture.activation)
     else:
         gate_nM = linear("gate", mixture.w_gate_EMD[expert], mixture.b_gate_EM)
-        h_nM = editor.node("Mul", _activate(editor, gate_nM, mixture.activation), h_nM)
+        h_nM = editor.node("Mul", activate(editor, gate_nM, mixture.activation), h_nM)
     w_out_MD = editor.constant(f"{name}.out.weight", mixture.w_out_EDM[expert].T)
     return editor.node("Gemm", h_nM, w_out_MD, *([] if bias_D is None else [bias_D]), name=f"{name}.out")
 
 
-def _activate(editor: Editor, h: ir.Value, activation: Activation) -> ir.Value:
+def activate(editor: Editor, h: ir.Value, activation: Activation) -> ir.Value:
+    """The activation of an FFN, in standard ops."""
     if activation == "gelu":
         return editor.node("Gelu", h)
     if activation == "gelu_tanh":

@@ -1,0 +1,147 @@
+"""One FFN alone, as a graph: dense and as a mixture, by every plan of every engine."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from torch import Tensor, nn
+
+from ffn2moe import runtime
+from ffn2moe.dense import DenseFFN
+from ffn2moe.engines import Graph
+from ffn2moe.moe import MoEFFN, moe_layers
+from ffn2moe.onnx_graph import DOMAIN, MIXTURE, OPSET, PARTS, Editor, ExportedMoE, save_graph
+from ffn2moe.onnx_plans import activate, lower
+
+
+IR_VERSION = 10  # of the ONNX files, as the exporter writes them
+
+
+def dense_ffn(moe: MoEFFN, ffn_width: int) -> DenseFFN:
+    """The neurons of all experts in a row, `ffn_width` of them: those beyond only fill up the experts."""
+
+    def rows(stacked: Tensor | None, shared: Tensor | None) -> Tensor | None:
+        if stacked is None:
+            return None
+        parts = [stacked.flatten(0, 1), *([] if shared is None else [shared])]
+        return torch.cat(parts[::-1])[:ffn_width].detach().clone()
+
+    w_out_ND = rows(moe.w_out.transpose(1, 2), None if moe.shared_out is None else moe.shared_out.T)
+    w_in_FD = rows(moe.w_in, moe.shared_in)
+    assert w_in_FD is not None and w_out_ND is not None
+    return DenseFFN(
+        w_in_FD=w_in_FD,
+        w_out_DF=w_out_ND.T.contiguous(),
+        activation=moe.activation,
+        b_in_F=rows(moe.b_in, moe.shared_b_in),
+        b_out_D=None if moe.b_out is None else moe.b_out.detach().clone(),
+        w_gate_FD=rows(moe.w_gate, moe.shared_gate),
+        b_gate_F=rows(moe.b_gate, moe.shared_b_gate),
+    )
+
+
+def dense_graph(ffn: DenseFFN) -> ir.Model:
+    """The canonical graph of a dense FFN alone: `x` [tokens, D] in, `y` [tokens, D] out."""
+    graph, editor = _empty(ffn.w_in_FD.shape[1])
+    return _finished(graph, _dense(editor, graph.graph.inputs[0], ffn, "ffn"))
+
+
+def mixture_graph(moe: MoEFFN) -> ir.Model:
+    """The canonical graph of a mixture alone, like `dense_graph`; its routers must read tokens, not texts."""
+    exported = ExportedMoE(moe)
+    graph, editor = _empty(moe.w_in.shape[2])
+    graph.graph.opset_imports[DOMAIN] = 1
+    x_TD = graph.graph.inputs[0]
+    parts = [
+        None if part is None else editor.constant(f"ffn.{name}", part.detach().numpy())
+        for name, part in ((name, getattr(exported, name)) for name in PARTS)
+    ]
+    y_TD = editor.node(MIXTURE, x_TD, None, *parts, domain=DOMAIN, **exported.attributes)
+    if moe.shared_in is not None and moe.shared_out is not None:
+        shared = DenseFFN(
+            w_in_FD=moe.shared_in,
+            w_out_DF=moe.shared_out,
+            activation=moe.activation,
+            b_in_F=moe.shared_b_in,
+            w_gate_FD=moe.shared_gate,
+            b_gate_F=moe.shared_b_gate,
+        )
+        y_TD = editor.node("Add", y_TD, _dense(editor, x_TD, shared, "ffn.shared"))
+    return _finished(graph, y_TD)
+
+
+def _empty(width: int) -> tuple[ir.Model, Editor]:
+    x_TD = ir.val("x", ir.DataType.FLOAT, ["tokens", width])
+    graph = ir.Model(ir.Graph([x_TD], [], nodes=[], opset_imports={"": OPSET}, name="ffn"), ir_version=IR_VERSION)
+    return graph, Editor(graph)
+
+
+def _finished(graph: ir.Model, y_TD: ir.Value) -> ir.Model:
+    x_TD = graph.graph.inputs[0]
+    y_TD.name, y_TD.shape, y_TD.type = "y", x_TD.shape, x_TD.type
+    graph.graph.outputs.append(y_TD)
+    return graph
+
+
+def _dense(editor: Editor, x_TD: ir.Value, ffn: DenseFFN, name: str) -> ir.Value:
+    def linear(part: str, x: ir.Value, weight_NK: Tensor, bias_N: Tensor | None) -> ir.Value:
+        inputs = [editor.constant(f"{name}.{part}.weight", weight_NK.detach().numpy().T)]
+        if bias_N is not None:
+            inputs.append(editor.constant(f"{name}.{part}.bias", bias_N.detach().numpy()))
+        return editor.node("Gemm", x, *inputs, name=f"{name}.{part}")
+
+    h_TF = linear("in", x_TD, ffn.w_in_FD, ffn.b_in_F)
+    if ffn.w_gate_FD is None:
+        h_TF = activate(editor, h_TF, ffn.activation)
+    else:
+        gate_TF = linear("gate", x_TD, ffn.w_gate_FD, ffn.b_gate_F)
+        h_TF = editor.node("Mul", activate(editor, gate_TF, ffn.activation), h_TF)
+    return linear("out", h_TF, ffn.w_out_DF, ffn.b_out_D)
+
+
+class Layers:
+    """FFNs of a model, each alone: their canonical graphs, dense and as mixtures, and what they were given to read."""
+
+    def __init__(self, mixtures: Sequence[MoEFFN], ffn_widths: Sequence[int]) -> None:
+        if any(moe.texts is not None for moe in mixtures):
+            raise ValueError("the routers read whole texts: an FFN alone has none")
+        self.num_layers = len(mixtures)
+        self._graphs = {
+            "mixture": [mixture_graph(moe) for moe in mixtures],
+            "dense": [
+                dense_graph(dense_ffn(moe, ffn_width)) for moe, ffn_width in zip(mixtures, ffn_widths, strict=True)
+            ],
+        }
+
+    def open(self, plan: str, threads: int, folder: Path) -> list[Graph]:
+        """The layers by one plan, written to `folder` first; ValueError where the plan or its engine cannot."""
+        canonical = self._graphs["dense" if plan in runtime.DENSE_PLANS else "mixture"]
+        name = runtime.graph_of(plan)
+        files = [folder / f"{name}-{layer}.onnx" for layer in range(self.num_layers)]
+        for file, graph in zip(files, canonical, strict=True):
+            if not file.is_file():
+                save_graph(lower(graph, cast(runtime.Plan, name)), file)
+        return runtime.open_graphs(files, plan, threads=threads)
+
+
+@torch.no_grad()
+def inputs_of(model: nn.Module, ids_BL: np.ndarray, mask_BL: np.ndarray) -> list[np.ndarray]:
+    """What the FFN of each layer reads for these tokens, float32 [T, D]."""
+    read: list[np.ndarray] = []
+    hooks = [
+        moe.register_forward_pre_hook(
+            lambda _, arguments: read.append(arguments[0].reshape(-1, arguments[0].shape[-1]).numpy().copy())
+        )
+        for moe in moe_layers(model)
+    ]
+    try:
+        model(input_ids=torch.from_numpy(ids_BL), attention_mask=torch.from_numpy(mask_BL))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return read
