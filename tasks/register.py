@@ -1,7 +1,7 @@
-"""Stage 9: the export as a version of a registered model, and the aliases it has earned.
+"""Stage 9: the export as a version of a registered model, with the alias `challenger`.
 
-`challenger` always points to the newest version that answers; `champion` only to one that passes the gate of
-params.yaml. Whatever fails after an alias was moved moves it back, and the version goes.
+`challenger` points to the newest version that answers; whether it becomes `champion`, flows/promote.py decides. When
+something fails after the alias was moved, it moves back, and the version goes.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from importlib import metadata
 from pathlib import Path
@@ -23,19 +23,13 @@ from ruamel.yaml import YAML
 from ffn2moe.runtime import open_export
 from tasks.measures import at, headline
 from tasks.params import Params
-from tasks.registry import Registry
+from tasks.registry import CHALLENGER, Registry
 from tasks.stage import StageRun, main, numbers
 
 EXAMPLE = ("A mixture of experts runs a part of itself for each token.", "The weather is fine today.")
 # What the served model imports, beside the package ffn2moe that travels with it.
-REQUIREMENTS = ("numpy", "onnx", "onnxruntime-gpu", "tokenizers")
+REQUIREMENTS = ("numpy", "onnx", "onnxruntime-gpu", "pyyaml", "tokenizers")
 SAME = 1e-5  # of components of unit vectors: the same graph, computed twice
-SERVED = {  # the code of a model with each head
-    "embedding": "served_model.py",
-    "causal": "served_text.py",
-    "seq2seq": "served_text.py",
-    "classification": "served_classifier.py",
-}
 
 
 def run(stage: StageRun) -> None:
@@ -44,67 +38,65 @@ def run(stage: StageRun) -> None:
     export = root / "exports" / params.name
     plan = _json(export / "plan.json")
     quality = _json(root / "metrics" / "evaluate.json")
-    verdict = judge(params, quality, plan)
-    aliases = ["challenger"] if verdict["refused"] else ["challenger", "champion"]
 
     registry = Registry(root, params.model_name)
     scratch = root / ".cache"
     scratch.mkdir(exist_ok=True)
     with TemporaryDirectory(dir=scratch) as folder, ExitStack() as undo:
         served = slim_copy(export, Path(folder) / "export", plan)
+        facts = measured(quality, plan, served)
         version = undo.enter_context(
             registry.added(
-                code=root / "tasks" / SERVED[quality.get("head", "embedding")],
+                code=root / "tasks" / "served_model.py",
                 export=served,
                 packages=[root / "ffn2moe"],
-                requirements=[f"{name}=={metadata.version(name)}" for name in REQUIREMENTS],
+                requirements=requirements(_json(served / "manifest.json")),
                 example=EXAMPLE,
+                settings={
+                    "max_texts": params.register_.max_texts,
+                    "max_characters": params.register_.max_characters,
+                },
+                options={"info": False},
             )
         )
-        registry.tag(version, tags(root, params, quality, verdict, plan))
+        registry.tag(version, tags(root, params, quality, facts, plan))
         check_answers(registry, version, export)
-        for alias in aliases:
-            undo.enter_context(registry.moved(alias, version))
+        undo.enter_context(registry.moved(CHALLENGER, version))
         stage.write_json(
             "metrics/register.json",
-            {"model": registry.model, "version": version, "aliases": aliases, **verdict},
+            {"model": registry.model, "version": version, "aliases": [CHALLENGER], **facts},
         )
-    stage.say(f"{registry.model} version {version}, alias {' and '.join(aliases)}")
-    for reason in verdict["refused"]:
-        stage.say(f"not champion: {reason}")
+    stage.say(f"{registry.model} version {version}, alias {CHALLENGER}")
 
 
-def judge(params: Params, quality: Mapping[str, Any], plan: Mapping[str, Any]) -> dict[str, Any]:
-    """The two figures the gate looks at, and why `champion` is refused, if it is.
+def measured(quality: Mapping[str, Any], plan: Mapping[str, Any], served: Path) -> dict[str, float]:
+    """What a version is judged by: the share of the teacher's quality, the speed-up, and the bytes of what is served.
 
-    The speed-up is that of the whole workload over the best dense plan of each shape, the lowest one over the numbers
-    of threads.
+    The speed-up is that of the whole workload over the best dense plans, the lowest one over the numbers of threads.
     """
-    gate = params.gate
-    retention = float(at(quality["retention"], headline(quality).path))
-    found = min(plan["by_threads"], key=lambda one: one["speedup_vs_best_dense"])
-    speedup = float(found["speedup_vs_best_dense"])
-    refused = []
-    if retention < gate.min_retention:
-        refused.append(f"retention {retention:.4f} is below gate.min_retention = {gate.min_retention}")
-    if speedup <= gate.min_speedup:
-        refused.append(
-            f"the workload runs at {speedup:.2f}x the best dense plan, on {' and '.join(found['plans'])}, "
-            f"not above gate.min_speedup = {gate.min_speedup}"
-        )
-    return {"retention": retention, "speedup_vs_best_dense": speedup, "refused": refused}
+    return {
+        "retention": float(at(quality["retention"], headline(quality).path)),
+        "speedup_vs_best_dense": min(float(row["speedup_vs_best_dense"]) for row in plan["by_threads"]),
+        "bytes": sum(file.stat().st_size for file in served.rglob("*") if file.is_file()),
+    }
+
+
+def requirements(manifest: Mapping[str, Any]) -> list[str]:
+    """Packages at the versions of this environment, with the engines of the plans."""
+    engines = {entry.get("engine", "onnxruntime") for entry in manifest["plans"].values()} - {"onnxruntime"}
+    return [f"{name}=={metadata.version(name)}" for name in (*REQUIREMENTS, *sorted(engines))]
 
 
 def slim_copy(export: Path, target: Path, plan: Mapping[str, Any]) -> Path:
-    """The export with the plans that were chosen only, and without the checkpoint: what serving needs."""
-    chosen = plan["plans"]
+    """The export with its chosen plans only, and without the checkpoint: what serving needs."""
     manifest = _json(export / "manifest.json")
-    manifest["plans"] = {name: manifest["plans"][name] for name in chosen}
-    for name in {file for entry in manifest["plans"].values() for file in (entry["file"], *entry.get("more", {}))}:
-        (target / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy2(export / name, target / name)
+    manifest["plans"] = {name: manifest["plans"][name] for name in plan["plans"]}
+    for entry in manifest["plans"].values():
+        for name in (entry["file"], *entry.get("more", {})):
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(export / name, target / name)
     shutil.copytree(export / "tokenizer", target / "tokenizer")
-    slim = {**plan, "timings": {name: plan["timings"][name] for name in chosen}}
+    slim = {**plan, "timings": {name: plan["timings"][name] for name in plan["plans"]}}
     for name, payload in (("manifest.json", manifest), ("plan.json", slim)):
         (target / name).write_text(json.dumps(payload, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     return target
@@ -112,32 +104,41 @@ def slim_copy(export: Path, target: Path, plan: Mapping[str, Any]) -> Path:
 
 def check_answers(registry: Registry, version: int, export: Path) -> None:
     """Asks the registered version itself; ValueError unless it answers as the export does."""
-    opened = open_export(export)
-    answer = registry.predict(version, EXAMPLE)
-    if hasattr(opened, "generate"):
-        same = list(answer) == ["".join(opened.generate(text)) for text in EXAMPLE]
-    else:
-        expected = opened.encode(list(EXAMPLE)) if hasattr(opened, "encode") else probabilities(opened)
-        same = numpy.shape(answer) == expected.shape and numpy.allclose(answer, expected, atol=SAME)
-    if not same:
+    if not same(registry.predict(version, EXAMPLE), answers(export, EXAMPLE)):
         raise ValueError(
             f"version {version} of {registry.model} does not answer as {export} does; "
             "it was removed again, the aliases are where they were; to try again: dvc repro -s register"
         )
 
 
-def probabilities(opened: Any) -> numpy.ndarray:
-    """Of each class, for the example."""
-    logits_NC = opened.classify(list(EXAMPLE)).astype(numpy.float64)
+def answers(export: Path, texts: Sequence[str]) -> list[Any]:
+    """What a served model should give for texts, from the export itself."""
+    opened = open_export(export)
+    if hasattr(opened, "generate"):
+        return ["".join(opened.generate(text)) for text in texts]
+    if hasattr(opened, "encode"):
+        embeddings: list[Any] = opened.encode(list(texts)).tolist()
+        return embeddings
+    logits_NC = opened.classify(list(texts)).astype(numpy.float64)
     share_NC = numpy.exp(logits_NC - logits_NC.max(-1, keepdims=True))
-    return share_NC / share_NC.sum(-1, keepdims=True)
+    probabilities: list[Any] = (share_NC / share_NC.sum(-1, keepdims=True)).tolist()
+    return probabilities
+
+
+def same(given: Any, expected: Sequence[Any]) -> bool:
+    """Whether answers agree: texts letter by letter, numbers within rounding."""
+    if not isinstance(given, list) or len(given) != len(expected):
+        return False
+    if isinstance(expected[0], str):
+        return given == list(expected)
+    return numpy.shape(given) == numpy.shape(expected) and numpy.allclose(given, expected, rtol=0, atol=SAME)
 
 
 def tags(
     root: Path,
     params: Params,
     quality: Mapping[str, Any],
-    verdict: Mapping[str, Any],
+    facts: Mapping[str, float],
     plan: Mapping[str, Any],
 ) -> dict[str, str]:
     """What a version is made of, and how good it is: git, DVC hashes of what was exported, figures."""
@@ -148,8 +149,10 @@ def tags(
     found = {
         "git.commit": commit,
         "git.dirty": dirty.lower(),
+        "head": quality.get("head", "embedding"),
         "default_plan": str(plan["default_plan"]),
-        "speedup_vs_best_dense": f"{verdict['speedup_vs_best_dense']:.4f}",
+        "speedup_vs_best_dense": f"{facts['speedup_vs_best_dense']:.4f}",
+        "bytes": f"{facts['bytes']:.0f}",
     }
     found |= {f"retention.{key}": f"{value:.6f}" for key, value in numbers(quality["retention"])}
     found |= {f"student.{key}": f"{value:.6f}" for key, value in numbers(quality["student"])}
@@ -158,7 +161,15 @@ def tags(
         stages = YAML(typ="safe").load(lock.read_text(encoding="utf-8")).get("stages", {})
         for out in stages.get("export", {}).get("outs", []):
             found[f"dvc.md5.{Path(out['path']).relative_to(f'exports/{params.name}')}"] = out["md5"]
+        judged_by = [dep["md5"] for dep in stages.get("evaluate", {}).get("deps", []) if _judges(dep["path"])]
+        if judged_by:
+            found["evaluated_on"] = " ".join(sorted(judged_by))
     return found
+
+
+def _judges(path: str) -> bool:
+    """Whether a file that `evaluate` reads is what it judges by; the teacher's files are what it judges against."""
+    return path.startswith("data/") and path != "data/teacher"
 
 
 def _git(root: Path, *arguments: str) -> str:

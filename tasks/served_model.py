@@ -1,36 +1,116 @@
-"""The registered model, as code: texts in, embeddings out (MLflow's models-from-code).
+"""The registered model, as code (MLflow's models-from-code): texts in; embeddings, probabilities or texts out.
 
-MLflow runs this file where the model is loaded, with the export and the package ffn2moe beside it. It needs
-numpy, onnxruntime and the tokenizer's library; no torch.
+MLflow runs this file where the model is loaded, with the export and the package ffn2moe beside it. It needs numpy, the
+engine of the export's plan and the tokenizer's library; no torch.
 """
 
 from __future__ import annotations
 
+import json
+import threading
+import time
+from pathlib import Path
 from typing import Any
 
 import mlflow
+import numpy as np
+import yaml
 from mlflow.exceptions import INVALID_PARAMETER_VALUE, MlflowException
 from mlflow.pyfunc import PythonModel
 
 
-class Embedder(PythonModel):
-    """Sentence embeddings of unit length by the plan the export chose."""
+class Refused(MlflowException):
+    """A request that is not answered: 400. MLflow would repeat it in the answer, however long; this does not."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, error_code=INVALID_PARAMETER_VALUE)
+        self._told = message
+
+    def serialize_as_json(self) -> str:
+        return json.dumps({"error_code": self.error_code, "message": self._told})
+
+
+class Served(PythonModel):
+    """What the export gives for texts: embeddings of unit length, probabilities of the classes, or what it writes.
+
+    Classes are in the order of the teacher's config; text is continued or answered greedily. A request with the params
+    {"info": true} is answered with one mapping in place of that: the model's name and version, its plan, the limits,
+    and what it has answered since it was started.
+    """
 
     def load_context(self, context: Any) -> None:
         from ffn2moe.runtime import open_export
 
-        self.export = open_export(context.artifacts["export"])
+        folder = Path(context.artifacts["export"])
+        self.export = open_export(folder)
+        self.limits = {key: int(value) for key, value in context.model_config.items() if key.startswith("max_")}
+        self.identity = _identity(folder)
+        self.answered = {"requests": 0, "texts": 0, "seconds": 0.0}
+        self._started = time.time()
+        self._lock = threading.Lock()
 
-    def predict(self, model_input: list[str], params: dict[str, Any] | None = None) -> list[list[float]]:
-        """One embedding a text; a request that holds none, or an empty one, is refused."""
-        empty = [index for index, text in enumerate(model_input) if not text.strip()]
-        if not model_input or empty:
-            cause = f"text {empty[0]} is empty" if empty else "there is no text"
-            raise MlflowException(
-                f'{cause}; send a list of texts: {{"inputs": ["A sentence."]}}',
-                error_code=INVALID_PARAMETER_VALUE,
-            )
-        return self.export.encode(model_input).tolist()
+    def predict(self, model_input: list[str], params: dict[str, Any] | None = None) -> list[Any]:
+        """An answer for each text. Refused: no text, too many, one that is empty, too long, or no Unicode."""
+        if (params or {}).get("info"):
+            return [self._info()]
+        self._check(model_input)
+        start = time.perf_counter()
+        answers = self._answers(model_input)
+        with self._lock:
+            self.answered["requests"] += 1
+            self.answered["texts"] += len(model_input)
+            self.answered["seconds"] += time.perf_counter() - start
+        return answers
+
+    def _check(self, texts: list[str]) -> None:
+        if not texts:
+            raise Refused('there is no text; send a list of texts: {"inputs": ["A sentence."]}')
+        most, longest = self.limits["max_texts"], self.limits["max_characters"]
+        if len(texts) > most:
+            raise Refused(f"{len(texts)} texts are too many for one request; send at most {most}")
+        for index, text in enumerate(texts):
+            if not text.strip():
+                raise Refused(f"text {index} is empty; leave it out")
+            if len(text) > longest:
+                raise Refused(f"text {index} has {len(text)} characters; at most {longest} are taken: cut it")
+            try:
+                text.encode()
+            except UnicodeEncodeError as error:
+                raise Refused(f"text {index} is not Unicode: {error.reason}; leave out half of a pair") from None
+
+    def _answers(self, texts: list[str]) -> list[Any]:
+        if hasattr(self.export, "generate"):
+            return [self._written(index, text) for index, text in enumerate(texts)]
+        if hasattr(self.export, "encode"):
+            return self.export.encode(texts).tolist()
+        logits_NC = self.export.classify(texts).astype(np.float64)
+        share_NC = np.exp(logits_NC - logits_NC.max(-1, keepdims=True))
+        return (share_NC / share_NC.sum(-1, keepdims=True)).tolist()
+
+    def _written(self, index: int, text: str) -> str:
+        try:
+            return "".join(self.export.generate(text))
+        except ValueError as error:  # longer than the model can hold
+            raise Refused(f"text {index}: {error}") from None
+
+    def _info(self) -> dict[str, Any]:
+        with self._lock:
+            return {
+                **self.identity,
+                "plan": self.export.plan,
+                "head": self.export.manifest["spec"]["head"],
+                "limits": self.limits,
+                "answered": dict(self.answered),
+                "up_seconds": round(time.time() - self._started, 1),
+            }
 
 
-mlflow.models.set_model(Embedder())
+def _identity(export: Path) -> dict[str, Any]:
+    """Name and version, which MLflow writes beside a model that comes from the registry."""
+    note = export.parents[1] / "registered_model_meta"
+    told = yaml.safe_load(note.read_text(encoding="utf-8")) if note.is_file() else {}
+    version = told.get("model_version")
+    return {"model": told.get("model_name"), "version": None if version is None else int(version)}
+
+
+mlflow.models.set_model(Served())
