@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import onnx_ir as ir
@@ -17,7 +17,6 @@ from ffn2moe.engines import Graph
 from ffn2moe.moe import MoEFFN, moe_layers
 from ffn2moe.onnx_graph import DOMAIN, MIXTURE, OPSET, PARTS, Editor, ExportedMoE, save_graph
 from ffn2moe.onnx_plans import activate, lower
-
 
 IR_VERSION = 10  # of the ONNX files, as the exporter writes them
 
@@ -61,7 +60,8 @@ def mixture_graph(moe: MoEFFN) -> ir.Model:
         None if part is None else editor.constant(f"ffn.{name}", part.detach().numpy())
         for name, part in ((name, getattr(exported, name)) for name in PARTS)
     ]
-    y_TD = editor.node(MIXTURE, x_TD, None, *parts, domain=DOMAIN, **exported.attributes)
+    attributes: dict[str, Any] = exported.attributes
+    y_TD = editor.node(MIXTURE, x_TD, None, *parts, domain=DOMAIN, **attributes)
     if moe.shared_in is not None and moe.shared_out is not None:
         shared = DenseFFN(
             w_in_FD=moe.shared_in,
@@ -127,6 +127,18 @@ class Layers:
             if not file.is_file():
                 save_graph(lower(graph, cast(runtime.Plan, name)), file)
         return runtime.open_graphs(files, plan, threads=threads)
+
+    def runner(
+        self, plan: str, threads: int, folder: Path, read: Sequence[Sequence[np.ndarray]]
+    ) -> Callable[[int], object]:
+        """A call that runs all layers by one plan, on what they read in that round's batch: `read`, by batch."""
+        graphs = self.open(plan, threads, folder)
+
+        def run(index: int) -> None:
+            for graph, x_TD in zip(graphs, read[index % len(read)], strict=True):
+                graph.run(["y"], {"x": x_TD})
+
+        return run
 
 
 @torch.no_grad()

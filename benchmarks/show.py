@@ -1,0 +1,151 @@
+"""What the benchmarks share beyond timing: the machine in words, progress with the time left, pages and bars."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+
+from benchmarks.race import Spread
+from ffn2moe.timing import machine
+
+
+def about(here: Mapping[str, Any] | None = None) -> str:
+    """The machine and the engines."""
+    here = machine() if here is None else here
+    engines = [f"{engine} {here[engine]}" for engine in ("onnxruntime", "openvino") if engine in here]
+    cores = f"{here['cores']} {'core' if here['cores'] == 1 else 'cores'}"
+    return ", ".join([here["cpu"], cores, here["system"], f"Python {here['python']}", *engines])
+
+
+def complain(error: Exception) -> int:
+    """One line on stderr, and the exit code of bad input."""
+    Console(stderr=True, soft_wrap=True, highlight=False, markup=False).print(f"error: {error}")
+    return 2
+
+
+class Rounds:
+    """Progress over the rounds of several races, with the time left, judged by the races so far."""
+
+    def __init__(self, console: Console, races: int) -> None:
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.fields[left]}"),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        )
+        self._races, self._done = races, 0
+        self._start = time.perf_counter()
+
+    def __enter__(self) -> Self:
+        self._progress.start()
+        self._task = self._progress.add_task("opening the plans", total=self._races, left="")
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+
+    def track(self, label: str, rounds: range) -> Iterator[int]:
+        """The rounds of the next race. It may end before they do."""
+        try:
+            for index in rounds:
+                share = self._done + index / len(rounds)
+                spent = time.perf_counter() - self._start
+                left = f"{spent / share * (self._races - share):.0f} s left" if share > 0.2 else ""
+                self._progress.update(self._task, description=label, completed=share, left=left)
+                yield index
+        finally:
+            self._done += 1
+
+
+def write(out: Path, page: str, result: Mapping[str, Any], figure: Callable[[], Any], console: Console) -> None:
+    """The page, and beside it the figures as JSON and the plot as PNG."""
+    result = {**result, "load_average": round(os.getloadavg()[0], 1)}
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(page, encoding="utf-8")
+    out.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    figure().savefig(out.with_suffix(".png"), dpi=110)
+    console.print(f"written to {out}, {out.with_suffix('.json').name} and {out.with_suffix('.png').name}")
+
+
+# Of each plan the same colour in every plot; OpenVINO's are blue, ONNX Runtime's warm.
+_COLOURS = {
+    "dense": "#8a8f98",
+    "dense8": "#6b5b4b",
+    "dense4": "#a08a70",
+    "fused": "#f2c14e",
+    "qmoe8": "#f0a35e",
+    "qmoe4": "#e98a6b",
+    "sorted": "#d96c47",
+    "sorted8": "#b3361e",
+    "ov-dense": "#5a6b85",
+    "ov-dense8": "#3d4c66",
+    "ov-dense4": "#7d8ba3",
+    "ov-sorted": "#7fb3e6",
+    "ov-native": "#2f7fd1",
+    "ov-native8": "#1557a0",
+    "ov-native4": "#0b2f66",
+}
+
+Panel = tuple[str, Mapping[str, Mapping[str, Spread]], Sequence[float]]
+
+
+def bars(panels: Sequence[Panel], *, hollow: Collection[str], ylabel: str) -> Any:
+    """Panels of (title, group -> name -> spread, the bound of each group); `hollow` names are hatched."""
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
+
+    names = list(dict.fromkeys(name for _, groups, _ in panels for group in groups.values() for name in group))
+    known = [name for name in _COLOURS if name in names] + [name for name in names if name not in _COLOURS]
+    columns = 1 if len(panels) == 1 else 2
+    lines = -(-len(panels) // columns)
+    drawn = Figure(figsize=(7.5 * columns, 3.4 * lines + 0.8), layout="constrained")
+    for place, (title, groups, limits) in enumerate(panels):
+        axes = drawn.add_subplot(lines, columns, place + 1)
+        width = 0.86 / max(1, len(known))
+        for group, (spreads, limit) in enumerate(zip(groups.values(), limits, strict=True)):
+            for index, name in enumerate(known):
+                if name not in spreads:
+                    continue
+                spread, x = spreads[name], group + (index - (len(known) - 1) / 2) * width
+                axes.bar(
+                    x,
+                    spread.median,
+                    0.92 * width,
+                    color=_COLOURS.get(name, "#444444"),
+                    hatch="//" if name in hollow else None,
+                    edgecolor="white",
+                    linewidth=0.3,
+                    yerr=[[max(0.0, spread.median - spread.low)], [max(0.0, spread.high - spread.median)]],
+                    error_kw={"elinewidth": 0.8, "ecolor": "#222222"},
+                )
+            axes.plot([group - 0.45, group + 0.45], [limit, limit], color="#888888", linestyle=":", linewidth=1.2)
+        axes.axhline(1.0, color="#222222", linewidth=0.9)
+        axes.set_xticks(range(len(groups)), list(groups))
+        axes.set_title(title, fontsize=10, loc="left")
+        axes.set_ylabel(ylabel)
+        axes.set_ylim(bottom=0)
+        for side in ("top", "right"):
+            axes.spines[side].set_visible(False)
+    handles = [
+        Patch(
+            facecolor=_COLOURS.get(name, "#444444"),
+            hatch="//" if name in hollow else None,
+            edgecolor="white",
+            label=name,
+        )
+        for name in known
+    ]
+    drawn.legend(handles=handles, loc="outside upper center", ncols=min(8, len(known)), frameon=False, fontsize=9)
+    return drawn
