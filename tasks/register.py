@@ -169,7 +169,7 @@ def tags(
 
 def _judges(path: str) -> bool:
     """Whether a file that `evaluate` reads is what it judges by; the teacher's files are what it judges against."""
-    return path.startswith("data/") and path != "data/teacher"
+    return path.startswith("data/") and Path(path).name != "teacher"
 
 
 def _git(root: Path, *arguments: str) -> str:
