@@ -193,7 +193,9 @@ class OpenVinoGraph:
     Threads share it: each has a request of its own, and OpenVINO runs them one after the other.
     """
 
-    def __init__(self, file: Path, *, threads: int | None, precision: Precision, extension: Path | None = None) -> None:
+    def __init__(
+        self, graph: Path | bytes, *, threads: int | None, precision: Precision, extension: Path | None = None
+    ) -> None:
         ov = openvino()
         core = ov.Core()
         settings = {
@@ -206,10 +208,11 @@ class OpenVinoGraph:
         try:
             if extension is not None:
                 core.add_extension(str(extension))
-            self._compiled = core.compile_model(core.read_model(file), "CPU", settings)
+            self._compiled = core.compile_model(core.read_model(graph), "CPU", settings)
         except RuntimeError as error:
+            name = graph.name if isinstance(graph, Path) else "this graph"
             raise ValueError(
-                f"OpenVINO {ov.__version__.partition('-')[0]} cannot run {file.name} on this machine "
+                f"OpenVINO {ov.__version__.partition('-')[0]} cannot run {name} on this machine "
                 f"({_cause(error)}): take a plan without ov-, or install the versions of constraints.txt"
             ) from error
         self.precision = precision

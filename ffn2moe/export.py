@@ -16,14 +16,14 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ffn2moe import checkpoint, runtime
+from ffn2moe import checkpoint, native, runtime
 from ffn2moe.dense import family_of, positions
 from ffn2moe.engines import Engine, has_openvino, openvino, openvino_precision
 from ffn2moe.onnx_decoder import canonical_graphs
 from ffn2moe.onnx_graph import LARGEST_FILE, save_graph
 from ffn2moe.onnx_plans import PlanRefused, lower
 from ffn2moe.parity import MAIN_OUTPUT, Parity, Sample, agreement, random_samples
-from ffn2moe.runtime import DENSE_PLANS, Plan, engine_of, form_of, graph_of, with_budget
+from ffn2moe.runtime import DENSE_PLANS, NATIVE_PLANS, Plan, engine_of, form_of, graph_of, with_budget
 from ffn2moe.spec import MoESpec
 from ffn2moe.verify import FLOAT_TOLERANCE, TANH_TOLERANCE, Known, budget, plan_parity
 
@@ -60,10 +60,10 @@ def export_model(
     The manifest has `spec`, `model` (facts the runtime needs), `plans` (of each: `engine`, `precision`, `file`,
     `sha256`, `encoder` and `more` files where there are any, `parity_max_abs`, `parity`, and `agreement`, how well its
     main output points in PyTorch's direction, where it rounds more than float32 does) and `refused`: the reason for
-    each plan whose operators cannot hold the model. A plan that runs in bfloat16 has the parity of its graph in
-    float32. The caller may add to it, and writes it with `write_manifest`: until then the folder is no export.
-    ValueError for a graph beyond its tolerance, or a model that cannot be exported; EngineMissing for an engine that
-    was asked for and is not installed.
+    each plan whose operators cannot hold the model, or are not built. A plan that runs in bfloat16 has the parity of
+    its graph in float32. The caller may add to it, and writes it with `write_manifest`: until then the folder is no
+    export. ValueError for a graph beyond its tolerance, or a model that cannot be exported; EngineMissing for an engine
+    that was asked for and is not installed.
     """
     folder = Path(folder)
     (folder / GRAPHS).mkdir(parents=True, exist_ok=True)
@@ -89,6 +89,9 @@ def export_model(
     for plan in track(tuple(budget_of), "writing plans"):
         form, num_active, name = form_of(plan), budget_of[plan], graph_of(plan)
         if form in manifest["refused"]:
+            continue
+        if form in NATIVE_PLANS and not native.is_built():  # what cannot be checked is not shipped
+            manifest["refused"][plan] = f"{plan}: its operator is not built here; {native.REMEDY}"
             continue
         if name not in written:
             if form not in DENSE_PLANS and num_active not in mixtures:

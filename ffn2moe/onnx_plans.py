@@ -9,9 +9,13 @@
 | `dense` | the teacher: what a user would deploy without this package |
 | `dense8` | `dense` in int8, in the same way as `sorted8` |
 | `dense4` | `dense` with every linear map a `MatMulNBits` of 4 bits |
+| `ov-dense`, `ov-sorted` | the graphs of `dense` and `sorted` in OpenVINO: bfloat16 where the CPU has it |
+| `ov-native` | one `ffn2moe.Experts` node a layer in OpenVINO (`ffn2moe.native`, to be built): bfloat16 |
+| `ov-native8`, `ov-native4` | the same with experts of 8 or 4 bits a weight |
 
 Where each token has a number of experts of its own (selections `threshold` and `prefix`), `sorted` and `sorted8`
-compute what is used; the operators of `fused`, `qmoe8` and `qmoe4` run a fixed number, and are refused. Another budget
+and the native plans compute what is used; the operators of `fused`, `qmoe8` and `qmoe4` run a fixed number, and are
+refused. Another budget
 of an elastic mixture is a plan of its own, `sorted-k1`: the same rewriting of another canonical graph
 (`ffn2moe.export`).
 
@@ -27,6 +31,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from ffn2moe import native
 from ffn2moe.onnx_graph import DOMAIN, MIXTURE, PARTS, Editor, constant_of, finish, replace
 from ffn2moe.runtime import (
     BLOCK,
@@ -34,6 +39,7 @@ from ffn2moe.runtime import (
     MASKED_LOGIT,
     MICROSOFT,
     MOE_ACTIVATIONS,
+    NATIVE_PLANS,
     Plan,
     quantize_blocks,
     swiglu_rows,
@@ -64,6 +70,8 @@ def lower(canonical: ir.Model, plan: Plan) -> ir.Model:
             y_TD = _fused(editor, mixture)
         elif plan in _BITS:
             y_TD = _quantized_experts(editor, mixture, _BITS[plan])
+        elif plan in NATIVE_PLANS:
+            y_TD = _native_experts(editor, mixture, NATIVE_PLANS[plan])
         elif mixture.selection == "topk":
             y_TD = _sorted_experts(editor, mixture)
         else:
@@ -75,6 +83,7 @@ def lower(canonical: ir.Model, plan: Plan) -> ir.Model:
         quantize_weights(graph, _BITS[plan])
     if any(node.domain == MICROSOFT for node in graph.graph):
         graph.graph.opset_imports[MICROSOFT] = 1
+    graph.graph.opset_imports[native.DOMAIN] = native.VERSION  # dropped below where it is not used
     finish(graph)
     return graph
 
@@ -338,6 +347,46 @@ def _quantized_experts(editor: Editor, mixture: Mixture, bits: int) -> ir.Value:
         block_size=BLOCK,
     )
     return _weighed(editor, mixture, y_TD, sum_T1)
+
+
+def _native_experts(editor: Editor, mixture: Mixture, weights: native.Weights) -> ir.Value:
+    """An `Experts` node. Where tokens use numbers of their own, all are named, and those not used have gates of 0."""
+    scores_TE = _scores(editor, mixture)
+    if mixture.selection == "topk":
+        chosen_TK = _highest(editor, _ranked(editor, mixture, scores_TE), mixture.num_active)[1]
+        gate_TK = _gates(editor, mixture, scores_TE, chosen_TK)
+        if gate_TK is None:
+            one = ir.tensor(np.ones(1, dtype=np.float32))
+            gate_TK = editor.node("ConstantOfShape", editor.node("Shape", chosen_TK), value=one)
+    else:
+        used_TE = _used(editor, mixture, scores_TE)
+        gate_TK = editor.node("Cast", used_TE, to=ir.DataType.FLOAT)
+        gate_TE = _gates_of_used(editor, mixture, scores_TE, used_TE)
+        if gate_TE is not None:
+            gate_TK = editor.node("Mul", gate_TE, gate_TK)
+        numbers = editor.constant("numbers", np.arange(mixture.num_experts)[None])
+        chosen_TK = editor.node("Expand", numbers, editor.node("Shape", scores_TE))
+    packed = native.pack_experts(
+        weights,
+        mixture.w_in_EMD,
+        mixture.w_out_EDM,
+        b_in_EM=mixture.b_in_EM,
+        w_gate_EMD=mixture.w_gate_EMD,
+        b_gate_EM=mixture.b_gate_EM,
+    )
+    _, M, D = mixture.w_in_EMD.shape
+    gated = mixture.w_gate_EMD is not None
+    y_TD = editor.node(
+        native.OP_TYPE,
+        mixture.x_TD,
+        chosen_TK,
+        gate_TK,
+        editor.constant(f"{mixture.name}.experts.{weights}", packed),
+        domain=native.DOMAIN,
+        name=f"{mixture.name}.experts",
+        **native.attributes(D, M, gated=gated, activation=mixture.activation, weights=weights),
+    )
+    return _weighed(editor, mixture, y_TD, None)
 
 
 # --- sorted ---------------------------------------------------------------------------------------------------------

@@ -16,22 +16,42 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 
-from ffn2moe.engines import CPU, Engine, Graph, Precision, open_graph, session
+from ffn2moe import native
+from ffn2moe.engines import CPU, Engine, Graph, OpenVinoGraph, Precision, open_graph, session
+from ffn2moe.spec import Activation
 from ffn2moe.switch import Switch, places
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 # What they are: ffn2moe.onnx_plans. Those of OpenVINO begin with ov-.
-Plan = Literal["dense", "dense8", "dense4", "fused", "qmoe8", "qmoe4", "sorted", "sorted8", "ov-dense", "ov-sorted"]
+Plan = Literal[
+    "dense",
+    "dense8",
+    "dense4",
+    "fused",
+    "qmoe8",
+    "qmoe4",
+    "sorted",
+    "sorted8",
+    "ov-dense",
+    "ov-sorted",
+    "ov-native",
+    "ov-native8",
+    "ov-native4",
+]
 OV = "ov-"
 DECODER_PLANS: tuple[Plan, ...] = ("dense", "dense8", "dense4", "fused", "qmoe8", "qmoe4", "sorted", "sorted8")
 PLANS: tuple[Plan, ...] = ("dense", "dense8", "fused", "sorted", "sorted8")  # of models that read all at once
 OPENVINO_PLANS: tuple[Plan, ...] = tuple(plan for plan in get_args(Plan) if plan.startswith(OV))
 DENSE_PLANS: tuple[Plan, ...] = ("dense", "dense8", "dense4", "ov-dense")
 INT8_PLANS: tuple[Plan, ...] = ("dense8", "sorted8")  # by ONNX Runtime's dynamic quantisation
-QUANTIZED_PLANS: tuple[Plan, ...] = (*INT8_PLANS, "dense4", "qmoe8", "qmoe4")
-OP_PLANS: tuple[Plan, ...] = ("fused", "qmoe8", "qmoe4")  # rest on an operator that is tested when it is opened
+QUANTIZED_PLANS: tuple[Plan, ...] = (*INT8_PLANS, "dense4", "qmoe8", "qmoe4", "ov-native8", "ov-native4")
+ROUNDED_PLANS: tuple[Plan, ...] = (*QUANTIZED_PLANS, "ov-native")  # more than float32 does, on any machine
+# What experts are in where they are the operator of ffn2moe.native.
+NATIVE_PLANS: dict[str, native.Weights] = {"ov-native": "bf16", "ov-native8": "int8", "ov-native4": "int4"}
+# Rest on an operator that is tested when it is opened.
+OP_PLANS: tuple[str, ...] = ("fused", "qmoe8", "qmoe4", *NATIVE_PLANS)
 MANIFEST, PLAN_FILE = "manifest.json", "plan.json"
 BATCH_TOKENS = 1024  # at once: more leave the processor's cache (int8 plans: a fifth slower at 4096)
 UNMEASURED_PLAN = "sorted"  # where no benchmark has chosen: float32 and standard ops, good everywhere
@@ -68,7 +88,9 @@ def graph_of(plan: str) -> str:
 def precision_of(plan: str, graph: Graph) -> str:
     """What a plan of an open graph multiplies in: `float32`, `bfloat16`, `int8` or `int4` (the weights, at least)."""
     form = form_of(plan)
-    return f"int{form[-1]}" if form in QUANTIZED_PLANS else graph.precision
+    if form in QUANTIZED_PLANS:
+        return f"int{form[-1]}"
+    return "bfloat16" if form in NATIVE_PLANS else graph.precision
 
 
 def plans_of(head: str, engines: Sequence[Engine] = ("onnxruntime",)) -> tuple[Plan, ...]:
@@ -194,9 +216,21 @@ def open_graphs(
     providers: Sequence[str] = CPU,
     precision: Precision | None = None,
 ) -> list[Graph]:
-    """The graphs of a plan in its engine (`ffn2moe.engines.open_graph`)."""
-    engine = engine_of(plan)
-    return [open_graph(file, engine, threads=threads, providers=providers, precision=precision) for file in files]
+    """The graphs of a plan in its engine (`ffn2moe.engines.open_graph`).
+
+    FileNotFoundError, with the remedy, where the plan rests on the operator of `ffn2moe.native` and it is not built.
+    """
+    return [
+        open_graph(
+            file,
+            engine_of(plan),
+            threads=threads,
+            providers=providers,
+            precision=precision,
+            extension=native.library() if form_of(plan) in NATIVE_PLANS else None,
+        )
+        for file in files
+    ]
 
 
 def opened(path: Path, plan: str, manifest: Mapping[str, Any], graphs: Sequence[Graph]) -> Any:
@@ -777,8 +811,11 @@ def dequantize_blocks(packed: np.ndarray, scales: np.ndarray, bits: int) -> np.n
 
 def self_tests(plan: str, spec: Mapping[str, Any], providers: Sequence[str] = CPU) -> float:
     """Checks the operator of a plan on this runtime for every kind of FFN of the model; the largest difference."""
-    bits = {"qmoe8": 8, "qmoe4": 4}.get(form_of(plan), 32)
     kinds = sorted({(stack["activation"], stack["gated"]) for stack in spec["stacks"]})
+    weights = NATIVE_PLANS.get(form_of(plan))
+    if weights is not None:
+        return max(native_self_test(activation, weights, gated=gated) for activation, gated in kinds)
+    bits = {"qmoe8": 8, "qmoe4": 4}.get(form_of(plan), 32)
     return max(self_test(activation, providers, gated=gated, bits=bits) for activation, gated in kinds)
 
 
@@ -837,6 +874,72 @@ def self_test(activation: str, providers: Sequence[str] = CPU, *, gated: bool = 
             "or layout of bits differs; open the export with plan='sorted', or use another onnxruntime"
         )
     return difference
+
+
+# Largest difference of the native operator from float64 arithmetic, as a share of the largest output. In bfloat16 the
+# activations are rounded twice.
+NATIVE_TOLERANCE: dict[native.Weights, float] = {"bf16": 2e-2, "int8": 1e-3, "int4": 1e-3}
+
+
+def native_self_test(activation: Activation, weights: native.Weights, *, gated: bool = False) -> float:
+    """Checks that `ffn2moe.Experts`, as it is built, computes a tiny layer as `ffn2moe.native.reference` does.
+
+    Gives the largest difference, as a share of the largest output. RuntimeError where it computes something else,
+    EngineMissing or FileNotFoundError where there is no OpenVINO or no operator.
+    """
+    E, K, D, M, T = 4, 2, 40, 24, 70  # no multiple of what the kernels take at once
+    random = np.random.default_rng(0)
+    x_TD = random.standard_normal((T, D)).astype(np.float32)
+    chosen_TK = np.stack([random.permutation(E)[:K] for _ in range(T)])
+    gates_TK = random.uniform(0.5, 1.5, (T, K)).astype(np.float32)
+    gates_TK[::3, 1] = 0
+    shapes = {"w_in_EMD": (E, M, D), "w_out_EDM": (E, D, M)} | ({"w_gate_EMD": (E, M, D)} if gated else {})
+    parts = {name: random.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
+    names = ("b_in_EM", "b_gate_EM") if gated else ("b_in_EM",)
+    biases = {name: random.standard_normal((E, M)).astype(np.float32) for name in names}
+    graph = OpenVinoGraph(
+        _native_graph(
+            native.attributes(D, M, gated=gated, activation=activation, weights=weights),
+            native.pack_experts(weights, **parts, **biases),
+            D,
+        ),
+        threads=1,
+        precision="float32",
+        extension=native.library(),
+    )
+    (y_TD,) = graph.run(["y"], {"x": x_TD, "chosen": chosen_TK, "gates": gates_TK})
+    rounded = {name: native.round_weights(weights, part) for name, part in parts.items()}
+    expected_TD = native.reference(x_TD, chosen_TK, gates_TK, **rounded, **biases, activation=activation)
+    difference = float(np.abs(y_TD - expected_TD).max() / np.abs(expected_TD).max())
+    if not difference < NATIVE_TOLERANCE[weights]:
+        raise RuntimeError(
+            f"{native.DOMAIN}.{native.OP_TYPE} with weights in {weights} computes something else on this machine (off "
+            f"by {difference:.2g} of the largest output): build it again (make native), or take the plan ov-sorted"
+        )
+    return difference
+
+
+def _native_graph(attributes: Mapping[str, Any], experts: np.ndarray, width: int) -> bytes:
+    """A model of one Experts node, as a plan holds it."""
+    from onnx import TensorProto, helper, numpy_helper
+
+    node = helper.make_node(
+        native.OP_TYPE, ["x", "chosen", "gates", "experts"], ["y"], domain=native.DOMAIN, **attributes
+    )
+    tokens = ["tokens", "chosen experts"]
+    graph = helper.make_graph(
+        [node],
+        "self_test",
+        [
+            helper.make_tensor_value_info("x", TensorProto.FLOAT, ["tokens", width]),
+            helper.make_tensor_value_info("chosen", TensorProto.INT64, tokens),
+            helper.make_tensor_value_info("gates", TensorProto.FLOAT, tokens),
+        ],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["tokens", width])],
+        [numpy_helper.from_array(experts, "experts")],
+    )
+    opsets = [helper.make_opsetid("", 21), helper.make_opsetid(native.DOMAIN, native.VERSION)]
+    return helper.make_model(graph, opset_imports=opsets, ir_version=10).SerializeToString()
 
 
 def _erf_gelu(z: np.ndarray) -> np.ndarray:
