@@ -145,7 +145,6 @@ def up(root: Path, ports: dict[str, int | None], notify: str | None = None) -> N
 def _start_servers(root: Path, services: dict[str, Service], ports: dict[str, int | None]) -> None:
     """Prefect's and MLflow's, side by side, each unless it runs or an address elsewhere is given."""
     uri = default_tracking_uri(root)
-    mlflow_client(uri)  # makes the database, or says what is wrong with it
     elsewhere = {"prefect": os.environ.get("PREFECT_API_URL"), "mlflow": None if "sqlite" in uri else uri}
     commands = {
         "prefect": lambda port: ["-m", "prefect", "server", "start", "--host", HOST, "--port", str(port)],
@@ -154,21 +153,23 @@ def _start_servers(root: Path, services: dict[str, Service], ports: dict[str, in
             *("--backend-store-uri", uri, "--artifacts-destination", str(root / "mlartifacts")),
         ],
     }
-    started = []
-    for name, command in commands.items():
+    missing = []
+    for name in commands:
         if elsewhere[name]:
             console.print(f"{name} is elsewhere: {elsewhere[name]}")
             continue
         if name in services:
             _refuse_to_move(services[name], ports[name])
             continue
-        port = ports[name] or PORTS[name]
         guardian.end(MARK, _mark(root, name))  # what a killed server has left, on that port maybe
-        _refuse_taken(name, port)
-        services[name] = _start(root, name, command(port), port, services)
-        started.append(name)
+        _refuse_taken(name, ports[name] or PORTS[name])
+        missing.append(name)
+    mlflow_client(uri)  # makes the database, or says what is wrong with it
+    for name in missing:
+        port = ports[name] or PORTS[name]
+        services[name] = _start(root, name, commands[name](port), port, services)
     health = {"prefect": "/api/health", "mlflow": "/health"}
-    for name in started:
+    for name in missing:
         _wait(name, services[name], root, lambda name=name: _answers(services[name].address + health[name]))  # type: ignore[misc]
 
 
