@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import urllib.error
 import urllib.request
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -63,7 +64,11 @@ class Registry:
         experiment = experiment_id(self._client)
         parent = os.environ.get(PARENT_RUN)
         tags = {"mlflow.parentRunId": parent} if parent else {}
-        with mlflow.start_run(experiment_id=experiment, run_name=f"{self.model} model", tags=tags):
+        with (
+            warnings.catch_warnings(),
+            mlflow.start_run(experiment_id=experiment, run_name=f"{self.model} model", tags=tags),
+        ):
+            warnings.filterwarnings("ignore", message=".*Any type hint is inferred", category=UserWarning)
             logged = mlflow.pyfunc.log_model(
                 name="model",
                 python_model=str(code),

@@ -100,7 +100,7 @@ class Served(PythonModel):
                 "plan": self.export.plan,
                 "head": self.export.manifest["spec"]["head"],
                 "limits": self.limits,
-                "answered": dict(self.answered),
+                "answered": {**self.answered, "seconds": round(self.answered["seconds"], 3)},
                 "up_seconds": round(time.time() - self._started, 1),
             }
 

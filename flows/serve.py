@@ -1,0 +1,224 @@
+"""Serves a version of the registry over HTTP, by `mlflow models serve` on this environment.
+
+    python -m flows.serve [--model NAME] [--version N | --alias NAME] [--port N]
+
+On loopback unless asked otherwise. What is wrong is said before anything starts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+from rich.console import Console
+
+from flows.environment import settle
+from flows.workspace import FlowError
+from tasks.params import load_params
+from tasks.registry import CHAMPION, Registry
+from tasks.stage import die_with_parent, explain
+
+ROOT = Path(__file__).resolve().parent.parent
+HOST = "127.0.0.1"
+PORT = 5001
+PATIENCE = 300.0  # seconds a model may take to answer; it takes 4, on a busy machine much more
+SECONDS_A_REQUEST = 120.0
+console = Console(highlight=False, soft_wrap=True, markup=False)
+
+
+@dataclass(frozen=True)
+class Server:
+    """A served version: where it answers, and the process that `mlflow models serve` is."""
+
+    url: str
+    process: subprocess.Popen[bytes]
+
+    def ask(self, texts: Any, **params: Any) -> tuple[int, dict[str, Any]]:
+        """HTTP status and answer to a request; see `ask`."""
+        return ask(self.url, {"inputs": texts, **({"params": params} if params else {})})
+
+    def processes(self) -> list[psutil.Process]:
+        """MLflow's command and the server that it has started."""
+        parent = psutil.Process(self.process.pid)
+        return [parent, *parent.children(recursive=True)]
+
+
+def ask(url: str, payload: Any) -> tuple[int, dict[str, Any]]:
+    """Posts a request to a served model: HTTP status and answer. FlowError where nobody answers."""
+    body = payload if isinstance(payload, bytes) else json.dumps(payload).encode()
+    request = urllib.request.Request(f"{url}/invocations", body, headers={"Content-Type": "application/json"})
+    try:
+        with urllib.request.urlopen(request, timeout=SECONDS_A_REQUEST) as response:
+            return response.status, json.loads(response.read())
+    except urllib.error.HTTPError as error:
+        text = error.read().decode(errors="replace")
+        return error.code, json.loads(text) if text.startswith("{") else {"message": text}
+    except OSError as error:
+        cause = getattr(error, "reason", error)
+        raise FlowError(f"no served model answers at {url} ({cause}); start one: make serve") from None
+
+
+def answers(url: str) -> bool:
+    """Whether a served model is up, by MLflow's /ping."""
+    try:
+        with urllib.request.urlopen(f"{url}/ping", timeout=5) as response:
+            return bool(response.status == 200)
+    except OSError:
+        return False
+
+
+@contextmanager
+def served(
+    registry: Registry, version: int, *, host: str = HOST, port: int | None = None, log: Path | None = None
+) -> Iterator[Server]:
+    """A version that answers, on a free port unless one is given; it is stopped when the block ends, however it ends.
+
+    What it prints goes to `log`, or to this terminal. FlowError where it does not come up.
+    """
+    port = port or free_port(host)
+    require_free(host, port)
+    command = [sys.executable, "-m", "mlflow", "models", "serve", "--model-uri", f"models:/{registry.model}/{version}"]
+    stream = log.open("wb") if log else None
+    process = subprocess.Popen(
+        [*command, "--env-manager", "local", "--host", host, "--port", str(port)],
+        env={
+            **os.environ,
+            "MLFLOW_TRACKING_URI": registry.uri,
+            "MLFLOW_REGISTRY_URI": registry.uri,
+            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
+        },
+        stdout=stream,
+        stderr=stream,
+        start_new_session=True,
+        preexec_fn=die_with_parent,
+    )
+    server = Server(f"http://{host}:{port}", process)
+    try:
+        _wait(server, log)
+        yield server
+    finally:
+        _stop(process)
+        if stream:
+            stream.close()
+
+
+def _wait(server: Server, log: Path | None) -> None:
+    deadline = time.monotonic() + PATIENCE
+    while not answers(server.url):
+        ended = server.process.poll() is not None
+        if ended or time.monotonic() > deadline:
+            said = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-5:] if log else []
+            raise FlowError(
+                f"the model at {server.url} "
+                + ("stopped before it answered" if ended else f"did not answer within {PATIENCE:.0f} s")
+                + (f"; it said: {' | '.join(said)}" if said else "; what it said is above")
+            )
+        time.sleep(0.1)
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, number)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=10)
+            return
+
+
+def free_port(host: str = HOST) -> int:
+    """A port that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind((host, 0))
+        return int(probe.getsockname()[1])
+
+
+def require_free(host: str, port: int) -> None:
+    """FlowError unless the port can be listened on."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the server does
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise FlowError(
+                f"port {port} of {host} cannot be used ({error.strerror}); stop what listens there, or take another: "
+                f"make serve PORT={port + 1}"
+            ) from None
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """Which registered version is meant."""
+    parser.add_argument("--model", help="name of the registered model; default: that of params.yaml")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--alias", default=CHAMPION, help="default: champion")
+    which.add_argument("--version", help="a version by its number")
+
+
+def registry_of(options: argparse.Namespace) -> Registry:
+    return Registry(ROOT, options.model or load_params(ROOT / "params.yaml").model_name)
+
+
+def report(error: Exception) -> int:
+    """Says what a user can act on, and gives the exit code; raises what is a bug."""
+    message = str(error) if isinstance(error, FlowError) else explain(error)
+    if message is None or os.environ.get("FFN2MOE_DEBUG"):
+        raise error
+    print(f"error: {message}", file=sys.stderr)  # noqa: T201
+    return 2
+
+
+def stop_on_terminate() -> None:
+    """SIGTERM ends this process as Ctrl-C does, so that what it has started is stopped."""
+    signal.signal(signal.SIGTERM, _terminated)
+
+
+def _terminated(number: int, frame: object) -> None:
+    sys.exit(128 + number)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m flows.serve", description=__doc__.splitlines()[0])
+    add_model_options(parser)
+    parser.add_argument("--host", default=HOST, help=f"default: {HOST}, this machine alone")
+    parser.add_argument("--port", type=int, default=PORT, help=f"default: {PORT}")
+    options = parser.parse_args(arguments)
+    settle(ROOT)
+    stop_on_terminate()
+    try:
+        require_free(options.host, options.port)
+        registry = registry_of(options)
+        version = registry.resolve(options.version or options.alias)
+        with served(registry, version, host=options.host, port=options.port) as server:
+            console.print(
+                f"{registry.model} version {version} answers at {server.url}; Ctrl-C stops it\n{_example(server)}"
+            )
+            server.process.wait()
+        console.print(f"the server has ended with code {server.process.returncode}")
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    except Exception as error:
+        return report(error)
+
+
+def _example(server: Server) -> str:
+    body = json.dumps({"inputs": ["A sentence."]})
+    return f"  curl -s {server.url}/invocations -H 'Content-Type: application/json' -d '{body}'"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
