@@ -194,15 +194,18 @@ class MoEFFN(nn.Module):
         choice = self.router.choose(scores_TE, self.num_active)
         if self.observer is not None:
             self.observer(scores_TE, choice)
-        return self.finish(x_TD, self.grouped(x_TD, scores_TE, choice)).reshape(x.shape)
+        return self._beside(x_TD, self.grouped(x_TD, scores_TE, choice, self.scale)).reshape(x.shape)
 
     def finish(self, x_TD: Tensor, y_TD: Tensor) -> Tensor:
         """Scale, shared expert and output bias around the routed sum, [T, D]."""
-        y_TD = self.scale * y_TD
+        return self._beside(x_TD, self.scale * y_TD)
+
+    def _beside(self, x_TD: Tensor, y_TD: Tensor) -> Tensor:
+        """With shared expert and output bias, [T, D]."""
         shared_TD = self.shared(x_TD)
         if shared_TD is not None:
             y_TD = y_TD + shared_TD
-        return y_TD if self.b_out is None else y_TD + self.b_out
+        return y_TD if self.b_out is None else y_TD + self.b_out.to(y_TD.dtype)
 
     @torch.no_grad()
     def set_scale(self, scale: float) -> None:
@@ -299,10 +302,10 @@ class MoEFFN(nn.Module):
             y_TD[tokens] += gate_TK[tokens, place].unsqueeze(-1) * self.expert(index, x_TD[tokens])
         return self.finish(x_TD, y_TD)
 
-    def grouped(self, x_TD: Tensor, scores_TE: Tensor, choice: Choice) -> Tensor:
+    def grouped(self, x_TD: Tensor, scores_TE: Tensor, choice: Choice, scale: Tensor | None = None) -> Tensor:
         """Weighted sum of the used experts' outputs, [T, D]: tokens sorted by expert, one product per expert.
 
-        The gates weigh the neurons, of which a slot has fewer than outputs.
+        Gates, and with them the `scale` of the sum, weigh the neurons, of which a slot has fewer than outputs.
         """
         autocast = torch.is_autocast_enabled(x_TD.device.type)
         if autocast:
@@ -314,11 +317,14 @@ class MoEFFN(nn.Module):
         act = ACTIVATIONS[self.activation]
         h_SM = layout.linear(x_SD, self.w_in, self.b_in)
         h_SM = act(h_SM) if self.w_gate is None else act(layout.linear(x_SD, self.w_gate, self.b_gate)) * h_SM
-        if self.gate != "unit" or self.training:
-            gate_TK = self.router.weigh(scores_TE, choice, self.training).to(h_SM.dtype)
+        weighed = self.gate != "unit" or self.training
+        if weighed:
+            gate_TK = self.router.weigh(scores_TE, choice, self.training)
+            gate_TK = (gate_TK if scale is None else scale * gate_TK).to(h_SM.dtype)
             gate_P = gate_TK.flatten() if choice.used_TK is None else gate_TK[choice.used_TK]
             h_SM = h_SM * layout.spread(gate_P).unsqueeze(1)
-        return layout.add_up(layout.linear(h_SM, self.w_out))
+        y_TD = layout.add_up(layout.linear(h_SM, self.w_out))
+        return y_TD if weighed or scale is None else scale * y_TD
 
 
 class RoutingObserver(Protocol):
