@@ -22,7 +22,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -97,9 +97,20 @@ def running(root: Path) -> dict[str, Service]:
 
 def api(root: Path) -> str | None:
     """The API that runs of this project report to: what PREFECT_API_URL says, else our own server's, if it runs."""
-    given = os.environ.get("PREFECT_API_URL")
-    server = running(root).get("prefect")
-    return given or (f"{server.address}/api" if server else None)
+    return _api(running(root))
+
+
+def _api(services: Mapping[str, Service]) -> str | None:
+    server = services.get("prefect")
+    return os.environ.get("PREFECT_API_URL") or (f"{server.address}/api" if server else None)
+
+
+def _elsewhere(root: Path) -> dict[str, str]:
+    """The servers that somebody else runs: their names and addresses."""
+    given, uri = os.environ.get("PREFECT_API_URL"), default_tracking_uri(root)
+    mine = running(root).get("prefect")
+    found = {"prefect": given} if given and not (mine and given == f"{mine.address}/api") else {}
+    return {**found, "mlflow": uri} if uri.startswith("http") else found
 
 
 # --- up -------------------------------------------------------------------------------------------
@@ -118,7 +129,9 @@ def up(root: Path, ports: dict[str, int | None], notify: str | None = None) -> N
         services = dict(before)
         try:
             _start_servers(root, services, ports)
-            url = os.environ.setdefault("PREFECT_API_URL", f"{services['prefect'].address}/api")
+            url = _api(services)
+            assert url is not None  # a server runs, or one is named
+            os.environ["PREFECT_API_URL"] = url
             _deploy(root)
             if "worker" not in services:
                 if "prefect" in services:
@@ -145,7 +158,7 @@ def up(root: Path, ports: dict[str, int | None], notify: str | None = None) -> N
 def _start_servers(root: Path, services: dict[str, Service], ports: dict[str, int | None]) -> None:
     """Prefect's and MLflow's, side by side, each unless it runs or an address elsewhere is given."""
     uri = default_tracking_uri(root)
-    elsewhere = {"prefect": os.environ.get("PREFECT_API_URL"), "mlflow": None if "sqlite" in uri else uri}
+    elsewhere = _elsewhere(root)
     commands = {
         "prefect": lambda port: ["-m", "prefect", "server", "start", "--host", HOST, "--port", str(port)],
         "mlflow": lambda port: [
@@ -153,10 +166,15 @@ def _start_servers(root: Path, services: dict[str, Service], ports: dict[str, in
             *("--backend-store-uri", uri, "--artifacts-destination", str(root / "mlartifacts")),
         ],
     }
+    api_elsewhere = elsewhere.get("prefect")
+    if api_elsewhere and not _answers(f"{api_elsewhere}/health"):
+        raise FlowError(
+            f"no Prefect server answers at PREFECT_API_URL = {api_elsewhere}; start it, correct the address, or unset "
+            "it for a server of this project's own"
+        )
     missing = []
     for name in commands:
-        if elsewhere[name]:
-            console.print(f"{name} is elsewhere: {elsewhere[name]}")
+        if name in elsewhere:
             continue
         if name in services:
             _refuse_to_move(services[name], ports[name])
@@ -429,11 +447,13 @@ def _command(process: psutil.Process) -> str:
 
 def status(root: Path) -> bool:
     """Prints what runs, when the next run is, how the last one ended; False unless all of it runs."""
-    services = running(root)
+    services, elsewhere = running(root), _elsewhere(root)
     table = Table(box=None, pad_edge=False, show_header=False)
     for name in ORDER:
         service = services.get(name)
-        if service is None:
+        if name in elsewhere:
+            table.add_row(name, elsewhere[name], "elsewhere")
+        elif service is None:
             table.add_row(name, "does not run")
         else:
             where = service.address if service.port else ""
@@ -444,7 +464,7 @@ def status(root: Path) -> bool:
         for row in _schedule():
             table.add_row(*row)
     console.print(table)
-    if missing := [name for name in ORDER if name not in services]:
+    if missing := [name for name in ORDER if name not in services and name not in elsewhere]:
         console.print(f"to start {' and '.join(missing)}: make up")
     return not missing
 
