@@ -43,8 +43,8 @@ ROUNDS = 60  # of one shape, at most
 ENOUGH_ROUNDS = 8  # the fewest that an interval can be told from
 RUNGS = (3, 6, 12, 24, 48)  # rounds after which the slower half of the hopeless goes
 PRECISION = 0.01  # of a ratio: rounds end where its interval reaches no further than this to either side
-CLOSE = 0.97  # of the fastest mixture: what comes this near is measured as precisely
-WORTH = 0.01  # of the time of the workload: what another open plan has to save at least
+CLOSE = 0.97  # of another plan's speed: what comes this near is measured as precisely, and may stand for it
+WORTH = 0.02  # of the time of the workload: what another open plan has to save at least
 MIN_RETENTION = 0.97  # where nothing else was said: what a plan must keep of the teacher's quality
 
 # Wraps the rounds of one shape while they are worked through: (what is timed, rounds) -> rounds.
@@ -285,7 +285,9 @@ class Cell:
         row = self.rows[plan]
         if plan == self.best_dense.plan:
             return True
-        return row.low <= 1 <= row.high < math.inf or row.low > 1 if is_dense(plan) else row.low > 1
+        if is_dense(plan):
+            return row.speedup_vs_best_dense >= CLOSE and 1 <= row.high < math.inf
+        return row.low > 1
 
     def __str__(self) -> str:
         return f"{self.batch} x {self.sequence}" + ("" if self.phase in ("whole", "request") else f" {self.phase}")
@@ -422,9 +424,10 @@ def _reason(
         able = [plan for plan in mixtures if keeps_quality.get(plan, False)]
         default = f"{shipped} {'is' if len(used) == 1 else 'are'} the default"
         if not able:
-            return f"no mixture plan keeps the quality: {default}"
-        known = {(cell, plan): cell.rows[plan].speedup_vs_best_dense for cell in cells for plan in able}
-        cell, plan = max(known, key=lambda one: known[one])
+            return f"no mixture plan {'keeps the quality' if mixtures else 'was timed'}: {default}"
+        cell, plan = max(
+            ((cell, plan) for cell in cells for plan in able), key=lambda one: one[0].rows[one[1]].speedup_vs_best_dense
+        )
         row = cell.rows[plan]
         noise = (
             f"{row.low:.2f} to {row.high:.2f}" if row.high < math.inf else f"{row.rounds} rounds are too few to tell"
@@ -432,7 +435,7 @@ def _reason(
         rival = " or ".join(dict.fromkeys(cell.best_dense.plan for cell in cells))
         return (
             f"no mixture plan beats {rival} here beyond the noise ({plan} comes nearest, at {cell} with "
-            f"{known[cell, plan]:.2f}x its speed, {noise}): {default}"
+            f"{row.speedup_vs_best_dense:.2f}x its speed, {noise}): {default}"
         )
     rivals = list(dict.fromkeys(cell.best_dense.plan for cell in cells))
     over = rivals[0] if len(rivals) == 1 else f"the best dense plan of each shape ({', '.join(rivals)})"

@@ -1,5 +1,5 @@
 """`ffn2moe convert MODEL OUT` makes an export; `info | encode | generate | verify PATH` look at it, use it, check it.
-`ffn2moe shrink PATH TEXTS` fits it to one task.
+`ffn2moe plan PATH` chooses by measuring how this machine runs it; `ffn2moe shrink PATH TEXTS` fits it to one task.
 
 Everything heavy is imported where it is used, so that `--help` answers at once.
 """
@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -64,6 +65,7 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_argument("--texts", type=_count, default=16, help="random batches are made of so many texts")
     _running(verify)
 
+    _planning(commands)
     _shrinking(commands)
     return parser
 
@@ -164,6 +166,26 @@ def _shrinking(commands: Any) -> None:
     add("--no-onnx", action="store_true", help="no ONNX graphs: only the checkpoint")
 
 
+def _planning(commands: Any) -> None:
+    command = _command(commands, "plan", _plan, "time every plan on this machine, and choose those to use")
+    add = command.add_argument
+    add(
+        "--workload",
+        metavar="W",
+        help="batch x sequence in tokens with weights, such as 1x16:0.5,32x128:0.5, or a .txt, .jsonl or .csv file of "
+        "requests (default: the workload it was planned for before)",
+    )
+    add("--threads", type=_counts, metavar="N,...", help="numbers of threads to plan for (default: one a core)")
+    add("--minutes", type=float, default=5.0, metavar="M", help="time to measure, about, and at most where it can (5)")
+    add("--plans", metavar="NAME,...", help="plans to time (default: all)")
+    add("--max-plans", type=_count, metavar="N", help="plans to use, at most; 1: the same for every batch")
+    add("--texts", type=Path, metavar="FILE", help="texts to time on (default: the requests, or docstrings of numpy)")
+    add("--text-column", default="text", metavar="NAME", help="of a table, the column with the text (text)")
+    add("--decode-tokens", type=_count, metavar="N", help="tokens that a language model writes after a prompt (16)")
+    add("--min-retention", type=float, metavar="R", help="of the teacher's quality, what a plan must keep (0.97)")
+    add("--provider", action="append", metavar="NAME", help="ONNX Runtime execution provider (default: the CPU)")
+
+
 def _running(command: argparse.ArgumentParser) -> None:
     command.add_argument("--plan", help="how to execute it (default: the one the benchmark chose; verify: all)")
     command.add_argument("--threads", type=_count, help="threads (default: one a core)")
@@ -179,6 +201,10 @@ def _count(text: str) -> int:
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a count: give a whole number from 1")
     return int(text)
+
+
+def _counts(text: str) -> list[int]:
+    return [_count(part.strip()) for part in text.split(",")]
 
 
 def _number(text: str) -> int:
@@ -209,7 +235,7 @@ def _quiet_library() -> None:
 
 def _progress(console: Any) -> Callable[[Any, int, str], Any]:
     """Wraps items that take long, (items, how many, what is done) -> items, in a bar on a terminal."""
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterable
 
     from rich.progress import (
         BarColumn,
@@ -359,6 +385,209 @@ def _shrink(options: argparse.Namespace) -> int:
     return 0
 
 
+# --- plan -----------------------------------------------------------------------------------------------------------
+
+
+def _plan(options: argparse.Namespace) -> int:
+    import math
+
+    from rich.console import Console
+
+    console = Console(highlight=False, soft_wrap=True)
+    with console.status("opening the tools"):
+        from ffn2moe import autoplan
+        from ffn2moe.corpus import docstrings
+        from ffn2moe.runtime import cores, read_manifest, read_plan
+    path: Path = options.path
+    manifest, before = read_manifest(path), read_plan(path) or {}
+    if not (math.isfinite(options.minutes) and options.minutes > 0):
+        raise ValueError(f"--minutes {options.minutes:g} is no time to measure in: give a number above 0")
+    plans = None if options.plans is None else [name.strip() for name in options.plans.split(",")]
+    autoplan.require_plans(path, manifest, plans)
+    decode_tokens = options.decode_tokens or (before.get("workload") or {}).get("decode_tokens") or 16
+    with console.status("reading texts"):
+        workload, texts = _work(options, manifest, before)
+        autoplan.require_readable(workload, manifest, decode_tokens)
+        if not texts:
+            texts = docstrings(("numpy",), standard_library=False)
+    minimum = options.min_retention
+    minimum = before.get("min_retention", autoplan.MIN_RETENTION) if minimum is None else minimum
+    threads = options.threads or [cores()]
+    keeps_quality = autoplan.quality_of(manifest, minimum)
+    console.print(
+        f"workload ({workload.source}): " + ", ".join(_share(shape) for shape in workload.shapes), markup=False
+    )
+    for plan in (plan for plan, keeps in keeps_quality.items() if not keeps and (plans is None or plan in plans)):
+        console.print(
+            f"{plan} is timed, but keeps less than {100 * minimum:g} % of the teacher's quality", markup=False
+        )
+
+    with _countdown(console, 60 * options.minutes, len(threads) * len(workload.shapes)) as track:
+        measured = autoplan.measure(
+            path,
+            texts,
+            workload,
+            threads=threads,
+            keeps_quality=keeps_quality,
+            plans=plans,
+            seconds=60 * options.minutes,
+            decode_tokens=decode_tokens,
+            providers=_providers(options),
+            track=track,
+        )
+    with console.status("opening what was chosen, to see what memory it takes"):
+        content = autoplan.planned(
+            path,
+            measured,
+            workload,
+            threads=threads,
+            keeps_quality=keeps_quality,
+            min_retention=minimum,
+            decode_tokens=decode_tokens,
+            max_plans=options.max_plans,
+            texts=texts,
+        )
+    content |= {"bounds": before["bounds"]} if "bounds" in before else {}
+    _show_plans(console, content)
+    console.print(f"wrote {autoplan.write(path, content)}", markup=False)
+    return 0
+
+
+def _work(options: argparse.Namespace, manifest: dict[str, Any], before: dict[str, Any]) -> tuple[Any, list[str]]:
+    """The workload, and the texts to time it on, if any: as the user or the plan before says."""
+    from ffn2moe import workload as work
+    from ffn2moe.corpus import read_corpus
+    from ffn2moe.runtime import load_tokenizer
+
+    wanted: str | None = options.workload
+    texts = read_corpus(str(options.texts), options.text_column) if options.texts else []
+    if wanted is not None and (Path(wanted).suffix in work.FILES or Path(wanted).is_file()):
+        batches = work.read_requests(wanted, options.text_column)
+        cut = int(manifest["spec"]["max_length"]) if manifest["spec"]["head"] not in ("causal", "seq2seq") else None
+        tokenizer = load_tokenizer(options.path / "tokenizer", cut)
+        found = work.workload_of(
+            batches,
+            lambda some: [max(1, len(one.ids)) for one in tokenizer.encode_batch(list(some))],
+            f"{len(batches)} requests of {Path(wanted).name}",
+        )
+        return found, texts or [text for batch in batches for text in batch]
+    if wanted is not None:
+        found = work.parse_workload(wanted)
+    elif "workload" in before:
+        shapes = {(one["batch"], one["sequence"]): one["weight"] for one in before["workload"]["shapes"]}
+        found = work.Workload.of(shapes, before["workload"]["source"])
+    else:
+        raise ValueError(
+            f"{options.path} was not planned before: say for what, for example --workload 1x16:0.5,32x128:0.5"
+        )
+    return found, texts
+
+
+def _share(shape: Any) -> str:
+    return f"{shape} ({100 * shape.weight:.3g} % of the batches)"
+
+
+@contextmanager
+def _countdown(console: Any, seconds: float, shapes: int) -> Iterator[Callable[[str, range], Iterator[int]]]:
+    """Wraps the rounds of each shape in a bar over all shapes, with the time that is left at most."""
+    import time
+
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+    end = time.monotonic() + seconds
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("shapes, {task.fields[left]}"),
+    )
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task("opening the plans", total=shapes, left="")
+
+        def track(label: str, rounds: range) -> Iterator[int]:
+            for index in rounds:
+                left = max(0, round(end - time.monotonic()))
+                told = f"about {left // 60}:{left % 60:02} left at most"
+                progress.update(task, description=f"timing {label}, round {index + 1}", left=told)
+                yield index
+
+        def each(label: str, rounds: range) -> Iterator[int]:
+            try:
+                yield from track(label, rounds)
+            finally:
+                progress.advance(task)
+
+        yield each
+
+
+def _show_plans(console: Any, content: dict[str, Any]) -> None:
+    """Every plan at every shape with its ratio to the best dense plan, a table for each number of threads."""
+    from rich.table import Table
+
+    for choice in content["by_threads"]:
+        threads = choice["threads"]
+        rows = {
+            (plan, _column(row)): row
+            for plan, timed in content["timings"].items()
+            for row in timed
+            if row["threads"] == threads
+        }
+        columns = list(dict.fromkeys(column for _, column in rows))
+        picked = {_column(row): row for row in content["choices"] if row["threads"] == threads}
+        title = f"Time of a batch, and speed over the best dense plan there (noise), {_threads(threads)}"
+        table = Table(title=title, title_justify="left")
+        table.add_column("plan")
+        for column in columns:
+            table.add_column(column, justify="right")
+        for plan in content["timings"]:
+            cells = (
+                _timed(rows[plan, column], column in picked and picked[column]["plan"] == plan) for column in columns
+            )
+            table.add_row(f"[bold]{plan}[/bold]" if plan in choice["plans"] else plan, *cells)
+        table.add_section()
+        table.add_row(
+            "[bold]chosen[/bold]", *(picked[column]["plan"] if column in picked else "" for column in columns)
+        )
+        console.print(table)
+        if any(row["high"] is None for row in rows.values()):
+            console.print("~: left behind after a few rounds, as it was never once as fast as the best dense plan")
+        console.print(f"{_threads(threads)}: {choice['reason']}", markup=False)
+    for plan, reason in content["left_out"].items():
+        console.print(f"left out: {plan}: {reason}", markup=False)
+    memory = content["memory_mib"]
+    told = ", ".join(f"{size:.0f} MiB with {plan}" for plan, size in memory.items())
+    console.print(f"memory of a process, one plan opened after the other: {told}", markup=False)
+    if "agreement" in content:
+        console.print(
+            f"embeddings of one text on two of the plans have a cosine of {content['agreement']:.3f}; who stores "
+            "embeddings and compares them later may want the same plan for every batch: --max-plans 1",
+            markup=False,
+        )
+
+
+def _column(row: dict[str, Any]) -> str:
+    return f"{row['batch']} x {row['sequence']}" + ("" if row["phase"] == "whole" else f"\n{row['phase']}")
+
+
+def _threads(count: int) -> str:
+    return f"{count} {'thread' if count == 1 else 'threads'}"
+
+
+def _milliseconds(time: float) -> str:
+    return f"{time:.3g} ms" if time < 100 else f"{time:.0f} ms"
+
+
+def _timed(row: dict[str, Any], chosen: bool) -> str:
+    """Milliseconds, and below them the ratio: after ~ that of a plan that was left behind after a few rounds."""
+    ratio = f"{row['speedup_vs_best_dense']:.2f}x"
+    if row["high"] is None:
+        ratio = f"~{ratio}"
+    elif row["low"] != row["high"]:
+        ratio += f" ±{(row['high'] - row['low']) / 2:.2f}"
+    cell = f"{_milliseconds(row['median_ms'])}\n{ratio}"
+    return f"[bold]{cell}[/bold]" if chosen else cell
+
+
 # --- info -----------------------------------------------------------------------------------------------------------
 
 
@@ -430,7 +659,7 @@ def _info(options: argparse.Namespace) -> int:
                     speed.add_column(f"{row['batch']} x {row['sequence']}", justify="right")
             for plan, rows in measured["timings"].items():
                 times = (
-                    f"{row['median_ms']:.3g} ms {row['speedup_vs_dense']:.2f}x"
+                    f"{_milliseconds(row['median_ms'])} {row['speedup_vs_dense']:.2f}x"
                     for row in rows
                     if row.get("phase", "whole") == phase
                 )
