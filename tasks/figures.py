@@ -101,16 +101,15 @@ def speed(plans: Sequence[Mapping[str, Any]], shapes: Sequence[str], bound: floa
     """Bars: speed over dense float32 of every plan at every shape, and the Amdahl bound."""
     import matplotlib.patches as patches
 
-    height = 0.9 + len(shapes) * (0.16 * len(plans) + 0.22)
-    with _canvas(height) as (figure, axes, svg):
+    with _canvas(0.9 + len(shapes) * (0.16 * len(plans) + 0.22)) as (figure, axes, svg):
         thick = 0.82 / len(plans)
         for index, plan in enumerate(plans):
             y = [len(shapes) - 1 - place + 0.41 - (index + 0.5) * thick for place in range(len(shapes))]
             colour = _PLACEHOLDERS["dense" if plan["dense"] else "student"]
-            bars = axes.barh(y, plan["speedups"], thick * 0.86, color=colour, alpha=1 if plan["chosen"] else 0.5)
-            labels = [f"{plan['name']} {value:.2f}" for value in plan["speedups"]]
-            weight = "bold" if plan["chosen"] else "normal"
-            axes.bar_label(bars, labels, padding=3, fontsize=7.5, fontweight=weight)
+            for height, value, chosen in zip(y, plan["speedups"], plan["chosen_at"], strict=True):
+                bar = axes.barh([height], [value], thick * 0.86, color=colour, alpha=1 if chosen else 0.5)
+                weight = "bold" if chosen else "normal"
+                axes.bar_label(bar, [f"{plan['name']} {value:.2f}"], padding=3, fontsize=7.5, fontweight=weight)
         axes.axvline(1, color=_PLACEHOLDERS["ink"], linewidth=1)
         axes.axvline(bound, color=_PLACEHOLDERS["accent"], linewidth=1.4, linestyle="--")
         axes.set_yticks(range(len(shapes)), list(reversed(shapes)))

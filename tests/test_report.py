@@ -124,8 +124,9 @@ def write(root: Path, *, kept: float = 0.986, speedup: float = 1.06, folder: boo
             }],
         },
         "plans": {
-            name: {"parity_max_abs": 2e-6, "retrieval_ndcg_at_10": 0.68, "retention": 0.971}
-            for name in plan()["timings"]
+            name: {"file": f"onnx/{name.removeprefix('ov-')}.onnx", "parity_max_abs": 2e-6,
+                   "retrieval_ndcg_at_10": 0.68, "retention": 0.971}
+            for name in (*plan()["timings"], "ov-dense", "ov-sorted")
         },
         "versions": {"ffn2moe": "0.1.0", "torch": "2.13.0"},
         "data_sha256": "0123abcd",
@@ -142,6 +143,9 @@ def write(root: Path, *, kept: float = 0.986, speedup: float = 1.06, folder: boo
         (root / path).parent.mkdir(parents=True, exist_ok=True)
         (root / path).write_text(json.dumps(payload))
     (root / "metrics/plots").mkdir(exist_ok=True)
+    (root / "exports/minilm/onnx").mkdir(exist_ok=True)
+    for name, mebibytes in (("dense", 6), ("dense8", 3), ("fused", 6), ("sorted", 6), ("sorted8", 2)):
+        (root / f"exports/minilm/onnx/{name}.onnx").write_bytes(bytes(mebibytes * 2**20))
     router = [{"layer": n, "step": s, "loss": 2 / (1 + s) + n} for n in range(LAYERS) for s in range(steps + 1)]
     distill = [{"step": s, "loss": 9 / (1 + s), "hidden": 1.0} for s in range(steps + 1)]
     for name, rows in (("train_router", router[: 1 if steps == 0 else None]), ("distill", distill)):
@@ -276,3 +280,39 @@ def test_several_thread_counts_are_told_apart(tmp_path):
     found = report.timings(timed)
     assert found["shapes"] == ["1 × 16, 1 thr.", "32 × 128, 1 thr.", "1 × 16, 2 thr.", "32 × 128, 2 thr."]
     assert found["shown"]["threads"] == 2 and found["shown"]["vs_best_dense"] == pytest.approx(1.02)
+
+
+def test_the_first_screen_says_the_size_and_what_to_do(tmp_path):
+    page = make(tmp_path / "good")
+    assert "2 MiB</b><span>on disk, plan sorted8; dense8 3 MiB, dense 6 MiB" in page
+    assert "Use it: <code>ffn2moe.open_export(&#34;exports/minilm&#34;)</code>" in page
+    page = make(tmp_path / "bad", kept=0.9)
+    assert "To keep more: train longer (<code>distill.steps=" in page
+
+
+def test_plans_of_several_engines_and_a_plan_of_its_own_for_each_shape_are_shown(tmp_path):
+    write(tmp_path)
+    path = tmp_path / "exports/minilm/plan.json"
+    content = json.loads(path.read_text())
+    for name, speed in (("ov-dense", 2.0), ("ov-sorted", 3.0)):
+        rows = [row | {"median_ms": row["median_ms"] / speed} for row in content["timings"]["dense"]]
+        content["timings"][name] = [
+            row | {"speedup_vs_dense": speed, "speedup_vs_best_dense": speed / 2.18} for row in rows
+        ]
+    content["timings"]["gave-up"] = content["timings"]["dense"][:1]  # at the second shape
+    content["choices"] = [
+        row | {"plan": plan} for row, plan in zip(content["timings"]["dense"], ("dense8", "ov-sorted"), strict=True)
+    ]
+    content["by_threads"] = [{"threads": 1, "speedup_vs_best_dense": 1.2, "low": 1.1, "high": 1.3}]
+    path.write_text(json.dumps(content))
+    report.run(make_stage("report", tmp_path))
+    page = (tmp_path / "reports/report.html").read_text(encoding="utf-8")
+    assert "Worth using: the plan <code>ov-sorted</code>" in page
+    assert "1.20 times the best dense plans (1.10 to 1.30 with the noise)" in page
+    assert "The plan that is used at a shape is in bold there." in page
+    assert "gave-up" not in page
+    timed = report.timings(content)
+    assert [plan["name"] for plan in timed["plans"]] == [
+        "dense8", "dense", "ov-dense", "ov-sorted", "fused", "sorted", "sorted8"
+    ]  # fmt: skip
+    assert {plan["name"]: plan["chosen_at"] for plan in timed["plans"]}["dense8"] == [True, False]
