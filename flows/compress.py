@@ -100,6 +100,7 @@ def compress(
     called_from: str | None = None,
     wait_minutes: Annotated[int, Field(ge=0, le=10080)] = 0,
     stage_hours: Annotated[float, Field(gt=0, le=720)] | None = None,
+    promote: bool = False,
 ) -> State:
     """Runs every stage in order and records it; ends as Cached if nothing changed, else as Completed.
 
@@ -107,7 +108,8 @@ def compress(
 
     settings: of this run only; what is out of range is refused at submission. overrides: the same as KEY=VALUE, as
     typed at a terminal. called_from: the folder their paths are relative to. wait_minutes: for another run in the
-    same workspace to end; stage_hours: longest that one stage may take (None: as long as it likes).
+    same workspace to end; stage_hours: longest that one stage may take (None: as long as it likes). promote: whether
+    the version that was registered is considered as champion afterwards; not one of a run with settings of its own.
     Raises FlowError (also ParamsError) with cause and remedy; what was good before is there afterwards.
     """
     check(ROOT)
@@ -119,10 +121,23 @@ def compress(
     else:
         workspace = Workspace(ROOT, ROOT, load_params(ROOT / "params.yaml").name)
     with lock(workspace.root, wait_minutes * 60, _tell):
-        return _run(workspace, stage_hours)
+        outcomes, told = _run(workspace, stage_hours)
+    if promote and not workspace.isolated:
+        told = f"{told}; {_promoted()}"
+    unchanged = set(outcomes.values()) == {"Cached"}
+    return Completed(name="Cached" if unchanged else "Completed", message=told, data=outcomes)
 
 
-def _run(workspace: Workspace, stage_hours: float | None) -> State:
+def _promoted() -> str:
+    """Has the newest version judged against the champion, once, and tells what was decided."""
+    from flows.promote import promote  # what it serves the versions with takes seconds to import
+
+    params = load_params(ROOT / "params.yaml")
+    return promote(params.model_name, params.gate, anew=False).told()
+
+
+def _run(workspace: Workspace, stage_hours: float | None) -> tuple[dict[str, str], str]:
+    """Stage -> outcome, and a line on what was found and done."""
     head, dirty = commit(workspace.source)
     if dirty:
         _tell("tracked files differ from the last commit: the run is recorded as git.dirty; commit them to repeat it")
@@ -153,8 +168,7 @@ def _run(workspace: Workspace, stage_hours: float | None) -> State:
                 record.link(stage, fingerprint, ran=state.name == "Completed")
         if workspace.isolated:
             bring_back(workspace)
-        unchanged = set(outcomes.values()) == {"Cached"}
-        if unchanged and runtime.deployment.id:
+        if set(outcomes.values()) == {"Cached"} and runtime.deployment.id:
             record.discard()  # a schedule that finds nothing to do, hour after hour, is no experiment
         else:
             record.log(
@@ -175,7 +189,7 @@ def _run(workspace: Workspace, stage_hours: float | None) -> State:
     summary.show(workspace, default_tracking_uri(workspace.source), console)
     if workspace.isolated:
         remove(workspace.root)  # its results are in exports/NAME and, for the next run like it, in the DVC cache
-    return Completed(name="Cached" if unchanged else "Completed", message=told, data=outcomes)
+    return outcomes, told
 
 
 def _tell(line: str) -> None:
