@@ -127,7 +127,7 @@ def measure(options: argparse.Namespace, console: Console) -> dict[str, Any]:
             for batch, sequence in options.shapes:
                 batches = timing.full_batches(exports["dense"], texts, batch, sequence)
                 where = f"{batch} x {sequence}, {threads} {'thread' if threads == 1 else 'threads'}"
-                timed = {plan: _sample_of(export, batches) for plan, export in exports.items()}
+                timed = {plan: sample_of(export, batches) for plan, export in exports.items()}
                 rows += _rows(MODEL, (batch, sequence, threads), _race(timed, options, where, rounds.track), kept)
                 if alone.refused is None:
                     timed = alone.samples([plan for plan in exports if form_of(plan) == plan], batches, threads, folder)
@@ -167,7 +167,7 @@ def _chosen(known: Iterable[str], wanted: Sequence[str] | None) -> list[str]:
     return [plan for plan in known if wanted is None or plan in wanted or plan == "dense"]
 
 
-def _sample_of(export: timing.AnyExport, batches: Sequence[timing.Batch]) -> Sample:
+def sample_of(export: timing.AnyExport, batches: Sequence[timing.Batch]) -> Sample:
     """A sample of a whole export: of one that generates, by phase."""
     timing.sample(export, batches[0])
     seconds = max(timing.sample(export, batches[0]).values())
@@ -294,7 +294,7 @@ def _grid(
         {plan for rows in shapes.values() for plan in rows}, key=lambda plan: (plan not in DENSE_PLANS, plan)
     )
     fastest = {shape: min(_able(result, rows), key=lambda row: row.milliseconds).plan for shape, rows in shapes.items()}
-    for plan in plans:
+    for plan in sorted(plans, key=lambda plan: (plan not in DENSE_PLANS, plan)):
         told = []
         for shape, rows in shapes.items():
             row = rows.get(plan)

@@ -96,6 +96,10 @@ _COLOURS = {
     "ov-native": "#2f7fd1",
     "ov-native8": "#1557a0",
     "ov-native4": "#0b2f66",
+    "ov-weights8": "#3d4c66",
+    "ov-weights8-bf16": "#5f6f8c",
+    "ov-weights4": "#7d8ba3",
+    "ov-weights4-bf16": "#a3b0c4",
 }
 
 Panel = tuple[str, Mapping[str, Mapping[str, Spread]], Sequence[float]]
@@ -104,13 +108,15 @@ Panel = tuple[str, Mapping[str, Mapping[str, Spread]], Sequence[float]]
 def bars(panels: Sequence[Panel], *, hollow: Collection[str], ylabel: str) -> Any:
     """Panels of (title, group -> name -> spread, the bound of each group); `hollow` names are hatched."""
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
     names = list(dict.fromkeys(name for _, groups, _ in panels for group in groups.values() for name in group))
     known = [name for name in _COLOURS if name in names] + [name for name in names if name not in _COLOURS]
     columns = 1 if len(panels) == 1 else 2
     lines = -(-len(panels) // columns)
-    drawn = Figure(figsize=(7.5 * columns, 3.4 * lines + 0.8), layout="constrained")
+    wide = max(7.5, 1.2 + 0.16 * max(len(groups) for _, groups, _ in panels) * (len(known) + 1))
+    drawn = Figure(figsize=(wide * columns, 3.4 * lines + 0.8), layout="constrained")
     for place, (title, groups, limits) in enumerate(panels):
         axes = drawn.add_subplot(lines, columns, place + 1)
         width = 0.86 / max(1, len(known))
@@ -138,7 +144,7 @@ def bars(panels: Sequence[Panel], *, hollow: Collection[str], ylabel: str) -> An
         axes.set_ylim(bottom=0)
         for side in ("top", "right"):
             axes.spines[side].set_visible(False)
-    handles = [
+    handles: list[Any] = [
         Patch(
             facecolor=_COLOURS.get(name, "#444444"),
             hatch="//" if name in hollow else None,
@@ -147,5 +153,6 @@ def bars(panels: Sequence[Panel], *, hollow: Collection[str], ylabel: str) -> An
         )
         for name in known
     ]
-    drawn.legend(handles=handles, loc="outside upper center", ncols=min(8, len(known)), frameon=False, fontsize=9)
+    handles.append(Line2D([], [], color="#888888", linestyle=":", linewidth=1.2, label="bound by FLOPs"))
+    drawn.legend(handles=handles, loc="outside upper center", ncols=min(8, len(handles)), frameon=False, fontsize=9)
     return drawn
