@@ -623,6 +623,7 @@ def _info(options: argparse.Namespace) -> int:
         ("partition", spec.partition + (f", then fitted to a task: {spec.shrunk}" if spec.shrunk else "")),
         ("gives", _gives(spec, manifest.get("model", {}))),
         ("default plan", chosen + ("" if measured or not plans else " (not measured yet)")),
+        *((("by shape", " and ".join(measured["plans"])),) if measured and len(measured.get("plans", ())) > 1 else ()),
     ]
     for label, text in facts:
         what.add_row(f"[bold]{label}[/bold]", text)

@@ -35,13 +35,15 @@ def show(workspace: Workspace, uri: str, console: Console) -> None:
     registered = _json(workspace.root / "metrics" / "register.json")
     manifest = _json(workspace.root / "exports" / workspace.name / "manifest.json")
     share, bound = _at(quality, "active_ffn_share"), _at(quality, "amdahl_bound")
-    served = manifest["plans"][plan["default_plan"]]["retention"]
+    used = plan["plans"]
+    served = " and ".join(f"{100 * manifest['plans'][name]['retention']:.1f} %" for name in used)
+    named = f"{'the plan' if len(used) == 1 else 'the plans'} {' and '.join(used)}"
     label = headline(quality).label
     parts = (
         Text("What was kept", style="bold"),
         kept(quality),
-        Text(f"in float32; the plan {plan['default_plan']} keeps {100 * served:.1f} % of the teacher's ({label})"),
-        Text(f"\nWhat was gained by the plan {plan['default_plan']}", style="bold"),
+        Text(f"in float32; {named} {'keeps' if len(used) == 1 else 'keep'} {served} of the teacher's ({label})"),
+        Text(f"\nWhat was gained by {named}", style="bold"),
         gained(plan),
         Text(plan["reason"]),
         Text(f"{100 * share:.0f} % of the FFN is active; in equal arithmetic at most {bound:.2f}x (Amdahl)"),
@@ -79,20 +81,30 @@ def kept(quality: dict[str, Any]) -> Table:
 
 
 def gained(plan: dict[str, Any]) -> Table:
-    """The chosen plan, shape by shape, against dense float32 and against the best dense plan."""
+    """The chosen plan of each shape, against dense float32 and, with its noise, against the best dense plan."""
     table = Table(box=None, pad_edge=False)
     table.add_column("batch x sequence, threads")
+    table.add_column("plan")
     for column in ("median", "over dense float32", "over the best dense"):
         table.add_column(column, justify="right")
-    for row in plan["timings"].get(plan["default_plan"], []):
-        phase = row.get("phase", "whole")
+    for row in plan["choices"]:
+        place = ("batch", "sequence", "threads", "phase")
+        timed = next(one for one in plan["timings"][row["plan"]] if all(one[key] == row[key] for key in place))
+        is_best = row["plan"] == row["best_dense_plan"]
         table.add_row(
-            f"{row['batch']} x {row['sequence']}, {row['threads']}" + ("" if phase == "whole" else f", {phase}"),
+            f"{row['batch']} x {row['sequence']}, {row['threads']}"
+            + ("" if row["phase"] == "whole" else f", {row['phase']}"),
+            row["plan"],
             f"{row['median_ms']:.2f} ms",
-            f"{row['speedup_vs_dense']:.2f}x",
-            f"{row['speedup_vs_best_dense']:.2f}x",
+            f"{timed['speedup_vs_dense']:.2f}x",
+            "1.00x, it is the best" if is_best else _with_noise(row),
         )
     return table
+
+
+def _with_noise(row: dict[str, Any]) -> str:
+    noise = f"{row['low']:.2f} to {row['high']:.2f}" if row["high"] is not None else "too few rounds to tell the noise"
+    return f"{row['speedup_vs_best_dense']:.2f}x ({noise})"
 
 
 def _where(workspace: Workspace, registered: dict[str, Any], manifest: dict[str, Any], uri: str) -> Table:

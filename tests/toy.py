@@ -87,9 +87,10 @@ def evaluate(stage: StageRun) -> None:
         {"teacher": figures, "training_free": figures, "student": figures, "retention": retention,
          "active_ffn_share": 0.25, "amdahl_bound": 1.9},
     )
-    row = {"batch": 1, "sequence": 16, "threads": 1, "median_ms": 2.0, "speedup_vs_dense": 1.5,
-           "speedup_vs_best_dense": 1.1}
-    plan = {"default_plan": "sorted", "reason": "sorted is the fastest", "timings": {"sorted": [row]}}
+    row = {"batch": 1, "sequence": 16, "threads": 1, "phase": "whole", "median_ms": 2.0, "speedup_vs_dense": 1.5,
+           "speedup_vs_best_dense": 1.1, "low": 1.05, "high": 1.15}
+    plan = {"default_plan": "sorted", "plans": ["sorted"], "reason": "sorted is the fastest",
+            "choices": [row | {"plan": "sorted", "best_dense_plan": "dense"}], "timings": {"sorted": [row]}}
     stage.write_json(f"exports/{stage.params.name}/plan.json", plan)
     manifest = {"plans": {"sorted": {"retention": 0.99}}}
     stage.write_json(f"exports/{stage.params.name}/manifest.json", manifest)
