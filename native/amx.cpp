@@ -44,14 +44,24 @@ struct alignas(64) Scratch {
     int32_t sums[4][kRows][kRows];
 };
 
+// Brings a tile of weights closer that is needed soon.
+inline void prefetch_tile(const uint8_t* tile) {
+    for (size_t line = 0; line < kTile; line += kLine) _mm_prefetch(tile + line, _MM_HINT_T1);
+}
+
 // Two panels of signed bytes and 16 tokens: sums 0 and 2 of high, 1 and 3 of low bytes.
+template <bool ahead>
 inline void product_whole(const uint8_t* tiles, int depth, const uint8_t* panel0, const uint8_t* panel1,
-                          Scratch& scratch) {
+                          size_t distance, Scratch& scratch) {
     _tile_zero(0);
     _tile_zero(1);
     _tile_zero(2);
     _tile_zero(3);
     for (int k = 0; k < depth; k += kDepth, tiles += 2 * kTile, panel0 += kTile, panel1 += kTile) {
+        if (ahead) {
+            prefetch_tile(panel0 + distance);
+            prefetch_tile(panel1 + distance);
+        }
         _tile_loadd(4, tiles, 64);
         _tile_loadd(6, panel0, 64);
         _tile_dpbssd(0, 4, 6);
@@ -106,6 +116,7 @@ inline void load_bf16(const Rows& source, int width, const Operand& operand) {
     for (int row = 0; row < round_up(operand.rows, kRows); ++row) {
         uint8_t* tile = operand.tiles + size_t(row / kRows) * steps * kTile + row % kRows * 64;
         const float* x = row < operand.rows ? source[row] : nullptr;
+        prefetch_row(source, row + 1, operand.rows, width);
         for (int step = 0; step < steps; ++step, tile += kTile) {
             const int k = step * kDepth16;
             const __m512 first = x ? _mm512_maskz_loadu_ps(first_of(width - k), x + k) : _mm512_setzero_ps();
@@ -149,18 +160,23 @@ inline Panels numbers_of(const Layer& layer, const uint8_t* panel0, const uint8_
     return {decoded.bytes, panel1 == panel0 ? decoded.bytes : decoded.bytes + size};
 }
 
-// Calls body(row, count, r -> sums of the first panel, r -> sums of the second) for tiles of tokens.
-template <class Body>
+// For tiles of tokens: soon(row, count) before the products, body(row, count, (r, which panel) -> sums) after them.
+template <class Soon, class Body>
 inline void products(const Layer& layer, const uint8_t* panel0, const uint8_t* panel1, const Operand& x,
-                     Scratch& scratch, const Body& body) {
+                     Scratch& scratch, const Soon& soon, const Body& body) {
     const Panels panels = numbers_of(layer, panel0, panel1, x.depth);
     __asm__ volatile("" ::: "memory"); // the compiler does not know that tiles are loaded from memory it has written
     const size_t tile = size_t(x.depth) * kRows * 2;
     for (int row = 0; row < x.rows;) {
         const uint8_t* at = x.tiles + row / kRows * tile;
         const int left = x.rows - row;
+        soon(row, left < 2 * kRows ? left : layer.weights == Weights::bf16 ? 2 * kRows : kRows);
         if (layer.weights != Weights::bf16) {
-            product_whole(at, x.depth, panels.first, panels.second, scratch);
+            const size_t distance = 2 * (panel1 - panel0); // to the next two panels
+            if (row == 0 && layer.weights == Weights::int8)
+                product_whole<true>(at, x.depth, panels.first, panels.second, distance, scratch);
+            else
+                product_whole<false>(at, x.depth, panels.first, panels.second, distance, scratch);
             body(row, left < kRows ? left : kRows, [&](int r, int which) { return whole_sum(scratch, 2 * which, r); });
             row += kRows;
         } else {
@@ -200,17 +216,17 @@ void hidden(const Layer& layer, const uint8_t* expert, const Operand& x, int fir
         const uint8_t* in1 = layer.gated || panel + 1 < last ? in0 + bytes : in0;
         const __m512 scale0 = scaled ? vector(in0 + after) : one, bias0 = vector(in0 + bias_after);
         const __m512 scale1 = scaled ? vector(in1 + after) : one, bias1 = vector(in1 + bias_after);
-        products(layer, in0, in1, x, scratch, [&](int row, int count, const auto& sum) {
+        products(layer, in0, in1, x, scratch, [](int, int) {}, [&](int row, int count, const auto& sum) {
             for (int r = 0; r < count; ++r) {
                 const __m512 factor = scale_of(layer, x, row + r, 1);
                 const __m512 first_z = _mm512_fmadd_ps(sum(r, 0), _mm512_mul_ps(factor, scale0), bias0);
                 const __m512 second_z = _mm512_fmadd_ps(sum(r, 1), _mm512_mul_ps(factor, scale1), bias1);
                 float* at = h + (row + r) * stride + panel * kRows;
                 if (layer.gated) {
-                    _mm512_storeu_ps(at, _mm512_mul_ps(activate(layer.activation, second_z), first_z));
+                    _mm512_storeu_ps(at, _mm512_mul_ps(activate(*layer.activation, second_z), first_z));
                 } else {
-                    _mm512_storeu_ps(at, activate(layer.activation, first_z));
-                    if (in1 != in0) _mm512_storeu_ps(at + kRows, activate(layer.activation, second_z));
+                    _mm512_storeu_ps(at, activate(*layer.activation, first_z));
+                    if (in1 != in0) _mm512_storeu_ps(at + kRows, activate(*layer.activation, second_z));
                 }
             }
         });
@@ -231,7 +247,14 @@ void output(const Layer& layer, const uint8_t* expert, const Operand& h, int fir
         const __m512 scale0 = scaled ? vector(out0 + after) : one, scale1 = scaled ? vector(out1 + after) : one;
         const __mmask16 valid0 = first_of(layer.width - panel * kRows);
         const __mmask16 valid1 = out1 == out0 ? 0 : first_of(layer.width - (panel + 1) * kRows);
-        products(layer, out0, out1, h, scratch, [&](int row, int count, const auto& sum) {
+        const auto soon = [&](int row, int count) {
+            for (int r = row; r < row + count; ++r) {
+                const float* at = y + stride * size_t(index[r]) + panel * kRows;
+                _mm_prefetch(reinterpret_cast<const char*>(at), _MM_HINT_T0);
+                _mm_prefetch(reinterpret_cast<const char*>(at + kRows), _MM_HINT_T0);
+            }
+        };
+        products(layer, out0, out1, h, scratch, soon, [&](int row, int count, const auto& sum) {
             for (int r = 0; r < count; ++r) {
                 const __m512 factor = scale_of(layer, h, row + r, gates[row + r]);
                 float* at = y + stride * size_t(index[row + r]) + panel * kRows;

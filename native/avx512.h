@@ -18,45 +18,55 @@ inline __mmask16 first_of(int count) { return count >= 16 ? 0xFFFF : count <= 0 
 
 inline __m512 vector(const void* at) { return _mm512_loadu_ps(at); }
 
+// A row that is needed soon.
+inline void prefetch_row(const Rows& source, int row, int rows, int width) {
+    if (row >= rows) return;
+    const float* x = source[row];
+    for (int k = 0; k < width; k += 16) _mm_prefetch(reinterpret_cast<const char*>(x + k), _MM_HINT_T0);
+}
+
+// The scale of a vector of whole numbers: NaN where it holds NaN or infinity, 0 where it is nothing.
+inline float scale_of(const float* x, int width) {
+    __m512i largest = _mm512_setzero_si512(); // of the bits without sign: NaN is above all numbers
+    const __m512i magnitude = _mm512_set1_epi32(0x7FFFFFFF);
+    for (int k = 0; k < width; k += 16) {
+        const __m512i bits = _mm512_castps_si512(_mm512_maskz_loadu_ps(first_of(width - k), x + k));
+        largest = _mm512_max_epi32(largest, _mm512_and_si512(bits, magnitude));
+    }
+    const int bits = _mm512_reduce_max_epi32(largest);
+    const float size = _mm_cvtss_f32(_mm_castsi128_ps(_mm_cvtsi32_si128(bits)));
+    return bits >= 0x7F800000 ? __builtin_nanf("") : size < 1e-30f ? 0 : size / 32767;
+}
+
 inline void load_whole(const Rows& source, int width, const Operand& operand) {
     const int steps = operand.depth / kDepth;
+    // Packing works within quarters of a register: bytes 4i to 4i + 3 of part j come out at dword 4i + j.
+    const __m512i order = _mm512_set_epi32(15, 11, 7, 3, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4, 0);
+    const __m512i below = _mm512_set1_epi16(0x00FF);
     for (int row = 0; row < round_up(operand.rows, kRows); ++row) {
         uint8_t* tile = operand.tiles + size_t(row / kRows) * steps * 2 * kTile + row % kRows * kDepth;
-        float factor = 0;
-        if (row < operand.rows) {
-            const float* x = source[row];
-            __m512i largest = _mm512_setzero_si512(); // of the bits without sign: NaN is above all numbers
-            const __m512i magnitude = _mm512_set1_epi32(0x7FFFFFFF);
-            for (int k = 0; k < width; k += 16) {
-                const __m512i bits = _mm512_castps_si512(_mm512_maskz_loadu_ps(first_of(width - k), x + k));
-                largest = _mm512_max_epi32(largest, _mm512_and_si512(bits, magnitude));
-            }
-            const int bits = _mm512_reduce_max_epi32(largest);
-            const float size = _mm_cvtss_f32(_mm_castsi128_ps(_mm_cvtsi32_si128(bits)));
-            if (bits >= 0x7F800000) {
-                operand.scales[row] = __builtin_nanf("");
-            } else if (size < 1e-30f) {
-                operand.scales[row] = 0;
-            } else {
-                operand.scales[row] = size / 32767;
-                factor = 32767 / size;
-            }
+        const float* x = row < operand.rows ? source[row] : nullptr;
+        float scale = 0;
+        if (x) {
+            prefetch_row(source, row + 1, operand.rows, width);
+            operand.scales[row] = scale = scale_of(x, width);
         }
-        if (factor == 0) {
+        if (!(scale > 0)) { // nothing, or NaN: that is in the scale
             for (int step = 0; step < steps * 2; ++step, tile += kTile) _mm512_storeu_si512(tile, _mm512_setzero_si512());
             continue;
         }
-        const float* x = source[row];
-        const __m512 factors = _mm512_set1_ps(factor);
-        for (int step = 0; step < steps; ++step, tile += 2 * kTile) {
-            for (int part = 0; part < 4; ++part) {
-                const int k = step * kDepth + part * 16;
-                const __m512 value = _mm512_maskz_loadu_ps(first_of(width - k), x + k);
-                const __m512i whole = _mm512_cvtps_epi32(_mm512_mul_ps(value, factors));
-                const __m128i high = _mm512_cvtepi32_epi8(_mm512_srai_epi32(whole, 8));
-                _mm_storeu_si128(reinterpret_cast<__m128i*>(tile + part * 16), high);
-                _mm_storeu_si128(reinterpret_cast<__m128i*>(tile + kTile + part * 16), _mm512_cvtepi32_epi8(whole));
-            }
+        const __m512 factor = _mm512_set1_ps(1 / scale);
+        const auto whole = [&](int k) __attribute__((always_inline)) {
+            const __mmask16 valid = first_of(width - k);
+            return _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_maskz_loadu_ps(valid, x + k), factor));
+        };
+        for (int k = 0; k < operand.depth; k += kDepth, tile += 2 * kTile) {
+            const __m512i first = _mm512_packs_epi32(whole(k), whole(k + 16));
+            const __m512i second = _mm512_packs_epi32(whole(k + 32), whole(k + 48));
+            const __m512i high = _mm512_packs_epi16(_mm512_srai_epi16(first, 8), _mm512_srai_epi16(second, 8));
+            const __m512i low = _mm512_packus_epi16(_mm512_and_si512(first, below), _mm512_and_si512(second, below));
+            _mm512_storeu_si512(tile, _mm512_permutexvar_epi32(order, high));
+            _mm512_storeu_si512(tile + kTile, _mm512_permutexvar_epi32(order, low));
         }
     }
 }
@@ -100,7 +110,7 @@ inline __m512 activate(const Activation& act, __m512 z) {
 
 // h of 16 tokens and the outputs of a panel, from z (gated: of W_gate) and up.
 inline void store_hidden(const Layer& layer, float* at, __m512 z, __m512 up) {
-    const __m512 value = activate(layer.activation, z);
+    const __m512 value = activate(*layer.activation, z);
     _mm512_storeu_ps(at, layer.gated ? _mm512_mul_ps(value, up) : value);
 }
 

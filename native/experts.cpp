@@ -52,7 +52,7 @@ const Kind kKinds[] = {{"gelu", gelu, 5.5},
                        {"silu", silu, 17}};
 
 // The polynomial through five Chebyshev points of each piece: Newton's divided differences, then powers.
-Activation activation_of(const Kind& kind) {
+Activation fitted(const Kind& kind) {
     constexpr int points = kDegree + 1;
     Activation act;
     const double width = kind.limit / kPieces;
@@ -74,6 +74,18 @@ Activation activation_of(const Kind& kind) {
         for (int p = 0; p < points; ++p) act.coefficient[p][piece] = float(power[p]);
     }
     return act;
+}
+
+// By its name, null where there is none of it. Fitted once: the engine copies the node whenever it infers shapes.
+const Activation* activation_of(const std::string& name) {
+    static const std::vector<Activation> known = [] {
+        std::vector<Activation> made;
+        for (const Kind& kind : kKinds) made.push_back(fitted(kind));
+        return made;
+    }();
+    for (size_t i = 0; i < known.size(); ++i)
+        if (name == kKinds[i].name) return &known[i];
+    return nullptr;
 }
 
 // --- which path -----------------------------------------------------------------------------------------------------
@@ -293,15 +305,17 @@ struct Work {
 
 template <class Index>
 void run(const Work& work, const Index* chosen_TK, const float* gates_TK, int T, int K) {
-    std::memset(work.y_TD, 0, size_t(T) * work.layer.width * sizeof(float));
+    const size_t D = work.layer.width;
     const int threads = std::max(1, tbb::this_task_arena::max_concurrency());
     if (threads > 1 && int64_t(T) * K < int64_t(kFewTokens) * work.E * threads) {
+        std::memset(work.y_TD, 0, T * D * sizeof(float));
         work.together(sort_pairs(chosen_TK, gates_TK, 0, T, K, work.E), threads);
         return;
     }
     const int blocks = round_up(std::max(1, (T + kBlockTokens - 1) / kBlockTokens), threads);
     const auto block = [&](int i) {
         const int from = int(int64_t(T) * i / blocks), to = int(int64_t(T) * (i + 1) / blocks);
+        std::memset(work.y_TD + from * D, 0, (to - from) * D * sizeof(float));
         work.block(sort_pairs(chosen_TK, gates_TK, from, to, K, work.E));
     };
     if (threads == 1)
@@ -389,15 +403,13 @@ class Experts : public ov::op::Op {
         constexpr int64_t widest = 1 << 16; // sums of whole numbers stay within 32 bits
         NODE_VALIDATION_CHECK(this, width_ > 0 && expert_width_ > 0 && width_ <= widest && expert_width_ <= widest,
                               "width and expert_width must be 1 to ", widest, ", not ", width_, " and ", expert_width_);
-        const Kind* kind = nullptr;
-        for (const Kind& known : kKinds)
-            if (activation_ == known.name) kind = &known;
-        NODE_VALIDATION_CHECK(this, kind, "activation '", activation_,
+        const Activation* activation = activation_of(activation_);
+        NODE_VALIDATION_CHECK(this, activation, "activation '", activation_,
                               "' is not one of gelu, gelu_tanh, quick_gelu, relu, silu");
         NODE_VALIDATION_CHECK(this, weights_ == "bf16" || weights_ == "int8" || weights_ == "int4", "weights '",
                               weights_, "' is not one of bf16, int8, int4");
         const Weights weights = weights_ == "bf16" ? Weights::bf16 : weights_ == "int8" ? Weights::int8 : Weights::int4;
-        return {weights, activation_of(*kind), gated_, int(width_), int(expert_width_)};
+        return {weights, activation, gated_, int(width_), int(expert_width_)};
     }
 
     void check_type(size_t input, const char* name, ov::element::Type wanted) const {

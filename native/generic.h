@@ -34,7 +34,7 @@ struct Generic {
                 product(layer, in, x, row, count, up, true);
                 if (layer.gated) product(layer, in + bytes, x, row, count, gate, true);
                 for (int r = 0; r < count; ++r) {
-                    f32x16 value = activate(layer.activation, layer.gated ? gate[r] : up[r]);
+                    f32x16 value = activate(*layer.activation, layer.gated ? gate[r] : up[r]);
                     if (layer.gated) value *= up[r];
                     std::memcpy(h + (row + r) * stride + panel * kRows, &value, sizeof value);
                 }

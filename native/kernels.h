@@ -29,7 +29,7 @@ struct Activation {
 
 struct Layer {
     Weights weights;
-    Activation activation;
+    const Activation* activation;
     bool gated;
     int width;        // D
     int expert_width; // M
