@@ -49,7 +49,7 @@ from flows.guardian import guard
 from flows.study import Cell, Study
 from flows.workspace import ROOM_NEEDED, FlowError, check, commit
 from tasks import compare
-from tasks.params import load_params
+from tasks.params import Params, load_params
 from tasks.stage import PipelineRecord, clock, default_tracking_uri, explain, remove
 
 ROOT = pipeline.ROOT
@@ -476,7 +476,10 @@ def _compare(study: Study, crew: Crew) -> list[dict[str, Any]]:
         writer = csv.DictWriter(stream, list(rows[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-    compare.draw(found, labels, load_params(ROOT / "params.yaml").gate.min_retention, study.folder / "front.png")
+    params = study.params(cells[0])
+    batch, sequence, threads = *_shape(params), params.benchmark.threads[0]
+    title = f"{study.name}: quality against speed at {batch} × {sequence} tokens, {threads} thread{'s'[: threads - 1]}"
+    compare.draw(found, labels, params.gate.min_retention, title, study.folder / "front.png")
     results = {"points": rows, "without_figures": _without_figures(study)}
     (study.folder / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     return rows
@@ -515,7 +518,7 @@ def _session(study: Study, cells: list[Cell], path: Path, crew: Crew) -> list[co
         "texts": str(study.folder / f"{cells[0].number:03}" / "texts.jsonl"),
         "exports": {plan: [str(first), plan] for plan in compare.dense_plans(first, params.gate.min_retention)}
         | {label: [str(ROOT / "exports" / f"{study.name}-{one.cell:03}"), one.plan] for label, one in own.items()},
-        "shape": max(params.benchmark.shapes, key=lambda shape: shape[0] * shape[1]),
+        "shape": _shape(params),
         "threads": params.benchmark.threads[0],
         "rounds": params.benchmark.rounds,
         "decode_tokens": params.benchmark.decode_tokens,
@@ -537,6 +540,11 @@ def _session(study: Study, cells: list[Cell], path: Path, crew: Crew) -> list[co
         )
         for label, one in own.items()
     ]
+
+
+def _shape(params: Params) -> list[int]:
+    """The batch and sequence that decide: the largest."""
+    return [int(size) for size in max(params.benchmark.shapes, key=lambda shape: shape[0] * shape[1])[:2]]
 
 
 def _log(study: Study, rows: Sequence[Mapping[str, Any]], record: PipelineRecord) -> None:
@@ -666,7 +674,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if name == "best":
             one.add_argument("--keeps", type=float, default=0.99, help="share of the teacher's quality (default 0.99)")
     options = parser.parse_args(arguments)
-    signal.signal(signal.SIGTERM, _terminated)
+    signal.signal(signal.SIGTERM, _stopped)
+    signal.signal(signal.SIGINT, _stopped)
     try:
         if options.command == "show":
             show(_folder(options.name))
@@ -677,9 +686,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         else:
             _begin(options)
         return 0
-    except KeyboardInterrupt:
-        console.print(_STOPPED)
-        return 130
     except Exception as error:
         message = str(error) if isinstance(error, FlowError) else explain(error)
         if message is None or os.environ.get("FFN2MOE_DEBUG"):
@@ -711,8 +717,16 @@ def _begin(options: argparse.Namespace) -> None:
     )
 
 
-def _terminated(number: int, frame: object) -> None:
+def _stopped(number: int, frame: object) -> None:
+    """Ctrl-C and SIGTERM: ends what is under way, and this process for good a little later.
+
+    Prefect waits at the end for a server that may have been stopped by the same signal; nothing that counts is left
+    to be written then.
+    """
     console.print(_STOPPED)
+    end = threading.Timer(PATIENCE, os._exit, (128 + number,))
+    end.daemon = True
+    end.start()
     sys.exit(128 + number)
 
 

@@ -91,7 +91,7 @@ def session(job: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [asdict(row) for row in rows if row.phase in timing.DECISIVE]
 
 
-def draw(found: Sequence[Point], labels: Mapping[int, str], wanted: float, path: Path) -> None:
+def draw(found: Sequence[Point], labels: Mapping[int, str], wanted: float, title: str, path: Path) -> None:
     """Quality against speed of every point, with the front, in the format that the path's name asks for."""
     from matplotlib.figure import Figure
 
@@ -129,6 +129,7 @@ def draw(found: Sequence[Point], labels: Mapping[int, str], wanted: float, path:
         )
     axes.axvline(1, color="#1b1f27", linewidth=1, label="best dense plan")
     axes.axhline(100 * wanted, color="#1b1f27", linewidth=1, linestyle=":", label="gate.min_retention")
+    axes.set_title(title, loc="left", fontsize=11)
     axes.set_xlabel("speed over the best dense plan (right is faster)")
     axes.set_ylabel("% of the teacher's quality kept")
     axes.grid(color="#dce0e7", linewidth=0.6)
