@@ -471,8 +471,8 @@ def page(result: Mapping[str, Any]) -> str:
         "",
         f"Speeds are over the best dense plan at that n, the median of {min(rounds)} to {max(rounds)} interleaved "
         "rounds. `error` is that of the output against",
-        f"the same FFN, or mixture, in float64, relative, over {MOST_TOKENS_JUDGED} tokens at most. `ov-weights` is the "
-        "dense FFN in OpenVINO with weights of 8 or 4 bits;",
+        f"the same FFN, or mixture, in float64, relative, over {MOST_TOKENS_JUDGED} tokens at most. `ov-weights` is "
+        "the dense FFN in OpenVINO with weights of 8 or 4 bits;",
         "activations are quantised as it runs, or in bfloat16. GB/s count the weights of the experts that are used, "
         "GFLOP/s the products that are needed.",
         "",

@@ -77,7 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.inference", description=__doc__.splitlines()[0])
     parser.add_argument("export", type=Path, help="the export, for example exports/minilm")
-    parser.add_argument("--shapes", nargs="+", type=_shape, default=SHAPES, help="batch x sequence: 1x16 32x128")
+    parser.add_argument("--shapes", nargs="+", type=shape_of, default=SHAPES, help="batch x sequence: 1x16 32x128")
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--rounds", type=int, default=21)
     parser.add_argument("--seconds", type=float, default=20.0, help="the most for one shape, beyond the first 5 rounds")
@@ -88,7 +88,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _shape(text: str) -> tuple[int, int]:
+def shape_of(text: str) -> tuple[int, int]:
     try:
         batch, sequence = (int(part) for part in text.split("x"))
     except ValueError:
