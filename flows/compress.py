@@ -20,7 +20,7 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from flows.environment import settle
+from flows.environment import check_database, settle
 from flows.service import api
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -263,6 +263,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, _terminated)
     try:
         check(ROOT)
+        if "PREFECT_API_URL" not in os.environ:
+            check_database(ROOT)
         plan(ROOT, settings, Path.cwd())  # what is wrong with the settings is said before anything starts
         _guardian = guard(ROOT)  # held on to: it acts when this end of its pipe closes
         compress(overrides=settings, called_from=str(Path.cwd()))

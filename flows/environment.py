@@ -5,8 +5,13 @@ Quiet, nothing sent anywhere, all of it in the project. What the environment say
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import sqlite3
+from contextlib import closing
 from pathlib import Path
+
+from flows.workspace import FlowError
 
 QUIET = {
     "DO_NOT_TRACK": "1",
@@ -36,3 +41,31 @@ def settle(root: Path) -> None:
     """Sets all of it for this process and its children."""
     for key, value in {**QUIET, "PREFECT_HOME": str(prefect_home(root))}.items():
         os.environ.setdefault(key, value)
+
+
+def check_database(root: Path) -> None:
+    """FlowError when a later Prefect than this one made its database: its server would try to start for ever."""
+    path = prefect_home(root) / "prefect.db"
+    package = importlib.util.find_spec("prefect")
+    assert package is not None and package.origin is not None
+    if not path.is_file():
+        return
+    try:
+        with closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True, timeout=60)) as database:
+            made_by = [revision for (revision,) in database.execute("SELECT version_num FROM alembic_version")]
+    except sqlite3.OperationalError:  # no table yet: it was being made when that was stopped, and is made anew
+        return
+    except sqlite3.DatabaseError as error:
+        raise FlowError(f"{_aside(path)} it is damaged ({error})") from None
+    names = (Path(package.origin).parent / "server/database/_migrations/versions/sqlite").glob("*.py")
+    known = " ".join(file.name for file in names)
+    if unknown := [revision for revision in made_by if revision not in known]:
+        raise FlowError(f"{_aside(path)} another version of Prefect made it (revision {unknown[0]})")
+
+
+def _aside(path: Path) -> str:
+    name = os.path.relpath(path)
+    return (
+        f"Prefect's database cannot be used; put it aside (mv {name} {name}.other: past runs go out of its list, "
+        "results and the run record stay) or install the version that made it:"
+    )

@@ -34,7 +34,7 @@ from rich.console import Console
 from rich.table import Table
 
 from flows import guardian
-from flows.environment import prefect_home, settle
+from flows.environment import check_database, prefect_home, settle
 from flows.workspace import BusyError, FlowError, check, commit
 from tasks.stage import default_tracking_uri, explain, mlflow_client
 
@@ -182,6 +182,8 @@ def _start_servers(root: Path, services: dict[str, Service], ports: dict[str, in
         guardian.end(MARK, _mark(root, name))  # what a killed server has left, on that port maybe
         _refuse_taken(name, ports[name] or PORTS[name])
         missing.append(name)
+    if "prefect" in missing:
+        check_database(root)
     mlflow_client(uri)  # makes the database, or says what is wrong with it
     for name in missing:
         port = ports[name] or PORTS[name]
@@ -300,11 +302,6 @@ def _answers(url: str) -> bool:
 def _last_words(root: Path, name: str) -> str:
     path = folder(root) / f"{name}.log"
     text = path.read_text(encoding="utf-8", errors="replace")[-20000:]
-    if "Can't locate revision" in text:
-        return (
-            f"its database was made by another version of {name}; install that version, or put "
-            f"{os.path.relpath(prefect_home(root) / 'prefect.db')} aside (the schedule is made anew, past runs are not)"
-        )
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     return f"{lines[-1] if lines else 'it said nothing'} ({os.path.relpath(path)} has all of it)"
 

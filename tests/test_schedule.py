@@ -6,10 +6,12 @@ import json
 import os
 import shutil
 import socket
+import sqlite3
 import subprocess
 import sys
 import threading
 import time
+from contextlib import closing
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -21,7 +23,10 @@ import pytest
 
 from flows import guardian, service
 from flows.compress import _verdict
+from flows.environment import check_database, prefect_home
 from flows.workspace import FlowError, kept, lock
+from tasks import stage
+from tasks.stage import explain, mlflow_client
 from tests.toy import PROJECT, commit, environment, make_toy
 
 FAST = {
@@ -203,6 +208,65 @@ def test_a_taken_port_is_refused_with_who_has_it_and_the_remedy():
         port = taken.getsockname()[1]
         with pytest.raises(FlowError, match=rf"process {os.getpid()} has it.*make up MLFLOW_PORT={port + 1}"):
             service._refuse_taken("mlflow", port)
+
+
+def test_a_database_of_another_version_is_told_with_the_way_out(tmp_path):
+    check_database(tmp_path)
+    path = prefect_home(tmp_path) / "prefect.db"
+    path.parent.mkdir()
+    path.write_bytes(b"")
+    check_database(tmp_path)
+    with closing(sqlite3.connect(path)) as database:
+        database.execute("CREATE TABLE alembic_version (version_num VARCHAR)")
+        database.execute("INSERT INTO alembic_version VALUES ('from the future')")
+        database.commit()
+    with pytest.raises(FlowError, match=r"put it aside \(mv .*another version of Prefect made it"):
+        check_database(tmp_path)
+    path.write_bytes(b"no database" * 100)
+    with pytest.raises(FlowError, match="it is damaged"):
+        check_database(tmp_path)
+
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    with closing(sqlite3.connect(tmp_path / "mlflow.db")) as database:
+        database.execute("CREATE TABLE alembic_version (version_num VARCHAR(32) NOT NULL)")
+        database.execute("INSERT INTO alembic_version VALUES ('from the future')")
+        database.commit()
+    with pytest.raises(Exception) as raised:
+        mlflow_client(uri)
+    assert "made by another version of MLflow" in explain(raised.value)
+
+
+def test_a_locked_database_is_waited_for_and_then_told(monkeypatch):
+    tries: list[int] = []
+
+    def locked():
+        tries.append(1)
+        raise OSError("(sqlite3.OperationalError) database is locked")
+
+    monkeypatch.setattr(stage, "SECONDS_FOR_A_LOCK", 1.5)
+    with pytest.raises(OSError) as raised:
+        stage.patiently(locked)
+    assert len(tries) >= 2
+    assert "fuser -v mlflow.db" in explain(raised.value)
+
+
+def test_the_next_run_closes_the_record_of_one_that_was_killed(tmp_path):
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    script = (
+        "import os, signal, sys; from pathlib import Path; from tasks.stage import PipelineRecord, RunRecord\n"
+        "record = PipelineRecord.start(Path(sys.argv[1]), 'killed', {})\n"
+        "tags = {'mlflow.parentRunId': record.run_id}\n"
+        "record._client.create_run('1', run_name='distill', tags=tags)\n"
+        "os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    kept_environment = {key: value for key, value in os.environ.items() if not key.startswith("FFN2MOE_")}
+    subprocess.run([sys.executable, "-c", script, str(tmp_path)], cwd=PROJECT, env=kept_environment)
+    client = mlflow_client(uri)
+    assert [run.info.status for run in client.search_runs(["1"])] == ["RUNNING", "RUNNING"]
+    mine = stage.PipelineRecord.start(tmp_path, "next", {})
+    states = {run.info.run_name: run.info.status for run in client.search_runs(["1"])}
+    assert states == {"killed": "KILLED", "distill": "KILLED", "next": "RUNNING"}
+    mine.finish("FINISHED")
 
 
 def test_a_stale_or_damaged_note_names_nobody(tmp_path):
