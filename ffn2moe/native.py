@@ -286,8 +286,10 @@ def _expect(name: str, array: np.ndarray, shape: tuple[int, ...]) -> None:
 
 
 def is_built() -> bool:
-    """Whether the operator is built for the installed openvino, from the sources as they are."""
-    return importlib.util.find_spec("openvino") is not None and _library(FOLDER).is_file()
+    """Whether the operator is built for the installed openvino, from the sources as they are; not without sources."""
+    if importlib.util.find_spec("openvino") is None or not any(SOURCES.glob("*.cpp")):
+        return False
+    return _library(FOLDER).is_file()
 
 
 def library() -> Path:
