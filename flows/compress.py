@@ -227,6 +227,11 @@ def _publish(name: str, outcomes: dict[str, str], told: str) -> None:
 def _failure(stage: str, state: State) -> BaseException:
     """The exception that ended a task, or one that says how it ended."""
     error = state.result(raise_on_failure=False)
+    if isinstance(error, TimeoutError):
+        return FlowError(
+            f"{stage} took longer than one stage may ({error}); if that is too short, raise stage_hours in prefect.yaml "
+            "and `make up`; the next run goes on from its last checkpoint"
+        )
     return error if isinstance(error, BaseException) else FlowError(f"{stage} ended as {state.name}: {state.message}")
 
 
