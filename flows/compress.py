@@ -229,7 +229,7 @@ def _failure(stage: str, state: State) -> BaseException:
     error = state.result(raise_on_failure=False)
     if isinstance(error, TimeoutError):
         return FlowError(
-            f"{stage} took longer than one stage may ({error}); if that is too short, raise stage_hours in prefect.yaml "
+            f"{stage} took longer than a stage may ({error}); if that is too short, raise stage_hours in prefect.yaml "
             "and `make up`; the next run goes on from its last checkpoint"
         )
     return error if isinstance(error, BaseException) else FlowError(f"{stage} ended as {state.name}: {state.message}")
