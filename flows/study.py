@@ -22,7 +22,7 @@ from tasks import params as parameters
 from tasks.params import Params, ParamsError
 
 EXAMPLE = "decompose.num_experts=8,16 decompose.num_active=1,2"
-PROPOSALS = 200  # in a row that may be illegal or known before a search counts as exhausted
+PROPOSALS = 50  # in a row that may be illegal or known before a search counts as exhausted
 _NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?"
 _RANGE = re.compile(rf"^({_NUMBER})\.\.({_NUMBER})$")
 
@@ -179,7 +179,7 @@ class Study:
         for _ in range(PROPOSALS if self.search else len(self._study.trials) + 1):
             if self.search is None and not self._trials("WAITING"):
                 return None
-            if self.search is not None and self._tried() >= self.search:
+            if self.search is not None and (self._tried() >= self.search or self._exhausted()):
                 return None
             trial = self._study.ask(self._distributions())
             cell = self._cell(trial.number, {key: _text(value) for key, value in trial.params.items()})
@@ -231,6 +231,12 @@ class Study:
         if self.search is None:
             return running + len(self._trials("WAITING"))
         return max(running, self.search - self._tried() + running)
+
+    def _exhausted(self) -> bool:
+        """Whether a search has seen every combination there is."""
+        values = [len(axis) for axis in self._axes.values() if isinstance(axis, tuple)]
+        seen = {tuple(trial.user_attrs.get("settings", [])[1:]) for trial in self._study.get_trials(deepcopy=False)}
+        return len(values) == len(self._axes) and len(seen) >= math.prod(values)
 
     def _tried(self) -> int:
         return len(self._trials("RUNNING")) + len(self._trials("COMPLETE")) + len(self._trials("FAIL"))
