@@ -23,6 +23,7 @@ _NOISE = re.compile(
     r"|^\s+dvc config|^Use `dvc push`|^Data and pipelines are up|^Stage '.*'( didn't change| is cached)"
     r"|^Running stage|^Successfully registered model|^Created version|^Registered model '.*' already exists"
 )
+_KILLED = re.compile(r"^ERROR: failed to reproduce .* exited with (-9|137)$")
 _BUSY = re.compile(
     r"is busy, it is being blocked by|Unable to acquire lock|database is locked|database .* is locked by", re.IGNORECASE
 )
@@ -84,7 +85,7 @@ def reproduce(
         _restore(stage, root, environment)
         if _BUSY.search(text):
             raise BusyError(f"the workspace is busy: {_tail(lines)}", "wait for the other DVC and run again")
-        raise FlowError(_reason(stage, lines))
+        raise FlowError(_reason(stage, code, lines))
     if started not in text:
         return "Restored" if "is cached - skipping run" in text else "Cached"
     # A stage that always runs (inputs) is as good as cached when it wrote what it wrote before.
@@ -147,14 +148,19 @@ def _alive(process: subprocess.Popen[str]) -> bool:
     return True
 
 
-def _reason(stage: str, lines: list[str]) -> str:
-    """The stage's own error line if it has one; else the last lines of what was said."""
+def _reason(stage: str, code: int, lines: list[str]) -> str:
+    """The stage's own error line if it has one; else who was killed; else the last lines of what was said."""
     marker = f"{stage}: error: "
     own = [line.removeprefix(marker) for line in lines if line.startswith(marker)]
     if own:
         return f"{stage} stopped: {own[-1]}"
     if any("No space left on device" in line for line in lines):
         return f"{stage} stopped: the disk is full; make room (`dvc gc -w`) and run again; the rest is kept"
+    on = "run again: what is finished is kept, and training goes on from its last checkpoint"
+    if code < 0:
+        return f"DVC was killed (signal {-code}) at work on {stage}; {on}"
+    if any(_KILLED.search(line) for line in lines):
+        return f"{stage} was killed (signal 9; if nobody did it, the memory ran out: dmesg tells); {on}"
     return f"{stage} failed: {_tail(lines)}"
 
 

@@ -251,6 +251,9 @@ def test_a_busy_workspace_is_told_apart_from_a_failed_stage(tmp_path, monkeypatc
     says("Running stage 'distill':\nKeyError: 'x'\nERROR: failed to reproduce 'distill': exited with 1")
     with pytest.raises(FlowError, match="distill failed: KeyError: 'x'; failed to reproduce"):
         dvc.reproduce("distill", tmp_path, {}, lambda line: None)
+    says("ERROR: failed to reproduce 'distill': failed to run: python -m tasks.distill, exited with -9")
+    with pytest.raises(FlowError, match="distill was killed .*run again"):
+        dvc.reproduce("distill", tmp_path, {}, lambda line: None)
 
 
 def test_the_board_tells_the_time_left_from_what_it_remembers(tmp_path):
