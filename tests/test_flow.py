@@ -252,7 +252,7 @@ def test_a_busy_workspace_is_told_apart_from_a_failed_stage(tmp_path, monkeypatc
     with pytest.raises(FlowError, match="distill failed: KeyError: 'x'; failed to reproduce"):
         dvc.reproduce("distill", tmp_path, {}, lambda line: None)
     says("ERROR: failed to reproduce 'distill': failed to run: python -m tasks.distill, exited with -9")
-    with pytest.raises(FlowError, match="distill was killed .*run again"):
+    with pytest.raises(FlowError, match=r"distill was killed .*run again"):
         dvc.reproduce("distill", tmp_path, {}, lambda line: None)
 
 
