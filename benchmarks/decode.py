@@ -30,7 +30,7 @@ from rich.table import Table
 from benchmarks.ffn import Layers, dense_ffn
 from benchmarks.inference import read_texts, sample_of
 from benchmarks.race import Samples, Spread, race, stopwatch
-from benchmarks.show import Rounds, about, bars, complain, write
+from benchmarks.show import Rounds, about, bars, complain, verdict, write
 from ffn2moe import runtime, timing
 from ffn2moe.dense import DenseFFN
 from ffn2moe.engines import has_openvino, openvino
@@ -447,7 +447,7 @@ def _summary(result: Mapping[str, Any]) -> Iterator[list[str]]:
         mixtures = [row for row in rows.values() if row.plan not in result["dense"]]
         best = min(mixtures, key=lambda row: row.milliseconds)
         target = TARGETS.get(tokens)
-        told = "" if target is None else f"{target:g}x {'met' if best.speed >= target else 'not met'}"
+        told = "" if target is None else verdict(Spread(best.speed, best.low, best.high), target)
         yield [
             str(tokens),
             best.plan,

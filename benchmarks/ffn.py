@@ -128,17 +128,15 @@ class Layers:
                 save_graph(lower(graph, cast(runtime.Plan, name)), file)
         return runtime.open_graphs(files, plan, threads=threads)
 
-    def runner(
-        self, plan: str, threads: int, folder: Path, read: Sequence[Sequence[np.ndarray]]
-    ) -> Callable[[int], object]:
-        """A call that runs all layers by one plan, on what they read in that round's batch: `read`, by batch."""
-        graphs = self.open(plan, threads, folder)
 
-        def run(index: int) -> None:
-            for graph, x_TD in zip(graphs, read[index % len(read)], strict=True):
-                graph.run(["y"], {"x": x_TD})
+def runner(graphs: Sequence[Graph], read: Sequence[Sequence[np.ndarray]]) -> Callable[[int], object]:
+    """A call that runs all layers one after the other, on what they read in the batch of that round: `read`."""
 
-        return run
+    def run(index: int) -> None:
+        for graph, x_TD in zip(graphs, read[index % len(read)], strict=True):
+            graph.run(["y"], {"x": x_TD})
+
+    return run
 
 
 @torch.no_grad()

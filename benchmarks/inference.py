@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.race import Sample, Samples, Spread, Track, race, stopwatch
-from benchmarks.show import Rounds, about, complain, write
+from benchmarks.show import Rounds, about, complain, verdict, write
 from ffn2moe import metrics, timing
 from ffn2moe.runtime import DENSE_PLANS, engine_of, form_of, open_export, read_manifest
 
@@ -80,7 +80,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--shapes", nargs="+", type=shape_of, default=SHAPES, help="batch x sequence: 1x16 32x128")
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--rounds", type=int, default=21)
-    parser.add_argument("--seconds", type=float, default=20.0, help="the most for one shape, beyond the first 5 rounds")
+    parser.add_argument("--seconds", type=float, default=15.0, help="the most for one shape, beyond the first 5 rounds")
     parser.add_argument("--plans", nargs="+", help="those only (dense is always timed)")
     parser.add_argument("--min-retention", type=float, default=0.97, help="of a plan that keeps its quality")
     parser.add_argument("--texts", type=Path, default=DEFAULT_TEXTS, help="JSON lines with a text each, or plain lines")
@@ -124,14 +124,15 @@ def measure(options: argparse.Namespace, console: Console) -> dict[str, Any]:
                     if plan == "dense":
                         raise
                     missing[plan] = str(error)
+            if alone.refused is None:
+                alone.open([plan for plan in exports if form_of(plan) == plan], threads, folder)
             for batch, sequence in options.shapes:
                 batches = timing.full_batches(exports["dense"], texts, batch, sequence)
                 where = f"{batch} x {sequence}, {threads} {'thread' if threads == 1 else 'threads'}"
                 timed = {plan: sample_of(export, batches) for plan, export in exports.items()}
                 rows += _rows(MODEL, (batch, sequence, threads), _race(timed, options, where, rounds.track), kept)
                 if alone.refused is None:
-                    timed = alone.samples([plan for plan in exports if form_of(plan) == plan], batches, threads, folder)
-                    found = _race(timed, options, f"{where}, FFNs alone", rounds.track)
+                    found = _race(alone.samples(batches), options, f"{where}, FFNs alone", rounds.track)
                     rows += _rows(FFN, (batch, sequence, threads), found, kept)
     return {
         "command": command(options),
@@ -206,14 +207,16 @@ class _Alone:
         except ValueError as error:
             self.refused = str(error)
 
-    def samples(
-        self, plans: Sequence[str], batches: Sequence[timing.Batch], threads: int, folder: str
-    ) -> dict[str, Sample]:
+    def open(self, plans: Sequence[str], threads: int, folder: str) -> None:
+        """Open the layers by these plans; those that were open are closed."""
+        self._open = {plan: self._layers.open(plan, threads, Path(folder)) for plan in plans}
+
+    def samples(self, batches: Sequence[timing.Batch]) -> dict[str, Sample]:
         """One sample a plan: all layers one after the other, as in the model."""
-        from benchmarks.ffn import inputs_of
+        from benchmarks.ffn import inputs_of, runner
 
         read = [inputs_of(self._model, *batch) for batch in batches[:2]]
-        return {plan: stopwatch(self._layers.runner(plan, threads, Path(folder), read)) for plan in plans}
+        return {plan: stopwatch(runner(graphs, read)) for plan, graphs in self._open.items()}
 
 
 def _rows(part: str, shape: tuple[int, int, int], phases: Mapping[str, Samples], kept: Sequence[str]) -> Iterator[Row]:
@@ -389,7 +392,7 @@ def summary(result: Mapping[str, Any]) -> Iterator[list[str]]:
                 f"{_title(part, phase, threads)}, {shape[0]} x {shape[1]}",
                 f"{best.plan} against {best.best_dense}",
                 f"{best.speed:.2f}x ({best.low:.2f} to {best.high:.2f})",
-                "" if target is None else f"{target:g}x {'met' if best.speed >= target else 'not met'}",
+                "" if target is None else verdict(Spread(best.speed, best.low, best.high), target),
             ]
 
 

@@ -31,6 +31,13 @@ def complain(error: Exception) -> int:
     return 2
 
 
+def verdict(speed: Spread, target: float) -> str:
+    """Whether a target is met: by the median, and surely where the quartiles agree."""
+    met = "met" if speed.median >= target else "not met"
+    agreed = (speed.low >= target) == (speed.high >= target)
+    return f"{target:g}x {met}{'' if agreed else ', by less than the noise'}"
+
+
 class Rounds:
     """Progress over the rounds of several races, with the time left, judged by the races so far."""
 
@@ -154,5 +161,5 @@ def bars(panels: Sequence[Panel], *, hollow: Collection[str], ylabel: str) -> An
         for name in known
     ]
     handles.append(Line2D([], [], color="#888888", linestyle=":", linewidth=1.2, label="bound by FLOPs"))
-    drawn.legend(handles=handles, loc="outside upper center", ncols=min(8, len(handles)), frameon=False, fontsize=9)
+    drawn.legend(handles=handles, loc="outside upper center", ncols=max(2, int(wide * columns / 1.7)), frameon=False, fontsize=9)
     return drawn
