@@ -2,8 +2,8 @@
 
 A workload says which shapes come how often: batch x sequence in tokens, with weights that are shares of the batches.
 All plans of all engines are timed side by side at each shape (`ffn2moe.timing`), and what trails the best dense plan
-is left behind early: after 3, 6, 12 rounds the slower half of what was never once faster (successive halving, Jamieson
-and Talwalkar 2016, with the noise of the measure as a bar). Chosen is, for every shape,
+is left behind early: after 3, 6, 12 rounds the slower half of what never once came near it (successive halving,
+Jamieson and Talwalkar 2016, with the noise of the measure as a bar). Chosen is, for every shape,
 
 - a mixture, only if the whole confidence interval of its ratio to the best dense plan lies above 1;
 - else the best dense plan of all engines, or one that cannot be told from it.
@@ -42,6 +42,9 @@ from ffn2moe.workload import Shape, Workload
 ROUNDS = 60  # of one shape, at most
 ENOUGH_ROUNDS = 8  # the fewest that an interval can be told from
 RUNGS = (3, 6, 12, 24, 48)  # rounds after which the slower half of the hopeless goes
+SLACK = (
+    0.6  # by this over the rounds a plan may miss the best dense plan's speed, and is not yet hopeless: 20 % after 3
+)
 PRECISION = 0.01  # of a ratio: rounds end where its interval reaches no further than this to either side
 CLOSE = 0.97  # of another plan's speed: what comes this near is measured as precisely, and may stand for it
 WORTH = 0.02  # of the time of the workload: what another open plan has to save at least
@@ -143,7 +146,7 @@ def run_race(
 
 
 def hopeless(race: Race, keeps_quality: Mapping[str, bool]) -> list[str]:
-    """The slower half of the running plans that were in no round as fast as the best dense plan, in no phase.
+    """The slower half of the running plans that came near the best dense plan's speed in no round, in no phase.
 
     A mixture that does not keep the quality can never be chosen, and goes as soon as its speed is roughly known. The
     best dense plan is never among them.
@@ -154,7 +157,7 @@ def hopeless(race: Race, keeps_quality: Mapping[str, bool]) -> list[str]:
         if plan in best.values():
             continue
         ratios = {phase: race.ratios(plan, best[phase], phase) for phase in race.phases}
-        if max(map(max, ratios.values())) < 1 or not keeps_quality.get(plan, False):
+        if max(map(max, ratios.values())) < 1 - SLACK / race.rounds or not keeps_quality.get(plan, False):
             trailing[plan] = max(map(median, ratios.values()))
     slowest_first = sorted(trailing, key=lambda plan: (keeps_quality.get(plan, False), trailing[plan]))
     unfit = sum(not keeps_quality.get(plan, False) for plan in trailing)

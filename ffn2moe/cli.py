@@ -550,7 +550,7 @@ def _show_plans(console: Any, content: dict[str, Any]) -> None:
         )
         console.print(table)
         if any(row["high"] is None for row in rows.values()):
-            console.print("~: left behind after a few rounds, as it was never once as fast as the best dense plan")
+            console.print("~: left behind after a few rounds, as it never once came near the best dense plan")
         console.print(f"{_threads(threads)}: {choice['reason']}", markup=False)
     for plan, reason in content["left_out"].items():
         console.print(f"left out: {plan}: {reason}", markup=False)

@@ -17,13 +17,15 @@ Where each token has a number of experts of its own (selections `threshold` and 
 and the native plans compute what is used; the operators of `fused`, `qmoe8` and `qmoe4` run a fixed number, and are
 refused. Another budget
 of an elastic mixture is a plan of its own, `sorted-k1`: the same rewriting of another canonical graph
-(`ffn2moe.export`).
+(`ffn2moe.export`). A layer of which every token runs every expert, with unit gates, is a dense FFN in all plans but
+`fused`: this is how a layer that gains nothing as a mixture stays dense (`active_per_layer`).
 
 Which is fastest depends on the machine and on batch x sequence, so it is measured (`tasks.benchmark`), not known.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -62,11 +64,14 @@ def lower(canonical: ir.Model, plan: Plan) -> ir.Model:
     mixtures = [Mixture.of(node) for node in graph.graph if node.domain == DOMAIN]
     if plan in _BITS or plan == "fused":
         for mixture in mixtures:
-            _require_op(plan, mixture)
+            if plan == "fused" or not mixture.is_dense:
+                _require_op(plan, mixture)
     editor = Editor(graph)
     for mixture in mixtures:
         editor.at = mixture.node
-        if plan == "fused":
+        if mixture.is_dense and plan != "fused":
+            y_TD = _every_expert(editor, mixture)
+        elif plan == "fused":
             y_TD = _fused(editor, mixture)
         elif plan in _BITS:
             y_TD = _quantized_experts(editor, mixture, _BITS[plan])
@@ -142,6 +147,11 @@ class Mixture:
     @property
     def num_experts(self) -> int:
         return len(self.w_in_EMD)
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether every token runs every expert, and none is weighed: a dense FFN in pieces."""
+        return self.selection == "topk" and self.num_active == self.num_experts and self.gate == "unit"
 
 
 # --- routing --------------------------------------------------------------------------------------------------------
@@ -488,6 +498,29 @@ def _used_experts(editor: Editor, mixture: Mixture) -> ir.Value:
             y_nD = editor.node("Mul", y_nD, gates[expert - first])
         y_TD = editor.node("ScatterND", y_TD, places[expert - first], y_nD, reduction="add")
     return y_TD
+
+
+def _every_expert(editor: Editor, mixture: Mixture) -> ir.Value:
+    """A layer that stays dense (K = E): its experts side by side are one FFN, and there is nothing to route.
+
+    Not in `fused`, whose operator may have another form of GELU than the layers around it would have.
+    """
+
+    def rows(stacked: np.ndarray | None) -> np.ndarray | None:
+        return None if stacked is None else stacked.reshape(1, -1, *stacked.shape[2:])
+
+    w_in_1FD = rows(mixture.w_in_EMD)
+    assert w_in_1FD is not None
+    whole = dataclasses.replace(
+        mixture,
+        w_in_EMD=w_in_1FD,
+        b_in_EM=rows(mixture.b_in_EM),
+        w_gate_EMD=rows(mixture.w_gate_EMD),
+        b_gate_EM=rows(mixture.b_gate_EM),
+        w_out_EDM=np.concatenate(mixture.w_out_EDM, axis=1)[None],
+    )
+    b_out_D = None if mixture.b_out_D is None else editor.constant(f"{mixture.name}.b_out", mixture.b_out_D)
+    return _one_expert(editor, whole, 0, mixture.x_TD, b_out_D)
 
 
 def _index(editor: Editor, number: int) -> ir.Value:

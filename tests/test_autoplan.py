@@ -15,10 +15,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import ffn2moe
-from ffn2moe import autoplan, cli, runtime, switch, timing
+from ffn2moe import autoplan, cli, onnx_graph, onnx_plans, runtime, switch, timing
 from ffn2moe.autoplan import Cell, choose, run_race
+from ffn2moe.dense import load_dense
+from ffn2moe.export import export_model, write_manifest
 from ffn2moe.timing import Race, Timing, median_interval
+from ffn2moe.verify import Known, plan_parity
 from ffn2moe.workload import HANDFUL, parse_workload, read_requests, workload_of
+from tests.conftest import make_tiny_bert, make_tiny_llama
+from tests.mixtures import carve
+from tests.test_onnx import batch_of, run_of
 from tests.texts import make_texts
 
 DENSE, MIXTURES = ("dense", "dense8", "ov-dense"), ("sorted", "sorted8", "ov-sorted")
@@ -485,3 +491,41 @@ def test_an_export_without_a_dense_plan_cannot_be_compared(copy, capsys):
     (copy / "manifest.json").write_text(json.dumps(manifest))
     assert plan(copy, "--workload", "1x4") == 2
     assert "make it from its teacher again, with dense plans" in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_language_model_reads_and_writes_on_plans_of_its_own(tmp_path):
+    teacher = make_tiny_llama(tmp_path / "llama")
+    model, spec = carve(teacher, head="causal")
+    dense, tokenizer = load_dense(str(teacher), head="causal")
+    folder = tmp_path / "export"
+    write_manifest(folder, export_model(model, dense, tokenizer, spec, folder, plans=("dense", "sorted")))
+    kept = {"dense": True, "sorted": True}
+    given = {"threads": [1], "keeps_quality": kept, "decode_tokens": 2}
+    workload = parse_workload("2x4")
+    measured = autoplan.measure(folder, make_texts(5), workload, rounds=8, **given)
+    assert [row.phase for row in measured.timings if row.plan == "dense"] == ["prefill", "decode", "request"]
+    content = autoplan.planned(folder, measured, workload, min_retention=0.9, **given)
+    assert [(row["phase"], row["weight"]) for row in content["choices"]] == [("prefill", 1), ("decode", 2)]
+    for row, plan in zip(content["choices"], ("sorted", "dense"), strict=True):
+        row["plan"] = plan
+    autoplan.write(folder, content)
+    written = "".join(ffn2moe.open_export(folder, threads=1).generate("a word", max_new_tokens=4, stop_at_end=False))
+    assert isinstance(written, str)
+    with pytest.raises(ValueError, match="more than the 64 that the model can hold"):
+        autoplan.measure(folder, make_texts(5), parse_workload("1x63"), **given)
+
+
+# --- layers that stay dense -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("plan", ["sorted", "sorted8"])
+def test_a_layer_of_which_every_expert_runs_is_a_dense_ffn_in_the_graph(tmp_path, plan):
+    model, spec = carve(make_tiny_bert(tmp_path / "bert"), active_per_layer=(2, 4), num_active=3)
+    lowered = onnx_plans.lower(onnx_graph.canonical_graph(model, spec.pooling), plan)
+    names = [node.name or "" for node in lowered.graph]
+    assert sum("gelu" in node.op_type.lower() for node in lowered.graph) == 4 + 1
+    assert not any("layer.1" in name and name.endswith(".router") for name in names)
+    random_ = np.random.default_rng(0)
+    known = Known.of(spec, model, [batch_of(random_, 4, 20), batch_of(random_, 3, 9)])
+    _, found = plan_parity(plan, run_of(lowered), known)  # raises where a float32 plan is too far
+    assert found.rows == 7
