@@ -40,8 +40,11 @@ void leave() {
         _tile_release();
 }
 
+constexpr int kChunk = 256; // inputs that are decoded at once where 16 tokens or fewer read them
+
 struct alignas(64) Scratch {
     int32_t sums[4][kRows][kRows];
+    uint8_t decoded[2][2][kChunk * kRows]; // in turn; of two panels
 };
 
 // Brings a tile of weights closer that is needed soon.
@@ -126,6 +129,43 @@ inline void load_bf16(const Rows& source, int width, const Operand& operand) {
     }
 }
 
+// The same of numbers of 4 bits, which are decoded on the way: the next chunk while tiles multiply this one.
+inline void product_int4(const uint8_t* tiles, int depth, const uint8_t* panel0, const uint8_t* panel1,
+                         Scratch& scratch) {
+    const auto decode = [&](int from) __attribute__((always_inline)) {
+        const int to = from + kChunk < depth ? from + kChunk : depth;
+        decode_int4(panel0, depth, from, to, scratch.decoded[from / kChunk % 2][0]);
+        decode_int4(panel1, depth, from, to, scratch.decoded[from / kChunk % 2][1]);
+    };
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    decode(0);
+    for (int from = 0; from < depth; from += kChunk) {
+        if (from + kChunk < depth) decode(from + kChunk);
+        __asm__ volatile("" ::: "memory");
+        const uint8_t* bytes0 = scratch.decoded[from / kChunk % 2][0];
+        const uint8_t* bytes1 = scratch.decoded[from / kChunk % 2][1];
+        const int to = from + kChunk < depth ? from + kChunk : depth;
+        for (int k = from; k < to; k += kDepth, tiles += 2 * kTile, bytes0 += kTile, bytes1 += kTile) {
+            _tile_loadd(4, tiles, 64);
+            _tile_loadd(6, bytes0, 64);
+            _tile_dpbssd(0, 4, 6);
+            _tile_loadd(5, tiles + kTile, 64);
+            _tile_dpbusd(1, 5, 6);
+            _tile_loadd(7, bytes1, 64);
+            _tile_dpbssd(2, 4, 7);
+            _tile_dpbusd(3, 5, 7);
+        }
+        __asm__ volatile("" ::: "memory"); // nor that they are read before they are written again
+    }
+    _tile_stored(0, scratch.sums[0], 64);
+    _tile_stored(1, scratch.sums[1], 64);
+    _tile_stored(2, scratch.sums[2], 64);
+    _tile_stored(3, scratch.sums[3], 64);
+}
+
 inline __m512 whole_sum(const Scratch& scratch, int which, int r) {
     return _mm512_fmadd_ps(_mm512_cvtepi32_ps(_mm512_load_si512(scratch.sums[which][r])), _mm512_set1_ps(256),
                            _mm512_cvtepi32_ps(_mm512_load_si512(scratch.sums[which + 1][r])));
@@ -135,13 +175,13 @@ inline __m512 float_sum(const Scratch& scratch, int which, int r) {
     return _mm512_castsi512_ps(_mm512_load_si512(scratch.sums[which][r]));
 }
 
-// Panels as the products read them: numbers of 4 bits are decoded, into memory of the thread.
+// Panels as the products read them: numbers of 4 bits that many tokens read are decoded, into memory of the thread.
 struct Panels {
     const uint8_t *first, *second;
 };
 
-inline Panels numbers_of(const Layer& layer, const uint8_t* panel0, const uint8_t* panel1, int depth) {
-    if (layer.weights != Weights::int4) return {panel0, panel1};
+inline Panels numbers_of(const Layer& layer, const uint8_t* panel0, const uint8_t* panel1, int depth, int rows) {
+    if (layer.weights != Weights::int4 || rows <= kRows) return {panel0, panel1};
     thread_local struct Decoded {
         uint8_t* bytes = nullptr;
         size_t size = 0;
@@ -164,7 +204,7 @@ inline Panels numbers_of(const Layer& layer, const uint8_t* panel0, const uint8_
 template <class Soon, class Body>
 inline void products(const Layer& layer, const uint8_t* panel0, const uint8_t* panel1, const Operand& x,
                      Scratch& scratch, const Soon& soon, const Body& body) {
-    const Panels panels = numbers_of(layer, panel0, panel1, x.depth);
+    const Panels panels = numbers_of(layer, panel0, panel1, x.depth, x.rows);
     __asm__ volatile("" ::: "memory"); // the compiler does not know that tiles are loaded from memory it has written
     const size_t tile = size_t(x.depth) * kRows * 2;
     for (int row = 0; row < x.rows;) {
@@ -173,7 +213,9 @@ inline void products(const Layer& layer, const uint8_t* panel0, const uint8_t* p
         soon(row, left < 2 * kRows ? left : layer.weights == Weights::bf16 ? 2 * kRows : kRows);
         if (layer.weights != Weights::bf16) {
             const size_t distance = 2 * (panel1 - panel0); // to the next two panels
-            if (row == 0 && layer.weights == Weights::int8)
+            if (layer.weights == Weights::int4 && x.rows <= kRows)
+                product_int4(at, x.depth, panel0, panel1, scratch);
+            else if (row == 0 && layer.weights == Weights::int8)
                 product_whole<true>(at, x.depth, panels.first, panels.second, distance, scratch);
             else
                 product_whole<false>(at, x.depth, panels.first, panels.second, distance, scratch);

@@ -87,9 +87,10 @@ inline void decode_int4(const uint8_t* panel, int depth, int from, int to, uint8
             const __m512i shifted = _mm512_srli_epi16(both, 4);
             for (int half = 0; half < 2; ++half) {
                 const __m512i numbers = half ? shifted : both;
-                const __m512i first = _mm512_and_si512(_mm512_mullo_epi16(_mm512_and_si512(numbers, low), words), even);
+                const __m512i first = _mm512_mullo_epi16(_mm512_and_si512(numbers, low), words);
                 const __m512i second = _mm512_mullo_epi16(_mm512_and_si512(numbers, high), words);
-                _mm512_storeu_si512(bytes + half * kLine, _mm512_sub_epi8(_mm512_or_si512(first, second), middle));
+                const __m512i joined = _mm512_ternarylogic_epi32(even, first, second, 0xCA); // even ? first : second
+                _mm512_storeu_si512(bytes + half * kLine, _mm512_sub_epi8(joined, middle));
             }
         }
     }
