@@ -17,6 +17,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check --no-input
 MLFLOW_DB := mlflow.db
+OF_MODEL = $(if $(MODEL),--model $(MODEL)) $(if $(VERSION),--version $(VERSION))
 
 # Nobody is told anything.
 export DVC_NO_ANALYTICS := 1
@@ -26,11 +27,15 @@ export MLFLOW_DISABLE_TELEMETRY := true
 export HF_HUB_DISABLE_TELEMETRY := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run up down status sweep repro test check bench native clean
+.PHONY: help setup run up down status promote rollback serve score sweep repro test check bench native clean
 
 help:
 	@echo 'make run     the whole pipeline; SET="name=trial decompose.num_experts=16" for one run in a workspace of its own'
 	@echo 'make sweep   many settings side by side; GRID="decompose.num_experts=8,16 decompose.num_active=1,2"'
+	@echo 'make promote the newest registered version becomes champion, if it passes the gate; VERSION=N for another one'
+	@echo 'make rollback  back to the champion before; REASON="..."'
+	@echo 'make serve   the champion over HTTP, on this machine alone; PORT=5001 VERSION=N'
+	@echo 'make score   a file of texts by the champion; IN=texts.jsonl OUT=embeddings.parquet VERSION=N'
 	@echo 'make test    the tests; TESTS="tests/test_moe.py -k oracle" for some of them'
 	@echo 'make check   ruff, mypy, import-linter'
 	@echo 'make bench   time every execution plan of the export again, on this machine'
@@ -76,6 +81,18 @@ $(MLFLOW_DB): | $(STAMP)
 
 run: $(STAMP) $(MLFLOW_DB)
 	@$(BIN)/python -m flows.compress $(SET)
+
+promote: $(STAMP) $(MLFLOW_DB)
+	@$(BIN)/python -m flows.promote $(OF_MODEL)
+
+rollback: $(STAMP) $(MLFLOW_DB)
+	@$(BIN)/python -m flows.promote --rollback $(if $(MODEL),--model $(MODEL)) $(if $(REASON),--reason '$(REASON)')
+
+serve: $(STAMP) $(MLFLOW_DB)
+	@$(BIN)/python -m flows.serve $(OF_MODEL) $(if $(PORT),--port $(PORT))
+
+score: $(STAMP) $(MLFLOW_DB)
+	@$(BIN)/python -m flows.score '$(IN)' '$(OUT)' $(OF_MODEL)
 
 sweep: $(STAMP) $(MLFLOW_DB)
 	@$(BIN)/python -m flows.sweep run $(GRID)

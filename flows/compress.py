@@ -39,6 +39,7 @@ from rich.console import Console  # noqa: E402
 from flows import dvc, summary  # noqa: E402
 from flows.guardian import MARK, guard  # noqa: E402
 from flows.progress import Board  # noqa: E402
+from flows.promote import promote  # noqa: E402
 from flows.workspace import (  # noqa: E402
     BusyError,
     FlowError,
@@ -168,14 +169,16 @@ def _run(workspace: Workspace, stage_hours: float | None) -> tuple[dict[str, str
                 record.link(stage, fingerprint, ran=state.name == "Completed")
         if workspace.isolated:
             bring_back(workspace)
+        params = load_params(workspace.root / "params.yaml")
+        decision = promote(params.model_name, params.gate, anew=False)
         if set(outcomes.values()) == {"Cached"} and runtime.deployment.id:
             record.discard()  # a schedule that finds nothing to do, hour after hour, is no experiment
         else:
             record.log(
                 workspace.root,
-                load_params(workspace.root / "params.yaml"),
+                params,
                 _datasets(workspace.root),
-                {f"outcome.{stage}": outcome for stage, outcome in outcomes.items()},
+                {"promotion": decision.told(), **{f"outcome.{stage}": outcome for stage, outcome in outcomes.items()}},
             )
             record.finish("FINISHED")
     except Exception as error:
@@ -186,7 +189,7 @@ def _run(workspace: Workspace, stage_hours: float | None) -> tuple[dict[str, str
         raise
     told = _verdict(outcomes, before, _inputs(workspace.root))
     _publish(workspace.name, outcomes, told)
-    summary.show(workspace, default_tracking_uri(workspace.source), console)
+    summary.show(workspace, decision, default_tracking_uri(workspace.source), console)
     if workspace.isolated:
         remove(workspace.root)  # its results are in exports/NAME and, for the next run like it, in the DVC cache
     return outcomes, told

@@ -13,8 +13,10 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from flows.promote import Decision
 from flows.workspace import Workspace
 from tasks.measures import headline
+from tasks.registry import CHALLENGER, CHAMPION
 
 _MEASURES = (
     ("language.perplexity", "perplexity on held-out text", 3),
@@ -28,11 +30,10 @@ _MEASURES = (
 )
 
 
-def show(workspace: Workspace, uri: str, console: Console) -> None:
+def show(workspace: Workspace, decision: Decision, uri: str, console: Console) -> None:
     """Prints the summary of a finished run, from the files it wrote."""
     quality = _json(workspace.root / "metrics" / "evaluate.json")
     plan = _json(workspace.root / "exports" / workspace.name / "plan.json")
-    registered = _json(workspace.root / "metrics" / "register.json")
     manifest = _json(workspace.root / "exports" / workspace.name / "manifest.json")
     share, bound = _at(quality, "active_ffn_share"), _at(quality, "amdahl_bound")
     used = plan["plans"]
@@ -48,13 +49,13 @@ def show(workspace: Workspace, uri: str, console: Console) -> None:
         Text(plan["reason"]),
         Text(f"{100 * share:.0f} % of the FFN is active; in equal arithmetic at most {bound:.2f}x (Amdahl)"),
         Text("\nWhere it is", style="bold"),
-        _where(workspace, registered, manifest, uri),
+        _where(workspace, decision, manifest, uri),
     )
     console.print(
         Panel(Group(*parts), title=f"{workspace.name}: done", title_align="left", padding=(1, 2), expand=False)
     )
     console.print(
-        _use(workspace, registered, quality.get("head", "embedding"), uri),
+        _use(workspace, decision, quality.get("head", "embedding"), uri),
         soft_wrap=True,
         highlight=False,
         markup=False,
@@ -107,23 +108,25 @@ def _with_noise(row: dict[str, Any]) -> str:
     return f"{row['speedup_vs_best_dense']:.2f}x ({noise})"
 
 
-def _where(workspace: Workspace, registered: dict[str, Any], manifest: dict[str, Any], uri: str) -> Table:
+def _where(workspace: Workspace, decision: Decision, manifest: dict[str, Any], uri: str) -> Table:
     table = Table(box=None, pad_edge=False, show_header=False)
     table.add_row("export", _relative(workspace.export))
     if "container" in manifest:
         container = f"{_relative(workspace.export / 'container')} ({manifest['container']['name']})"
         table.add_row("container", f"{container}: transformers, vLLM and llama.cpp load it as it is")
     table.add_row("report", _relative(workspace.report))
-    aliases = " and ".join(registered["aliases"])
-    table.add_row("registry", f"models:/{registered['model']}/{registered['version']}, alias {aliases}")
-    for reason in registered["refused"]:
+    table.add_row("registry", f"models:/{decision.model}/{decision.version}, alias {' and '.join(_aliases(decision))}")
+    for reason in decision.refused:
         table.add_row("", f"not champion: {reason}")
     table.add_row("run record", f"{_relative(_bin('mlflow'))} ui --backend-store-uri {uri}")
     return table
 
 
-def _use(workspace: Workspace, registered: dict[str, Any], head: str, uri: str) -> str:
-    alias = registered["aliases"][-1]
+def _aliases(decision: Decision) -> tuple[str, ...]:
+    return (CHALLENGER, CHAMPION) if decision.state in ("promoted", "unchanged") else (CHALLENGER,)
+
+
+def _use(workspace: Workspace, decision: Decision, head: str, uri: str) -> str:
     export = _relative(workspace.export)
     call, command = {
         "embedding": ("encode(['A sentence.']).shape", f"encode {export} 'A sentence.'"),
@@ -138,7 +141,7 @@ def _use(workspace: Workspace, registered: dict[str, Any], head: str, uri: str) 
             f"  {_relative(_bin('ffn2moe'))} {command}",
             f'  {_relative(Path(sys.executable))} -c "{python}"',
             f"  MLFLOW_TRACKING_URI={uri} {_relative(_bin('mlflow'))} models serve "
-            f"-m models:/{registered['model']}@{alias} --env-manager local --port 5001",
+            f"-m models:/{decision.model}@{_aliases(decision)[-1]} --env-manager local --port 5001",
         )
     )
 
