@@ -169,26 +169,38 @@ class Study:
         return self._called_from
 
     def unfinished(self) -> list[Cell]:
-        """Cells that were under way when the sweep was stopped."""
-        return [self._of(trial) for trial in self._trials("RUNNING") if "settings" in trial.user_attrs]
+        """Cells that were under way when the sweep was stopped, even if it was while they were handed out."""
+        found = []
+        for trial in self._trials("RUNNING"):
+            # Of a grid all values are known from the start; a search may have been stopped while it chose them.
+            values = trial.system_attrs.get("fixed_params") or trial.params
+            cell = self._admit(trial.number, {key: values[key] for key in self._axes if key in values})
+            found += [cell] if cell else []
+        return found
 
     def take(self) -> Cell | None:
         """The next legal cell, from now on under way; None if there is none left."""
-        from optuna.trial import TrialState
-
         for _ in range(PROPOSALS if self.search else len(self._study.trials) + 1):
             if self.search is None and not self._trials("WAITING"):
                 return None
             if self.search is not None and (self._tried() >= self.search or self._exhausted()):
                 return None
             trial = self._study.ask(self._distributions())
-            cell = self._cell(trial.number, {key: _text(value) for key, value in trial.params.items()})
-            trial.set_user_attr("settings", list(cell.settings))
-            reason = self._illegal(cell) or self._known(cell)
-            if reason is None:
+            if cell := self._admit(trial.number, trial.params):
                 return cell
-            trial.set_user_attr("reason", reason)
-            self._study.tell(trial, state=TrialState.PRUNED)
+        return None
+
+    def _admit(self, number: int, values: Mapping[str, Any]) -> Cell | None:
+        """The cell of a trial that is under way; None, and the trial is left out, if it is not to run."""
+        from optuna.trial import TrialState
+
+        cell = self._cell(number, {key: _text(value) for key, value in values.items()})
+        reason = "stopped before it was chosen" if len(values) < len(self._axes) else None
+        reason = reason or self._illegal(cell) or self._known(cell)
+        self.note(cell, settings=list(cell.settings), **({"reason": reason} if reason else {}))
+        if reason is None:
+            return cell
+        self._study.tell(number, state=TrialState.PRUNED)
         return None
 
     def note(self, cell: Cell, **attributes: Any) -> None:
@@ -222,7 +234,8 @@ class Study:
 
     def left_out(self) -> list[tuple[Cell, str]]:
         """Cells whose settings contradict each other, with the reason; not what a search proposed twice."""
-        trials = [trial for trial in self._trials("PRUNED") if not trial.user_attrs["reason"].startswith("the same as")]
+        no_cell = ("the same as", "stopped before")
+        trials = [trial for trial in self._trials("PRUNED") if not trial.user_attrs["reason"].startswith(no_cell)]
         return [(self._of(trial), trial.user_attrs["reason"]) for trial in trials]
 
     def remaining(self) -> int:

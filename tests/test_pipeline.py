@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ from ruamel.yaml import YAML
 
 import ffn2moe
 from tasks.registry import Registry
+from tasks.stage import experiment_id, mlflow_client
 from tests.conftest import make_tiny_bert
 from tests.texts import make_texts, write_corpus
 from tests.toy import compress, git, make_tiny
@@ -96,3 +98,21 @@ def test_another_clone_makes_the_same_bytes_by_dvc_alone(world):
     for stage in REPRODUCIBLE:
         assert theirs[stage] == mine[stage], stage
     assert not (other / "mlflow.db").exists()
+
+
+def test_the_run_record_and_the_report_tell_the_same_numbers(world):
+    client = mlflow_client(f"sqlite:///{world / 'repo/mlflow.db'}")
+    runs = client.search_runs(
+        [experiment_id(client)], "attributes.run_name = 'tiny' and attributes.status = 'FINISHED'"
+    )
+    compare_record_and_report(runs[-1], world / "repo/reports/report.html", world / "repo/metrics/benchmark.json")
+
+
+def compare_record_and_report(run, report: Path, benchmark: Path) -> None:
+    recorded, page = run.data.metrics, report.read_text(encoding="utf-8")
+    assert f"<b>{100 * recorded['evaluate.retention.retrieval.ndcg_at_10']:.1f}\N{NO-BREAK SPACE}%</b>" in page
+    for model in ("teacher", "training_free", "student"):
+        assert f"<td>{recorded[f'evaluate.{model}.retrieval.ndcg_at_10']:.4f}</td>" in page
+    for plan in json.loads(benchmark.read_text())["largest_shape"]:
+        milliseconds = recorded[f"benchmark.largest_shape.{plan}.median_ms"]
+        assert re.search(rf"<td[^>]*>{milliseconds:.2f}</td>", page), plan

@@ -286,6 +286,18 @@ def test_a_search_tries_no_cell_twice_and_leaves_illegal_ones_out(tmp_path):
     assert all("is more than" in reason for _, reason in study.left_out())
 
 
+def test_a_cell_that_was_being_handed_out_when_the_sweep_was_killed_is_not_lost(tmp_path):
+    source, keys = project(tmp_path), studies.parse(["seed=1,2", "decompose.num_experts=4,8"])
+    study = Study(source, "one", keys, None, source)
+    first = study.take()
+    study._study.ask()  # the kill comes before its values are looked at
+    again = Study(source, "one", keys, None, source)
+    second = again.unfinished()[1]
+    assert again.unfinished() == [first, second]
+    settings = [cell.settings[1:] for cell in (first, second, again.take(), again.take())]
+    assert len(set(settings)) == 4 and again.take() is None
+
+
 def test_a_search_stops_after_as_many_cells_as_were_asked_for(tmp_path):
     source = project(tmp_path)
     study = Study(source, "one", studies.parse(["distill.learning_rate=1e-4..1e-2"]), 3, source)
