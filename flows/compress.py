@@ -101,7 +101,6 @@ def compress(
     called_from: str | None = None,
     wait_minutes: Annotated[int, Field(ge=0, le=10080)] = 0,
     stage_hours: Annotated[float, Field(gt=0, le=720)] | None = None,
-    promote: bool = False,
 ) -> State:
     """Runs every stage in order and records it; ends as Cached if nothing changed, else as Completed.
 
@@ -109,8 +108,7 @@ def compress(
 
     settings: of this run only; what is out of range is refused at submission. overrides: the same as KEY=VALUE, as
     typed at a terminal. called_from: the folder their paths are relative to. wait_minutes: for another run in the
-    same workspace to end; stage_hours: longest that one stage may take (None: as long as it likes). promote: whether
-    the version that was registered is considered as champion afterwards; not one of a run with settings of its own.
+    same workspace to end; stage_hours: longest that one stage may take (None: as long as it likes).
     Raises FlowError (also ParamsError) with cause and remedy; what was good before is there afterwards.
     """
     check(ROOT)
@@ -123,18 +121,8 @@ def compress(
         workspace = Workspace(ROOT, ROOT, load_params(ROOT / "params.yaml").name)
     with lock(workspace.root, wait_minutes * 60, _tell):
         outcomes, told = _run(workspace, stage_hours)
-    if promote and not workspace.isolated:
-        told = f"{told}; {_promoted()}"
     unchanged = set(outcomes.values()) == {"Cached"}
     return Completed(name="Cached" if unchanged else "Completed", message=told, data=outcomes)
-
-
-def _promoted() -> str:
-    """Has the newest version judged against the champion, once, and tells what was decided."""
-    from flows.promote import promote  # what it serves the versions with takes seconds to import
-
-    params = load_params(ROOT / "params.yaml")
-    return promote(params.model_name, params.gate, anew=False).told()
 
 
 def _run(workspace: Workspace, stage_hours: float | None) -> tuple[dict[str, str], str]:
@@ -187,7 +175,7 @@ def _run(workspace: Workspace, stage_hours: float | None) -> tuple[dict[str, str
     except BaseException:  # Ctrl-C, SIGTERM
         record.finish("KILLED")
         raise
-    told = _verdict(outcomes, before, _inputs(workspace.root))
+    told = f"{_verdict(outcomes, before, _inputs(workspace.root))}; {decision.told()}"
     _publish(workspace.name, outcomes, told)
     summary.show(workspace, decision, default_tracking_uri(workspace.source), console)
     if workspace.isolated:
