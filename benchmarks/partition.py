@@ -1,6 +1,10 @@
 """Divide one layer of LLaMA-7B's shape into experts by every method, and measure the time.
 
     python -m benchmarks.partition --threads 2 --out docs/results/partition.md
+    python -m benchmarks.partition --calibrate --threads 2 --out docs/results/calibration.md
+
+With `--calibrate` one layer of TinyLlama-1.1B's shape goes all the way instead: statistics and partition, the oracle's
+survey, the router's fit, the closed-form refit of the outputs, each timed as `ffn2moe.stream` does it to every layer.
 
 Weights, tokens and gradients are random and made on the spot, so that nothing is downloaded: they give a clustering no
 structure to find, which is its slowest case. What is timed is `ffn2moe.factorise.carve`, all that a stage does with a
@@ -18,6 +22,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
+from statistics import median
 from typing import Any, get_args
 from unittest.mock import patch
 
@@ -27,8 +32,10 @@ from rich.table import Table
 
 from ffn2moe import factorise, oracle, partition
 from ffn2moe.dense import DenseFFN
-from ffn2moe.factorise import carve, chunk_of
+from ffn2moe.factorise import carve, chunk_of, fit_router
+from ffn2moe.moe import MoEFFN
 from ffn2moe.partition import PartitionMethod
+from ffn2moe.reconstruct import refit_outputs
 from ffn2moe.spec import FFNShape, MoESpec
 from ffn2moe.timing import machine
 
@@ -41,6 +48,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     torch.set_num_threads(options.threads)
     console = Console(highlight=False)
+    if options.calibrate:
+        return calibrate(options, console)
     ffn, x_TD, gradient_TD = layer(options.tokens)
     results = []
     for method in options.methods:
@@ -71,11 +80,14 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--tokens", type=int, default=16000, help="calibration tokens")
     parser.add_argument("--survey-tokens", type=int, default=2048, help="tokens that the oracle is asked about")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--calibrate", action="store_true", help="one layer of TinyLlama's shape, all the way")
+    parser.add_argument("--shape", type=int, nargs=2, default=[2048, 5632], help="D and F of the layer to calibrate")
+    parser.add_argument("--rounds", type=int, default=3, help="times that a layer is calibrated; medians are told")
     parser.add_argument("--out", type=Path, help="also write a page, for example docs/results/partition.md")
     return parser
 
 
-def layer(tokens: int) -> tuple[DenseFFN, torch.Tensor, torch.Tensor]:
+def layer(tokens: int, width: int = WIDTH, ffn_width: int = FFN_WIDTH) -> tuple[DenseFFN, torch.Tensor, torch.Tensor]:
     """A gated FFN, its inputs [T, D] and the gradients at its outputs [T, D], all random."""
     generator = torch.Generator().manual_seed(0)
 
@@ -83,12 +95,12 @@ def layer(tokens: int) -> tuple[DenseFFN, torch.Tensor, torch.Tensor]:
         return deviation * torch.randn(rows, columns, generator=generator)
 
     ffn = DenseFFN(
-        w_in_FD=normal(FFN_WIDTH, WIDTH, 0.02),
-        w_out_DF=normal(WIDTH, FFN_WIDTH, 0.02),
+        w_in_FD=normal(ffn_width, width, 0.02),
+        w_out_DF=normal(width, ffn_width, 0.02),
         activation="silu",
-        w_gate_FD=normal(FFN_WIDTH, WIDTH, 0.02),
+        w_gate_FD=normal(ffn_width, width, 0.02),
     )
-    return ffn, normal(tokens, WIDTH), normal(tokens, WIDTH)
+    return ffn, normal(tokens, width), normal(tokens, width)
 
 
 @contextmanager
@@ -126,15 +138,26 @@ def measure(
     survey_tokens: int,
 ) -> dict[str, Any]:
     """Seconds that a method takes, by the clock and of all processors, and those of the oracle on its experts."""
-    routed = FFN_WIDTH - shared_width
-    shape = FFNShape("layers", 1, WIDTH, FFN_WIDTH, -(-routed // EXPERTS), shared_width, True, "silu")
-    spec = MoESpec(
+    spec = _spec(WIDTH, FFN_WIDTH, EXPERTS, ACTIVE, method, shared_width)
+    processors = time.process_time()
+    with clocks() as spent:
+        moe = carve(ffn, x_TD, spec, 0, seed=0, gradient_TD=gradient_TD)
+    row: dict[str, Any] = {"method": method, "shared": shared_width, **spent, "seconds": sum(spent.values())}
+    row["processors"] = time.process_time() - processors
+    start = time.perf_counter()
+    oracle.survey(moe, x_TD[:survey_tokens], chunk_of(EXPERTS * WIDTH))
+    return row | {"survey": time.perf_counter() - start}
+
+
+def _spec(width: int, ffn_width: int, experts: int, active: int, method: PartitionMethod, shared: int) -> MoESpec:
+    shape = FFNShape("layers", 1, width, ffn_width, -(-(ffn_width - shared) // experts), shared, True, "silu")
+    return MoESpec(
         family="llama",
         model_class="LlamaModel",
         head="causal",
         stacks=(shape,),
-        num_experts=EXPERTS,
-        num_active=ACTIVE,
+        num_experts=experts,
+        num_active=active,
         gate="unit",
         router_bias=True,
         container=None,
@@ -144,14 +167,97 @@ def measure(
         max_length=2048,
         selection="prefix" if method == "nested" else "topk",
     )
-    processors = time.process_time()
+
+
+CALIBRATED_EXPERTS, CALIBRATED_ACTIVE = 8, 2
+ROUTER_STEPS = 200  # as `ffn2moe.stream` takes
+STEPS = ("activations", "statistics", "clustering", "slicing", "dense outputs", "oracle", "router", "scale", "refit")
+
+
+def calibrate(options: argparse.Namespace, console: Console) -> int:
+    """Take a layer all the way, and tell the seconds of every step."""
+    width, ffn_width = options.shape
+    ffn, x_TD, _ = layer(options.tokens, width, ffn_width)
+    spec = _spec(width, ffn_width, CALIBRATED_EXPERTS, CALIBRATED_ACTIVE, "coactivation", 0)
+    with console.status("calibrating"):
+        rounds = [_all_the_way(ffn, x_TD, spec) for _ in range(options.rounds)]
+    told = {step: median(row[step] for row in rounds) for step in STEPS}
+    shown = Table(title=f"One layer, D {width}, F {ffn_width}, {options.tokens} tokens", title_justify="left")
+    for column in ("step", "seconds"):
+        shown.add_column(column)
+    steps = [*((step, f"{seconds:.2f} s") for step, seconds in told.items()), ("in all", f"{sum(told.values()):.2f} s")]
+    for step, seconds in steps:
+        shown.add_row(step, seconds)
+    console.print(shown)
+    if options.out:
+        here = machine()
+        command = f"python -m benchmarks.partition --calibrate --shape {width} {ffn_width} --tokens {options.tokens}"
+        command += f" --threads {options.threads} --rounds {options.rounds} --out docs/results/{options.out.name}"
+        text = [
+            "# A layer of TinyLlama-1.1B's shape, calibrated",
+            "",
+            f"D {width}, F {ffn_width}, gated; E = {CALIBRATED_EXPERTS}, K = {CALIBRATED_ACTIVE}, coactivation "
+            f"partition, routers by ridge regression and {ROUTER_STEPS} steps,",
+            f"{options.tokens} random tokens. Medians of {options.rounds} by the clock; {here['cpu']}, "
+            f"{options.threads} threads, torch {metadata.version('torch')};",
+            f"load average {os.getloadavg()[0]:.0f}: where that is more than the threads, other work had its share.",
+            "",
+            "```",
+            command,
+            "```",
+            "",
+            "| step | time |",
+            "|---|---|",
+            *(f"| {step} | {seconds} |" for step, seconds in steps),
+            "",
+        ]
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.write_text("\n".join(text), encoding="utf-8")
+        console.print(f"written to {options.out}")
+    return 0
+
+
+def _all_the_way(ffn: DenseFFN, x_TD: torch.Tensor, spec: MoESpec) -> dict[str, float]:
+    """Seconds of every step that makes a routed layer of a dense FFN."""
     with clocks() as spent:
-        moe = carve(ffn, x_TD, spec, 0, seed=0, gradient_TD=gradient_TD)
-    row: dict[str, Any] = {"method": method, "shared": shared_width, **spent, "seconds": sum(spent.values())}
-    row["processors"] = time.process_time() - processors
-    start = time.perf_counter()
-    oracle.survey(moe, x_TD[:survey_tokens], chunk_of(EXPERTS * WIDTH))
-    return row | {"survey": time.perf_counter() - start}
+        moe = carve(ffn, x_TD, spec, 0, seed=0)
+    told = dict(spent)
+    last = time.perf_counter()
+
+    def mark(step: str) -> None:
+        nonlocal last
+        now = time.perf_counter()
+        told[step] = now - last
+        last = now
+
+    wanted_TD = factorise.outputs(ffn, x_TD)
+    mark("dense outputs")
+    surveyed: list[float] = []
+
+    def survey(*arguments: Any, **more: Any) -> Any:
+        start = time.perf_counter()
+        try:
+            return known(*arguments, **more)
+        finally:
+            surveyed.append(time.perf_counter() - start)
+
+    known = oracle.survey
+    fitted: list[float] = []
+
+    def fit(self: MoEFFN, *arguments: Any, **more: Any) -> None:
+        start = time.perf_counter()
+        fit_known(self, *arguments, **more)
+        fitted.append(time.perf_counter() - start)
+
+    fit_known = MoEFFN.fit_scale_and_mean
+    with patch.object(oracle, "survey", survey), patch.object(MoEFFN, "fit_scale_and_mean", fit):
+        fit_router(moe, x_TD, ridge=1e-2, steps=ROUTER_STEPS, batch_tokens=4096, learning_rate=1e-2, seed=0)
+    mark("router")
+    told["oracle"], told["scale"] = sum(surveyed), sum(fitted)
+    told["router"] -= told["oracle"] + told["scale"]
+    refit_outputs(moe, x_TD, wanted_TD, penalty=1e-2, chunk=chunk_of(spec.num_experts * x_TD.shape[1]))
+    mark("refit")
+    return told
 
 
 COLUMNS = ("method", "S", *PARTS, "in all", "processors", "oracle")
