@@ -221,8 +221,9 @@ def plans(ffn: FFN, threads: int, wanted: Sequence[str] | None) -> dict[str, tup
         "dense4": ("dense", lambda: on_onnxruntime(dense_model(ffn, "dense4"), threads)),
         "ov-dense": ("dense", lambda: dense_openvino(False)),
         "ov-dense8": ("dense", lambda: dense_openvino(True)),
-        "qmoe8": ("qmoe8", lambda: on_onnxruntime(qmoe_model(ffn), threads)),
     }
+    if ffn.ffn_width // ffn.num_experts % BLOCK == 0:
+        makers["qmoe8"] = ("qmoe8", lambda: on_onnxruntime(qmoe_model(ffn), threads))
     for weights in native.WEIGHTS:
         name = "native" if weights == "bf16" else f"native{weights[3:]}"
         makers[name] = (
@@ -263,6 +264,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     lines = []
     for D, F in options.shape:
+        if F % options.experts:
+            Console(stderr=True).print(f"error: F = {F} is not a multiple of {options.experts} experts")
+            return 2
         ffn = FFN.random(D, F, options.experts, options.active, gated=D >= 2048)
         ready = plans(ffn, options.threads, options.plans)
         flops = 2 * D * F * (3 if ffn.gated else 2)
