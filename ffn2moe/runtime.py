@@ -35,6 +35,7 @@ Plan = Literal[
     "sorted",
     "sorted8",
     "ov-dense",
+    "ov-dense8",
     "ov-sorted",
     "ov-native",
     "ov-native8",
@@ -44,9 +45,17 @@ OV = "ov-"
 DECODER_PLANS: tuple[Plan, ...] = ("dense", "dense8", "dense4", "fused", "qmoe8", "qmoe4", "sorted", "sorted8")
 PLANS: tuple[Plan, ...] = ("dense", "dense8", "fused", "sorted", "sorted8")  # of models that read all at once
 OPENVINO_PLANS: tuple[Plan, ...] = tuple(plan for plan in get_args(Plan) if plan.startswith(OV))
-DENSE_PLANS: tuple[Plan, ...] = ("dense", "dense8", "dense4", "ov-dense")
+DENSE_PLANS: tuple[Plan, ...] = ("dense", "dense8", "dense4", "ov-dense", "ov-dense8")
 INT8_PLANS: tuple[Plan, ...] = ("dense8", "sorted8")  # by ONNX Runtime's dynamic quantisation
-QUANTIZED_PLANS: tuple[Plan, ...] = (*INT8_PLANS, "dense4", "qmoe8", "qmoe4", "ov-native8", "ov-native4")
+QUANTIZED_PLANS: tuple[Plan, ...] = (
+    *INT8_PLANS,
+    "dense4",
+    "qmoe8",
+    "qmoe4",
+    "ov-dense8",
+    "ov-native8",
+    "ov-native4",
+)
 ROUNDED_PLANS: tuple[Plan, ...] = (*QUANTIZED_PLANS, "ov-native")  # more than float32 does, on any machine
 # What experts are in where they are the operator of ffn2moe.native.
 NATIVE_PLANS: dict[str, native.Weights] = {"ov-native": "bf16", "ov-native8": "int8", "ov-native4": "int4"}
@@ -94,9 +103,17 @@ def precision_of(plan: str, graph: Graph) -> str:
 
 
 def plans_of(head: str, engines: Sequence[Engine] = ("onnxruntime",)) -> tuple[Plan, ...]:
-    """The plans of models with this head: those that decode token by token have plans for that."""
-    of_head = DECODER_PLANS if head in ("causal", "seq2seq") else PLANS
-    return tuple(plan for plan in (*of_head, *OPENVINO_PLANS) if engine_of(plan) in engines)
+    """The plans of models with this head: those that decode token by token have plans for that.
+
+    None of OpenVINO's (2026.4): it gives back empty outputs for a cache that is still empty.
+    """
+    of_head = DECODER_PLANS if decodes(head) else (*PLANS, *OPENVINO_PLANS)
+    return tuple(plan for plan in of_head if engine_of(plan) in engines)
+
+
+def decodes(head: str) -> bool:
+    """Whether models with this head read token by token, with a cache."""
+    return head in ("causal", "seq2seq")
 
 
 class Export:

@@ -1,0 +1,156 @@
+"""Plans that run in OpenVINO compute what PyTorch does, and say why where they cannot run."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+from ffn2moe import engines, native, onnx_graph, onnx_plans, runtime
+from ffn2moe.dense import load_dense
+from ffn2moe.export import export_model, write_manifest
+from ffn2moe.verify import verify
+from tests.conftest import make_tiny_bert
+from tests.mixtures import carve
+
+pytest.importorskip("openvino")
+TEXTS = ["a first text", "another text that is longer than the first"]
+needs_operator = pytest.mark.skipif(not native.is_built(), reason="the operator is not built (make native)")
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory) -> Path:
+    """One layer: tracing costs time by the layer."""
+    return make_tiny_bert(tmp_path_factory.mktemp("small") / "teacher", num_hidden_layers=1)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, teacher) -> Path:
+    """An export with the plans of both engines."""
+    path = tmp_path_factory.mktemp("engines") / "export"
+    dense, tokenizer = load_dense(str(teacher))
+    student, spec = carve(teacher)
+    plans = ("dense", "sorted", *runtime.OPENVINO_PLANS)
+    write_manifest(path, export_model(student, dense, tokenizer, spec, path, plans=plans))
+    return path
+
+
+def manifest_of(folder: Path) -> dict:
+    return json.loads((folder / "manifest.json").read_text())
+
+
+def test_every_plan_of_openvino_is_made_and_says_what_it_runs_in(folder):
+    manifest = manifest_of(folder)
+    made = {*manifest["plans"], *manifest["refused"]}
+    assert made == {"dense", "sorted", *runtime.OPENVINO_PLANS}
+    assert {*manifest["refused"]} == (set() if native.is_built() else {*runtime.NATIVE_PLANS})
+    entries = manifest["plans"]
+    assert {entries[plan]["engine"] for plan in entries if plan.startswith("ov-")} == {"openvino"}
+    assert entries["ov-sorted"]["precision"] == engines.openvino_precision()
+    assert entries["ov-dense8"]["precision"] == "int8"
+
+
+def test_the_graphs_equal_pytorch_in_float32_and_agree_as_they_run(folder):
+    entries = manifest_of(folder)["plans"]
+    for plan in ("ov-dense", "ov-sorted"):
+        assert entries[plan]["parity_max_abs"] < 1e-4
+        assert entries[plan].get("agreement", 1) > 0.95
+    assert entries["ov-dense8"]["agreement"] > 0.99
+
+
+def test_plans_of_two_engines_share_a_file(folder):
+    entries = manifest_of(folder)["plans"]
+    assert entries["ov-sorted"]["file"] == entries["sorted"]["file"]
+    assert entries["ov-dense"]["file"] == entries["dense"]["file"]
+    assert not (folder / "onnx/ov-sorted.onnx").exists()
+
+
+def test_verify_passes_on_the_plans_of_openvino(folder):
+    plans = [plan for plan in manifest_of(folder)["plans"] if plan != "sorted"]
+    failed = [check for check in verify(folder, plans=plans, texts=4, threads=1) if not check.passed]
+    assert not failed
+
+
+def test_the_number_of_threads_changes_no_meaning(folder):
+    one, two = (runtime.open_export(folder, "ov-sorted", threads, precision="float32") for threads in (1, 2))
+    np.testing.assert_allclose(one.encode(TEXTS), two.encode(TEXTS), atol=1e-5)
+    expected = runtime.open_export(folder, "sorted", 1).encode(TEXTS)
+    np.testing.assert_allclose(one.encode(TEXTS), expected, atol=1e-5)
+
+
+def test_an_execution_provider_is_no_matter_of_openvino(folder):
+    with pytest.raises(ValueError, match="leave the provider out"):
+        runtime.open_export(folder, "ov-dense", providers=("CUDAExecutionProvider",))
+
+
+def test_without_openvino_the_plan_names_the_extra(folder, monkeypatch):
+    engines.openvino.cache_clear()
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    try:
+        with pytest.raises(engines.EngineMissing, match=r"pip install \"ffn2moe\[openvino\]\""):
+            runtime.open_export(folder, "ov-dense")
+        assert runtime.open_export(folder, "dense", 1).encode(TEXTS).shape[0] == 2
+    finally:
+        engines.openvino.cache_clear()
+
+
+def test_openvino_is_imported_by_its_plans_alone_and_without_its_telemetry(folder):
+    script = (
+        "import sys, ffn2moe\n"
+        f"ffn2moe.open_export({str(folder)!r}, 'dense', 1)\n"
+        "assert 'openvino' not in sys.modules\n"
+        f"ffn2moe.open_export({str(folder)!r}, 'ov-dense', 1)\n"
+        "assert 'openvino' in sys.modules and 'openvino_telemetry' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True, cwd=Path(__file__).parent.parent)
+
+
+def test_a_graph_with_an_operator_that_openvino_lacks_is_refused_with_the_reason(teacher, tmp_path):
+    student, spec = carve(teacher)
+    fused = onnx_plans.lower(onnx_graph.canonical_graph(student, spec.pooling), "fused")
+    file = tmp_path / "fused.onnx"
+    file.write_bytes(ir.to_proto(fused).SerializeToString())
+    with pytest.raises(ValueError, match=r"OpenVINO .* cannot run fused\.onnx"):
+        engines.open_graph(file, "openvino", threads=1)
+
+
+def test_bytes_that_are_no_graph_are_refused(tmp_path):
+    file = tmp_path / "broken.onnx"
+    file.write_bytes(b"not a graph")
+    with pytest.raises(ValueError, match=r"cannot run broken\.onnx"):
+        engines.open_graph(file, "openvino", threads=1)
+
+
+def test_a_plan_whose_operator_is_not_built_is_refused_with_the_remedy(teacher, tmp_path, monkeypatch):
+    monkeypatch.setattr(native, "FOLDER", tmp_path / "nothing")
+    _, tokenizer = load_dense(str(teacher))
+    student, spec = carve(teacher)
+    manifest = export_model(student, None, tokenizer, spec, tmp_path / "export", plans=("sorted", "ov-native"))
+    assert "make native" in manifest["refused"]["ov-native"] and "ov-native" not in manifest["plans"]
+
+
+@needs_operator
+@pytest.mark.parametrize("weights", native.WEIGHTS)
+def test_the_operator_passes_its_test_on_this_machine(weights):
+    assert runtime.native_self_test("gelu", weights) < runtime.NATIVE_TOLERANCE[weights]
+
+
+@needs_operator
+def test_an_operator_that_computes_something_else_is_refused(folder, monkeypatch):
+    monkeypatch.setattr(native, "reference", lambda x_TD, *_, **__: x_TD)
+    with pytest.raises(RuntimeError, match="computes something else"):
+        runtime.open_export(folder, "ov-native", 1)
+
+
+@needs_operator
+@pytest.mark.parametrize("selection", ["topk", "threshold", "prefix"])
+def test_the_operator_runs_every_selection(teacher, tmp_path, selection):
+    student, spec = carve(teacher, selection=selection)
+    _, tokenizer = load_dense(str(teacher))
+    manifest = export_model(student, None, tokenizer, spec, tmp_path, plans=("ov-native8",))
+    assert manifest["plans"]["ov-native8"]["agreement"] > 0.95
