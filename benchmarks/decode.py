@@ -28,7 +28,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.ffn import Layers, dense_ffn
-from benchmarks.inference import read_texts, sample_of
+from benchmarks.inference import KEPT, read_texts, sample_of
 from benchmarks.race import Samples, Spread, race, stopwatch
 from benchmarks.show import Rounds, about, bars, complain, verdict, write
 from ffn2moe import runtime, timing
@@ -358,17 +358,18 @@ def _decoder(options: argparse.Namespace) -> list[dict[str, Any]]:
     batches = timing.full_batches(exports["dense"], read_texts(options.texts), 1, 16)
     timed = {plan: sample_of(export, batches) for plan, export in exports.items()}
     found = race(timed, rounds=options.rounds, limit=options.seconds)
+    kept = {plan: float(manifest["plans"][plan]["retention"]) for plan in exports}
     rows = []
     for phase in ("prefill", "decode"):
         samples = found[phase]
-        best = samples.fastest(runtime.DENSE_PLANS)
+        best = samples.fastest(plan for plan in runtime.DENSE_PLANS if plan == "dense" or kept.get(plan, 0.0) >= KEPT)
         for plan in samples.seconds:
             speed = samples.speed(plan, best)
             rows.append(
                 {
                     "phase": phase,
                     "plan": plan,
-                    "kept": manifest["plans"][plan]["retention"],
+                    "kept": kept[plan],
                     "milliseconds": round(1000 * samples.median(plan), 4),
                     "best_dense": best,
                     **{name: round(value, 4) for name, value in asdict(speed).items()},

@@ -32,6 +32,7 @@ from ffn2moe.runtime import DENSE_PLANS, engine_of, form_of, open_export, read_m
 DEFAULT_TEXTS = Path("data/corpus/evaluation.jsonl")
 SHAPES = [(1, 16), (1, 128), (32, 32), (32, 128)]
 MODEL, FFN = "model", "ffn"
+KEPT = 0.97  # retention of a plan that keeps its quality
 TARGETS = {(1, 16): 1.0, (1, 128): 1.2, (32, 128): 1.4}  # speed over the best dense plan that is aimed at
 
 
@@ -82,7 +83,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--rounds", type=int, default=21)
     parser.add_argument("--seconds", type=float, default=15.0, help="the most for one shape, beyond the first 5 rounds")
     parser.add_argument("--plans", nargs="+", help="those only (dense is always timed)")
-    parser.add_argument("--min-retention", type=float, default=0.97, help="of a plan that keeps its quality")
+    parser.add_argument("--min-retention", type=float, default=KEPT, help="of a plan that keeps its quality")
     parser.add_argument("--texts", type=Path, default=DEFAULT_TEXTS, help="JSON lines with a text each, or plain lines")
     parser.add_argument("--out", type=Path, help="also write a page, for example docs/results/inference.md")
     return parser
