@@ -161,5 +161,7 @@ def bars(panels: Sequence[Panel], *, hollow: Collection[str], ylabel: str) -> An
         for name in known
     ]
     handles.append(Line2D([], [], color="#888888", linestyle=":", linewidth=1.2, label="bound by FLOPs"))
-    drawn.legend(handles=handles, loc="outside upper center", ncols=max(2, int(wide * columns / 1.7)), frameon=False, fontsize=9)
+    drawn.legend(
+        handles=handles, loc="outside upper center", ncols=max(2, int(wide * columns / 1.7)), frameon=False, fontsize=9
+    )
     return drawn
