@@ -131,12 +131,17 @@ def _wait(server: Server, log: Path | None) -> None:
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
-    for number in (signal.SIGTERM, signal.SIGKILL):
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, number)
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(timeout=10)
-            return
+    """Ends MLflow's command and the server that it has started, and waits for both."""
+    with suppress(psutil.NoSuchProcess):
+        started = psutil.Process(process.pid).children(recursive=True)
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, number)
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=10)
+            if not psutil.wait_procs(started, timeout=10)[1]:
+                break
+    process.wait()
 
 
 def free_port(host: str = HOST) -> int:
