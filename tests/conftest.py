@@ -237,5 +237,6 @@ def exported(tmp_path_factory: pytest.TempPathFactory, tiny_teacher: Path) -> Pa
     from tests.texts import make_stage
 
     root = make_workspace(tmp_path_factory.mktemp("exported"), tiny_teacher)
-    export.run(make_stage("export", root, "name=tiny", "compute.threads=1", "export.parity_texts=12"))
+    settings = ("name=tiny", "compute.threads=1", "export.parity_texts=12", "export.engines=[onnxruntime]")
+    export.run(make_stage("export", root, *settings))
     return root

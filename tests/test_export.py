@@ -16,7 +16,7 @@ from ffn2moe import runtime, verify
 from tasks import benchmark, export
 from tests.texts import make_stage
 
-SETTINGS = ("name=tiny", "compute.threads=1", "export.parity_texts=12")
+SETTINGS = ("name=tiny", "compute.threads=1", "export.parity_texts=12", "export.engines=[onnxruntime]")
 
 
 @pytest.fixture
