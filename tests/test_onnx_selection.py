@@ -13,7 +13,7 @@ import onnx_ir as ir
 import pytest
 import torch
 
-from ffn2moe import checkpoint, onnx_decoder, onnx_graph, onnx_plans, runtime
+from ffn2moe import autoplan, checkpoint, onnx_decoder, onnx_graph, onnx_plans, runtime
 from ffn2moe.dense import load_dense
 from ffn2moe.export import write_manifest
 from ffn2moe.moe import moe_layers, set_active
@@ -238,7 +238,7 @@ def test_the_benchmark_times_every_budget_and_knows_what_each_can_gain(elastic, 
     benchmark.run(make_stage("benchmark", root, "name=tiny", "benchmark.shapes=[[2,4]]", "benchmark.rounds=2"))
     plan = runtime.read_plan(root / "exports/tiny")
     assert plan is not None and {*plan["timings"]} == {*runtime.read_manifest(root / "exports/tiny")["plans"]}
-    one, own, three = (benchmark.bounds_of(root / "exports/tiny", 16, budget)["flops"] for budget in (1, None, 3))
+    one, own, three = (autoplan.bounds_of(root / "exports/tiny", 16, budget)["flops"] for budget in (1, None, 3))
     assert one > own > three
 
 
