@@ -21,8 +21,8 @@ import transformers as tf
 import ffn2moe
 from ffn2moe import cli, onnx_decoder, onnx_plans, runtime
 from ffn2moe.dense import load_dense, read_ffn
-from ffn2moe.experts import neurons_by_expert, slice_experts
 from ffn2moe.engines import OnnxRuntimeGraph, session
+from ffn2moe.experts import neurons_by_expert, slice_experts
 from ffn2moe.export import export_model, write_manifest
 from ffn2moe.moe import MoEFFN, install_moe, spec_of
 from ffn2moe.parity import parity, random_samples, reference
