@@ -71,8 +71,9 @@ $(STAMP): constraints.txt pyproject.toml
 	@$(PIP) torch==2.13.0
 	@echo "setup 3/4: $$(grep -c == constraints.txt) packages at the versions of constraints.txt (a few minutes)"
 	@$(PIP) --no-deps -r constraints.txt
-	@echo "setup 4/4: ffn2moe itself"
+	@echo "setup 4/4: ffn2moe itself, and its operator for OpenVINO"
 	@$(PIP) --no-deps -e .
+	@$(BIN)/python -m ffn2moe.native || echo 'setup: goes on without the plans ov-native, ov-native8 and ov-native4'
 	@touch $@
 
 # Before anything parallel: several processes that find no database each try to make it, and all but one fail.

@@ -27,7 +27,7 @@ Which is fastest depends on the machine and on batch x sequence, so it is measur
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,6 +50,8 @@ from ffn2moe.runtime import (
 from ffn2moe.spec import Activation, Gate, Selection
 
 _BITS: dict[str, int] = {"qmoe8": 8, "qmoe4": 4, "dense4": 4}
+SMALL_PLANS: tuple[str, ...] = ("ov-dense8", *NATIVE_PLANS)  # of few bits a weight, so that what is wide weighs most
+HALVED_FROM = 4096  # numbers in a matrix
 
 
 class PlanRefused(ValueError):
@@ -89,6 +91,8 @@ def lower(canonical: ir.Model, plan: Plan) -> ir.Model:
         quantize_weights(graph, _BITS[plan])
     elif plan == "ov-dense8":
         compress_weights(graph)
+    if plan in SMALL_PLANS:
+        halve_weights(graph, {mixture.router for mixture in mixtures})
     if any(node.domain == MICROSOFT for node in graph.graph):
         graph.graph.opset_imports[MICROSOFT] = 1
     graph.graph.opset_imports[native.DOMAIN] = native.VERSION  # dropped below where it is not used
@@ -632,8 +636,7 @@ def _gathers_tokens(node: ir.Node) -> bool:
 def compress_weights(model: ir.Model) -> None:
     """Weights of linear maps as signed bytes with a scale for each output: standard ONNX, activations as they are.
 
-    OpenVINO keeps them so in memory, and widens them as it multiplies. (Quantising activations as well, by a graph that
-    NNCF had calibrated, was no faster on a CPU that multiplies bfloat16.)
+    OpenVINO keeps them so in memory, and widens them as it multiplies.
     """
     editor = Editor(model)
     for node, weight, bias in _linear_maps(model):
@@ -647,6 +650,26 @@ def compress_weights(model: ir.Model) -> None:
         if bias and bias[0] is not None:
             y = editor.node("Add", y, bias[0])
         replace(node.outputs[0], y)
+
+
+def halve_weights(model: ir.Model, kept: Container[ir.Value | None]) -> None:
+    """Large float32 matrices but for those in `kept` as float16, widened where they are used: half the bytes.
+
+    What is left of a plan in few bits is mostly its table of embeddings. A number of them is rounded to 11 bits, where
+    bfloat16, which the plan computes in, has 8; matrices with numbers beyond float16 stay as they are.
+    """
+    editor = Editor(model)
+    editor.at = next(iter(model.graph), None)
+    for value in list(model.graph.initializers.values()):
+        weight = constant_of(value)
+        if value in kept or weight is None or weight.dtype != np.float32:
+            continue
+        if weight.ndim < 2 or weight.size < HALVED_FROM:
+            continue
+        if not np.abs(weight).max() <= np.finfo(np.float16).max:
+            continue
+        half = editor.constant(f"{value.name}.half", weight.astype(np.float16))
+        value.replace_all_uses_with(editor.node("Cast", half, to=ir.DataType.FLOAT))
 
 
 def quantize_weights(model: ir.Model, bits: int) -> None:

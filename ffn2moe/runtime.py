@@ -105,7 +105,7 @@ def precision_of(plan: str, graph: Graph) -> str:
 def plans_of(head: str, engines: Sequence[Engine] = ("onnxruntime",)) -> tuple[Plan, ...]:
     """The plans of models with this head: those that decode token by token have plans for that.
 
-    None of OpenVINO's (2026.4): it gives back empty outputs for a cache that is still empty.
+    None of OpenVINO's: in 2026.4 the graphs of a small LLaMA, with their cache, gave back empty logits.
     """
     of_head = DECODER_PLANS if decodes(head) else (*PLANS, *OPENVINO_PLANS)
     return tuple(plan for plan in of_head if engine_of(plan) in engines)
