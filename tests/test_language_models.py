@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -165,11 +166,12 @@ def test_the_registered_version_writes_what_the_export_writes(done):
 
 
 def test_the_served_writer_refuses_what_it_cannot_answer(done):
-    from tasks.served_text import Writer
+    from tasks.served_model import Served
 
-    writer = Writer()
-    writer.export = ffn2moe.open_export(done / "exports/tiny")
-    for bad, message in (([], "there is no prompt"), (["a", " "], "prompt 1 is empty"), (["a " * 80], "can hold 64")):
+    limits = {"max_texts": 3, "max_characters": 1000}
+    writer = Served()
+    writer.load_context(SimpleNamespace(artifacts={"export": str(done / "exports/tiny")}, model_config=limits))
+    for bad, message in (([], "there is no text"), (["a", " "], "text 1 is empty"), (["a " * 80], "can hold 64")):
         with pytest.raises(MlflowException, match=message) as error:
             writer.predict(bad)
         assert error.value.get_http_status_code() == 400
