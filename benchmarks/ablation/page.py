@@ -212,10 +212,9 @@ def table(one: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> list[str
     headings = ["method", "active", *(FIGURES[name][0] for name in names), "kept"]
     headings += ["error", "of the choice", "of the oracle's", "recall", "FLOPs", "seconds", "seeds"]
     lines = []
-    for stage in STAGES:
+    compared = {row["stage"] for row in rows if row["group"] != "default"} or {row["stage"] for row in rows}
+    for stage in filter(compared.__contains__, STAGES):
         here = [row for row in rows if row["stage"] == stage]
-        if not any(row["group"] != "default" for row in here) and any(row["group"] != "default" for row in rows):
-            continue
         lines += [f"**{STAGE_TITLES[stage]}**", "", f"| {' | '.join(headings)} |", f"|{'---|' * len(headings)}"]
         for row in sorted(here, key=lambda row: -row["share"]):
             errors = row["errors"]
