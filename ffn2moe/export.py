@@ -91,7 +91,9 @@ def export_model(
         if form in manifest["refused"]:
             continue
         if engine_of(plan) == "openvino" and runtime.decodes(spec.head):
-            manifest["refused"][plan] = f"{plan}: plans of OpenVINO are for models that read all at once, not for those that decode"
+            manifest["refused"][plan] = (
+                f"{plan}: plans of OpenVINO are for models that read all at once, and this one decodes"
+            )
             continue
         if form in NATIVE_PLANS and not native.is_built():  # what cannot be checked is not shipped
             manifest["refused"][plan] = f"{plan}: its operator is not built here; {native.REMEDY}"

@@ -70,7 +70,7 @@ _LARGEST_4, _LARGEST_FACTOR = 7, 18  # 7 * 18 = 126 is a signed byte
 _LINE = 64  # bytes
 
 SOURCES = Path(__file__).resolve().parent.parent / "native"
-FOLDER = Path(__file__).resolve().parent / "_native"
+FOLDER = Path(sys.prefix) / "share" / "ffn2moe"  # of the environment: copies of the package in workspaces share it
 REMEDY = "build it: make native (or python -m ffn2moe.native)"
 
 # The instructions of each file; which path runs is decided when a model is loaded, so the library runs anywhere.
@@ -286,16 +286,26 @@ def _expect(name: str, array: np.ndarray, shape: tuple[int, ...]) -> None:
 
 
 def is_built() -> bool:
-    """Whether the operator is built for the installed openvino, from the sources as they are; not without sources."""
-    if importlib.util.find_spec("openvino") is None or not any(SOURCES.glob("*.cpp")):
+    """Whether `library` finds the operator."""
+    try:
+        library()
+    except FileNotFoundError:
         return False
-    return _library(FOLDER).is_file()
+    return True
 
 
 def library() -> Path:
-    """The extension library, for `openvino.Core().add_extension`. FileNotFoundError, with the remedy, if not built."""
+    """The extension library, for `openvino.Core().add_extension`: built for the installed openvino from these sources.
+
+    A copy of the package without sources, such as that beside a registered model, takes what is built for this
+    openvino. FileNotFoundError, with the remedy, if there is none.
+    """
     _openvino()
-    path = _library(FOLDER)
+    if any(SOURCES.glob("*.cpp")):
+        path = _library(FOLDER)
+    else:
+        built = sorted(FOLDER.glob(f"{_stem()}-openvino{importlib.metadata.version('openvino')}-*.so"))
+        path = built[0] if built else FOLDER / "none"
     if path.is_file():
         return path
     others = sorted(FOLDER.glob(f"{_stem()}-*")) if FOLDER.is_dir() else []
