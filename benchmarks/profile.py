@@ -43,7 +43,7 @@ BETWEEN = "between nodes"
 KINDS: dict[str, tuple[str, ...]] = {
     "products": (
         *("Gemm", "MatMul", "FusedMatMul", "FusedGemm", "MatMulNBits", "MatMulInteger", "MatMulIntegerToFloat"),
-        *("DynamicQuantizeMatMul", "FullyConnected", "MoE", "QMoE", "Experts"),
+        *("DynamicQuantizeMatMul", "FullyConnected", "MoE", "QMoE", "Experts", "Reference"),  # the last: an extension's
     ),
     "attention": ("Attention", "MultiHeadAttention", "GroupQueryAttention", "ScaledDotProductAttention", "SDPA"),
     "activations": ("Gelu", "Relu", "Sigmoid", "Silu", "Swish", "QuickGelu", "BiasGelu", "FastGelu", "Tanh", "Erf"),
@@ -244,12 +244,16 @@ def _openvino(file: Path, plan: str, threads: int, inputs: Inputs, track: Callab
 
 def kind_of(node: Node) -> str:
     """The kind of work of a node: products by where they are in the model, others by their op."""
+    if node.op == "Subgraph" and node.name.startswith("ScaledDotProductAttention"):  # OpenVINO's fused attention
+        return "attention"
     kind = _KIND_OF.get(node.op, "other")
     if kind != "products":
         return kind
     if re.search(r"router", node.name):
         return "routing"
-    if node.op in ("MoE", "QMoE", "Experts") or re.search(r"experts|\.moe\b|mlp|ffn|intermediate", node.name):
+    if node.op in ("MoE", "QMoE", "Experts", "Reference") or re.search(
+        r"experts|\.moe\b|mlp|ffn|intermediate", node.name
+    ):
         return "FFN products"
     if re.search(r"attention|attn|query|key|value|[qkvo]_proj", node.name):
         return "attention's products"
