@@ -17,6 +17,8 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check --no-input
 MLFLOW_DB := mlflow.db
+# Addresses of servers elsewhere (docs/operations.md), where there are some.
+ENV := set -a; [ ! -f .env ] || . ./.env; set +a;
 OF_MODEL = $(if $(MODEL),--model $(MODEL)) $(if $(VERSION),--version $(VERSION))
 
 # Nobody is told anything.
@@ -78,7 +80,7 @@ $(STAMP): constraints.txt pyproject.toml
 
 # Before anything parallel: several processes that find no database each try to make it, and all but one fail.
 $(MLFLOW_DB): | $(STAMP)
-	@$(BIN)/python -m tasks.stage
+	@$(ENV) $(BIN)/python -m tasks.store
 
 run: $(STAMP) $(MLFLOW_DB)
 	@$(BIN)/python -m flows.compress $(SET)
@@ -99,7 +101,7 @@ sweep: $(STAMP) $(MLFLOW_DB)
 	@$(BIN)/python -m flows.sweep run $(GRID)
 
 repro: $(STAMP) $(MLFLOW_DB)
-	@PATH="$(abspath $(BIN)):$$PATH" $(BIN)/dvc repro
+	@$(ENV) PATH="$(abspath $(BIN)):$$PATH" $(BIN)/dvc repro
 
 up: $(STAMP)
 	@$(BIN)/python -m flows.service up $(if $(PREFECT_PORT),--prefect-port $(PREFECT_PORT)) \

@@ -35,7 +35,7 @@ from ruamel.yaml import YAML
 
 from flows import guardian
 from flows.workspace import ROOM_NEEDED
-from tasks.stage import EXPERIMENT, mlflow_client
+from tasks.store import EXPERIMENT, mlflow_client
 from tests.conftest import make_tiny_bert
 from tests.texts import make_texts, write_corpus
 from tests.toy import make_tiny, start

@@ -54,7 +54,8 @@ from flows.workspace import (  # noqa: E402
 )
 from tasks.params import Settings, load_params  # noqa: E402
 from tasks.registry import Registry  # noqa: E402
-from tasks.stage import PipelineRecord, default_tracking_uri, explain, remove  # noqa: E402
+from tasks.stage import PipelineRecord, explain, remove  # noqa: E402
+from tasks.store import default_tracking_uri  # noqa: E402
 
 _STOPPED = "stopped; what is finished is kept, and the same command goes on from there"
 console = Console(width=None if sys.stdout.isatty() else 110)

@@ -1,6 +1,7 @@
 """What Prefect, DVC, MLflow and the libraries read from the environment once, so it is set before they are imported.
 
-Quiet, nothing sent anywhere, all of it in the project. What the environment says already has precedence.
+Quiet, nothing sent anywhere, all of it in the project. What the environment says already has precedence, then the file
+.env beside params.yaml, where there is one: addresses and passwords, which git ignores.
 """
 
 from __future__ import annotations
@@ -11,8 +12,12 @@ import sqlite3
 from contextlib import closing
 from pathlib import Path
 
-from flows.workspace import FlowError
+from dotenv import load_dotenv
 
+from flows.workspace import FlowError
+from tasks.store import SECONDS_TO_ANSWER, TRACKING_URI, without_password
+
+DATABASE = "PREFECT_SERVER_DATABASE_CONNECTION_URL"
 QUIET = {
     "DO_NOT_TRACK": "1",
     "DVC_NO_ANALYTICS": "1",
@@ -39,15 +44,33 @@ def prefect_home(root: Path) -> Path:
 
 def settle(root: Path) -> None:
     """Sets all of it for this process and its children."""
+    load_dotenv(root / ".env")
+    if theirs := os.environ.get("MLFLOW_TRACKING_URI"):  # MLflow's own variable counts where ours is not set
+        os.environ.setdefault(TRACKING_URI, theirs)
     for key, value in {**QUIET, "PREFECT_HOME": str(prefect_home(root))}.items():
         os.environ.setdefault(key, value)
 
 
 def check_database(root: Path) -> None:
-    """FlowError when a later Prefect than this one made its database: its server would try to start for ever."""
-    path = prefect_home(root) / "prefect.db"
-    package = importlib.util.find_spec("prefect")
-    assert package is not None and package.origin is not None
+    """FlowError unless a server of this Prefect could start on its database: else it would try for ever.
+
+    That is prefect.db, or what PREFECT_SERVER_DATABASE_CONNECTION_URL says.
+    """
+    url = os.environ.get(DATABASE) or os.environ.get("PREFECT_API_DATABASE_CONNECTION_URL")
+    if not url:
+        _check_file(prefect_home(root) / "prefect.db")
+    elif url.startswith("sqlite+aiosqlite:///"):
+        _check_file(Path(url.removeprefix("sqlite+aiosqlite:///")))
+    elif url.startswith("postgresql+asyncpg://"):
+        _check_postgresql(url)
+    else:
+        raise FlowError(
+            f"{DATABASE} = {without_password(url)} is no database of Prefect's; write "
+            "postgresql+asyncpg://USER:PASSWORD@HOST/DATABASE, or unset it for a file of this project's own"
+        )
+
+
+def _check_file(path: Path) -> None:
     if not path.is_file():
         return
     try:
@@ -57,10 +80,46 @@ def check_database(root: Path) -> None:
         return
     except sqlite3.DatabaseError as error:
         raise FlowError(f"{_aside(path)} it is damaged ({error})") from None
-    names = (Path(package.origin).parent / "server/database/_migrations/versions/sqlite").glob("*.py")
+    if unknown := _unknown(made_by, "sqlite"):
+        raise FlowError(f"{_aside(path)} another version of Prefect made it (revision {unknown})")
+
+
+def _check_postgresql(url: str) -> None:
+    import sqlalchemy
+
+    shown = without_password(url)
+    options = {"connect_timeout": int(SECONDS_TO_ANSWER)}
+    try:
+        engine = sqlalchemy.create_engine(
+            url.replace("+asyncpg", "+psycopg2"), poolclass=sqlalchemy.NullPool, connect_args=options
+        )
+        with engine.connect() as database:
+            if not sqlalchemy.inspect(database).has_table("alembic_version"):
+                return
+            made_by = list(database.scalars(sqlalchemy.text("SELECT version_num FROM alembic_version")))
+    except ModuleNotFoundError as error:
+        raise FlowError(f"{shown} cannot be looked at without {error.name}: pip install psycopg2-binary") from None
+    except sqlalchemy.exc.SQLAlchemyError as error:
+        cause = str(getattr(error, "orig", error)).strip().partition("\n")[0]
+        raise FlowError(
+            f"Prefect's database {shown} cannot be reached ({cause}); start it, or correct {DATABASE}: address, user, "
+            "password and database (made by `createdb NAME`)"
+        ) from None
+    if unknown := _unknown(made_by, "postgresql"):
+        raise FlowError(
+            f"Prefect's database {shown} was made by another version of Prefect (revision {unknown}); install "
+            f"that one, or name another database in {DATABASE}: past runs go out of the list, results and the run "
+            "record stay"
+        )
+
+
+def _unknown(revisions: list[str], dialect: str) -> str | None:
+    """A revision of a database that this Prefect does not know; None if it knows all of them."""
+    package = importlib.util.find_spec("prefect")
+    assert package is not None and package.origin is not None
+    names = (Path(package.origin).parent / f"server/database/_migrations/versions/{dialect}").glob("*.py")
     known = " ".join(file.name for file in names)
-    if unknown := [revision for revision in made_by if revision not in known]:
-        raise FlowError(f"{_aside(path)} another version of Prefect made it (revision {unknown[0]})")
+    return next((revision for revision in revisions if revision not in known), None)
 
 
 def _aside(path: Path) -> str:

@@ -36,7 +36,8 @@ from rich.table import Table
 from flows import guardian
 from flows.environment import check_database, prefect_home, settle
 from flows.workspace import BusyError, FlowError, check, commit
-from tasks.stage import default_tracking_uri, explain, mlflow_client
+from tasks.stage import explain
+from tasks.store import artifacts_destination, default_tracking_uri, mlflow_client, without_password
 
 ROOT = Path(__file__).resolve().parent.parent
 HOST = "127.0.0.1"
@@ -110,7 +111,7 @@ def _elsewhere(root: Path) -> dict[str, str]:
     given, uri = os.environ.get("PREFECT_API_URL"), default_tracking_uri(root)
     mine = running(root).get("prefect")
     found = {"prefect": given} if given and not (mine and given == f"{mine.address}/api") else {}
-    return {**found, "mlflow": uri} if uri.startswith("http") else found
+    return {**found, "mlflow": without_password(uri)} if uri.startswith("http") else found
 
 
 # --- up -------------------------------------------------------------------------------------------
@@ -161,10 +162,7 @@ def _start_servers(root: Path, services: dict[str, Service], ports: dict[str, in
     elsewhere = _elsewhere(root)
     commands = {
         "prefect": lambda port: ["-m", "prefect", "server", "start", "--host", HOST, "--port", str(port)],
-        "mlflow": lambda port: [
-            *("-m", "mlflow", "server", "--host", HOST, "--port", str(port), "--workers", "1"),
-            *("--backend-store-uri", uri, "--artifacts-destination", str(root / "mlartifacts")),
-        ],
+        "mlflow": lambda port: ["-m", "mlflow", "server", "--host", HOST, "--port", str(port), "--workers", "1"],
     }
     api_elsewhere = elsewhere.get("prefect")
     if api_elsewhere and not _answers(f"{api_elsewhere}/health"):
@@ -204,11 +202,12 @@ def _worker_name() -> str:
 
 def _start(root: Path, name: str, command: list[str], port: int | None, services: dict[str, Service]) -> Service:
     """A child in a session of its own; noted at once, so that `down` finds it whatever happens next."""
+    what = _stores(root) if name == "mlflow" else {}
     with (folder(root) / f"{name}.log").open("ab") as log:
         process = subprocess.Popen(
             [sys.executable, *command],
             cwd=root,
-            env={**os.environ, MARK: _mark(root, name), "PYTHONPATH": str(root), "FFN2MOE_ROOT": str(root)},
+            env={**os.environ, MARK: _mark(root, name), "PYTHONPATH": str(root), "FFN2MOE_ROOT": str(root), **what},
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
@@ -217,6 +216,14 @@ def _start(root: Path, name: str, command: list[str], port: int | None, services
     service = Service(name, process.pid, psutil.Process(process.pid).create_time(), port)
     _note(root, {**services, name: service})
     return service
+
+
+def _stores(root: Path) -> dict[str, str]:
+    """What `mlflow server` keeps and where: in its environment, as everybody can read its command line."""
+    return {
+        "MLFLOW_BACKEND_STORE_URI": default_tracking_uri(root),
+        "MLFLOW_ARTIFACTS_DESTINATION": artifacts_destination(root),
+    }
 
 
 def _mark(root: Path, name: str) -> str:

@@ -17,6 +17,7 @@ from flows.promote import Decision
 from flows.workspace import Workspace
 from tasks.measures import headline
 from tasks.registry import CHALLENGER, CHAMPION
+from tasks.store import without_password
 
 _MEASURES = (
     ("language.perplexity", "perplexity on held-out text", 3),
@@ -118,7 +119,8 @@ def _where(workspace: Workspace, decision: Decision, manifest: dict[str, Any], u
     table.add_row("registry", f"models:/{decision.model}/{decision.version}, alias {' and '.join(_aliases(decision))}")
     for reason in decision.refused:
         table.add_row("", f"not champion: {reason}")
-    table.add_row("run record", f"{_relative(_bin('mlflow'))} ui --backend-store-uri {uri}")
+    page = f"{_relative(_bin('mlflow'))} ui --backend-store-uri {without_password(uri)}"
+    table.add_row("run record", without_password(uri) if uri.startswith("http") else page)
     return table
 
 
@@ -140,7 +142,7 @@ def _use(workspace: Workspace, decision: Decision, head: str, uri: str) -> str:
             "Use it:",
             f"  {_relative(_bin('ffn2moe'))} {command}",
             f'  {_relative(Path(sys.executable))} -c "{python}"',
-            f"  MLFLOW_TRACKING_URI={uri} {_relative(_bin('mlflow'))} models serve "
+            f"  MLFLOW_TRACKING_URI={without_password(uri)} {_relative(_bin('mlflow'))} models serve "
             f"-m models:/{decision.model}@{_aliases(decision)[-1]} --env-manager local --port 5001",
         )
     )

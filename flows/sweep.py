@@ -50,7 +50,8 @@ from flows.study import Cell, Study
 from flows.workspace import ROOM_NEEDED, FlowError, check, commit
 from tasks import compare
 from tasks.params import Params, load_params
-from tasks.stage import PipelineRecord, clock, default_tracking_uri, explain, remove
+from tasks.stage import PipelineRecord, clock, explain, remove
+from tasks.store import default_tracking_uri, without_password
 
 ROOT = pipeline.ROOT
 CELL = ("-m", "flows.cell")
@@ -604,9 +605,9 @@ def show(folder: Path) -> None:
     console.print(
         f"the fastest that keeps 99 %: python -m flows.sweep best {folder.name} --keeps 0.99", highlight=False
     )
-    console.print(
-        f"run record: mlflow ui --backend-store-uri {default_tracking_uri(ROOT)}", highlight=False, soft_wrap=True
-    )
+    shown = without_password(default_tracking_uri(ROOT))
+    record = shown if shown.startswith("http") else f"mlflow ui --backend-store-uri {shown}"
+    console.print(f"run record: {record}", highlight=False, soft_wrap=True)
 
 
 def best(folder: Path, keeps: float) -> None:

@@ -6,31 +6,29 @@ MLflow's, in its own terms. An alias is moved in one write, so that a reader fin
 from __future__ import annotations
 
 import os
-import urllib.error
-import urllib.request
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from tasks.stage import PARENT_RUN, default_tracking_uri, experiment_id, mlflow_client
+from tasks.stage import PARENT_RUN
+from tasks.store import StoreError, default_tracking_uri, experiment_id, mlflow_client, without_password
 
 CHAMPION, CHALLENGER = "champion", "challenger"
-SECONDS_TO_ANSWER = 10.0
 
 
-class RegistryError(ValueError):
+class RegistryError(StoreError):
     """The registry cannot give what is asked; the message holds the cause and the remedy."""
 
 
 class Registry:
-    """Versions and aliases of one registered model. RegistryError where there is no registry to be had."""
+    """Versions and aliases of one registered model. StoreError where there is no registry to be had."""
 
     def __init__(self, root: Path, model: str) -> None:
         self.uri = default_tracking_uri(root)
         self.model = model
-        self._client = _open(self.uri)
+        self._client = mlflow_client(self.uri)
 
     def holds(self, version: int) -> bool:
         """Whether a version is there; not so when the database is another one than it was registered in."""
@@ -133,7 +131,7 @@ class Registry:
         if not versions:
             others = sorted(model.name for model in self._client.search_registered_models())
             raise RegistryError(
-                f"the registry {self.uri} has no version of a model {self.model!r}"
+                f"the registry {without_password(self.uri)} has no version of a model {self.model!r}"
                 + (f"; it has {', '.join(others)}" if others else "")
                 + "; make one with `make run`, name another with MODEL=NAME (--model NAME), or set "
                 "FFN2MOE_TRACKING_URI to the registry that has it"
@@ -184,46 +182,6 @@ class Registry:
         except BaseException:
             self.point(alias, before)
             raise
-
-
-def _open(uri: str) -> Any:
-    if uri.startswith(("http://", "https://")):
-        _require_answer(uri)
-    try:
-        return mlflow_client(uri)
-    except Exception as error:  # as many kinds as there are databases
-        raise RegistryError(f"{uri} cannot be used as the registry: {_cause(uri, error)}") from error
-
-
-def _require_answer(uri: str) -> None:
-    """Asks a server once: MLflow's own client would try for minutes."""
-    remedy = "start it (make up, or mlflow server), or set FFN2MOE_TRACKING_URI to the right address"
-    try:
-        with urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=SECONDS_TO_ANSWER):
-            return
-    except urllib.error.HTTPError as error:
-        raise RegistryError(f"{uri} answers with {error.code} and not as an MLflow server does; {remedy}") from None
-    except OSError as error:
-        cause = getattr(error, "reason", error)
-        raise RegistryError(f"the MLflow server at {uri} cannot be reached ({cause}); {remedy}") from None
-
-
-def _cause(uri: str, error: Exception) -> str:
-    text = f"{error} {error.__cause__ or ''}"
-    if "out-of-date database schema" in text:
-        return (
-            "the database was made by another version of MLflow than this one; make a copy of it, then bring it up to "
-            f"date with `mlflow db upgrade {uri}`, or use the version of MLflow that it was made by"
-        )
-    if "Can't locate revision" in text:
-        return "the database was made by a newer MLflow than this one; install that one, or name another database"
-    if "not a database" in text:
-        return "the file is not an SQLite database; put a copy of it back, or remove it (make run makes a new one)"
-    if "unable to open database" in text:
-        return "the file cannot be opened; check that its folder exists and may be written to"
-    if "database is locked" in text:
-        return "another process is writing to it, and has been for long; wait, or stop that process"
-    return _line(error)
 
 
 def _line(error: BaseException) -> str:

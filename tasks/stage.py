@@ -9,7 +9,6 @@ from __future__ import annotations
 import csv
 import ctypes
 import errno
-import fcntl
 import io
 import json
 import logging
@@ -31,15 +30,20 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from tasks.params import Params, load_params
+from tasks.store import (
+    TRACKING_URI,
+    default_tracking_uri,
+    experiment_id,
+    is_locked,
+    mlflow_client,
+    patiently,
+)
 
 Item = TypeVar("Item")
 
 PARENT_RUN = "FFN2MOE_PARENT_RUN"  # not MLFLOW_RUN_ID: the child would rename and finish the parent
-TRACKING_URI = "FFN2MOE_TRACKING_URI"
-EXPERIMENT = "ffn2moe"
 USER_ERROR = 2
 SECONDS_BETWEEN_LINES = 5.0
-SECONDS_FOR_A_LOCK = 60.0
 PROCESS = "process"  # tag of a pipeline's run: who makes it, so that one that was killed can be told apart
 
 
@@ -205,16 +209,10 @@ def explain(error: BaseException) -> str | None:
             f"the disk is full ({free:.0f} MiB free in {Path.cwd()}); make room (`dvc gc -w` drops the "
             "results of other workspaces and commits) and run again: what is finished is kept"
         )
-    if _is_locked(error):
+    if is_locked(error):
         return (
             "the database of the run record is locked by another program for longer than a minute; see which "
             "(fuser -v mlflow.db), let it end or stop it, and run again: what is finished is kept"
-        )
-    if any(sign in str(error) for sign in ("out-of-date database schema", "Can't locate revision")):
-        return (
-            "the database of the run record was made by another version of MLflow; made by an older one: copy "
-            "mlflow.db and run `mlflow db upgrade sqlite:///mlflow.db`; by a newer one: install that, or put mlflow.db "
-            "aside (mv mlflow.db mlflow-other.db), and a new record begins"
         )
     if isinstance(error, MemoryError) or "out of memory" in str(error).lower():
         return "out of memory; lower distill.batch_tokens, train_router.batch_tokens or evaluate.batch_texts"
@@ -225,22 +223,6 @@ def explain(error: BaseException) -> str | None:
     if isinstance(error, ValueError | OSError | FloatingPointError) and str(error):
         return str(error)
     return None
-
-
-def _is_locked(error: BaseException) -> bool:
-    return "database is locked" in str(error)
-
-
-def patiently(action: Callable[[], Item]) -> Item:
-    """What `action` gives; tried again for a minute while another program has locked the database."""
-    deadline = time.monotonic() + SECONDS_FOR_A_LOCK
-    while True:
-        try:
-            return action()
-        except Exception as error:
-            if not _is_locked(error) or time.monotonic() > deadline:
-                raise
-            time.sleep(1)
 
 
 def die_with_parent() -> None:
@@ -310,42 +292,6 @@ def _builtin(value: Any) -> Any:
 
 
 # --- the run record -------------------------------------------------------------------------------
-
-
-def default_tracking_uri(root: Path) -> str:
-    """Where runs are recorded: what the flow says, else mlflow.db in the workspace; absolute."""
-    return os.environ.get(TRACKING_URI) or f"sqlite:///{(root / 'mlflow.db').resolve()}"
-
-
-def mlflow_client(uri: str) -> Any:
-    """An MlflowClient on `uri`, quiet; the database is there afterwards, and the experiment of all runs in it."""
-    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-    os.environ.setdefault("DO_NOT_TRACK", "1")
-    os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
-    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-    import mlflow
-
-    mlflow.set_tracking_uri(uri)
-    mlflow.set_registry_uri(uri)
-
-    def connect(artifacts: str | None = None) -> Any:
-        client = mlflow.MlflowClient(uri, uri)
-        if client.get_experiment_by_name(EXPERIMENT) is None:
-            client.create_experiment(EXPERIMENT, artifact_location=artifacts)
-        return client
-
-    if not uri.startswith("sqlite:///"):
-        return connect()
-    database = Path(uri.removeprefix("sqlite:///"))
-    # One at a time: of several processes that find no database each tries to make it, and all but one fail.
-    with open(f"{database}.lock", "w") as stream:
-        fcntl.flock(stream, fcntl.LOCK_EX)
-        return patiently(lambda: connect((database.parent / "mlartifacts").as_uri()))
-
-
-def experiment_id(client: Any) -> str:
-    """The experiment that all runs are in."""
-    return client.get_experiment_by_name(EXPERIMENT).experiment_id
 
 
 class RunRecord:
@@ -578,7 +524,3 @@ def _close_nested(client: Any, parent: str) -> None:
     query = f"attributes.status = 'RUNNING' and tags.mlflow.parentRunId = '{parent}'"
     for run in client.search_runs([experiment_id(client)], query):
         client.set_terminated(run.info.run_id, "KILLED")
-
-
-if __name__ == "__main__":  # `make` does this before anything parallel
-    mlflow_client(default_tracking_uri(Path.cwd()))

@@ -19,7 +19,7 @@ from flows import dvc, workspace
 from flows.guardian import MARK
 from flows.progress import Board
 from flows.workspace import BusyError, FlowError, check, lock, plan
-from tasks.stage import EXPERIMENT, mlflow_client
+from tasks.store import EXPERIMENT, mlflow_client
 from tests.toy import compress, git, make_toy, start
 
 COMMITTED = ["inputs", "prepare", "distill", "evaluate", "register"]

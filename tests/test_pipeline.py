@@ -14,7 +14,7 @@ from ruamel.yaml import YAML
 
 import ffn2moe
 from tasks.registry import Registry
-from tasks.stage import experiment_id, mlflow_client
+from tasks.store import experiment_id, mlflow_client
 from tests.conftest import make_tiny_bert
 from tests.texts import make_texts, write_corpus
 from tests.toy import compress, git, make_tiny

@@ -16,7 +16,7 @@ from flows.serve import require_free
 from flows.workspace import FlowError
 from tasks.params import load_params
 from tasks.registry import Registry, RegistryError
-from tasks.stage import TRACKING_URI, mlflow_client
+from tasks.store import TRACKING_URI, StoreError, mlflow_client
 from tests.texts import PARAMS
 
 GATE = load_params(PARAMS).gate
@@ -284,7 +284,7 @@ def test_a_server_that_is_not_there_is_told_at_once(tmp_path, monkeypatch):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         monkeypatch.setenv(TRACKING_URI, f"http://127.0.0.1:{free.getsockname()[1]}")
-        with pytest.raises(RegistryError, match=r"cannot be reached .*refused.*make up"):
+        with pytest.raises(StoreError, match=r"cannot be reached .*refused.*make up"):
             Registry(tmp_path, "minilm")
 
 
@@ -294,11 +294,11 @@ def test_a_database_of_another_version_is_told_with_the_remedy(tmp_path, store, 
         source.backup(target)
         target.execute("UPDATE alembic_version SET version_num = '451aebb31d03'")
         target.commit()
-    with pytest.raises(RegistryError, match=r"another version of MLflow.*mlflow db upgrade"):
+    with pytest.raises(StoreError, match=r"another version of MLflow.*mlflow db upgrade"):
         Registry(tmp_path, "minilm")
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "mlflow.db").write_bytes(b"not a database, but long enough to look at" * 100)
-    with pytest.raises(RegistryError, match="not an SQLite database"):
+    with pytest.raises(StoreError, match="not an SQLite database"):
         Registry(tmp_path / "other", "minilm")
 
 

@@ -12,7 +12,8 @@ from ffn2moe import onnx_graph, onnx_plans
 from tasks import register
 from tasks.params import load_params
 from tasks.registry import Registry
-from tasks.stage import PARENT_RUN, TRACKING_URI, StageRun, mlflow_client
+from tasks.stage import PARENT_RUN, StageRun
+from tasks.store import TRACKING_URI, mlflow_client
 from tests.mixtures import carve
 from tests.texts import PARAMS
 

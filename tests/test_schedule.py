@@ -25,8 +25,9 @@ from flows import guardian, service
 from flows.compress import _verdict
 from flows.environment import check_database, prefect_home
 from flows.workspace import FlowError, kept, lock
-from tasks import stage
-from tasks.stage import explain, mlflow_client
+from tasks import stage, store
+from tasks.stage import explain
+from tasks.store import mlflow_client
 from tests.toy import PROJECT, commit, environment, make_toy
 
 FAST = {
@@ -243,9 +244,9 @@ def test_a_locked_database_is_waited_for_and_then_told(monkeypatch):
         tries.append(1)
         raise OSError("(sqlite3.OperationalError) database is locked")
 
-    monkeypatch.setattr(stage, "SECONDS_FOR_A_LOCK", 1.5)
+    monkeypatch.setattr(store, "SECONDS_FOR_A_LOCK", 1.5)
     with pytest.raises(OSError) as raised:
-        stage.patiently(locked)
+        store.patiently(locked)
     assert len(tries) >= 2
     assert "fuser -v mlflow.db" in explain(raised.value)
 

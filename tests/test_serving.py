@@ -16,7 +16,8 @@ from flows.workspace import FlowError
 from tasks import register
 from tasks.params import load_params
 from tasks.registry import Registry, RegistryError
-from tasks.stage import PARENT_RUN, TRACKING_URI, StageRun
+from tasks.stage import PARENT_RUN, StageRun
+from tasks.store import TRACKING_URI
 from tests.test_register import make_workspace
 from tests.texts import PARAMS
 

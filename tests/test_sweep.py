@@ -180,7 +180,7 @@ def test_a_failed_and_an_illegal_cell_are_told_with_their_reasons_and_the_others
 
 
 def test_the_run_record_tells_the_numbers_of_the_table(toy):
-    from tasks.stage import experiment_id, mlflow_client
+    from tasks.store import experiment_id, mlflow_client
 
     client = mlflow_client(f"sqlite:///{toy / 'mlflow.db'}")
     runs = client.search_runs([experiment_id(client)], max_results=100)

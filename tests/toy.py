@@ -190,7 +190,11 @@ def git(folder: Path, *arguments: str) -> str:
 
 def environment() -> dict[str, str]:
     """A terminal's surroundings, without what this test run itself was given."""
-    kept = {key: value for key, value in os.environ.items() if not key.startswith(("PREFECT_", "FFN2MOE_", "GIT_"))}
+    kept = {
+        key: value
+        for key, value in os.environ.items()
+        if not key.startswith(("PREFECT_", "FFN2MOE_", "MLFLOW_", "GIT_"))
+    }
     return {**kept, "COLUMNS": "160"}
 
 

@@ -1,0 +1,207 @@
+"""Where the run record and the registry are kept: a database file, a PostgreSQL database, or an MLflow server.
+
+Its address comes from the environment and is checked here. mlflow is imported inside functions, as it takes a second.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import re
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+Item = TypeVar("Item")
+
+TRACKING_URI = "FFN2MOE_TRACKING_URI"
+ARTIFACTS = "FFN2MOE_ARTIFACTS"
+EXPERIMENT = "ffn2moe"
+SECONDS_FOR_A_LOCK = 60.0
+SECONDS_TO_ANSWER = 10.0
+
+
+class StoreError(ValueError):
+    """The store of the run record and the registry cannot be used; the message holds the cause and the remedy."""
+
+
+def default_tracking_uri(root: Path) -> str:
+    """Where runs are recorded: what FFN2MOE_TRACKING_URI says, else mlflow.db in the workspace; absolute.
+
+    StoreError when the variable says what cannot be used.
+    """
+    uri = os.environ.get(TRACKING_URI)
+    if not uri:
+        return f"sqlite:///{(root / 'mlflow.db').resolve()}"
+    kinds = "http://HOST:PORT, postgresql://USER:PASSWORD@HOST/DATABASE or sqlite:////ABSOLUTE/PATH.db"
+    if not re.match(r"(https?|postgresql(\+psycopg2)?)://[^/]|sqlite:///", uri):
+        raise StoreError(f"{TRACKING_URI} = {without_password(uri)} is not the address of a store; write {kinds}")
+    if uri.startswith("sqlite:") and not uri.startswith("sqlite:////"):
+        raise StoreError(f"{TRACKING_URI} = {uri} is relative, so every workspace would make its own; write {kinds}")
+    return uri
+
+
+def artifacts_destination(root: Path) -> str:
+    """Where the files of runs and registered versions are kept: what FFN2MOE_ARTIFACTS says, else mlartifacts; a URI.
+
+    Of a store that this project keeps; a server elsewhere decides for itself. StoreError for a relative folder.
+    """
+    place = os.environ.get(ARTIFACTS)
+    if not place:
+        return (root / "mlartifacts").resolve().as_uri()
+    if "://" in place:
+        return place
+    if not Path(place).is_absolute():
+        raise StoreError(
+            f"{ARTIFACTS} = {place} is relative; write an absolute folder or an address, as s3://BUCKET/PATH"
+        )
+    return Path(place).as_uri()
+
+
+def without_password(uri: str) -> str:
+    """An address as it may be shown."""
+    return re.sub(r"(://[^:/@]*):[^@]*@", r"\1:***@", uri)
+
+
+def mlflow_client(uri: str) -> Any:
+    """An MlflowClient on `uri`, quiet; the database is there afterwards, and the experiment of all runs in it.
+
+    StoreError when the store does not answer or cannot be used.
+    """
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("DO_NOT_TRACK", "1")
+    os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "5")  # a minute in all
+    import mlflow
+
+    mlflow.set_tracking_uri(uri)
+    mlflow.set_registry_uri(uri)
+
+    def connect() -> Any:
+        client = mlflow.MlflowClient(uri, uri)
+        if client.get_experiment_by_name(EXPERIMENT) is None:
+            client.create_experiment(EXPERIMENT, artifact_location=_artifacts_of(uri))
+        return client
+
+    try:
+        if uri.startswith("http"):
+            _require_server(uri)
+        elif not uri.startswith("sqlite:"):
+            _require_database(uri)
+        else:
+            # One at a time: of several processes that find no database each tries to make it, and all but one fail.
+            with open(f"{uri.removeprefix('sqlite:///')}.lock", "w") as stream:
+                fcntl.flock(stream, fcntl.LOCK_EX)
+                return patiently(connect)
+        return connect()
+    except Exception as error:  # as many kinds as there are stores
+        if isinstance(error, StoreError) or is_locked(error) or "disk is full" in str(error):
+            raise
+        raise StoreError(f"{without_password(uri)} cannot be used for the run record: {_cause(uri, error)}") from error
+
+
+def _artifacts_of(uri: str) -> str | None:
+    """Where the experiment's files go, decided when it is made; None where a server decides."""
+    if uri.startswith("http"):
+        return None
+    if uri.startswith("sqlite:"):
+        return artifacts_destination(Path(uri.removeprefix("sqlite:///")).parent)
+    if ARTIFACTS not in os.environ:
+        raise StoreError(
+            f"{without_password(uri)} holds no experiment {EXPERIMENT!r} yet, and a database keeps no files: say where "
+            f"they go with {ARTIFACTS} (an absolute folder that every machine sees, or s3://BUCKET/PATH)"
+        )
+    return artifacts_destination(Path("/"))
+
+
+def _require_server(uri: str) -> None:
+    """Asks a server once: MLflow's own client would try for minutes."""
+    remedy = f"start it (make up, or mlflow server), or set {TRACKING_URI} to the right address"
+    shown = without_password(uri)
+    try:
+        with urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=SECONDS_TO_ANSWER):
+            return
+    except urllib.error.HTTPError as error:
+        raise StoreError(f"{shown} answers with {error.code} and not as an MLflow server does; {remedy}") from None
+    except OSError as error:
+        cause = getattr(error, "reason", error)
+        raise StoreError(f"the MLflow server at {shown} cannot be reached ({cause}); {remedy}") from None
+
+
+def _require_database(uri: str) -> None:
+    """Connects once: MLflow would try for two minutes."""
+    import sqlalchemy
+
+    try:
+        options = {"connect_timeout": int(SECONDS_TO_ANSWER)}
+        sqlalchemy.create_engine(uri, poolclass=sqlalchemy.NullPool, connect_args=options).connect().close()
+    except ModuleNotFoundError as error:
+        raise StoreError(
+            f"{TRACKING_URI} = {without_password(uri)} needs the package {error.name}: pip install psycopg2-binary"
+        ) from None
+    except sqlalchemy.exc.OperationalError as error:
+        raise StoreError(
+            f"the database {without_password(uri)} cannot be reached ({_line(error.orig or error)}); start it, or set "
+            f"{TRACKING_URI} to the right address, user, password and database (made by `createdb NAME`)"
+        ) from None
+
+
+def _cause(uri: str, error: Exception) -> str:
+    text = f"{error} {error.__cause__ or ''}"
+    if "out-of-date database schema" in text:
+        return (
+            "the database was made by another version of MLflow than this one; make a copy of it, then bring it up to "
+            f"date with `mlflow db upgrade {without_password(uri)}`, or use the version of MLflow that it was made by"
+        )
+    if "Can't locate revision" in text:
+        return (
+            "the database was made by a newer version of MLflow than this one, which is another version of MLflow than "
+            "can read it; install that one, or name another database"
+        )
+    if "not a database" in text:
+        return "the file is not an SQLite database; put a copy of it back, or remove it (make run makes a new one)"
+    if "unable to open database" in text or isinstance(error, FileNotFoundError | PermissionError):
+        return "the file cannot be opened; check that its folder exists and may be written to"
+    if "permission denied" in text:
+        return f"its user may not do that ({_line(error)}); make the user the owner of the database"
+    if "401" in text or "not authenticated" in text.lower():
+        return "the server asks who you are; set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
+    return _line(error)
+
+
+def _line(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
+def experiment_id(client: Any) -> str:
+    """The experiment that all runs are in."""
+    return client.get_experiment_by_name(EXPERIMENT).experiment_id
+
+
+def is_locked(error: BaseException) -> bool:
+    """Whether another program holds an SQLite database."""
+    return "database is locked" in str(error)
+
+
+def patiently(action: Callable[[], Item]) -> Item:
+    """What `action` gives; tried again for a minute while another program has locked the database."""
+    deadline = time.monotonic() + SECONDS_FOR_A_LOCK
+    while True:
+        try:
+            return action()
+        except Exception as error:
+            if not is_locked(error) or time.monotonic() > deadline:
+                raise
+            time.sleep(1)
+
+
+if __name__ == "__main__":  # `make` does this before anything parallel
+    try:
+        mlflow_client(default_tracking_uri(Path.cwd()))
+    except StoreError as error:
+        sys.exit(f"error: {error}")
