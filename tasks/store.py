@@ -76,6 +76,7 @@ def mlflow_client(uri: str) -> Any:
     os.environ.setdefault("DO_NOT_TRACK", "1")
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "5")  # a minute in all
     import mlflow
 
@@ -153,15 +154,10 @@ def _require_database(uri: str) -> None:
 
 def _cause(uri: str, error: Exception) -> str:
     text = f"{error} {error.__cause__ or ''}"
-    if "out-of-date database schema" in text:
+    if "out-of-date database schema" in text or "Can't locate revision" in text:
         return (
-            "the database was made by another version of MLflow than this one; make a copy of it, then bring it up to "
-            f"date with `mlflow db upgrade {without_password(uri)}`, or use the version of MLflow that it was made by"
-        )
-    if "Can't locate revision" in text:
-        return (
-            "the database was made by a newer version of MLflow than this one, which is another version of MLflow than "
-            "can read it; install that one, or name another database"
+            "the database was made by another version of MLflow than this one; by an older one: make a copy of it, then "
+            f"`mlflow db upgrade {without_password(uri)}`; by a newer one: install that, or name another database"
         )
     if "not a database" in text:
         return "the file is not an SQLite database; put a copy of it back, or remove it (make run makes a new one)"
