@@ -156,7 +156,7 @@ def _cause(uri: str, error: Exception) -> str:
     text = f"{error} {error.__cause__ or ''}"
     if "out-of-date database schema" in text or "Can't locate revision" in text:
         return (
-            "the database was made by another version of MLflow than this one; by an older one: make a copy of it, then "
+            "the database was made by another version of MLflow than this one; by an older one: make a copy, then "
             f"`mlflow db upgrade {without_password(uri)}`; by a newer one: install that, or name another database"
         )
     if "not a database" in text:
