@@ -102,6 +102,7 @@ _COLOURS = {
     "ov-sorted": "#7fb3e6",
     "ov-native": "#2f7fd1",
     "ov-native8": "#1557a0",
+    "ov-native8a8": "#123f7d",
     "ov-native4": "#0b2f66",
     "ov-weights8": "#3d4c66",
     "ov-weights8-bf16": "#5f6f8c",

@@ -12,7 +12,8 @@
 | `ov-dense`, `ov-sorted` | the graphs of `dense` and `sorted` in OpenVINO: bfloat16 where the CPU has it |
 | `ov-dense8` | `dense` with weights of 8 bits in OpenVINO, which multiplies them in what `ov-dense` multiplies in |
 | `ov-native` | one `ffn2moe.Experts` node a layer in OpenVINO (`ffn2moe.native`, to be built): bfloat16 |
-| `ov-native8`, `ov-native4` | the same with experts of 8 or 4 bits a weight |
+| `ov-native8` | the same with experts of 8 bits a weight and activations of 16 |
+| `ov-native8a8`, `ov-native4` | of 8 or 4 bits a weight, and activations of 8, one scale a token |
 
 Where each token has a number of experts of its own (selections `threshold` and `prefix`), `sorted` and `sorted8`
 and the native plans compute what is used; the operators of `fused`, `qmoe8` and `qmoe4` run a fixed number, and are
@@ -79,7 +80,7 @@ def lower(canonical: ir.Model, plan: Plan) -> ir.Model:
         elif plan in _BITS:
             y_TD = _quantized_experts(editor, mixture, _BITS[plan])
         elif plan in NATIVE_PLANS:
-            y_TD = _native_experts(editor, mixture, NATIVE_PLANS[plan])
+            y_TD = _native_experts(editor, mixture, *NATIVE_PLANS[plan])
         elif mixture.selection == "topk":
             y_TD = _sorted_experts(editor, mixture)
         else:
@@ -366,7 +367,9 @@ def _quantized_experts(editor: Editor, mixture: Mixture, bits: int) -> ir.Value:
     return _weighed(editor, mixture, y_TD, sum_T1)
 
 
-def _native_experts(editor: Editor, mixture: Mixture, weights: native.Weights) -> ir.Value:
+def _native_experts(
+    editor: Editor, mixture: Mixture, weights: native.Weights, activations: native.Activations
+) -> ir.Value:
     """An `Experts` node. Where tokens use numbers of their own, all are named, and those not used have gates of 0."""
     scores_TE = _scores(editor, mixture)
     if mixture.selection == "topk":
@@ -401,7 +404,7 @@ def _native_experts(editor: Editor, mixture: Mixture, weights: native.Weights) -
         editor.constant(f"{mixture.name}.experts.{weights}", packed),
         domain=native.DOMAIN,
         name=f"{mixture.name}.experts",
-        **native.attributes(D, M, gated=gated, activation=mixture.activation, weights=weights),
+        **native.attributes(D, M, gated=gated, activation=mixture.activation, weights=weights, activations=activations),
     )
     return _weighed(editor, mixture, y_TD, None)
 

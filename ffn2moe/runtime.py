@@ -39,6 +39,7 @@ Plan = Literal[
     "ov-sorted",
     "ov-native",
     "ov-native8",
+    "ov-native8a8",
     "ov-native4",
 ]
 OV = "ov-"
@@ -54,11 +55,17 @@ QUANTIZED_PLANS: tuple[Plan, ...] = (
     "qmoe4",
     "ov-dense8",
     "ov-native8",
+    "ov-native8a8",
     "ov-native4",
 )
 ROUNDED_PLANS: tuple[Plan, ...] = (*QUANTIZED_PLANS, "ov-native")  # more than float32 does, on any machine
-# What experts are in where they are the operator of ffn2moe.native.
-NATIVE_PLANS: dict[str, native.Weights] = {"ov-native": "bf16", "ov-native8": "int8", "ov-native4": "int4"}
+# What weights and activations are in where experts are the operator of ffn2moe.native.
+NATIVE_PLANS: dict[str, tuple[native.Weights, native.Activations]] = {
+    "ov-native": ("bf16", "bf16"),
+    "ov-native8": ("int8", "int16"),
+    "ov-native8a8": ("int8", "int8"),
+    "ov-native4": ("int4", "int8"),
+}
 # Rest on an operator that is tested when it is opened.
 OP_PLANS: tuple[str, ...] = ("fused", "qmoe8", "qmoe4", *NATIVE_PLANS)
 MANIFEST, PLAN_FILE = "manifest.json", "plan.json"
@@ -829,9 +836,9 @@ def dequantize_blocks(packed: np.ndarray, scales: np.ndarray, bits: int) -> np.n
 def self_tests(plan: str, spec: Mapping[str, Any], providers: Sequence[str] = CPU) -> float:
     """Checks the operator of a plan on this runtime for every kind of FFN of the model; the largest difference."""
     kinds = sorted({(stack["activation"], stack["gated"]) for stack in spec["stacks"]})
-    weights = NATIVE_PLANS.get(form_of(plan))
-    if weights is not None:
-        return max(native_self_test(activation, weights, gated=gated) for activation, gated in kinds)
+    numbers = NATIVE_PLANS.get(form_of(plan))
+    if numbers is not None:
+        return max(native_self_test(activation, *numbers, gated=gated) for activation, gated in kinds)
     bits = {"qmoe8": 8, "qmoe4": 4}.get(form_of(plan), 32)
     return max(self_test(activation, providers, gated=gated, bits=bits) for activation, gated in kinds)
 
@@ -893,12 +900,14 @@ def self_test(activation: str, providers: Sequence[str] = CPU, *, gated: bool = 
     return difference
 
 
-# Largest difference of the native operator from float64 arithmetic, as a share of the largest output. In bfloat16 the
-# activations are rounded twice.
-NATIVE_TOLERANCE: dict[native.Weights, float] = {"bf16": 2e-2, "int8": 1e-3, "int4": 1e-3}
+# Largest difference of the native operator from float64 arithmetic, as a share of the largest output. In the bfloat16
+# and 8-bit forms the activations are rounded twice.
+NATIVE_TOLERANCE: dict[native.Activations, float] = {"bf16": 2e-2, "int16": 1e-3, "int8": 5e-2}
 
 
-def native_self_test(activation: Activation, weights: native.Weights, *, gated: bool = False) -> float:
+def native_self_test(
+    activation: Activation, weights: native.Weights, activations: native.Activations, *, gated: bool = False
+) -> float:
     """Checks that `ffn2moe.Experts`, as it is built, computes a tiny layer as `ffn2moe.native.reference` does.
 
     Gives the largest difference, as a share of the largest output. RuntimeError where it computes something else,
@@ -916,7 +925,7 @@ def native_self_test(activation: Activation, weights: native.Weights, *, gated: 
     biases = {name: random.standard_normal((E, M)).astype(np.float32) for name in names}
     graph = OpenVinoGraph(
         _native_graph(
-            native.attributes(D, M, gated=gated, activation=activation, weights=weights),
+            native.attributes(D, M, gated=gated, activation=activation, weights=weights, activations=activations),
             native.pack_experts(weights, **parts, **biases),
             D,
         ),
@@ -928,10 +937,11 @@ def native_self_test(activation: Activation, weights: native.Weights, *, gated: 
     rounded = {name: native.round_weights(weights, part) for name, part in parts.items()}
     expected_TD = native.reference(x_TD, chosen_TK, gates_TK, **rounded, **biases, activation=activation)
     difference = float(np.abs(y_TD - expected_TD).max() / np.abs(expected_TD).max())
-    if not difference < NATIVE_TOLERANCE[weights]:
+    if not difference < NATIVE_TOLERANCE[activations]:
         raise RuntimeError(
-            f"{native.DOMAIN}.{native.OP_TYPE} with weights in {weights} computes something else on this machine (off "
-            f"by {difference:.2g} of the largest output): build it again (make native), or take the plan ov-sorted"
+            f"{native.DOMAIN}.{native.OP_TYPE} with weights in {weights}, activations in {activations}, computes "
+            f"something else on this machine (off by {difference:.2g} of the largest output): build it again (make "
+            "native), or take the plan ov-sorted"
         )
     return difference
 

@@ -1,5 +1,4 @@
-// AMX: tiles of 16 tokens by 16 outputs. Whole-numbered weights by TDPBSSD (high bytes) and TDPBUSD (low bytes),
-// bfloat16 weights by TDPBF16PS.
+// AMX: tiles of 16 tokens by 16 outputs. Whole-numbered weights by TDPBSSD, bfloat16 weights by TDPBF16PS.
 #if defined(__AMX_INT8__) && defined(__linux__)
 #include "avx512.h"
 
@@ -11,6 +10,7 @@ namespace ffn2moe {
 namespace {
 
 constexpr int kDepth16 = 32; // inputs in a tile of bfloat16
+constexpr int kFewest = 4;   // tokens of an expert
 
 // How tiles 0 to 7 are shaped: sums 0 to 3 and activations 4, 5 have `rows` rows, weights 6, 7 have 16.
 struct alignas(64) Shape {
@@ -40,7 +40,7 @@ void leave() {
         _tile_release();
 }
 
-constexpr int kChunk = 256; // inputs that are decoded at once where 16 tokens or fewer read them
+constexpr int kChunk = 256; // inputs that are decoded at once where few tokens read them
 
 struct alignas(64) Scratch {
     int32_t sums[4][kRows][kRows];
@@ -52,66 +52,51 @@ inline void prefetch_tile(const uint8_t* tile) {
     for (size_t line = 0; line < kTile; line += kLine) _mm_prefetch(tile + line, _MM_HINT_T1);
 }
 
-// Two panels of signed bytes and 16 tokens: sums 0 and 2 of high, 1 and 3 of low bytes.
-template <bool ahead>
-inline void product_whole(const uint8_t* tiles, int depth, const uint8_t* panel0, const uint8_t* panel1,
-                          size_t distance, Scratch& scratch) {
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
-    for (int k = 0; k < depth; k += kDepth, tiles += 2 * kTile, panel0 += kTile, panel1 += kTile) {
-        if (ahead) {
-            prefetch_tile(panel0 + distance);
-            prefetch_tile(panel1 + distance);
-        }
-        _tile_loadd(4, tiles, 64);
-        _tile_loadd(6, panel0, 64);
-        _tile_dpbssd(0, 4, 6);
-        _tile_loadd(5, tiles + kTile, 64);
-        _tile_dpbusd(1, 5, 6);
-        _tile_loadd(7, panel1, 64);
-        _tile_dpbssd(2, 4, 7);
-        _tile_dpbusd(3, 5, 7);
-    }
-    _tile_stored(0, scratch.sums[0], 64);
-    _tile_stored(1, scratch.sums[1], 64);
-    _tile_stored(2, scratch.sums[2], 64);
-    _tile_stored(3, scratch.sums[3], 64);
-}
+// What two panels are multiplied by at once: 16 tokens of 16 bits (a tile of high bytes and one of low ones), else 32
+// or 16 tokens. Sums 0 and 1 are of panel 0 and 1 and the first tile of activations, 2 and 3 of the second.
+enum class Form { wide, two, one };
 
-// Two panels of bfloat16 and 32 tokens (`two`) or 16: sums 0 and 1 of the first 16 tokens, 2 and 3 of the others.
-inline void product_bf16(const uint8_t* tiles, const uint8_t* others16, int depth, const uint8_t* panel0,
-                         const uint8_t* panel1, Scratch& scratch) {
+inline void begin_sums(Form form) {
     _tile_zero(0);
     _tile_zero(1);
-    if (others16) {
+    if (form != Form::one) {
         _tile_zero(2);
         _tile_zero(3);
-        for (int k = 0; k < depth;
-             k += kDepth16, tiles += kTile, others16 += kTile, panel0 += kTile, panel1 += kTile) {
-            _tile_loadd(4, tiles, 64);
-            _tile_loadd(6, panel0, 64);
-            _tile_dpbf16ps(0, 4, 6);
-            _tile_loadd(7, panel1, 64);
-            _tile_dpbf16ps(1, 4, 7);
-            _tile_loadd(5, others16, 64);
-            _tile_dpbf16ps(2, 5, 6);
-            _tile_dpbf16ps(3, 5, 7);
-        }
-        _tile_stored(2, scratch.sums[2], 64);
-        _tile_stored(3, scratch.sums[3], 64);
-    } else {
-        for (int k = 0; k < depth; k += kDepth16, tiles += kTile, panel0 += kTile, panel1 += kTile) {
-            _tile_loadd(4, tiles, 64);
-            _tile_loadd(6, panel0, 64);
-            _tile_dpbf16ps(0, 4, 6);
-            _tile_loadd(7, panel1, 64);
-            _tile_dpbf16ps(1, 4, 7);
-        }
     }
+}
+
+inline void end_sums(Form form, Scratch& scratch) {
     _tile_stored(0, scratch.sums[0], 64);
     _tile_stored(1, scratch.sums[1], 64);
+    if (form != Form::one) {
+        _tile_stored(2, scratch.sums[2], 64);
+        _tile_stored(3, scratch.sums[3], 64);
+    }
+}
+
+// One step in K. `x` and `others` are the tiles of activations.
+template <bool whole, Form form>
+inline void multiply(const uint8_t* x, const uint8_t* others, const uint8_t* panel0, const uint8_t* panel1) {
+    _tile_loadd(4, x, 64);
+    _tile_loadd(6, panel0, 64);
+    if (whole)
+        _tile_dpbssd(0, 4, 6);
+    else
+        _tile_dpbf16ps(0, 4, 6);
+    _tile_loadd(7, panel1, 64);
+    if (whole)
+        _tile_dpbssd(1, 4, 7);
+    else
+        _tile_dpbf16ps(1, 4, 7);
+    if (form == Form::one) return;
+    _tile_loadd(5, others, 64);
+    if (whole) {
+        _tile_dpbssd(2, 5, 6);
+        _tile_dpbssd(3, 5, 7);
+    } else {
+        _tile_dpbf16ps(2, 5, 6);
+        _tile_dpbf16ps(3, 5, 7);
+    }
 }
 
 inline void load_bf16(const Rows& source, int width, const Operand& operand) {
@@ -129,50 +114,52 @@ inline void load_bf16(const Rows& source, int width, const Operand& operand) {
     }
 }
 
+// Two panels as they are. `tile`: the first of the tokens' tiles, `next`: that of the 16 tokens after them (two).
+template <bool whole, Form form>
+inline void product(const uint8_t* tile, const uint8_t* next, int steps, const uint8_t* panel0, const uint8_t* panel1,
+                    bool ahead, Scratch& scratch) {
+    const size_t distance = 2 * (panel1 - panel0); // to the next two panels
+    begin_sums(form);
+    for (int step = 0; step < steps; ++step, panel0 += kTile, panel1 += kTile) {
+        if (ahead) {
+            prefetch_tile(panel0 + distance);
+            prefetch_tile(panel1 + distance);
+        }
+        const size_t at = step * (form == Form::wide ? 2 : 1) * kTile;
+        multiply<whole, form>(tile + at, form == Form::wide ? tile + at + kTile : next + at, panel0, panel1);
+    }
+    end_sums(form, scratch);
+}
+
 // The same of numbers of 4 bits, which are decoded on the way: the next chunk while tiles multiply this one.
-inline void product_int4(const uint8_t* tiles, int depth, const uint8_t* panel0, const uint8_t* panel1,
-                         Scratch& scratch) {
+template <Form form>
+inline void product_int4(const uint8_t* tile, const uint8_t* next, int depth, const uint8_t* panel0,
+                         const uint8_t* panel1, Scratch& scratch) {
     const auto decode = [&](int from) __attribute__((always_inline)) {
         const int to = from + kChunk < depth ? from + kChunk : depth;
+        const size_t distance = 2 * (panel1 - panel0) + size_t(from) * kRows / 2;
+        for (size_t line = 0; line < size_t(to - from) * kRows / 2; line += kLine) {
+            _mm_prefetch(panel0 + distance + line, _MM_HINT_T1);
+            _mm_prefetch(panel1 + distance + line, _MM_HINT_T1);
+        }
         decode_int4(panel0, depth, from, to, scratch.decoded[from / kChunk % 2][0]);
         decode_int4(panel1, depth, from, to, scratch.decoded[from / kChunk % 2][1]);
     };
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
+    begin_sums(form);
     decode(0);
     for (int from = 0; from < depth; from += kChunk) {
         if (from + kChunk < depth) decode(from + kChunk);
-        __asm__ volatile("" ::: "memory");
+        __asm__ volatile("" ::: "memory"); // the compiler does not know that tiles are loaded from memory it has written
         const uint8_t* bytes0 = scratch.decoded[from / kChunk % 2][0];
         const uint8_t* bytes1 = scratch.decoded[from / kChunk % 2][1];
         const int to = from + kChunk < depth ? from + kChunk : depth;
-        for (int k = from; k < to; k += kDepth, tiles += 2 * kTile, bytes0 += kTile, bytes1 += kTile) {
-            _tile_loadd(4, tiles, 64);
-            _tile_loadd(6, bytes0, 64);
-            _tile_dpbssd(0, 4, 6);
-            _tile_loadd(5, tiles + kTile, 64);
-            _tile_dpbusd(1, 5, 6);
-            _tile_loadd(7, bytes1, 64);
-            _tile_dpbssd(2, 4, 7);
-            _tile_dpbusd(3, 5, 7);
+        for (int k = from; k < to; k += kDepth, bytes0 += kTile, bytes1 += kTile) {
+            const size_t at = k / kDepth * (form == Form::wide ? 2 : 1) * kTile;
+            multiply<true, form>(tile + at, form == Form::wide ? tile + at + kTile : next + at, bytes0, bytes1);
         }
         __asm__ volatile("" ::: "memory"); // nor that they are read before they are written again
     }
-    _tile_stored(0, scratch.sums[0], 64);
-    _tile_stored(1, scratch.sums[1], 64);
-    _tile_stored(2, scratch.sums[2], 64);
-    _tile_stored(3, scratch.sums[3], 64);
-}
-
-inline __m512 whole_sum(const Scratch& scratch, int which, int r) {
-    return _mm512_fmadd_ps(_mm512_cvtepi32_ps(_mm512_load_si512(scratch.sums[which][r])), _mm512_set1_ps(256),
-                           _mm512_cvtepi32_ps(_mm512_load_si512(scratch.sums[which + 1][r])));
-}
-
-inline __m512 float_sum(const Scratch& scratch, int which, int r) {
-    return _mm512_castsi512_ps(_mm512_load_si512(scratch.sums[which][r]));
+    end_sums(form, scratch);
 }
 
 // Panels as the products read them: numbers of 4 bits that many tokens read are decoded, into memory of the thread.
@@ -180,8 +167,7 @@ struct Panels {
     const uint8_t *first, *second;
 };
 
-inline Panels numbers_of(const Layer& layer, const uint8_t* panel0, const uint8_t* panel1, int depth, int rows) {
-    if (layer.weights != Weights::int4 || rows <= kRows) return {panel0, panel1};
+inline Panels decoded_panels(const uint8_t* panel0, const uint8_t* panel1, int depth) {
     thread_local struct Decoded {
         uint8_t* bytes = nullptr;
         size_t size = 0;
@@ -200,43 +186,66 @@ inline Panels numbers_of(const Layer& layer, const uint8_t* panel0, const uint8_
     return {decoded.bytes, panel1 == panel0 ? decoded.bytes : decoded.bytes + size};
 }
 
+size_t tile_bytes(const Layer& layer, int depth) {
+    return layer.weights == Weights::bf16 ? size_t(depth) * kRows * 2 : whole_bytes(layer, depth);
+}
+
 // For tiles of tokens: soon(row, count) before the products, body(row, count, (r, which panel) -> sums) after them.
 template <class Soon, class Body>
 inline void products(const Layer& layer, const uint8_t* panel0, const uint8_t* panel1, const Operand& x,
                      Scratch& scratch, const Soon& soon, const Body& body) {
-    const Panels panels = numbers_of(layer, panel0, panel1, x.depth, x.rows);
+    const bool whole = layer.weights != Weights::bf16;
+    const int steps = x.depth / (whole ? kDepth : kDepth16), together = wide(layer) ? kRows : 2 * kRows;
+    const bool on_the_way = layer.weights == Weights::int4 && x.rows <= together;
+    const bool decoded = layer.weights == Weights::int4 && !on_the_way;
+    const Panels panels = decoded ? decoded_panels(panel0, panel1, x.depth) : Panels{panel0, panel1};
     __asm__ volatile("" ::: "memory"); // the compiler does not know that tiles are loaded from memory it has written
-    const size_t tile = size_t(x.depth) * kRows * 2;
-    for (int row = 0; row < x.rows;) {
-        const uint8_t* at = x.tiles + row / kRows * tile;
-        const int left = x.rows - row;
-        soon(row, left < 2 * kRows ? left : layer.weights == Weights::bf16 ? 2 * kRows : kRows);
-        if (layer.weights != Weights::bf16) {
-            const size_t distance = 2 * (panel1 - panel0); // to the next two panels
-            if (layer.weights == Weights::int4 && x.rows <= kRows)
-                product_int4(at, x.depth, panel0, panel1, scratch);
-            else if (row == 0 && layer.weights == Weights::int8)
-                product_whole<true>(at, x.depth, panels.first, panels.second, distance, scratch);
-            else
-                product_whole<false>(at, x.depth, panels.first, panels.second, distance, scratch);
-            body(row, left < kRows ? left : kRows, [&](int r, int which) { return whole_sum(scratch, 2 * which, r); });
-            row += kRows;
-        } else {
-            const bool two = left > kRows;
-            product_bf16(at, two ? at + tile : nullptr, x.depth, panels.first, panels.second, scratch);
-            for (int half = 0; half < (two ? 2 : 1); ++half) {
-                const int count = left - half * kRows < kRows ? left - half * kRows : kRows;
-                body(row + half * kRows, count, [&](int r, int which) { return float_sum(scratch, 2 * half + which, r); });
-            }
-            row += two ? 2 * kRows : kRows;
+    const size_t bytes = tile_bytes(layer, x.depth);
+    for (int row = 0; row < x.rows; row += together) {
+        const uint8_t *tile = x.tiles + row / kRows * bytes, *next = tile + bytes;
+        const int left = x.rows - row < together ? x.rows - row : together;
+        const Form form = wide(layer) ? Form::wide : left > kRows ? Form::two : Form::one;
+        const bool ahead = row == 0 && !decoded;
+        soon(row, left);
+        if (on_the_way)
+            form == Form::wide  ? product_int4<Form::wide>(tile, next, x.depth, panel0, panel1, scratch)
+            : form == Form::two ? product_int4<Form::two>(tile, next, x.depth, panel0, panel1, scratch)
+                                : product_int4<Form::one>(tile, next, x.depth, panel0, panel1, scratch);
+        else if (form == Form::wide)
+            product<true, Form::wide>(tile, next, steps, panels.first, panels.second, ahead, scratch);
+        else if (whole)
+            form == Form::two ? product<true, Form::two>(tile, next, steps, panels.first, panels.second, ahead, scratch)
+                              : product<true, Form::one>(tile, next, steps, panels.first, panels.second, ahead, scratch);
+        else
+            form == Form::two
+                ? product<false, Form::two>(tile, next, steps, panels.first, panels.second, ahead, scratch)
+                : product<false, Form::one>(tile, next, steps, panels.first, panels.second, ahead, scratch);
+        const auto at = [&](int which, int r) { return _mm512_load_si512(scratch.sums[which][r]); };
+        if (form == Form::wide) {
+            const __m512 above = _mm512_set1_ps(256);
+            body(row, left, [&](int r, int which) {
+                return _mm512_fmadd_ps(_mm512_cvtepi32_ps(at(which, r)), above, _mm512_cvtepi32_ps(at(2 + which, r)));
+            });
+            continue;
         }
+        for (int half = 0; half < left; half += kRows)
+            body(row + half, left - half < kRows ? left - half : kRows, [&](int r, int which) {
+                const __m512i sum = at(half / kRows * 2 + which, r);
+                return whole ? _mm512_cvtepi32_ps(sum) : _mm512_castsi512_ps(sum);
+            });
     }
 }
 
-size_t tile_bytes(Weights, int depth) { return size_t(depth) * kRows * 2; }
+// Whether vector products are faster than tiles: of numbers of 4 bits, which then need not become bytes.
+inline bool by_vectors(const Layer& layer, int rows) {
+    return layer.weights == Weights::int4 && rows <= kFewest;
+}
 
-void load(Weights weights, const Rows& source, int width, const Operand& operand) {
-    weights == Weights::bf16 ? load_bf16(source, width, operand) : load_whole(source, width, operand);
+void load(const Layer& layer, const Rows& source, int width, const Operand& operand) {
+    if (layer.weights == Weights::bf16)
+        load_bf16(source, width, operand);
+    else
+        load_whole(layer, source, width, operand, by_vectors(layer, operand.rows));
 }
 
 // What a token's sums are multiplied by, beside the scales of the weights.
@@ -246,6 +255,7 @@ inline __m512 scale_of(const Layer& layer, const Operand& x, int row, float gate
 
 void hidden(const Layer& layer, const uint8_t* expert, const Operand& x, int first, int last, float* h,
             size_t stride) {
+    if (by_vectors(layer, x.rows)) return avx512()->hidden(layer, expert, x, first, last, h, stride);
     Scratch scratch;
     shape_tiles(x.rows < kRows ? x.rows : kRows);
     const size_t bytes = layer.hidden_bytes(), after = layer.numbers(x.depth);
@@ -277,6 +287,7 @@ void hidden(const Layer& layer, const uint8_t* expert, const Operand& x, int fir
 
 void output(const Layer& layer, const uint8_t* expert, const Operand& h, int first, int last, float* y, size_t stride,
             const int32_t* index, const float* gates) {
+    if (by_vectors(layer, h.rows)) return avx512()->output(layer, expert, h, first, last, y, stride, index, gates);
     Scratch scratch;
     shape_tiles(h.rows < kRows ? h.rows : kRows);
     const size_t bytes = layer.output_bytes(), after = layer.numbers(h.depth);
@@ -300,8 +311,8 @@ void output(const Layer& layer, const uint8_t* expert, const Operand& h, int fir
             for (int r = 0; r < count; ++r) {
                 const __m512 factor = scale_of(layer, h, row + r, gates[row + r]);
                 float* at = y + stride * size_t(index[row + r]) + panel * kRows;
-                add_output(at, valid0, _mm512_mul_ps(sum(r, 0), _mm512_mul_ps(factor, scale0)));
-                add_output(at + kRows, valid1, _mm512_mul_ps(sum(r, 1), _mm512_mul_ps(factor, scale1)));
+                add_output(at, valid0, sum(r, 0), _mm512_mul_ps(factor, scale0));
+                add_output(at + kRows, valid1, sum(r, 1), _mm512_mul_ps(factor, scale1));
             }
         });
     }

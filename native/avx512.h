@@ -1,7 +1,9 @@
 // What the AVX-512 and the AMX path share: operands of whole numbers, numbers of 4 bits, the activation.
 //
-// A token's vector becomes 16-bit whole numbers with one scale, kept as a signed high and an unsigned low byte, so that
-// x = scale * (256 * high + low) and a product with signed bytes is two exact sums. Tiles: [K/64][high, low][16][64].
+// A token's vector becomes whole numbers with one scale. Of 8 bits: x = scale * byte. Of 16 bits, kept as two signed
+// bytes: x = scale * (256 * high + low), so that a product with signed bytes is two exact sums.
+// Tiles: [K/64][parts: high, low; or one][16][64]. Where few tokens meet numbers of 4 bits, after them, for each block
+// of 32 inputs: [K/32][parts][16], -7 times the sum of each token's block.
 #pragma once
 
 #include "kernels.h"
@@ -25,8 +27,8 @@ inline void prefetch_row(const Rows& source, int row, int rows, int width) {
     for (int k = 0; k < width; k += 16) _mm_prefetch(reinterpret_cast<const char*>(x + k), _MM_HINT_T0);
 }
 
-// The scale of a vector of whole numbers: NaN where it holds NaN or infinity, 0 where it is nothing.
-inline float scale_of(const float* x, int width) {
+// The largest magnitude of a vector: NaN where it holds NaN or infinity.
+inline float largest_of(const float* x, int width) {
     __m512i largest = _mm512_setzero_si512(); // of the bits without sign: NaN is above all numbers
     const __m512i magnitude = _mm512_set1_epi32(0x7FFFFFFF);
     for (int k = 0; k < width; k += 16) {
@@ -34,63 +36,96 @@ inline float scale_of(const float* x, int width) {
         largest = _mm512_max_epi32(largest, _mm512_and_si512(bits, magnitude));
     }
     const int bits = _mm512_reduce_max_epi32(largest);
-    const float size = _mm_cvtss_f32(_mm_castsi128_ps(_mm_cvtsi32_si128(bits)));
-    return bits >= 0x7F800000 ? __builtin_nanf("") : size < 1e-30f ? 0 : size / 32767;
+    return bits >= 0x7F800000 ? __builtin_nanf("") : _mm_cvtss_f32(_mm_castsi128_ps(_mm_cvtsi32_si128(bits)));
 }
 
-inline void load_whole(const Rows& source, int width, const Operand& operand) {
-    const int steps = operand.depth / kDepth;
+inline bool wide(const Layer& layer) { return layer.activations == Activations::int16; }
+
+// Bytes of the numbers in a tile of 16 tokens for all its depth, and of the whole of it.
+inline size_t numbers_bytes(const Layer& layer, int depth) { return size_t(depth) * kRows * (wide(layer) ? 2 : 1); }
+inline size_t whole_bytes(const Layer& layer, int depth) {
+    const size_t parts = wide(layer) ? 2 : 1;
+    const size_t sums = layer.weights == Weights::int4 ? parts * (depth / kBlock) * kRows * sizeof(int32_t) : 0;
+    return numbers_bytes(layer, depth) + sums;
+}
+
+template <bool wide> inline void load_row(const float* x, int width, int depth, float scale, uint8_t* tile) {
     // Packing works within quarters of a register: bytes 4i to 4i + 3 of part j come out at dword 4i + j.
     const __m512i order = _mm512_set_epi32(15, 11, 7, 3, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4, 0);
-    const __m512i below = _mm512_set1_epi16(0x00FF);
-    for (int row = 0; row < round_up(operand.rows, kRows); ++row) {
-        uint8_t* tile = operand.tiles + size_t(row / kRows) * steps * 2 * kTile + row % kRows * kDepth;
-        const float* x = row < operand.rows ? source[row] : nullptr;
-        float scale = 0;
-        if (x) {
-            prefetch_row(source, row + 1, operand.rows, width);
-            operand.scales[row] = scale = scale_of(x, width);
-        }
-        if (!(scale > 0)) { // nothing, or NaN: that is in the scale
-            for (int step = 0; step < steps * 2; ++step, tile += kTile) _mm512_storeu_si512(tile, _mm512_setzero_si512());
-            continue;
-        }
-        const __m512 factor = _mm512_set1_ps(1 / scale);
-        const auto whole = [&](int k) __attribute__((always_inline)) {
-            const __mmask16 valid = first_of(width - k);
-            return _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_maskz_loadu_ps(valid, x + k), factor));
+    const __m512 factor = _mm512_set1_ps(1 / scale);
+    const auto pair = [&](int k) __attribute__((always_inline)) {
+        const auto whole = [&](int from) __attribute__((always_inline)) {
+            return _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_maskz_loadu_ps(first_of(width - from), x + from), factor));
         };
-        for (int k = 0; k < operand.depth; k += kDepth, tile += 2 * kTile) {
-            const __m512i first = _mm512_packs_epi32(whole(k), whole(k + 16));
-            const __m512i second = _mm512_packs_epi32(whole(k + 32), whole(k + 48));
-            const __m512i high = _mm512_packs_epi16(_mm512_srai_epi16(first, 8), _mm512_srai_epi16(second, 8));
+        return _mm512_packs_epi32(whole(k), whole(k + 16));
+    };
+    for (int k = 0; k < depth; k += kDepth) {
+        const __m512i first = pair(k), second = pair(k + 32);
+        if (wide) {
+            const __m512i half = _mm512_set1_epi16(128), below = _mm512_set1_epi16(0x00FF);
+            const __m512i high = _mm512_packs_epi16(_mm512_srai_epi16(_mm512_add_epi16(first, half), 8),
+                                                    _mm512_srai_epi16(_mm512_add_epi16(second, half), 8));
             const __m512i low = _mm512_packus_epi16(_mm512_and_si512(first, below), _mm512_and_si512(second, below));
             _mm512_storeu_si512(tile, _mm512_permutexvar_epi32(order, high));
             _mm512_storeu_si512(tile + kTile, _mm512_permutexvar_epi32(order, low));
+            tile += 2 * kTile;
+        } else {
+            _mm512_storeu_si512(tile, _mm512_permutexvar_epi32(order, _mm512_packs_epi16(first, second)));
+            tile += kTile;
         }
     }
 }
 
-// Signed bytes [from .. to) of K of a panel of 4-bit numbers, in the layout of an int8 panel.
+// Whole numbers of the rows; `sums`: those of blocks as well.
+inline void load_whole(const Layer& layer, const Rows& source, int width, const Operand& operand, bool sums) {
+    const int steps = operand.depth / kDepth, parts = wide(layer) ? 2 : 1;
+    const size_t bytes = whole_bytes(layer, operand.depth);
+    for (int row = 0; row < round_up(operand.rows, kRows); ++row) {
+        uint8_t* all = operand.tiles + row / kRows * bytes;
+        uint8_t* tile = all + row % kRows * kDepth;
+        const float* x = row < operand.rows ? source[row] : nullptr;
+        float scale = 0;
+        if (x) {
+            prefetch_row(source, row + 1, operand.rows, width);
+            operand.scales[row] = scale = largest_of(x, width) / (parts == 2 ? 32639.0f : 127.0f); // two signed bytes
+        }
+        if (scale > 1e-34f) {
+            if (parts == 2)
+                load_row<true>(x, width, operand.depth, scale, tile);
+            else
+                load_row<false>(x, width, operand.depth, scale, tile);
+        } else { // nothing, or NaN: that is in the scale
+            for (int step = 0; step < steps * parts; ++step)
+                _mm512_storeu_si512(tile + step * kTile, _mm512_setzero_si512());
+        }
+        if (!sums) continue;
+        int32_t* sum = reinterpret_cast<int32_t*>(all + numbers_bytes(layer, operand.depth)) + row % kRows;
+        for (int step = 0; step < steps; ++step)
+            for (int part = 0; part < parts; ++part, tile += kTile) {
+                const __m512i four =
+                    _mm512_dpbusd_epi32(_mm512_setzero_si512(), _mm512_set1_epi8(1), _mm512_loadu_si512(tile));
+                sum[((2 * step) * parts + part) * kRows] = -kMiddle * _mm512_mask_reduce_add_epi32(0x00FF, four);
+                sum[((2 * step + 1) * parts + part) * kRows] = -kMiddle * _mm512_mask_reduce_add_epi32(0xFF00, four);
+            }
+    }
+}
+
+// Signed bytes [from .. to) of K of a panel of 4-bit numbers, in the layout of an int8 panel. A number, 0 to 14, times
+// its factor, up to 18, is a byte, so that one product of words makes two of them.
 inline void decode_int4(const uint8_t* panel, int depth, int from, int to, uint8_t* bytes) {
     const uint8_t* factors = panel + size_t(depth) * kRows / 2 + from / kBlock * kRows;
     const uint8_t* line = panel + size_t(from) * kRows / 2;
-    const __m512i low = _mm512_set1_epi16(0x000F), high = _mm512_set1_epi16(0x0F00), even = _mm512_set1_epi16(0x00FF);
+    const __m512i low = _mm512_set1_epi8(0x0F);
     for (int k = from; k < to; k += kBlock, factors += kRows) {
         // The factor of a row in both words of its four bytes.
-        const __m128i factor16 = _mm_loadu_si128(reinterpret_cast<const __m128i*>(factors));
-        const __m512i factor = _mm512_cvtepu8_epi32(factor16);
+        const __m512i factor = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(factors)));
         const __m512i words = _mm512_or_si512(factor, _mm512_slli_epi32(factor, 16));
-        const __m512i middle = _mm512_slli_epi16(_mm512_or_si512(words, _mm512_slli_epi16(words, 8)), 3); // 8 * factor
+        const __m512i middle = _mm512_mullo_epi16(words, _mm512_set1_epi16(kMiddle * 0x0101));
         for (int eight = 0; eight < kBlock; eight += 8, line += kLine, bytes += 2 * kLine) {
             const __m512i both = _mm512_loadu_si512(line);
-            const __m512i shifted = _mm512_srli_epi16(both, 4);
             for (int half = 0; half < 2; ++half) {
-                const __m512i numbers = half ? shifted : both;
-                const __m512i first = _mm512_mullo_epi16(_mm512_and_si512(numbers, low), words);
-                const __m512i second = _mm512_mullo_epi16(_mm512_and_si512(numbers, high), words);
-                const __m512i joined = _mm512_ternarylogic_epi32(even, first, second, 0xCA); // even ? first : second
-                _mm512_storeu_si512(bytes + half * kLine, _mm512_sub_epi8(joined, middle));
+                const __m512i numbers = _mm512_and_si512(half ? _mm512_srli_epi16(both, 4) : both, low);
+                _mm512_storeu_si512(bytes + half * kLine, _mm512_sub_epi8(_mm512_mullo_epi16(numbers, words), middle));
             }
         }
     }
@@ -115,8 +150,8 @@ inline void store_hidden(const Layer& layer, float* at, __m512 z, __m512 up) {
     _mm512_storeu_ps(at, layer.gated ? _mm512_mul_ps(value, up) : value);
 }
 
-inline void add_output(float* at, __mmask16 valid, __m512 value) {
-    _mm512_mask_storeu_ps(at, valid, _mm512_add_ps(_mm512_maskz_loadu_ps(valid, at), value));
+inline void add_output(float* at, __mmask16 valid, __m512 sum, __m512 factor) {
+    _mm512_mask_storeu_ps(at, valid, _mm512_fmadd_ps(sum, factor, _mm512_maskz_loadu_ps(valid, at)));
 }
 
 } // namespace

@@ -225,7 +225,7 @@ struct Work {
 
     Operand operand(Buffer& tiles, Buffer& scales, int rows, int depth) const {
         const int count = (rows + kRows - 1) / kRows;
-        return {tiles.of<uint8_t>(count * path.tile_bytes(layer.weights, depth)),
+        return {tiles.of<uint8_t>(count * path.tile_bytes(layer, depth)),
                 scales.of<float>(size_t(count) * kRows), rows, depth};
     }
 
@@ -239,11 +239,11 @@ struct Work {
                 const int rows = std::min(kTokensAtOnce, pairs.start[e + 1] - from);
                 const int32_t* tokens = pairs.token.data() + from;
                 const Operand x = operand(scratch.x_tiles, scratch.x_scales, rows, layer.width_depth());
-                path.load(layer.weights, {x_TD, size_t(layer.width), tokens}, layer.width, x);
+                path.load(layer, {x_TD, size_t(layer.width), tokens}, layer.width, x);
                 float* h = scratch.h.of<float>(rows * stride);
                 path.hidden(layer, expert(e), x, 0, layer.hidden_panels(), h, stride);
                 const Operand hidden = operand(scratch.h_tiles, scratch.h_scales, rows, layer.expert_depth());
-                path.load(layer.weights, {h, stride, nullptr}, layer.expert_width, hidden);
+                path.load(layer, {h, stride, nullptr}, layer.expert_width, hidden);
                 path.output(layer, expert(e), hidden, 0, layer.output_panels(), y_TD, layer.width, tokens,
                             pairs.gate.data() + from);
             }
@@ -271,7 +271,7 @@ struct Work {
         const int count = int(parts.size());
         tbb::parallel_for(0, count, [&](int i) {
             const Turn turn(path, pool);
-            path.load(layer.weights, {x_TD, size_t(layer.width), pairs.token.data() + pairs.start[parts[i]->e]},
+            path.load(layer, {x_TD, size_t(layer.width), pairs.token.data() + pairs.start[parts[i]->e]},
                       layer.width, parts[i]->x);
         });
         // Shares of an even number of panels, as paths take them in twos.
@@ -289,8 +289,7 @@ struct Work {
         tbb::parallel_for(0, count, [&](int i) {
             const Turn turn(path, pool);
             Part& part = *parts[i];
-            path.load(layer.weights, {part.h.of<float>(part.x.rows * stride), stride, nullptr}, layer.expert_width,
-                      part.hidden);
+            path.load(layer, {part.h.of<float>(part.x.rows * stride), stride, nullptr}, layer.expert_width, part.hidden);
         });
         tbb::parallel_for(0, threads, [&](int i) {
             const Turn turn(path, pool);
@@ -332,9 +331,9 @@ class Experts : public ov::op::Op {
 
     Experts() = default;
     Experts(const ov::OutputVector& inputs, int64_t width, int64_t expert_width, bool gated,
-            const std::string& activation, const std::string& weights)
+            const std::string& activation, const std::string& weights, const std::string& activations)
         : Op(inputs), width_(width), expert_width_(expert_width), gated_(gated), activation_(activation),
-          weights_(weights) {
+          weights_(weights), activations_(activations) {
         constructor_validate_and_infer_types();
     }
 
@@ -344,11 +343,12 @@ class Experts : public ov::op::Op {
         visitor.on_attribute("gated", gated_);
         visitor.on_attribute("activation", activation_);
         visitor.on_attribute("weights", weights_);
+        visitor.on_attribute("activations", activations_);
         return true;
     }
 
     std::shared_ptr<ov::Node> clone_with_new_inputs(const ov::OutputVector& inputs) const override {
-        return std::make_shared<Experts>(inputs, width_, expert_width_, gated_, activation_, weights_);
+        return std::make_shared<Experts>(inputs, width_, expert_width_, gated_, activation_, weights_, activations_);
     }
 
     void validate_and_infer_types() override {
@@ -409,7 +409,14 @@ class Experts : public ov::op::Op {
         NODE_VALIDATION_CHECK(this, weights_ == "bf16" || weights_ == "int8" || weights_ == "int4", "weights '",
                               weights_, "' is not one of bf16, int8, int4");
         const Weights weights = weights_ == "bf16" ? Weights::bf16 : weights_ == "int8" ? Weights::int8 : Weights::int4;
-        return {weights, activation, gated_, int(width_), int(expert_width_)};
+        const bool rounded = weights == Weights::bf16;
+        NODE_VALIDATION_CHECK(this, rounded ? activations_ == "bf16" : activations_ == "int16" || activations_ == "int8",
+                              "activations '", activations_, "' do not go with weights '", weights_, "': ",
+                              rounded ? "bf16 do" : "int16 and int8 do");
+        const Activations activations = rounded                    ? Activations::bf16
+                                        : activations_ == "int16" ? Activations::int16
+                                                                  : Activations::int8;
+        return {weights, activations, activation, gated_, int(width_), int(expert_width_)};
     }
 
     void check_type(size_t input, const char* name, ov::element::Type wanted) const {
@@ -427,7 +434,7 @@ class Experts : public ov::op::Op {
 
     int64_t width_ = 0, expert_width_ = 0;
     bool gated_ = false;
-    std::string activation_, weights_;
+    std::string activation_, weights_, activations_;
     Layer layer_ = {};
     const Path* path_ = &path_of_this_processor();
     std::shared_ptr<Pool> pool_ = Pool::shared();
@@ -436,11 +443,13 @@ class Experts : public ov::op::Op {
 ov::OutputVector from_onnx(const ov::frontend::NodeContext& node) {
     ov::OutputVector inputs;
     for (size_t i = 0; i < node.get_input_size(); ++i) inputs.push_back(node.get_input(int(i)));
+    const auto weights = node.get_attribute<std::string>("weights");
+    const std::string usual = weights == "int8" ? "int16" : weights; // of int4 none: they were stored in another way
     return std::make_shared<Experts>(inputs, node.get_attribute<int64_t>("width"),
                                      node.get_attribute<int64_t>("expert_width"),
                                      node.get_attribute<int64_t>("gated") != 0,
                                      node.get_attribute<std::string>("activation"),
-                                     node.get_attribute<std::string>("weights"))
+                                     weights, node.get_attribute<std::string>("activations", usual))
         ->outputs();
 }
 

@@ -13,9 +13,9 @@ typedef float f32x16 __attribute__((vector_size(64), aligned(4)));
 typedef int32_t s32x16 __attribute__((vector_size(64), aligned(4)));
 
 struct Generic {
-    static size_t tile_bytes(Weights, int depth) { return size_t(depth) * kRows * sizeof(float); }
+    static size_t tile_bytes(const Layer&, int depth) { return size_t(depth) * kRows * sizeof(float); }
 
-    static void load(Weights, const Rows& source, int width, const Operand& operand) {
+    static void load(const Layer&, const Rows& source, int width, const Operand& operand) {
         float* at = reinterpret_cast<float*>(operand.tiles);
         for (int row = 0; row < operand.rows; ++row, at += operand.depth) {
             std::memcpy(at, source[row], width * sizeof(float));
@@ -136,8 +136,8 @@ struct Generic {
             for (int k = block; k < block + kBlock; k += 8, panel += kLine) {
                 const s32x16 line = dwords(panel);
                 for (int place = 0; place < 4; ++place) {
-                    const s32x16 low = ((line >> (8 * place)) & 15) - 8;
-                    const s32x16 high = ((line >> (8 * place + 4)) & 15) - 8;
+                    const s32x16 low = ((line >> (8 * place)) & 15) - kMiddle;
+                    const s32x16 high = ((line >> (8 * place + 4)) & 15) - kMiddle;
                     add(__builtin_convertvector(low, f32x16) * scale, k + place, at, sum);
                     add(__builtin_convertvector(high, f32x16) * scale, k + 4 + place, at, sum);
                 }

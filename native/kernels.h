@@ -10,9 +10,11 @@
 namespace ffn2moe {
 
 enum class Weights { bf16, int8, int4 };
+enum class Activations { bf16, int16, int8 }; // what a token's vectors are rounded to: bf16 where the weights are
 
 constexpr int kRows = 16;    // outputs in a panel, tokens in a tile
 constexpr int kBlock = 32;   // inputs that share a factor, int4
+constexpr int kMiddle = 7;   // is stored for a number of 0, int4
 constexpr size_t kLine = 64; // bytes
 
 constexpr int round_up(int value, int step) { return (value + step - 1) / step * step; }
@@ -29,6 +31,7 @@ struct Activation {
 
 struct Layer {
     Weights weights;
+    Activations activations;
     const Activation* activation;
     bool gated;
     int width;        // D
@@ -77,8 +80,8 @@ struct Rows {
 struct Path {
     const char* name;
     // Bytes of a tile of an operand, for all its depth.
-    size_t (*tile_bytes)(Weights, int depth);
-    void (*load)(Weights, const Rows&, int width, const Operand&);
+    size_t (*tile_bytes)(const Layer&, int depth);
+    void (*load)(const Layer&, const Rows&, int width, const Operand&);
     // Hidden vectors h [rows, stride]: of the panels from `first` up to `last`.
     void (*hidden)(const Layer&, const uint8_t* expert, const Operand& x, int first, int last, float* h, size_t stride);
     // y[index] += gate * W_out h: of the panels from `first` up to `last`.

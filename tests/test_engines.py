@@ -135,9 +135,10 @@ def test_a_plan_whose_operator_is_not_built_is_refused_with_the_remedy(teacher, 
 
 
 @needs_operator
-@pytest.mark.parametrize("weights", native.WEIGHTS)
-def test_the_operator_passes_its_test_on_this_machine(weights):
-    assert runtime.native_self_test("gelu", weights) < runtime.NATIVE_TOLERANCE[weights]
+@pytest.mark.parametrize("plan", runtime.NATIVE_PLANS)
+def test_the_operator_passes_its_test_on_this_machine(plan):
+    weights, activations = runtime.NATIVE_PLANS[plan]
+    assert runtime.native_self_test("gelu", weights, activations) < runtime.NATIVE_TOLERANCE[activations]
 
 
 @needs_operator
