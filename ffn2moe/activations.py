@@ -16,6 +16,15 @@ ROWS = 1024  # of bfloat16 activations that are made float32 at once
 OVERSAMPLING, POWER_STEPS = 16, 4  # of the search for leading directions (Halko, Martinsson & Tropp 2011)
 
 
+def low_precision(ffn_width: int, device: torch.device) -> torch.autocast:
+    """A context in which the products of a wide FFN take bfloat16, where the hardware computes that.
+
+    For what is summed over many tokens: rounding moves each activation by some thousandths of itself, up or down.
+    """
+    wide = ffn_width > WIDEST_MOMENTS and bf16_supported(device)
+    return torch.autocast(device.type, torch.bfloat16, enabled=wide)
+
+
 class NeuronStatistics:
     """What the F neurons of one FFN do over T calibration tokens, summed in float64.
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ffn2moe import oracle
-from ffn2moe.activations import WIDEST_MOMENTS, NeuronStatistics
+from ffn2moe.activations import NeuronStatistics, low_precision
 from ffn2moe.dense import DenseFFN, ffn_modules, stacks_of
 from ffn2moe.experts import neurons_by_expert, shared_neurons, slice_experts
 from ffn2moe.metrics import pool
@@ -19,7 +19,7 @@ from ffn2moe.moe import MoEFFN
 from ffn2moe.partition import PartitionMethod, partition_with_shared, token_groups
 from ffn2moe.routing import Objective, Start, phases, start_weights, train_router
 from ffn2moe.spec import Head, MoESpec, Pooling
-from ffn2moe.train import Batch, bf16_supported
+from ffn2moe.train import Batch
 
 CHUNK = 4096  # tokens at once, where that makes no more numbers than ...
 MOST_NUMBERS = 2**25  # ... this: the activations, or the outputs of all experts, of a chunk
@@ -159,12 +159,6 @@ def _loss(model: Any, batch: Batch, head: Head, pooling: Pooling | None, generat
     return (output * direction).sum()
 
 
-def _fast(ffn: DenseFFN, device: torch.device) -> torch.autocast:
-    """Statistics of a wide FFN take bfloat16 where the hardware computes it: its activations are kept so anyway."""
-    wide = ffn.ffn_width > WIDEST_MOMENTS and bf16_supported(device)
-    return torch.autocast(device.type, torch.bfloat16, enabled=wide)
-
-
 @torch.no_grad()
 def carve(
     ffn: DenseFFN,
@@ -205,8 +199,12 @@ def largest_contributions(ffn: DenseFFN, x_TD: Tensor) -> Tensor:
 
 @torch.no_grad()
 def outputs(ffn: DenseFFN, x_TD: Tensor) -> Tensor:
-    """Output of a dense FFN, [T, D], a part of the tokens at a time."""
-    return torch.cat([ffn(x) for x in x_TD.split(chunk_of(ffn.ffn_width))])
+    """Output of a dense FFN, [T, D], a part of the tokens at a time, as something to fit to (`low_precision`)."""
+    found_TD = torch.empty_like(x_TD)
+    with low_precision(ffn.ffn_width, x_TD.device):
+        for start in range(0, len(x_TD), chunk := chunk_of(ffn.ffn_width)):
+            found_TD[start : start + chunk] = ffn(x_TD[start : start + chunk])
+    return found_TD
 
 
 def neuron_statistics(
@@ -225,7 +223,7 @@ def neuron_statistics(
         return statistics
     group_T = token_groups(x_TD, num_experts, seed) if weighed else None
     chunk = chunk_of(ffn.ffn_width)
-    with _fast(ffn, x_TD.device):
+    with low_precision(ffn.ffn_width, x_TD.device):
         for start in range(0, len(x_TD), chunk):
             rows = slice(start, start + chunk)
             h_TF = ffn.neurons(x_TD[rows])
@@ -284,7 +282,10 @@ def fit_router(
     moe.calibrate(x_TD, route_TD)
     part = slice(chunk)  # one number, so a part of the tokens will do
     moe.fit_router_scale(x_TD[part], None if route_TD is None else route_TD[part])
-    moe.fit_scale_and_mean(x_TD, chunk, route_TD)
+    if moe.b_out is None:
+        oracle.fit_scales(moe, survey.grams, read_RD)
+    else:
+        moe.fit_scale_and_mean(x_TD, chunk, route_TD)
     return losses
 
 

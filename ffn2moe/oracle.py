@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ffn2moe.activations import low_precision
 from ffn2moe.moe import MoEFFN
 from ffn2moe.spec import Selection
 
@@ -211,16 +212,17 @@ def grams(moe: MoEFFN, x_TD: Tensor, chunk: int = 4096, text_T: Tensor | None = 
     """The Gram matrices of a layer on tokens [T, D].
 
     A row is a token; with `text_T` [T] int64, the text of each token from 0 on, a row is a text: the sum of its
-    tokens' matrices. 4 R E^2 bytes.
+    tokens' matrices. 4 R E^2 bytes. The outputs of wide layers are taken in bfloat16 where the hardware computes it
+    (ffn2moe.activations.low_precision), their inner products in float32.
     """
     E, whole = moe.num_experts, 0.0
     tokens_R = torch.ones_like(x_TD[:, 0], dtype=torch.int64) if text_T is None else torch.bincount(text_T)
     gram_REE = torch.zeros(len(tokens_R), E, E, device=x_TD.device)
     for start in range(0, len(x_TD), chunk):
         x = x_TD[start : start + chunk]
-        outputs_TED = expert_outputs(moe, x)
+        with low_precision(moe.neurons.numel(), x.device):
+            outputs_TED, shared_TD = expert_outputs(moe, x).float(), moe.shared(x)
         gram_TEE = gram(outputs_TED)
-        shared_TD = moe.shared(x)
         if shared_TD is None:
             whole += gram_TEE.sum(dtype=torch.float64).item()
         else:
@@ -304,6 +306,23 @@ def best_scale(moe: MoEFFN, x_TD: Tensor, chunk: int = 4096, text_T: Tensor | No
     """The best single scale of a layer under the oracle's choice, on tokens [T, D]."""
     found = grams(moe, x_TD, chunk, text_T)
     return fit_scale(found, best_choice(moe.router.selection, found, moe.num_active, moe.router.max_active))
+
+
+@torch.no_grad()
+def fit_scales(moe: MoEFFN, found: Grams, read_RD: Tensor) -> None:
+    """Set the scale of each budget of a layer without output bias: the best for what its router chooses and weighs.
+
+    `found` is what the experts give on the rows [R, D] that the router reads. The same as
+    `MoEFFN.fit_scale_and_mean`, from inner products that are known instead of outputs computed again.
+    """
+    scores_RE = moe.scores(read_RD, read_RD)
+    in_use = moe.num_active
+    for budget in moe.budgets:
+        moe.set_active(budget)
+        choice = moe.router.choose(scores_RE, budget)
+        weight_RE = torch.zeros_like(scores_RE).scatter(1, choice.experts_TK, moe.router.weigh(scores_RE, choice))
+        moe.set_scale(fit_scale(found, weight_RE).scale)
+    moe.set_active(in_use)
 
 
 @torch.no_grad()

@@ -9,14 +9,21 @@ its expert and the layer's scale (0 where the expert is not used), and a column 
 So the neurons that a token uses learn to stand in for those that it does not, as the scale and the mean do with one
 number and one vector (docs/methods.md, identity 3); at run time it is free. Pruning is followed by such a
 reconstruction since Hassibi & Stork (1993); here what is missing depends on the token.
+
+H is 0 where a token does not use an expert, so nothing is computed there: the block of H'H that belongs to two experts
+is summed over the tokens that use both, and costs K^2 of the E^2 products that all of H would.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
+from ffn2moe.activations import low_precision
 from ffn2moe.dense import DenseFFN
+from ffn2moe.grouped import Layout
 from ffn2moe.moe import MoEFFN
 
 
@@ -35,7 +42,9 @@ def refit_outputs(
     `target_TD` is the dense FFN's output. `penalty` is relative to the mean energy of an activation and keeps what the
     tokens do not determine as it was; ValueError unless it is positive. Every budget of the layer counts alike, as they
     share the matrices. `route_TD` is for routing `sequence` (ffn2moe.texts.text_means). Takes O(F^2) memory and
-    O(T F^2 + F^3) time. With all experts active the mixture is not the dense FFN any more.
+    O(T (F K / E)^2 + F^3) time; the activations of wide layers are taken in bfloat16 where the hardware computes it
+    (ffn2moe.activations.low_precision), what is summed and solved is not. With all experts active the mixture is not
+    the dense FFN any more.
     """
     if not penalty > 0:
         raise ValueError(f"penalty = {penalty} must be positive: tokens may not determine every weight")
@@ -47,9 +56,8 @@ def refit_outputs(
         rows = slice(start, start + chunk)
         for budget in moe.budgets:
             moe.set_active(budget)
-            h_TP = _inputs(moe, x_TD[rows], None if route_TD is None else route_TD[rows])
-            gram_PP += (h_TP.T @ h_TP).double()
-            cross_PD += (h_TP.T @ (target_TD[rows] - h_TP @ weights_PD)).double()
+            parts = _inputs(moe, x_TD[rows], None if route_TD is None else route_TD[rows])
+            _add(parts, target_TD[rows], weights_PD, gram_PP, cross_PD)
     moe.set_active(in_use)
     gram_PP.diagonal().add_(penalty * gram_PP.diagonal().mean())
     change_PD = torch.cholesky_solve(cross_PD, torch.linalg.cholesky(gram_PP))
@@ -70,38 +78,78 @@ def relative_error(
     return float((error / energy) ** 0.5) if energy else 0.0
 
 
-def _inputs(moe: MoEFFN, x_TD: Tensor, route_TD: Tensor | None) -> Tensor:
-    """What the output matrices are multiplied by, [T, P]: routed neurons, shared neurons, and 1 for the output bias."""
-    E, M, D = moe.w_in.shape
+@dataclass(frozen=True)
+class _Part:
+    """The columns of H that belong to one expert: the rows of the N tokens that use it; the others are 0."""
 
-    def rows(stacked: Tensor | None) -> Tensor | None:
-        return None if stacked is None else stacked.flatten(0, 1)
+    columns: slice
+    tokens_N: Tensor  # int64, ascending
+    h_NM: Tensor
 
-    routed = DenseFFN(
-        w_in_FD=moe.w_in.reshape(E * M, D),
-        w_out_DF=moe.w_out,
-        activation=moe.activation,
-        b_in_F=rows(moe.b_in),
-        w_gate_FD=rows(moe.w_gate),
-        b_gate_F=rows(moe.b_gate),
-    )
+
+def _inputs(moe: MoEFFN, x_TD: Tensor, route_TD: Tensor | None) -> list[_Part]:
+    """What the output matrices are multiplied by: of each expert, of the shared one, and 1 for the output bias."""
+    E, M, _ = moe.w_in.shape
+
+    def part(stacked: Tensor | None, index: int) -> Tensor | None:
+        return None if stacked is None else stacked[index]
+
     scores_TE = moe.scores(x_TD, route_TD)
     choice = moe.router.choose(scores_TE, moe.num_active)
-    gate_TE = torch.zeros_like(scores_TE).scatter(1, choice.experts_TK, moe.router.weigh(scores_TE, choice))
-    parts = [(routed.neurons(x_TD).unflatten(1, (E, M)) * (moe.scale * gate_TE).unsqueeze(2)).flatten(1)]
-    if moe.shared_in is not None and moe.shared_out is not None:
-        shared = DenseFFN(
-            w_in_FD=moe.shared_in,
-            w_out_DF=moe.shared_out,
-            activation=moe.activation,
-            b_in_F=moe.shared_b_in,
-            w_gate_FD=moe.shared_gate,
-            b_gate_F=moe.shared_b_gate,
-        )
-        parts.append(shared.neurons(x_TD))
+    gate_TK = moe.scale * moe.router.weigh(scores_TE, choice)
+    layout = Layout.of(choice, E)
+    gate_S = layout.spread(gate_TK.flatten() if choice.used_TK is None else gate_TK[choice.used_TK])
+    parts = []
+    with low_precision(E * M, x_TD.device):
+        runs = zip(layout.token_S.split(layout.counts), gate_S.split(layout.counts), strict=True)
+        for index, (tokens_N, gate_N) in enumerate(runs):
+            expert = DenseFFN(
+                w_in_FD=moe.w_in[index],
+                w_out_DF=moe.w_out[index],
+                activation=moe.activation,
+                b_in_F=part(moe.b_in, index),
+                w_gate_FD=part(moe.w_gate, index),
+                b_gate_F=part(moe.b_gate, index),
+            )
+            h_NM = expert.neurons(x_TD[tokens_N]).float() * gate_N.unsqueeze(1)
+            parts.append(_Part(slice(index * M, (index + 1) * M), tokens_N, h_NM))
+        everyone_T = torch.arange(len(x_TD), device=x_TD.device)
+        end = E * M
+        if moe.shared_in is not None and moe.shared_out is not None:
+            shared = DenseFFN(
+                w_in_FD=moe.shared_in,
+                w_out_DF=moe.shared_out,
+                activation=moe.activation,
+                b_in_F=moe.shared_b_in,
+                w_gate_FD=moe.shared_gate,
+                b_gate_F=moe.shared_b_gate,
+            )
+            parts.append(_Part(slice(end, end + len(moe.shared_in)), everyone_T, shared.neurons(x_TD).float()))
+            end += len(moe.shared_in)
     if moe.b_out is not None:
-        parts.append(x_TD.new_ones(len(x_TD), 1))
-    return torch.cat(parts, dim=1)
+        parts.append(_Part(slice(end, end + 1), everyone_T, x_TD.new_ones(len(x_TD), 1)))
+    return parts
+
+
+def _add(parts: list[_Part], target_TD: Tensor, weights_PD: Tensor, gram_PP: Tensor, cross_PD: Tensor) -> None:
+    """Add the H'H of some tokens, of which the lower half is kept, and their H'(Y - H W_0)."""
+    left_TD = target_TD.clone()
+    for part in parts:
+        left_TD.index_add_(0, part.tokens_N, part.h_NM @ weights_PD[part.columns], alpha=-1)
+    for first, part in enumerate(parts):
+        cross_PD[part.columns] += (part.h_NM.T @ left_TD[part.tokens_N]).double()
+        place_T = torch.full((len(target_TD),), -1, device=target_TD.device)
+        place_T[part.tokens_N] = torch.arange(len(part.tokens_N), device=target_TD.device)
+        for other in parts[first:]:
+            place_N = place_T[other.tokens_N]
+            both = (place_N >= 0).nonzero().flatten()
+            block = _rows(other.h_NM, both).T @ _rows(part.h_NM, place_N[both])
+            gram_PP[other.columns, part.columns] += block.double()
+
+
+def _rows(h_NM: Tensor, wanted: Tensor) -> Tensor:
+    """Some of the rows, in ascending order; all of them are not copied."""
+    return h_NM if len(wanted) == len(h_NM) else h_NM[wanted]
 
 
 def _outputs(moe: MoEFFN) -> Tensor:

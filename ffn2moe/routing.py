@@ -372,6 +372,8 @@ def train_router(
     weight = (router.weight.detach() * deviation_D).requires_grad_(True)
     bias = (router.bias.detach() + router.weight.detach() @ mean_D).requires_grad_(router.has_bias)
     trained = [weight, bias] if router.has_bias else [weight]
+    # One buffer for all batches: memory that is asked for anew in every step costs more than the copy.
+    batch_BD = white_RD.new_empty(min(batch_rows, len(white_RD)), white_RD.shape[1])
     begin = 0
     behind = 0.0
     for phase in parts:
@@ -379,10 +381,11 @@ def train_router(
         end = steps if phase is parts[-1] else round(behind * steps)
         optimizer = torch.optim.AdamW(trained, lr=learning_rate, weight_decay=0.0)
         for step in range(begin, end):
-            rows = torch.randint(len(white_RD), (min(batch_rows, len(white_RD)),), generator=generator)
+            rows = torch.randint(len(white_RD), (len(batch_BD),), generator=generator)
+            torch.index_select(white_RD, 0, rows, out=batch_BD)
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate * schedule(step - begin, end - begin)
-            scores_BE = F.linear(white_RD[rows], weight, bias) / temperature ** (1 - step / max(1, steps - 1))
+            scores_BE = F.linear(batch_BD, weight, bias) / temperature ** (1 - step / max(1, steps - 1))
             loss = phase.loss(scores_BE, rows)
             optimizer.zero_grad()
             loss.backward()

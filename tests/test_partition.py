@@ -136,9 +136,19 @@ def test_statistics_of_a_wide_ffn_in_bfloat16_divide_it_almost_as_in_float32(mon
     ffn, x_TD = random_ffn(48), tokens(500)
     narrow = neuron_statistics(ffn, x_TD, "nested", 4, 0, 0)
     monkeypatch.setattr(activations, "WIDEST_MOMENTS", 40)
-    monkeypatch.setattr("ffn2moe.factorise.WIDEST_MOMENTS", 40)
     wide = neuron_statistics(ffn, x_TD, "nested", 4, 0, 0)
     torch.testing.assert_close(wide.energy(ffn), narrow.energy(ffn), rtol=0.03, atol=0)
+
+
+def test_the_oracle_of_a_wide_layer_in_bfloat16_chooses_almost_as_well_as_in_float32(monkeypatch):
+    ffn, x_TD = random_ffn(48), tokens(500)
+    moe = carve(ffn, x_TD, spec_for(ffn, 8, 2, partition="random"), 0, seed=0)
+    exact = oracle.survey(moe, x_TD)
+    monkeypatch.setattr(activations, "WIDEST_MOMENTS", 40)
+    rounded = oracle.survey(moe, x_TD)
+    best, found = (oracle.fit_scale(exact.grams, survey.chosen_TE) for survey in (exact, rounded))
+    assert found.error == pytest.approx(best.error, rel=1e-3)
+    assert found.scale == pytest.approx(best.scale, rel=1e-2)
 
 
 def test_clusters_are_found_through_the_projection_of_wide_ffns(monkeypatch):

@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from ffn2moe import activations
 from ffn2moe.experts import neurons_by_expert, slice_experts
 from ffn2moe.moe import MoEFFN
-from ffn2moe.reconstruct import _inputs, _outputs, refit_outputs, relative_error
+from ffn2moe.reconstruct import _add, _inputs, _outputs, refit_outputs, relative_error
 from tests.mixtures import flat_spec
 from tests.test_selection import WAYS, D, E, F, make_ffn, make_moe, normal
 
@@ -23,8 +24,41 @@ def test_the_layer_is_linear_in_what_is_fitted(selection, gate, shared):
     moe.calibrate(TOKENS)
     moe.set_scale(1.3)
     with torch.no_grad():
-        linear_TD = _inputs(moe, HELD_OUT, None) @ _outputs(moe)
+        linear_TD = whole(moe, HELD_OUT) @ _outputs(moe)
         torch.testing.assert_close(linear_TD, moe(HELD_OUT), rtol=1e-4, atol=1e-4)
+
+
+def whole(moe, x_TD):
+    """The inputs of the output matrices with their zeros, [T, P]."""
+    h_TP = torch.zeros(len(x_TD), len(_outputs(moe)))
+    for part in _inputs(moe, x_TD, None):
+        h_TP[part.tokens_N, part.columns] = part.h_NM
+    return h_TP
+
+
+@pytest.mark.parametrize("shared", [0, 6])
+@pytest.mark.parametrize(("selection", "gate"), WAYS)
+def test_products_of_used_pairs_alone_are_those_of_all(selection, gate, shared):
+    moe = make_moe(selection=selection, gate=gate, shared=shared)
+    moe.calibrate(TOKENS)
+    with torch.no_grad():
+        h_TP, weights_PD = whole(moe, TOKENS).double(), _outputs(moe)
+        gram_PP = torch.zeros(h_TP.shape[1], h_TP.shape[1], dtype=torch.float64)
+        cross_PD = torch.zeros(weights_PD.shape, dtype=torch.float64)
+        _add(_inputs(moe, TOKENS, None), WANTED, weights_PD, gram_PP, cross_PD)
+        torch.testing.assert_close(gram_PP.tril(), (h_TP.T @ h_TP).tril(), rtol=1e-5, atol=1e-4)
+        wanted_PD = h_TP.T @ (WANTED.double() - h_TP @ weights_PD.double())
+        torch.testing.assert_close(cross_PD, wanted_PD, rtol=1e-4, atol=1e-3)
+
+
+def test_a_wide_layer_is_fitted_in_bfloat16_as_well_as_in_float32(monkeypatch):
+    found = []
+    for widest in (F, F - 1):
+        monkeypatch.setattr(activations, "WIDEST_MOMENTS", widest)
+        moe = make_moe()
+        refit_outputs(moe, TOKENS, WANTED, penalty=1e-2)
+        found.append(relative_error(moe, HELD_OUT, HELD_OUT_WANTED))
+    assert found[1] == pytest.approx(found[0], rel=2e-3)
 
 
 @pytest.mark.parametrize("shared", [0, 6])

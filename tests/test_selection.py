@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from ffn2moe import checkpoint, metrics
+from ffn2moe import checkpoint, metrics, oracle
 from ffn2moe.dense import DenseFFN, load_dense, read_ffn
 from ffn2moe.experts import neurons_by_expert, slice_experts
 from ffn2moe.factorise import every_expert, layer_inputs, output_of, texts_of
@@ -518,6 +518,19 @@ def test_each_budget_has_its_own_scale_and_is_opened_alone(tiny_teacher, tmp_pat
         set_active(model, 3)
     with pytest.raises(ValueError, match="choose from 1, 2, 4"):
         checkpoint.load(tmp_path, active=3)
+
+
+@pytest.mark.parametrize("shared", [0, 6])
+@pytest.mark.parametrize(("selection", "gate"), WAYS)
+def test_inner_products_give_the_scales_that_outputs_give(selection, gate, shared):
+    moe = make_moe(selection=selection, gate=gate, shared=shared, elastic=(4,) if selection == "topk" else ())
+    moe.b_out = None
+    x_TD = normal(400, D, seed=6)
+    moe.calibrate(x_TD)
+    moe.fit_scale_and_mean(x_TD)
+    wanted = [parameter.item() for parameter in (moe.output_scale, *moe.elastic_scale.values())]
+    oracle.fit_scales(moe, oracle.grams(moe, x_TD), x_TD)
+    assert [parameter.item() for parameter in (moe.output_scale, *moe.elastic_scale.values())] == pytest.approx(wanted)
 
 
 def test_the_closed_form_scale_of_every_budget_is_the_best():
