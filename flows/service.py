@@ -324,7 +324,7 @@ def _client() -> Any:
 
 def _deploy(root: Path) -> None:
     """The work pool and the deployments of prefect.yaml, as the file has them now."""
-    from prefect.client.schemas.actions import WorkPoolCreate
+    from prefect.client.schemas.actions import DeploymentUpdate, WorkPoolCreate
     from prefect.exceptions import ObjectAlreadyExists
     from prefect.workers.process import ProcessWorker
 
@@ -343,6 +343,11 @@ def _deploy(root: Path) -> None:
     if done.returncode:
         said = [line.strip() for line in (done.stdout + done.stderr).splitlines() if line.strip()]
         raise FlowError(f"prefect.yaml could not be deployed: {said[-1] if said else 'no reason given'}")
+    with _client() as client:  # a parameter that the flow does not have is refused at submission, too
+        for one in client.read_deployments():
+            if one.work_pool_name == POOL:
+                closed = {**(one.parameter_openapi_schema or {}), "additionalProperties": False}
+                client.update_deployment(one.id, DeploymentUpdate(parameter_openapi_schema=closed))
 
 
 def _worker_is_online() -> bool:

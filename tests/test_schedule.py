@@ -136,6 +136,7 @@ def test_parameters_out_of_range_are_refused_at_submission(client):
         ({"settings": {"decompose": {"partition": "alphabet"}}}, "settings.decompose.partition"),
         ({"settings": {"decompose": {"experts": 4}}}, "settings.decompose"),
         ({"stage_hours": -1}, "stage_hours"),
+        ({"stage_minutes": 5}, "'stage_minutes' was unexpected"),
     ):
         with pytest.raises(PrefectHTTPStatusError, match="409") as refused:
             client.create_flow_run_from_deployment(deployment.id, parameters=deployment.parameters | parameters)
@@ -176,6 +177,40 @@ def test_a_failed_run_is_told_to_the_webhook_and_changes_nothing(toy, client):
     told = wait_for(lambda: Sink.heard)
     assert "Failed" in told[0]["text"] and "the loss is NaN" in told[0]["text"]
     assert {path: path.read_bytes() for path in (toy / "exports/minilm").iterdir()} == saved
+
+
+def test_after_a_power_cut_up_starts_all_again_and_closes_the_run_that_was_cut_off(toy, client):
+    """Everything is killed at once, in the middle of a run; the note of who ran stays, and names the dead."""
+    params = (toy / "params.yaml").read_text()
+    (toy / "params.yaml").write_text(params.replace("seed: 0 ", "seed: 99 "))
+    deployment = client.read_deployment_by_name(service.DEPLOYMENT)
+    run = client.create_flow_run_from_deployment(deployment.id)
+    wait_for((toy / "alive").exists)
+    (toy / "params.yaml").write_text(params)
+    before = service.running(toy)
+    everything = [one for name in service.ORDER for one in guardian.carriers(service.MARK, f"{name} of {toy}")]
+    guardians = [
+        one for one in psutil.process_iter() if service._command(one).endswith("flows.guardian " + guarded(everything))
+    ]
+    for process in [*guardians, *everything]:
+        process.kill()
+    psutil.wait_procs(everything, timeout=10)
+    assert service.running(toy) == {}
+    assert sorted(service.noted(toy)) == ["mlflow", "prefect", "worker"]
+
+    ports = (f"--{name}-port={before[name].port}" for name in ("prefect", "mlflow"))
+    code, output = command(toy, "up", *ports)
+    assert code == 0, output
+    assert output.count("had ended without `make down`; it is started again") == 3
+    assert f"the run {run.name} was cut off and is closed" in output
+    assert client.read_flow_run(run.id).state_name == "Crashed"
+
+
+def guarded(processes: list[psutil.Process]) -> str:
+    """The mark of the flow that is among them."""
+    marks = {one.environ().get(guardian.MARK) for one in processes} - {None}
+    assert len(marks) == 1
+    return marks.pop()
 
 
 def test_down_leaves_no_process_no_note_and_no_port(toy):
