@@ -23,10 +23,44 @@ Output: y, float32 [T, D]. An output bias and a scale of the output stay outside
 | weights | string | `bf16`, `int8` or `int4`: what `experts` holds |
 | activations | string | what tokens are rounded to: `bf16` with those weights, `int16` or `int8` with others |
 
-`attributes` makes them. The weights stand in the file as the kernels read them, so that nothing is packed or copied
-when a model is loaded, and the file is as small as its bits. Every path of the kernels reads the same layout
-(`pack_experts`); which one runs is decided by the processor, or by the environment variable FFN2MOE_NATIVE, one of
-`PATHS`.
+`attributes` makes them.
+
+The node `RoutedExperts` does what stands around the experts of a layer as well, in float32 and while a token's vector
+is in the cache. For each token, with x = norm_in(given + residual), or x = given where `norm_in` is "none":
+
+    scores_E = router_ED x + router_bias_E
+    chosen_K = the K highest of scores_E + choice_bias_E (where the gate is "sigmoid", of sigmoid(scores_E) +
+               choice_bias_E), the first of equal ones
+    gates_K  = 1 (`unit`), softmax(scores_E) of the chosen (`softmax`), softmax of their scores (`softmax_topk`) or
+               sigmoid(scores_E) of them (`sigmoid`)
+    y = norm_out(added + b_out_D + sum over k of gates[k] * E_chosen[k](x))
+
+where `added` is x ("x": a residual around the experts, as in BERT), given + residual ("sum": norms before each part of
+a layer) or nothing ("none").
+
+| input | type | shape | |
+|---|---|---|---|
+| given | float32 or bfloat16 | [T, D] | tokens; T may be 0 |
+| experts | uint8 constant | [E, bytes] | as above |
+| frame | float32 constant | [numbers] | what `frame` gives: router, output bias and norms |
+| residual | float32 or bfloat16 | [T, D] | only with a `norm_in` |
+
+Its attributes are those above and:
+
+| attribute | type | |
+|---|---|---|
+| num_experts, num_active | int | E and K |
+| gate | string | `unit`, `softmax`, `softmax_topk` or `sigmoid` |
+| norm_in, norm_out | string | `layer` (LayerNorm), `rms` (RMSNorm, whose bias is 0) or `none` |
+| epsilon_in, epsilon_out | float | of the norms |
+| added | string | `x`, `sum` or `none` |
+| output | string | what y is in: `f32` or `bf16` |
+
+`routed_attributes` makes them.
+
+The weights stand in the file as the kernels read them, so that nothing is packed or copied when a model is loaded, and
+the file is as small as its bits. Every path of the kernels reads the same layout (`pack_experts`); which one runs is
+decided by the processor, or by the environment variable FFN2MOE_NATIVE, one of `PATHS`.
 
 Precision. `bf16`: weights and activations are rounded to bfloat16 and summed in float32. `int8`: weights are whole
 numbers with one scale an output row. `int4`: the same, each made of 4 bits and a whole-numbered factor for each 32 of
@@ -50,15 +84,17 @@ import subprocess
 import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
 
-from ffn2moe.spec import Activation
+from ffn2moe.spec import Activation, Gate
 
 DOMAIN = "ffn2moe"
 OP_TYPE = "Experts"
+ROUTED_OP_TYPE = "RoutedExperts"
 VERSION = 1
 PATHS = ("amx", "avx512", "avx2", "plain")
 
@@ -89,6 +125,8 @@ _AVX512 = [*_AVX2, *(f"-mavx512{part}" for part in ("f", "bw", "vl", "dq", "vnni
 _INSTRUCTIONS = {
     "avx2.cpp": _AVX2,
     "avx512.cpp": _AVX512,
+    "rows_avx2.cpp": _AVX2,
+    "rows_avx512.cpp": _AVX512,
     "amx.cpp": [*_AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-int8", "-mamx-bf16"],
 }
 
@@ -115,6 +153,82 @@ def attributes(
         "weights": weights,
         "activations": activations or ACTIVATIONS_OF[weights][0],
     }
+
+
+Added = Literal["x", "sum", "none"]
+
+
+@dataclass(frozen=True)
+class Norm:
+    """A norm of a token's vector: LayerNorm or, of `rms`, RMSNorm."""
+
+    kind: Literal["layer", "rms"]
+    scale_D: np.ndarray
+    bias_D: np.ndarray | None = None
+    epsilon: float = 1e-5
+
+    def __call__(self, x_TD: np.ndarray) -> np.ndarray:
+        """The norm in float64."""
+        if self.kind == "layer":
+            x_TD = x_TD - x_TD.mean(-1, keepdims=True)
+        normal_TD = x_TD / np.sqrt((x_TD**2).mean(-1, keepdims=True) + self.epsilon) * self.scale_D.astype(np.float64)
+        return normal_TD if self.bias_D is None else normal_TD + self.bias_D
+
+
+def routed_attributes(
+    num_experts: int,
+    num_active: int,
+    gate: Gate,
+    *,
+    norm_in: Norm | None = None,
+    norm_out: Norm | None = None,
+    added: Added = "none",
+    output: Literal["f32", "bf16"] = "f32",
+) -> dict[str, Any]:
+    """What a `RoutedExperts` node has beside `attributes`. ValueError for what the operator has not."""
+    if not 0 < num_active <= num_experts:
+        raise ValueError(f"num_active must be 1 to the number of experts, {num_experts}, not {num_active}")
+    if added == "sum" and norm_in is None:
+        raise ValueError("added 'sum' is that of given and residual, which come with norm_in: give one")
+    return {
+        "num_experts": num_experts,
+        "num_active": num_active,
+        "gate": gate,
+        "norm_in": "none" if norm_in is None else norm_in.kind,
+        "norm_out": "none" if norm_out is None else norm_out.kind,
+        "epsilon_in": 0.0 if norm_in is None else norm_in.epsilon,
+        "epsilon_out": 0.0 if norm_out is None else norm_out.epsilon,
+        "added": added,
+        "output": output,
+    }
+
+
+def frame(
+    router_ED: np.ndarray,
+    router_bias_E: np.ndarray,
+    *,
+    choice_bias_E: np.ndarray | None = None,
+    b_out_D: np.ndarray | None = None,
+    norm_in: Norm | None = None,
+    norm_out: Norm | None = None,
+) -> np.ndarray:
+    """The constant `frame` of a `RoutedExperts` node, float32: router [E, D], its bias [E], the bias of the choice [E],
+    the output's bias [D], and scale and bias [2, D] of each norm that there is. What is None is 0."""
+    E, D = router_ED.shape
+
+    def row(name: str, given: np.ndarray | None, width: int) -> np.ndarray:
+        if given is None:
+            return np.zeros(width, dtype=np.float32)
+        if given.shape != (width,):
+            raise ValueError(f"{name} has shape {list(given.shape)}, but the router, {[E, D]}, asks for {[width]}")
+        return given.astype(np.float32)
+
+    rows = [router_ED.astype(np.float32).ravel(), row("router_bias", router_bias_E, E)]
+    rows += [row("choice_bias", choice_bias_E, E), row("b_out", b_out_D, D)]
+    for name, norm in (("norm_in", norm_in), ("norm_out", norm_out)):
+        if norm is not None:
+            rows += [row(f"{name}'s scale", norm.scale_D, D), row(f"{name}'s bias", norm.bias_D, D)]
+    return np.concatenate(rows)
 
 
 # --- weights --------------------------------------------------------------------------------------------------------
@@ -277,6 +391,39 @@ def reference(
             h_M = act(w_gate_EMD[e].astype(np.float64) @ x_D + (0 if b_gate_EM is None else b_gate_EM[e])) * up_M
         y_TD[t] += gates_TK[t, k] * (w_out_EDM[e].astype(np.float64) @ h_M)
     return y_TD
+
+
+def routed_reference(
+    given_TD: np.ndarray,
+    router_ED: np.ndarray,
+    router_bias_E: np.ndarray,
+    num_active: int,
+    gate: Gate,
+    *,
+    choice_bias_E: np.ndarray | None = None,
+    residual_TD: np.ndarray | None = None,
+    norm_in: Norm | None = None,
+    norm_out: Norm | None = None,
+    added: Added = "none",
+    b_out_D: np.ndarray | None = None,
+    **experts: Any,
+) -> np.ndarray:
+    """What a `RoutedExperts` node computes, in float64: y_TD. `experts` are those of `reference`."""
+    sum_TD = given_TD.astype(np.float64) + (0 if residual_TD is None else residual_TD)
+    x_TD = sum_TD if norm_in is None else norm_in(sum_TD)
+    scores_TE = x_TD @ router_ED.astype(np.float64).T + router_bias_E
+    sigmoid_TE = 1 / (1 + np.exp(-scores_TE))
+    ranked_TE = (sigmoid_TE if gate == "sigmoid" else scores_TE) + (0 if choice_bias_E is None else choice_bias_E)
+    chosen_TK = np.argsort(-ranked_TE, axis=1, kind="stable")[:, :num_active]
+    weight_TE = {"unit": np.ones_like(scores_TE), "sigmoid": sigmoid_TE}.get(gate, np.exp(scores_TE))
+    gates_TK = np.take_along_axis(weight_TE, chosen_TK, axis=1)
+    if gate == "softmax":
+        gates_TK = gates_TK / weight_TE.sum(1, keepdims=True)
+    elif gate == "softmax_topk":
+        gates_TK = gates_TK / gates_TK.sum(1, keepdims=True)
+    y_TD = reference(x_TD, chosen_TK, gates_TK, **experts) + (0 if b_out_D is None else b_out_D)
+    y_TD = y_TD + {"x": x_TD, "sum": sum_TD, "none": 0}[added]
+    return y_TD if norm_out is None else norm_out(y_TD)
 
 
 _erf = np.vectorize(math.erf, otypes=[np.float64])

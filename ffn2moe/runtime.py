@@ -908,7 +908,7 @@ NATIVE_TOLERANCE: dict[native.Activations, float] = {"bf16": 2e-2, "int16": 1e-3
 def native_self_test(
     activation: Activation, weights: native.Weights, activations: native.Activations, *, gated: bool = False
 ) -> float:
-    """Checks that `ffn2moe.Experts`, as it is built, computes a tiny layer as `ffn2moe.native.reference` does.
+    """Checks that the operator, as it is built, computes a tiny layer as `ffn2moe.native` defines it, routed or not.
 
     Gives the largest difference, as a share of the largest output. RuntimeError where it computes something else,
     EngineMissing or FileNotFoundError where there is no OpenVINO or no operator.
@@ -923,47 +923,59 @@ def native_self_test(
     parts = {name: random.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
     names = ("b_in_EM", "b_gate_EM") if gated else ("b_in_EM",)
     biases = {name: random.standard_normal((E, M)).astype(np.float32) for name in names}
+    router_ED, norm = random.standard_normal((E, D)).astype(np.float32), native.Norm("layer", np.ones(D))
+    frame = native.frame(router_ED, np.zeros(E), norm_out=norm)
     graph = OpenVinoGraph(
         _native_graph(
             native.attributes(D, M, gated=gated, activation=activation, weights=weights, activations=activations),
+            native.routed_attributes(E, K, "softmax_topk", added="x", norm_out=norm),
             native.pack_experts(weights, **parts, **biases),
+            frame,
             D,
         ),
         threads=1,
         precision="float32",
         extension=native.library(),
     )
-    (y_TD,) = graph.run(["y"], {"x": x_TD, "chosen": chosen_TK, "gates": gates_TK})
-    rounded = {name: native.round_weights(weights, part) for name, part in parts.items()}
-    expected_TD = native.reference(x_TD, chosen_TK, gates_TK, **rounded, **biases, activation=activation)
-    difference = float(np.abs(y_TD - expected_TD).max() / np.abs(expected_TD).max())
+    found = graph.run(["y", "routed"], {"x": x_TD, "chosen": chosen_TK, "gates": gates_TK})
+    experts: dict[str, Any] = {name: native.round_weights(weights, part) for name, part in parts.items()} | biases
+    experts["activation"] = activation
+    expected = (
+        native.reference(x_TD, chosen_TK, gates_TK, **experts),
+        native.routed_reference(x_TD, router_ED, np.zeros(E), K, "softmax_topk", added="x", norm_out=norm, **experts),
+    )
+    differences = [np.abs(y - exact).max() / np.abs(exact).max() for y, exact in zip(found, expected, strict=True)]
+    difference = float(max(differences))
     if not difference < NATIVE_TOLERANCE[activations]:
         raise RuntimeError(
-            f"{native.DOMAIN}.{native.OP_TYPE} with weights in {weights}, activations in {activations}, computes "
+            f"the operator of {native.DOMAIN} with weights in {weights}, activations in {activations}, computes "
             f"something else on this machine (off by {difference:.2g} of the largest output): build it again (make "
             "native), or take the plan ov-sorted"
         )
     return difference
 
 
-def _native_graph(attributes: Mapping[str, Any], experts: np.ndarray, width: int) -> bytes:
-    """A model of one Experts node, as a plan holds it."""
+def _native_graph(
+    attributes: Mapping[str, Any], routed: Mapping[str, Any], experts: np.ndarray, frame: np.ndarray, width: int
+) -> bytes:
+    """A model of both nodes of the operator, as plans hold them: outputs `y` of Experts, `routed` of RoutedExperts."""
     from onnx import TensorProto, helper, numpy_helper
 
-    node = helper.make_node(
-        native.OP_TYPE, ["x", "chosen", "gates", "experts"], ["y"], domain=native.DOMAIN, **attributes
-    )
+    common = {"domain": native.DOMAIN, **attributes}
     tokens = ["tokens", "chosen experts"]
     graph = helper.make_graph(
-        [node],
+        [
+            helper.make_node(native.OP_TYPE, ["x", "chosen", "gates", "experts"], ["y"], **common),
+            helper.make_node(native.ROUTED_OP_TYPE, ["x", "experts", "frame"], ["routed"], **common, **routed),
+        ],
         "self_test",
         [
             helper.make_tensor_value_info("x", TensorProto.FLOAT, ["tokens", width]),
             helper.make_tensor_value_info("chosen", TensorProto.INT64, tokens),
             helper.make_tensor_value_info("gates", TensorProto.FLOAT, tokens),
         ],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["tokens", width])],
-        [numpy_helper.from_array(experts, "experts")],
+        [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["tokens", width]) for name in ("y", "routed")],
+        [numpy_helper.from_array(experts, "experts"), numpy_helper.from_array(frame, "frame")],
     )
     opsets = [helper.make_opsetid("", 21), helper.make_opsetid(native.DOMAIN, native.VERSION)]
     return helper.make_model(graph, opset_imports=opsets, ir_version=10).SerializeToString()

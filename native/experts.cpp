@@ -1,10 +1,11 @@
-// The node `Experts` of domain `ffn2moe` for OpenVINO's CPU plugin. ffn2moe/native.py is its definition.
+// The nodes `Experts` and `RoutedExperts` of domain `ffn2moe` for OpenVINO's CPU plugin. ffn2moe/native.py defines them.
 //
 // Two orders of work. Many tokens: blocks of tokens, each by one thread, expert after expert, so that a block's vectors
 // stay in the cache and the weights are read once a block. Few tokens: the panels of all experts are shared out among
 // the threads, so that each weight is read once. A token's sum over its experts is in the order of their numbers and no
 // sum depends on which tokens come together, so that both orders give the same bits with any number of threads.
 #include "kernels.h"
+#include "rows.h"
 
 #include <algorithm>
 #include <cmath>
@@ -26,6 +27,7 @@ namespace {
 
 constexpr int kTokensAtOnce = 256; // of one expert: their vectors stay in the cache
 constexpr int kBlockTokens = 1024; // of a block that a thread works through
+constexpr int kBlockRows = 512;    // of such a block where norms and router are done with it
 constexpr int kFewTokens = 32;     // an expert on average: below, the threads share the panels
 
 // --- activations ----------------------------------------------------------------------------------------------------
@@ -131,6 +133,7 @@ class Buffer {
 
 struct Scratch {
     Buffer x_tiles, x_scales, h, h_tiles, h_scales;
+    Buffer x, y, chosen, gates; // of RoutedExperts
 };
 
 // Scratch of all layers of all models: as many as threads work at once. Freed with the last layer.
@@ -187,21 +190,22 @@ struct Pairs {
     std::vector<float> gate;
 };
 
+// Of `count` tokens, of which the first is token `from` of all.
 template <class Index>
-Pairs sort_pairs(const Index* chosen_TK, const float* gates_TK, int from, int to, int K, int E) {
+Pairs sort_pairs(const Index* chosen_TK, const float* gates_TK, int from, int count, int K, int E) {
     Pairs pairs;
     pairs.start.assign(E + 1, 0);
-    for (size_t i = size_t(from) * K; i < size_t(to) * K; ++i) {
+    for (size_t i = 0; i < size_t(count) * K; ++i) {
         if (gates_TK[i] == 0) continue;
-        OPENVINO_ASSERT(chosen_TK[i] >= 0 && chosen_TK[i] < E, "Experts: token ", i / K, " has chosen expert ",
-                        chosen_TK[i], ", but there are 0 to ", E - 1);
+        OPENVINO_ASSERT(chosen_TK[i] >= 0 && chosen_TK[i] < E, "Experts: token ", from + i / K,
+                        " has chosen expert ", chosen_TK[i], ", but there are 0 to ", E - 1);
         ++pairs.start[chosen_TK[i] + 1];
     }
     for (int e = 0; e < E; ++e) pairs.start[e + 1] += pairs.start[e];
     pairs.token.resize(pairs.start[E]);
     pairs.gate.resize(pairs.start[E]);
     std::vector<int32_t> next(pairs.start.begin(), pairs.start.end() - 1);
-    for (int t = from; t < to; ++t)
+    for (int t = 0; t < count; ++t)
         for (int k = 0; k < K; ++k) {
             const size_t i = size_t(t) * K + k;
             if (gates_TK[i] == 0) continue;
@@ -218,8 +222,6 @@ struct Work {
     Pool& pool;
     const uint8_t* experts;
     int E;
-    const float* x_TD;
-    float* y_TD;
 
     const uint8_t* expert(int e) const { return experts + size_t(e) * layer.expert_bytes(); }
 
@@ -229,10 +231,8 @@ struct Work {
                 scales.of<float>(size_t(count) * kRows), rows, depth};
     }
 
-    // Many tokens: pairs of a block, expert after expert, on one thread.
-    void block(const Pairs& pairs) const {
-        const Turn turn(path, pool);
-        Scratch& scratch = *turn.scratch;
+    // Many tokens: pairs of a block, expert after expert, on one thread. Outputs are added to y.
+    void block(const Pairs& pairs, const float* x_TD, float* y_TD, Scratch& scratch) const {
         const size_t stride = size_t(layer.hidden_panels()) * kRows;
         for (int e = 0; e < E; ++e)
             for (int from = pairs.start[e]; from < pairs.start[e + 1]; from += kTokensAtOnce) {
@@ -250,7 +250,7 @@ struct Work {
     }
 
     // Few tokens: the panels of all experts, shared out among the threads.
-    void together(const Pairs& pairs, int threads) const {
+    void together(const Pairs& pairs, const float* x_TD, float* y_TD, int threads) const {
         struct Part {
             int e;
             Buffer x_tiles, x_scales, h, h_tiles, h_scales;
@@ -302,160 +302,430 @@ struct Work {
     }
 };
 
+// Whether so few tokens come that threads share panels rather than tokens.
+bool are_few(int T, int K, int E, int threads) {
+    return threads > 1 && int64_t(T) * K < int64_t(kFewTokens) * E * threads;
+}
+
+// body(from, to) for blocks of about as many tokens each, as many to each thread.
+template <class Body> void in_blocks(int T, int tokens, int threads, const Body& body) {
+    const int blocks = round_up(std::max(1, (T + tokens - 1) / tokens), threads);
+    const auto one = [&](int i) { body(int(int64_t(T) * i / blocks), int(int64_t(T) * (i + 1) / blocks)); };
+    if (threads == 1)
+        for (int i = 0; i < blocks; ++i) one(i);
+    else
+        tbb::parallel_for(0, blocks, one);
+}
+
+int threads_here() { return std::max(1, tbb::this_task_arena::max_concurrency()); }
+
 template <class Index>
-void run(const Work& work, const Index* chosen_TK, const float* gates_TK, int T, int K) {
+void run(const Work& work, const float* x_TD, const Index* chosen_TK, const float* gates_TK, float* y_TD, int T,
+         int K) {
     const size_t D = work.layer.width;
-    const int threads = std::max(1, tbb::this_task_arena::max_concurrency());
-    if (threads > 1 && int64_t(T) * K < int64_t(kFewTokens) * work.E * threads) {
-        std::memset(work.y_TD, 0, T * D * sizeof(float));
-        work.together(sort_pairs(chosen_TK, gates_TK, 0, T, K, work.E), threads);
+    const int threads = threads_here();
+    if (are_few(T, K, work.E, threads)) {
+        std::memset(y_TD, 0, T * D * sizeof(float));
+        work.together(sort_pairs(chosen_TK, gates_TK, 0, T, K, work.E), x_TD, y_TD, threads);
         return;
     }
-    const int blocks = round_up(std::max(1, (T + kBlockTokens - 1) / kBlockTokens), threads);
-    const auto block = [&](int i) {
-        const int from = int(int64_t(T) * i / blocks), to = int(int64_t(T) * (i + 1) / blocks);
-        std::memset(work.y_TD + from * D, 0, (to - from) * D * sizeof(float));
-        work.block(sort_pairs(chosen_TK, gates_TK, from, to, K, work.E));
+    in_blocks(T, kBlockTokens, threads, [&](int from, int to) {
+        const Turn turn(work.path, work.pool);
+        const size_t at = from * D;
+        std::memset(y_TD + at, 0, (to - from) * D * sizeof(float));
+        const size_t first = size_t(from) * K;
+        work.block(sort_pairs(chosen_TK + first, gates_TK + first, from, to - from, K, work.E), x_TD + at, y_TD + at,
+                   *turn.scratch);
+    });
+}
+
+// Norms, residuals and router of a block of tokens before and after its experts, while they are in the cache.
+void run_routed(const Work& work, const RowWork& rows, const Frame& frame, Given given, Given residual, Taken out,
+                int T) {
+    const size_t D = frame.width, K = frame.num_active;
+    const int threads = threads_here();
+    struct Routed {
+        float *x, *y;
+        int32_t* chosen;
+        float* gates;
     };
-    if (threads == 1)
-        for (int i = 0; i < blocks; ++i) block(i);
-    else
-        tbb::parallel_for(0, blocks, block);
+    const auto place = [&](Scratch& scratch, int count) {
+        return Routed{scratch.x.of<float>(count * D), scratch.y.of<float>(count * D),
+                      scratch.chosen.of<int32_t>(count * K), scratch.gates.of<float>(count * K)};
+    };
+    const auto pairs = [&](const Routed& routed, int from, int count) {
+        return sort_pairs(routed.chosen, routed.gates, from, count, int(K), work.E);
+    };
+    if (!are_few(T, int(K), work.E, threads)) {
+        in_blocks(T, kBlockRows, threads, [&](int from, int to) {
+            const Turn turn(work.path, work.pool);
+            const int count = to - from;
+            const Routed routed = place(*turn.scratch, count);
+            rows.before(frame, count, given.from(from * D), residual.from(from * D), routed.x, routed.y, routed.chosen,
+                        routed.gates);
+            work.block(pairs(routed, from, count), routed.x, routed.y, *turn.scratch);
+            rows.after(frame, count, routed.y, out.from(from * D));
+        });
+        return;
+    }
+    const Turn turn(work.path, work.pool);
+    const Routed routed = place(*turn.scratch, T);
+    in_blocks(T, T, threads, [&](int from, int to) {
+        rows.before(frame, to - from, given.from(from * D), residual.from(from * D), routed.x + from * D,
+                    routed.y + from * D, routed.chosen + from * K, routed.gates + from * K);
+    });
+    work.together(pairs(routed, 0, T), routed.x, routed.y, threads);
+    in_blocks(T, T, threads,
+              [&](int from, int to) { rows.after(frame, to - from, routed.y + from * D, out.from(from * D)); });
 }
 
 // --- the node -------------------------------------------------------------------------------------------------------
 
-class Experts : public ov::op::Op {
+// What is the same at every call, made once: the engine clones a node whenever it infers shapes.
+struct Plan {
+    Layer layer = {};
+    Frame frame = {}; // but for its numbers
+    const Path* path = &path_of_this_processor();
+    const RowWork* rows = &row_work(path->name);
+    std::shared_ptr<Pool> pool = Pool::shared();
+};
+
+struct ExpertsAttributes {
+    int64_t width = 0, expert_width = 0;
+    bool gated = false;
+    std::string activation, weights, activations;
+
+    void visit(ov::AttributeVisitor& visitor) {
+        visitor.on_attribute("width", width);
+        visitor.on_attribute("expert_width", expert_width);
+        visitor.on_attribute("gated", gated);
+        visitor.on_attribute("activation", activation);
+        visitor.on_attribute("weights", weights);
+        visitor.on_attribute("activations", activations);
+    }
+
+    static ExpertsAttributes of(const ov::frontend::NodeContext& node) {
+        const auto weights = node.get_attribute<std::string>("weights");
+        const std::string usual = weights == "int8" ? "int16" : weights; // of int4 none: they were stored in another way
+        return {node.get_attribute<int64_t>("width"), node.get_attribute<int64_t>("expert_width"),
+                node.get_attribute<int64_t>("gated") != 0, node.get_attribute<std::string>("activation"), weights,
+                node.get_attribute<std::string>("activations", usual)};
+    }
+
+    Layer layer(const ov::Node* node) const {
+        constexpr int64_t widest = 1 << 16; // sums of whole numbers stay within 32 bits
+        NODE_VALIDATION_CHECK(node, width > 0 && expert_width > 0 && width <= widest && expert_width <= widest,
+                              "width and expert_width must be 1 to ", widest, ", not ", width, " and ", expert_width);
+        const Activation* known = activation_of(activation);
+        NODE_VALIDATION_CHECK(node, known, "activation '", activation,
+                              "' is not one of gelu, gelu_tanh, quick_gelu, relu, silu");
+        NODE_VALIDATION_CHECK(node, weights == "bf16" || weights == "int8" || weights == "int4", "weights '", weights,
+                              "' is not one of bf16, int8, int4");
+        const Weights kind = weights == "bf16" ? Weights::bf16 : weights == "int8" ? Weights::int8 : Weights::int4;
+        const bool rounded = kind == Weights::bf16;
+        NODE_VALIDATION_CHECK(node, rounded ? activations == "bf16" : activations == "int16" || activations == "int8",
+                              "activations '", activations, "' do not go with weights '", weights, "': ",
+                              rounded ? "bf16 do" : "int16 and int8 do");
+        const Activations tokens = rounded                  ? Activations::bf16
+                                   : activations == "int16" ? Activations::int16
+                                                            : Activations::int8;
+        return {kind, tokens, known, gated, int(width), int(expert_width)};
+    }
+};
+
+// A node of either kind: its inputs are checked by these.
+class ExpertsNode : public ov::op::Op {
   public:
-    OPENVINO_OP("Experts", "ffn2moe");
-
-    Experts() = default;
-    Experts(const ov::OutputVector& inputs, int64_t width, int64_t expert_width, bool gated,
-            const std::string& activation, const std::string& weights, const std::string& activations)
-        : Op(inputs), width_(width), expert_width_(expert_width), gated_(gated), activation_(activation),
-          weights_(weights), activations_(activations) {
-        constructor_validate_and_infer_types();
-    }
-
-    bool visit_attributes(ov::AttributeVisitor& visitor) override {
-        visitor.on_attribute("width", width_);
-        visitor.on_attribute("expert_width", expert_width_);
-        visitor.on_attribute("gated", gated_);
-        visitor.on_attribute("activation", activation_);
-        visitor.on_attribute("weights", weights_);
-        visitor.on_attribute("activations", activations_);
-        return true;
-    }
-
-    std::shared_ptr<ov::Node> clone_with_new_inputs(const ov::OutputVector& inputs) const override {
-        return std::make_shared<Experts>(inputs, width_, expert_width_, gated_, activation_, weights_, activations_);
-    }
-
-    void validate_and_infer_types() override {
-        NODE_VALIDATION_CHECK(this, get_input_size() == 4, "takes x, chosen, gates and experts; ", get_input_size(),
-                              " inputs were given");
-        layer_ = make_layer();
-        const auto chosen = get_input_element_type(1);
-        check_type(0, "x", ov::element::f32);
-        NODE_VALIDATION_CHECK(this, chosen.is_dynamic() || chosen == ov::element::i64 || chosen == ov::element::i32,
-                              "chosen must be int64 or int32, not ", chosen);
-        check_type(2, "gates", ov::element::f32);
-        check_type(3, "experts", ov::element::u8);
-        check_shape(0, "x", width_, "tokens, width");
-        check_shape(1, "chosen", -1, "tokens, experts of a token");
-        check_shape(2, "gates", -1, "tokens, experts of a token");
-        check_shape(3, "experts", int64_t(layer_.expert_bytes()),
-                    "experts, bytes of each for these attributes: pack them by ffn2moe.native.pack_experts");
-        const auto x = get_input_partial_shape(0);
-        set_output_type(0, ov::element::f32, x.rank().is_static() ? x : ov::PartialShape{-1, width_});
-    }
-
+    using Op::Op;
     bool has_evaluate() const override { return true; }
 
-    bool evaluate(ov::TensorVector& outputs, const ov::TensorVector& inputs) const override {
-        const ov::Shape x = inputs[0].get_shape(), chosen = inputs[1].get_shape(), experts = inputs[3].get_shape();
-        OPENVINO_ASSERT(x.size() == 2 && x[1] == size_t(width_), "Experts: x has shape ", x, ", not [tokens, ", width_,
-                        "]");
-        OPENVINO_ASSERT(chosen.size() == 2 && chosen[0] == x[0] && inputs[2].get_shape() == chosen,
-                        "Experts: chosen ", chosen, " and gates ", inputs[2].get_shape(),
-                        " must both be [tokens, experts of a token], with ", x[0], " tokens");
-        OPENVINO_ASSERT(experts.size() == 2 && experts[1] == layer_.expert_bytes(), "Experts: the constant experts is ",
-                        experts, ", but has ", layer_.expert_bytes(), " bytes an expert for these attributes");
-        outputs[0].set_shape(x);
-        const int T = int(x[0]), K = int(chosen[1]), E = int(experts[0]);
-        if (T == 0) return true;
-        const Work work{layer_,
-                        *path_,
-                        *pool_,
-                        inputs[3].data<const uint8_t>(),
-                        E,
-                        inputs[0].data<const float>(),
-                        outputs[0].data<float>()};
-        if (inputs[1].get_element_type() == ov::element::i64)
-            run(work, inputs[1].data<const int64_t>(), inputs[2].data<const float>(), T, K);
-        else
-            run(work, inputs[1].data<const int32_t>(), inputs[2].data<const float>(), T, K);
-        return true;
-    }
-
-  private:
-    Layer make_layer() const {
-        constexpr int64_t widest = 1 << 16; // sums of whole numbers stay within 32 bits
-        NODE_VALIDATION_CHECK(this, width_ > 0 && expert_width_ > 0 && width_ <= widest && expert_width_ <= widest,
-                              "width and expert_width must be 1 to ", widest, ", not ", width_, " and ", expert_width_);
-        const Activation* activation = activation_of(activation_);
-        NODE_VALIDATION_CHECK(this, activation, "activation '", activation_,
-                              "' is not one of gelu, gelu_tanh, quick_gelu, relu, silu");
-        NODE_VALIDATION_CHECK(this, weights_ == "bf16" || weights_ == "int8" || weights_ == "int4", "weights '",
-                              weights_, "' is not one of bf16, int8, int4");
-        const Weights weights = weights_ == "bf16" ? Weights::bf16 : weights_ == "int8" ? Weights::int8 : Weights::int4;
-        const bool rounded = weights == Weights::bf16;
-        NODE_VALIDATION_CHECK(this, rounded ? activations_ == "bf16" : activations_ == "int16" || activations_ == "int8",
-                              "activations '", activations_, "' do not go with weights '", weights_, "': ",
-                              rounded ? "bf16 do" : "int16 and int8 do");
-        const Activations activations = rounded                    ? Activations::bf16
-                                        : activations_ == "int16" ? Activations::int16
-                                                                  : Activations::int8;
-        return {weights, activations, activation, gated_, int(width_), int(expert_width_)};
-    }
-
+  protected:
     void check_type(size_t input, const char* name, ov::element::Type wanted) const {
         const auto type = get_input_element_type(input);
         NODE_VALIDATION_CHECK(this, type.is_dynamic() || type == wanted, name, " must be ", wanted, ", not ", type);
     }
 
     void check_shape(size_t input, const char* name, int64_t last, const char* meaning) const {
-        const auto shape = get_input_partial_shape(input);
+        const auto& shape = get_input_partial_shape(input);
         const bool fits = shape.rank().compatible(2) &&
                           (shape.rank().is_dynamic() || last < 0 || shape[1].compatible(ov::Dimension(last)));
         NODE_VALIDATION_CHECK(this, fits, name, " has shape ", shape, ", but must be ",
                               ov::PartialShape{-1, last < 0 ? ov::Dimension() : ov::Dimension(last)}, ": ", meaning);
     }
 
-    int64_t width_ = 0, expert_width_ = 0;
-    bool gated_ = false;
-    std::string activation_, weights_, activations_;
-    Layer layer_ = {};
-    const Path* path_ = &path_of_this_processor();
-    std::shared_ptr<Pool> pool_ = Pool::shared();
+    void check_experts(size_t input) const {
+        check_type(input, "experts", ov::element::u8);
+        check_shape(input, "experts", int64_t(plan_->layer.expert_bytes()),
+                    "experts, bytes of each for these attributes: pack them by ffn2moe.native.pack_experts");
+    }
+
+    void give_tokens(ov::element::Type type) {
+        const auto& x = get_input_partial_shape(0);
+        set_output_type(0, type, x.rank().is_static() ? x : ov::PartialShape{-1, plan_->layer.width});
+    }
+
+    // The number of tokens of this call.
+    int tokens(const ov::Tensor& x, const char* name) const {
+        const ov::Shape& shape = x.get_shape();
+        OPENVINO_ASSERT(shape.size() == 2 && shape[1] == size_t(plan_->layer.width), "Experts: ", name, " has shape ",
+                        shape, ", not [tokens, ", plan_->layer.width, "]");
+        return int(shape[0]);
+    }
+
+    Work work(const ov::Tensor& experts) const {
+        const ov::Shape& shape = experts.get_shape();
+        OPENVINO_ASSERT(shape.size() == 2 && shape[1] == plan_->layer.expert_bytes(),
+                        "Experts: the constant experts is ", shape, ", but has ", plan_->layer.expert_bytes(),
+                        " bytes an expert for these attributes");
+        return {plan_->layer, *plan_->path, *plan_->pool, experts.data<const uint8_t>(), int(shape[0])};
+    }
+
+    std::shared_ptr<const Plan> plan_;
 };
 
-ov::OutputVector from_onnx(const ov::frontend::NodeContext& node) {
+class Experts : public ExpertsNode {
+  public:
+    using Attributes = ExpertsAttributes;
+    OPENVINO_OP("Experts", "ffn2moe");
+
+    Experts() = default;
+    Experts(const ov::OutputVector& inputs, const Attributes& attributes, std::shared_ptr<const Plan> plan = nullptr)
+        : ExpertsNode(inputs), attributes_(attributes) {
+        plan_ = std::move(plan);
+        constructor_validate_and_infer_types();
+    }
+
+    bool visit_attributes(ov::AttributeVisitor& visitor) override {
+        attributes_.visit(visitor);
+        return true;
+    }
+
+    std::shared_ptr<ov::Node> clone_with_new_inputs(const ov::OutputVector& inputs) const override {
+        return std::make_shared<Experts>(inputs, attributes_, plan_);
+    }
+
+    void validate_and_infer_types() override {
+        NODE_VALIDATION_CHECK(this, get_input_size() == 4, "takes x, chosen, gates and experts; ", get_input_size(),
+                              " inputs were given");
+        if (!plan_) {
+            auto plan = std::make_shared<Plan>();
+            plan->layer = attributes_.layer(this);
+            plan_ = plan;
+        }
+        const auto chosen = get_input_element_type(1);
+        check_type(0, "x", ov::element::f32);
+        NODE_VALIDATION_CHECK(this, chosen.is_dynamic() || chosen == ov::element::i64 || chosen == ov::element::i32,
+                              "chosen must be int64 or int32, not ", chosen);
+        check_type(2, "gates", ov::element::f32);
+        check_shape(0, "x", attributes_.width, "tokens, width");
+        check_shape(1, "chosen", -1, "tokens, experts of a token");
+        check_shape(2, "gates", -1, "tokens, experts of a token");
+        check_experts(3);
+        give_tokens(ov::element::f32);
+    }
+
+    bool evaluate(ov::TensorVector& outputs, const ov::TensorVector& inputs) const override {
+        const int T = tokens(inputs[0], "x");
+        const ov::Shape& chosen = inputs[1].get_shape();
+        OPENVINO_ASSERT(chosen.size() == 2 && chosen[0] == size_t(T) && inputs[2].get_shape() == chosen,
+                        "Experts: chosen ", chosen, " and gates ", inputs[2].get_shape(),
+                        " must both be [tokens, experts of a token], with ", T, " tokens");
+        const Work work = this->work(inputs[3]);
+        outputs[0].set_shape(inputs[0].get_shape());
+        if (T == 0) return true;
+        const auto x = inputs[0].data<const float>(), gates = inputs[2].data<const float>();
+        const auto y = outputs[0].data<float>();
+        if (inputs[1].get_element_type() == ov::element::i64)
+            run(work, x, inputs[1].data<const int64_t>(), gates, y, T, int(chosen[1]));
+        else
+            run(work, x, inputs[1].data<const int32_t>(), gates, y, T, int(chosen[1]));
+        return true;
+    }
+
+  private:
+    Attributes attributes_;
+};
+
+struct RoutedAttributes {
+    ExpertsAttributes experts;
+    int64_t num_experts = 0, num_active = 0;
+    std::string gate, norm_in, norm_out, added, output;
+    float epsilon_in = 0, epsilon_out = 0;
+
+    void visit(ov::AttributeVisitor& visitor) {
+        experts.visit(visitor);
+        visitor.on_attribute("num_experts", num_experts);
+        visitor.on_attribute("num_active", num_active);
+        visitor.on_attribute("gate", gate);
+        visitor.on_attribute("norm_in", norm_in);
+        visitor.on_attribute("norm_out", norm_out);
+        visitor.on_attribute("added", added);
+        visitor.on_attribute("output", output);
+        visitor.on_attribute("epsilon_in", epsilon_in);
+        visitor.on_attribute("epsilon_out", epsilon_out);
+    }
+
+    static RoutedAttributes of(const ov::frontend::NodeContext& node) {
+        return {ExpertsAttributes::of(node),
+                node.get_attribute<int64_t>("num_experts"),
+                node.get_attribute<int64_t>("num_active"),
+                node.get_attribute<std::string>("gate"),
+                node.get_attribute<std::string>("norm_in"),
+                node.get_attribute<std::string>("norm_out"),
+                node.get_attribute<std::string>("added"),
+                node.get_attribute<std::string>("output"),
+                node.get_attribute<float>("epsilon_in"),
+                node.get_attribute<float>("epsilon_out")};
+    }
+
+    Frame frame(const ov::Node* node) const {
+        NODE_VALIDATION_CHECK(node, num_active > 0 && num_active <= num_experts,
+                              "num_active must be 1 to the number of experts, ", num_experts, ", not ", num_active);
+        const auto one_of = [&](const char* name, const std::string& value, std::vector<std::string> known) {
+            const auto at = std::find(known.begin(), known.end(), value);
+            std::string names;
+            for (const auto& other : known) names += (names.empty() ? "" : ", ") + other;
+            NODE_VALIDATION_CHECK(node, at != known.end(), name, " '", value, "' is not one of ", names);
+            return int(at - known.begin());
+        };
+        const auto norm = [&](const char* name, const std::string& value, float epsilon) {
+            return Norm{NormKind(one_of(name, value, {"none", "layer", "rms"})), epsilon, nullptr, nullptr};
+        };
+        Frame frame = {};
+        frame.width = int(experts.width);
+        frame.num_experts = int(num_experts);
+        frame.num_active = int(num_active);
+        frame.gate = Gate(one_of("gate", gate, {"unit", "softmax", "softmax_topk", "sigmoid"}));
+        frame.added = Residual(one_of("added", added, {"none", "x", "sum"}));
+        one_of("output", output, {"f32", "bf16"});
+        frame.norm_in = norm("norm_in", norm_in, epsilon_in);
+        frame.norm_out = norm("norm_out", norm_out, epsilon_out);
+        NODE_VALIDATION_CHECK(node, frame.added != Residual::sum || frame.norm_in.kind != NormKind::none,
+                              "added 'sum' is that of given and residual, which come with norm_in; there is none");
+        return frame;
+    }
+};
+
+// Numbers of the constant `frame`: router, its bias, the bias of the choice, the output's bias, then norms.
+int64_t frame_size(const Frame& frame) {
+    const int64_t D = frame.width, E = frame.num_experts;
+    const auto norm = [&](const Norm& norm) { return norm.kind == NormKind::none ? 0 : 2 * D; };
+    return E * D + 2 * E + D + norm(frame.norm_in) + norm(frame.norm_out);
+}
+
+Frame with_numbers(Frame frame, const float* at) {
+    const int64_t D = frame.width, E = frame.num_experts;
+    const auto take = [&at](int64_t count) { return (at += count) - count; };
+    frame.router = take(E * D);
+    frame.router_bias = take(E);
+    frame.choice_bias = take(E);
+    frame.b_out = take(D);
+    for (Norm* norm : {&frame.norm_in, &frame.norm_out})
+        if (norm->kind != NormKind::none) {
+            norm->scale = take(D);
+            norm->bias = take(D);
+        }
+    return frame;
+}
+
+class RoutedExperts : public ExpertsNode {
+  public:
+    using Attributes = RoutedAttributes;
+    OPENVINO_OP("RoutedExperts", "ffn2moe");
+
+    RoutedExperts() = default;
+    RoutedExperts(const ov::OutputVector& inputs, const Attributes& attributes,
+                  std::shared_ptr<const Plan> plan = nullptr)
+        : ExpertsNode(inputs), attributes_(attributes) {
+        plan_ = std::move(plan);
+        constructor_validate_and_infer_types();
+    }
+
+    bool visit_attributes(ov::AttributeVisitor& visitor) override {
+        attributes_.visit(visitor);
+        return true;
+    }
+
+    std::shared_ptr<ov::Node> clone_with_new_inputs(const ov::OutputVector& inputs) const override {
+        return std::make_shared<RoutedExperts>(inputs, attributes_, plan_);
+    }
+
+    void validate_and_infer_types() override {
+        if (!plan_) {
+            auto plan = std::make_shared<Plan>();
+            plan->layer = attributes_.experts.layer(this);
+            plan->frame = attributes_.frame(this);
+            plan_ = plan;
+        }
+        const bool normal = plan_->frame.norm_in.kind != NormKind::none;
+        NODE_VALIDATION_CHECK(this, get_input_size() == (normal ? 4 : 3), "takes given, experts, frame",
+                              normal ? " and residual" : "", "; ", get_input_size(), " inputs were given");
+        check_tokens(0, "given");
+        check_experts(1);
+        const auto& experts = get_input_partial_shape(1);
+        NODE_VALIDATION_CHECK(this,
+                              experts.rank().is_dynamic() || experts[0].compatible(attributes_.num_experts),
+                              "num_experts is ", attributes_.num_experts, ", but experts has shape ", experts);
+        check_type(2, "frame", ov::element::f32);
+        const auto& frame = get_input_partial_shape(2);
+        NODE_VALIDATION_CHECK(this, frame.compatible(ov::PartialShape{frame_size(plan_->frame)}), "frame has shape ",
+                              frame, ", but these attributes ask for [", frame_size(plan_->frame),
+                              "]: make it by ffn2moe.native.frame");
+        if (normal) check_tokens(3, "residual");
+        give_tokens(attributes_.output == "bf16" ? ov::element::bf16 : ov::element::f32);
+    }
+
+    bool evaluate(ov::TensorVector& outputs, const ov::TensorVector& inputs) const override {
+        const int T = tokens(inputs[0], "given");
+        const Work work = this->work(inputs[1]);
+        const bool normal = inputs.size() > 3;
+        OPENVINO_ASSERT(!normal || inputs[3].get_shape() == inputs[0].get_shape(), "RoutedExperts: residual ",
+                        inputs[3].get_shape(), " and given ", inputs[0].get_shape(), " must have the same shape");
+        outputs[0].set_shape(inputs[0].get_shape());
+        if (T == 0) return true;
+        const Given given = tokens_of(inputs[0]);
+        run_routed(work, *plan_->rows, with_numbers(plan_->frame, inputs[2].data<const float>()), given,
+                   normal ? tokens_of(inputs[3]) : given,
+                   {outputs[0].data(), outputs[0].get_element_type() == ov::element::bf16}, T);
+        return true;
+    }
+
+  private:
+    void check_tokens(size_t input, const char* name) const {
+        const auto type = get_input_element_type(input);
+        NODE_VALIDATION_CHECK(this, type.is_dynamic() || type == ov::element::f32 || type == ov::element::bf16, name,
+                              " must be float32 or bfloat16, not ", type);
+        check_shape(input, name, attributes_.experts.width, "tokens, width");
+    }
+
+    static Given tokens_of(const ov::Tensor& rows) {
+        return {rows.data(), rows.get_element_type() == ov::element::bf16};
+    }
+
+    Attributes attributes_;
+};
+
+template <class Node> ov::OutputVector from_onnx(const ov::frontend::NodeContext& node) {
     ov::OutputVector inputs;
     for (size_t i = 0; i < node.get_input_size(); ++i) inputs.push_back(node.get_input(int(i)));
-    const auto weights = node.get_attribute<std::string>("weights");
-    const std::string usual = weights == "int8" ? "int16" : weights; // of int4 none: they were stored in another way
-    return std::make_shared<Experts>(inputs, node.get_attribute<int64_t>("width"),
-                                     node.get_attribute<int64_t>("expert_width"),
-                                     node.get_attribute<int64_t>("gated") != 0,
-                                     node.get_attribute<std::string>("activation"),
-                                     weights, node.get_attribute<std::string>("activations", usual))
-        ->outputs();
+    return std::make_shared<Node>(inputs, Node::Attributes::of(node))->outputs();
 }
 
 } // namespace
+
+const RowWork& row_work(const char* path) {
+    const std::string name = path;
+    return name == "amx" || name == "avx512" ? rows_avx512::work()
+           : name == "avx2"                  ? rows_avx2::work()
+                                             : rows_plain::work();
+}
+
 } // namespace ffn2moe
 
 OPENVINO_CREATE_EXTENSIONS(std::vector<ov::Extension::Ptr>(
     {std::make_shared<ov::OpExtension<ffn2moe::Experts>>(),
-     std::make_shared<ov::frontend::onnx::ConversionExtension>("Experts", "ffn2moe", ffn2moe::from_onnx)}));
+     std::make_shared<ov::OpExtension<ffn2moe::RoutedExperts>>(),
+     std::make_shared<ov::frontend::onnx::ConversionExtension>("Experts", "ffn2moe",
+                                                               ffn2moe::from_onnx<ffn2moe::Experts>),
+     std::make_shared<ov::frontend::onnx::ConversionExtension>("RoutedExperts", "ffn2moe",
+                                                               ffn2moe::from_onnx<ffn2moe::RoutedExperts>)}));

@@ -9,10 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
+import onnx_ir as ir
 import pytest
+import torch
 from onnx import TensorProto, helper, numpy_helper
+from torch.nn import functional as F
 
-from ffn2moe import native
+from ffn2moe import native, onnx_graph, onnx_plans
 from ffn2moe.native import PATHS, WEIGHTS
 
 NUMBERS = [(weights, activations) for weights in WEIGHTS for activations in native.ACTIVATIONS_OF[weights]]
@@ -30,12 +34,11 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pytest.skip(str(why))
 
 
-class Layer:
-    """Random experts, packed, and a compiled model of one node."""
+class RandomExperts:
+    """Random experts, packed, and the attributes of a node of them."""
 
     def __init__(
         self,
-        library: Path,
         *,
         weights: str = "int8",
         activations: str | None = None,
@@ -45,10 +48,7 @@ class Layer:
         E: int = 4,
         M: int = 37,
         D: int = 45,
-        threads: int = 1,
     ) -> None:
-        import openvino as ov
-
         numbers = np.random.default_rng(0)
         self.width, self.num_experts = D, E
         self.parts: dict[str, Any] = {
@@ -58,20 +58,32 @@ class Layer:
             "w_gate_EMD": numbers.standard_normal((E, M, D)).astype(np.float32) / np.float32(D**0.5) if gated else None,
             "b_gate_EM": numbers.standard_normal((E, M)).astype(np.float32) if gated and biased else None,
         }
-        packed = native.pack_experts(weights, **self.parts)
+        self.packed = native.pack_experts(weights, **self.parts)
         self.rounded = {
             name: native.round_weights(weights, part) if part is not None and name.startswith("w_") else part
             for name, part in self.parts.items()
         }
         self.activation = activation
-        described = native.attributes(
+        self.described = native.attributes(
             D, M, gated=gated, activation=activation, weights=weights, activations=activations
         )
-        core = ov.Core()
-        core.add_extension(library)
-        settings = {"INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": 1, "INFERENCE_PRECISION_HINT": "f32"}
-        model = core.compile_model(core.read_model(one_node(packed, D, described)), "CPU", settings)
-        self.request = model.create_infer_request()
+
+
+def compiled(library: Path, model: bytes, threads: int) -> Any:
+    import openvino as ov
+
+    core = ov.Core()
+    core.add_extension(library)
+    settings = {"INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": 1, "INFERENCE_PRECISION_HINT": "f32"}
+    return core.compile_model(core.read_model(model), "CPU", settings).create_infer_request()
+
+
+class Layer(RandomExperts):
+    """A compiled model of one Experts node."""
+
+    def __init__(self, library: Path, *, threads: int = 1, **described: Any) -> None:
+        super().__init__(**described)
+        self.request = compiled(library, one_node(self.packed, self.width, self.described), threads)
 
     def __call__(self, x_TD: np.ndarray, chosen_TK: np.ndarray, gates_TK: np.ndarray) -> np.ndarray:
         # Not infer(): with one thread, that of openvino 2026.4 loses the errors of any node.
@@ -271,6 +283,252 @@ def test_a_path_that_is_not_known_is_refused_with_those_that_are(library: Path) 
     command = [sys.executable, "-c", code, str(library)]
     said = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
     assert "FFN2MOE_NATIVE=abacus is not a path of this processor; it has " in said and "plain" in said
+
+
+# --- routed ---------------------------------------------------------------------------------------------------------
+
+
+class Routed(RandomExperts):
+    """A compiled model of one RoutedExperts node with random experts, router, output bias and norms."""
+
+    def __init__(
+        self,
+        library: Path,
+        *,
+        gate: str = "unit",
+        norm_in: str | None = "layer",
+        norm_out: str | None = "layer",
+        added: str = "x",
+        half: bool = False,
+        K: int = 2,
+        threads: int = 1,
+        **described: Any,
+    ) -> None:
+        super().__init__(**described)
+        numbers = np.random.default_rng(2)
+        D, E = self.width, self.num_experts
+
+        def norm(kind: str | None) -> native.Norm | None:
+            scale_D, bias_D = numbers.uniform(0.5, 1.5, D), numbers.standard_normal(D)
+            return kind and native.Norm(kind, scale_D, bias_D if kind == "layer" else None, 1e-3)
+
+        self.routed: dict[str, Any] = {
+            "router_ED": numbers.standard_normal((E, D)).astype(np.float32),
+            "router_bias_E": numbers.standard_normal(E).astype(np.float32),
+            "choice_bias_E": 0.3 * numbers.standard_normal(E).astype(np.float32),
+            "b_out_D": numbers.standard_normal(D).astype(np.float32),
+            "norm_in": norm(norm_in),
+            "norm_out": norm(norm_out),
+        }
+        self.how: dict[str, Any] = {"num_active": K, "gate": gate, "added": added}
+        norms = {name: self.routed[name] for name in ("norm_in", "norm_out")}
+        self.described |= native.routed_attributes(E, K, gate, added=added, output="bf16" if half else "f32", **norms)
+        model = routed_node(self.packed, native.frame(**self.routed), D, self.described, half=half)
+        self.request = compiled(library, model, threads)
+
+    def __call__(self, given_TD: np.ndarray, residual_TD: np.ndarray) -> np.ndarray:
+        inputs = [given_TD, residual_TD] if self.routed["norm_in"] else [given_TD]
+        self.request.start_async(inputs)
+        self.request.wait()
+        return np.array(self.request.get_output_tensor().data)
+
+    def expected(self, given_TD: np.ndarray, residual_TD: np.ndarray) -> np.ndarray:
+        residual = residual_TD if self.routed["norm_in"] else None
+        return native.routed_reference(
+            given_TD, residual_TD=residual, activation=self.activation, **self.routed, **self.how, **self.rounded
+        )
+
+    def tokens(self, T: int) -> tuple[np.ndarray, np.ndarray]:
+        numbers = np.random.default_rng(1)
+        given_TD, residual_TD = numbers.standard_normal((2, T, self.width)).astype(np.float32)
+        return given_TD, residual_TD
+
+
+def routed_node(
+    packed: np.ndarray, frame: np.ndarray, width: int, attributes: dict[str, Any], *, half: bool = False
+) -> bytes:
+    """A model of one node; `half`: it is given bfloat16, and gives it."""
+    tokens = ["given", "residual"] if attributes["norm_in"] != "none" else ["given"]
+    short = [f"{name} in bfloat16" if half else name for name in tokens]
+    nodes = [
+        helper.make_node("Cast", [name], [cast], to=TensorProto.BFLOAT16)
+        for name, cast in zip(tokens, short, strict=True)
+        if half
+    ]
+    inputs = [short[0], "experts", "frame", *short[1:]]
+    out = "y in bfloat16" if half else "y"
+    nodes.append(helper.make_node(native.ROUTED_OP_TYPE, inputs, [out], domain=native.DOMAIN, **attributes))
+    if half:
+        nodes.append(helper.make_node("Cast", [out], ["y"], to=TensorProto.FLOAT))
+    graph = helper.make_graph(
+        nodes,
+        "routed_node",
+        [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["tokens", "width"]) for name in tokens],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["tokens", width])],
+        [numpy_helper.from_array(packed, "experts"), numpy_helper.from_array(frame, "frame")],
+    )
+    opsets = [helper.make_opsetid("", 21), helper.make_opsetid(native.DOMAIN, native.VERSION)]
+    return helper.make_model(graph, opset_imports=opsets, ir_version=10).SerializeToString()
+
+
+@pytest.mark.parametrize("gate", ["unit", "softmax", "softmax_topk", "sigmoid"])
+def test_every_gate_is_that_of_the_reference(library: Path, path: str, gate: str) -> None:
+    layer = Routed(library, gate=gate, E=11, K=3)
+    tokens = layer.tokens(53)
+    assert difference(layer(*tokens), layer.expected(*tokens)) < TOLERANCE["int16"]
+
+
+@pytest.mark.parametrize(
+    ("norm_in", "norm_out", "added"),
+    [(None, None, "none"), (None, "layer", "x"), (None, "rms", "x"), ("layer", None, "sum"), ("rms", "rms", "x")],
+)
+def test_norms_and_residuals_are_those_of_the_reference(
+    library: Path, path: str, norm_in: str | None, norm_out: str | None, added: str
+) -> None:
+    layer = Routed(library, norm_in=norm_in, norm_out=norm_out, added=added, gated=True, activation="silu")
+    tokens = layer.tokens(21)
+    assert difference(layer(*tokens), layer.expected(*tokens)) < TOLERANCE["int16"]
+
+
+def test_the_norms_of_the_reference_are_those_of_pytorch() -> None:
+    numbers = np.random.default_rng(0)
+    x_TD, scale_D, bias_D = numbers.standard_normal((5, 8)), numbers.standard_normal(8), numbers.standard_normal(8)
+    x, scale, bias = (torch.from_numpy(array) for array in (x_TD, scale_D, bias_D))
+    ours = native.Norm("layer", scale_D, bias_D, 1e-3)(x_TD)
+    np.testing.assert_allclose(ours, F.layer_norm(x, (8,), scale, bias, 1e-3).numpy())
+    np.testing.assert_allclose(native.Norm("rms", scale_D, None, 1e-3)(x_TD), F.rms_norm(x, (8,), scale, 1e-3).numpy())
+
+
+def test_a_layer_may_be_given_bfloat16_and_give_it(library: Path, path: str) -> None:
+    layer = Routed(library, half=True)
+    given_TD, residual_TD = layer.tokens(40)
+    rounded = [native.round_weights("bf16", array[None])[0].astype(np.float32) for array in (given_TD, residual_TD)]
+    y_TD = layer(given_TD, residual_TD)
+    assert difference(y_TD, layer.expected(*rounded)) < 0.003
+    assert np.array_equal(native.round_weights("bf16", y_TD[None])[0], y_TD)
+
+
+def test_of_equal_scores_the_first_experts_are_chosen(library: Path, path: str) -> None:
+    layer = Routed(library, norm_in=None, norm_out=None, added="none")
+    layer.routed |= {name: 0 * layer.routed[name] for name in ("router_ED", "router_bias_E", "choice_bias_E")}
+    model = routed_node(layer.packed, native.frame(**layer.routed), layer.width, layer.described)
+    layer.request = compiled(library, model, 1)
+    given_TD, residual_TD = layer.tokens(20)
+    chosen_TK = np.tile([0, 1], (20, 1))
+    expected = native.reference(given_TD, chosen_TK, np.ones((20, 2)), activation=layer.activation, **layer.rounded)
+    assert difference(layer(given_TD, residual_TD), expected + layer.routed["b_out_D"]) < TOLERANCE["int16"]
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_threads_and_company_do_not_change_a_bit_of_routed_experts(library: Path, path: str, half: bool) -> None:
+    one, two = (Routed(library, D=64, M=48, half=half, threads=threads) for threads in (1, 2))
+    given_TD, residual_TD = one.tokens(1200)
+    y_TD = one(given_TD, residual_TD)
+    assert np.array_equal(y_TD, two(given_TD, residual_TD))
+    for part in (slice(0, 0), slice(0, 1), slice(5, 22), slice(100, 400)):
+        for layer in (one, two):
+            assert np.array_equal(y_TD[part], layer(given_TD[part], residual_TD[part]))
+
+
+def test_nan_stays_in_its_token_of_routed_experts(library: Path, path: str) -> None:
+    layer = Routed(library)
+    given_TD, residual_TD = layer.tokens(20)
+    expected = layer(given_TD, residual_TD)
+    given_TD[4, 7], residual_TD[11, 0] = np.nan, np.inf
+    y_TD = layer(given_TD, residual_TD)
+    assert np.isnan(y_TD[[4, 11]]).all()
+    others = np.delete(np.arange(20), [4, 11])
+    assert np.array_equal(y_TD[others], expected[others])
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"gate": "hard"}, "gate 'hard' is not one of unit, softmax, softmax_topk, sigmoid"),
+        ({"norm_out": "batch"}, "norm_out 'batch' is not one of none, layer, rms"),
+        ({"norm_out": "none"}, "make it by ffn2moe.native.frame"),
+        ({"norm_in": "none"}, "takes given, experts, frame; 4 inputs were given"),
+        ({"num_active": 5}, "num_active must be 1 to the number of experts, 4, not 5"),
+        ({"num_experts": 3}, "num_experts is 3, but experts has shape"),
+    ],
+)
+def test_a_routed_node_that_does_not_fit_is_refused(library: Path, wrong: dict[str, Any], message: str) -> None:
+    layer = Routed(library)
+    nodes = routed_node(layer.packed, native.frame(**layer.routed), layer.width, layer.described)
+    model = onnx.load_from_string(nodes)
+    for attribute in model.graph.node[0].attribute:
+        if attribute.name in wrong:
+            attribute.CopyFrom(helper.make_attribute(attribute.name, wrong[attribute.name]))
+    with pytest.raises(RuntimeError, match=message):
+        compiled(library, model.SerializeToString(), 1)
+
+
+def test_a_residual_of_other_tokens_is_refused(library: Path) -> None:
+    layer = Routed(library)
+    given_TD, residual_TD = layer.tokens(3)
+    with pytest.raises(RuntimeError, match="must have the same shape"):
+        layer(given_TD, residual_TD[:2])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_active": 5}, "num_active must be 1 to the number of experts"),
+        ({"added": "sum", "norm_in": None}, "come with norm_in"),
+    ],
+)
+def test_what_the_routed_operator_has_not_is_not_written(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        native.routed_attributes(**{"num_experts": 4, "num_active": 2, "gate": "unit"} | change)
+
+
+def test_a_frame_whose_parts_do_not_fit_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"b_out has shape \[3\], but the router, \[2, 4\], asks for \[4\]"):
+        native.frame(np.ones((2, 4)), np.ones(2), b_out_D=np.ones(3))
+
+
+@pytest.mark.parametrize("order", ["norm after", "norm before", "x is read elsewhere"])
+def test_norms_and_residuals_go_into_the_node_where_nothing_else_reads_them(library: Path, order: str) -> None:
+    """The graph of a layer [given, residual] -> y, lowered, computes what it says."""
+    layer = Routed(library, **({"norm_out": None, "added": "sum"} if order == "norm before" else {}))
+    model = ir.Model(ir.Graph([], [], nodes=[], opset_imports={"": 23, "ffn2moe": 1}), ir_version=10)
+    editor = onnx_graph.Editor(model)
+    rows = ir.Shape(["tokens", layer.width])
+    given, residual = (ir.val(name, dtype=ir.DataType.FLOAT, shape=rows) for name in ("given", "residual"))
+    model.graph.inputs.extend([given, residual])
+
+    def norm(name: str, value: ir.Value) -> ir.Value:
+        how = layer.routed[name]
+        parts = [
+            editor.constant(f"{name}.{part}", getattr(how, f"{part}_D").astype(np.float32))
+            for part in ("scale", "bias")
+        ]
+        return row(editor.node("LayerNormalization", value, *parts, epsilon=how.epsilon))
+
+    def row(value: ir.Value) -> ir.Value:
+        value.shape, value.type = rows, ir.TensorType(ir.DataType.FLOAT)
+        return value
+
+    sum_TD = row(editor.node("Add", given, residual))
+    x_TD = norm("norm_in", sum_TD)
+    parts = {"router": layer.routed["router_ED"], "w_in": layer.parts["w_in_EMD"], "w_out": layer.parts["w_out_EDM"]}
+    parts |= {"router_bias": layer.routed["router_bias_E"], "choice_bias": layer.routed["choice_bias_E"]}
+    parts |= {"b_in": layer.parts["b_in_EM"], "b_out": layer.routed["b_out_D"]}
+    constants = [editor.constant(f"layer.{name}", parts[name]) if name in parts else None for name in onnx_graph.PARTS]
+    how = {"selection": "topk", "num_active": 2, "gate": "unit", "activation": layer.activation}
+    y_TD = row(editor.node("Mixture", x_TD, None, *constants, domain="ffn2moe", **how))
+    y_TD = row(editor.node("Add", sum_TD if order == "norm before" else x_TD, y_TD))
+    y_TD = y_TD if order == "norm before" else norm("norm_out", y_TD)
+    model.graph.outputs.extend([y_TD, x_TD] if order == "x is read elsewhere" else [y_TD])
+    lowered = onnx_plans.lower(model, "ov-native8")
+    expected_ops = (
+        ["Add", "LayerNormalization", "RoutedExperts"] if order == "x is read elsewhere" else ["RoutedExperts"]
+    )
+    assert [node.op_type for node in lowered.graph] == expected_ops
+    request = compiled(library, ir.to_proto(lowered).SerializeToString(), 1)
+    tokens = layer.tokens(30)
+    request.infer(list(tokens))
+    assert difference(request.get_output_tensor(0).data, layer.expected(*tokens)) < TOLERANCE["int16"]
 
 
 # --- weights --------------------------------------------------------------------------------------------------------
