@@ -19,6 +19,9 @@ from ffn2moe.dense import DenseFFN
 PartitionMethod = Literal["coactivation", "weights", "gradient", "nested", "random", "contiguous"]
 PROFILE_DIRECTIONS = 64  # principal directions of a neuron's profile that the clustering sees
 MOST_DIMENSIONS = 256  # of the points that the clustering of a wide FFN sees
+STARTS = 8  # of the clustering of other FFNs
+SETTLED = 1e-4  # of the mean variance: clustering ends when the centres move by less
+SWEEPS = 2  # over the experts, to find their prices
 SUPER_QUANTILE, SUPER_SHARE = 0.999, 0.1  # of the largest contributions of all neurons, and of the largest of these
 
 
@@ -105,9 +108,10 @@ def nested(energy_F: Tensor, num_experts: int) -> Tensor:
 def balanced_kmeans(points_FP: Tensor, num_experts: int, seed: int) -> Tensor:
     """K-means whose clusters differ in size by one at most; clusters are named by their first neuron. [F]
 
-    Assignment under capacity is a minimum-cost flow (Bradley, Bennett & Demiriz 2000; `k-means-constrained`).
+    Lloyd's algorithm with the assignment that is best under these sizes (Bradley, Bennett & Demiriz 2000:
+    `balanced_assignment`) from k-means++ starts, the best of several where a run is short.
     """
-    from k_means_constrained import KMeansConstrained
+    from sklearn.cluster import kmeans_plusplus
 
     count = len(points_FP)
     wide = count > WIDEST_MOMENTS  # then a run takes seconds, and what its last steps gain is slight
@@ -115,20 +119,125 @@ def balanced_kmeans(points_FP: Tensor, num_experts: int, seed: int) -> Tensor:
         # A random projection keeps the distances, and so the cost of every clustering (Johnson & Lindenstrauss 1984).
         generator = torch.Generator().manual_seed(seed)
         points_FP = points_FP @ torch.randn(points_FP.shape[1], MOST_DIMENSIONS, generator=generator).to(points_FP)
-    clustering = KMeansConstrained(
-        n_clusters=num_experts,
-        size_min=count // num_experts,
-        size_max=-(-count // num_experts),
-        n_init=1 if wide else 4,
-        max_iter=50 if wide else 300,
-        random_state=seed,
-        n_jobs=1,
-    )
-    labels = clustering.fit_predict(points_FP.double().numpy().astype(np.float64))
+    points_FP = points_FP.double()
+    points_FP = points_FP - points_FP.mean(0)
+    random_state = np.random.RandomState(seed)
+    least, labels = np.inf, np.zeros(count, dtype=np.int64)
+    for _ in range(1 if wide else STARTS):
+        start_EP, _ = kmeans_plusplus(points_FP.numpy(), num_experts, random_state=random_state)
+        found, inertia = _lloyd(points_FP, torch.from_numpy(start_EP), 50 if wide else 300)
+        if inertia < least:
+            least, labels = inertia, found
     _, first = np.unique(labels, return_index=True)
     rank = np.empty(num_experts, dtype=np.int64)
     rank[labels[np.sort(first)]] = np.arange(num_experts)
     return torch.from_numpy(rank[labels])
+
+
+def _lloyd(points_FP: Tensor, centre_EP: Tensor, most_steps: int) -> tuple[np.ndarray, float]:
+    """Balanced clusters of centred points from these centres on, [F] int64, and the sum of squares within them."""
+    enough = SETTLED * points_FP.var(0, correction=0).mean().item()
+    energy = points_FP.square().sum().item()
+    price_E = np.zeros(len(centre_EP))
+    for _ in range(most_steps):
+        # Squared distances to the centres, less the squared norm of the point, which chooses nothing.
+        cost_EF = centre_EP.square().sum(1, keepdim=True) - 2 * centre_EP @ points_FP.T
+        labels, price_E = balanced_assignment(cost_EF.numpy(), price_E)
+        member_EF = F.one_hot(torch.from_numpy(labels), len(centre_EP)).T.double()
+        size_E1 = member_EF.sum(1, keepdim=True)
+        before_EP, centre_EP = centre_EP, member_EF @ points_FP / size_E1
+        if (centre_EP - before_EP).square().sum().item() <= enough:
+            break
+    return labels, energy - (size_E1 * centre_EP.square()).sum().item()
+
+
+def balanced_assignment(cost_EF: np.ndarray, price_E: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The cheapest assignment of F neurons to E experts whose sizes differ by one at most, [F] int64, and its prices.
+
+    A minimum-cost flow, solved exactly. `price_E` is a guess of what a place in each expert is worth, such as the
+    prices of a similar problem; it changes how long this takes and, but for ties, nothing else. Each neuron first goes
+    where cost and price are least, after the prices are set so that sizes come out almost right. That is optimal for
+    the sizes that it gives. Then neurons move along the cheapest path from an expert with too many to one with too few
+    (successive shortest paths, Ahuja, Magnanti & Orlin 1993, chapter 9.7), which keeps it so. An edge of the path is
+    the neuron that is cheapest to move, so the graph has one node an expert, and one more for the F mod E places that
+    any expert may have beyond the others.
+    """
+    E, count = cost_EF.shape
+    if E == 1:
+        return np.zeros(count, dtype=np.int64), price_E
+    base, spare = divmod(count, E)
+    labels_F, price_E = _priced(cost_EF, price_E, base)
+    size_E = np.bincount(labels_F, minlength=E)
+    extra_E = np.zeros(E, dtype=np.int64)  # 1 where an expert has one of the spare places
+    step = np.full((E + 1, E + 1), np.inf)  # cost of one neuron more here and one less there; the last is spare places
+    step[:E, E] = 0
+    mover_EE = np.zeros((E, E), dtype=np.int64)
+    tolerance = 1e-12 * np.abs(cost_EF).max(initial=0)
+
+    def look(expert: int) -> None:
+        members = np.flatnonzero(labels_F == expert)
+        if len(members) == 0:
+            step[expert, :E] = np.inf
+            return
+        rise_EN = cost_EF[:, members] - cost_EF[expert, members]
+        cheapest_E = rise_EN.argmin(1)
+        mover_EE[expert] = members[cheapest_E]
+        step[expert, :E] = rise_EN[np.arange(E), cheapest_E]
+        step[expert, expert] = np.inf
+
+    for expert in range(E):
+        look(expert)
+    while (size_E - base - extra_E > 0).any():
+        over_E = size_E - base - extra_E
+        cost, before = _shortest(step, np.append(over_E > 0, False), tolerance)
+        place = int(np.where(np.append(over_E < 0, extra_E.sum() < spare), cost, np.inf).argmin())
+        changed = set()
+        while before[place] >= 0:
+            giver, taker = int(before[place]), place
+            if taker == E:
+                extra_E[giver], step[giver, E], step[E, giver] = 1, np.inf, 0
+            elif giver == E:
+                extra_E[taker], step[taker, E], step[E, taker] = 0, 0, np.inf
+            else:
+                labels_F[mover_EE[giver, taker]] = taker
+                size_E[giver] -= 1
+                size_E[taker] += 1
+                changed |= {giver, taker}
+            place = giver
+        for expert in changed:
+            look(expert)
+    return labels_F, price_E
+
+
+def _priced(cost_EF: np.ndarray, price_E: np.ndarray, base: int) -> tuple[np.ndarray, np.ndarray]:
+    """The expert of least cost and price for each neuron, at prices that give every expert about `base`; the prices."""
+    priced_EF = cost_EF + price_E[:, None]
+    for _ in range(SWEEPS):
+        for expert, cost_F in enumerate(cost_EF):
+            priced_EF[expert] = np.inf
+            # What a neuron would pay to be here rather than where it is next cheapest: `base` of them are to come.
+            worth_F = priced_EF.min(0) - cost_F
+            cut = len(worth_F) - base
+            priced_EF[expert] = cost_F + np.partition(worth_F, (cut - 1, cut))[cut - 1 : cut + 1].mean()
+    return priced_EF.argmin(0), priced_EF[:, 0] - cost_EF[:, 0]
+
+
+def _shortest(step: np.ndarray, start: np.ndarray, tolerance: float) -> tuple[np.ndarray, np.ndarray]:
+    """Cost of the cheapest path to each node from any of `start`, and the node before it, -1 at the start.
+
+    Bellman and Ford; steps may be negative, but there are no negative cycles.
+    """
+    cost = np.where(start, 0.0, np.inf)
+    before = np.full(len(cost), -1)
+    for _ in range(len(cost)):
+        through = cost[:, None] + step
+        nearest = through.argmin(0)
+        reached = through[nearest, np.arange(len(cost))]
+        better = reached < cost - tolerance
+        if not better.any():
+            break
+        cost[better], before[better] = reached[better], nearest[better]
+    return cost, before
 
 
 def super_neurons(largest: Sequence[Tensor]) -> list[Tensor]:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import shutil
+from itertools import combinations
 from pathlib import Path
 from typing import get_args
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from ffn2moe import activations, checkpoint, oracle
@@ -149,6 +152,26 @@ def test_the_oracle_of_a_wide_layer_in_bfloat16_chooses_almost_as_well_as_in_flo
     best, found = (oracle.fit_scale(exact.grams, survey.chosen_TE) for survey in (exact, rounded))
     assert found.error == pytest.approx(best.error, rel=1e-3)
     assert found.scale == pytest.approx(best.scale, rel=1e-2)
+
+
+@given(st.integers(1, 5), st.integers(0, 15), st.integers(0, 10**6), st.sampled_from([0.0, 1.0, 30.0]))
+@settings(max_examples=60, deadline=None)
+def test_no_assignment_into_experts_of_equal_size_is_cheaper(E, more, seed, guess):
+    random = np.random.default_rng(seed)
+    cost_EF = random.integers(0, 9, (E, E + more)).astype(float)  # of which many are the same
+    labels_F, _ = partitions.balanced_assignment(cost_EF, guess * random.standard_normal(E))
+    base, spare = divmod(E + more, E)
+    assert sorted(np.bincount(labels_F, minlength=E)) == [base] * (E - spare) + [base + 1] * spare
+    cheapest = np.inf
+    for wider in combinations(range(E), spare):
+        places = cost_EF[np.concatenate([np.repeat(np.arange(E), base), np.array(wider, dtype=int)])]
+        cheapest = min(cheapest, places[linear_sum_assignment(places)].sum())
+    assert cost_EF[labels_F, np.arange(E + more)].sum() == pytest.approx(cheapest)
+
+
+def test_neurons_that_are_all_alike_are_divided_evenly():
+    found_F = partitions.balanced_kmeans(torch.zeros(30, 4), 4, seed=0)
+    assert sorted(torch.bincount(found_F).tolist()) == [7, 7, 8, 8]
 
 
 def test_clusters_are_found_through_the_projection_of_wide_ffns(monkeypatch):
