@@ -1,4 +1,8 @@
-"""What the student is trained on."""
+"""What the student is trained on.
+
+Where `ranks` is more than one process, tensors are those of this process's texts and a loss is its share: the shares of
+all processes add up to the loss of the whole batch, in value and in gradient.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ffn2moe.ranks import ALONE, Ranks
+
 Divergence = Literal["forward_kl", "reverse_kl", "js", "balanced_kl", "taid", "sinkhorn"]
 TAID_START = 0.4  # share of the teacher in the first target
 SINKHORN_TEMPERATURE = 2.0
@@ -17,18 +23,30 @@ SINKHORN_WEIGHT = 0.8  # beside the forward KL
 
 
 def hidden_loss(
-    student_hidden: tuple[Tensor, ...], teacher_hidden: tuple[Tensor, ...], mask_BL: Tensor | None
+    student_hidden: tuple[Tensor, ...],
+    teacher_hidden: tuple[Tensor, ...],
+    mask_BL: Tensor | None,
+    ranks: Ranks = ALONE,
 ) -> Tensor:
     """Squared error of each layer's hidden states [B, L, D] relative to their energy, summed over layers."""
-    total = student_hidden[0].new_zeros((), dtype=torch.float32)
+    errors, wholes = [], []
     for student_BLD, teacher_BLD in zip(student_hidden, teacher_hidden, strict=True):
         # mse_loss makes one pass each way, where a difference and its square make several.
         error_BL = F.mse_loss(student_BLD.float(), teacher_BLD.float(), reduction="none").sum(-1)
         whole_BL = teacher_BLD.float().square().sum(-1)
         if mask_BL is not None:
             error_BL, whole_BL = error_BL * mask_BL, whole_BL * mask_BL
-        total = total + error_BL.sum() / whole_BL.sum()
+        errors.append(error_BL.sum())
+        wholes.append(whole_BL.sum())
+    total = student_hidden[0].new_zeros((), dtype=torch.float32)
+    for error, whole in zip(errors, ranks.sum(torch.stack(wholes)), strict=True):
+        total = total + error / whole
     return total
+
+
+def _mean(values: Tensor, ranks: Ranks) -> Tensor:
+    """This process's share of the mean over all processes."""
+    return values.sum() / ranks.total(values.numel())
 
 
 def logits_loss(
@@ -39,6 +57,7 @@ def logits_loss(
     divergence: Divergence,
     progress: float = 0.0,
     token_share: float = 1.0,
+    ranks: Ranks = ALONE,
 ) -> Tensor:
     """How far the student's distribution is from the teacher's: nats, mean over the positions that count.
 
@@ -62,24 +81,25 @@ def logits_loss(
         student, teacher = student[mask.bool()], teacher[mask.bool()]
     s, t = student.float().flatten(0, -2), teacher.float().flatten(0, -2)
     if token_share < 1:
-        chosen_T = most_to_learn(s, t, token_share)
+        chosen_T = most_to_learn(s, t, token_share, ranks)
         s, t = s[chosen_T], t[chosen_T]
     if divergence == "taid":
         share = TAID_START + (1 - TAID_START) * progress
         t = (1 - share) * s.detach() + share * t
     s_log, t_log = s.log_softmax(-1), t.log_softmax(-1)
     if divergence == "reverse_kl":
-        return _kl(s_log, t_log).mean()
+        return _mean(_kl(s_log, t_log), ranks)
     if divergence == "js":
         middle = torch.logaddexp(s_log, t_log) - log(2)
-        return (_kl(s_log, middle) + _kl(t_log, middle)).mean() / 2
+        return _mean(_kl(s_log, middle) + _kl(t_log, middle), ranks) / 2
     if divergence == "balanced_kl":
         surer_T = _entropy(s_log) < _entropy(t_log)
         forward_T, reverse_T = _kl(t_log, s_log), _kl(s_log, t_log)
-        return (forward_T + reverse_T + torch.where(surer_T, forward_T, reverse_T)).mean() / 3
+        return _mean(forward_T + reverse_T + torch.where(surer_T, forward_T, reverse_T), ranks) / 3
     if divergence == "sinkhorn":
-        return _kl(t_log, s_log).mean() + SINKHORN_WEIGHT * sinkhorn_distance(s, t)
-    return _kl(t_log, s_log).mean()
+        whole = sinkhorn_distance(ranks.gather(s), ranks.gather(t))
+        return _mean(_kl(t_log, s_log), ranks) + SINKHORN_WEIGHT * whole / ranks.size
+    return _mean(_kl(t_log, s_log), ranks)
 
 
 def _kl(p_log: Tensor, q_log: Tensor) -> Tensor:
@@ -93,8 +113,10 @@ def _entropy(p_log: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def most_to_learn(student_TV: Tensor, teacher_TV: Tensor, share: float) -> Tensor:
+def most_to_learn(student_TV: Tensor, teacher_TV: Tensor, share: float, ranks: Ranks = ALONE) -> Tensor:
     """The positions, in order, of the given share of T that have the most left to learn; at least one.
+
+    Of several processes together: each gets the positions that are its own, which may be none.
 
     AdaSPEC (arXiv 2510.19779) ranks positions by the student's loss less that of a reference, so that what is hard for
     the reference too is not insisted on. Its reference is a second student, distilled before. Here it is the teacher: a
@@ -104,7 +126,9 @@ def most_to_learn(student_TV: Tensor, teacher_TV: Tensor, share: float) -> Tenso
     says next, which is KL(teacher || student), whatever divergence is then learnt from.
     """
     gap_T = _kl(teacher_TV.log_softmax(-1), student_TV.log_softmax(-1))
-    return gap_T.topk(max(1, round(share * len(gap_T)))).indices.sort().values
+    place, total = ranks.place(len(gap_T))
+    chosen_T = ranks.gather(gap_T).topk(max(1, round(share * total))).indices.sort().values
+    return chosen_T[(chosen_T >= place.start) & (chosen_T < place.stop)] - place.start
 
 
 def sinkhorn_distance(student_TV: Tensor, teacher_TV: Tensor) -> Tensor:
@@ -152,6 +176,7 @@ def distillation_loss(
     hidden_weight: float,
     embedding_weight: float,
     relational_weight: float,
+    ranks: Ranks = ALONE,
 ) -> DistillationLoss:
     """How far the student is from the teacher on one batch.
 
@@ -160,8 +185,9 @@ def distillation_loss(
     - embedding: mean of 1 - cosine between the pooled, unit-length embeddings [B, D];
     - relational: mean squared difference between the batch's similarity matrices [B, B].
     """
-    hidden = hidden_loss(student_hidden, teacher_hidden, mask_BL)
-    embedding = (1 - (student_BD * teacher_BD).sum(-1)).mean()
-    relational = (student_BD @ student_BD.T - teacher_BD @ teacher_BD.T).square().mean()
+    hidden = hidden_loss(student_hidden, teacher_hidden, mask_BL, ranks)
+    embedding = _mean(1 - (student_BD * teacher_BD).sum(-1), ranks)
+    student_BD, teacher_BD = ranks.gather(student_BD), ranks.gather(teacher_BD)  # each text with every other
+    relational = (student_BD @ student_BD.T - teacher_BD @ teacher_BD.T).square().mean() / ranks.size
     total = hidden_weight * hidden + embedding_weight * embedding + relational_weight * relational
     return DistillationLoss(total, hidden, embedding, relational)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from math import cos, pi
 from typing import Any, Literal, Protocol
@@ -17,6 +17,7 @@ from ffn2moe.dense import installed_ffns
 from ffn2moe.losses import Divergence, distillation_loss, hidden_loss, logits_loss
 from ffn2moe.metrics import pool
 from ffn2moe.moe import moe_layers, set_active
+from ffn2moe.ranks import ALONE, Ranks
 from ffn2moe.router import Choice
 from ffn2moe.spec import Head, Pooling
 
@@ -27,19 +28,40 @@ MAX_GRADIENT_NORM = 1.0
 FOLLOW_RATE = 0.1  # of the way to what would keep a batch's mean number of experts, for those who choose how many ...
 FOLLOWED_TOKENS = 1024  # ... by so many of its tokens
 SETTLING_BATCHES = 8  # on which that number is set after the last step
+COMPARED_EVERY = 100  # steps after which several processes see whether they hold the same weights
 
 
 @dataclass(frozen=True)
 class Batch:
-    """What a model's forward is called with, and the positions [B, L] of its output that count (None: all)."""
+    """What a model's forward is called with, and the positions [B, L] of its output that count (None: all).
+
+    `ranks` are the processes that have the rest of the batch. With `stands_in` this one has nothing of it: its text is
+    another's, for the model to run on, and no row of it counts.
+    """
 
     inputs: dict[str, Tensor]
     mask: Tensor | None
+    ranks: Ranks = ALONE
+    stands_in: bool = False
 
     def to(self, device: torch.device) -> Batch:
         """The same on another device."""
-        inputs = {name: tensor.to(device) for name, tensor in self.inputs.items()}
-        return Batch(inputs, None if self.mask is None else self.mask.to(device))
+        return self._each(lambda tensor: tensor.to(device))
+
+    def part(self, ranks: Ranks) -> Batch:
+        """The texts of this process, padded as before."""
+        rows = ranks.part(len(next(iter(self.inputs.values()))))
+        stands_in = rows.start == rows.stop
+        taken = slice(0, 1) if stands_in else rows
+        return replace(self._each(lambda tensor: tensor[taken]), ranks=ranks, stands_in=stands_in)
+
+    def counted(self) -> Batch:
+        """Without the text that stands in."""
+        return self._each(lambda tensor: tensor[:0]) if self.stands_in else self
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        inputs = {name: change(tensor) for name, tensor in self.inputs.items()}
+        return replace(self, inputs=inputs, mask=None if self.mask is None else change(self.mask))
 
 
 class BatchSource(Protocol):
@@ -181,10 +203,19 @@ class Outputs:
     hidden: tuple[Tensor, ...]
     head: Tensor
 
+    def counted(self, batch: Batch) -> Outputs:
+        """Without those of a text that stands in."""
+        if not batch.stands_in:
+            return self
+        return Outputs(tuple(state[:0] for state in self.hidden), self.head[:0])
+
 
 @dataclass(frozen=True)
 class Loss:
-    """What a step minimises, and the named terms that it is the weighted sum of."""
+    """What a step minimises, and the named terms that it is the weighted sum of.
+
+    Of a part of a batch (`Batch.ranks`) it is that part's share: the sum over the processes is the loss of the batch.
+    """
 
     total: Tensor
     terms: dict[str, Tensor]
@@ -233,6 +264,7 @@ class EmbeddingObjective:
             hidden_weight=self.hidden_weight,
             embedding_weight=self.embedding_weight,
             relational_weight=self.relational_weight,
+            ranks=batch.ranks,
         )
         return Loss(found.total, {name: getattr(found, name) for name in self.terms})
 
@@ -263,11 +295,12 @@ class LogitsObjective:
             divergence=self.divergence,
             progress=progress,
             token_share=self.token_share,
+            ranks=batch.ranks,
         )
         hidden = logits.new_zeros(())
         if self.hidden_weight:  # a classifier's logits have no mask, its hidden states have that of the text
             mask = batch.inputs.get("attention_mask") if batch.mask is None else batch.mask
-            hidden = hidden_loss(student.hidden, teacher.hidden, mask)
+            hidden = hidden_loss(student.hidden, teacher.hidden, mask, batch.ranks)
         return Loss(self.logits_weight * logits + self.hidden_weight * hidden, {"logits": logits, "hidden": hidden})
 
 
@@ -282,7 +315,7 @@ class FeaturesObjective:
         return Outputs(hidden, hidden[-1])
 
     def loss(self, student: Outputs, teacher: Outputs, batch: Batch, progress: float) -> Loss:
-        hidden = hidden_loss(student.hidden, teacher.hidden, batch.mask)
+        hidden = hidden_loss(student.hidden, teacher.hidden, batch.mask, batch.ranks)
         return Loss(hidden, {"hidden": hidden})
 
 
@@ -315,6 +348,9 @@ class Distiller:
     weights. With `elastic`, other K that the same mixtures are to serve, each step runs one of the K
     (`budget_of_step`), as in SMoE-Dropout (arXiv 2303.01610) and SortedNet (arXiv 2309.00255). `state` and `restore`
     carry all that a later step depends on, so that a run that was stopped ends in the same weights as one that was not.
+
+    Several processes (`ranks`) share the texts of each batch and sum gradients and loads, so that a step is that of one
+    process up to rounding, and each of them holds the same weights, bit for bit.
     """
 
     def __init__(
@@ -332,7 +368,9 @@ class Distiller:
         seed: int = 0,
         device: str | torch.device = "cpu",
         bf16: bool = False,
+        ranks: Ranks = ALONE,
     ) -> None:
+        self.ranks = ranks
         self.teacher = use_float32_attention(teacher).to(device).eval().requires_grad_(False)
         self.student = use_float32_attention(student).to(device).requires_grad_(False)
         self.ffns = installed_ffns(student)
@@ -366,8 +404,11 @@ class Distiller:
     def run(self) -> Iterator[StepMetrics]:
         """Train from the current step to the last; yields after each. The student is left in eval mode.
 
-        FloatingPointError when the loss is not finite, before it can reach the weights.
+        FloatingPointError when the loss is not finite, before it can reach the weights. Of several processes the first
+        one's state is what all start from; ValueError when their weights are found to differ later.
         """
+        if self.ranks.size > 1:
+            self.restore(*self.ranks.from_first(self.step, self.state() if self.ranks.first else {}))
         self.student.eval()  # dropout stays off, for the teacher has none to imitate ...
         for ffn in self.ffns:
             ffn.train()  # ... while mixtures pass gradient to their routers
@@ -377,7 +418,9 @@ class Distiller:
             for batch in self.batches.from_step(self.step):
                 if self.step >= self.steps:
                     break
-                yield self._one_step(batch.to(self.device))
+                yield self._one_step(batch.part(self.ranks).to(self.device))
+                if self.step % COMPARED_EVERY == 0 or self.step == self.steps:
+                    self._compare()
             self._settle()
         finally:
             self.student.eval()
@@ -394,14 +437,17 @@ class Distiller:
             with torch.no_grad():
                 teacher = self.objective.outputs(self.teacher, batch)
             student = self.objective.outputs(self.student, batch)
-        loss = self.objective.loss(student, teacher, batch, self.step / self.steps)
-        total = loss.total.item()
+        loss = self.objective.loss(
+            student.counted(batch), teacher.counted(batch), batch.counted(), self.step / self.steps
+        )
+        total, *terms = self.ranks.sum(torch.stack([loss.total, *loss.terms.values()])).tolist()
         if total != total or total in (float("inf"), float("-inf")):
             raise FloatingPointError(
                 f"the loss is {total} at step {self.step}: lower the learning rate, or switch bfloat16 off"
             )
         self.optimizer.zero_grad()
         loss.total.backward()
+        self._sum_gradients()
         norm = nn.utils.clip_grad_norm_(self.trained.values(), MAX_GRADIENT_NORM)
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate * schedule(self.step, self.steps)
@@ -410,7 +456,7 @@ class Distiller:
         metrics = StepMetrics(
             step=self.step,
             loss=total,
-            terms={name: term.item() for name, term in loss.terms.items()},
+            terms=dict(zip(loss.terms, terms, strict=True)),
             gradient_norm=norm.item(),
             max_over_mean_load=max(((load_E.max() / load_E.mean()).item() for load_E in loads), default=1.0),
         )
@@ -418,16 +464,50 @@ class Distiller:
         return metrics
 
     @torch.no_grad()
+    def _sum_gradients(self) -> None:
+        """Give every process the gradients of the whole batch, in one exchange.
+
+        What a step leaves untouched (the scale of another K) has no gradient afterwards either, so that the optimizer
+        passes over it as it does in one process.
+        """
+        if self.ranks.size == 1:
+            return
+        trained = list(self.trained.values())
+        known = torch.tensor([float(one.grad is not None) for one in trained], device=self.device)
+        parts = [torch.zeros_like(one) if one.grad is None else one.grad for one in trained]
+        summed = self.ranks.sum(torch.cat([known, *(part.flatten() for part in parts)]))
+        known, *parts = summed.split([len(trained), *(one.numel() for one in trained)])
+        for parameter, part, times in zip(trained, parts, known.tolist(), strict=True):
+            parameter.grad = part.view_as(parameter) if times else None
+
+    @torch.no_grad()
+    def _compare(self) -> None:
+        """ValueError when the processes do not hold the same weights, bit for bit."""
+        if self.ranks.size == 1:
+            return
+        tensors = [*self.trained.values(), *self._followed().values()]
+        sums = [tensor.detach().contiguous().view(-1).view(torch.uint8).sum(dtype=torch.int64) for tensor in tensors]
+        if not self.ranks.same(torch.stack(sums)):
+            raise ValueError(
+                f"after step {self.step} the processes hold different weights: they must run on processors of one kind "
+                "with equal numbers of threads (OMP_NUM_THREADS) and the same versions of everything"
+            )
+
+    @torch.no_grad()
     def _move_routers(self, batch: Batch) -> list[Tensor]:
         """Change how the routers choose, which no gradient does; gives how many tokens use each expert, [E] a layer."""
-        loads = []
-        for layer, (scores_TE, choice) in zip(self.layers, self._routed, strict=True):
-            loads.append(_of_real_tokens(choice.indicator_TE(layer.num_experts), batch).sum(0))
+        if not self.layers:
+            return []
+        routed = list(zip(self.layers, self._routed, strict=True))
+        mine = [_of_real_tokens(choice.indicator_TE(layer.num_experts), batch).sum(0) for layer, (_, choice) in routed]
+        loads = self.ranks.sum(torch.stack(mine)).unbind()
+        for (layer, (scores_TE, _)), load_E in zip(routed, loads, strict=True):
             if self.balance_step:
-                layer.router.balance(loads[-1], self.balance_step)
-            scores_TE = _of_real_tokens(scores_TE, batch)[:FOLLOWED_TOKENS]
-            layer.router.follow(scores_TE, layer.num_active, FOLLOW_RATE)
-        return loads
+                layer.router.balance(load_E, self.balance_step)
+            if layer.router.selection != "topk":  # which follows nothing, so that nothing need be gathered
+                scores_TE = self.ranks.gather(_of_real_tokens(scores_TE, batch)[:FOLLOWED_TOKENS])
+                layer.router.follow(scores_TE[:FOLLOWED_TOKENS], layer.num_active, FOLLOW_RATE)
+        return list(loads)
 
     @torch.no_grad()
     def _settle(self) -> None:
@@ -441,10 +521,10 @@ class Distiller:
             seen: list[list[Tensor]] = [[] for _ in self.layers]
             for batch in islice(self.batches.from_step(self.steps), SETTLING_BATCHES):
                 self._routed = []
-                batch = batch.to(self.device)
+                batch = batch.part(self.ranks).to(self.device)
                 self.student(**batch.inputs)
                 for parts, (scores_TE, _) in zip(seen, self._routed, strict=True):
-                    parts.append(_of_real_tokens(scores_TE, batch))
+                    parts.append(self.ranks.gather(_of_real_tokens(scores_TE, batch)))
             for layer, parts in zip(self.layers, seen, strict=True):
                 layer.router.calibrate(torch.cat(parts), layer.num_active)
 
@@ -463,7 +543,9 @@ class Distiller:
                 parameter.copy_(tensors[f"parameter.{name}"])
                 prefix = f"optimizer.{name}."
                 saved = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
-                self.optimizer.state[parameter] = {key: value.clone() for key, value in saved.items()}
+                self.optimizer.state[parameter] = {
+                    k: value.to(parameter.device, copy=True) for k, value in saved.items()
+                }
             for name, buffer in self._followed().items():
                 buffer.copy_(tensors[name])
         self.step = step
@@ -476,7 +558,9 @@ class Distiller:
 
 
 def _of_real_tokens(rows_TE: Tensor, batch: Batch) -> Tensor:
-    """The rows of the tokens that are no padding."""
+    """The rows of the tokens that are no padding, and none of a text that stands in."""
+    if batch.stands_in:
+        return rows_TE[:0]
     for mask in (batch.mask, batch.inputs.get("attention_mask")):
         if mask is not None and mask.numel() == len(rows_TE):
             return rows_TE[mask.flatten().bool()]

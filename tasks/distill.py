@@ -1,21 +1,26 @@
 """Stage 4: the mixtures learn, layer by layer and then end to end, to do what the dense teacher does.
 
-Killed at any moment, it continues from the last layer or checkpoint in .cache and ends in the same bytes.
+Killed at any moment, it continues from the last layer or checkpoint in .cache and ends in the same bytes. In several
+processes (`distill.processes`) each works on its part of every batch; the first alone reads and writes .cache and outs.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tasks.params import BALANCED_CONTAINERS
+from tasks.processes import PATIENCE, launch, launched, speaks, take_part
 from tasks.stage import StageRun, main
 from tasks.tokens import read_tokens
 
 if TYPE_CHECKING:
+    from ffn2moe.ranks import Ranks
     from ffn2moe.spec import MoESpec
     from ffn2moe.train import BatchSource, Distiller, Objective, StepMetrics
 
@@ -24,11 +29,32 @@ LAYERS = ".cache/layerwise"  # the layers that are done, until the stage is
 
 
 def run(stage: StageRun) -> None:
+    from ffn2moe.encode import choose_device
+    from ffn2moe.ranks import ALONE
+
+    settings = stage.params.distill
+    if launched():
+        # The first trains layer by layer alone, for as long as that takes.
+        patience = timedelta(days=30) if settings.layerwise_steps else PATIENCE
+        take_part(stage, distil, device=choose_device(stage.params.compute.device), patience=patience)
+    elif settings.processes > 1:
+        launch(stage, settings.processes)
+    else:
+        distil(stage, ALONE)
+
+
+def distil(stage: StageRun, ranks: Ranks) -> None:
+    """The stage as one of the processes that share its batches."""
     from ffn2moe import checkpoint
     from ffn2moe.dense import load_dense
     from ffn2moe.encode import choose_device
     from ffn2moe.train import Distiller, bf16_supported
 
+    if ranks.size != stage.params.distill.processes:
+        raise ValueError(
+            f"torchrun started {ranks.size} processes and distill.processes = {stage.params.distill.processes}: make "
+            "the two agree (the result depends on their number in its last bits, so that it is a parameter)"
+        )
     params, root, settings = stage.params, stage.root, stage.params.distill
     student = checkpoint.load(root / "models/routed")
     spec = checkpoint.load_spec(root / "models/routed")
@@ -44,7 +70,10 @@ def run(stage: StageRun) -> None:
     )
     objective = objective_of(stage, spec)
     fingerprint = run_fingerprint(stage)
-    curve = train_layers(stage, teacher, student, batches, objective, spec, bf16=bf16, fingerprint=fingerprint)
+    require_same(fingerprint, ranks)
+    curve = []
+    if ranks.first:  # the others get its state when they start together
+        curve = train_layers(stage, teacher, student, batches, objective, spec, bf16=bf16, fingerprint=fingerprint)
     distiller = Distiller(
         teacher,
         student,
@@ -58,7 +87,12 @@ def run(stage: StageRun) -> None:
         seed=params.seed,
         device=device,
         bf16=bf16,
+        ranks=ranks,
     )
+    if not ranks.first:
+        for _ in distiller.run():
+            pass
+        return
     progress = Progress(root / ".cache" / "distill.safetensors", fingerprint)
     progress.resume(distiller)
     if distiller.step:
@@ -123,7 +157,7 @@ def train_layers(
         learning_rate=settings.learning_rate,
         seed=params.seed,
         elastic=spec.elastic,
-        workers=torch.get_num_threads(),
+        workers=torch.get_num_threads() * int(os.environ.get("LOCAL_WORLD_SIZE", "1")),  # the others wait
         device=choose_device(params.compute.device),
         bf16=bf16,
         folder=stage.root / LAYERS,
@@ -214,6 +248,17 @@ class Progress:
         self.path.unlink(missing_ok=True)
 
 
+def require_same(fingerprint: str, ranks: Ranks) -> None:
+    """ValueError when another of the processes has a fingerprint of its own."""
+    import torch
+
+    if not ranks.same(torch.tensor(list(bytes.fromhex(fingerprint)))):
+        raise ValueError(
+            "the processes read different parameters, teachers, students or texts: give every machine the same "
+            "params.yaml, data/teacher, data/corpus and models/routed (dvc pull)"
+        )
+
+
 def run_fingerprint(stage: StageRun) -> str:
     """Names this very distillation: its parameters and the content of what it reads."""
     params = stage.params
@@ -236,4 +281,4 @@ def run_fingerprint(stage: StageRun) -> str:
 
 
 if __name__ == "__main__":
-    main("distill", run)
+    main("distill", run, recorded=speaks())

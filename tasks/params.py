@@ -223,6 +223,7 @@ class Distill(Section):
     scope: Literal["experts", "all"]
     balance_step: NonNegative
     checkpoint_every: Count
+    processes: Count
 
     def require_sense_for(self, head: str) -> None:
         """ValueError for what a teacher with this head has no use for."""

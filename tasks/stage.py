@@ -42,6 +42,7 @@ from tasks.store import (
 Item = TypeVar("Item")
 
 PARENT_RUN = "FFN2MOE_PARENT_RUN"  # not MLFLOW_RUN_ID: the child would rename and finish the parent
+STAGE_RUN = "FFN2MOE_STAGE_RUN"  # the run of a stage that started several processes, for the first of them to write in
 USER_ERROR = 2
 SECONDS_BETWEEN_LINES = 5.0
 PROCESS = "process"  # tag of a pipeline's run: who makes it, so that one that was killed can be told apart
@@ -50,12 +51,14 @@ PROCESS = "process"  # tag of a pipeline's run: who makes it, so that one that w
 class StageRun:
     """What a stage function receives. Every path is relative to the root of the workspace."""
 
-    def __init__(self, name: str, params: Params, root: Path, record: RunRecord | None = None) -> None:
+    def __init__(
+        self, name: str, params: Params, root: Path, record: RunRecord | None = None, *, quiet: bool = False
+    ) -> None:
         self.name = name
         self.params = params
         self.root = root
         self.record = record
-        self._console = Console(highlight=False, soft_wrap=True, markup=False)
+        self._console = Console(highlight=False, soft_wrap=True, markup=False, quiet=quiet)
 
     def say(self, text: str) -> None:
         """One line for the reader of the log."""
@@ -297,9 +300,10 @@ def _builtin(value: Any) -> Any:
 class RunRecord:
     """One stage's run in MLflow, nested under the pipeline's. A record that fails never fails a stage."""
 
-    def __init__(self, client: Any, run_id: str) -> None:
+    def __init__(self, client: Any, run_id: str, *, owned: bool = True) -> None:
         self._client = client
         self.run_id = run_id
+        self._owned = owned  # whoever made the run ends it
         self._buffer: list[Any] = []
         self._flushed = time.monotonic()
         self._works = True
@@ -311,6 +315,8 @@ class RunRecord:
         if not parent or not uri:
             return None
         client = mlflow_client(uri)
+        if os.environ.get(STAGE_RUN):
+            return cls(client, os.environ[STAGE_RUN], owned=False)
         tags = {"mlflow.parentRunId": parent, "mlflow.runName": stage, "stage": stage}
         run = patiently(lambda: client.create_run(experiment_id(client), tags=tags))
         record = cls(client, run.info.run_id)
@@ -330,7 +336,10 @@ class RunRecord:
             self._flush()
 
     def finish(self, status: str, metrics_file: Path | None = None) -> None:
-        """Ends the run, with the numbers of the stage's metrics file in it."""
+        """Ends the run, with the numbers of the stage's metrics file in it; another's run is only written in."""
+        if not self._owned:
+            self._flush()
+            return
         if metrics_file and metrics_file.is_file():
             payload = json.loads(metrics_file.read_text(encoding="utf-8"))
             self.metrics(dict(numbers(payload)))
