@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from ruamel.yaml import YAML
 
-from flows.workspace import BusyError, FlowError
+from flows.workspace import BusyError, FlowError, locked_stages
 
 Outcome = Literal["Cached", "Restored", "Completed"]
 
@@ -41,8 +41,7 @@ def parameters(root: Path, stage: str) -> list[str]:
 
 def locked(root: Path, stage: str) -> dict[str, Any]:
     """What dvc.lock says of a stage: its command, deps, params and outs with their hashes; {} if nothing."""
-    path = root / "dvc.lock"
-    return _yaml(path)["stages"].get(stage, {}) if path.is_file() else {}
+    return (locked_stages(root) or {}).get(stage, {})
 
 
 def reproduce(

@@ -15,9 +15,10 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 import psutil
+from ruamel.yaml import YAML, YAMLError
 
 from flows.guardian import orphaned
 from tasks import params as parameters
@@ -99,7 +100,7 @@ def commit(root: Path) -> tuple[str, bool]:
 def lock(root: Path, patience: float = 0, tell: Callable[[str], None] = lambda line: None) -> Iterator[None]:
     """Holds a workspace: one workspace, one run. BusyError when another run or DVC is at work in it.
 
-    patience: seconds to wait for that to end; `tell` hears of the wait, once.
+    patience: seconds to wait for that to end; `tell` hears of the wait, once, and of what had to be mended.
     """
     path = root / ".cache" / "run.lock"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -119,11 +120,65 @@ def lock(root: Path, patience: float = 0, tell: Callable[[str], None] = lambda l
                     tell(f"{busy.cause}; waiting for up to {clock(patience)}")
                     told = True
                 time.sleep(1)
+        _mend(root, tell)
         try:
             yield
         finally:
             stream.seek(0)
             stream.truncate()
+
+
+def locked_stages(root: Path) -> dict[str, Any] | None:
+    """What dvc.lock says of each stage; {} where there is none, None if it is damaged.
+
+    DVC writes into the file that is there. A kill or a full disk in that moment leaves the beginning of it.
+    """
+    path = root / "dvc.lock"
+    if not path.is_file():
+        return {}
+    try:
+        found = YAML(typ="safe").load(path.read_text(encoding="utf-8"))
+    except (YAMLError, UnicodeDecodeError):
+        return None
+    stages = found.get("stages") if isinstance(found, dict) else None
+    return stages if isinstance(stages, dict) and all(map(_is_whole, stages.values())) else None
+
+
+def _is_whole(stage: Any) -> bool:
+    """Whether what dvc.lock says of a stage has the form that DVC demands."""
+    if not isinstance(stage, dict) or not isinstance(stage.get("cmd"), str):
+        return False
+    params = stage.get("params", {})
+    files = [stage.get(key, []) for key in ("deps", "outs")]
+    return (
+        isinstance(params, dict)
+        and all(isinstance(values, dict) for values in params.values())
+        and all(isinstance(several, list) for several in files)
+        and all(_names_content(one) for several in files for one in several)
+    )
+
+
+def _names_content(entry: Any) -> bool:
+    types = {"path": str, "md5": str, "size": int}
+    return isinstance(entry, dict) and all(isinstance(entry.get(key), one) for key, one in types.items())
+
+
+def _mend(root: Path, tell: Callable[[str], None]) -> None:
+    """Puts the committed dvc.lock, or none, in the place of a damaged one.
+
+    What is finished is not lost by that: DVC finds it in its cache by command, parameters and dependencies.
+    """
+    if locked_stages(root) is not None:
+        return
+    tell("dvc.lock was cut short by a kill or a full disk: it is made anew, finished stages come from DVC's cache")
+    committed = _git(root, "show", "HEAD:dvc.lock", check=False)
+    fresh = root / ".cache" / "dvc.lock.partial"
+    fresh.write_text(committed.stdout if committed.returncode == 0 else "", encoding="utf-8")
+    if fresh.stat().st_size:
+        os.replace(fresh, root / "dvc.lock")
+    else:
+        remove(fresh)
+        remove(root / "dvc.lock")
 
 
 def _acquire(stream: TextIO, root: Path) -> None:

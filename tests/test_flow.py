@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -20,7 +21,7 @@ from flows.guardian import MARK
 from flows.progress import Board
 from flows.workspace import BusyError, FlowError, check, lock, plan
 from tasks.store import EXPERIMENT, mlflow_client
-from tests.toy import compress, git, make_toy, start
+from tests.toy import compress, environment, git, make_toy, start
 
 COMMITTED = ["inputs", "prepare", "distill", "evaluate", "register"]
 
@@ -100,6 +101,63 @@ def test_settings_run_apart_and_leave_the_committed_workspace_clean(toy, tmp_pat
     run = pipelines_of(toy)[-1]
     assert run.data.tags["settings"] == "seed=5 name=five data.folder=sets"
     assert run.data.params["data.folder"] == str(tmp_path / "sets")
+
+
+def test_a_second_clone_pulls_what_the_first_has_pushed_and_computes_nothing(toy, tmp_path):
+    """One remote and one registry for both; the second clone has neither cache nor results of its own."""
+    second, store = tmp_path / "second", str(tmp_path / "store")
+    git(tmp_path, "clone", "-q", str(toy), str(second))
+    code, output = share(second, "pull")
+    assert code == 2
+    assert "no DVC remote is set" in output and "dvc remote add" in output
+    for folder in (toy, second):
+        add_remote(folder, store)
+    code, output = share(second, "pull")
+    assert code == 2
+    assert "it does not give all that dvc.lock names" in output and "make push on the machine" in output
+    code, output = share(toy, "push")
+    assert code == 0, output
+    code, output = share(second, "pull")
+    assert code == 0, output
+    (second / ".env").write_text(f"FFN2MOE_TRACKING_URI=sqlite:///{toy / 'mlflow.db'}\n")
+    code, output = compress(second)
+    assert code == 0, output
+    assert output.count("Cached") == len(COMMITTED)
+    assert not (second / "mlflow.db").exists()
+    assert hashes_of(second) == hashes_of(toy)
+
+
+def test_a_remote_without_rights_is_told_and_nothing_is_lost(toy, tmp_path):
+    folder = tmp_path / "clone"
+    git(tmp_path, "clone", "-q", str(toy), str(folder))
+    (folder / ".dvc" / "config.local").write_text(f"[cache]\n    dir = {toy / '.dvc/cache'}\n")
+    add_remote(folder, "/sys/ffn2moe")  # where not even root may make a folder
+    code, output = share(folder, "push")
+    assert code == 2
+    assert len(output.splitlines()) == 1
+    assert re.search(r"remote store \(/sys/ffn2moe\): this user has no rights there .*ask its owner.*nothing", output)
+
+
+def add_remote(folder: Path, url: str) -> None:
+    command = [sys.executable, "-m", "dvc", "remote", "add", "--quiet", "--local", "--default", "store", url]
+    subprocess.run(command, cwd=folder, check=True)
+
+
+def share(folder: Path, verb: str) -> tuple[int, str]:
+    done = subprocess.run(
+        [sys.executable, "-m", "flows.share", verb],
+        cwd=folder,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    return done.returncode, done.stdout
+
+
+def hashes_of(folder: Path) -> dict[str, bytes]:
+    names = ("dvc.lock", "models/distilled/seed", "exports/minilm/plan.json", "metrics/evaluate.json")
+    return {name: (folder / name).read_bytes() for name in names}
 
 
 def test_a_failing_stage_is_one_message_and_what_was_good_stays(toy):
@@ -291,6 +349,45 @@ def test_a_lock_is_free_again_when_its_holder_is_gone(tmp_path):
     subprocess.run([sys.executable, "-c", script, str(tmp_path)], cwd=Path(__file__).parent.parent, capture_output=True)
     with (tmp_path / ".cache/run.lock").open() as stream:
         fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def test_a_dvc_lock_that_was_cut_short_is_made_anew(tmp_path):
+    whole = """\
+schema: '2.0'
+stages:
+  prepare:
+    cmd: python -m tasks.prepare
+    deps:
+    - path: tasks/prepare.py
+      hash: md5
+      md5: c25d93681d01b2824c1b478e6a750efc
+      size: 932
+    params:
+      params.yaml:
+        data.folder:
+    outs:
+    - path: data/corpus
+      hash: md5
+      md5: 9f7e69321592d00c5f0b62bca9429db2.dir
+      size: 10343
+"""
+    file, told = tmp_path / "dvc.lock", []
+    git(tmp_path, "init", "-q")
+    pieces = ("", "stag", "prepare:", "cmd:", "deps:", "tasks/prep", "md5: c25", "size:", "params:", "outs:", "corpus")
+    for last in pieces:
+        file.write_text(whole[: whole.index(last) + len(last)])
+        assert workspace.locked_stages(tmp_path) is None, last
+        assert dvc.locked(tmp_path, "prepare") == {}
+        with lock(tmp_path, tell=told.append):
+            assert not file.exists()
+    assert len(told) == len(pieces) and all("cut short by a kill or a full disk" in line for line in told)
+    file.write_text(whole)
+    git(tmp_path, "add", "dvc.lock")
+    git(tmp_path, "commit", "-q", "-m", "results")
+    file.write_text(whole[: whole.index("9f7e")])
+    with lock(tmp_path):
+        assert file.read_text() == whole
+    assert dvc.locked(tmp_path, "prepare")["outs"][0]["path"] == "data/corpus"
 
 
 def test_a_workspace_of_its_own_holds_what_is_not_committed_but_no_data(tmp_path):
