@@ -7,19 +7,21 @@ python -m flows.cell measure JOB.json   the stages with measured times, alone; t
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import os
 import resource
 import shutil
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from flows import dvc
 from flows.workspace import FlowError, Workspace, bring_back, commit, isolate, lock
+from tasks.params import load_params
 from tasks.stage import explain
 
 MEASURED = ("benchmark", "report")  # what follows and needs the machine to itself; `register` is for a chosen cell
@@ -31,13 +33,10 @@ def make(job: dict[str, Any]) -> None:
     workspace = isolate(source, job["settings"], Path(job["called_from"]))
     with lock(workspace.root):
         stages = before_measuring(dvc.stages(workspace.root))
-        common = shared(workspace.root, stages, job["swept"])
-        # What every cell begins with is done once: the first to come does it, the others find it in the cache.
-        with _one_at_a_time(record.parent / "shared.lock"):
-            for stage in common:
+        # What several cells have in common is done once: the first to come does it, the others find it in the cache.
+        for stage, wanted in zip(stages, fingerprints(workspace.root, stages), strict=True):
+            with _one_at_a_time(record.parent / "locks" / f"{stage}-{wanted}"):
                 _reproduce(stage, workspace)
-        for stage in stages[len(common) :]:
-            _reproduce(stage, workspace)
 
 
 def measure(job: dict[str, Any]) -> None:
@@ -60,20 +59,25 @@ def before_measuring(stages: Sequence[str]) -> list[str]:
     return list(stages[: min(measured, default=len(stages))])
 
 
-def shared(root: Path, stages: Sequence[str], swept: Sequence[str]) -> list[str]:
-    """The stages, from the first on, that no key of the sweep reaches: the same for all cells."""
-    keys = [*swept, "name"]
-    found: list[str] = []
+def fingerprints(root: Path, stages: Sequence[str]) -> list[str]:
+    """For each of the first stages, what its result depends on: the same for two cells, the same bytes.
+
+    That is every parameter that it or a stage before it reads.
+    """
+    values = load_params(root / "params.yaml").flat()
+    digest = hashlib.sha256()
+    found = []
     for stage in stages:
-        read = dvc.parameters(root, stage)
-        if any(key == one or key.startswith(f"{one}.") or one.startswith(f"{key}.") for key in keys for one in read):
-            break
-        found.append(stage)
+        for key in dvc.parameters(root, stage):
+            own = {one: value for one, value in values.items() if one == key or one.startswith(f"{key}.")}
+            digest.update(json.dumps([key, own], sort_keys=True, default=str).encode())
+        found.append(digest.hexdigest()[:16])
     return found
 
 
 @contextmanager
-def _one_at_a_time(path: Path) -> Any:
+def _one_at_a_time(path: Path) -> Iterator[None]:
+    path.parent.mkdir(exist_ok=True)
     with path.open("a+") as stream:
         fcntl.flock(stream, fcntl.LOCK_EX)
         yield

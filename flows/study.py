@@ -14,6 +14,7 @@ import sqlite3
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,14 @@ from tasks.params import Params, ParamsError
 EXAMPLE = "decompose.num_experts=8,16 decompose.num_active=1,2"
 PROPOSALS = 50  # in a row that may be illegal or known before a search counts as exhausted
 _NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?"
+_STATES = {
+    "WAITING": "waits",
+    "RUNNING": "under way",
+    "COMPLETE": "finished",
+    "FAIL": "failed",
+    "PRUNED": "left out",
+}
+_RAN = re.compile(r"^(\w+) Completed$", re.MULTILINE)  # flows/cell.py says so
 _RANGE = re.compile(rf"^({_NUMBER})\.\.({_NUMBER})$")
 
 
@@ -214,6 +223,12 @@ class Study:
     def noted(self, cell: Cell, key: str) -> Any:
         return self._study.trials[cell.number].user_attrs.get(key)
 
+    def begin(self, cell: Cell, step: str) -> None:
+        """Keeps that a step of a cell begins now; once more after each interruption."""
+        attempts = self.noted(cell, "attempts") or {}
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        self.note(cell, attempts={**attempts, step: [*attempts.get(step, []), now]})
+
     def finish(self, cell: Cell, kept: float, speed: float) -> None:
         """A cell is done: the share of the teacher's quality it keeps, and its speed over the best dense plan."""
         self._study.tell(cell.number, [kept, speed])
@@ -300,6 +315,36 @@ class Study:
             else:
                 found[key] = FloatDistribution(axis.low, axis.high, log=axis.logarithmic)
         return found
+
+
+def history(folder: Path) -> list[dict[str, Any]]:
+    """What became of every cell of a study, one under way or not: state, settings, when it began and ended.
+
+    `made` and `measured` count how often that step was begun: once, and once more for each interruption in the middle
+    of it. `stages` are those that ran to their end, in that order; those found in DVC's cache are not among them.
+    """
+    rows = []
+    for trial in open_study(folder).get_trials(deepcopy=False):
+        settings = trial.user_attrs.get("settings") or [
+            f"{k}={v}" for k, v in trial.system_attrs.get("fixed_params", {}).items()
+        ]
+        attempts = trial.user_attrs.get("attempts", {})
+        ended = trial.datetime_complete.astimezone(UTC).isoformat(timespec="seconds") if trial.datetime_complete else ""
+        log = folder / f"{trial.number:03}" / "log.txt"
+        said = log.read_text(encoding="utf-8", errors="replace") if log.is_file() else ""
+        rows.append(
+            {
+                "cell": trial.number,
+                "settings": " ".join(setting for setting in settings if not setting.startswith("name=")),
+                "state": _STATES[trial.state.name],
+                "made": len(attempts.get("make", [])),
+                "measured": len(attempts.get("measure", [])),
+                "began": next(iter(attempts.get("make", [])), ""),
+                "ended": ended if attempts else "",
+                "stages": " ".join(_RAN.findall(said)),
+            }
+        )
+    return rows
 
 
 def open_study(folder: Path, seed: int = 0, search: int | None = None) -> Any:

@@ -2,6 +2,7 @@
 
     python -m flows.sweep run decompose.num_experts=8,16 decompose.num_active=1,2    every combination
     python -m flows.sweep run distill.learning_rate=1e-4..1e-2 --search 12           what a search proposes
+    python -m flows.sweep cells                                                      what ran, when and how often
     python -m flows.sweep show                                                       the Pareto front again
     python -m flows.sweep best --keeps 0.99                                          the fastest that keeps 99 %
 
@@ -220,7 +221,7 @@ def sweep(
         record = _record(study)
         try:
             with Progressing(study) as progress:
-                _run(study, list(axes), at_a_time, crew, record, progress)
+                _run(study, at_a_time, crew, record, progress)
             console.print("comparing: the plans of all cells in one interleaved session, alone")
             found = _compare(study, crew)
             _log(study, found, record)
@@ -268,7 +269,6 @@ def _alone(study: Study, crew: Crew) -> Iterator[None]:
 
 def _run(
     study: Study,
-    swept: list[str],
     at_a_time: int | None,
     crew: Crew,
     record: PipelineRecord,
@@ -281,7 +281,7 @@ def _run(
     for cell in (unfinished := study.unfinished()):
         progress.tell(cell, "goes on")
     cells = _cells(study, unfinished)
-    while made := _make(study, cells, swept, at_a_time, crew, record, progress):
+    while made := _make(study, cells, at_a_time, crew, record, progress):
         for job in made:
             _measure(study, job, crew, progress)
 
@@ -295,7 +295,6 @@ def _cells(study: Study, unfinished: Sequence[Cell]) -> Iterator[Cell]:
 def _make(
     study: Study,
     cells: Iterator[Cell],
-    swept: list[str],
     at_a_time: int | None,
     crew: Crew,
     record: PipelineRecord,
@@ -310,12 +309,13 @@ def _make(
     while waiting or running:
         while waiting and len(running) < (at_a_time or _fit(study, len(running))):
             _require_room(study)
-            job = _job(study, waiting, swept, record)
+            job = _job(study, waiting, record)
             if study.noted(waiting, "made"):  # before the sweep was stopped
                 made.append(job)
                 waiting = next(wave, None)
                 continue
             progress.tell(waiting, f"runs, {job.file.with_name('log.txt').relative_to(ROOT)}")
+            study.begin(waiting, "make")
             running[waiting.number] = make.submit(waiting.name, job, crew, done)
             waiting = next(wave, None)
         if not running:
@@ -334,6 +334,7 @@ def _make(
 
 def _measure(study: Study, job: Job, crew: Crew, progress: Progressing) -> None:
     cell = job.cell
+    study.begin(cell, "measure")
     state = measure(cell.name, job, crew, return_state=True)
     if not state.is_completed():
         return _failed(study, job, state, progress)
@@ -397,7 +398,7 @@ def _require_room(study: Study) -> None:
         )
 
 
-def _job(study: Study, cell: Cell, swept: list[str], record: PipelineRecord) -> Job:
+def _job(study: Study, cell: Cell, record: PipelineRecord) -> Job:
     folder = study.folder / f"{cell.number:03}"
     folder.mkdir(exist_ok=True)
     own = _own_record(study, cell, record)
@@ -409,7 +410,6 @@ def _job(study: Study, cell: Cell, swept: list[str], record: PipelineRecord) -> 
                 "record": str(folder),
                 "settings": cell.settings,
                 "called_from": str(study.called_from),
-                "swept": swept,
             },
             indent=2,
         )
@@ -473,10 +473,8 @@ def _compare(study: Study, crew: Crew) -> list[dict[str, Any]]:
         }
         for point in sorted(found, key=lambda point: (-point.kept, -point.vs_best_dense))
     ]
-    with (study.folder / "points.csv").open("w", encoding="utf-8", newline="") as stream:
-        writer = csv.DictWriter(stream, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    _write_csv(study.folder / "points.csv", rows)
+    _write_csv(study.folder / "cells.csv", studies.history(study.folder))
     params = study.params(cells[0])
     batch, sequence, threads = *_shape(params), params.benchmark.threads[0]
     title = f"{study.name}: quality against speed at {batch} × {sequence} tokens, {threads} thread{'s'[: threads - 1]}"
@@ -560,7 +558,7 @@ def _log(study: Study, rows: Sequence[Mapping[str, Any]], record: PipelineRecord
             "front.most_kept": max(row["kept"] for row in front),
             "front.fastest": max(row["vs_best_dense"] for row in front),
         },
-        [study.folder / "front.png", study.folder / "points.csv"],
+        [study.folder / name for name in ("front.png", "points.csv", "cells.csv")],
     )
     for cell in study.finished():
         own = PipelineRecord.go_on(ROOT, study.noted(cell, "run"))
@@ -608,6 +606,29 @@ def show(folder: Path) -> None:
     shown = without_password(default_tracking_uri(ROOT))
     record = shown if shown.startswith("http") else f"mlflow ui --backend-store-uri {shown}"
     console.print(f"run record: {record}", highlight=False, soft_wrap=True)
+
+
+def cells(folder: Path) -> None:
+    """Prints what became of every cell, at any time, and writes it to cells.csv."""
+    rows = studies.history(folder)
+    _write_csv(folder / "cells.csv", rows)
+    table = Table(title=f"{folder.name}: cells", title_justify="left")
+    for heading in ("cell", "settings", "state", "made", "measured", "began (UTC)", "ended (UTC)", "stages that ran"):
+        table.add_column(heading, overflow="fold")
+    for row in rows:
+        table.add_row(*(str(value).removesuffix("+00:00") for value in row.values()))
+    console.print(table)
+    twice = [row["cell"] for row in rows if len(ran := row["stages"].split()) > len(set(ran))]
+    told = f"of cells {', '.join(map(str, twice))}" if twice else "of no cell"
+    again = sum(row["made"] > 1 or row["measured"] > 1 for row in rows)
+    console.print(f"{again} gone on with after an interruption; a stage ran to its end twice: {told}", highlight=False)
+
+
+def _write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    with path.open("w", encoding="utf-8", newline="") as stream:
+        writer = csv.DictWriter(stream, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 def best(folder: Path, keeps: float) -> None:
@@ -669,7 +690,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     run.add_argument("--name", help="of the sweep, its exports and its runs (default: by its values)")
     run.add_argument("--search", type=int, metavar="CELLS", help="propose so many cells instead of running them all")
     run.add_argument("--at-a-time", type=int, metavar="N", help="cells beside each other (default: 2 if memory allows)")
-    for name, text in (("show", "the Pareto front"), ("best", "the fastest that keeps a share of the quality")):
+    for name, text in (
+        ("cells", "what ran, when and how often"),
+        ("show", "the Pareto front"),
+        ("best", "the fastest that keeps a share of the quality"),
+    ):
         one = commands.add_parser(name, help=text)
         one.add_argument("name", nargs="?", help="of a sweep (default: the one that ended last)")
         if name == "best":
@@ -678,7 +703,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, _stopped)
     signal.signal(signal.SIGINT, _stopped)
     try:
-        if options.command == "show":
+        if options.command == "cells":
+            cells(_folder(options.name))
+        elif options.command == "show":
             show(_folder(options.name))
         elif options.command == "best":
             if not 0 < options.keeps <= 2:

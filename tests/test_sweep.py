@@ -311,13 +311,21 @@ def test_a_search_stops_after_as_many_cells_as_were_asked_for(tmp_path):
     assert [reason for _, reason in study.failed()] == ["a reason"] * 3
 
 
-def test_stages_that_no_key_reaches_are_done_once_for_all_cells(tmp_path):
+def test_stages_that_two_cells_agree_on_are_done_once_for_both(tmp_path):
     project(tmp_path)
     stages = cell_process.before_measuring(list(dvc.stages(tmp_path)))
     assert stages[-1] == "export"
-    assert cell_process.shared(tmp_path, stages, ["distill.steps"]) == stages[:4]
-    assert cell_process.shared(tmp_path, stages, ["decompose.num_experts"]) == ["inputs", "prepare"]
-    assert cell_process.shared(tmp_path, stages, ["seed"]) == ["inputs"]
+
+    def in_common(*settings: str) -> list[str]:
+        found = []
+        for name, setting in zip("ab", settings, strict=True):
+            write(override(read(PROJECT / "params.yaml"), [f"name={name}", setting]), tmp_path / "params.yaml")
+            found.append(cell_process.fingerprints(tmp_path, stages))
+        return [stage for stage, one, other in zip(stages, *found, strict=True) if one == other]
+
+    assert in_common("distill.steps=20", "distill.steps=60") == stages[:4]
+    assert in_common("decompose.num_experts=8", "decompose.num_experts=16") == ["inputs", "prepare"]
+    assert in_common("seed=1", "seed=2") == ["inputs"]
 
 
 def test_one_cell_at_a_time_where_memory_is_short_and_none_where_the_disk_is(tmp_path, monkeypatch):
