@@ -29,7 +29,7 @@ export MLFLOW_DISABLE_TELEMETRY := true
 export HF_HUB_DISABLE_TELEMETRY := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run up down status promote rollback serve score sweep repro test check bench native clean
+.PHONY: help setup run up down status promote rollback serve score sweep repro push pull test check bench native clean
 
 help:
 	@echo 'make run     the whole pipeline; SET="name=trial decompose.num_experts=16" for one run in a workspace of its own'
@@ -43,6 +43,7 @@ help:
 	@echo 'make bench   time every execution plan of the export again, on this machine'
 	@echo 'make native  build the fused experts operator for OpenVINO, with the C++ compiler of this machine'
 	@echo 'make repro   the same stages as make run by DVC alone: no Prefect, no run record'
+	@echo 'make push    results to the DVC remote, for other machines; make pull  from it'
 	@echo 'make up      Prefect server, worker and MLflow server for scheduled runs; PREFECT_PORT=4300 MLFLOW_PORT=5100 NOTIFY=URL'
 	@echo 'make status  what runs, the next scheduled run, how the last one ended'
 	@echo 'make down    stop them'
@@ -102,6 +103,9 @@ sweep: $(STAMP) $(MLFLOW_DB)
 
 repro: $(STAMP) $(MLFLOW_DB)
 	@$(ENV) PATH="$(abspath $(BIN)):$$PATH" $(BIN)/dvc repro
+
+push pull: $(STAMP)
+	@$(BIN)/python -m flows.share $@
 
 up: $(STAMP)
 	@$(BIN)/python -m flows.service up $(if $(PREFECT_PORT),--prefect-port $(PREFECT_PORT)) \
