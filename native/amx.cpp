@@ -262,6 +262,7 @@ void hidden(const Layer& layer, const uint8_t* expert, const Operand& x, int fir
     const bool scaled = layer.weights != Weights::bf16;
     const size_t bias_after = after + (scaled ? kLine : 0);
     const __m512 one = _mm512_set1_ps(1);
+    const Activate act(*layer.activation);
     for (int panel = first; panel < last; panel += layer.gated ? 1 : 2) {
         // Gated: the panel of W_in and that of W_gate. Else: two panels of W_in.
         const uint8_t* in0 = expert + panel * bytes * (layer.gated ? 2 : 1);
@@ -275,10 +276,10 @@ void hidden(const Layer& layer, const uint8_t* expert, const Operand& x, int fir
                 const __m512 second_z = _mm512_fmadd_ps(sum(r, 1), _mm512_mul_ps(factor, scale1), bias1);
                 float* at = h + (row + r) * stride + panel * kRows;
                 if (layer.gated) {
-                    _mm512_storeu_ps(at, _mm512_mul_ps(activate(*layer.activation, second_z), first_z));
+                    _mm512_storeu_ps(at, _mm512_mul_ps(act(second_z), first_z));
                 } else {
-                    _mm512_storeu_ps(at, activate(*layer.activation, first_z));
-                    if (in1 != in0) _mm512_storeu_ps(at + kRows, activate(*layer.activation, second_z));
+                    _mm512_storeu_ps(at, act(first_z));
+                    if (in1 != in0) _mm512_storeu_ps(at + kRows, act(second_z));
                 }
             }
         });

@@ -119,6 +119,7 @@ struct Vnni {
                        size_t stride) {
         if (layer.weights == Weights::bf16) return Generic::hidden(layer, expert, x, first, last, h, stride);
         const size_t bytes = layer.hidden_bytes(), after = layer.numbers(x.depth);
+        const Activate act(*layer.activation);
         for (int panel = first; panel < last; ++panel) {
             const uint8_t* in = expert + panel * bytes * (layer.gated ? 2 : 1);
             const uint8_t* gate = layer.gated ? in + bytes : in;
@@ -129,9 +130,10 @@ struct Vnni {
                 const Sums z = layer.gated ? product(layer, gate, x, row) : up;
                 for (int r = 0; r < kTogether && row + r < x.rows; ++r) {
                     const __m512 factor = _mm512_set1_ps(x.scales[row + r]);
-                    store_hidden(layer, h + (row + r) * stride + panel * kRows,
-                                 _mm512_fmadd_ps(z.of[r], _mm512_mul_ps(factor, scale), bias),
-                                 _mm512_fmadd_ps(up.of[r], _mm512_mul_ps(factor, up_scale), up_bias));
+                    const __m512 value = act(_mm512_fmadd_ps(z.of[r], _mm512_mul_ps(factor, scale), bias));
+                    const __m512 other = _mm512_fmadd_ps(up.of[r], _mm512_mul_ps(factor, up_scale), up_bias);
+                    _mm512_storeu_ps(h + (row + r) * stride + panel * kRows,
+                                     layer.gated ? _mm512_mul_ps(value, other) : value);
                 }
             }
         }
