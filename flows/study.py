@@ -138,10 +138,9 @@ class Study:
         self._params: dict[tuple[str, ...], Params] = {}
         raw = parameters.read(source / "params.yaml")
         committed = parameters.validate(raw)
-        for key, axis in axes.items():  # a key nobody knows is said at once, not for every cell
-            parameters.override(
-                parameters.read(source / "params.yaml"), [f"{key}={axis[0] if isinstance(axis, tuple) else axis.low}"]
-            )
+        # A key nobody knows is said at once, not for every cell.
+        firsts = [f"{key}={axis[0] if isinstance(axis, tuple) else axis.low}" for key, axis in axes.items()]
+        parameters.override(raw, firsts)
         if search is None:
             waiting = combinations(axes)
         elif all(isinstance(axis, tuple) and len(axis) < 2 for axis in axes.values()):
