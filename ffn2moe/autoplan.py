@@ -82,8 +82,9 @@ def measure(
 ) -> Measured:
     """Times the plans of an export (None: all) on real texts, at every shape of a workload and number of threads.
 
-    At most `rounds` each, and `seconds` in all, shared out by the tokens of the shapes; but never fewer than are
-    needed to tell anything. A plan that does not run here is left out, with the reason. `tell` hears of each shape
+    Plans of OpenVINO, dense ones and mixtures, are compiled for the shapes, as `runtime.open_export` does for what is
+    chosen. At most `rounds` each, and `seconds` in all, shared out by the tokens of the shapes; but never fewer than
+    are needed to tell anything. A plan that does not run here is left out, with the reason. `tell` hears of each shape
     when it is done. ValueError for an unknown plan, a workload that the model cannot read, or an export of which no
     dense plan runs: there is nothing to compare with.
     """
@@ -106,6 +107,7 @@ def measure(
             with _left_out(plan, left_out):
                 exports[plan] = _opened(path, plan, count, providers)
         for shape in workload.shapes:
+            timing.fix(exports, workload.fixed & {(shape.batch, shape.sequence)})
             batches: list[timing.Batch] = []
             for plan in list(exports):
                 with _left_out(plan, left_out):
@@ -487,6 +489,14 @@ def planned(
     first = choices[threads[0]]
     kept = list(dict.fromkeys(plan for choice in choices.values() for plan in choice.plans))
     plans = list(dict.fromkeys(row.plan for row in measured.timings))
+    apart = {
+        plan: [
+            (cell.batch, cell.sequence)
+            for cell, one in zip(first.cells, first.plan_of, strict=True)
+            if one == plan and (cell.batch, cell.sequence) in workload.fixed
+        ]
+        for plan in kept
+    }
     content: dict[str, Any] = {
         "default_plan": first.plans[0],
         "best_dense_plan": first.best_dense,
@@ -520,7 +530,7 @@ def planned(
         "left_out": measured.left_out,
         "min_retention": min_retention,
         "keeps_quality": dict(keeps_quality),
-        "memory_mib": memory_of(path, kept, workload.largest, threads[0]),
+        "memory_mib": memory_of(path, apart, workload.largest, threads[0]),
         "machine": timing.machine(),
         "timings": {plan: [row_of(row) for row in measured.timings if row.plan == plan] for plan in plans},
     }
@@ -567,20 +577,30 @@ def agreement_of(path: Path, plans: Sequence[str], texts: Sequence[str], threads
     return min(float(np.mean((one * other).sum(1))) for one, other in combinations(found, 2))
 
 
-def memory_of(path: Path, plans: Sequence[str], largest: Shape, threads: int) -> dict[str, float]:
+def memory_of(
+    path: Path, shapes_of: Mapping[str, Sequence[tuple[int, int]]], largest: Shape, threads: int
+) -> dict[str, float]:
     """The most memory, in MiB, that a fresh process has held after opening each plan beside those before it, and
-    running it at the largest shape."""
+    running it at the largest shape and at those that it is compiled for apart."""
+    shapes = {plan: [*dict.fromkeys([*fixed, (largest.batch, largest.sequence)])] for plan, fixed in shapes_of.items()}
     with ProcessPoolExecutor(1, get_context("spawn")) as alone:
-        peaks = alone.submit(_peaks, str(path), list(plans), largest.batch, largest.sequence, threads).result()
-    return dict(zip(plans, peaks, strict=True))
+        peaks = alone.submit(_peaks, str(path), shapes_of, shapes, threads).result()
+    return dict(zip(shapes, peaks, strict=True))
 
 
-def _peaks(path: str, plans: Sequence[str], batch: int, sequence: int, threads: int) -> list[float]:
+def _peaks(
+    path: str,
+    fixed: Mapping[str, Sequence[tuple[int, int]]],
+    shapes: Mapping[str, Sequence[tuple[int, int]]],
+    threads: int,
+) -> list[float]:
     opened, peaks = [], []
-    for plan in plans:
+    for plan, run in shapes.items():
         export = runtime.open_export(path, plan, threads)
-        batches = timing.full_batches(export, ["the quick brown fox jumps over the lazy dog"], batch, sequence, 1)
-        timing.sample(export, batches[0], 1)
+        timing.fix({plan: export}, fixed[plan])
+        for shape in run:
+            batches = timing.full_batches(export, ["the quick brown fox jumps over the lazy dog"], *shape, 1)
+            timing.sample(export, batches[0], 1)
         opened.append(export)
         peaks.append(round(_peak_mib(), 1))
     return peaks

@@ -9,7 +9,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -184,6 +184,14 @@ class Export:
         )
         return hidden_BLD, embedding_BD
 
+    def fix(self, shapes: Iterable[tuple[int, int]]) -> None:
+        """Compile for batches [B, L] of these shapes apart, where the plan's engine is OpenVINO, and for no others.
+
+        The first batch of each takes longer, and each takes memory (docs/decisions/0015). Batches that are a little
+        smaller are padded to it; all others run as before.
+        """
+        self._graph.fix(shapes)
+
     def outputs(self, sample: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Every output by name, of a sample of `ffn2moe.parity`."""
         hidden_BLD, embedding_BD = self.run(sample["input_ids"], sample["attention_mask"])
@@ -202,7 +210,9 @@ def open_export(
 
     `plan` None takes what was chosen by measuring (plan.json, `ffn2moe.autoplan`), or `sorted` where nothing was. If
     several plans were chosen, each batch runs on the one for its shape, opened when it is first needed
-    (`ffn2moe.switch`). The graphs must have the sha256 of the manifest, and a plan that rests on a MoE op must pass
+    (`ffn2moe.switch`). What was chosen in OpenVINO is compiled for the shapes that it was chosen for, apart, when the
+    first batch of each comes (of a model that reads all at once; for other plans and shapes: `Export.fix`). The graphs
+    must have the sha256 of the manifest, and a plan that rests on a MoE op must pass
     `self_test` on this runtime.
     `threads` None takes one a core; `precision` is OpenVINO's (`ffn2moe.engines.open_graph`).
     Raises FileNotFoundError or ValueError, with cause and remedy.
@@ -227,9 +237,15 @@ def open_export(
             self_tests(name, manifest["spec"], providers)
         return open_graphs(files, name, threads=threads, providers=providers, precision=precision)
 
+    def fixed_graphs(name: str) -> list[Graph]:
+        graphs = graphs_of(name)
+        if not decodes(manifest["spec"]["head"]):
+            graphs[0].fix((place.batch, place.sequence) for place in chosen if place.plan == name and place.fixed)
+        return graphs
+
     if len(by_shape) > 1:
-        return opened(path, first, manifest, [Switch(chosen, lambda name: graphs_of(name)[0], first)])
-    return opened(path, first, manifest, graphs_of(first))
+        return opened(path, first, manifest, [Switch(chosen, lambda name: fixed_graphs(name)[0], first)])
+    return opened(path, first, manifest, fixed_graphs(first))
 
 
 def open_graphs(
@@ -666,6 +682,10 @@ class ModelExport:
     def run(self, **inputs: np.ndarray) -> dict[str, np.ndarray]:
         """Outputs by name: `logits` [B, classes] of a classifier, `last_hidden_state` [B, L, D] of the others."""
         return dict(zip(self._outputs, self._graph.run(self._outputs, inputs), strict=True))
+
+    def fix(self, shapes: Iterable[tuple[int, int]]) -> None:
+        """Compile for batches of texts of these shapes apart, like `Export.fix`."""
+        self._graph.fix(shapes)
 
     def outputs(self, sample: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Every output by name, of a sample of `ffn2moe.parity`."""

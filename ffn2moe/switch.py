@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from ffn2moe.engines import Graph, Precision
-from ffn2moe.workload import distance
+from ffn2moe.workload import distance, fixed
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a plan was chosen: for batches of a shape, or for one phase of them."""
+    """Where a plan was chosen: for batches of a shape, or for one phase of them.
+
+    A `fixed` one is among the shapes that plans of OpenVINO are compiled for apart (`ffn2moe.workload.fixed`).
+    """
 
     batch: int
     sequence: int
     phase: str
     plan: str
+    fixed: bool = False
 
 
 def places(plan_json: Mapping[str, Any], threads: int) -> list[Place]:
@@ -28,8 +32,11 @@ def places(plan_json: Mapping[str, Any], threads: int) -> list[Place]:
     if not choices:
         return []
     nearest = min({row["threads"] for row in choices}, key=lambda count: (abs(count - threads), count))
+    rows = [row for row in choices if row["threads"] == nearest]
+    apart = fixed((row["batch"], row["sequence"], row.get("weight", 1.0)) for row in rows)
     return [
-        Place(row["batch"], row["sequence"], row["phase"], row["plan"]) for row in choices if row["threads"] == nearest
+        Place(row["batch"], row["sequence"], row["phase"], row["plan"], fixed=(row["batch"], row["sequence"]) in apart)
+        for row in rows
     ]
 
 
@@ -81,6 +88,9 @@ class Switch:
 
     def array(self, value: Any) -> np.ndarray:
         return value.graph.array(value.value)
+
+    def fix(self, shapes: Iterable[tuple[int, ...]]) -> None:
+        """Each plan has the shapes that it was chosen for: they stay."""
 
     def _graph(self, inputs: Mapping[str, Any]) -> Graph:
         plan = self.plan_for(*inputs["input_ids"].shape)

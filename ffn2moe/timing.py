@@ -15,7 +15,7 @@ import math
 import platform
 import random
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -101,6 +101,7 @@ def time_export(
     for count in threads:
         exports = {plan: open_export(path, plan, count) for plan in chosen}
         for batch, sequence in shapes:
+            fix(exports, [(batch, sequence)])
             batches = full_batches(exports["dense"], texts, batch, sequence)
             label = f"{batch} x {sequence}, {count} {'thread' if count == 1 else 'threads'}"
             yield interleaved(
@@ -130,6 +131,14 @@ def full_batches(
             row = []
     ids = np.stack(tokens).reshape(count, batch, sequence)
     return [(ids_BL, np.ones_like(ids_BL)) for ids_BL in ids]
+
+
+def fix(exports: Mapping[str, AnyExport], shapes: Iterable[tuple[int, int]]) -> None:
+    """Compile for these batches apart, as plans of OpenVINO are used: dense and mixture alike, in place of others."""
+    kept = list(shapes)
+    for export in exports.values():
+        if isinstance(export, Export | ModelExport):
+            export.fix(kept)
 
 
 def _cycle(export: AnyExport, texts: Sequence[str]) -> Iterator[list[int]]:

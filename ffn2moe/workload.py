@@ -9,7 +9,7 @@ import csv
 import json
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -62,6 +62,11 @@ class Workload:
     @property
     def longest(self) -> int:
         return max(shape.sequence for shape in self.shapes)
+
+    @property
+    def fixed(self) -> set[tuple[int, int]]:
+        """The shapes (batch, sequence) that plans of OpenVINO are compiled for apart."""
+        return fixed((shape.batch, shape.sequence, shape.weight) for shape in self.shapes)
 
     @property
     def largest(self) -> Shape:
@@ -159,6 +164,15 @@ def workload_of(
 
 def _middle(members: Sequence[tuple[int, int]]) -> tuple[int, int]:
     return round(median(batch for batch, _ in members)), round(median(length for _, length in members))
+
+
+def fixed(shapes: Iterable[tuple[int, int, float]]) -> set[tuple[int, int]]:
+    """The shapes (batch, sequence) that are worth a compiled model of their own, of those with their weights.
+
+    A handful, as each costs memory: those that most tokens are in.
+    """
+    most = sorted(shapes, key=lambda shape: (-shape[0] * shape[1] * shape[2], shape))
+    return {(batch, sequence) for batch, sequence, _ in most[:HANDFUL]}
 
 
 def distance(one: tuple[int, int], other: tuple[int, int]) -> tuple[float, float]:

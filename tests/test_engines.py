@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
 import pytest
 
-from ffn2moe import engines, native, onnx_graph, onnx_plans, runtime
+from ffn2moe import autoplan, engines, native, onnx_graph, onnx_plans, runtime
 from ffn2moe.dense import load_dense
 from ffn2moe.export import export_model, write_manifest
 from ffn2moe.verify import verify
@@ -81,6 +83,78 @@ def test_the_number_of_threads_changes_no_meaning(folder):
     np.testing.assert_allclose(one.encode(TEXTS), two.encode(TEXTS), atol=1e-5)
     expected = runtime.open_export(folder, "sorted", 1).encode(TEXTS)
     np.testing.assert_allclose(one.encode(TEXTS), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("plan", ["ov-dense", "ov-dense8", "ov-sorted"])
+def test_a_fixed_shape_gives_the_numbers_of_every_shape(folder, plan):
+    free, fixed = (runtime.open_export(folder, plan, 1, precision="float32") for _ in range(2))
+    fixed.fix([(2, 8), (3, 12)])
+    random = np.random.default_rng(0)
+    for batch, length in ((2, 8), (3, 12), (2, 7), (3, 11), (5, 3), (1, 30)):
+        ids_BL = random.integers(4, 100, (batch, length))
+        mask_BL = np.ones_like(ids_BL)
+        mask_BL[-1, length // 2 :] = 0
+        for one, other in zip(fixed.run(ids_BL, mask_BL), free.run(ids_BL, mask_BL), strict=True):
+            assert one.shape == other.shape
+            keep = mask_BL.astype(bool) if one.ndim == 3 else slice(None)
+            # The weights of 8 bits go through other kernels, which round the activations, too.
+            np.testing.assert_allclose(one[keep], other[keep], atol=0.1 if plan == "ov-dense8" else 2e-5)
+
+
+def test_a_batch_is_filled_up_to_a_fixed_shape_only_where_that_is_near(folder):
+    graph = runtime.open_graphs([folder / "onnx/dense.onnx"], "ov-dense", threads=1)[0]
+    graph.fix([(2, 16), (4, 16)])
+
+    def runs_as(batch: int, length: int) -> tuple[int, ...] | None:
+        ids = np.ones((batch, length), dtype=np.int64)
+        return graph._fixed_for({"input_ids": ids, "attention_mask": ids})
+
+    assert [runs_as(*shape) for shape in ((2, 16), (2, 13), (4, 16), (3, 16), (4, 15))] == [
+        *((2, 16), (2, 16), (4, 16)),
+        None,  # (4, 16) would be a third more
+        (4, 16),
+    ]
+    assert [runs_as(*shape) for shape in ((1, 16), (2, 17), (8, 4), (2, 12))] == [None] * 4
+
+
+def test_other_fixed_shapes_take_the_place_of_those_before(folder):
+    graph = runtime.open_graphs([folder / "onnx/dense.onnx"], "ov-dense", threads=1)[0]
+    ids = np.ones((2, 6), dtype=np.int64)
+
+    def run() -> np.ndarray:
+        return graph.run(["sentence_embedding"], {"input_ids": ids, "attention_mask": ids})[0]
+
+    expected = run()
+    graph.fix([(2, 6), (1, 1)])
+    np.testing.assert_allclose(run(), expected, atol=0.02)
+    assert {*graph._compiled} == {(2, 6)}, "what no batch has asked for is not compiled, and takes no memory"
+    graph.fix([])
+    np.testing.assert_array_equal(run(), expected)
+    assert {*graph._compiled} == {None}
+
+
+def test_plans_are_opened_with_the_shapes_that_they_were_chosen_for(folder, tmp_path):
+    copy = Path(shutil.copytree(folder, tmp_path / "copy"))
+    row = {"phase": "whole", "threads": 1, "weight": 0.5}
+    for second in ("ov-dense", "dense"):
+        rows = [row | {"batch": 2, "sequence": 8, "plan": "ov-dense"}, row | {"batch": 8, "sequence": 30}]
+        rows[1]["plan"] = second
+        autoplan.write(copy, {"default_plan": "ov-dense", "timings": {}, "choices": rows})
+        graph = runtime.open_export(copy, threads=1)._graph
+        opened = graph.opened["ov-dense"] if second == "dense" else graph
+        assert opened._fixed == (((2, 8),) if second == "dense" else ((2, 8), (8, 30)))
+    assert runtime.open_export(copy, "ov-dense", 1)._graph._fixed == ()
+
+
+def test_threads_share_the_fixed_shapes(folder):
+    export = runtime.open_export(folder, "ov-dense", 1)
+    export.fix([(1, 9), (2, 9)])
+    ids = [np.full((1 + index % 2, 9), 5 + index, dtype=np.int64) for index in range(8)]
+    expected = [export.run(one, np.ones_like(one))[1] for one in ids]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda one: export.run(one, np.ones_like(one))[1], ids))
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(one, other)
 
 
 def test_an_execution_provider_is_no_matter_of_openvino(folder):
