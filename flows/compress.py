@@ -55,7 +55,7 @@ from flows.workspace import (  # noqa: E402
 from tasks.params import Settings, load_params  # noqa: E402
 from tasks.registry import Registry  # noqa: E402
 from tasks.stage import PipelineRecord, explain, remove  # noqa: E402
-from tasks.store import default_tracking_uri  # noqa: E402
+from tasks.store import default_tracking_uri, mlflow_client  # noqa: E402
 
 _STOPPED = "stopped; what is finished is kept, and the same command goes on from there"
 console = Console(width=None if sys.stdout.isatty() else 110)
@@ -263,6 +263,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if "PREFECT_API_URL" not in os.environ:
             check_database(ROOT)
         plan(ROOT, settings, Path.cwd())  # what is wrong with the settings is said before anything starts
+        mlflow_client(default_tracking_uri(ROOT))  # and with the run record
         _guardian = guard(ROOT)  # held on to: it acts when this end of its pipe closes
         compress(overrides=settings, called_from=str(Path.cwd()))
         return 0

@@ -133,6 +133,8 @@ def up(root: Path, ports: dict[str, int | None], notify: str | None = None) -> N
             url = _api(services)
             assert url is not None  # a server runs, or one is named
             os.environ["PREFECT_API_URL"] = url
+            if "prefect" not in services:
+                _refuse_shared(root)
             _deploy(root)
             if "worker" not in services:
                 if "prefect" in services:
@@ -350,12 +352,35 @@ def _deploy(root: Path) -> None:
                 client.update_deployment(one.id, DeploymentUpdate(parameter_openapi_schema=closed))
 
 
+def _refuse_shared(root: Path) -> None:
+    """FlowError where a server has the deployment of another workspace: the two would run each other's conversions."""
+    from prefect.exceptions import ObjectNotFound
+
+    with _client() as client:
+        try:
+            place = client.read_deployment_by_name(DEPLOYMENT).job_variables.get("working_dir")
+        except ObjectNotFound:
+            return
+        machines = [name for name in _workers() if name != _worker_name()]
+        if machines or place != str(root):
+            raise FlowError(
+                f"the Prefect server at {client.api_url} has {DEPLOYMENT} of another workspace already "
+                f"({', '.join(machines) or place}); one server, one schedule: unset PREFECT_API_URL for a server of "
+                f"this project's own, or, if the other one is over, prefect deployment delete {DEPLOYMENT}"
+            )
+
+
 def _worker_is_online() -> bool:
+    return _worker_name() in _workers()
+
+
+def _workers() -> list[str]:
+    """The workers of our pool that are there."""
     with _client() as client:
         response = client.request(
             "POST", "/work_pools/{work_pool_name}/workers/filter", path_params={"work_pool_name": POOL}, json={}
         )
-        return any(one["name"] == _worker_name() and one["status"] == "ONLINE" for one in response.json())
+        return [one["name"] for one in response.json() if one["status"] == "ONLINE"]
 
 
 def _close_dead_runs() -> None:

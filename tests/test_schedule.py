@@ -143,6 +143,16 @@ def test_parameters_out_of_range_are_refused_at_submission(client):
         assert reason in refused.value.response.text
 
 
+def test_a_second_workspace_does_not_take_over_the_schedule_of_a_server(toy, client, tmp_path, monkeypatch):
+    monkeypatch.setenv("PREFECT_API_URL", service.api(toy))
+    service._refuse_shared(toy)
+    with pytest.raises(FlowError, match=rf"another workspace already \({toy}\); one server, one schedule"):
+        service._refuse_shared(tmp_path)
+    monkeypatch.setattr(service.socket, "gethostname", lambda: "another")
+    with pytest.raises(FlowError, match=r"another workspace already \(ffn2moe on "):
+        service._refuse_shared(toy)
+
+
 def test_a_run_fires_by_the_schedule_and_one_behind_it_queues_and_finds_nothing_changed(toy, client):
     from prefect.client.schemas.schedules import IntervalSchedule
 
