@@ -236,6 +236,7 @@ def die_with_parent() -> None:
 
 
 def _terminated(number: int, frame: object) -> None:
+    signal.signal(number, signal.SIG_IGN)  # Linux may tell of a dead parent once for each thread that it had
     sys.exit(128 + number)
 
 
