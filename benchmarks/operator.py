@@ -2,9 +2,10 @@
 
     python -m benchmarks.operator --shape 2048x5632 --tokens 1 4 16 128 1024
 
-Rows `native*` are the operator of native/ as a mixture; `native* dense` is the same operator as a dense FFN (one expert
-of the whole width), which shows what of a gain is the kernel's and what the mixture's. Plans are timed in turn; ratios
-are medians of the ratios within a round, against the fastest dense plan of an engine (not `native* dense`).
+Rows `native*` are the operator of native/ as a mixture that routes by itself; `native* dense` is the same operator as a
+dense FFN (one expert of the whole width), which shows what of a gain is the kernel's and what the mixture's. Plans are
+timed in turn; ratios are medians of the ratios within a round, against the fastest dense plan of an engine (not
+`native* dense`).
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -110,20 +112,29 @@ def dense_model(ffn: FFN, plan: str) -> bytes:
     return ir.to_proto(graph).SerializeToString()
 
 
-def native_model(ffn: FFN, weights: native.Weights, num_experts: int) -> bytes:
+def native_model(
+    ffn: FFN, weights: native.Weights, num_experts: int, activations: native.Activations | None = None
+) -> bytes:
+    """The operator with a random router, which does not look at the heavy column; gates are 1."""
     w_in, w_gate, w_out = ffn.experts(num_experts)
     attributes = native.attributes(
-        ffn.width, w_in.shape[1], gated=ffn.gated, activation=ffn.activation, weights=weights
+        ffn.width,
+        w_in.shape[1],
+        gated=ffn.gated,
+        activation=ffn.activation,
+        weights=weights,
+        activations=activations,
     )
-    node = helper.make_node(
-        native.OP_TYPE, ["x", "chosen", "gates", "experts"], ["y"], domain=native.DOMAIN, **attributes
-    )
-    inputs = {
-        "x": (TensorProto.FLOAT, ["tokens", ffn.width]),
-        "chosen": (TensorProto.INT64, ["tokens", "active"]),
-        "gates": (TensorProto.FLOAT, ["tokens", "active"]),
+    active = min(ffn.num_active, num_experts)
+    attributes |= native.routed_attributes(num_experts, active, "unit")
+    router_ED = np.random.default_rng(2).standard_normal((num_experts, ffn.width)).astype(np.float32)
+    router_ED[:, 0] = 0
+    constants = {
+        "experts": native.pack_experts(weights, w_in, w_out, w_gate_EMD=w_gate),
+        "frame": native.frame(router_ED, np.zeros(num_experts)),
     }
-    return _model([node], inputs, ffn.width, {"experts": native.pack_experts(weights, w_in, w_out, w_gate_EMD=w_gate)})
+    node = helper.make_node(native.ROUTED_OP_TYPE, ["x", "experts", "frame"], ["y"], domain=native.DOMAIN, **attributes)
+    return _model([node], {"x": (TensorProto.FLOAT, ["tokens", ffn.width])}, ffn.width, constants)
 
 
 def qmoe_model(ffn: FFN) -> bytes:
@@ -192,7 +203,7 @@ def _compress(graph: object) -> None:
 
 
 def feeds(ffn: FFN, tokens: int) -> dict[str, Feed]:
-    """The inputs of each kind of model: tokens with a heavy column, experts drawn at random."""
+    """The inputs of each kind of model: tokens with a heavy column; `qmoe8` is told experts drawn at random."""
     numbers = np.random.default_rng(1)
     x_TD = numbers.standard_normal((tokens, ffn.width)).astype(np.float32)
     x_TD[:, 0] *= 20
@@ -200,13 +211,8 @@ def feeds(ffn: FFN, tokens: int) -> dict[str, Feed]:
     chosen_TK = np.argsort(numbers.random((tokens, E)), axis=1)[:, :K]
     logits_TE = np.full((tokens, E), MASKED_LOGIT, dtype=np.float32)
     np.put_along_axis(logits_TE, chosen_TK, 0, axis=1)
-    one = np.ones((tokens, 1), dtype=np.float32)
-    return {
-        "dense": {"x": x_TD},
-        "mixture": {"x": x_TD, "chosen": chosen_TK, "gates": np.full((tokens, K), 1 / K, dtype=np.float32)},
-        "native dense": {"x": x_TD, "chosen": np.zeros((tokens, 1), dtype=np.int64), "gates": one},
-        "qmoe8": {"x": x_TD, "logits": logits_TE},
-    }
+    alone = {"x": x_TD}
+    return {"dense": alone, "mixture": alone, "native dense": alone, "qmoe8": {"x": x_TD, "logits": logits_TE}}
 
 
 def plans(ffn: FFN, threads: int, wanted: Sequence[str] | None) -> dict[str, tuple[str, Run]]:
@@ -224,16 +230,15 @@ def plans(ffn: FFN, threads: int, wanted: Sequence[str] | None) -> dict[str, tup
     }
     if ffn.ffn_width // ffn.num_experts % BLOCK == 0:
         makers["qmoe8"] = ("qmoe8", lambda: on_onnxruntime(qmoe_model(ffn), threads))
-    for weights in native.WEIGHTS:
-        name = "native" if weights == "bf16" else f"native{weights[3:]}"
-        makers[name] = (
-            "mixture",
-            lambda weights=weights: on_openvino(native_model(ffn, weights, ffn.num_experts), threads),
-        )
-        makers[f"{name} dense"] = (
-            "native dense",
-            lambda weights=weights: on_openvino(native_model(ffn, weights, 1), threads),
-        )
+    for weights, activations, name in (
+        ("bf16", "bf16", "native"),
+        ("int8", "int16", "native8"),
+        ("int8", "int8", "native8a8"),
+        ("int4", "int8", "native4"),
+    ):
+        for kind, label, experts in (("mixture", name, ffn.num_experts), ("native dense", f"{name} dense", 1)):
+            model = partial(native_model, ffn, weights, experts, activations)
+            makers[label] = (kind, lambda model=model: on_openvino(model(), threads))
     return {name: (kind, make()) for name, (kind, make) in makers.items() if wanted is None or name in wanted}
 
 

@@ -27,7 +27,7 @@ namespace {
 
 constexpr int kTokensAtOnce = 256; // of one expert: their vectors stay in the cache
 constexpr int kBlockTokens = 1024; // of a block that a thread works through
-constexpr int kBlockRows = 512;    // of such a block where norms and router are done with it
+constexpr int kBlockRows = 256;    // of such a block where norms and router are done with it
 constexpr int kFewTokens = 32;     // an expert on average: below, the threads share the panels
 
 // --- activations ----------------------------------------------------------------------------------------------------
