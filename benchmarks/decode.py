@@ -5,7 +5,8 @@
 Weights, router and tokens are random and made on the spot: nothing is downloaded, and what is timed does not depend on
 them but for the experts that the tokens use, which are counted. Every mixture plan of every engine takes its turn with
 every dense one, among them OpenVINO with weights of 8 and 4 bits, multiplied in bfloat16 or with activations quantised
-as they run. The error of a plan is that of its output against the same FFN, or mixture, in float64. `--export` times
+as they run. The error of a plan is that of its output against the same FFN, or mixture, in float64; a second
+comparison is with the dense plans of like error alone. `--export` times
 the plans of a causal export as well: a prompt, and the tokens after it.
 """
 
@@ -40,6 +41,8 @@ from ffn2moe.spec import FFNShape, MoESpec
 TOKENS = [1, 2, 4, 8, 16, 128, 1024]
 TARGETS = {1: 3.2, 4: 1.0, 16: 1.3, 128: 2.2, 1024: 2.6}  # speed over the best dense plan that is aimed at
 MOST_TOKENS_JUDGED = 128  # that the error is taken over
+LIKE = 1.5  # times the error of a mixture: what a dense plan of like error has at most
+EXACT = 1e-5  # errors below are those of float32, and alike
 BITS = {"float32": 32, "bfloat16": 16, "int8": 8, "int4": 4}
 # Dense in OpenVINO with weights of few bits: name -> bits, weights that share a scale (None: a row), arithmetic, and
 # activations that share one (0: they are not quantised).
@@ -55,7 +58,10 @@ Run = Callable[[np.ndarray], np.ndarray]  # x [n, D] -> y [n, D]
 
 @dataclass(frozen=True)
 class Row:
-    """One plan at so many tokens. `speed` is over the best dense plan, with the quartiles of the rounds."""
+    """One plan at so many tokens. `speed` is over the best dense plan, with the quartiles of the rounds.
+
+    `like_speed` is over the best dense plan of like error, `like_dense`.
+    """
 
     tokens: int
     plan: str
@@ -64,6 +70,10 @@ class Row:
     low: float
     high: float
     best_dense: str
+    like_speed: float
+    like_low: float
+    like_high: float
+    like_dense: str
     gigabytes_per_second: float  # of weights
     gigaflops: float  # of products that are needed, a second
     rounds: int
@@ -311,10 +321,14 @@ def _compressed(
 def _rows(
     plans: Mapping[str, Plan], samples: Samples, tokens: int, used: int, options: argparse.Namespace
 ) -> Iterator[Row]:
-    best = samples.fastest(name for name, plan in plans.items() if plan.dense)
+    dense = {name: plan.error for name, plan in plans.items() if plan.dense}
+    best = samples.fastest(dense)
     weights = 3 * options.width * options.ffn_width
     for name, plan in plans.items():
         seconds, speed = samples.median(name), samples.speed(name, best)
+        most = LIKE * max(plan.error, EXACT)
+        like = samples.fastest(other for other, error in dense.items() if other == name or error <= most)
+        like_speed = samples.speed(name, like)
         read = weights * (1.0 if plan.dense else used / options.experts) * plan.bits / 8
         width = options.ffn_width if plan.dense else _active_width(options)
         yield Row(
@@ -325,6 +339,10 @@ def _rows(
             low=round(speed.low, 4),
             high=round(speed.high, 4),
             best_dense=best,
+            like_speed=round(like_speed.median, 4),
+            like_low=round(like_speed.low, 4),
+            like_high=round(like_speed.high, 4),
+            like_dense=like,
             gigabytes_per_second=round(read / seconds / 1e9, 2),
             gigaflops=round(2 * 3 * options.width * width * tokens / seconds / 1e9, 1),
             rounds=samples.rounds,
@@ -412,7 +430,7 @@ def grids(result: Mapping[str, Any]) -> Iterator[tuple[str, list[str], list[list
 
     speeds = table(lambda row: "best dense" if row.plan == row.best_dense else f"{row.speed:.2f}x")
     for line in speeds:
-        line.insert(1, f"{100 * result['errors'][line[0]]:.2f} %")
+        line.insert(1, _percent(result["errors"][line[0]]))
     used = [f"{result['experts_used'][str(tokens)]}" for tokens in rows]
     experts = result["shape"]["experts"]
     speeds += [
@@ -421,7 +439,21 @@ def grids(result: Mapping[str, Any]) -> Iterator[tuple[str, list[str], list[list
         ["experts used", "", *used],
     ]
     yield "Speed over the best dense plan", ["plan", "error", *columns], speeds
-    yield "Best mixture", ["n", "best mixture", "best dense", "speed", "quartiles", "target"], list(_summary(result))
+    compared = ["n", "best mixture", "error", "best dense", "error", "speed", "quartiles", "target"]
+    yield "Best mixture", compared, list(_summary(result))
+    mixtures = [plan for plan in plans if plan not in result["dense"]]
+    yield (
+        "Speed over the best dense plan of like error",
+        ["mixture", "error", *columns],
+        [
+            [
+                plan,
+                _percent(result["errors"][plan]),
+                *(f"{row.like_speed:.2f}x {row.like_dense}" for row in (found[plan] for found in rows.values())),
+            ]
+            for plan in mixtures
+        ],
+    )
     yield "Milliseconds", ["plan", *columns], table(lambda row: f"{row.milliseconds:.3f}")
     yield "GB/s of weights", ["plan", *columns], table(lambda row: f"{row.gigabytes_per_second:.1f}")
     yield "GFLOP/s", ["plan", *columns], table(lambda row: f"{row.gigaflops:.0f}")
@@ -452,11 +484,17 @@ def _summary(result: Mapping[str, Any]) -> Iterator[list[str]]:
         yield [
             str(tokens),
             best.plan,
+            _percent(result["errors"][best.plan]),
             best.best_dense,
+            _percent(result["errors"][best.best_dense]),
             f"{best.speed:.2f}x",
             f"{best.low:.2f} to {best.high:.2f}",
             told,
         ]
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.2f} %"
 
 
 def page(result: Mapping[str, Any]) -> str:
@@ -476,6 +514,8 @@ def page(result: Mapping[str, Any]) -> str:
         "the dense FFN in OpenVINO with weights of 8 or 4 bits;",
         "activations are quantised as it runs, or in bfloat16. GB/s count the weights of the experts that are used, "
         "GFLOP/s the products that are needed.",
+        f"Of like error are dense plans whose error is at most {LIKE:g} times the mixture's: the fastest of them is "
+        "named.",
         "",
         f"![Speed of each plan over the best dense plan]({result['image']})",
         "",

@@ -180,8 +180,12 @@ def test_decode_writes_a_page_its_figures_and_a_plot(tmp_path):
     assert result["bound"] == pytest.approx(256 / (128 + 4 / 3), abs=1e-3)
     rows = [decode.Row(**row) for row in result["rows"]]
     assert {row.tokens for row in rows} == {1, 5} and all(row.best_dense in result["dense"] for row in rows)
+    for row in rows:  # the dense plan of like error is the fastest of those that are about as exact
+        if row.plan not in result["dense"]:
+            assert errors[row.like_dense] <= decode.LIKE * max(errors[row.plan], decode.EXACT)
     page = out.read_text()
     assert "| plan | error | n = 1 | n = 5 |" in page and "bound by weights read" in page
+    assert "## Speed over the best dense plan of like error" in page
     assert "python -m benchmarks.decode --width 64" in page
     assert is_plot(out.with_suffix(".png"))
 
