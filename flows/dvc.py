@@ -22,7 +22,7 @@ _NOISE = re.compile(
     r"^$|^> |^Updating lock file|^Generating lock file|^To track the changes|^\s+git add|^To enable auto"
     r"|^\s+dvc config|^Use `dvc push`|^Data and pipelines are up|^Stage '.*'( didn't change| is cached)"
     r"|^Running stage|^Successfully registered model|^Created version|^Registered model '.*' already exists"
-    r"|.*Any type hint is inferred as AnyType|^\s+col_spec_type = _infer"  # MLflow, of what is checked by the model itself
+    r"|.*Any type hint is inferred as AnyType|^\s+col_spec_type = _infer"  # MLflow; the model checks itself
 )
 _KILLED = re.compile(r"^ERROR: failed to reproduce .* exited with (-9|137)$")
 _BUSY = re.compile(
