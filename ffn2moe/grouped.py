@@ -29,6 +29,22 @@ LEAST_TILE = 16  # also what the grouped products of accelerators want runs to b
 TILES = 4  # at least so many tiles make an average run, so that padding adds an eighth
 
 
+# Operations that a processor makes in the time by which a bfloat16 product of its own is slower than one of a batch:
+# 15 us at 1e12 a second, measured from 16 to 256 slots an expert (docs/results/training.md).
+OVERHEAD = 1.5e7
+
+
+def most_padding(x_TD: Tensor, weight_EMD: Tensor) -> int:
+    """How many slots may be added so that all runs are equally long and one batched product computes all experts.
+
+    So many that they take no longer than it saves. Only bfloat16 on a CPU gains: in float32 products have hardly any
+    overhead, and accelerators multiply groups of any length at once.
+    """
+    E, M, D = weight_EMD.shape
+    gains = x_TD.device.type == "cpu" and x_TD.dtype == torch.bfloat16
+    return int(E * OVERHEAD / (2 * M * D)) if gains else 0
+
+
 def tile_of(pairs: int, num_experts: int) -> int:
     """What runs are rounded up to: the same for numbers of pairs that are near each other."""
     tile = TILE
@@ -39,7 +55,7 @@ def tile_of(pairs: int, num_experts: int) -> int:
 
 @dataclass(frozen=True)
 class Layout:
-    """The used (token, expert) pairs sorted by expert, each expert's run rounded up to whole tiles.
+    """The used (token, expert) pairs sorted by expert, each expert's run rounded up to whole tiles or to the longest.
 
     Padding slots name token 0; nobody reads them, and no gradient comes from them.
     """
@@ -51,11 +67,16 @@ class Layout:
     widths: list[int]  # all its slots
 
     @classmethod
-    def of(cls, choice: Choice, num_experts: int, tile: int = 1) -> Layout:
-        """The layout of a choice, runs rounded up to multiples of `tile`."""
+    def of(cls, choice: Choice, num_experts: int, tile: int = 1, most_padding: int = 0) -> Layout:
+        """The layout of a choice, runs rounded up to multiples of `tile`.
+
+        To the longest run where that adds no more than `most_padding` slots to all of them.
+        """
         token_P, expert_P = choice.pairs()
         count_E = torch.bincount(expert_P, minlength=num_experts)
         width_E = (count_E + tile - 1) // tile * tile
+        if most_padding and num_experts * width_E.max() - width_E.sum() <= most_padding:
+            width_E = width_E.max().expand(num_experts)
         # A pair's slot: where its expert's run starts, plus its rank among the pairs of that expert.
         order = expert_P.argsort(stable=True)
         rank = torch.arange(len(expert_P), device=expert_P.device) - (count_E.cumsum(0) - count_E)[expert_P[order]]
@@ -134,6 +155,9 @@ class _Linear(torch.autograd.Function):
             if bias_EO is not None:
                 y_SO += bias_EO.to(y_SO.dtype).repeat_interleave(torch.tensor(widths, device=x_SI.device), 0)
             return y_SO
+        if _in_one_batch(x_SI, widths):
+            y_ECO = torch.bmm(x_SI.unflatten(0, (len(widths), -1)), weight_EOI.mT)
+            return (y_ECO if bias_EO is None else y_ECO.add_(bias_EO.to(y_ECO.dtype).unsqueeze(1))).flatten(0, 1)
         y_SO = x_SI.new_empty(len(x_SI), weight_EOI.shape[1])
         runs = zip(x_SI.split(widths), y_SO.split(widths), weight_EOI, strict=True)
         if bias_EO is None:
@@ -150,6 +174,16 @@ class _Linear(torch.autograd.Function):
         x_SI, weight_EOI = ctx.saved_tensors
         for_x, for_weight, for_bias, *_ = ctx.needs_input_grad
         hardware = _grouped_in_hardware(x_SI, weight_EOI)
+        if not hardware and _in_one_batch(x_SI, ctx.widths):
+            each = (len(ctx.widths), -1)
+            gradient_ECO = gradient_SO.unflatten(0, each)
+            return (
+                torch.bmm(gradient_ECO, weight_EOI).flatten(0, 1) if for_x else None,
+                torch.bmm(gradient_ECO.mT, x_SI.unflatten(0, each)).to(ctx.dtypes[0]) if for_weight else None,
+                gradient_ECO.sum(1).to(ctx.dtypes[1]) if for_bias else None,
+                None,
+                None,
+            )
         gradient_SI = gradient_EOI = gradient_EO = None
         parts = gradient_SO.split(ctx.widths)
         if for_x and hardware:
@@ -168,6 +202,11 @@ class _Linear(torch.autograd.Function):
         if for_bias:
             gradient_EO = torch.stack([part.sum(0) for part in parts]).to(ctx.dtypes[1])
         return gradient_SI, gradient_EOI, gradient_EO, None, None
+
+
+def _in_one_batch(x_SI: Tensor, widths: list[int]) -> bool:
+    """Whether runs that are equally long make one batched product: see `most_padding`."""
+    return x_SI.device.type == "cpu" and x_SI.dtype == torch.bfloat16 and 0 < min(widths) == max(widths)
 
 
 def _ends(widths: list[int], like: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from ffn2moe.dense import ACTIVATIONS, family_of, ffn_layers, install, read_ffn, stack_of
 from ffn2moe.experts import ExpertWeights
-from ffn2moe.grouped import Layout, tile_of
+from ffn2moe.grouped import Layout, most_padding, tile_of
 from ffn2moe.router import Choice, Router, gates, neutral_scale
 from ffn2moe.spec import FFNShape, Gate, Head, MoESpec, Pooling, Routing, Selection
 from ffn2moe.texts import Texts
@@ -312,7 +312,7 @@ class MoEFFN(nn.Module):
             x_TD = x_TD.to(torch.get_autocast_dtype(x_TD.device.type))  # once, before K copies are gathered
         tiled = self.training or autocast or x_TD.device.type != "cpu"
         tile = tile_of(choice.experts_TK.numel(), self.num_experts) if tiled else 1
-        layout = Layout.of(choice, self.num_experts, tile)
+        layout = Layout.of(choice, self.num_experts, tile, most_padding(x_TD, self.w_in) if tiled else 0)
         x_SD = layout.gather(x_TD)
         act = ACTIVATIONS[self.activation]
         h_SM = layout.linear(x_SD, self.w_in, self.b_in)

@@ -132,6 +132,35 @@ def test_bfloat16_under_autocast_is_near_float32_and_the_same_every_time():
     assert once["w_in"].dtype == torch.float32
 
 
+@pytest.mark.parametrize("gated", [False, True])
+def test_runs_of_one_length_in_a_batch_give_what_one_product_an_expert_gives(monkeypatch, gated):
+    moe = make_moe(gated=gated, gate="softmax").bfloat16().train()
+    found, widths = [], []
+    of = Layout.of
+
+    def watched(*arguments: object) -> Layout:
+        layout = of(*arguments)
+        widths.append(layout.widths)
+        return layout
+
+    monkeypatch.setattr(Layout, "of", watched)
+    for overhead in (0.0, 1e6):
+        monkeypatch.setattr(grouped, "OVERHEAD", overhead)
+        found.append(gradients(moe, "grouped", normal(60, D, seed=5).bfloat16()))
+    assert len(set(widths[0])) > 1 and set(widths[1]) == {max(widths[0])}
+    for name, wanted in found[0].items():
+        assert (found[1][name] - wanted).norm() <= 0.02 * wanted.norm(), name
+
+
+def test_runs_are_made_equally_long_where_that_adds_little():
+    choice = Choice(torch.tensor([[0], [0], [0], [1]]), None)
+    assert Layout.of(choice, 2).widths == [3, 1]
+    assert Layout.of(choice, 2, 1, 1).widths == [3, 1]
+    assert Layout.of(choice, 2, 1, 2).widths == [3, 3]
+    assert Layout.of(choice, 2, 1, 2).slot_P.tolist() == [0, 1, 2, 3]
+    assert Layout.of(choice, 2, 4, 8).widths == [4, 4]
+
+
 def test_grouped_products_of_an_accelerator_give_what_one_product_an_expert_gives(monkeypatch):
     moe = make_moe(gated=True, gate="softmax").bfloat16().train()
     found = []
