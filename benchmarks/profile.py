@@ -5,7 +5,8 @@
 
 Times are those of ONNX Runtime's profiler and of OpenVINO's performance counts: a node's is its median over the runs,
 and what a run takes beyond its nodes is `between nodes`. Both engines fuse nodes first; a fused one counts as what its
-product is. Profiled runs are slower than others by some microseconds a node.
+product is, and so does the node of a native plan, which holds a layer's router and norms as well. Profiled runs are
+slower than others by some microseconds a node.
 """
 
 from __future__ import annotations
