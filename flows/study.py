@@ -32,7 +32,7 @@ _STATES = {
     "FAIL": "failed",
     "PRUNED": "left out",
 }
-_RAN = re.compile(r"^(\w+) Completed$", re.MULTILINE)  # flows/cell.py says so
+_RAN = re.compile(r"^(?!inputs )(\w+) Completed$", re.MULTILINE)  # flows/cell.py says so; inputs always runs
 _RANGE = re.compile(rf"^({_NUMBER})\.\.({_NUMBER})$")
 
 
