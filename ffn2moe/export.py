@@ -39,6 +39,7 @@ def export_model(
     folder: str | Path,
     *,
     plans: Iterable[Plan] | None = None,
+    more_plans: Iterable[Plan] = (),
     engines: Sequence[Engine] | None = None,
     samples: Sequence[Sample] | None = None,
     float_tolerance: float = FLOAT_TOLERANCE,
@@ -50,7 +51,7 @@ def export_model(
 
     `student` and `teacher` are transformers models with the head of the spec; without a teacher there are no dense
     plans. `plans` None means all that the head has in these `engines` (`runtime.plans_of`; None: those that are
-    installed). They are compared on `samples`
+    installed); `more_plans` are wanted besides (`runtime.plans_on_request`). They are compared on `samples`
     (`ffn2moe.parity`; None: random ones). Weights of more than `largest_file` bytes go into a file of their own.
     `track` wraps the plans while they are worked through: (plans, what is done) -> plans.
 
@@ -69,6 +70,13 @@ def export_model(
     (folder / GRAPHS).mkdir(parents=True, exist_ok=True)
     installed: tuple[Engine, ...] = ("onnxruntime", "openvino") if has_openvino() else ("onnxruntime",)
     wanted = tuple(runtime.plans_of(spec.head, engines or installed) if plans is None else plans)
+    wanted = tuple(dict.fromkeys((*wanted, *more_plans)))
+    unknown = [plan for plan in more_plans if plan not in runtime.plans_on_request(spec.head)]
+    if unknown:
+        raise ValueError(
+            f"the plan {unknown[0]!r} cannot be asked for with the head {spec.head!r}: "
+            f"{', '.join(runtime.plans_on_request(spec.head)) or 'none'} can"
+        )
     if any(engine_of(plan) == "openvino" for plan in wanted):
         openvino()
     if teacher is None:
@@ -90,10 +98,8 @@ def export_model(
         form, num_active, name = form_of(plan), budget_of[plan], graph_of(plan)
         if form in manifest["refused"]:
             continue
-        if engine_of(plan) == "openvino" and runtime.decodes(spec.head):
-            manifest["refused"][plan] = (
-                f"{plan}: plans of OpenVINO are for models that read all at once, and this one decodes"
-            )
+        if engine_of(plan) == "openvino" and (lacking := _openvino_lacks(student, spec)):
+            manifest["refused"][plan] = f"{plan}: {lacking}"
             continue
         if form in NATIVE_PLANS and not native.is_built():  # what cannot be checked is not shipped
             manifest["refused"][plan] = f"{plan}: its operator is not built here; {native.REMEDY}"
@@ -138,6 +144,16 @@ def export_model(
     return manifest
 
 
+def _openvino_lacks(model: Any, spec: MoESpec) -> str | None:
+    """Why the plans of OpenVINO cannot run this model, if they cannot."""
+    if spec.head == "seq2seq":
+        return "plans of OpenVINO are not for models of an encoder and a decoder"
+    if getattr(model.config.get_text_config(decoder=True), "attn_logit_softcapping", None):
+        # It takes such attention apart as it reads the graph, and keys that heads share no longer fit.
+        return "OpenVINO has no attention with a soft cap on its scores; plans without ov- have it"
+    return None
+
+
 def _write(graphs: Mapping[str, Any], name: str, folder: Path, largest_file: int) -> dict[str, Any]:
     """Writes the graphs of a plan, its main one and an encoder's; gives what the manifest says of the files."""
     files: dict[str, str] = {}
@@ -176,6 +192,7 @@ def facts(model: Any, spec: MoESpec) -> dict[str, Any]:
         ends = token("eos_token_id")
         facts |= {
             "positions": positions(model.config),
+            "vocabulary": model.config.get_text_config(decoder=True).vocab_size,
             "bos_token_id": token("bos_token_id"),
             "eos_token_ids": [] if ends is None else [ends] if isinstance(ends, int) else list(ends),
         }

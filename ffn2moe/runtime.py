@@ -110,12 +110,20 @@ def precision_of(plan: str, graph: Graph) -> str:
 
 
 def plans_of(head: str, engines: Sequence[Engine] = ("onnxruntime",)) -> tuple[Plan, ...]:
-    """The plans of models with this head: those that decode token by token have plans for that.
-
-    None of OpenVINO's: in 2026.4 the graphs of a small LLaMA, with their cache, gave back empty logits.
-    """
+    """The plans that models with this head are given: those that decode token by token have plans for that."""
     of_head = DECODER_PLANS if decodes(head) else (*PLANS, *OPENVINO_PLANS)
     return tuple(plan for plan in of_head if engine_of(plan) in engines)
+
+
+def plans_on_request(head: str) -> tuple[Plan, ...]:
+    """The plans that models with this head can be given besides, if they are asked for.
+
+    Of models that read all at once those of 4 and 8 bits a weight that pay for decoding; of language models those of
+    OpenVINO, which copies the cache at every step.
+    """
+    if head == "causal":
+        return OPENVINO_PLANS
+    return () if decodes(head) else tuple(plan for plan in DECODER_PLANS if plan not in PLANS)
 
 
 def decodes(head: str) -> bool:
@@ -419,7 +427,7 @@ class CausalExport(_Decoder):
             ids = [int(self._model["bos_token_id"])]
         if not ids:
             raise ValueError("the prompt is empty, and this model has no token to begin a text with: give it a word")
-        vocabulary = self._graph.outputs["logits"][-1]
+        vocabulary = self._model.get("vocabulary", self._graph.outputs["logits"][-1])
         if min(ids) < 0 or max(ids) >= vocabulary:
             raise ValueError(f"a token id of the prompt is outside of the vocabulary, 0 to {vocabulary - 1}")
         return ids

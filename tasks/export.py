@@ -63,6 +63,7 @@ def run(stage: StageRun) -> None:
             spec,
             partial,
             engines=params.export.engines,
+            more_plans=params.export.more_plans,
             samples=list(text_samples(ids, spec.head, params.seed)),
             float_tolerance=params.export.float_tolerance,
             tanh_tolerance=params.export.tanh_tolerance,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 import subprocess
@@ -12,12 +13,14 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 import pytest
+import transformers
 
 from ffn2moe import autoplan, engines, native, onnx_graph, onnx_plans, runtime
 from ffn2moe.dense import load_dense
 from ffn2moe.export import export_model, write_manifest
 from ffn2moe.verify import verify
-from tests.conftest import make_tiny_bert
+from tests import test_decoder as decoder
+from tests.conftest import make_tiny_bert, make_tokenizer
 from tests.mixtures import carve
 
 pytest.importorskip("openvino")
@@ -134,16 +137,16 @@ def test_other_fixed_shapes_take_the_place_of_those_before(folder):
 
 
 def test_plans_are_opened_with_the_shapes_that_they_were_chosen_for(folder, tmp_path):
-    copy = Path(shutil.copytree(folder, tmp_path / "copy"))
+    copied = Path(shutil.copytree(folder, tmp_path / "copy"))
     row = {"phase": "whole", "threads": 1, "weight": 0.5}
     for second in ("ov-dense", "dense"):
         rows = [row | {"batch": 2, "sequence": 8, "plan": "ov-dense"}, row | {"batch": 8, "sequence": 30}]
         rows[1]["plan"] = second
-        autoplan.write(copy, {"default_plan": "ov-dense", "timings": {}, "choices": rows})
-        graph = runtime.open_export(copy, threads=1)._graph
+        autoplan.write(copied, {"default_plan": "ov-dense", "timings": {}, "choices": rows})
+        graph = runtime.open_export(copied, threads=1)._graph
         opened = graph.opened["ov-dense"] if second == "dense" else graph
         assert opened._fixed == (((2, 8),) if second == "dense" else ((2, 8), (8, 30)))
-    assert runtime.open_export(copy, "ov-dense", 1)._graph._fixed == ()
+    assert runtime.open_export(copied, "ov-dense", 1)._graph._fixed == ()
 
 
 def test_threads_share_the_fixed_shapes(folder):
@@ -229,3 +232,64 @@ def test_the_operator_runs_every_selection(teacher, tmp_path, selection):
     _, tokenizer = load_dense(str(teacher))
     manifest = export_model(student, None, tokenizer, spec, tmp_path, plans=("ov-native8",))
     assert manifest["plans"]["ov-native8"]["agreement"] > 0.95
+
+
+# --- plans that are asked for ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def language_model(tmp_path_factory) -> tuple:
+    """An export of a tiny LLaMA, whose heads share keys, with plans of OpenVINO; and its models."""
+    teacher = decoder.language_model("llama")
+    student, spec = decoder.carve(copy.deepcopy(teacher), "causal")
+    path = tmp_path_factory.mktemp("causal") / "export"
+    make_tokenizer(path.parent)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(path.parent)
+    more = ("ov-dense", "ov-sorted")
+    manifest = export_model(student, teacher, tokenizer, spec, path, plans=("sorted",), more_plans=more)
+    write_manifest(path, manifest)
+    return path, teacher, student
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_language_models_decode_in_openvino_as_in_pytorch(language_model, batch):
+    path, teacher, student = language_model
+    for plan, model in (("ov-dense", teacher), ("ov-sorted", student)):
+        export = runtime.open_export(path, plan, 1, precision="float32")
+        assert decoder.check_decoding(model, export, decoder.PROMPTS[batch], 12) < 1e-4
+
+
+def test_prefill_and_decoding_may_run_in_two_engines(language_model):
+    path, _, student = language_model
+    row = {"batch": 1, "sequence": 4, "threads": 1, "weight": 1.0}
+    rows = [row | {"phase": "prefill", "plan": "ov-sorted"}, row | {"phase": "decode", "plan": "sorted"}]
+    autoplan.write(path, {"default_plan": "sorted", "timings": {}, "choices": rows})
+    try:
+        export = runtime.open_export(path, threads=1, precision="float32")
+        assert decoder.check_decoding(student, export, decoder.PROMPTS[1], 6) < 1e-4
+    finally:
+        (path / "plan.json").unlink()
+
+
+def test_a_soft_cap_on_attention_is_refused_in_openvino_with_the_reason(tmp_path):
+    student, spec = decoder.carve(decoder.language_model("gemma2"), "causal")
+    manifest = export_model(student, None, None, spec, tmp_path, plans=(), more_plans=("ov-sorted",))
+    assert "soft cap" in manifest["refused"]["ov-sorted"] and not manifest["plans"]
+
+
+def test_plans_of_few_bits_are_made_for_encoders_that_ask_for_them(teacher, tmp_path):
+    dense, tokenizer = load_dense(str(teacher))
+    student, spec = carve(teacher)
+    more = ("dense4", "qmoe8", "qmoe4")
+    manifest = export_model(student, dense, tokenizer, spec, tmp_path, plans=("dense",), more_plans=more)
+    write_manifest(tmp_path, manifest)
+    assert {*manifest["plans"]} == {"dense", *more}
+    assert manifest["plans"]["qmoe8"]["agreement"] > 0.98 and manifest["plans"]["dense4"]["agreement"] > 0.8
+    for plan in more:
+        assert runtime.open_export(tmp_path, plan, 1).encode(TEXTS).shape[0] == 2
+
+
+def test_a_plan_that_the_head_has_not_cannot_be_asked_for(teacher, tmp_path):
+    student, spec = carve(teacher)
+    with pytest.raises(ValueError, match="'sorted' cannot be asked for with the head 'embedding': dense4, qmoe8"):
+        export_model(student, None, None, spec, tmp_path, plans=(), more_plans=("sorted",))
