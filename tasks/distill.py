@@ -38,7 +38,7 @@ def run(stage: StageRun) -> None:
         patience = timedelta(days=30) if settings.layerwise_steps else PATIENCE
         take_part(stage, distil, device=choose_device(stage.params.compute.device), patience=patience)
     elif settings.processes > 1:
-        launch(stage, settings.processes)
+        launch(stage, settings.processes, "-m", "tasks.distill")
     else:
         distil(stage, ALONE)
 

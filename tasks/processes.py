@@ -31,8 +31,8 @@ def speaks() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def launch(stage: StageRun, processes: int) -> None:
-    """Runs the stage in so many processes on this machine, which talk over its loopback and share its cores.
+def launch(stage: StageRun, processes: int, *program: str) -> None:
+    """Runs `python PROGRAM` in so many processes on this machine, which talk over its loopback and share its cores.
 
     ChildProcessError with the first one's reason when one fails or is killed; the others are ended then, as they are
     when this process is stopped.
@@ -66,7 +66,7 @@ def launch(stage: StageRun, processes: int) -> None:
             logs_specs=DefaultLogsSpecs(log_dir=logs),
         )
         try:
-            elastic_launch(config, sys.executable)("-m", f"tasks.{stage.name}")
+            elastic_launch(config, sys.executable)(*program)
         except SignalException as stop:
             sys.exit(128 + stop.sigval)
         except ChildFailedError as error:
