@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import re
 import shutil
@@ -164,6 +165,19 @@ def test_an_interrupted_sweep_goes_on_and_no_cell_runs_twice(toy):
         ]
     )
     assert all(ran.count(line) == 1 for line in ran if line not in under_way)
+
+
+def test_what_ran_is_counted_for_every_cell(toy):
+    with (toy / "sweeps/eight/cells.csv").open() as stream:
+        rows = {int(row["cell"]): row for row in csv.DictReader(stream)}
+    ran = (toy / "ran.txt").read_text().splitlines()
+    assert {number: int(row["made"]) for number, row in rows.items()} == {n: ran.count(f"make {n:03}") for n in rows}
+    assert {number: int(row["measured"]) for number, row in rows.items()} == {
+        n: ran.count(f"measure {n:03}") for n in rows
+    }
+    assert {number for number, row in rows.items() if row["state"] == "finished"} == {0, 3, 4, 5, 6, 7, 8}
+    assert (rows[1]["state"], rows[2]["state"]) == ("failed", "left out")
+    assert all(row["began"] <= row["ended"] for row in rows.values() if row["state"] == "finished")
 
 
 def test_a_failed_and_an_illegal_cell_are_told_with_their_reasons_and_the_others_go_on(toy):
