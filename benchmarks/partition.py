@@ -2,9 +2,12 @@
 
     python -m benchmarks.partition --threads 2 --out docs/results/partition.md
     python -m benchmarks.partition --calibrate --threads 2 --out docs/results/calibration.md
+    git worktree add /tmp/before b376d3f
+    python -m benchmarks.partition --calibrate --against /tmp/before --tokens 4096 --out docs/results/calibration.md
 
 With `--calibrate` one layer of TinyLlama-1.1B's shape goes all the way instead: statistics and partition, the oracle's
 survey, the router's fit, the closed-form refit of the outputs, each timed as `ffn2moe.stream` does it to every layer.
+Each round is a process of its own; with `--against` it is two, one of them in another checkout of this repository.
 
 Weights, tokens and gradients are random and made on the spot, so that nothing is downloaded: they give a clustering no
 structure to find, which is its slowest case. What is timed is `ffn2moe.factorise.carve`, all that a stage does with a
@@ -14,12 +17,15 @@ layer; the errors of such experts say nothing and are not reported. Takes some 4
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import platform
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from statistics import median
@@ -30,10 +36,10 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.rounds import in_turn, ratio
 from ffn2moe import factorise, oracle, partition
 from ffn2moe.dense import DenseFFN
 from ffn2moe.factorise import carve, chunk_of, fit_router
-from ffn2moe.moe import MoEFFN
 from ffn2moe.partition import PartitionMethod
 from ffn2moe.reconstruct import refit_outputs
 from ffn2moe.spec import FFNShape, MoESpec
@@ -83,6 +89,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--calibrate", action="store_true", help="one layer of TinyLlama's shape, all the way")
     parser.add_argument("--shape", type=int, nargs=2, default=[2048, 5632], help="D and F of the layer to calibrate")
     parser.add_argument("--rounds", type=int, default=3, help="times that a layer is calibrated; medians are told")
+    parser.add_argument("--against", type=Path, help="a checkout of another version, to calibrate the layer in turn")
     parser.add_argument("--out", type=Path, help="also write a page, for example docs/results/partition.md")
     return parser
 
@@ -174,47 +181,101 @@ ROUTER_STEPS = 200  # as `ffn2moe.stream` takes
 STEPS = ("activations", "statistics", "clustering", "slicing", "dense outputs", "oracle", "router", "scale", "refit")
 
 
+# What a process of one round does, in the checkout that it runs in. The first layer is small: imports are not counted.
+WORKER = """
+import json, sys, time, torch
+from benchmarks import partition
+tokens, width, ffn_width, experts, active, threads = map(int, sys.argv[1:])
+torch.set_num_threads(threads)
+for T, D, F in ((256, 64, 128), (tokens, width, ffn_width)):
+    ffn, x_TD, _ = partition.layer(T, D, F)
+    start = time.process_time()
+    told = partition._all_the_way(ffn, x_TD, partition._spec(D, F, experts, active, "coactivation", 0))
+    told["processors"] = time.process_time() - start
+print(json.dumps(told))
+"""
+
+
 def calibrate(options: argparse.Namespace, console: Console) -> int:
     """Take a layer all the way, and tell the seconds of every step."""
     width, ffn_width = options.shape
-    ffn, x_TD, _ = layer(options.tokens, width, ffn_width)
-    spec = _spec(width, ffn_width, CALIBRATED_EXPERTS, CALIBRATED_ACTIVE, "coactivation", 0)
+    numbers = (options.tokens, width, ffn_width, CALIBRATED_EXPERTS, CALIBRATED_ACTIVE, options.threads)
+    threads = str(options.threads)
+    environment = os.environ | {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
+
+    def in_checkout(folder: Path) -> dict[str, float]:
+        command = [sys.executable, "-c", WORKER, *map(str, numbers)]
+        done = subprocess.run(command, check=True, cwd=folder, env=environment, stdout=subprocess.PIPE, text=True)
+        told: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+        return told | {"in all": sum(told[step] for step in STEPS)}
+
+    checkouts = {"before": options.against} if options.against else {}
+    checkouts["now"] = Path(__file__).resolve().parents[1]
     with console.status("calibrating"):
-        rounds = [_all_the_way(ffn, x_TD, spec) for _ in range(options.rounds)]
-    told = {step: median(row[step] for row in rounds) for step in STEPS}
+        works = {name: partial(in_checkout, folder) for name, folder in checkouts.items()}
+        found = in_turn(works, options.rounds, warm_up=0)
+    columns = ("step", *found, *(("now / before",) if options.against else ()))
+    rows = []
+    for step in (*STEPS, "in all", "processors"):
+        seconds = {name: [told[step] for told in rounds] for name, rounds in found.items()}
+        cells = [step, *(f"{median(each):.2f} s" for each in seconds.values())]
+        if options.against:
+            cells.append(str(ratio(seconds["now"], seconds["before"])) if min(seconds["before"]) > 0.01 else "")
+        rows.append(cells)
     shown = Table(title=f"One layer, D {width}, F {ffn_width}, {options.tokens} tokens", title_justify="left")
-    for column in ("step", "seconds"):
+    for column in columns:
         shown.add_column(column)
-    steps = [*((step, f"{seconds:.2f} s") for step, seconds in told.items()), ("in all", f"{sum(told.values()):.2f} s")]
-    for step, seconds in steps:
-        shown.add_row(step, seconds)
+    for cells in rows:
+        shown.add_row(*cells)
     console.print(shown)
     if options.out:
-        here = machine()
-        command = f"python -m benchmarks.partition --calibrate --shape {width} {ffn_width} --tokens {options.tokens}"
-        command += f" --threads {options.threads} --rounds {options.rounds} --out docs/results/{options.out.name}"
-        text = [
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.write_text(calibration_page(options, columns, rows), encoding="utf-8")
+        console.print(f"written to {options.out}")
+    return 0
+
+
+def calibration_page(options: argparse.Namespace, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """The table of `calibrate` as Markdown, under the command that made it."""
+    here = machine()
+    width, ffn_width = options.shape
+    command = f"python -m benchmarks.partition --calibrate --shape {width} {ffn_width} --tokens {options.tokens}"
+    command += f" --threads {options.threads} --rounds {options.rounds} --out docs/results/{options.out.name}"
+    compared = []
+    if options.against:
+        revision = ["git", "-C", str(options.against), "rev-parse", "--short", "HEAD"]
+        commit = subprocess.run(revision, check=True, stdout=subprocess.PIPE, text=True).stdout.strip()
+        command = f"git worktree add BEFORE {commit}\n{command} --against BEFORE"
+        compared = [
+            f"`before` is commit {commit}, a process of each in turn; ratios are within rounds, their median and what "
+            "half of them lie between.",
+        ]
+    return "\n".join(
+        [
             "# A layer of TinyLlama-1.1B's shape, calibrated",
             "",
             f"D {width}, F {ffn_width}, gated; E = {CALIBRATED_EXPERTS}, K = {CALIBRATED_ACTIVE}, coactivation "
             f"partition, routers by ridge regression and {ROUTER_STEPS} steps,",
-            f"{options.tokens} random tokens. Medians of {options.rounds} by the clock; {here['cpu']}, "
-            f"{options.threads} threads, torch {metadata.version('torch')};",
-            f"load average {os.getloadavg()[0]:.0f}: where that is more than the threads, other work had its share.",
+            f"{options.tokens} random tokens. Medians of {options.rounds} by the clock, and `processors`, the time of "
+            f"all threads together; {here['cpu']}, {options.threads} threads,",
+            f"torch {metadata.version('torch')}; load average {os.getloadavg()[0]:.0f}: where that is more than the "
+            "threads, other work had its share of the clock.",
+            *compared,
             "",
             "```",
             command,
             "```",
             "",
-            "| step | time |",
-            "|---|---|",
-            *(f"| {step} | {seconds} |" for step, seconds in steps),
+            "| " + " | ".join(columns) + " |",
+            "|" + "---|" * len(columns),
+            *("| " + " | ".join(cells) + " |" for cells in rows),
+            "",
+            "`scale` needs nothing beside the oracle's inner products where the FFN has no output bias; `refit` ends "
+            "with a solution of F linear",
+            "equations in float64, which is most of it.",
             "",
         ]
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text("\n".join(text), encoding="utf-8")
-        console.print(f"written to {options.out}")
-    return 0
+    )
 
 
 def _all_the_way(ffn: DenseFFN, x_TD: torch.Tensor, spec: MoESpec) -> dict[str, float]:
@@ -244,13 +305,13 @@ def _all_the_way(ffn: DenseFFN, x_TD: torch.Tensor, spec: MoESpec) -> dict[str, 
     known = oracle.survey
     fitted: list[float] = []
 
-    def fit(self: MoEFFN, *arguments: Any, **more: Any) -> None:
+    def fit(*arguments: Any) -> None:
         start = time.perf_counter()
-        fit_known(self, *arguments, **more)
+        fit_known(*arguments)
         fitted.append(time.perf_counter() - start)
 
-    fit_known = MoEFFN.fit_scale_and_mean
-    with patch.object(oracle, "survey", survey), patch.object(MoEFFN, "fit_scale_and_mean", fit):
+    fit_known = oracle.fit_scales
+    with patch.object(oracle, "survey", survey), patch.object(oracle, "fit_scales", fit):
         fit_router(moe, x_TD, ridge=1e-2, steps=ROUTER_STEPS, batch_tokens=4096, learning_rate=1e-2, seed=0)
     mark("router")
     told["oracle"], told["scale"] = sum(surveyed), sum(fitted)
