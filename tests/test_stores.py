@@ -22,7 +22,7 @@ from tasks.store import ARTIFACTS, TRACKING_URI, StoreError, default_tracking_ur
 from tests.postgres import PASSWORD, QUOTED, Postgres, postgres
 from tests.test_register import make_workspace
 from tests.texts import PARAMS
-from tests.toy import environment
+from tests.toy import compress, environment, make_toy
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +102,19 @@ def test_a_version_is_registered_promoted_and_served_by_a_server_on_postgresql(
     assert registry.version_of("champion") == 1
     export = registry.export(1)
     assert (export / "sorted.onnx").read_bytes() == (workspace / "exports/minilm/sorted.onnx").read_bytes()
-    assert database.sql("SELECT name, version FROM model_versions", "mlflow") == "minilm|1"
+    assert database.sql("SELECT name, version FROM model_versions WHERE name = 'minilm'", "mlflow") == "minilm|1"
+
+
+def test_a_run_reports_to_both_servers_and_leaves_no_database_here(tmp_path, servers, database):
+    toy = make_toy(tmp_path / "toy")
+    (toy / ".env").write_text(f"{TRACKING_URI}={servers['mlflow']}\nPREFECT_API_URL={servers['prefect']}/api\n")
+    code, output = compress(toy, "name=far")
+    assert code == 0, output
+    assert f"run record  {servers['mlflow']}" in output
+    assert database.sql("SELECT count(*) FROM flow_run WHERE state_type = 'COMPLETED'", "prefect") == "2"  # and promote
+    assert database.sql("SELECT status FROM runs WHERE name = 'far'", "mlflow") == "FINISHED"
+    assert database.sql("SELECT name, version FROM model_versions WHERE name = 'far'", "mlflow") == "far|1"
+    assert not [*toy.glob("mlflow.db*"), *toy.rglob("prefect.db")]
 
 
 def test_a_prefect_server_on_postgresql_is_accepted_the_next_time(servers, database, monkeypatch):
