@@ -3,10 +3,12 @@
 #
 # VENV=FOLDER  another virtual environment      PYTHON=PATH  the Python 3.11 to make it with
 # SET="..."    settings of one run: make run SET="name=trial decompose.num_experts=16"
+# DASK=ADDRESS a Dask scheduler whose workers do what is asked of single layers: make run DASK=tcp://127.0.0.1:8786
 # GRID="..."   keys with the values of a sweep: make sweep GRID="decompose.num_experts=8,16 --search 12"
 
 VENV ?= .venv
 SET ?=
+DASK ?=
 # Of the services; without them 4200 and 5000, or those they run on already. NOTIFY: who hears of failed runs.
 PREFECT_PORT ?=
 MLFLOW_PORT ?=
@@ -84,7 +86,7 @@ $(MLFLOW_DB): | $(STAMP)
 	@$(ENV) $(BIN)/python -m tasks.store
 
 run: $(STAMP) $(MLFLOW_DB)
-	@$(BIN)/python -m flows.compress $(SET)
+	@$(if $(DASK),FFN2MOE_DASK='$(DASK)') $(BIN)/python -m flows.compress $(SET)
 
 promote: $(STAMP) $(MLFLOW_DB)
 	@$(BIN)/python -m flows.promote $(OF_MODEL)

@@ -6,24 +6,23 @@ On the teacher's inputs the layers are independent of one another, so that they 
 from __future__ import annotations
 
 import copy
-import multiprocessing
-import os
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
-from multiprocessing import connection
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ffn2moe.checkpoint import load_progress, save_progress
 from ffn2moe.dense import DenseFFN, Stack, ffn_layers, install_in_block, installed_ffns, read_ffn, stack_of
 from ffn2moe.factorise import layer_inputs, texts_of
-from ffn2moe.moe import moe_layers, set_active
+from ffn2moe.jobs import dense_of, dense_parts, mixture_of
+from ffn2moe.layer_map import LayerJob, LayerMap, LayerResult, here, in_processes, under
+from ffn2moe.moe import MoEFFN, moe_layers, set_active
+from ffn2moe.spec import MoESpec
 from ffn2moe.texts import text_means
 from ffn2moe.train import (
     FOLLOW_RATE,
@@ -63,17 +62,6 @@ class _How:
     bf16: bool
 
 
-class _Job(Protocol):
-    """The training of one layer, complete in itself, so that another process can do it."""
-
-    layer: int
-    ffn: nn.Module
-
-    def losses(self) -> list[float]:
-        """Train `ffn` in place; the loss of each step. FloatingPointError when one is not finite."""
-        ...
-
-
 def distil_layers(
     teacher: Any,
     student: Any,
@@ -92,6 +80,8 @@ def distil_layers(
     bf16: bool = False,
     folder: str | Path | None = None,
     fingerprint: str = "",
+    do: LayerMap | None = None,
+    spec: MoESpec | None = None,
 ) -> Iterator[LayerCurve]:
     """Train what was installed in the place of each FFN of `student`, layer by layer; yields a layer when it is done.
 
@@ -105,7 +95,8 @@ def distil_layers(
       that starts as the identity, and throws it away with all that it has learnt.
 
     Alone, a layer learns in one thread and in an order of its own that depends on the seed: the result is the same for
-    any number of `workers`, which are processes where there is more than one. Stitched, whole models run, which keep
+    any number of `workers`, which are processes where there is more than one, and wherever `do` has the work done,
+    which asks for the `spec` of a student of mixtures. Stitched, whole models run, which keep
     all threads busy, so the layers come one after another in this process. Layers that are done are kept in `folder`
     under the `fingerprint` of the training, and are not trained again. ValueError where the student has not one thing
     installed for each FFN; FloatingPointError when a loss is not finite; ChildProcessError when a worker fails or is
@@ -125,16 +116,22 @@ def distil_layers(
             yield kept.put_back(ffns[index], index)
         if not todo:
             return
-        on_cpu = how.device == "cpu"
+        trained: Iterator[LayerResult]
         if judge == "stitched":
-            stitched = _stitched(teacher, ffns, batches, objective, todo, stitch, how)
-            trained = _here(stitched, kept, one_thread=False)
-        elif on_cpu and min(workers, len(todo)) > 1:
-            trained = _spread(_alone(teacher, ffns, batches, todo, how), kept, min(workers, len(todo)))
+            trained = (job.done() for job in _stitched(teacher, ffns, batches, objective, todo, stitch, how))
         else:
-            trained = _here(_alone(teacher, ffns, batches, todo, how), kept, one_thread=on_cpu)
-        for index in trained:
-            yield kept.put_back(ffns[index], index)
+            jobs = _alone(teacher, ffns, batches, todo, how)
+            if how.device != "cpu":
+                trained = (job.done() for job in jobs)
+            elif do and spec:
+                trained = do([job.to_send(spec) for job in jobs])
+            elif min(workers, len(todo)) > 1:
+                trained = in_processes(jobs, min(workers, len(todo)), folder=kept.folder)
+            else:
+                trained = here(jobs)
+        for result in trained:
+            kept.put(result)
+            yield kept.put_back(ffns[result.layer], result.layer)
 
 
 class _Kept:
@@ -151,10 +148,11 @@ class _Kept:
     def has(self, layer: int) -> bool:
         return load_progress(self._file(layer), fingerprint=self.fingerprint) is not None
 
-    def put(self, job: _Job, losses: Sequence[float]) -> None:
-        tensors = {f"ffn.{name}": tensor.contiguous() for name, tensor in job.ffn.state_dict().items()}
+    def put(self, result: LayerResult) -> None:
+        losses = result.told["losses"]
+        tensors = {f"ffn.{name}": tensor.contiguous() for name, tensor in result.tensors.items()}
         tensors["losses"] = torch.tensor(losses, dtype=torch.float64)
-        save_progress(self._file(job.layer), tensors, step=len(losses), fingerprint=self.fingerprint)
+        save_progress(self._file(result.layer), tensors, step=len(losses), fingerprint=self.fingerprint)
 
     def put_back(self, ffn: nn.Module, layer: int) -> LayerCurve:
         """Give `ffn` what its training came to."""
@@ -187,7 +185,11 @@ class _Alone:
     route_TD: Tensor | None  # what its router reads, where that is not x
     how: _How
 
+    def done(self) -> LayerResult:
+        return LayerResult(self.layer, {"losses": self.losses()}, dict(self.ffn.state_dict()))
+
     def losses(self) -> list[float]:
+        """Train `ffn` in place; the loss of each step. FloatingPointError when one is not finite."""
         how, device = self.how, torch.device(self.how.device)
         ffn, x_TD = self.ffn.to(device).train(), self.x_TD.to(device)
         mixtures = moe_layers(ffn)
@@ -224,24 +226,31 @@ class _Alone:
             set_active(ffn, budgets[0])
         return losses
 
-    def tensors(self) -> dict[str, Tensor]:
-        """All tensors of the job by name, as safetensors keeps them."""
+    def to_send(self, spec: MoESpec) -> LayerJob:
+        """The same job for workers elsewhere. ValueError where what is trained is no mixture."""
+        if not isinstance(self.ffn, MoEFFN):
+            raise ValueError(
+                f"layer {self.layer} of the student is a {type(self.ffn).__name__}, and only mixtures are trained "
+                "elsewhere: train it on this machine"
+            )
+        settings = {"spec": spec.to_dict(), "activation": self.dense.activation, "how": asdict(self.how)}
+        return LayerJob("distil", self.layer, settings, self.parts())
+
+    def parts(self) -> dict[str, Tensor]:
+        """All tensors of the job by name."""
         found = {f"ffn.{name}": tensor for name, tensor in self.ffn.state_dict().items()}
-        found |= {f"dense.{name}": tensor for name, tensor in vars(self.dense).items() if isinstance(tensor, Tensor)}
-        found["x_TD"] = self.x_TD
-        if self.route_TD is not None:
-            found["route_TD"] = self.route_TD
-        return {name: tensor.detach().contiguous() for name, tensor in found.items()}
+        found |= dense_parts(self.dense) | {"x_TD": self.x_TD}
+        return found if self.route_TD is None else found | {"route_TD": self.route_TD}
 
     def shell(self) -> _Alone:
         """The job without the contents of its tensors."""
-        return self.filled({name: tensor.to("meta") for name, tensor in self.tensors().items()})
+        return self.filled({name: tensor.to("meta") for name, tensor in self.parts().items()})
 
     def filled(self, tensors: Mapping[str, Tensor]) -> _Alone:
         """The same job with these tensors."""
         ffn = copy.deepcopy(self.ffn)
-        ffn.load_state_dict(_under("ffn.", tensors), assign=True)
-        dense = replace(self.dense, **_under("dense.", tensors))
+        ffn.load_state_dict(under("ffn.", tensors), assign=True)
+        dense = replace(self.dense, **under("dense.", tensors))
         return replace(self, ffn=ffn, dense=dense, x_TD=tensors["x_TD"], route_TD=tensors.get("route_TD"))
 
     @torch.no_grad()
@@ -251,8 +260,11 @@ class _Alone:
         return torch.cat([dense(x) for x in x_TD.split(CHUNK)])
 
 
-def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+def distillation(job: LayerJob) -> LayerResult:
+    """Do the job of a layer that learns alone: the mixture's tensors, and the `losses` of each step."""
+    how = _How(**{**job.settings["how"], "elastic": tuple(job.settings["how"]["elastic"])})
+    route_TD = job.tensors.get("route_TD")
+    return _Alone(job.layer, mixture_of(job), dense_of(job), job.tensors["x_TD"], route_TD, how).done()
 
 
 def _alone(
@@ -283,6 +295,9 @@ class _Stitched:
     batches: BatchSource
     objective: Objective
     how: _How
+
+    def done(self) -> LayerResult:
+        return LayerResult(self.layer, {"losses": self.losses()}, dict(self.ffn.state_dict()))
 
     def losses(self) -> list[float]:
         how = self.how
@@ -322,7 +337,7 @@ def _stitched(
     todo: Sequence[int],
     stitch: bool,
     how: _How,
-) -> list[_Job]:
+) -> list[_Stitched]:
     """The jobs of layers that are judged by the teacher's output with the layer in its place."""
     if any(moe.routing == "sequence" for ffn in ffns for moe in moe_layers(ffn)):
         raise ValueError(
@@ -345,99 +360,3 @@ def _stitched(
         )
         for index in todo
     ]
-
-
-# --- one process or several ---------------------------------------------------------------------------------------
-
-
-@contextmanager
-def _threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-def _here(jobs: Iterable[_Job], kept: _Kept, *, one_thread: bool) -> Iterator[int]:
-    """Do the jobs in this process; yields the layer of each when it is done."""
-    for job in jobs:
-        with _threads(1 if one_thread else torch.get_num_threads()):
-            kept.put(job, job.losses())
-        yield job.layer
-
-
-def _spread(jobs: Sequence[_Alone], kept: _Kept, workers: int) -> Iterator[int]:
-    """Do the jobs in so many processes at once; yields the layer of each when it is done.
-
-    The processes are started anew, not forked, which threads do not survive; each reads its tensors from files, because
-    shared memory is small in containers. What goes wrong in one is raised here.
-    """
-    context = multiprocessing.get_context("spawn")
-    deterministic = torch.are_deterministic_algorithms_enabled()
-    with tempfile.TemporaryDirectory(dir=kept.folder) as orders:
-        for job in jobs:
-            save_file(job.tensors(), _order(orders, job.layer))
-        shares = [list(jobs[start::workers]) for start in range(workers)]
-        processes = []
-        for number, share in enumerate(shares):
-            shells = [job.shell() for job in share]
-            arguments = (shells, orders, number, kept, deterministic, os.getpid())
-            processes.append(context.Process(target=_work, args=arguments, daemon=True))
-        waiting = {job.layer for job in jobs}
-        try:
-            for process in processes:
-                process.start()
-            while waiting:
-                running = [process.sentinel for process in processes if process.exitcode is None]
-                connection.wait(running, timeout=0.2)
-                for layer in sorted(layer for layer in waiting if kept.has(layer)):
-                    waiting.remove(layer)
-                    yield layer
-                for number, process in enumerate(processes):
-                    left = [job.layer for job in shares[number] if job.layer in waiting]
-                    if left and process.sentinel not in running:
-                        raise _failure(_said(orders, number), left, process.exitcode)
-        finally:
-            for process in processes:
-                if process.is_alive():
-                    process.terminate()
-                if process.pid is not None:
-                    process.join()
-
-
-def _order(orders: str, layer: int) -> Path:
-    """The tensors of one job."""
-    return Path(orders) / f"layer-{layer}.safetensors"
-
-
-def _said(orders: str, worker: int) -> Path:
-    """What a worker left that failed."""
-    return Path(orders) / f"worker-{worker}.error"
-
-
-def _failure(said: Path, layers: Sequence[int], exit_code: int | None) -> ChildProcessError:
-    left = f"layer{'s' * (len(layers) > 1)} {', '.join(map(str, layers))}"
-    if said.is_file():
-        return ChildProcessError(f"the worker that was to train {left} failed: {said.read_text()}")
-    return ChildProcessError(
-        f"the worker that was to train {left} ended with exit code {exit_code} and said nothing: if memory ran out, "
-        "use fewer workers; layers that are done are kept"
-    )
-
-
-def _work(shells: Sequence[_Alone], orders: str, worker: int, kept: _Kept, deterministic: bool, parent: int) -> None:
-    """A process of `_spread`."""
-    try:
-        torch.use_deterministic_algorithms(deterministic, warn_only=True)
-        torch.utils.deterministic.fill_uninitialized_memory = False
-        jobs = (shell.filled(load_file(_order(orders, shell.layer))) for shell in shells)
-        for _ in _here(jobs, kept, one_thread=True):
-            if os.getppid() != parent:  # nobody is left who waits for the rest
-                return
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
-    except Exception as error:
-        _said(orders, worker).write_text(f"{type(error).__name__}: {error}")
-        raise SystemExit(1) from error

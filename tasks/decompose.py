@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from tasks.layer_map import in_order, layer_map
 from tasks.stage import StageRun, main
 from tasks.tokens import read_tokens
 
@@ -12,7 +13,7 @@ if TYPE_CHECKING:
 
     from ffn2moe.containers import Container
     from ffn2moe.dense import DenseFFN
-    from ffn2moe.moe import MoEFFN
+    from ffn2moe.layer_map import LayerResult
     from ffn2moe.spec import MoESpec
 
 IDENTITY_TOLERANCE = 1e-5  # largest difference allowed between the dense model and its K = E mixture; of large
@@ -21,18 +22,18 @@ CHECKED_TEXTS = 32  # on which that is looked at
 
 
 def run(stage: StageRun) -> None:
-    from ffn2moe import checkpoint, oracle
+    from ffn2moe import checkpoint
     from ffn2moe.dense import load_dense, read_ffn
     from ffn2moe.encode import choose_device
     from ffn2moe.factorise import (
-        carve,
         every_expert,
-        largest_contributions,
         layer_inputs,
+        mixture,
         output_gradients,
         output_of,
         texts_of,
     )
+    from ffn2moe.jobs import to_carve, to_contribute
     from ffn2moe.moe import install_moe
     from ffn2moe.partition import super_neurons
     from ffn2moe.router import neutral_scale
@@ -59,7 +60,11 @@ def run(stage: StageRun) -> None:
     text_T = texts_of(tokens.in_order(), most) if spec.routing == "sequence" else None
     model.to("cpu")
     ffns = [read_ffn(model, index) for index in range(len(inputs))]
-    found = super_neurons([largest_contributions(ffn, x_TD) for ffn, x_TD in zip(ffns, inputs, strict=True)])
+    do = layer_map()
+    statistics = do(
+        [to_contribute(ffn, x_TD, index) for index, (ffn, x_TD) in enumerate(zip(ffns, inputs, strict=True))]
+    )
+    found = super_neurons([done.tensors["largest_F"] for done in in_order(statistics)])
     guarded = found if settings.guard else [None] * len(found)
     needed = max(map(len, found)) if settings.guard else 0
     if needed > settings.shared_width:
@@ -68,24 +73,38 @@ def run(stage: StageRun) -> None:
             f"that the shared experts hold {needed} neurons in place of {settings.shared_width}"
         )
         spec = describe(stage, model, needed)
-    layers = [
-        carve(ffns[index], x_TD, spec, index, seed=params.seed, gradient_TD=gradients[index], guarded=guarded[index])
-        for index, x_TD in stage.track(enumerate(inputs), len(inputs), "dividing layers")
-    ]
-    if settings.active_per_layer == "budget":
-        spec, layers = within_budget(stage, spec, ffns, layers, inputs, text_T)
-    rows: list[dict[str, Any]] = []
-    for index, (moe, x_TD) in enumerate(zip(layers, inputs, strict=True)):
-        best = oracle.best_scale(moe, x_TD, text_T=text_T)
-        rows.append(
-            {
-                "layer": index,
-                "oracle_error": best.error,
-                "scale": best.scale,
-                "num_active": spec.active_of(index),
-                "super_neurons": found[index].tolist(),
-            }
+    jobs = [
+        to_carve(
+            ffns[index],
+            x_TD,
+            spec,
+            index,
+            seed=params.seed,
+            weigh=settings.active_per_layer == "budget",
+            gradient_TD=gradients[index],
+            guarded=guarded[index],
+            text_T=text_T,
         )
+        for index, x_TD in enumerate(inputs)
+    ]
+    carved = in_order(stage.track(do(jobs), len(jobs), "dividing layers"))
+    if settings.active_per_layer == "budget":
+        spec, judged = within_budget(stage, spec, ffns, carved, inputs, text_T)
+    else:
+        judged = [done.told for done in carved]
+    layers = [
+        mixture(ffn, done.tensors["neurons"], done.tensors["shared_neurons"], spec, done.layer)
+        for ffn, done in zip(ffns, carved, strict=True)
+    ]
+    rows: list[dict[str, Any]] = [
+        {
+            "layer": index,
+            **told,
+            "num_active": spec.active_of(index),
+            "super_neurons": found[index].tolist(),
+        }
+        for index, told in enumerate(judged)
+    ]
 
     check = next(tokens.in_order(CHECKED_TEXTS))
     dense = output_of(model, check)
@@ -120,11 +139,11 @@ def within_budget(
     stage: StageRun,
     spec: MoESpec,
     ffns: list[DenseFFN],
-    layers: list[MoEFFN],
+    carved: list[LayerResult],
     inputs: list[Tensor],
     text_T: Tensor | None,
-) -> tuple[MoESpec, list[MoEFFN]]:
-    """The same mixtures with K of each layer by what the layer loses with fewer; in each stack K on average.
+) -> tuple[MoESpec, list[dict[str, Any]]]:
+    """The spec with K of each layer by what the layer loses with fewer, in each stack K on average; what is lost then.
 
     Stacks of an encoder-decoder are not weighed against each other: they run a different number of tokens.
     """
@@ -133,22 +152,18 @@ def within_budget(
     import torch
 
     from ffn2moe import oracle
-    from ffn2moe.factorise import mixture
+    from ffn2moe.jobs import to_judge
 
-    errors_LE = torch.stack(
-        [
-            oracle.errors_by_active(moe, x_TD, text_T=text_T)
-            for moe, x_TD in stage.track(list(zip(layers, inputs, strict=True)), len(layers), "weighing layers")
-        ]
-    )
+    errors_LE = torch.stack([done.tensors["errors_E"] for done in carved])
     parts = errors_LE.split([shape.num_layers for shape in spec.stacks])
     active = tuple(K for part in parts for K in oracle.allocate(part, spec.num_active))
     spec = replace(spec, active_per_layer=active)
     stage.say(f"experts a token runs, layer by layer: {', '.join(map(str, active))}")
-    return spec, [
-        mixture(ffn, moe.neurons, moe.shared_neurons, spec, index)
-        for index, (ffn, moe) in enumerate(zip(ffns, layers, strict=True))
+    jobs = [
+        to_judge(ffn, done.tensors["neurons"], done.tensors["shared_neurons"], x_TD, spec, done.layer, text_T=text_T)
+        for ffn, done, x_TD in zip(ffns, carved, inputs, strict=True)
     ]
+    return spec, [done.told for done in in_order(stage.track(layer_map()(jobs), len(jobs), "weighing layers"))]
 
 
 def describe(stage: StageRun, model: Any, shared_width: int) -> MoESpec:

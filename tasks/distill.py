@@ -14,6 +14,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tasks.layer_map import dask_map
 from tasks.params import BALANCED_CONTAINERS
 from tasks.processes import PATIENCE, launch, launched, speaks, take_part
 from tasks.stage import StageRun, main
@@ -162,6 +163,8 @@ def train_layers(
         bf16=bf16,
         folder=stage.root / LAYERS,
         fingerprint=fingerprint,
+        do=dask_map(),
+        spec=spec,
     )
     rows = [
         {"layer": found.layer, "step": step, "loss": loss}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from tasks.layer_map import in_order, layer_map
 from tasks.stage import StageRun, main
 from tasks.tokens import read_tokens
 
@@ -21,12 +22,12 @@ HELD_OUT_TOKENS = 8192  # of the calibration texts, which the routers are not tr
 
 
 def run(stage: StageRun) -> None:
-    from ffn2moe import checkpoint, oracle
+    from ffn2moe import checkpoint
     from ffn2moe.dense import load_dense, read_ffn
     from ffn2moe.encode import choose_device
-    from ffn2moe.factorise import fit_router, layer_inputs, outputs, texts_of
+    from ffn2moe.factorise import layer_inputs, texts_of
+    from ffn2moe.jobs import to_route
     from ffn2moe.moe import moe_layers
-    from ffn2moe.reconstruct import refit_outputs, relative_error
     from ffn2moe.texts import text_means
 
     params, root, settings = stage.params, stage.root, stage.params.train_router
@@ -49,10 +50,18 @@ def run(stage: StageRun) -> None:
     held_out, held_out_texts = inputs_on("calibration", HELD_OUT_TOKENS)
     rows: list[dict[str, Any]] = []
     curve: list[dict[str, Any]] = []
-    for index, moe in stage.track(enumerate(moe_layers(student)), spec.num_layers, "training routers"):
-        losses = fit_router(
+    layers = moe_layers(student)
+    jobs = [
+        to_route(
             moe,
-            train[index],
+            read_ffn(teacher, index),
+            spec,
+            index,
+            train_TD=train[index],
+            held_out_TD=held_out[index],
+            train_texts=train_texts,
+            held_out_texts=held_out_texts,
+            refit=settings.refit,
             ridge=settings.ridge,
             steps=settings.steps,
             batch_tokens=settings.batch_tokens,
@@ -61,18 +70,18 @@ def run(stage: StageRun) -> None:
             start=settings.start,
             objective=settings.objective,
             temperature=settings.temperature,
-            **train_texts,
         )
-        curve += [{"layer": index, "step": i, "loss": loss} for i, loss in enumerate(losses) if i % REPORTED_EVERY == 0]
-        found = oracle.diagnose(moe, held_out[index], **held_out_texts)
-        row = {"layer": index, **found, "scale": moe.output_scale.item()}
-        if settings.refit:
-            ffn, route_TD = read_ffn(teacher, index), train_texts.get("route_TD")
-            refit_outputs(moe, train[index], outputs(ffn, train[index]), penalty=settings.refit, route_TD=route_TD)
-            wanted_TD = outputs(ffn, held_out[index])
-            row["refit_error"] = relative_error(moe, held_out[index], wanted_TD, held_out_texts.get("route_TD"))
-        stage.log_metrics({f"router_error.layer_{index}": row["router_error"]})
-        rows.append(row)
+        for index, moe in enumerate(layers)
+    ]
+    for done in in_order(stage.track(layer_map()(jobs), len(jobs), "training routers")):
+        layers[done.layer].load_state_dict(done.tensors)
+        curve += [
+            {"layer": done.layer, "step": step, "loss": loss}
+            for step, loss in enumerate(done.told["losses"])
+            if step % REPORTED_EVERY == 0
+        ]
+        rows.append({"layer": done.layer, **done.told["row"]})
+        stage.log_metrics({f"router_error.layer_{done.layer}": rows[-1]["router_error"]})
     with stage.out("models/routed") as out:
         checkpoint.save(student, tokenizer, spec, out)
     stage.write_json("metrics/train_router.json", {"layers": rows, "tokens": len(train[0])})

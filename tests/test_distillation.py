@@ -14,6 +14,7 @@ from torch import nn
 from ffn2moe import layerwise
 from ffn2moe.dense import install, installed_ffns, load_dense
 from ffn2moe.factorise import layer_inputs
+from ffn2moe.layer_map import LayerResult, in_processes
 from ffn2moe.layerwise import Judge, LayerCurve, distil_layers
 from ffn2moe.losses import Divergence, logits_loss, most_to_learn, sinkhorn_distance, sinkhorn_plan
 from ffn2moe.moe import moe_layers, set_active
@@ -266,14 +267,14 @@ def test_a_worker_that_fails_or_dies_is_named_with_its_layer_and_changes_nothing
     assert torch.equal(moe_layers(student)[1].w_in, before)
     how = layerwise._How(steps=2, batch_tokens=256, learning_rate=1e-2, seed=0, elastic=(), device="cpu", bf16=False)
 
-    def in_a_worker() -> list[int]:
+    def in_a_worker() -> list[LayerResult]:
         jobs = layerwise._alone(dense, installed_ffns(student), batches, [1], how)
-        return list(layerwise._spread(jobs, layerwise._Kept(tmp_path, "a"), 1))
+        return list(in_processes(jobs, 1, folder=tmp_path))
 
-    with pytest.raises(ChildProcessError, match=r"train layer 1 failed: FloatingPointError: the loss of layer 1"):
+    with pytest.raises(ChildProcessError, match=r"do layer 1 failed: FloatingPointError: the loss of layer 1"):
         in_a_worker()
     install(student, 1, Killed(32, 32))
-    with pytest.raises(ChildProcessError, match=r"train layer 1 ended with exit code 9 .* fewer workers"):
+    with pytest.raises(ChildProcessError, match=r"do layer 1 ended with exit code 9 .* fewer workers"):
         in_a_worker()
     assert list(tmp_path.iterdir()) == []  # nothing is left of their orders
 
