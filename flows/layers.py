@@ -26,6 +26,7 @@ from flows.environment import settle  # noqa: E402
 
 settle(ROOT)
 
+import numpy as np  # noqa: E402
 from prefect import flow, task  # noqa: E402
 from prefect.cache_policies import NO_CACHE  # noqa: E402
 
@@ -40,9 +41,9 @@ SECONDS_BETWEEN_LOOKS = 0.05
 
 
 @task(task_run_name="layer {layer}", cache_policy=NO_CACHE, persist_result=False)
-def one_layer(layer: int, data: bytes) -> bytes:
-    """Does a job that travels as a safetensors file; what came of it, as another."""
-    return do_bytes(data)
+def one_layer(layer: int, data: np.ndarray) -> bytes:
+    """Does a job that travels as a safetensors file, uint8 [bytes]; what came of it, as another."""
+    return do_bytes(data.tobytes())
 
 
 @flow(name="layers", persist_result=False, validate_parameters=False)
@@ -69,7 +70,8 @@ def layers(folder: str) -> int:
         while waiting and len(running) < 2 * workers:  # not all at once: the scheduler keeps what it is given
             layer = min(waiting)
             path = waiting.pop(layer)
-            running[layer] = one_layer.submit(layer, path.read_bytes())
+            # An array, which Dask hashes at once: to name the task after bytes it would spell them out, for minutes.
+            running[layer] = one_layer.submit(layer, np.fromfile(path, np.uint8))
         for layer, future in list(running.items()):
             if not future.wrapped_future.done():
                 continue
@@ -129,11 +131,17 @@ def _server() -> Iterator[None]:
     if os.environ.get("PREFECT_API_URL"):
         yield
         return
+    from prefect.events.worker import EventsWorker
+    from prefect.logging.handlers import APILogWorker
     from prefect.server.api.server import SubprocessASGIServer
     from prefect.settings import PREFECT_API_URL, temporary_settings
 
     with SubprocessASGIServer() as server, temporary_settings({PREFECT_API_URL: server.api_url}):
-        yield
+        try:
+            yield
+        finally:  # what is still on its way to the server goes before it does: it would be tried for a minute
+            for worker in (EventsWorker, APILogWorker):
+                worker.drain_all(timeout=SECONDS_TO_ANSWER)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
