@@ -32,6 +32,7 @@ if _address := api(ROOT):  # `make up` has started a server: runs are shown ther
 from prefect import flow, runtime, task  # noqa: E402
 from prefect.artifacts import create_markdown_artifact  # noqa: E402
 from prefect.cache_policies import NO_CACHE  # noqa: E402
+from prefect.client.orchestration import get_client  # noqa: E402
 from prefect.logging import get_run_logger  # noqa: E402
 from prefect.states import Completed, State  # noqa: E402
 from rich.console import Console  # noqa: E402
@@ -52,6 +53,7 @@ from flows.workspace import (  # noqa: E402
     lock,
     plan,
 )
+from tasks.layer_map import DASK  # noqa: E402
 from tasks.params import Settings, load_params  # noqa: E402
 from tasks.registry import Registry  # noqa: E402
 from tasks.stage import PipelineRecord, explain, remove  # noqa: E402
@@ -140,6 +142,9 @@ def _run(workspace: Workspace, stage_hours: float | None) -> tuple[dict[str, str
         "FFN2MOE_GIT_COMMIT": head,
         "FFN2MOE_GIT_DIRTY": str(dirty).lower(),
     }
+    if DASK in os.environ:  # one server for all work on layers: workers stay with the first that they tell of it
+        with get_client(sync_client=True) as client:
+            environment["PREFECT_API_URL"] = str(client.api_url)
     stages = dvc.stages(workspace.root)
     outcomes: dict[str, str] = {}
     stage_task = bring_up_to_date.with_options(timeout_seconds=stage_hours and stage_hours * 3600)
