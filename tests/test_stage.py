@@ -236,7 +236,7 @@ def test_a_stage_is_recorded_under_its_parent_and_a_broken_record_does_not_stop_
     assert run.data.metrics["final.loss"] == 0.3
 
     def fails(*arguments: object, **keywords: object) -> None:
-        raise OSError("database is locked")
+        raise OSError("the disk is gone")
 
     monkeypatch.setattr(record._client, "log_batch", fails)
     stage.log_metrics({"loss": 0.1}, 4)
