@@ -175,7 +175,7 @@ def teachers(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def two(teachers: Path) -> list[dict[str, Found]]:
     """What each of two processes found, in all cases."""
     in_two_processes(work, teachers)
-    return [torch.load(teachers / f"rank-{rank}.pt") for rank in (0, 1)]
+    return [torch.load(teachers / f"rank-{rank}.pt", weights_only=True) for rank in (0, 1)]
 
 
 def farthest(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
