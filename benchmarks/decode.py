@@ -1,13 +1,18 @@
 """Time one FFN of a language model's shape, dense and as a mixture, from one token to a thousand.
 
     python -m benchmarks.decode --out docs/results/decode.md
+    python -m benchmarks.decode --layers 8 --tokens 1 2 4 8 16 --out docs/results/decode-layers.md
 
 Weights, router and tokens are random and made on the spot: nothing is downloaded, and what is timed does not depend on
 them but for the experts that the tokens use, which are counted. Every mixture plan of every engine takes its turn with
 every dense one, among them OpenVINO with weights of 8 and 4 bits, multiplied in bfloat16 or with activations quantised
 as they run. The error of a plan is that of its output against the same FFN, or mixture, in float64; a second
-comparison is with the dense plans of like error alone. `--export` times
-the plans of a causal export as well: a prompt, and the tokens after it.
+comparison is with the dense plans of like error alone.
+
+One FFN alone pays for a call of its engine, and its weights may stay in a cache. In a model the call is shared by all
+layers, and each reads its weights from memory: `--layers` puts so many FFNs behind each other in one graph, as
+x + FFN(norm(x)), with weights of their own, and tells the time of one. `--export` times the plans of a causal export as
+well: a prompt, and the tokens after it.
 """
 
 from __future__ import annotations
@@ -28,7 +33,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.ffn import Layers, dense_ffn
+from benchmarks.ffn import EPSILON, Layers, dense_ffn
 from benchmarks.inference import KEPT, read_texts, sample_of
 from benchmarks.race import Samples, Spread, race, stopwatch
 from benchmarks.show import Rounds, about, bars, complain, verdict, write
@@ -116,6 +121,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--ffn-width", type=int, default=5632, help="F, a multiple of the experts")
     parser.add_argument("--experts", type=int, default=8, help="E")
     parser.add_argument("--active", type=int, default=2, help="K")
+    parser.add_argument("--layers", type=int, default=1, help="FFNs in one graph; the times are of one of them")
     parser.add_argument("--tokens", type=int, nargs="+", default=TOKENS)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=21)
@@ -129,7 +135,7 @@ def _parser() -> argparse.ArgumentParser:
 # --- the FFN --------------------------------------------------------------------------------------------------------
 
 
-def mixture(width: int, ffn_width: int, experts: int, active: int) -> MoEFFN:
+def mixture(width: int, ffn_width: int, experts: int, active: int, seed: int = 0) -> MoEFFN:
     """A gated FFN of random weights, cut into experts that a random router chooses from."""
     if min(width, ffn_width, experts, active) < 1:
         raise ValueError("--width, --ffn-width, --experts and --active start at 1")
@@ -151,7 +157,7 @@ def mixture(width: int, ffn_width: int, experts: int, active: int) -> MoEFFN:
         pooling=None,
         max_length=2048,
     )
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
     moe = MoEFFN(spec, b_in=False, b_out=False)
     assert moe.w_gate is not None
     with torch.no_grad():
@@ -162,22 +168,31 @@ def mixture(width: int, ffn_width: int, experts: int, active: int) -> MoEFFN:
 
 
 @torch.no_grad()
-def _references(moe: MoEFFN, ffn: DenseFFN, x_TD: np.ndarray) -> dict[bool, np.ndarray]:
-    """What the mixture (False) and the dense FFN (True) give in float64, [T, D]."""
-    x = torch.from_numpy(x_TD).double()
-    exact = DenseFFN(ffn.w_in_FD.double(), ffn.w_out_DF.double(), ffn.activation, w_gate_FD=_double(ffn.w_gate_FD))
-    return {True: exact(x).numpy(), False: copy.deepcopy(moe).double().reference(x).numpy()}
+def _output(ffns: Sequence[MoEFFN] | Sequence[DenseFFN], x: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """What FFNs behind each other give for tokens [T, D] in its dtype, and what each of them has read."""
+    if len(ffns) == 1:
+        return _applied(ffns[0], x), [x]
+    read = []
+    for ffn in ffns:
+        read.append(x * (x.square().mean(-1, keepdim=True) + EPSILON).rsqrt())
+        x = x + _applied(ffn, read[-1])
+    return x, read
 
 
-def _double(tensor: torch.Tensor | None) -> torch.Tensor | None:
-    return None if tensor is None else tensor.double()
+def _applied(ffn: MoEFFN | DenseFFN, x_TD: torch.Tensor) -> torch.Tensor:
+    if isinstance(ffn, MoEFFN):
+        return copy.deepcopy(ffn).to(x_TD.dtype).reference(x_TD)
+    w_gate_FD = None if ffn.w_gate_FD is None else ffn.w_gate_FD.to(x_TD.dtype)
+    exact = DenseFFN(ffn.w_in_FD.to(x_TD.dtype), ffn.w_out_DF.to(x_TD.dtype), ffn.activation, w_gate_FD=w_gate_FD)
+    return exact(x_TD)
 
 
 @torch.no_grad()
-def _experts_used(moe: MoEFFN, x_TD: np.ndarray) -> int:
-    """How many different experts these tokens use."""
-    scores_TE = moe.router(torch.from_numpy(x_TD))
-    return len(scores_TE.topk(moe.num_active).indices.unique())
+def _experts_used(moes: Sequence[MoEFFN], x_TD: np.ndarray) -> float:
+    """How many different experts these tokens use in a layer, on average."""
+    _, read = _output(moes, torch.from_numpy(x_TD))
+    chosen = [moe.router(x).topk(moe.num_active).indices for moe, x in zip(moes, read, strict=True)]
+    return sum(len(experts_TK.unique()) for experts_TK in chosen) / len(moes)
 
 
 # --- measuring ------------------------------------------------------------------------------------------------------
@@ -185,22 +200,24 @@ def _experts_used(moe: MoEFFN, x_TD: np.ndarray) -> int:
 
 def measure(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     """Everything that the page tells, as it goes into JSON."""
-    if min(*options.tokens, options.threads) < 1:
-        raise ValueError("--tokens and --threads start at 1")
+    if min(*options.tokens, options.threads, options.layers) < 1:
+        raise ValueError("--tokens, --threads and --layers start at 1")
     if options.export is not None and options.texts is None:
         raise ValueError("--export needs --texts, a file of prompts")
     decoder = None if options.export is None else _decoder(options)  # first: it may refuse
-    moe = mixture(options.width, options.ffn_width, options.experts, options.active)
-    ffn = dense_ffn(moe, options.ffn_width)
+    sizes = (options.width, options.ffn_width, options.experts, options.active)
+    moes = [mixture(*sizes, seed=layer) for layer in range(options.layers)]
+    ffns = [dense_ffn(moe, options.ffn_width) for moe in moes]
     random = np.random.default_rng(0)
     x_TD = random.standard_normal((max(options.tokens), options.width), dtype=np.float32)
     judged_TD = x_TD[:MOST_TOKENS_JUDGED]
-    with console.status("the FFN in float64"):
-        references = _references(moe, ffn, judged_TD)
+    with console.status("the FFNs in float64"):
+        judged = torch.from_numpy(judged_TD).double()
+        references = {True: _output(ffns, judged)[0].numpy(), False: _output(moes, judged)[0].numpy()}
     plans: dict[str, Plan] = {}
     missing: dict[str, str] = {}
     with console.status("opening the plans") as status, tempfile.TemporaryDirectory() as folder:
-        for name, open_plan in _openers(moe, ffn, options, Path(folder)).items():
+        for name, open_plan in _openers(moes, ffns, options, Path(folder)).items():
             status.update(f"opening {name}")
             try:
                 run, bits = open_plan()
@@ -212,11 +229,11 @@ def measure(options: argparse.Namespace, console: Console) -> dict[str, Any]:
             error_of = float(np.linalg.norm(run(judged_TD) - exact) / np.linalg.norm(exact))
             plans[name] = Plan(run, bits, error_of, dense)
     rows: list[Row] = []
-    used: dict[int, int] = {}
+    used: dict[int, float] = {}
     with Rounds(console, len(options.tokens)) as rounds:
         for tokens in options.tokens:
             x_nD = x_TD[:tokens]
-            used[tokens] = _experts_used(moe, x_nD)
+            used[tokens] = _experts_used(moes, x_nD)
             timed = {name: stopwatch(partial(_call, plan.run, x_nD)) for name, plan in plans.items()}
             found = race(
                 timed, rounds=options.rounds, limit=options.seconds, label=f"n = {tokens}", track=rounds.track
@@ -226,7 +243,7 @@ def measure(options: argparse.Namespace, console: Console) -> dict[str, Any]:
         "command": command(options),
         "machine": timing.machine(),
         "threads": options.threads,
-        "shape": {name: getattr(options, name) for name in ("width", "ffn_width", "experts", "active")},
+        "shape": {name: getattr(options, name) for name in ("width", "ffn_width", "experts", "active", "layers")},
         "bound": round(options.ffn_width / _active_width(options), 3),
         "experts_used": {str(tokens): count for tokens, count in used.items()},
         "copies_gb_per_s": round(_copies(), 1),
@@ -248,10 +265,10 @@ def _active_width(options: argparse.Namespace) -> float:
 
 
 def _openers(
-    moe: MoEFFN, ffn: DenseFFN, options: argparse.Namespace, folder: Path
+    moes: Sequence[MoEFFN], ffns: Sequence[DenseFFN], options: argparse.Namespace, folder: Path
 ) -> dict[str, Callable[[], tuple[Run, int]]]:
     """Every plan by name: what opens it, and gives how to run it and the bits of its weights."""
-    layers = Layers([moe], [options.ffn_width])
+    layers = Layers(moes, [options.ffn_width] * len(moes), stacked=True)
 
     def known(name: str) -> Callable[[], tuple[Run, int]]:
         def open_it() -> tuple[Run, int]:
@@ -264,19 +281,20 @@ def _openers(
     openers = {name: known(name) for name in get_args(runtime.Plan)}
     if has_openvino():
         for name, (bits, group, precision, quantised) in COMPRESSED.items():
-            openers[name] = partial(_compressed, ffn, bits, group, precision, quantised, options.threads)
+            openers[name] = partial(_compressed, ffns, bits, group, precision, quantised, options.threads)
     return openers
 
 
 def _compressed(
-    ffn: DenseFFN, bits: int, group: int | None, precision: str, quantised: int, threads: int
+    ffns: Sequence[DenseFFN], bits: int, group: int | None, precision: str, quantised: int, threads: int
 ) -> tuple[Run, int]:
-    """A dense gated FFN in OpenVINO with weights of 8 or 4 bits, symmetric, one scale for `group` of a row's weights.
+    """Dense gated FFNs in OpenVINO with weights of 8 or 4 bits, symmetric, one scale for `group` of a row's weights.
 
     Activations are quantised in groups of `quantised` as the model runs, or stay as they are where that is 0. The
     form is what OpenVINO's own weight compression (NNCF) writes: constant, Convert, Multiply, Reshape, MatMul.
     """
-    if group is not None and (ffn.w_in_FD.shape[1] % group or ffn.ffn_width % group):
+    width = ffns[0].w_in_FD.shape[1]
+    if group is not None and (width % group or ffns[0].ffn_width % group):
         raise ValueError(f"a scale for {group} weights each does not divide its matrices")
     ov = openvino()
     import openvino.opset13 as ops
@@ -298,9 +316,18 @@ def _compressed(
         scaled = ops.multiply(ops.convert(constant, "f32"), ops.constant(scales_NB1.astype(np.float32)))
         return ops.matmul(x, ops.reshape(scaled, np.array([N, K]), False), False, True)
 
-    x_nD = ops.parameter([-1, ffn.w_in_FD.shape[1]], np.float32)
-    h_nF = ops.multiply(ops.swish(linear(x_nD, ffn.w_gate_FD)), linear(x_nD, ffn.w_in_FD))
-    model = ov.Model([ops.result(linear(h_nF, ffn.w_out_DF))], [x_nD], "ffn")
+    def norm(x: Any) -> Any:
+        mean_n1 = ops.reduce_mean(ops.power(x, ops.constant(np.float32(2))), ops.constant([-1]), keep_dims=True)
+        inverse_n1 = ops.power(ops.add(mean_n1, ops.constant(np.float32(EPSILON))), ops.constant(np.float32(-0.5)))
+        return ops.multiply(x, inverse_n1)
+
+    given_nD = y_nD = ops.parameter([-1, width], np.float32)
+    for ffn in ffns:
+        x_nD = norm(y_nD) if len(ffns) > 1 else y_nD
+        h_nF = ops.multiply(ops.swish(linear(x_nD, ffn.w_gate_FD)), linear(x_nD, ffn.w_in_FD))
+        made_nD = linear(h_nF, ffn.w_out_DF)
+        y_nD = ops.add(y_nD, made_nD) if len(ffns) > 1 else made_nD
+    model = ov.Model([ops.result(y_nD)], [given_nD], "ffn")
     settings = {
         "PERFORMANCE_HINT": "LATENCY",
         "NUM_STREAMS": 1,
@@ -319,13 +346,13 @@ def _compressed(
 
 
 def _rows(
-    plans: Mapping[str, Plan], samples: Samples, tokens: int, used: int, options: argparse.Namespace
+    plans: Mapping[str, Plan], samples: Samples, tokens: int, used: float, options: argparse.Namespace
 ) -> Iterator[Row]:
     dense = {name: plan.error for name, plan in plans.items() if plan.dense}
     best = samples.fastest(dense)
     weights = 3 * options.width * options.ffn_width
     for name, plan in plans.items():
-        seconds, speed = samples.median(name), samples.speed(name, best)
+        seconds, speed = samples.median(name) / options.layers, samples.speed(name, best)
         most = LIKE * max(plan.error, EXACT)
         like = samples.fastest(other for other, error in dense.items() if other == name or error <= most)
         like_speed = samples.speed(name, like)
@@ -398,7 +425,7 @@ def _decoder(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 def command(options: argparse.Namespace) -> str:
     words = ["python -m benchmarks.decode"]
-    for name in ("width", "ffn_width", "experts", "active"):
+    for name in ("width", "ffn_width", "experts", "active", "layers"):
         words += [f"--{name.replace('_', '-')}", str(getattr(options, name))]
     words += ["--tokens", *map(str, options.tokens), "--threads", str(options.threads)]
     words += ["--rounds", str(options.rounds), "--seconds", f"{options.seconds:g}"]
@@ -431,11 +458,11 @@ def grids(result: Mapping[str, Any]) -> Iterator[tuple[str, list[str], list[list
     speeds = table(lambda row: "best dense" if row.plan == row.best_dense else f"{row.speed:.2f}x")
     for line in speeds:
         line.insert(1, _percent(result["errors"][line[0]]))
-    used = [f"{result['experts_used'][str(tokens)]}" for tokens in rows]
+    used = [f"{result['experts_used'][str(tokens)]:.3g}" for tokens in rows]
     experts = result["shape"]["experts"]
     speeds += [
         ["bound by FLOPs", "", *(f"{result['bound']:.2f}x" for _ in rows)],
-        ["bound by weights read", "", *(f"{experts / int(count):.2f}x" for count in used)],
+        ["bound by weights read", "", *(f"{experts / float(count):.2f}x" for count in used)],
         ["experts used", "", *used],
     ]
     yield "Speed over the best dense plan", ["plan", "error", *columns], speeds
@@ -502,7 +529,7 @@ def page(result: Mapping[str, Any]) -> str:
     shape = result["shape"]
     rounds = [row["rounds"] for row in result["rows"]]
     lines = [
-        "# Decoding: one FFN of a language model's shape",
+        "# Decoding: one FFN of a language model's shape" + (f", of {shape['layers']}" if shape["layers"] > 1 else ""),
         "",
         f"SwiGLU, D {shape['width']}, F {shape['ffn_width']}; E = {shape['experts']}, K = {shape['active']}; n tokens "
         f"at once, {result['threads']} {'thread' if result['threads'] == 1 else 'threads'}. Random weights and tokens.",
@@ -516,6 +543,16 @@ def page(result: Mapping[str, Any]) -> str:
         "GFLOP/s the products that are needed.",
         f"Of like error are dense plans whose error is at most {LIKE:g} times the mixture's: the fastest of them is "
         "named.",
+        *(
+            [
+                "",
+                f"{shape['layers']} such FFNs follow each other in one graph, as x + FFN(norm(x)), with weights of "
+                "their own; times are of one of them, errors of the",
+                "last one's output: as in a model, a call of the engine is shared, and weights come from memory.",
+            ]
+            if shape["layers"] > 1
+            else []
+        ),
         "",
         f"![Speed of each plan over the best dense plan]({result['image']})",
         "",

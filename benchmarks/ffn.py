@@ -19,6 +19,7 @@ from ffn2moe.onnx_graph import DOMAIN, MIXTURE, OPSET, PARTS, Editor, ExportedMo
 from ffn2moe.onnx_plans import activate, lower
 
 IR_VERSION = 10  # of the ONNX files, as the exporter writes them
+EPSILON = 1e-5  # of the norms between stacked FFNs
 
 
 def dense_ffn(moe: MoEFFN, ffn_width: int) -> DenseFFN:
@@ -44,21 +45,43 @@ def dense_ffn(moe: MoEFFN, ffn_width: int) -> DenseFFN:
     )
 
 
-def dense_graph(ffn: DenseFFN) -> ir.Model:
-    """The canonical graph of a dense FFN alone: `x` [tokens, D] in, `y` [tokens, D] out."""
-    graph, editor = _empty(ffn.w_in_FD.shape[1])
-    return _finished(graph, _dense(editor, graph.graph.inputs[0], ffn, "ffn"))
+def ffn_graph(ffns: Sequence[MoEFFN | DenseFFN]) -> ir.Model:
+    """The canonical graph of one FFN alone, or of several as they follow each other in a model without attention.
 
-
-def mixture_graph(moe: MoEFFN) -> ir.Model:
-    """The canonical graph of a mixture alone, like `dense_graph`; its routers must read tokens, not texts."""
-    exported = ExportedMoE(moe)
-    graph, editor = _empty(moe.w_in.shape[2])
+    `x` [tokens, D] in, `y` [tokens, D] out; each of several reads the RMS norm of x and adds to x what it makes of it.
+    The routers of mixtures must read tokens, not texts.
+    """
+    width = ffns[0].w_in_FD.shape[1] if isinstance(ffns[0], DenseFFN) else ffns[0].w_in.shape[2]
+    x_TD = ir.val("x", ir.DataType.FLOAT, ["tokens", width])
+    graph = ir.Model(ir.Graph([x_TD], [], nodes=[], opset_imports={"": OPSET}, name="ffn"), ir_version=IR_VERSION)
+    editor = Editor(graph)
     graph.graph.opset_imports[DOMAIN] = 1
-    x_TD = graph.graph.inputs[0]
+    y_TD = x_TD
+    for layer, ffn in enumerate(ffns):
+        name, residual_TD = f"ffn.{layer}", y_TD
+        if len(ffns) > 1:
+            scale_D = editor.constant("norm", np.ones(width, dtype=np.float32))
+            y_TD = _of_rows(editor.node("RMSNormalization", y_TD, scale_D, axis=-1, epsilon=EPSILON), x_TD)
+        y_TD = _dense(editor, y_TD, ffn, name) if isinstance(ffn, DenseFFN) else _mixture(editor, y_TD, ffn, name)
+        _of_rows(y_TD, x_TD)
+        if len(ffns) > 1:
+            y_TD = _of_rows(editor.node("Add", residual_TD, y_TD), x_TD)
+    y_TD.name = "y"
+    graph.graph.outputs.append(y_TD)
+    return graph
+
+
+def _of_rows(value: ir.Value, like: ir.Value) -> ir.Value:
+    """The value, known to be [tokens, D]."""
+    value.shape, value.type = like.shape, like.type
+    return value
+
+
+def _mixture(editor: Editor, x_TD: ir.Value, moe: MoEFFN, name: str) -> ir.Value:
+    exported = ExportedMoE(moe)
     parts = [
-        None if part is None else editor.constant(f"ffn.{name}", part.detach().numpy())
-        for name, part in ((name, getattr(exported, name)) for name in PARTS)
+        None if part is None else editor.constant(f"{name}.{key}", part.detach().numpy())
+        for key, part in ((key, getattr(exported, key)) for key in PARTS)
     ]
     attributes: dict[str, Any] = exported.attributes
     y_TD = editor.node(MIXTURE, x_TD, None, *parts, domain=DOMAIN, **attributes)
@@ -71,21 +94,8 @@ def mixture_graph(moe: MoEFFN) -> ir.Model:
             w_gate_FD=moe.shared_gate,
             b_gate_F=moe.shared_b_gate,
         )
-        y_TD = editor.node("Add", y_TD, _dense(editor, x_TD, shared, "ffn.shared"))
-    return _finished(graph, y_TD)
-
-
-def _empty(width: int) -> tuple[ir.Model, Editor]:
-    x_TD = ir.val("x", ir.DataType.FLOAT, ["tokens", width])
-    graph = ir.Model(ir.Graph([x_TD], [], nodes=[], opset_imports={"": OPSET}, name="ffn"), ir_version=IR_VERSION)
-    return graph, Editor(graph)
-
-
-def _finished(graph: ir.Model, y_TD: ir.Value) -> ir.Model:
-    x_TD = graph.graph.inputs[0]
-    y_TD.name, y_TD.shape, y_TD.type = "y", x_TD.shape, x_TD.type
-    graph.graph.outputs.append(y_TD)
-    return graph
+        y_TD = editor.node("Add", y_TD, _dense(editor, x_TD, shared, f"{name}.shared"))
+    return y_TD
 
 
 def _dense(editor: Editor, x_TD: ir.Value, ffn: DenseFFN, name: str) -> ir.Value:
@@ -105,24 +115,24 @@ def _dense(editor: Editor, x_TD: ir.Value, ffn: DenseFFN, name: str) -> ir.Value
 
 
 class Layers:
-    """FFNs of a model, each alone: their canonical graphs, dense and as mixtures, and what they were given to read."""
+    """FFNs of a model, each alone or `stacked` in one graph: their canonical graphs, dense and as mixtures."""
 
-    def __init__(self, mixtures: Sequence[MoEFFN], ffn_widths: Sequence[int]) -> None:
+    def __init__(self, mixtures: Sequence[MoEFFN], ffn_widths: Sequence[int], *, stacked: bool = False) -> None:
         if any(moe.texts is not None for moe in mixtures):
             raise ValueError("the routers read whole texts: an FFN alone has none")
-        self.num_layers = len(mixtures)
+        kinds: dict[str, Sequence[MoEFFN | DenseFFN]] = {
+            "mixture": mixtures,
+            "dense": [dense_ffn(moe, ffn_width) for moe, ffn_width in zip(mixtures, ffn_widths, strict=True)],
+        }
         self._graphs = {
-            "mixture": [mixture_graph(moe) for moe in mixtures],
-            "dense": [
-                dense_graph(dense_ffn(moe, ffn_width)) for moe, ffn_width in zip(mixtures, ffn_widths, strict=True)
-            ],
+            kind: [ffn_graph(ffns)] if stacked else [ffn_graph([ffn]) for ffn in ffns] for kind, ffns in kinds.items()
         }
 
     def open(self, plan: str, threads: int, folder: Path) -> list[Graph]:
-        """The layers by one plan, written to `folder` first; ValueError where the plan or its engine cannot."""
+        """The graphs by one plan, written to `folder` first; ValueError where the plan or its engine cannot."""
         canonical = self._graphs["dense" if plan in runtime.DENSE_PLANS else "mixture"]
         name = runtime.graph_of(plan)
-        files = [folder / f"{name}-{layer}.onnx" for layer in range(self.num_layers)]
+        files = [folder / f"{name}-{layer}.onnx" for layer in range(len(canonical))]
         for file, graph in zip(files, canonical, strict=True):
             if not file.is_file():
                 save_graph(lower(graph, cast(runtime.Plan, name)), file)

@@ -626,17 +626,19 @@ def write(path: str | Path, content: Mapping[str, Any]) -> Path:
     return file
 
 
-def bounds_of(folder: Path, length: int, num_active: int | None = None) -> dict[str, float]:
-    """How much faster the mixture could be end to end: by its FLOPs, and by Amdahl's law (routing for free).
+def bounds_of(folder: Path, length: int, plan: str) -> dict[str, float]:
+    """How much faster a plan of a mixture could be end to end: by its FLOPs, and by Amdahl's law (routing for free).
 
-    For texts of `length` tokens, on the engine and in the precision of the dense model it is compared with.
-    `num_active` is the budget of an elastic mixture; None is its own.
+    For texts of `length` tokens, on the engine and in the precision of the dense model it is compared with. A dense
+    plan stands for the mixture as its spec has it.
     """
     from transformers import AutoConfig
 
     from ffn2moe import checkpoint, metrics
+    from ffn2moe.variants import Variant
 
-    spec = checkpoint.load_spec(folder / "checkpoint", num_active)
+    entry = runtime.read_manifest(folder)["plans"][plan]
+    spec = Variant.of(entry).spec(checkpoint.load_spec(folder / "checkpoint"))
     config = AutoConfig.from_pretrained(folder / "checkpoint")
     teacher, student = metrics.flops_per_token(spec, config, length)
     return {

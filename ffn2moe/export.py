@@ -23,9 +23,10 @@ from ffn2moe.onnx_decoder import canonical_graphs
 from ffn2moe.onnx_graph import LARGEST_FILE, save_graph
 from ffn2moe.onnx_plans import PlanRefused, lower
 from ffn2moe.parity import MAIN_OUTPUT, Parity, Sample, agreement, random_samples
-from ffn2moe.runtime import DENSE_PLANS, NATIVE_PLANS, Plan, engine_of, form_of, graph_of, with_budget
+from ffn2moe.runtime import DENSE_PLANS, NATIVE_PLANS, Plan, engine_of, form_of, graph_of
 from ffn2moe.spec import MoESpec
-from ffn2moe.verify import FLOAT_TOLERANCE, TANH_TOLERANCE, Known, budget, plan_parity
+from ffn2moe.variants import Variant, variants_of
+from ffn2moe.verify import FLOAT_TOLERANCE, TANH_TOLERANCE, Known, plan_parity
 
 GRAPHS = "onnx"
 CHECKED_ROWS = 16  # where the caller has no samples of its own
@@ -55,8 +56,9 @@ def export_model(
     (`ffn2moe.parity`; None: random ones). Weights of more than `largest_file` bytes go into a file of their own.
     `track` wraps the plans while they are worked through: (plans, what is done) -> plans.
 
-    A plan has the experts of the spec. Of an elastic mixture each is there again for every other budget, as plans of
-    their own (`sorted-k1`, whose entry says `num_active`): graphs, files, parity and quality are those of the budget.
+    A plan has the experts of the spec. Each is there again for every variant that may be worth it (`ffn2moe.variants`):
+    the other budgets of an elastic mixture (`sorted-k1`, whose entry says `num_active`), and layers that stay dense
+    (`sorted-d0`, `dense_layers`). Graphs, files, parity and quality are those of the variant.
 
     The manifest has `spec`, `model` (facts the runtime needs), `plans` (of each: `engine`, `precision`, `file`,
     `sha256`, `encoder` and `more` files where there are any, `parity_max_abs`, `parity`, and `agreement`, how well its
@@ -87,15 +89,15 @@ def export_model(
     manifest: dict[str, Any] = {"spec": spec.to_dict(), "model": facts(student, spec), "plans": {}, "refused": {}}
     entries: dict[str, dict[str, Any]] = manifest["plans"]
 
-    budget_of: dict[str, int | None] = {plan: None for plan in wanted}
-    for other in spec.elastic:
-        budget_of |= {with_budget(plan, other): other for plan in wanted if plan not in DENSE_PLANS}
+    variant_of: dict[str, Variant] = {plan: Variant() for plan in wanted}
+    for other in variants_of(spec, with_teacher=teacher is not None):
+        variant_of |= {other.name(plan): other for plan in wanted if plan not in DENSE_PLANS}
     needs_dense = teacher is not None and any(plan in DENSE_PLANS for plan in wanted)
     dense = canonical_graphs(teacher, spec.head, spec.pooling) if needs_dense else {}
-    mixtures: dict[int | None, dict[str, Any]] = {}
+    mixtures: dict[Variant, dict[str, Any]] = {}
     written: dict[str, dict[str, Any]] = {}  # files of each graph
-    for plan in track(tuple(budget_of), "writing plans"):
-        form, num_active, name = form_of(plan), budget_of[plan], graph_of(plan)
+    for plan in track(tuple(variant_of), "writing plans"):
+        form, variant, name = form_of(plan), variant_of[plan], graph_of(plan)
         if form in manifest["refused"]:
             continue
         if engine_of(plan) == "openvino" and (lacking := _openvino_lacks(student, spec)):
@@ -105,40 +107,38 @@ def export_model(
             manifest["refused"][plan] = f"{plan}: its operator is not built here; {native.REMEDY}"
             continue
         if name not in written:
-            if form not in DENSE_PLANS and num_active not in mixtures:
-                with budget(student, spec, num_active):  # one budget's graphs in memory at a time
-                    mixtures = {num_active: canonical_graphs(student, spec.head, spec.pooling)}
-            canonical = dense if form in DENSE_PLANS else mixtures[num_active]
+            if form not in DENSE_PLANS and variant not in mixtures:
+                with variant.of_model(student, spec, teacher):  # one variant's graphs in memory at a time
+                    mixtures = {variant: canonical_graphs(student, spec.head, spec.pooling)}
+            canonical = dense if form in DENSE_PLANS else mixtures[variant]
             try:
                 graphs = {part: lower(graph, form_of(name)) for part, graph in canonical.items()}  # type: ignore[arg-type]
             except PlanRefused as reason:
                 manifest["refused"][plan] = str(reason)
                 continue
             written[name] = _write(graphs, name, folder, largest_file)
-        entries[plan] = {"engine": engine_of(plan)} | written[name]
-        if num_active is not None:
-            entries[plan]["num_active"] = num_active
+        entries[plan] = {"engine": engine_of(plan)} | written[name] | variant.told()
 
     if samples is None:
         samples = random_samples(student, spec, CHECKED_ROWS)
-    known: dict[int | None, Known] = {}
+    known: dict[Variant, Known] = {}
     for plan in track(tuple(entries), "checking plans"):
-        form, num_active = form_of(plan), budget_of[plan]
-        if num_active not in known:
-            with budget(student, spec, num_active):
-                compared = teacher if needs_dense and num_active is None else None
-                known[num_active] = Known.of(spec, student, samples, compared)
+        form, variant = form_of(plan), variant_of[plan]
+        if variant not in known:
+            with variant.of_model(student, spec, teacher):
+                compared = teacher if needs_dense and variant == Variant() else None
+                known[variant] = Known.of(spec, student, samples, compared)
         files = runtime.checked_files(folder, entries[plan])
         sessions = runtime.open_graphs(files, plan, threads=1, precision="float32")
         opened = runtime.opened(folder, plan, manifest, sessions)
-        largest, found = plan_parity(plan, opened.outputs, known[num_active], float_tolerance, tanh_tolerance)
+        largest, found = plan_parity(plan, opened.outputs, known[variant], float_tolerance, tanh_tolerance)
         entries[plan] |= {"parity_max_abs": _rounded(largest), "parity": _details(found)}
         if engine_of(plan) == "openvino" and openvino_precision() != "float32":
             sessions = runtime.open_graphs(files, plan, threads=1)
             opened = runtime.opened(folder, plan, manifest, sessions)
         entries[plan]["precision"] = runtime.precision_of(plan, sessions[0])
         if entries[plan]["precision"] != "float32":
-            references = known[num_active].teacher if form in DENSE_PLANS else known[num_active].student
+            references = known[variant].teacher if form in DENSE_PLANS else known[variant].student
             assert references is not None
             entries[plan]["agreement"] = _rounded(agreement(opened.outputs, references, MAIN_OUTPUT[spec.head]))
     return manifest

@@ -18,9 +18,9 @@
 Where each token has a number of experts of its own (selections `threshold` and `prefix`), `sorted` and `sorted8`
 and the native plans compute what is used; the operators of `fused`, `qmoe8` and `qmoe4` run a fixed number, and are
 refused. Another budget
-of an elastic mixture is a plan of its own, `sorted-k1`: the same rewriting of another canonical graph
-(`ffn2moe.export`). A layer of which every token runs every expert, with unit gates, is a dense FFN in all plans but
-`fused`: this is how a layer that gains nothing as a mixture stays dense (`active_per_layer`).
+of an elastic mixture is a plan of its own, `sorted-k1`, and so are layers that stay dense, `sorted-d0-2`: the same
+rewriting of another canonical graph (`ffn2moe.variants`). A layer of which every token runs every expert, with unit
+gates, is a dense FFN in all plans but `fused`.
 
 Which is fastest depends on the machine and on batch x sequence, so it is measured (`tasks.benchmark`), not known.
 """

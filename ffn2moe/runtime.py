@@ -9,6 +9,7 @@ import hashlib
 import json
 import math
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -80,14 +81,9 @@ BLOCK = 32  # weights that share a scale, in plans of 8 and 4 bits
 MOE_ACTIVATIONS = {"gelu": "gelu", "gelu_tanh": "gelu", "relu": "relu", "silu": "silu"}
 
 
-def with_budget(plan: Plan, num_active: int) -> str:
-    """The name of a plan that runs the same weights with another number of experts than the spec's: `sorted-k1`."""
-    return f"{plan}-k{num_active}"
-
-
 def form_of(plan: str) -> str:
-    """Which of the plans above a plan is, whatever its number of experts: `sorted` of `sorted-k1`."""
-    return plan.partition("-k")[0]
+    """Which of the plans above a plan is, whatever the variant of the mixture: `sorted` of `sorted-k1`, `sorted-d0`."""
+    return re.split(r"-[kd](?=\d)", plan, maxsplit=1)[0]
 
 
 def engine_of(plan: str) -> Engine:

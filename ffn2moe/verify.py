@@ -7,18 +7,15 @@ point in the same direction. Letters as in `ffn2moe.spec`.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from torch import nn
 
 from ffn2moe import native, runtime
 from ffn2moe.engines import openvino_precision
-from ffn2moe.moe import set_active
 from ffn2moe.parity import (
     MAIN_OUTPUT,
     Parity,
@@ -33,25 +30,13 @@ from ffn2moe.parity import (
 )
 from ffn2moe.runtime import CPU, DENSE_PLANS, NATIVE_PLANS, OP_PLANS, QUANTIZED_PLANS, ROUNDED_PLANS, engine_of, form_of
 from ffn2moe.spec import Head, MoESpec
+from ffn2moe.variants import Variant
 
 FLOAT_TOLERANCE = 1e-4  # largest difference of a float32 plan
 TANH_TOLERANCE = 2e-3  # the same where the operator's GELU is the tanh form
 # Of a quantised plan's main output with PyTorch's (`parity.agreement`): below, the graph is broken.
 INT8_AGREEMENT, INT4_AGREEMENT = 0.9, 0.7
 BF16_AGREEMENT = 0.95  # the same where bfloat16 is all that is between them: it also moves near ties of the router
-
-
-@contextmanager
-def budget(model: nn.Module, spec: MoESpec, num_active: int | None) -> Iterator[None]:
-    """For a while, an elastic model runs with this many experts, one of `spec.elastic`; None: with the spec's own."""
-    if num_active is None:
-        yield
-        return
-    set_active(model, num_active)
-    try:
-        yield
-    finally:
-        set_active(model, spec.num_active)
 
 
 @dataclass(frozen=True)
@@ -122,6 +107,10 @@ def _require(plan: str, difference: float, tolerance: float) -> None:
 # --- a whole export -------------------------------------------------------------------------------------------------
 
 
+# The dense plans, the layers of the teacher in a plan, or none: plans that compute the same.
+Anchor = str | tuple[int, ...]
+
+
 @dataclass(frozen=True)
 class Check:
     """One thing that was looked at."""
@@ -141,7 +130,8 @@ def verify(
 ) -> Iterator[Check]:
     """Repeats the checks of an export on this machine: files, the MoE ops, and each plan against PyTorch.
 
-    The teacher is not in an export, so `dense8` and `dense4` are compared with `dense`, and `dense` must only run.
+    The teacher is not in an export, so `dense8` and `dense4` are compared with `dense`, and `dense` must only run. So
+    it is with plans in which layers stay dense: what rounds is compared with the first of them that does not.
     Language models read half of each text at once and the rest token by token, through the cache. Raises
     FileNotFoundError or ValueError where there is no export, or no such plan.
     """
@@ -172,12 +162,15 @@ def verify(
     budgets = {plan: manifest["plans"][plan].get("num_active") for plan in sound}
     known = {}
     for num_active in dict.fromkeys(budgets.values()):
-        with budget(student, spec, num_active):
+        with Variant(num_active).of_model(student, spec, None):
             known[num_active] = Known.of(spec, student, samples)
-    dense: list[Reference] = []
-    for plan in sorted(sound, key=lambda plan: plan != "dense"):
+    anchors: dict[Anchor, list[Reference]] = {}
+    for plan in sorted(sound, key=lambda plan: form_of(plan) in (*ROUNDED_PLANS, "fused")):
+        teachers = "dense" if plan in DENSE_PLANS else tuple(manifest["plans"][plan].get("dense_layers", ()))
         of_budget = known[budgets[plan]]
-        yield _attempt(f"{plan}: parity", partial(_opened_parity, path, plan, threads, providers, of_budget, dense))
+        yield _attempt(
+            f"{plan}: parity", partial(_opened_parity, path, plan, threads, providers, of_budget, teachers, anchors)
+        )
 
 
 def _attempt(name: str, action: Callable[[], str]) -> Check:
@@ -208,12 +201,12 @@ def _opened_parity(
     threads: int | None,
     providers: Sequence[str],
     known: Known,
-    dense: list[Reference],
+    teachers: Anchor,
+    anchors: dict[Anchor, list[Reference]],
 ) -> str:
     form, rows = form_of(plan), sum(len(one.margin_B) for one in known.student)
-    exact = form not in DENSE_PLANS and form not in ROUNDED_PLANS
     told = []
-    if exact:  # in float32, whatever it runs in
+    if form not in ROUNDED_PLANS and not teachers:  # in float32, whatever it runs in
         run = runtime.open_export(path, plan, threads, providers, "float32").outputs
         largest, found = plan_parity(plan, run, known)
         told.append(f"{largest:.1e} from PyTorch on {found.rows} texts")
@@ -222,17 +215,15 @@ def _opened_parity(
         told[0] += " in float32"
     run = runtime.open_export(path, plan, threads, providers).outputs
     output = MAIN_OUTPUT[known.head]
-    if plan == "dense":
+    if teachers and teachers not in anchors:
         outputs = [Reference(one.sample, run(one.sample), one.margin_B, ()) for one in known.student]
-        if not all(np.isfinite(one.outputs[output]).all() for one in outputs):
-            raise ValueError("an output is NaN or infinite")
-        dense += outputs
+        agreement(run, outputs, output)  # raises where it is not finite
+        if form in ROUNDED_PLANS:
+            return "runs, and gives finite numbers (nothing to compare it with)"
+        anchors[teachers] = outputs
         return "runs, and gives finite numbers (the teacher is not in an export)"
-    if plan in DENSE_PLANS and not dense:
-        agreement(run, known.student, output)  # raises where it is not finite
-        return "runs, and gives finite numbers (nothing to compare it with)"
-    found_agreement = agreement(run, dense if plan in DENSE_PLANS else known.student, output)
-    of = "dense" if plan in DENSE_PLANS else "PyTorch"
+    found_agreement = agreement(run, anchors[teachers] if teachers else known.student, output)
+    of = "the same in float32" if teachers else "PyTorch"
     what = "mean cosine" if output == "sentence_embedding" else "correlation"
     least = BF16_AGREEMENT
     if form in QUANTIZED_PLANS:

@@ -65,8 +65,7 @@ def run(stage: StageRun) -> None:
             content = planned(max_plans=1)
         content["mixed_retention"] = round(mixed, 6)
     stage.say(content["reason"])
-    budget = manifest["plans"][content["default_plan"]].get("num_active")
-    content["bounds"] = autoplan.bounds_of(folder, workload.longest, budget)
+    content["bounds"] = autoplan.bounds_of(folder, workload.longest, content["default_plan"])
     stage.write_json(f"exports/{params.name}/plan.json", content)
     stage.write_json(
         "metrics/benchmark.json",

@@ -122,7 +122,7 @@ class PlanQuality:
         from ffn2moe import runtime
 
         params, form = self.stage.params, runtime.form_of(plan)
-        is_another = entry["precision"] != "float32" or "num_active" in entry
+        is_another = entry["precision"] != "float32" or "num_active" in entry or "dense_layers" in entry
         if is_another or entry["parity_max_abs"] > params.export.float_tolerance:
             files = runtime.checked_files(folder, entry)
             graphs = runtime.open_graphs(files, plan, threads=params.compute.threads)

@@ -190,6 +190,20 @@ def test_decode_writes_a_page_its_figures_and_a_plot(tmp_path):
     assert is_plot(out.with_suffix(".png"))
 
 
+def test_ffns_behind_each_other_are_timed_as_one_of_them(tmp_path):
+    out = tmp_path / "decode.md"
+    assert decode.main([*TINY, "--layers", "3", "--tokens", "1", "--out", str(out)]) == 0
+    result = json.loads(out.with_suffix(".json").read_text())
+    errors = result["errors"]
+    assert max(errors[plan] for plan in ("dense", "fused", "sorted")) < 1e-5  # so the stack is what it should be
+    if "ov-weights8" in errors:
+        assert errors["ov-weights8"] < 0.08
+    if "ov-native8" in errors:
+        assert errors["ov-native8"] < 0.08
+    page = out.read_text()
+    assert "of 3" in page.splitlines()[0] and "3 such FFNs follow each other" in page and "--layers 3" in page
+
+
 def test_weights_of_few_bits_in_openvino_give_the_dense_ffn():
     pytest.importorskip("openvino")
     moe = decode.mixture(128, 256, 4, 2)
@@ -198,7 +212,7 @@ def test_weights_of_few_bits_in_openvino_give_the_dense_ffn():
     with torch.no_grad():
         exact_TD = ffn(torch.from_numpy(x_TD)).numpy()
     for name, (bits, *more) in decode.COMPRESSED.items():
-        run, told = decode._compressed(ffn, bits, *more, 1)
+        run, told = decode._compressed([ffn], bits, *more, 1)
         error = np.linalg.norm(run(x_TD) - exact_TD) / np.linalg.norm(exact_TD)
         assert told == bits and error < (0.05 if bits == 8 else 0.3), name
 
@@ -209,7 +223,7 @@ def test_weights_of_few_bits_in_openvino_give_the_dense_ffn():
         (["--ffn-width", "255"], "do not divide 255 neurons"),
         (["--active", "5"], "5 active"),
         (["--active", "0"], "start at 1"),
-        (["--tokens", "0"], "--tokens and --threads start at 1"),
+        (["--tokens", "0"], "--tokens, --threads and --layers start at 1"),
         (["--rounds", "1", "--tokens", "1"], "1 rounds have no quartiles"),
     ],
 )
