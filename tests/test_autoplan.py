@@ -119,7 +119,9 @@ def measured(draw):
     cells = []
     for index in range(draw(st.integers(1, 4))):
         times = {plan.replace("-", "_"): draw(time) for plan in plans}
-        cells.append(cell((index + 1, 16), draw(st.floats(0, 0.5, allow_subnormal=False)), draw(st.floats(0.01, 100)), **times))
+        cells.append(
+            cell((index + 1, 16), draw(st.floats(0, 0.5, allow_subnormal=False)), draw(st.floats(0.01, 100)), **times)
+        )
     kept = {plan: plan == "dense" or draw(st.booleans()) for plan in plans}
     for one in cells:  # the best dense plan is one that keeps its quality
         best = min((plan for plan in plans if plan in DENSE and kept[plan]), key=lambda plan: one.rows[plan].median_ms)
