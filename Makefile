@@ -2,9 +2,9 @@
 # make help    what else there is
 #
 # VENV=FOLDER  another virtual environment      PYTHON=PATH  the Python 3.11 to make it with
-# SET="..."    settings of one run: make run SET="name=trial decompose.num_experts=16"
+# SET="..."    settings of one run: make run SET="name=trial decompose.num_active=2"
 # DASK=ADDRESS a Dask scheduler whose workers do what is asked of single layers: make run DASK=tcp://127.0.0.1:8786
-# GRID="..."   keys with the values of a sweep: make sweep GRID="decompose.num_experts=8,16 --search 12"
+# GRID="..."   keys with the values of a sweep: make sweep GRID="decompose.num_experts=4,8 --search 12"
 
 VENV ?= .venv
 SET ?=
@@ -34,8 +34,8 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 .PHONY: help setup run up down status promote rollback serve score sweep repro push pull test check bench native clean
 
 help:
-	@echo 'make run     the whole pipeline; SET="name=trial decompose.num_experts=16" for one run in a workspace of its own'
-	@echo 'make sweep   many settings side by side; GRID="decompose.num_experts=8,16 decompose.num_active=1,2"'
+	@echo 'make run     the whole pipeline; SET="name=trial decompose.num_active=2" for one run in a workspace of its own'
+	@echo 'make sweep   many settings side by side; GRID="decompose.num_experts=4,8 decompose.num_active=1,2"'
 	@echo 'make promote the newest registered version becomes champion, if it passes the gate; VERSION=N for another one'
 	@echo 'make rollback  back to the champion before; REASON="..."'
 	@echo 'make serve   the champion over HTTP, on this machine alone; PORT=5001 VERSION=N'

@@ -22,7 +22,7 @@ from flows.workspace import FlowError, plan
 from tasks import params as parameters
 from tasks.params import Params, ParamsError
 
-EXAMPLE = "decompose.num_experts=8,16 decompose.num_active=1,2"
+EXAMPLE = "decompose.num_experts=4,8 decompose.num_active=1,2"
 PROPOSALS = 50  # in a row that may be illegal or known before a search counts as exhausted
 _NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?"
 _STATES = {

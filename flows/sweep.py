@@ -1,6 +1,6 @@
 """Many settings side by side: what each keeps of the teacher, how fast it is, and which of them are worth having.
 
-    python -m flows.sweep run decompose.num_experts=8,16 decompose.num_active=1,2    every combination
+    python -m flows.sweep run decompose.num_experts=4,8 decompose.num_active=1,2    every combination
     python -m flows.sweep run distill.learning_rate=1e-4..1e-2 --search 12           what a search proposes
     python -m flows.sweep cells                                                      what ran, when and how often
     python -m flows.sweep show                                                       the Pareto front again

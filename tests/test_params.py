@@ -27,7 +27,7 @@ FILE = Path(__file__).parent.parent / "params.yaml"
 def test_the_committed_parameters_are_valid_and_hold_every_key():
     params = load_params(FILE)
     assert sorted(params.flat()) == sorted(legal_keys())
-    assert (params.decompose.num_experts, params.decompose.num_active) == (8, 2)
+    assert (params.decompose.num_experts, params.decompose.num_active) == (4, 1)
     assert params.model_name == params.name == "minilm"
 
 
@@ -46,7 +46,7 @@ def test_parameters_cannot_be_changed_once_read():
         ("zzz=1", "the keys are name, seed"),
         ("decompose=3", "unknown key 'decompose'"),
         ("seed", "write KEY=VALUE"),
-        ("decompose.num_experts=1", "num_active = 2 is more than decompose.num_experts = 1"),
+        ("decompose.num_active=5", "num_active = 5 is more than decompose.num_experts = 4"),
         ("decompose.num_active=0", "decompose.num_active = 0: input should be greater than or equal to 1"),
         ("decompose.partition=magic", "should be 'coactivation', 'weights', 'gradient', 'nested', 'random' or"),
         ("seed=true", "seed = True: input should be a valid integer"),
@@ -119,19 +119,19 @@ def test_only_language_models_write_texts_and_fill_containers(setting):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (["partition=nested", "gate=softmax"], "set decompose.gate=auto in place of softmax"),
-        (["partition=nested", "selection=threshold"], "set decompose.selection=topk, or another partition"),
-        (["partition=nested", "num_active=1"], "set decompose.num_experts=16 and decompose.num_active=2"),
-        (["partition=nested", "container=auto"], "set decompose.container=none, or another partition"),
-        (["partition=nested", "container=mixtral"], "set decompose.container=none, or another partition"),
-        (["partition=nested", "max_active=3"], "set decompose.max_active=null, or decompose.selection=threshold"),
-        (["partition=nested", "active_per_layer=budget"], "decompose.partition = nested leaves to the router"),
+        (["partition=nested", "num_active=2", "gate=softmax"], "set decompose.gate=auto in place of softmax"),
+        (["partition=nested", "num_active=2", "selection=threshold"], "set decompose.selection=topk, or another partition"),
+        (["partition=nested"], "set decompose.num_experts=8 and decompose.num_active=2"),
+        (["partition=nested", "num_active=2", "container=auto"], "set decompose.container=none, or another partition"),
+        (["partition=nested", "num_active=2", "container=mixtral"], "set decompose.container=none, or another partition"),
+        (["partition=nested", "num_active=2", "max_active=3"], "set decompose.max_active=null, or decompose.selection=threshold"),
+        (["partition=nested", "num_active=2", "active_per_layer=budget"], "decompose.partition = nested leaves to the router"),
         (["selection=threshold", "active_per_layer=[1, 3]"], "decompose.selection = threshold leaves to the router"),
         (["selection=threshold", "container=glm4_moe"], "or decompose.selection=topk"),
-        (["selection=threshold", "max_active=1"], "must be between decompose.num_active = 2"),
-        (["selection=threshold", "max_active=9"], "and decompose.num_experts = 8"),
+        (["selection=threshold", "num_active=2", "max_active=1"], "must be between decompose.num_active = 2"),
+        (["selection=threshold", "max_active=5"], "and decompose.num_experts = 4"),
         (["max_active=3"], "set decompose.max_active=null, or decompose.selection=threshold"),
-        (["active_per_layer=[1, 9]"], "a number between 1 and decompose.num_experts = 8"),
+        (["active_per_layer=[1, 5]"], "a number between 1 and decompose.num_experts = 4"),
         (["active_per_layer=[]"], "must hold, for each layer, a number"),
         (["active_per_layer=[0, 2]"], "greater than or equal to 1"),
         (["active_per_layer=most"], "should be 'same' or 'budget'"),
@@ -148,16 +148,16 @@ def test_what_a_token_may_use_is_said_without_contradiction(settings, message):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (["distill.elastic=[1, 9]"], "has more than decompose.num_experts = 8"),
-        (["distill.elastic=[1, 1]"], "must name each other budget once"),
-        (["distill.elastic=[2]"], "decompose.num_active = 2 is one anyway"),
+        (["distill.elastic=[2, 5]"], "has more than decompose.num_experts = 4"),
+        (["distill.elastic=[2, 2]"], "must name each other budget once"),
+        (["distill.elastic=[1]"], "decompose.num_active = 1 is one anyway"),
         (["distill.elastic=[0]"], "greater than or equal to 1"),
-        (["distill.elastic=[1]", "decompose.container=mixtral"], "another decompose.container"),
-        (["distill.elastic=[1]", "decompose.partition=nested"], "another decompose.partition"),
-        (["distill.elastic=[1]", "decompose.selection=threshold"], "set distill.elastic=[], or another"),
-        (["distill.elastic=[1]", "decompose.active_per_layer=budget"], "another decompose.active_per_layer"),
-        (["decompose.partition=nested", "train_router.start=centroid"], "set train_router.start=ridge or zeros, or"),
-        (["decompose.partition=nested", "train_router.objective=norm"], "set train_router.objective=oracle, or"),
+        (["distill.elastic=[2]", "decompose.container=mixtral"], "another decompose.container"),
+        (["distill.elastic=[4]", "decompose.partition=nested", "decompose.num_active=2"], "another decompose.partition"),
+        (["distill.elastic=[2]", "decompose.selection=threshold"], "set distill.elastic=[], or another"),
+        (["distill.elastic=[2]", "decompose.active_per_layer=budget"], "another decompose.active_per_layer"),
+        (["decompose.partition=nested", "decompose.num_active=2", "train_router.start=centroid"], "set train_router.start=ridge or zeros, or"),
+        (["decompose.partition=nested", "decompose.num_active=2", "train_router.objective=norm"], "set train_router.objective=oracle, or"),
         (["decompose.routing=sequence", "teacher.head=causal"], "has not seen the rest of its text"),
         (["decompose.routing=sequence", "teacher.head=seq2seq"], "read different texts"),
     ],
@@ -171,13 +171,13 @@ def test_budgets_and_whole_texts_are_for_models_that_know_them(settings, message
 @pytest.mark.parametrize(
     "settings",
     [
-        ["decompose.partition=nested", "decompose.shared_width=64"],
+        ["decompose.partition=nested", "decompose.num_active=2", "decompose.shared_width=64"],
         ["decompose.selection=threshold", "decompose.max_active=4", "decompose.gate=sigmoid"],
         ["decompose.active_per_layer=budget"],
         ["decompose.active_per_layer=[1, 2, 3]"],
         ["decompose.routing=sequence", "decompose.selection=threshold", "teacher.head=classification"],
-        ["decompose.routing=sequence", "decompose.partition=nested"],
-        ["distill.elastic=[1, 4]", "decompose.routing=sequence"],
+        ["decompose.routing=sequence", "decompose.partition=nested", "decompose.num_active=2"],
+        ["distill.elastic=[2, 4]", "decompose.routing=sequence"],
     ],
 )
 def test_what_goes_together_is_accepted(settings):

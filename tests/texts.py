@@ -30,6 +30,10 @@ def write_corpus(path: Path, texts: list[str]) -> Path:
     return path
 
 
+# More than one expert a token: what the stages are tested with, whatever the committed numbers are.
+TWO_OF_EIGHT = ("decompose.num_experts=8", "decompose.num_active=2")
+
+
 def make_stage(name: str, root: Path, *overrides: str) -> StageRun:
-    """A stage in `root`, with the committed parameters and overrides."""
-    return StageRun(name, load_params(PARAMS, overrides), root)
+    """A stage in `root`, with the committed parameters, two experts of eight, and overrides."""
+    return StageRun(name, load_params(PARAMS, [*TWO_OF_EIGHT, *overrides]), root)

@@ -149,6 +149,7 @@ def make_tiny(folder: Path, teacher: Path, corpus: Path) -> Path:
         "data.evaluation_pairs=100",
         "compute.threads=1",
         "decompose.num_experts=4",
+        "decompose.num_active=2",
         "decompose.calibration_tokens=1024",
         "train_router.tokens=2048",
         "train_router.steps=4",
