@@ -289,8 +289,7 @@ def strike(repo: Path, scratch: Path, one: Strike, course: Course, expected: dic
             return ended(trial, output)
         shutil.rmtree(copy)  # it was faster this time; what was never hit proves nothing
         moment = Moment(moment.share * 0.8, moment.stage, moment.trained)
-    if "Traceback" in output:
-        trial.problems.append("a traceback")
+    trial.problems += tracebacks(output)
     stopped = one.number != signal.SIGKILL and one.victim == "flow"
     failed = one.victim in ("dvc", "stage", "group")
     code = 2 if failed else 128 + one.number if stopped else -one.number
@@ -304,6 +303,13 @@ def strike(repo: Path, scratch: Path, one: Strike, course: Course, expected: dic
     if not trial.problems:
         shutil.rmtree(copy.parent)
     return trial
+
+
+def tracebacks(output: str) -> list[str]:
+    """What ended in a traceback, if anything did: the error of each."""
+    _, *found = output.split("Traceback (most recent call last)")
+    lines = [[line for line in part.splitlines() if line and not line.startswith((" ", ":"))] for part in found]
+    return [f"a traceback: {line[0] if line else '?'}" for line in lines]
 
 
 def ended(trial: Trial, output: str) -> Trial:
@@ -395,8 +401,9 @@ def full_disk(repo: Path, scratch: Path, course: Course, expected: dict[str, obj
             return ended(trial, output)
         refused, again = run(copy)
         for code, said, sign in ((trial.code, output, "disk is full"), (refused, again, "disk is nearly full")):
-            if code != 2 or sign not in said or "Traceback" in said:
+            if code != 2 or sign not in said:
                 trial.problems.append(f"exit code {code}, said {said.strip().splitlines()[-1:]}")
+            trial.problems += tracebacks(said)
         (mount / "filler").unlink()
         go_on(copy, trial, expected)
         tell(trial)

@@ -550,8 +550,8 @@ def page(result: Mapping[str, Any]) -> str:
         "the dense FFN in OpenVINO with weights of 8 or 4 bits;",
         "activations are quantised as it runs, or in bfloat16. GB/s count the weights of the experts that are used, "
         "GFLOP/s the products that are needed.",
-        f"Up to {BATCHES} batches of other tokens take turns, and with them other experts: none stay in a cache for that "
-        "they alone are asked for.",
+        f"Up to {BATCHES} batches of other tokens take turns, and with them other experts: none stays in a cache "
+        "because it alone is asked for.",
         f"Of like error are dense plans whose error is at most {LIKE:g} times the mixture's: the fastest of them is "
         "named.",
         *(
