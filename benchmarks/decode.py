@@ -560,6 +560,9 @@ def page(result: Mapping[str, Any]) -> str:
                 f"{shape['layers']} such FFNs follow each other in one graph, as x + FFN(norm(x)), with weights of "
                 "their own; times are of one of them, errors of the",
                 "last one's output: as in a model, a call of the engine is shared, and weights come from memory.",
+                "Random routers have many near ties, and a token that rounding sends to another expert counts whole: "
+                "so the errors of mixtures behind each",
+                "other say little, and plans of like error are better looked up for one FFN alone.",
             ]
             if shape["layers"] > 1
             else []
