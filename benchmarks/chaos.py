@@ -21,6 +21,7 @@ import hashlib
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import sqlite3
@@ -308,8 +309,8 @@ def strike(repo: Path, scratch: Path, one: Strike, course: Course, expected: dic
 def tracebacks(output: str) -> list[str]:
     """What ended in a traceback, if anything did: the error of each."""
     _, *found = output.split("Traceback (most recent call last)")
-    lines = [[line for line in part.splitlines() if line and not line.startswith((" ", ":"))] for part in found]
-    return [f"a traceback: {line[0] if line else '?'}" for line in lines]
+    errors = [re.search(r"^\s*([\w.]*(Error|Exception)\b.*)$", part, re.MULTILINE) for part in found]
+    return [f"a traceback: {error[1] if error else '?'}" for error in errors]
 
 
 def ended(trial: Trial, output: str) -> Trial:

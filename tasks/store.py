@@ -6,6 +6,7 @@ Its address comes from the environment and is checked here. mlflow is imported i
 from __future__ import annotations
 
 import fcntl
+import logging
 import os
 import re
 import sys
@@ -80,6 +81,7 @@ def mlflow_client(uri: str) -> Any:
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "5")  # a minute in all
     import mlflow
 
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)  # its errors are told where they are caught
     mlflow.set_tracking_uri(uri)
     mlflow.set_registry_uri(uri)
 
