@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ffn2moe import autoplan, checkpoint, runtime
+from ffn2moe import autoplan, checkpoint, onnx_graph, onnx_plans, runtime
 from ffn2moe.dense import load_dense
 from ffn2moe.export import write_manifest
 from ffn2moe.moe import moe_layers
@@ -126,6 +126,17 @@ def test_without_a_teacher_no_layer_can_stay_dense(teacher):
 
 
 # --- plans ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("plan", ["ov-native8", "qmoe8", "sorted"])
+def test_in_every_form_a_dense_layer_has_neither_router_nor_experts(teacher, plan):
+    student, spec = carve(teacher, active_per_layer=(1, 3), num_active=2)
+    dense, _ = load_dense(str(teacher))
+    with Variant(dense_layers=(1,)).of_model(student, spec, dense):
+        lowered = onnx_plans.lower(onnx_graph.canonical_graph(student, spec.pooling), plan)
+    names = [node.name or "" for node in lowered.graph]
+    assert any("layer.0" in name for name in names if name.endswith((".router", ".experts", ".moe")))
+    assert not any("layer.1" in name for name in names if name.endswith((".router", ".experts", ".moe")))
 
 
 @pytest.fixture(scope="module")
