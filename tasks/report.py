@@ -223,12 +223,14 @@ def domains(quality: Mapping[str, Any]) -> dict[str, str]:
 
 
 def shape_of(spec: Mapping[str, Any]) -> dict[str, str]:
-    """Sizes of the FFNs as text; of several stacks one after the other."""
+    """Sizes of the FFNs, and how many experts a token runs, as text; of several stacks one after the other."""
 
     def each(key: str) -> str:
         return " and ".join(dict.fromkeys(str(stack[key]) for stack in spec["stacks"]))
 
+    varied = spec.get("active_per_layer")
     return {
+        "active": f"{', '.join(map(str, varied))} in the layers in turn" if varied else str(spec["num_active"]),
         "layers": " + ".join(str(stack["num_layers"]) for stack in spec["stacks"]),
         **{key: each(key) for key in ("width", "ffn_width", "expert_width", "shared_width", "activation")},
         "gated": "gated " if all(stack["gated"] for stack in spec["stacks"]) else "",

@@ -290,6 +290,21 @@ def test_the_first_screen_says_the_size_and_what_to_do(tmp_path):
     assert "To keep more: train longer (<code>distill.steps=" in page
 
 
+def test_layers_that_differ_are_told_and_so_is_what_stays_dense(tmp_path):
+    write(tmp_path)
+    path = tmp_path / "exports/minilm/manifest.json"
+    content = json.loads(path.read_text())
+    report.run(make_stage("report", tmp_path))
+    assert "keeps the teacher’s FFN" not in (tmp_path / "reports/report.html").read_text(encoding="utf-8")
+    content["spec"]["active_per_layer"] = [1] * (LAYERS - 1) + [3]
+    content["plans"]["sorted-d5"] = content["plans"]["sorted"] | {"dense_layers": [5]}
+    path.write_text(json.dumps(content))
+    report.run(make_stage("report", tmp_path))
+    page = (tmp_path / "reports/report.html").read_text(encoding="utf-8")
+    assert "of which a token runs 1, 1" in page and "3 in the layers in turn</h1>" in page
+    assert "A plan with <code>-d</code> and layers in its name keeps the teacher’s FFN in those." in page
+
+
 def test_plans_of_several_engines_and_a_plan_of_its_own_for_each_shape_are_shown(tmp_path):
     write(tmp_path)
     path = tmp_path / "exports/minilm/plan.json"
