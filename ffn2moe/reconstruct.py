@@ -60,8 +60,9 @@ def refit_outputs(
             _add(parts, target_TD[rows], weights_PD, gram_PP, cross_PD)
     moe.set_active(in_use)
     gram_PP.diagonal().add_(penalty * gram_PP.diagonal().mean())
-    change_PD = torch.cholesky_solve(cross_PD, torch.linalg.cholesky(gram_PP))
-    _set_outputs(moe, weights_PD + change_PD.float())
+    torch.linalg.cholesky(gram_PP, out=gram_PP)  # in their places: of a wide layer these are most of the memory
+    torch.cholesky_solve(cross_PD, gram_PP, out=cross_PD)
+    _set_outputs(moe, weights_PD + cross_PD.float())
 
 
 @torch.no_grad()

@@ -284,7 +284,9 @@ def _work(shape: FFNShape, num_experts: int, calibration_tokens: int, batch_toke
     slicing = 3 * ffn  # the dense weights, their slices, the mixture's
     outputs = 4 * 3 * chunk_of(num_experts * D) * num_experts * D
     fitting = ffn + max(outputs, 4 * 6 * calibration_tokens * D)
-    return max(forward, ffn + dividing, slicing, fitting)
+    # In float64: H'H and its factor; what is solved for and its copies. In float32: activations, tokens and outputs.
+    refitting = 2 * 8 * F * F + 4 * 8 * F * D + 2 * 4 * chunk_of(F) * F + 4 * 3 * calibration_tokens * D
+    return max(forward, ffn + dividing, slicing, fitting, refitting)
 
 
 def _resident() -> int:
