@@ -78,7 +78,7 @@ $(STAMP): constraints.txt pyproject.toml
 	@$(PIP) --no-deps -r constraints.txt
 	@echo "setup 4/4: ffn2moe itself, and its operator for OpenVINO"
 	@$(PIP) --no-deps -e .
-	@$(BIN)/python -m ffn2moe.native || echo 'setup: goes on without the plans ov-native, ov-native8 and ov-native4'
+	@$(BIN)/python -m ffn2moe.runtime.native || echo 'setup: goes on without the plans ov-native, ov-native8 and ov-native4'
 	@touch $@
 
 # Before anything parallel: several processes that find no database each try to make it, and all but one fail.
@@ -132,7 +132,7 @@ bench: $(STAMP)
 	@PATH="$(abspath $(BIN)):$$PATH" $(BIN)/dvc repro --force --single-item benchmark
 
 native: $(STAMP)
-	@$(BIN)/python -m ffn2moe.native
+	@$(BIN)/python -m ffn2moe.runtime.native
 
 clean:
 	@[ ! -f .prefect/service/state.json ] || $(BIN)/python -m flows.service down

@@ -27,17 +27,24 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ffn2moe import containers, metrics
-from ffn2moe.data import pack, sample_tokens
-from ffn2moe.dense import ffn_modules, load_dense, positions, read_ffn
-from ffn2moe.factorise import carve, fit_router, layer_inputs, outputs
-from ffn2moe.moe import MoEFFN, install_moe, moe_layers, spec_of
-from ffn2moe.oracle import expert_outputs
-from ffn2moe.reconstruct import refit_outputs
-from ffn2moe.routing import prior_approximate_loss
+from ffn2moe import metrics
+from ffn2moe.containers.table import CONTAINERS
+from ffn2moe.data.batches import Batch, Batches, pack
+from ffn2moe.data.generate import sample_tokens
+from ffn2moe.decompose.inputs import layer_inputs
+from ffn2moe.decompose.layer import carve, fit_router, outputs
+from ffn2moe.decompose.oracle import expert_outputs
+from ffn2moe.decompose.reconstruct import refit_outputs
+from ffn2moe.decompose.router_fit import prior_approximate_loss
+from ffn2moe.dense.families import positions
+from ffn2moe.dense.load import load_dense
+from ffn2moe.dense.locate import ffn_modules, read_ffn
+from ffn2moe.distill.distiller import Distiller
+from ffn2moe.distill.objectives import LogitsObjective, Loss, Outputs
+from ffn2moe.moe.describe import spec_of
+from ffn2moe.moe.layer import MoEFFN, install_moe, moe_layers
+from ffn2moe.planning.timing import machine
 from ffn2moe.spec import MoESpec
-from ffn2moe.timing import machine
-from ffn2moe.train import Batch, Batches, Distiller, LogitsObjective, Loss, Outputs
 
 LONGEST_TEXT = 512  # tokens drawn, of a model without a longest
 BALANCE_WEIGHT, PRIOR_WEIGHT = 0.01, 0.05  # of FactorLLM's three losses, beside 1 for the language model's own
@@ -122,7 +129,7 @@ class Bench:
         return load_dense(self.model)
 
     def spec(self, model: Any, active: int, partition: str, container: str | None = None) -> MoESpec:
-        held = containers.CONTAINERS[container] if container else None
+        held = CONTAINERS[container] if container else None
         return spec_of(
             model,
             head="causal",
@@ -398,7 +405,7 @@ def page(options: argparse.Namespace, rows: Sequence[Cell], drawn_seconds: float
         f"{options.batch_tokens} tokens a step, in the same order for every row; judged on the model's `sample.txt`, "
         f"which is not trained on. {here['cpu']}, {options.threads} thread; "
         "rows were trained one after another, or two at a time. Ours are weighed by "
-        f"{containers.CONTAINERS[options.container].gate if options.container else 'unit'} gates.",
+        f"{CONTAINERS[options.container].gate if options.container else 'unit'} gates.",
         "",
         f"| {' | '.join(COLUMNS)} |",
         f"|{'---|' * len(COLUMNS)}",

@@ -18,8 +18,8 @@ from tempfile import TemporaryDirectory
 
 from rich.console import Console
 
-from ffn2moe.clients import sentence_transformers_folder
-from ffn2moe.runtime import open_export
+from ffn2moe.onnx.sentence_transformers import sentence_transformers_folder
+from ffn2moe.runtime.export import open_export
 
 PACKAGES = (
     "torch==2.13.0",

@@ -20,12 +20,16 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from ffn2moe import containers
-from ffn2moe.containers import CONTAINERS, Agreement, Container
-from ffn2moe.dense import load_dense, read_ffn
-from ffn2moe.experts import neurons_by_expert, shared_neurons, slice_experts
-from ffn2moe.moe import MoEFFN, install_moe, moe_layers, spec_of
-from ffn2moe.partition import contiguous
+from ffn2moe.containers.audit import Agreement, compare, open_native, same_logits
+from ffn2moe.containers.fit import fits
+from ffn2moe.containers.table import CONTAINERS, Container
+from ffn2moe.containers.write import save
+from ffn2moe.decompose.partition import contiguous
+from ffn2moe.dense.load import load_dense
+from ffn2moe.dense.locate import read_ffn
+from ffn2moe.moe.describe import spec_of
+from ffn2moe.moe.experts import neurons_by_expert, shared_neurons, slice_experts
+from ffn2moe.moe.layer import MoEFFN, install_moe, moe_layers
 from ffn2moe.spec import Gate, MoESpec
 
 
@@ -80,14 +84,14 @@ def rows(source: str, container: Container, shared_width: int, ids_BL: Tensor, o
     model, spec = cut(source, container, E, E, shared_width, container.gate)
     for dtype, label in ((torch.float32, "K = E"), (torch.bfloat16, "K = E, bfloat16")):
         folder = out / f"{name}-full-{str(dtype).removeprefix('torch.')}"
-        containers.save(model, spec, folder, dtype=dtype, assets=source)
-        found[label] = containers.compare(containers.open_native(folder, dtype)(ids_BL).logits.float(), reference_BLV)
+        save(model, spec, folder, dtype=dtype, assets=source)
+        found[label] = compare(open_native(folder, dtype)(ids_BL).logits.float(), reference_BLV)
     gates: tuple[tuple[Gate, str], ...] = ((container.gate, "K = 2"), ("unit", "K = 2, unit gates"))
     for gate, label in gates:
         model, spec = cut(source, container, E, K, shared_width, gate)
         route_at_random(model, container)
-        folder = containers.save(model, replace(spec, num_active=K), out / f"{name}-k{K}-{gate}", tokenizer=tokenizer)
-        found[label] = containers.same_logits(model, folder, ids_BL)
+        folder = save(model, replace(spec, num_active=K), out / f"{name}-k{K}-{gate}", tokenizer=tokenizer)
+        found[label] = same_logits(model, folder, ids_BL)
     return found
 
 
@@ -103,7 +107,7 @@ def main(arguments: list[str]) -> None:
     text = (options.text or Path(options.source) / "sample.txt").read_text()
     ids_BL = tokenizer(text, return_tensors="pt").input_ids[:, :512]
     with torch.no_grad():
-        rounded = containers.compare(dense.bfloat16()(ids_BL).logits.float(), dense.float()(ids_BL).logits)
+        rounded = compare(dense.bfloat16()(ids_BL).logits.float(), dense.float()(ids_BL).logits)
     table = Table(title=f"{options.source}: {ids_BL.shape[1]} tokens; relative difference of logits (largest / mean)")
     table.add_column("container")
     table.add_column("shared", justify="right")
@@ -111,7 +115,7 @@ def main(arguments: list[str]) -> None:
         table.add_column(column, justify="right")
     for container in CONTAINERS.values():
         for shared_width in (0,) if container.shared == "none" else (0, options.shared):
-            reason = containers.fits(container, dense.config, shared_width=shared_width)
+            reason = fits(container, dense.config, shared_width=shared_width)
             if reason is not None:
                 table.add_row(container.name, "", f"not held: {reason}")
                 continue

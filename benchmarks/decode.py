@@ -38,10 +38,13 @@ from benchmarks.ffn import EPSILON, Layers, dense_ffn
 from benchmarks.inference import KEPT, read_texts, sample_of
 from benchmarks.race import Samples, Spread, race, stopwatch
 from benchmarks.show import Rounds, about, bars, complain, verdict, write
-from ffn2moe import runtime, timing
-from ffn2moe.dense import DenseFFN
-from ffn2moe.engines import has_openvino, openvino
-from ffn2moe.moe import MoEFFN
+from ffn2moe.dense.ffn import DenseFFN
+from ffn2moe.moe.layer import MoEFFN
+from ffn2moe.planning import timing
+from ffn2moe.runtime import plans as runtime_plans
+from ffn2moe.runtime.engines import has_openvino, openvino
+from ffn2moe.runtime.export import open_export
+from ffn2moe.runtime.files import read_manifest
 from ffn2moe.spec import FFNShape, MoESpec
 
 TOKENS = [1, 2, 4, 8, 16, 128, 1024]
@@ -229,7 +232,7 @@ def measure(options: argparse.Namespace, console: Console) -> dict[str, Any]:
             except (ValueError, FileNotFoundError) as error:
                 missing[name] = str(error)
                 continue
-            dense = name in runtime.DENSE_PLANS or name in COMPRESSED
+            dense = name in runtime_plans.DENSE_PLANS or name in COMPRESSED
             exact = references[dense]
             error_of = float(np.linalg.norm(run(judged_TD) - exact) / np.linalg.norm(exact))
             plans[name] = Plan(run, bits, error_of, dense)
@@ -282,12 +285,12 @@ def _openers(
     def known(name: str) -> Callable[[], tuple[Run, int]]:
         def open_it() -> tuple[Run, int]:
             (graph,) = layers.open(name, options.threads, folder)
-            bits = BITS[runtime.precision_of(name, graph)]
+            bits = BITS[runtime_plans.precision_of(name, graph)]
             return lambda x_nD: graph.run(["y"], {"x": x_nD})[0], bits
 
         return open_it
 
-    openers = {name: known(name) for name in get_args(runtime.Plan)}
+    openers = {name: known(name) for name in get_args(runtime_plans.Plan)}
     if has_openvino():
         for name, (bits, group, precision, quantised) in COMPRESSED.items():
             openers[name] = partial(_compressed, ffns, bits, group, precision, quantised, options.threads)
@@ -399,13 +402,13 @@ def _copies() -> float:
 
 def _decoder(options: argparse.Namespace) -> list[dict[str, Any]]:
     """The plans of a causal export: milliseconds of a prompt of 16 tokens and of each token after it."""
-    manifest = runtime.read_manifest(options.export)
+    manifest = read_manifest(options.export)
     if manifest["spec"]["head"] != "causal":
         raise ValueError(f"{options.export} does not decode (its head is {manifest['spec']['head']}): name another")
     exports = {}
     for plan in manifest["plans"]:
         try:
-            exports[plan] = runtime.open_export(options.export, plan, options.threads)
+            exports[plan] = open_export(options.export, plan, options.threads)
         except ValueError:
             if plan == "dense":
                 raise
@@ -416,7 +419,9 @@ def _decoder(options: argparse.Namespace) -> list[dict[str, Any]]:
     rows = []
     for phase in ("prefill", "decode"):
         samples = found[phase]
-        best = samples.fastest(plan for plan in runtime.DENSE_PLANS if plan == "dense" or kept.get(plan, 0.0) >= KEPT)
+        best = samples.fastest(
+            plan for plan in runtime_plans.DENSE_PLANS if plan == "dense" or kept.get(plan, 0.0) >= KEPT
+        )
         for plan in samples.seconds:
             speed = samples.speed(plan, best)
             rows.append(

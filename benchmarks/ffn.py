@@ -11,12 +11,14 @@ import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
-from ffn2moe import runtime
-from ffn2moe.dense import DenseFFN
-from ffn2moe.engines import Graph
-from ffn2moe.moe import MoEFFN, moe_layers
-from ffn2moe.onnx_graph import DOMAIN, MIXTURE, OPSET, PARTS, Editor, ExportedMoE, save_graph
-from ffn2moe.onnx_plans import activate, lower
+from ffn2moe.dense.ffn import DenseFFN
+from ffn2moe.moe.layer import MoEFFN, moe_layers
+from ffn2moe.onnx.editor import Editor
+from ffn2moe.onnx.graph import DOMAIN, MIXTURE, OPSET, PARTS, ExportedMoE, save_graph
+from ffn2moe.onnx.lower import activate, lower
+from ffn2moe.runtime.engines import Graph
+from ffn2moe.runtime.export import open_graphs
+from ffn2moe.runtime.plans import DENSE_PLANS, Plan, graph_of
 
 IR_VERSION = 10  # of the ONNX files, as the exporter writes them
 EPSILON = 1e-5  # of the norms between stacked FFNs
@@ -130,13 +132,13 @@ class Layers:
 
     def open(self, plan: str, threads: int, folder: Path) -> list[Graph]:
         """The graphs by one plan, written to `folder` first; ValueError where the plan or its engine cannot."""
-        canonical = self._graphs["dense" if plan in runtime.DENSE_PLANS else "mixture"]
-        name = runtime.graph_of(plan)
+        canonical = self._graphs["dense" if plan in DENSE_PLANS else "mixture"]
+        name = graph_of(plan)
         files = [folder / f"{name}-{layer}.onnx" for layer in range(len(canonical))]
         for file, graph in zip(files, canonical, strict=True):
             if not file.is_file():
-                save_graph(lower(graph, cast(runtime.Plan, name)), file)
-        return runtime.open_graphs(files, plan, threads=threads)
+                save_graph(lower(graph, cast(Plan, name)), file)
+        return open_graphs(files, plan, threads=threads)
 
 
 def runner(graphs: Sequence[Graph], read: Sequence[Sequence[np.ndarray]]) -> Callable[[int], object]:

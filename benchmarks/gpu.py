@@ -32,8 +32,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks.rounds import Ratio, in_turn, ratio
-from ffn2moe.dense import ACTIVATIONS
-from ffn2moe.moe import MoEFFN
+from ffn2moe.dense.ffn import ACTIVATIONS
+from ffn2moe.moe.layer import MoEFFN
 from ffn2moe.spec import FFNShape, MoESpec
 
 TOLERANCE = {torch.bfloat16: 2e-2, torch.float32: 1e-4}  # of an output or a gradient, relative
@@ -287,7 +287,7 @@ def exported(options: argparse.Namespace) -> list[dict[str, Any]]:
     import numpy as np
     import onnxruntime
 
-    from ffn2moe.runtime import open_export
+    from ffn2moe.runtime.export import open_export
 
     provider = "CPUExecutionProvider" if options.device == "cpu" else "CUDAExecutionProvider"
     if provider not in onnxruntime.get_available_providers():

@@ -6,7 +6,7 @@ Each plan of each engine, dense and mixture, takes its turn in every round, on t
 speed against the best dense plan: the fastest of all engines, at that shape and on those threads, in the same rounds,
 that keeps its quality. The FFNs alone are each layer's as a graph of its own, reading what that layer reads in the
 model; the time is the sum over the layers. Plans of OpenVINO, dense ones and mixtures, are compiled for the shape that
-is timed, as they are where they are used (`ffn2moe.engines`). With `--out` the table is kept as a page, the figures
+is timed, as they are where they are used (`ffn2moe.runtime.engines`). With `--out` the table is kept as a page, the figures
 beside it as JSON and the plot as PNG.
 """
 
@@ -28,9 +28,12 @@ from rich.table import Table
 
 from benchmarks.race import Sample, Samples, Spread, Track, race, stopwatch
 from benchmarks.show import Rounds, about, complain, verdict, write
-from ffn2moe import metrics, timing
-from ffn2moe.engines import Graph
-from ffn2moe.runtime import DENSE_PLANS, engine_of, form_of, open_export, read_manifest
+from ffn2moe import metrics
+from ffn2moe.planning import timing
+from ffn2moe.runtime.engines import Graph
+from ffn2moe.runtime.export import open_export
+from ffn2moe.runtime.files import read_manifest
+from ffn2moe.runtime.plans import DENSE_PLANS, engine_of, form_of
 
 DEFAULT_TEXTS = Path("data/corpus/evaluation.jsonl")
 SHAPES = [(1, 16), (1, 128), (32, 32), (32, 128)]
@@ -198,8 +201,8 @@ class _Alone:
 
     def __init__(self, export: Path, manifest: Mapping[str, Any]) -> None:
         from benchmarks.ffn import Layers
-        from ffn2moe import checkpoint
-        from ffn2moe.moe import moe_layers
+        from ffn2moe.moe import checkpoint
+        from ffn2moe.moe.layer import moe_layers
 
         spec = manifest["spec"]
         self._open: dict[str, list[Graph]] = {}
@@ -255,7 +258,7 @@ def bounds(export: Path, sequence: int) -> dict[str, float]:
     """How much faster the mixture could be than the same engine's dense model: by FLOPs, and by Amdahl's law."""
     from transformers import AutoConfig
 
-    from ffn2moe import checkpoint
+    from ffn2moe.moe import checkpoint
 
     spec = checkpoint.load_spec(export / "checkpoint")
     config = AutoConfig.from_pretrained(export / "checkpoint")

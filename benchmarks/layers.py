@@ -28,10 +28,10 @@ from rich.table import Table
 
 from benchmarks.rounds import Ratio, ratio
 from benchmarks.show import about, complain
-from ffn2moe.dense import DenseFFN
-from ffn2moe.factorise import mixture
-from ffn2moe.jobs import to_route
-from ffn2moe.layer_map import LayerJob, LayerResult, here, in_processes
+from ffn2moe.decompose.jobs import to_route
+from ffn2moe.decompose.layer import mixture
+from ffn2moe.decompose.layer_map import LayerJob, LayerResult, here, in_processes
+from ffn2moe.dense.ffn import DenseFFN
 from ffn2moe.spec import FFNShape, MoESpec
 from flows.environment import settle
 from flows.serve import free_port

@@ -21,8 +21,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from ffn2moe.runtime import checked_files, open_export, read_manifest
-from ffn2moe.timing import fix, full_batches, machine, sample
+from ffn2moe.planning.timing import fix, full_batches, machine, sample
+from ffn2moe.runtime.export import open_export
+from ffn2moe.runtime.files import checked_files, read_manifest
 
 DENSE_INT8 = "dense8"
 DEFAULT_TEXTS = Path("data/corpus/evaluation.jsonl")

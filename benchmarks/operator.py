@@ -28,10 +28,13 @@ from onnx import TensorProto, helper, numpy_helper
 from rich.console import Console
 from rich.table import Table
 
-from ffn2moe import native
-from ffn2moe.onnx_graph import finish
-from ffn2moe.onnx_plans import quantize, quantize_weights
-from ffn2moe.runtime import BLOCK, MASKED_LOGIT, MICROSOFT, MOE_ACTIVATIONS, quantize_blocks, session, swiglu_rows
+from ffn2moe.onnx.lower import quantize, quantize_weights
+from ffn2moe.onnx.simplify import finish
+from ffn2moe.runtime import native
+from ffn2moe.runtime.export import session
+from ffn2moe.runtime.plans import MASKED_LOGIT, MICROSOFT
+from ffn2moe.runtime.quantise import BLOCK, quantize_blocks, swiglu_rows
+from ffn2moe.runtime.selftest import MOE_ACTIVATIONS
 
 DENSE = ("dense", "dense8", "dense4", "ov-dense", "ov-dense8")
 SHORTEST_SAMPLE = 0.01  # seconds; faster plans are run several times for one sample

@@ -6,11 +6,11 @@
     python -m benchmarks.partition --calibrate --against /tmp/before --tokens 4096 --out docs/results/calibration.md
 
 With `--calibrate` one layer of TinyLlama-1.1B's shape goes all the way instead: statistics and partition, the oracle's
-survey, the router's fit, the closed-form refit of the outputs, each timed as `ffn2moe.stream` does it to every layer.
+survey, the router's fit, the closed-form refit of the outputs, each timed as `ffn2moe.decompose.stream` does it to every layer.
 Each round is a process of its own; with `--against` it is two, one of them in another checkout of this repository.
 
 Weights, tokens and gradients are random and made on the spot, so that nothing is downloaded: they give a clustering no
-structure to find, which is its slowest case. What is timed is `ffn2moe.factorise.carve`, all that a stage does with a
+structure to find, which is its slowest case. What is timed is `ffn2moe.decompose.layer.carve`, all that a stage does with a
 layer; the errors of such experts say nothing and are not reported. Takes some 4 GB of memory.
 """
 
@@ -37,13 +37,15 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.rounds import in_turn, ratio
-from ffn2moe import factorise, oracle, partition
-from ffn2moe.dense import DenseFFN
-from ffn2moe.factorise import carve, chunk_of, fit_router
-from ffn2moe.partition import PartitionMethod
-from ffn2moe.reconstruct import refit_outputs
+from ffn2moe.decompose import layer as factorise
+from ffn2moe.decompose import oracle, partition
+from ffn2moe.decompose.inputs import chunk_of
+from ffn2moe.decompose.layer import carve, fit_router
+from ffn2moe.decompose.partition import PartitionMethod
+from ffn2moe.decompose.reconstruct import refit_outputs
+from ffn2moe.dense.ffn import DenseFFN
+from ffn2moe.planning.timing import machine
 from ffn2moe.spec import FFNShape, MoESpec
-from ffn2moe.timing import machine
 
 WIDTH, FFN_WIDTH, EXPERTS, ACTIVE = 4096, 11008, 16, 4
 LIMIT = 60.0  # seconds for the whole partition of a layer
@@ -177,7 +179,7 @@ def _spec(width: int, ffn_width: int, experts: int, active: int, method: Partiti
 
 
 CALIBRATED_EXPERTS, CALIBRATED_ACTIVE = 8, 2
-ROUTER_STEPS = 200  # as `ffn2moe.stream` takes
+ROUTER_STEPS = 200  # as `ffn2moe.decompose.stream` takes
 STEPS = ("activations", "statistics", "clustering", "slicing", "dense outputs", "oracle", "router", "scale", "refit")
 
 

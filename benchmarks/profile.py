@@ -32,9 +32,11 @@ from rich.table import Table
 from benchmarks.inference import DEFAULT_TEXTS, read_texts, shape_of
 from benchmarks.race import FEWEST_ROUNDS
 from benchmarks.show import Rounds, about, complain
-from ffn2moe import timing
-from ffn2moe.engines import openvino, openvino_precision
-from ffn2moe.runtime import checked_files, engine_of, form_of, open_export, read_manifest
+from ffn2moe.planning import timing
+from ffn2moe.runtime.engines import openvino, openvino_precision
+from ffn2moe.runtime.export import open_export
+from ffn2moe.runtime.files import checked_files, read_manifest
+from ffn2moe.runtime.plans import engine_of, form_of
 
 LONGEST = 2.0  # seconds of runs for one plan and shape
 MOST_RUNS = 100
@@ -211,7 +213,7 @@ def _openvino(file: Path, plan: str, threads: int, inputs: Inputs, track: Callab
     ov = openvino()
     core = ov.Core()
     if form_of(plan).startswith("ov-native"):
-        from ffn2moe import native
+        from ffn2moe.runtime import native
 
         core.add_extension(str(native.library()))
     settings = {

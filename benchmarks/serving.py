@@ -28,7 +28,7 @@ import psutil
 from rich.console import Console
 from rich.table import Table
 
-from ffn2moe.timing import machine
+from ffn2moe.planning.timing import machine
 from flows.serve import add_model_options, answers, ask, registry_of, report, served
 from flows.workspace import FlowError
 

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 from benchmarks.race import Spread
-from ffn2moe.timing import machine
+from ffn2moe.planning.timing import machine
 
 
 def about(here: Mapping[str, Any] | None = None) -> str:

@@ -110,14 +110,15 @@ def run(folder: Path, out: Path, tokens: int, threads: int) -> dict[str, Any]:
     """One decomposition in this process: what it was said to take and what it took."""
     import torch
 
-    from ffn2moe import stream
-    from ffn2moe.train import in_order
+    from ffn2moe.data.batches import in_order
+    from ffn2moe.decompose.memory import estimate
+    from ffn2moe.decompose.stream import decompose
 
     torch.set_num_threads(threads)
     length, batch_tokens = 512, 1024
     ids = torch.randint(SHAPE["vocab_size"], (tokens // length, length), generator=torch.Generator().manual_seed(0))
     before = status("VmRSS")
-    said = stream.estimate(folder, num_experts=EXPERTS, calibration_tokens=tokens, batch_tokens=batch_tokens)
+    said = estimate(folder, num_experts=EXPERTS, calibration_tokens=tokens, batch_tokens=batch_tokens)
     start = time.perf_counter()
 
     def track(items: Any, total: int, what: str) -> Iterator[Any]:
@@ -125,7 +126,7 @@ def run(folder: Path, out: Path, tokens: int, threads: int) -> dict[str, Any]:
             yield item
             print(f"layer {item}: {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
 
-    rows = stream.decompose(
+    rows = decompose(
         folder,
         out,
         list(in_order("causal", ids.tolist(), batch_texts=batch_tokens // length)),
@@ -196,7 +197,7 @@ def table(results: Sequence[dict[str, Any]]) -> Table:
 
 def page(options: argparse.Namespace, results: Sequence[dict[str, Any]]) -> str:
     """The table as Markdown, under the command that made it."""
-    from ffn2moe.timing import machine
+    from ffn2moe.planning.timing import machine
 
     command = f"python -m benchmarks.streaming FOLDER --layers {' '.join(map(str, options.layers))}"
     command += f" --tokens {options.tokens} --threads {options.threads} --out docs/results/streaming.md"

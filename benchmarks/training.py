@@ -4,7 +4,7 @@
 
 Two students of the same teacher learn from the same batches, a step each in turn: one with mixtures in the place of
 its FFNs, and one that is dense and whose FFNs are trained in the same way. Both steps run the teacher, the attention
-and the same losses, by the same `ffn2moe.train.Distiller`. The texts are docstrings of Python's standard library.
+and the same losses, by the same `ffn2moe.distill.distiller.Distiller`. The texts are docstrings of Python's standard library.
 """
 
 from __future__ import annotations
@@ -27,23 +27,20 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from benchmarks.rounds import Ratio, in_turn, ratio
-from ffn2moe.corpus import docstrings, read_corpus
-from ffn2moe.dense import ACTIVATIONS, DenseFFN, ffn_layers, head_of, install, load_dense, read_ffn
-from ffn2moe.factorise import carve, fit_router, layer_inputs
-from ffn2moe.moe import MoEFFN, install_moe, spec_of
-from ffn2moe.timing import machine
-from ffn2moe.train import (
-    Batch,
-    Batches,
-    Distiller,
-    EmbeddingObjective,
-    LogitsObjective,
-    Loss,
-    Objective,
-    Outputs,
-    bf16_supported,
-    in_order,
-)
+from ffn2moe.data.batches import Batch, Batches, in_order
+from ffn2moe.data.corpus import docstrings, read_corpus
+from ffn2moe.decompose.inputs import layer_inputs
+from ffn2moe.decompose.layer import carve, fit_router
+from ffn2moe.dense.families import head_of
+from ffn2moe.dense.ffn import ACTIVATIONS, DenseFFN
+from ffn2moe.dense.load import load_dense
+from ffn2moe.dense.locate import ffn_layers, install, read_ffn
+from ffn2moe.distill.distiller import Distiller
+from ffn2moe.distill.objectives import EmbeddingObjective, LogitsObjective, Loss, Objective, Outputs
+from ffn2moe.moe.describe import spec_of
+from ffn2moe.moe.layer import MoEFFN, install_moe
+from ffn2moe.numerics import bf16_supported
+from ffn2moe.planning.timing import machine
 
 PARTS = ("teacher", "student", "losses", "backward", "optimiser", "routers")
 LIMIT = 1.0  # of the dense step

@@ -10,8 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ffn2moe.grouped import Layout, tile_of
-from ffn2moe.moe import MoEFFN
+from ffn2moe.moe.grouped import Layout, tile_of
+from ffn2moe.moe.layer import MoEFFN
 
 COLUMNS, DEPTH = 64, 64  # of the tile that a program works out, and of the products that it sums up at a time
 ACTIVATIONS = {"none": 0, "gelu": 1, "silu": 2, "relu": 3}

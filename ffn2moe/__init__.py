@@ -15,10 +15,10 @@ __version__ = "0.1.0"
 
 _EXPORTS = {
     "MoESpec": "ffn2moe.spec",
-    "MoEFFN": "ffn2moe.moe",
-    "load": "ffn2moe.checkpoint",
-    "load_dense": "ffn2moe.dense",
-    "open_export": "ffn2moe.runtime",
+    "MoEFFN": "ffn2moe.moe.layer",
+    "load": "ffn2moe.moe.checkpoint",
+    "load_dense": "ffn2moe.dense.families",
+    "open_export": "ffn2moe.runtime.export",
 }
 __all__ = ["MoEFFN", "MoESpec", "__version__", "load", "load_dense", "open_export"]
 

@@ -220,7 +220,7 @@ def _say_error(error: Exception) -> None:
 
 
 def _providers(options: argparse.Namespace) -> tuple[str, ...]:
-    from ffn2moe.runtime import CPU
+    from ffn2moe.runtime.export import CPU
 
     return tuple(options.provider or CPU)
 
@@ -395,9 +395,10 @@ def _plan(options: argparse.Namespace) -> int:
 
     console = Console(highlight=False, soft_wrap=True)
     with console.status("opening the tools"):
-        from ffn2moe import autoplan
-        from ffn2moe.corpus import docstrings
-        from ffn2moe.runtime import cores, read_manifest, read_plan
+        from ffn2moe.data.corpus import docstrings
+        from ffn2moe.planning import autoplan
+        from ffn2moe.runtime.engines import cores
+        from ffn2moe.runtime.files import read_manifest, read_plan
     path: Path = options.path
     manifest, before = read_manifest(path), read_plan(path) or {}
     if not (math.isfinite(options.minutes) and options.minutes > 0):
@@ -455,9 +456,9 @@ def _plan(options: argparse.Namespace) -> int:
 
 def _work(options: argparse.Namespace, manifest: dict[str, Any], before: dict[str, Any]) -> tuple[Any, list[str]]:
     """The workload, and the texts to time it on, if any: as the user or the plan before says."""
-    from ffn2moe import workload as work
-    from ffn2moe.corpus import read_corpus
-    from ffn2moe.runtime import load_tokenizer
+    from ffn2moe.data.corpus import read_corpus
+    from ffn2moe.runtime import workload as work
+    from ffn2moe.runtime.files import load_tokenizer
 
     wanted: str | None = options.workload
     texts = read_corpus(str(options.texts), options.text_column) if options.texts else []
@@ -595,7 +596,7 @@ def _info(options: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.table import Table
 
-    from ffn2moe.runtime import default_plan, read_manifest, read_plan
+    from ffn2moe.runtime.files import default_plan, read_manifest, read_plan
     from ffn2moe.spec import MoESpec
 
     path: Path = options.path
@@ -711,7 +712,7 @@ def _gives(spec: MoESpec, model: dict[str, Any]) -> str:
 def _encode(options: argparse.Namespace) -> int:
     import json
 
-    from ffn2moe.runtime import open_export
+    from ffn2moe.runtime.export import open_export
 
     texts = options.texts or [line.rstrip("\n") for line in sys.stdin]
     if not texts:
@@ -731,7 +732,7 @@ def _encode(options: argparse.Namespace) -> int:
 
 
 def _generate(options: argparse.Namespace) -> int:
-    from ffn2moe.runtime import open_export
+    from ffn2moe.runtime.export import open_export
 
     export = open_export(options.path, options.plan, options.threads, _providers(options))
     if not hasattr(export, "generate"):
@@ -758,7 +759,7 @@ def _generate(options: argparse.Namespace) -> int:
 def _verify(options: argparse.Namespace) -> int:
     from rich.console import Console
 
-    from ffn2moe.verify import verify
+    from ffn2moe.onnx.verify import verify
 
     console = Console(highlight=False, soft_wrap=True)
     failed = 0

@@ -22,39 +22,31 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ffn2moe import checkpoint, containers, metrics, oracle, stream
-from ffn2moe.corpus import docstrings, read_corpus
-from ffn2moe.data import greedy_answers, pack, sample_tokens
-from ffn2moe.dense import (
-    FAMILIES,
-    Family,
-    head_of,
-    load_dense,
-    pooling_of,
-    positions,
-    read_ffn,
-    resolve_source,
-    weight_files,
-)
-from ffn2moe.encode import choose_device
-from ffn2moe.factorise import carve, chunk_of, every_expert, fit_router, layer_inputs, output_of, outputs
-from ffn2moe.metrics import pool
-from ffn2moe.moe import install_moe, moe_layers, spec_of
-from ffn2moe.reconstruct import refit_outputs
+from ffn2moe import metrics
+from ffn2moe.containers.fit import choose, require_fit
+from ffn2moe.containers.table import Container, container_named
+from ffn2moe.containers.tensors import layer_tensors, outer_tensors
+from ffn2moe.containers.write import write
+from ffn2moe.data.batches import Batch, Batches, BatchSource, in_order, pack
+from ffn2moe.data.corpus import docstrings, read_corpus
+from ffn2moe.data.generate import greedy_answers, sample_tokens
+from ffn2moe.decompose import oracle
+from ffn2moe.decompose.inputs import chunk_of, layer_inputs
+from ffn2moe.decompose.layer import carve, every_expert, fit_router, output_of, outputs
+from ffn2moe.decompose.memory import available_memory, estimate, require_room
+from ffn2moe.decompose.reconstruct import refit_outputs
+from ffn2moe.decompose.source import NotStreamable, skeleton
+from ffn2moe.decompose.stream import HELD_OUT_SHARE, decompose, mixtures, outside
+from ffn2moe.dense.families import FAMILIES, Family, head_of, positions
+from ffn2moe.dense.load import load_dense, pooling_of, resolve_source, weight_files
+from ffn2moe.dense.locate import read_ffn
+from ffn2moe.distill.distiller import Distiller, Scope
+from ffn2moe.distill.objectives import EmbeddingObjective, FeaturesObjective, LogitsObjective, Objective
+from ffn2moe.moe import checkpoint
+from ffn2moe.moe.describe import spec_of
+from ffn2moe.moe.layer import install_moe, moe_layers
+from ffn2moe.numerics import bf16_supported, choose_device, pool
 from ffn2moe.spec import Gate, Head, MoESpec
-from ffn2moe.train import (
-    Batch,
-    Batches,
-    BatchSource,
-    Distiller,
-    EmbeddingObjective,
-    FeaturesObjective,
-    LogitsObjective,
-    Objective,
-    Scope,
-    bf16_supported,
-    in_order,
-)
 
 GENERATED_TEXTS, MOST_TEXTS = 4000, 40000  # by default: that the model writes itself, that are taken of a corpus
 EVALUATION_SHARE, MOST_EVALUATED = 0.05, 200  # of the texts, held out to judge by
@@ -137,7 +129,7 @@ def convert(
     `out` is an export that `ffn2moe.open_export` takes: a graph for each plan where `onnx` is set, the student as a
     checkpoint, and the native container in a folder of its name where one can hold the model. `distill_minutes` are
     turned into steps by timing a few; `distill_steps` fixes them, and 0 of either leaves the experts as they were cut.
-    `scope` is what is trained (`ffn2moe.train.Distiller`), `batch_tokens` what a step sees.
+    `scope` is what is trained (`ffn2moe.distill.distiller.Distiller`), `batch_tokens` what a step sees.
     The corpus `auto` is what a language model writes itself, and docstrings for others. `dtype` is the container's.
 
     Says what it does a line at a time, and wraps what takes long in `track` (items, how many, what is done). A
@@ -194,13 +186,13 @@ class _Conversion:
 
     # --- what is asked, made whole ---------------------------------------------------------------------------------
 
-    def _container(self) -> containers.Container | None:
+    def _container(self) -> Container | None:
         settings = self.settings
         if settings.container == "none":
             return None
         if settings.container != "auto":
-            found = containers.container_named(settings.container)
-            containers.require_fit(found, self.config, shared_width=settings.shared_width)
+            found = container_named(settings.container)
+            require_fit(found, self.config, shared_width=settings.shared_width)
             if settings.gate not in ("auto", found.gate):
                 raise ValueError(
                     f"{found.name} weighs experts by {found.gate}, not by {settings.gate}: leave --gate out, or set "
@@ -210,7 +202,7 @@ class _Conversion:
         if self.head != "causal":
             return None
         try:
-            found, why = containers.choose(self.config, shared_width=settings.shared_width)
+            found, why = choose(self.config, shared_width=settings.shared_width)
         except ValueError as error:
             self.say(f"container: none, as {error}")
             return None
@@ -239,7 +231,7 @@ class _Conversion:
         if self.reads == "speech":
             raise ValueError(
                 f"{self.source} reads speech, and there is no reader of recordings here: the functions of "
-                "ffn2moe.factorise and ffn2moe.train take batches of any kind"
+                "ffn2moe.decompose.layer and ffn2moe.distill.distiller take batches of any kind"
             )
         if "images" in self.reads:
             if not Path(wanted).is_dir():
@@ -300,7 +292,7 @@ class _Conversion:
 
     def _fits(self) -> bool:
         """Whether teacher and student can be in memory together, as far as the system says."""
-        available = stream.available_memory()
+        available = available_memory()
         return available is None or 2 * 4 * self._parameters() < available
 
     def _parameters(self) -> int:
@@ -320,11 +312,11 @@ class _Conversion:
         if self.family is None:
             self.say(f"in memory, as models of type {self.config.model_type!r} have no row: their FFNs are looked for")
             return
-        spec = spec_of(stream.skeleton(self.folder, self.head), head=self.head, **self._options())
+        spec = spec_of(skeleton(self.folder, self.head), head=self.head, **self._options())
         if self.container:
-            containers.require_fit(self.container, self.config, spec=spec)
+            require_fit(self.container, self.config, spec=spec)
         try:
-            found = stream.estimate(
+            found = estimate(
                 self.folder,
                 num_experts=settings.num_experts,
                 calibration_tokens=settings.calibration_tokens,
@@ -333,10 +325,10 @@ class _Conversion:
                 dtype=torch.float32,
                 copies=3 + (6 if settings.onnx else 0),  # routed, distilled and its container; the plans
             )
-        except stream.NotStreamable as reason:
+        except NotStreamable as reason:
             self.say(f"in memory, as {reason}")
             return
-        warning = stream.require_room(found, self.out)
+        warning = require_room(found, self.out)
         self.say(f"decomposing takes about {found}")
         # Weights in float32: of both; of the student, gradients and the optimizer's two moments, where it is trained.
         both = (2 + 3 * distilled) * 4 * self._parameters() / 2**30
@@ -500,8 +492,8 @@ class _Conversion:
         settings, options = self.settings, self._options()
         try:
             if self.family is None or self.reads != "text":
-                raise stream.NotStreamable("it reads images, or its type has no row")
-            rows = stream.decompose(
+                raise NotStreamable("it reads images, or its type has no row")
+            rows = decompose(
                 self.folder,
                 done,
                 data.calibration,
@@ -514,7 +506,7 @@ class _Conversion:
                 **ROUTER,
                 **options,
             )
-        except stream.NotStreamable:
+        except NotStreamable:
             rows = self._route_in_memory(done, data, options)
         recall = sum(row["router_recall"] for row in rows) / len(rows)
         error = sum(row["router_error"] for row in rows) / len(rows)
@@ -561,7 +553,7 @@ class _Conversion:
                 f"computes its FFNs in another way than the family {spec.family!r} says"
             )
         for index, moe in self.track(list(enumerate(layers)), len(layers), "routing layers"):
-            kept = max(1, len(inputs[index]) - len(inputs[index]) // stream.HELD_OUT_SHARE)
+            kept = max(1, len(inputs[index]) - len(inputs[index]) // HELD_OUT_SHARE)
             wanted_TD = outputs(read_ffn(teacher, index), inputs[index][:kept])
             fit_router(
                 moe,
@@ -660,7 +652,7 @@ class _Conversion:
 
     def _write(self, student: Any | None, spec: MoESpec, told_more: dict[str, Any]) -> dict[str, Any]:
         """Every form of the student (None: of what was routed, a layer at a time); then the folder gets its name."""
-        from ffn2moe import export
+        from ffn2moe.onnx import write as export
 
         result = self.work / "result"
         shutil.rmtree(result, ignore_errors=True)
@@ -681,7 +673,7 @@ class _Conversion:
                 shutil.rmtree(result)
                 result.mkdir()
         if manifest is None:
-            model = stream.skeleton(self.work / "routed", spec.head) if student is None else student
+            model = skeleton(self.work / "routed", spec.head) if student is None else student
             self.reader.save_pretrained(result / "tokenizer")
             manifest = {"spec": spec.to_dict(), "model": export.facts(model, spec), "plans": {}, "refused": {}}
             if student is None:
@@ -690,7 +682,7 @@ class _Conversion:
                 checkpoint.save(student, None, spec, result / "checkpoint")
         if self.container:
             dtype = self._dtype()
-            containers.write(
+            write(
                 result / self.container.name,
                 self.container,
                 spec,
@@ -711,11 +703,11 @@ class _Conversion:
         """The container's tensors, a layer or a tensor at a time."""
         assert self.container is not None
         routed = self.work / "routed"
-        outer: Any = stream.outside(routed) if student is None else student.state_dict()
-        yield from containers.outer_tensors(self.container, self.config, outer)
-        layers = stream.mixtures(routed) if student is None else moe_layers(student)
+        outer: Any = outside(routed) if student is None else student.state_dict()
+        yield from outer_tensors(self.container, self.config, outer)
+        layers = mixtures(routed) if student is None else moe_layers(student)
         for index, moe in enumerate(layers):
-            yield containers.layer_tensors(self.container, spec, index, moe)
+            yield layer_tensors(self.container, spec, index, moe)
 
     def _dtype(self) -> torch.dtype:
         if self.settings.dtype != "auto":

@@ -13,25 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ffn2moe.moe import moe_layers
-from ffn2moe.spec import FFNShape, MoESpec, Pooling
-
-# --- embeddings ---------------------------------------------------------------------------------------
-
-
-def pool(last_hidden_state: Tensor, attention_mask: Tensor, pooling: Pooling) -> Tensor:
-    """Sentence embeddings of unit length, [B, D], from hidden states [B, L, D] and their mask [B, L].
-
-    `mean` over the tokens that are not padding, or `cls`: the first token.
-    """
-    if pooling == "cls":
-        pooled_BD = last_hidden_state[:, 0]
-    elif pooling == "mean":
-        mask_BL1 = attention_mask.unsqueeze(-1).to(last_hidden_state.dtype)
-        pooled_BD = (last_hidden_state * mask_BL1).sum(1) / mask_BL1.sum(1).clamp(min=1)
-    else:
-        raise ValueError(f"pooling must be 'mean' or 'cls', got {pooling!r}")
-    return F.normalize(pooled_BD, dim=-1)
+from ffn2moe.moe.layer import moe_layers
+from ffn2moe.spec import FFNShape, MoESpec
 
 
 def embedding_cosine(first_ND: Tensor, second_ND: Tensor) -> float:

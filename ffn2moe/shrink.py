@@ -28,19 +28,19 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ffn2moe import checkpoint
-from ffn2moe.activations import WIDEST_MOMENTS
-from ffn2moe.corpus import read_corpus
-from ffn2moe.dense import DenseFFN, install
-from ffn2moe.encode import choose_device
-from ffn2moe.experts import ExpertWeights
-from ffn2moe.factorise import chunk_of, layer_inputs, texts_of
-from ffn2moe.moe import MoEFFN, moe_layers
-from ffn2moe.reconstruct import refit_outputs
-from ffn2moe.routing import ridge
+from ffn2moe.data.batches import Batch, in_order
+from ffn2moe.data.corpus import read_corpus
+from ffn2moe.decompose.inputs import chunk_of, layer_inputs, texts_of
+from ffn2moe.decompose.reconstruct import refit_outputs
+from ffn2moe.decompose.router_fit import ridge
+from ffn2moe.dense.ffn import DenseFFN
+from ffn2moe.dense.locate import install
+from ffn2moe.moe import checkpoint
+from ffn2moe.moe.experts import ExpertWeights
+from ffn2moe.moe.layer import MoEFFN, moe_layers
+from ffn2moe.moe.texts import text_means
+from ffn2moe.numerics import WIDEST_MOMENTS, choose_device
 from ffn2moe.spec import MoESpec, Shrinking
-from ffn2moe.texts import text_means
-from ffn2moe.train import Batch, in_order
 
 HELD_OUT = 5  # every fifth text is held out to judge by
 BATCH_TEXTS = 16
@@ -384,7 +384,7 @@ def imitate(made: MoEFFN, moe: MoEFFN, x_TD: Tensor, route_TD: Tensor | None = N
     """Set what follows the neurons in closed form, so that `made` gives on tokens [T, D] what `moe` gives.
 
     Scale and output bias, as `MoEFFN.fit_scale_and_mean` does for the sum of all experts, which after training is no
-    aim any more; then the output matrices (ffn2moe.reconstruct), in layers of one budget, as budgets share them, and of
+    aim any more; then the output matrices (ffn2moe.decompose.reconstruct), in layers of one budget, as budgets share them, and of
     at most `WIDEST_MOMENTS` neurons. None of it is worse than what it follows, on these tokens.
     """
     for active in made.budgets:
@@ -443,11 +443,11 @@ def shrink(
 ) -> dict[str, Any]:
     """Fit the mixture in `path` to the task that `texts` are of, with `keep` experts; write it as an export to `out`.
 
-    `path` is an export or a checkpoint folder; `texts` what `ffn2moe.corpus.read_corpus` takes. Gives the manifest,
+    `path` is an export or a checkpoint folder; `texts` what `ffn2moe.data.corpus.read_corpus` takes. Gives the manifest,
     whose `shrink` says what became of every layer. There are no dense plans, as the dense model is in neither folder.
     `out` is written whole or not at all. ValueError or FileNotFoundError, with cause and remedy.
     """
-    from ffn2moe import export
+    from ffn2moe.onnx import write as export
 
     out = Path(out)
     if out.exists():
@@ -495,8 +495,8 @@ def shrink(
 
 def _folders(path: Path) -> tuple[Path, Path]:
     """The checkpoint folder of what the user named, and the folder of its tokenizer."""
-    from ffn2moe.containers import CONTAINERS
-    from ffn2moe.runtime import MANIFEST
+    from ffn2moe.containers.table import CONTAINERS
+    from ffn2moe.runtime.files import MANIFEST
 
     if (path / MANIFEST).is_file():
         return path / "checkpoint", path / "tokenizer"
@@ -547,7 +547,7 @@ def _written(
     track: Callable[[Any, int, str], Iterable[Any]],
 ) -> dict[str, Any]:
     """An export of the model, without its manifest's file; without graphs where they are not wanted or not possible."""
-    from ffn2moe import export
+    from ffn2moe.onnx import write as export
 
     if onnx:
         try:

@@ -18,10 +18,10 @@ from typing import Any, Literal, get_args
 
 Activation = Literal["gelu", "gelu_tanh", "quick_gelu", "relu", "silu"]
 Pooling = Literal["mean", "cls"]
-# How a chosen expert is weighed; s are the router's scores (ffn2moe.router.gates is the definition).
+# How a chosen expert is weighed; s are the router's scores (ffn2moe.moe.router.gates is the definition).
 #   unit: 1    softmax: softmax(s) over all E    softmax_topk: softmax(s) over the chosen K    sigmoid: sigmoid(s)
 Gate = Literal["unit", "softmax", "softmax_topk", "sigmoid"]
-# How many of its experts a token uses (ffn2moe.router.Router.choose is the definition).
+# How many of its experts a token uses (ffn2moe.moe.router.Router.choose is the definition).
 #   topk: the K that score highest    threshold: those near the highest score, K of them on average
 #   prefix: the first n, n by the router, K on average; for experts in order of importance (partition `nested`)
 Selection = Literal["topk", "threshold", "prefix"]
@@ -67,7 +67,7 @@ class FFNShape:
 class MoESpec:
     """A factorised model, saved beside its weights; everything needed to rebuild its layers."""
 
-    family: str  # key into ffn2moe.dense.FAMILIES
+    family: str  # key into ffn2moe.dense.families.FAMILIES
     model_class: str  # the transformers class that holds the layers, e.g. "BertModel"
     head: Head
     stacks: tuple[FFNShape, ...]

@@ -2,7 +2,7 @@
 
     python -m flows.layers --address tcp://127.0.0.1:8786 FOLDER
 
-A stage starts it when FFN2MOE_DASK names a scheduler (tasks/layer_map.py), with a folder of jobs (ffn2moe/layer_map.py)
+A stage starts it when FFN2MOE_DASK names a scheduler (tasks/layer_map.py), with a folder of jobs (ffn2moe/decompose/layer_map.py)
 in which it leaves what came of each. A worker that is lost costs what it was at work on: that is done again by another.
 """
 
@@ -30,7 +30,7 @@ import numpy as np  # noqa: E402
 from prefect import flow, task  # noqa: E402
 from prefect.cache_policies import NO_CACHE  # noqa: E402
 
-from ffn2moe.layer_map import deliver, do_bytes, orders_in  # noqa: E402
+from ffn2moe.decompose.layer_map import deliver, do_bytes, orders_in  # noqa: E402
 from tasks.layer_map import DASK  # noqa: E402
 from tasks.stage import die_with_parent  # noqa: E402
 

@@ -32,8 +32,8 @@ from prefect import flow  # noqa: E402
 from prefect.artifacts import create_markdown_artifact  # noqa: E402
 from rich.console import Console  # noqa: E402
 
-from ffn2moe.runtime import open_export  # noqa: E402
-from ffn2moe.timing import median_interval  # noqa: E402
+from ffn2moe.planning.timing import median_interval  # noqa: E402
+from ffn2moe.runtime.export import open_export  # noqa: E402
 from flows.serve import Server, report, served, stop_on_terminate  # noqa: E402
 from flows.workspace import FlowError  # noqa: E402
 from tasks.measures import HEADLINES  # noqa: E402

@@ -1,4 +1,4 @@
-// The nodes `Experts` and `RoutedExperts` of domain `ffn2moe` for OpenVINO's CPU plugin. ffn2moe/native.py defines them.
+// The nodes `Experts` and `RoutedExperts` of domain `ffn2moe` for OpenVINO's CPU plugin. ffn2moe/runtime/native.py defines them.
 //
 // Two orders of work. Many tokens: blocks of tokens, each by one thread, expert after expert, so that a block's vectors
 // stay in the cache and the weights are read once a block. Few tokens: the panels of all experts are shared out among
@@ -456,7 +456,7 @@ class ExpertsNode : public ov::op::Op {
     void check_experts(size_t input) const {
         check_type(input, "experts", ov::element::u8);
         check_shape(input, "experts", int64_t(plan_->layer.expert_bytes()),
-                    "experts, bytes of each for these attributes: pack them by ffn2moe.native.pack_experts");
+                    "experts, bytes of each for these attributes: pack them by ffn2moe.runtime.native.pack_experts");
     }
 
     void give_tokens(ov::element::Type type) {
@@ -670,7 +670,7 @@ class RoutedExperts : public ExpertsNode {
         const auto& frame = get_input_partial_shape(2);
         NODE_VALIDATION_CHECK(this, frame.compatible(ov::PartialShape{frame_size(plan_->frame)}), "frame has shape ",
                               frame, ", but these attributes ask for [", frame_size(plan_->frame),
-                              "]: make it by ffn2moe.native.frame");
+                              "]: make it by ffn2moe.runtime.native.frame");
         if (normal) check_tokens(3, "residual");
         give_tokens(attributes_.output == "bf16" ? ov::element::bf16 : ov::element::f32);
     }

@@ -9,8 +9,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from ffn2moe import autoplan, runtime, timing
-from ffn2moe.workload import Workload
+from ffn2moe.planning import autoplan, timing
+from ffn2moe.runtime.export import open_export
+from ffn2moe.runtime.files import read_manifest
+from ffn2moe.runtime.workload import Workload
 from tasks import corpus
 from tasks.params import Benchmark
 from tasks.stage import StageRun, main
@@ -21,7 +23,7 @@ TEXTS = 400  # of the evaluation split, which the batches run through
 def run(stage: StageRun) -> None:
     params, root = stage.params, stage.root
     folder = root / "exports" / params.name
-    manifest = runtime.read_manifest(folder)
+    manifest = read_manifest(folder)
     texts = [row["text"] for row in corpus.read_jsonl(root / "data/corpus/evaluation.jsonl")][:TEXTS]
     settings, workload = params.benchmark, workload_of(params.benchmark)
     keeps_quality = autoplan.quality_of(manifest, params.gate.min_retention)
@@ -114,7 +116,7 @@ def mixed_retention(root: Path, folder: Path, plans: Sequence[str], manifest: di
     pairs = corpus.read_jsonl(root / "data/benchmarks/retrieval.jsonl")
     queries, documents = {}, {}
     for plan in plans:
-        export = runtime.open_export(folder, plan, threads)
+        export = open_export(folder, plan, threads)
         queries[plan] = torch.from_numpy(export.encode([row["query"] for row in pairs]))
         documents[plan] = torch.from_numpy(export.encode([row["document"] for row in pairs]))
     entry = manifest["plans"][plans[0]]

@@ -34,7 +34,7 @@ class Point:
 
 def points(cell: int, export: Path) -> list[Point]:
     """Every plan that is a mixture, as the export's own benchmark timed it."""
-    from ffn2moe.runtime import DENSE_PLANS
+    from ffn2moe.runtime.plans import DENSE_PLANS
 
     manifest, timed = _json(export / "manifest.json"), _json(export / "plan.json")["timings"]
     found = []
@@ -49,7 +49,7 @@ def points(cell: int, export: Path) -> list[Point]:
 
 def dense_plans(export: Path, wanted: float) -> list[str]:
     """`dense` and the other dense plans that keep this share of the quality."""
-    from ffn2moe.runtime import DENSE_PLANS
+    from ffn2moe.runtime.plans import DENSE_PLANS
 
     plans = _json(export / "manifest.json")["plans"]
     return [plan for plan in DENSE_PLANS if plan in plans and (plan == "dense" or plans[plan]["retention"] >= wanted)]
@@ -63,14 +63,14 @@ def deciding(rows: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
 
 def best_of(found: Sequence[Point]) -> list[Point]:
     """The points that no other beats in both quality and speed, from the most quality to the most speed."""
-    from ffn2moe import pareto
+    from ffn2moe.planning import pareto
 
     return [found[place] for place in pareto.front([(point.kept, point.vs_best_dense) for point in found])]
 
 
 def cheapest_of(found: Sequence[Point], keeps: float) -> Point | None:
     """The fastest point that keeps at least this share of the quality."""
-    from ffn2moe import pareto
+    from ffn2moe.planning import pareto
 
     place = pareto.cheapest([(point.kept, point.vs_best_dense) for point in found], keeps)
     return None if place is None else found[place]
@@ -78,8 +78,8 @@ def cheapest_of(found: Sequence[Point], keeps: float) -> Point | None:
 
 def session(job: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Times `exports` (label -> folder and plan; `dense` among them) at one shape; a row each, in the job's order."""
-    from ffn2moe import timing
-    from ffn2moe.runtime import open_export
+    from ffn2moe.planning import timing
+    from ffn2moe.runtime.export import open_export
 
     lines = Path(job["texts"]).read_text(encoding="utf-8").splitlines()[:TEXTS]
     opened = {label: open_export(folder, plan, job["threads"]) for label, (folder, plan) in job["exports"].items()}

@@ -18,10 +18,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ffn2moe.corpus import PACKAGES as PACKAGES
-from ffn2moe.corpus import clean, read_documents, read_file, read_jsonl_column, read_lines
-from ffn2moe.corpus import docstrings as docstrings
-from ffn2moe.corpus import read_corpus as read_corpus
+from ffn2moe.data.corpus import PACKAGES as PACKAGES
+from ffn2moe.data.corpus import clean, read_documents, read_file, read_jsonl_column, read_lines
+from ffn2moe.data.corpus import docstrings as docstrings
+from ffn2moe.data.corpus import read_corpus as read_corpus
 
 SHORTEST_QUERY, SHORTEST_DOCUMENT = 3, 10  # words
 DOCUMENT_KEY = 400  # characters of a document that an encoder surely reads: two that agree there are one text

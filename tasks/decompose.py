@@ -11,9 +11,9 @@ from tasks.tokens import read_tokens
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ffn2moe.containers import Container
-    from ffn2moe.dense import DenseFFN
-    from ffn2moe.layer_map import LayerResult
+    from ffn2moe.containers.table import Container
+    from ffn2moe.decompose.layer_map import LayerResult
+    from ffn2moe.dense.ffn import DenseFFN
     from ffn2moe.spec import MoESpec
 
 IDENTITY_TOLERANCE = 1e-5  # largest difference allowed between the dense model and its K = E mixture; of large
@@ -22,21 +22,16 @@ CHECKED_TEXTS = 32  # on which that is looked at
 
 
 def run(stage: StageRun) -> None:
-    from ffn2moe import checkpoint
-    from ffn2moe.dense import load_dense, read_ffn
-    from ffn2moe.encode import choose_device
-    from ffn2moe.factorise import (
-        every_expert,
-        layer_inputs,
-        mixture,
-        output_gradients,
-        output_of,
-        texts_of,
-    )
-    from ffn2moe.jobs import to_carve, to_contribute
-    from ffn2moe.moe import install_moe
-    from ffn2moe.partition import super_neurons
-    from ffn2moe.router import neutral_scale
+    from ffn2moe.decompose.inputs import layer_inputs, output_gradients, texts_of
+    from ffn2moe.decompose.jobs import to_carve, to_contribute
+    from ffn2moe.decompose.layer import every_expert, mixture, output_of
+    from ffn2moe.decompose.partition import super_neurons
+    from ffn2moe.dense.load import load_dense
+    from ffn2moe.dense.locate import read_ffn
+    from ffn2moe.moe import checkpoint
+    from ffn2moe.moe.layer import install_moe
+    from ffn2moe.moe.router import neutral_scale
+    from ffn2moe.numerics import choose_device
 
     params, root = stage.params, stage.root
     settings = params.decompose
@@ -151,8 +146,8 @@ def within_budget(
 
     import torch
 
-    from ffn2moe import oracle
-    from ffn2moe.jobs import to_judge
+    from ffn2moe.decompose import oracle
+    from ffn2moe.decompose.jobs import to_judge
 
     errors_LE = torch.stack([done.tensors["errors_E"] for done in carved])
     parts = errors_LE.split([shape.num_layers for shape in spec.stacks])
@@ -173,9 +168,10 @@ def describe(stage: StageRun, model: Any, shared_width: int) -> MoESpec:
 
     ValueError where the container that is asked for cannot hold the model, with the property that forbids it.
     """
-    from ffn2moe.containers import require_fit
-    from ffn2moe.dense import head_of, pooling_of
-    from ffn2moe.moe import spec_of
+    from ffn2moe.containers.fit import require_fit
+    from ffn2moe.dense.families import head_of
+    from ffn2moe.dense.load import pooling_of
+    from ffn2moe.moe.describe import spec_of
 
     params, settings = stage.params, stage.params.decompose
     head = head_of(model.config) if params.teacher.head == "auto" else params.teacher.head
@@ -215,7 +211,8 @@ def describe(stage: StageRun, model: Any, shared_width: int) -> MoESpec:
 
 def container_of(stage: StageRun, model: Any) -> Container | None:
     """The native architecture that the parameters ask for; `auto` says which it takes, and why."""
-    from ffn2moe.containers import choose, container_named
+    from ffn2moe.containers.fit import choose
+    from ffn2moe.containers.table import container_named
 
     settings = stage.params.decompose
     if settings.container == "none":

@@ -21,17 +21,19 @@ from tasks.stage import StageRun, main
 from tasks.tokens import read_tokens
 
 if TYPE_CHECKING:
-    from ffn2moe.ranks import Ranks
+    from ffn2moe.data.batches import BatchSource
+    from ffn2moe.data.ranks import Ranks
+    from ffn2moe.distill.distiller import Distiller, StepMetrics
+    from ffn2moe.distill.objectives import Objective
     from ffn2moe.spec import MoESpec
-    from ffn2moe.train import BatchSource, Distiller, Objective, StepMetrics
 
 REPORTED_EVERY = 10  # steps between the rows of the loss curve
 LAYERS = ".cache/layerwise"  # the layers that are done, until the stage is
 
 
 def run(stage: StageRun) -> None:
-    from ffn2moe.encode import choose_device
-    from ffn2moe.ranks import ALONE
+    from ffn2moe.data.ranks import ALONE
+    from ffn2moe.numerics import choose_device
 
     settings = stage.params.distill
     if launched():
@@ -46,10 +48,10 @@ def run(stage: StageRun) -> None:
 
 def distil(stage: StageRun, ranks: Ranks) -> None:
     """The stage as one of the processes that share its batches."""
-    from ffn2moe import checkpoint
-    from ffn2moe.dense import load_dense
-    from ffn2moe.encode import choose_device
-    from ffn2moe.train import Distiller, bf16_supported
+    from ffn2moe.dense.load import load_dense
+    from ffn2moe.distill.distiller import Distiller
+    from ffn2moe.moe import checkpoint
+    from ffn2moe.numerics import bf16_supported, choose_device
 
     if ranks.size != stage.params.distill.processes:
         raise ValueError(
@@ -141,8 +143,8 @@ def train_layers(
     """Train every layer of the student by itself, if that is asked; gives the curves of their losses."""
     import torch
 
-    from ffn2moe.encode import choose_device
-    from ffn2moe.layerwise import distil_layers
+    from ffn2moe.distill.layerwise import distil_layers
+    from ffn2moe.numerics import choose_device
 
     params, settings = stage.params, stage.params.distill
     if not settings.layerwise_steps:
@@ -177,7 +179,7 @@ def train_layers(
 
 def objective_of(stage: StageRun, spec: MoESpec) -> Objective:
     """What a student with this head learns."""
-    from ffn2moe.train import EmbeddingObjective, LogitsObjective
+    from ffn2moe.distill.objectives import EmbeddingObjective, LogitsObjective
 
     settings = stage.params.distill
     settings.require_sense_for(spec.head)
@@ -223,7 +225,7 @@ class Progress:
     def save(self, distiller: Distiller) -> None:
         import torch
 
-        from ffn2moe.checkpoint import save_progress
+        from ffn2moe.moe.checkpoint import save_progress
 
         history = torch.tensor([list(row.values()) for row in self.rows], dtype=torch.float64)
         save_progress(
@@ -235,7 +237,7 @@ class Progress:
 
     def resume(self, distiller: Distiller) -> None:
         """Puts the distiller where it was stopped, if it was."""
-        from ffn2moe.checkpoint import load_progress
+        from ffn2moe.moe.checkpoint import load_progress
 
         found = load_progress(self.path, fingerprint=self.fingerprint)
         if found is None:

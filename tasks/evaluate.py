@@ -23,10 +23,11 @@ ELASTIC = "student_with_"  # and K: the student with another of its budgets, as 
 
 
 def run(stage: StageRun) -> None:
-    from ffn2moe import checkpoint, metrics
-    from ffn2moe.dense import load_dense
-    from ffn2moe.encode import choose_device
-    from ffn2moe.moe import set_active
+    from ffn2moe import metrics
+    from ffn2moe.dense.load import load_dense
+    from ffn2moe.moe import checkpoint
+    from ffn2moe.moe.layer import set_active
+    from ffn2moe.numerics import choose_device
 
     params, root = stage.params, stage.root
     device = choose_device(params.compute.device)
@@ -76,10 +77,10 @@ def diagnose(
     stage: StageRun, teacher: Any, student: Any, tokenizer: Any, spec: MoESpec, device: str
 ) -> list[dict[str, Any]]:
     """Oracle, router, load and super neurons of every layer of the student, on its own inputs over held-out texts."""
-    from ffn2moe import diagnostics
-    from ffn2moe.factorise import layer_inputs, texts_of
-    from ffn2moe.moe import moe_layers
-    from ffn2moe.texts import text_means
+    from ffn2moe.decompose import diagnostics
+    from ffn2moe.decompose.inputs import layer_inputs, texts_of
+    from ffn2moe.moe.layer import moe_layers
+    from ffn2moe.moe.texts import text_means
 
     layers = moe_layers(student)
     tokens = read_tokens(
@@ -117,10 +118,10 @@ def agreement(stage: StageRun, student: Any, tokenizer: Any, spec: MoESpec, devi
     """
     from dataclasses import asdict
 
-    from ffn2moe import diagnostics
-    from ffn2moe.factorise import layer_inputs, texts_of
-    from ffn2moe.moe import moe_layers
-    from ffn2moe.texts import text_means
+    from ffn2moe.decompose import diagnostics
+    from ffn2moe.decompose.inputs import layer_inputs, texts_of
+    from ffn2moe.moe.layer import moe_layers
+    from ffn2moe.moe.texts import text_means
 
     path = stage.root / "data/corpus/calibration.jsonl"
     sources = [row.get("source", "unknown") for row in read_jsonl(path)]

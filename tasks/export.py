@@ -39,10 +39,11 @@ CONTAINER_TOLERANCE, UNIT_TOLERANCE = 1e-4, 1e-2
 
 def run(stage: StageRun) -> None:
     import ffn2moe
-    from ffn2moe import checkpoint, runtime
-    from ffn2moe.dense import load_dense
-    from ffn2moe.export import export_model
-    from ffn2moe.parity import text_samples
+    from ffn2moe.dense.load import load_dense
+    from ffn2moe.moe import checkpoint
+    from ffn2moe.onnx.parity import text_samples
+    from ffn2moe.onnx.write import export_model
+    from ffn2moe.runtime import files as runtime_files
 
     params, root = stage.params, stage.root
     spec = checkpoint.load_spec(root / STUDENT)
@@ -84,7 +85,7 @@ def run(stage: StageRun) -> None:
         write_card(partial / "container", spec, manifest)
         packages = [*PACKAGES, *(("openvino",) if "openvino" in params.export.engines else ())]
         manifest |= {
-            "teacher": {"source": spec.teacher, "sha256": runtime.sha256(teacher_weights(root / TEACHER))},
+            "teacher": {"source": spec.teacher, "sha256": runtime_files.sha256(teacher_weights(root / TEACHER))},
             "seed": params.seed,
             "data_sha256": data_sha256(root / "data"),
             "versions": {"ffn2moe": ffn2moe.__version__} | {package: version(package) for package in packages},
@@ -119,16 +120,18 @@ class PlanQuality:
 
     def of(self, plan: str, entry: Mapping[str, Any], manifest: Mapping[str, Any], folder: Path) -> dict[str, float]:
         """The figure of one plan, and what it keeps of the teacher's."""
-        from ffn2moe import runtime
+        from ffn2moe.runtime import files as runtime_files
+        from ffn2moe.runtime.export import open_graphs, opened
+        from ffn2moe.runtime.plans import DENSE_PLANS, form_of
 
-        params, form = self.stage.params, runtime.form_of(plan)
+        params, form = self.stage.params, form_of(plan)
         is_another = entry["precision"] != "float32" or "num_active" in entry or "dense_layers" in entry
         if is_another or entry["parity_max_abs"] > params.export.float_tolerance:
-            files = runtime.checked_files(folder, entry)
-            graphs = runtime.open_graphs(files, plan, threads=params.compute.threads)
-            figure = self.measured(runtime.opened(folder, plan, manifest, graphs))
+            files = runtime_files.checked_files(folder, entry)
+            graphs = open_graphs(files, plan, threads=params.compute.threads)
+            figure = self.measured(opened(folder, plan, manifest, graphs))
         else:
-            figure = self.known["teacher" if form in runtime.DENSE_PLANS else "student"]
+            figure = self.known["teacher" if form in DENSE_PLANS else "student"]
         kept = self.headline.retention(figure, self.known["teacher"])
         return {self.headline.key: round(figure, 6), "retention": round(kept, 6)}
 
@@ -181,14 +184,17 @@ def write_container(
     """The student as the native container that it was made for: written, audited, and its logits compared."""
     import torch
 
-    from ffn2moe import containers
+    from ffn2moe.containers.audit import same_logits
+    from ffn2moe.containers.fit import engine_notes
+    from ffn2moe.containers.table import container_named
+    from ffn2moe.containers.write import save
 
     assert spec.container is not None
-    container = containers.container_named(spec.container)
-    containers.save(student, spec, folder, assets=stage.root / TEACHER)
+    container = container_named(spec.container)
+    save(student, spec, folder, assets=stage.root / TEACHER)
     length = max(map(len, ids))
     whole = [list(text) for text in ids if len(text) == length]
-    found = containers.same_logits(student, folder, torch.tensor(whole))
+    found = same_logits(student, folder, torch.tensor(whole))
     limit = CONTAINER_TOLERANCE if spec.gate == container.gate else UNIT_TOLERANCE
     if not found.mean <= limit:
         raise ValueError(
@@ -201,7 +207,7 @@ def write_container(
         f"{100 * found.top1:.1f} % of the tokens are the same"
     )
     agreement = {key: rounded(value) for key, value in asdict(found).items()}
-    notes = containers.engine_notes(container, teacher.config)
+    notes = engine_notes(container, teacher.config)
     return {"name": container.name, "folder": "container", "agreement": agreement, "notes": notes}
 
 
@@ -253,7 +259,7 @@ def teacher_weights(folder: Path) -> Path:
 
 def data_sha256(folder: Path) -> str:
     """One sha256 over the corpus and the benchmarks: names and contents of their files."""
-    from ffn2moe.runtime import sha256
+    from ffn2moe.runtime.files import sha256
 
     total = hashlib.sha256()
     for part in ("corpus", "benchmarks"):

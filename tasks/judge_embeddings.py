@@ -22,7 +22,7 @@ EXAMPLES, NEIGHBOURS, SNIPPET = 3, 3, 160  # queries to look at, documents found
 def judge(stage: StageRun, models: Mapping[str, Any], tokenizer: Any, spec: MoESpec, device: str) -> dict[str, Any]:
     """The figures of `teacher`, `training_free` and `student`, what the last two keep, and examples."""
     from ffn2moe import metrics
-    from ffn2moe.encode import encode
+    from ffn2moe.data.encode import encode
 
     params = stage.params
     assert spec.pooling is not None

@@ -18,8 +18,8 @@ from tasks.tokens import Tokens, read_tokens
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from ffn2moe.data.batches import Batch
     from ffn2moe.spec import MoESpec
-    from ffn2moe.train import Batch
 
 EXAMPLES, SNIPPET = 3, 400  # texts to look at, characters shown of each
 PROMPT_TOKENS = 8  # of a held-out text, which a language model goes on from
@@ -188,7 +188,7 @@ def answer(stage: StageRun, model: Any, tokenizer: Any, ids: Sequence[int], head
     """The most probable class, or the greedy continuation or answer."""
     import torch
 
-    from ffn2moe.dense import positions
+    from ffn2moe.dense.families import positions
 
     ids_1L = torch.tensor([ids], device=device)
     with torch.no_grad():

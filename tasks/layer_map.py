@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from ffn2moe.layer_map import LayerJob, LayerMap, LayerResult
+    from ffn2moe.decompose.layer_map import LayerJob, LayerMap, LayerResult
 
 DASK = "FFN2MOE_DASK"  # the scheduler's address, such as tcp://127.0.0.1:8786
 
@@ -21,14 +21,14 @@ def layer_map() -> LayerMap:
     """Does jobs of layers, each in one thread, and yields results as they come."""
     import torch
 
-    from ffn2moe.layer_map import on_this_machine
+    from ffn2moe.decompose.layer_map import on_this_machine
 
     return dask_map() or (lambda jobs: on_this_machine(jobs, torch.get_num_threads()))
 
 
 def dask_map() -> LayerMap | None:
     """The same on the workers of the scheduler that the environment names, if it names one."""
-    from ffn2moe.layer_map import by_command
+    from ffn2moe.decompose.layer_map import by_command
 
     address = os.environ.get(DASK)
 

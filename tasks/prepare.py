@@ -108,7 +108,9 @@ def run(stage: StageRun) -> None:
 
 def open_teacher(stage: StageRun) -> Teacher:
     """Opens the teacher once, so that a bad one is reported before any work."""
-    from ffn2moe.dense import activation_of, family_of, ffn_layers, head_of, load_dense, positions, read_ffn
+    from ffn2moe.dense.families import head_of, positions
+    from ffn2moe.dense.load import load_dense
+    from ffn2moe.dense.locate import activation_of, family_of, ffn_layers, read_ffn
 
     settings = stage.params.teacher
     refuse_other_senses(stage)
@@ -149,7 +151,8 @@ def refuse_other_senses(stage: StageRun) -> None:
     """ValueError for a model that sees, hears, or gives hidden states only: the corpus is text."""
     from transformers import PreTrainedConfig
 
-    from ffn2moe.dense import FAMILIES, resolve_source
+    from ffn2moe.dense.families import FAMILIES
+    from ffn2moe.dense.load import resolve_source
 
     _, folder = resolve_source(teacher_source(stage))
     settings = stage.params.teacher
@@ -174,7 +177,7 @@ def teacher_source(stage: StageRun) -> str:
 
 def copy_teacher(stage: StageRun, out: Path) -> None:
     """The teacher's own files, byte for byte."""
-    from ffn2moe.dense import resolve_source
+    from ffn2moe.dense.load import resolve_source
 
     kind, folder = resolve_source(teacher_source(stage))
     if kind == "hub":
@@ -272,8 +275,8 @@ def divide_for_logits(
 
 def write_texts(stage: StageRun, teacher: Teacher) -> dict[str, list[int]]:
     """Texts that the teacher writes by itself, text -> ids, each once and none empty."""
-    from ffn2moe.data import sample_tokens
-    from ffn2moe.encode import choose_device
+    from ffn2moe.data.generate import sample_tokens
+    from ffn2moe.numerics import choose_device
 
     params = stage.params
     teacher.model.to(choose_device(params.compute.device))
@@ -296,8 +299,8 @@ def tokenised(
     stage: StageRun, teacher: Teacher, texts: Sequence[str], written: dict[str, list[int]]
 ) -> list[dict[str, Any]]:
     """Each text with its ids, whole for a causal model, whose texts are packed; and with a seq2seq teacher's answer."""
-    from ffn2moe.data import greedy_answers
-    from ffn2moe.encode import choose_device
+    from ffn2moe.data.generate import greedy_answers
+    from ffn2moe.numerics import choose_device
 
     length = stage.params.teacher.max_length
     cut: dict[str, Any] = {} if teacher.head == "causal" else {"truncation": True, "max_length": length}

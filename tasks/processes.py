@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from tasks.stage import STAGE_RUN, USER_ERROR, StageRun, explain
 
 if TYPE_CHECKING:
-    from ffn2moe.ranks import Ranks
+    from ffn2moe.data.ranks import Ranks
 
 PATIENCE = timedelta(minutes=30)  # before a process that is waited for is taken for lost
 GRACE = 10.0  # seconds that a process which has lost the others leaves them to say why
@@ -92,7 +92,7 @@ def take_part(stage: StageRun, work: Callable[[StageRun, Ranks], None], *, devic
     import torch
     from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
-    from ffn2moe.ranks import joined
+    from ffn2moe.data.ranks import joined
 
     if stage.params.compute.threads:
         torch.set_num_threads(max(1, stage.params.compute.threads // int(os.environ["LOCAL_WORLD_SIZE"])))

@@ -20,7 +20,7 @@ from typing import Any
 import numpy
 from ruamel.yaml import YAML
 
-from ffn2moe.runtime import open_export
+from ffn2moe.runtime.export import open_export
 from tasks.measures import at, headline
 from tasks.params import Params
 from tasks.registry import CHALLENGER, Registry

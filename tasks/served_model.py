@@ -39,7 +39,7 @@ class Served(PythonModel):
     """
 
     def load_context(self, context: Any) -> None:
-        from ffn2moe.runtime import open_export
+        from ffn2moe.runtime.export import open_export
 
         folder = Path(context.artifacts["export"])
         self.export = open_export(folder)

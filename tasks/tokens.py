@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 from tasks.corpus import read_jsonl
 
 if TYPE_CHECKING:
+    from ffn2moe.data.batches import Batch, Batches
     from ffn2moe.spec import Head
-    from ffn2moe.train import Batch, Batches
 
 
 @dataclass(frozen=True)
@@ -25,13 +25,13 @@ class Tokens:
 
     def in_order(self, batch_texts: int = 64) -> Iterator[Batch]:
         """The sequences once, as they come, so many a batch."""
-        from ffn2moe.train import in_order
+        from ffn2moe.data.batches import in_order
 
         return in_order(self.head, self.ids, self.decoder_ids, batch_texts=batch_texts, pad_id=self.pad_id)
 
     def shuffled(self, *, batch_tokens: int, seed: int) -> Batches:
         """An endless, seeded order of batches to train on."""
-        from ffn2moe.train import Batches
+        from ffn2moe.data.batches import Batches
 
         return Batches(
             self.ids,
@@ -49,7 +49,7 @@ def read_tokens(path: Path, head: Head, tokenizer: Any, max_length: int, *, pack
     Texts of an embedding model are tokenised here. Those of a causal one are packed into blocks of `max_length`, or
     else cut to it each.
     """
-    from ffn2moe.data import pack
+    from ffn2moe.data.batches import pack
 
     rows = read_jsonl(path)
     pad_id = tokenizer.pad_token_id or 0

@@ -1,7 +1,7 @@
 """Stage 3: the routers, each layer by itself on the dense teacher's inputs, then what the experts give.
 
-Where routers start and what they learn from there, ffn2moe.routing; how far they come, judged on texts held out.
-Then the experts' output matrices are fitted to the dense FFN in closed form, ffn2moe.reconstruct.
+Where routers start and what they learn from there, ffn2moe.decompose.router_fit; how far they come, judged on texts held out.
+Then the experts' output matrices are fitted to the dense FFN in closed form, ffn2moe.decompose.reconstruct.
 """
 
 from __future__ import annotations
@@ -22,13 +22,14 @@ HELD_OUT_TOKENS = 8192  # of the calibration texts, which the routers are not tr
 
 
 def run(stage: StageRun) -> None:
-    from ffn2moe import checkpoint
-    from ffn2moe.dense import load_dense, read_ffn
-    from ffn2moe.encode import choose_device
-    from ffn2moe.factorise import layer_inputs, texts_of
-    from ffn2moe.jobs import to_route
-    from ffn2moe.moe import moe_layers
-    from ffn2moe.texts import text_means
+    from ffn2moe.decompose.inputs import layer_inputs, texts_of
+    from ffn2moe.decompose.jobs import to_route
+    from ffn2moe.dense.load import load_dense
+    from ffn2moe.dense.locate import read_ffn
+    from ffn2moe.moe import checkpoint
+    from ffn2moe.moe.layer import moe_layers
+    from ffn2moe.moe.texts import text_means
+    from ffn2moe.numerics import choose_device
 
     params, root, settings = stage.params, stage.root, stage.params.train_router
     student = checkpoint.load(root / "models/decomposed")

@@ -9,10 +9,12 @@ from typing import Any
 
 import torch
 
-from ffn2moe import checkpoint
-from ffn2moe.dense import load_dense, read_ffn
-from ffn2moe.experts import neurons_by_expert, slice_experts
-from ffn2moe.moe import MoEFFN, install_moe, spec_of
+from ffn2moe.dense.load import load_dense
+from ffn2moe.dense.locate import read_ffn
+from ffn2moe.moe import checkpoint
+from ffn2moe.moe.describe import spec_of
+from ffn2moe.moe.experts import neurons_by_expert, slice_experts
+from ffn2moe.moe.layer import MoEFFN, install_moe
 from ffn2moe.spec import FFNShape, Head, MoESpec, Pooling
 from tasks.corpus import write_jsonl
 from tests.texts import make_texts, write_corpus

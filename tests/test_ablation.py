@@ -16,7 +16,7 @@ from benchmarks.ablation.bench import Bench, Setup
 from benchmarks.ablation.grid import Budget, Cell, Store, cells
 from benchmarks.ablation.methods import CAUSAL_METHODS, DEFAULT, EMBEDDING_METHODS, GROUPS, STAGES
 from benchmarks.ablation.run import finish
-from ffn2moe.moe import moe_layers
+from ffn2moe.moe.layer import moe_layers
 from tasks import prepare
 from tests.conftest import make_tiny_llama
 from tests.texts import make_stage, make_texts, write_corpus

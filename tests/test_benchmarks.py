@@ -12,7 +12,7 @@ import torch
 from benchmarks import decode, inference, profile
 from benchmarks.ffn import Layers, dense_ffn
 from benchmarks.race import Spread, race, stopwatch
-from ffn2moe import runtime
+from ffn2moe.runtime.files import read_manifest
 from tests.mixtures import carve
 from tests.texts import make_texts
 
@@ -77,7 +77,7 @@ def test_what_is_fast_is_run_many_times_for_one_sample():
 def test_an_ffn_alone_is_the_layer_of_the_model(tiny_teacher, tiny_teacher_gated, tmp_path, gated, num_active):
     head = "causal" if gated else "embedding"
     model, spec = carve(tiny_teacher_gated if gated else tiny_teacher, head=head, num_active=num_active)
-    from ffn2moe.moe import moe_layers
+    from ffn2moe.moe.layer import moe_layers
 
     layers = moe_layers(model)
     alone = Layers(layers, [spec.ffn_width] * len(layers))
@@ -91,7 +91,7 @@ def test_an_ffn_alone_is_the_layer_of_the_model(tiny_teacher, tiny_teacher_gated
 
 
 def test_routers_that_read_whole_texts_have_no_ffn_alone(tiny_teacher):
-    from ffn2moe.moe import moe_layers
+    from ffn2moe.moe.layer import moe_layers
 
     model, spec = carve(tiny_teacher, routing="sequence")
     with pytest.raises(ValueError, match="whole texts"):
@@ -255,7 +255,7 @@ def test_the_profile_tells_where_the_time_goes(export, texts, tmp_path):
 
 
 def plans_of(export: Path) -> list[str]:
-    return list(runtime.read_manifest(export)["plans"])
+    return list(read_manifest(export)["plans"])
 
 
 def test_kinds_of_work_are_told_by_weight_and_op():

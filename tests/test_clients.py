@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from ffn2moe import checkpoint
-from ffn2moe.clients import sentence_transformers_folder
-from ffn2moe.runtime import open_export, session
+from ffn2moe.moe import checkpoint
+from ffn2moe.onnx.sentence_transformers import sentence_transformers_folder
+from ffn2moe.runtime.export import open_export, session
 from tests.texts import make_texts
 
 

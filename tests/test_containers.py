@@ -18,13 +18,18 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ffn2moe import checkpoint, containers
-from ffn2moe.containers import CONTAINERS, NEAR_UNIT, SOURCES, Container, Shards, choose, fits
-from ffn2moe.dense import read_ffn
-from ffn2moe.experts import neurons_by_expert, shared_neurons, slice_experts
-from ffn2moe.moe import MoEFFN, install_moe, moe_layers, spec_of
-from ffn2moe.partition import contiguous
-from ffn2moe.router import neutral_scale
+from ffn2moe.containers.fit import choose, fits
+from ffn2moe.containers.shards import Shards
+from ffn2moe.containers import audit, fit, preflight, tensors, write
+from ffn2moe.containers.table import CONTAINERS, SOURCES, Container, container_named
+from ffn2moe.containers.tensors import NEAR_UNIT
+from ffn2moe.decompose.partition import contiguous
+from ffn2moe.dense.locate import read_ffn
+from ffn2moe.moe import checkpoint
+from ffn2moe.moe.describe import spec_of
+from ffn2moe.moe.experts import neurons_by_expert, shared_neurons, slice_experts
+from ffn2moe.moe.layer import MoEFFN, install_moe, moe_layers
+from ffn2moe.moe.router import neutral_scale
 from ffn2moe.spec import Gate, MoESpec
 from tests.conftest import make_tokenizer
 
@@ -178,7 +183,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int], P
     made = {}
     for name, shared_width in WAYS:
         model, spec = student_of(name, shared_width=shared_width)
-        made[name, shared_width] = containers.save(model, spec, root / f"{name}-{shared_width}")
+        made[name, shared_width] = write.save(model, spec, root / f"{name}-{shared_width}")
     return made
 
 
@@ -188,7 +193,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int], P
 @pytest.mark.parametrize(("name", "source", "shared_width"), HOLDS)
 def test_all_experts_under_a_router_of_zeros_are_the_dense_model(name: str, source: str, shared_width: int) -> None:
     config = config_of(source)
-    found = containers.preflight(
+    found = preflight.preflight(
         CONTAINERS[name], config, dense_of(config).state_dict(), num_experts=3, shared_width=shared_width
     )
     assert found.largest < 1e-5
@@ -200,18 +205,18 @@ def test_a_container_answers_as_the_student_that_it_was_written_from(
     name: str, shared_width: int, folders: dict[tuple[str, int], Path]
 ) -> None:
     model, _ = student_of(name, shared_width=shared_width)
-    found = containers.same_logits(model, folders[name, shared_width], tokens())
+    found = audit.same_logits(model, folders[name, shared_width], tokens())
     assert found.largest < 1e-4
     assert found.top1 == 1
     other, _ = student_of(name, shared_width=shared_width, seed=2)  # the comparison can fail
-    assert containers.same_logits(other, folders[name, shared_width], tokens()).largest > 1e-2
+    assert audit.same_logits(other, folders[name, shared_width], tokens()).largest > 1e-2
 
 
 @pytest.mark.parametrize("name", list(CONTAINERS))
 def test_unit_gates_become_nearly_unit(name: str, tmp_path: Path) -> None:
     model, spec = student_of(name, gate="unit")
-    folder = containers.save(model, spec, tmp_path / "out")
-    found = containers.same_logits(model, folder, tokens())
+    folder = write.save(model, spec, tmp_path / "out")
+    found = audit.same_logits(model, folder, tokens())
     assert found.mean < 1e-2
     assert found.top1 > 0.95
     moe = moe_layers(model)[0]
@@ -224,7 +229,7 @@ def test_the_scale_is_what_equal_scores_are_divided_by() -> None:
         model, spec = student_of(name)
         moe = moe_layers(model)[0]
         assert moe.output_scale.item() == 1.25 * neutral_scale(spec.gate, 4, 2)
-        held = containers.layer_tensors(CONTAINERS[name], spec, 0, moe)
+        held = tensors.layer_tensors(CONTAINERS[name], spec, 0, moe)
         down = held[f"model.layers.0.{CONTAINERS[name].experts[-1].format(0)}"]
         down = down[0] if down.ndim == 3 else down
         torch.testing.assert_close(down[:, : spec.expert_width], moe.output_scale * moe.w_out[0])
@@ -235,11 +240,11 @@ def test_bfloat16_runs_with_the_experts_that_transformers_uses_by_default(
     name: str, shared_width: int, tmp_path: Path
 ) -> None:
     model, spec = student_of(name, shared_width=shared_width)
-    folder = containers.save(model, spec, tmp_path / "out", dtype=torch.bfloat16)
+    folder = write.save(model, spec, tmp_path / "out", dtype=torch.bfloat16)
     for tensor_name, tensor in tensors_of(folder).items():
         kept = torch.float32 if tensor_name.endswith("e_score_correction_bias") else torch.bfloat16
         assert tensor.dtype == kept, tensor_name
-    opened = containers.open_native(folder, torch.bfloat16)
+    opened = audit.open_native(folder, torch.bfloat16)
     assert torch.isfinite(opened(tokens()).logits).all()
 
 
@@ -251,7 +256,7 @@ def test_the_names_and_values_are_those_that_transformers_would_write(
     name: str, shared_width: int, folders: dict[tuple[str, int], Path], tmp_path: Path
 ) -> None:
     ours = folders[name, shared_width]
-    containers.open_native(ours).save_pretrained(tmp_path)
+    audit.open_native(ours).save_pretrained(tmp_path)
     theirs = tensors_of(tmp_path)
     written = tensors_of(ours)
     assert set(written) == set(theirs)
@@ -326,7 +331,7 @@ def test_configs_say_what_engines_take_for_granted(folders: dict[tuple[str, int]
 
 def test_rotary_scaling_is_also_under_its_old_name(tmp_path: Path) -> None:
     model, spec = student_of("mixtral", "llama3")
-    config = config_on_disk(containers.save(model, spec, tmp_path / "out"))
+    config = config_on_disk(write.save(model, spec, tmp_path / "out"))
     assert config["rope_scaling"]["factor"] == 8.0
     assert config["rope_scaling"]["rope_type"] == "llama3"
 
@@ -334,7 +339,7 @@ def test_rotary_scaling_is_also_under_its_old_name(tmp_path: Path) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_the_shared_gate_of_qwen2_moe_is_a_half_and_never_zero(dtype: torch.dtype, tmp_path: Path) -> None:
     model, spec = student_of("qwen2_moe", shared_width=11)
-    folder = containers.save(model, spec, tmp_path / "out", dtype=dtype)
+    folder = write.save(model, spec, tmp_path / "out", dtype=dtype)
     gate_D = tensors_of(folder)["model.layers.0.mlp.shared_expert_gate.weight"][0].float()
     assert (gate_D != 0).all()  # llama.cpp computes silu(z) / z, which is 0 / 0 at 0
     z = (torch.randn(64, WIDTH) @ gate_D).abs()
@@ -351,7 +356,7 @@ def test_the_choice_bias_of_glm4_moe_is_there_zero_or_trained(tmp_path: Path) ->
     for layer, moe in enumerate(moe_layers(model)):
         if layer == 1:
             moe.router.balance_bias.zero_()
-    held = tensors_of(containers.save(model, spec, tmp_path / "out"))
+    held = tensors_of(write.save(model, spec, tmp_path / "out"))
     for layer, moe in enumerate(moe_layers(model)):
         bias_E = held[f"model.layers.{layer}.mlp.gate.e_score_correction_bias"]
         assert torch.equal(bias_E, moe.router.balance_bias)
@@ -368,7 +373,7 @@ def test_widths_are_multiples_of_8_and_padding_is_zero() -> None:
         moe = moe_layers(model)[0]
         for part, dim in (("w_in", 1), ("w_gate", 1), ("w_out", 2)):
             setattr(moe, part, torch.nn.Parameter(getattr(moe, part).narrow(dim, 0, narrow)))
-        held = containers.layer_tensors(CONTAINERS[name], spec, 0, moe)
+        held = tensors.layer_tensors(CONTAINERS[name], spec, 0, moe)
         widths = {
             size for key, tensor in held.items() if "expert" in key or "linear" in key for size in tensor.shape[-2:]
         }
@@ -397,10 +402,10 @@ def test_a_tied_output_matrix_is_written_where_engines_do_not_tie(
     name: str, source: str, written: bool, tmp_path: Path
 ) -> None:
     model, spec = student_of(name, source)
-    folder = containers.save(model, spec, tmp_path / "out")
+    folder = write.save(model, spec, tmp_path / "out")
     assert ("lm_head.weight" in tensors_of(folder)) == written
     assert config_on_disk(folder)["tie_word_embeddings"] == (not written)
-    assert containers.same_logits(model, folder, tokens()).largest < 1e-4
+    assert audit.same_logits(model, folder, tokens()).largest < 1e-4
 
 
 def test_what_stands_beside_the_weights_is_copied(tmp_path: Path) -> None:
@@ -413,14 +418,14 @@ def test_what_stands_beside_the_weights_is_copied(tmp_path: Path) -> None:
     (source / "LICENSE").write_text("MIT")
     (source / "modeling_custom.py").write_text("raise SystemExit")
     model, spec = student_of("mixtral")
-    folder = containers.save(model, spec, tmp_path / "out", assets=source)
+    folder = write.save(model, spec, tmp_path / "out", assets=source)
     assert AutoTokenizer.from_pretrained(folder).chat_template == "{{ messages }}"
-    assert containers.open_native(folder).generation_config.temperature == 0.3
+    assert audit.open_native(folder).generation_config.temperature == 0.3
     assert (folder / "LICENSE").is_file() and not (folder / "modeling_custom.py").exists()
     assert checkpoint.load_spec(folder) == spec
-    bare = containers.save(model, spec, tmp_path / "bare", tokenizer=AutoTokenizer.from_pretrained(source))
+    bare = write.save(model, spec, tmp_path / "bare", tokenizer=AutoTokenizer.from_pretrained(source))
     assert AutoTokenizer.from_pretrained(bare).vocab_size > 50
-    assert containers.open_native(bare).generation_config.eos_token_id == 3
+    assert audit.open_native(bare).generation_config.eos_token_id == 3
 
 
 # What is chosen, and what is refused
@@ -465,7 +470,7 @@ def test_a_refusal_names_the_property_and_who_can(
     name: str, source: str, changes: dict[str, Any], reason: str, able: str
 ) -> None:
     with pytest.raises(ValueError, match="cannot hold this model, because") as refusal:
-        containers.require_fit(CONTAINERS[name], config_of(source, **changes))
+        fit.require_fit(CONTAINERS[name], config_of(source, **changes))
     assert str(refusal.value).startswith(f"{name} cannot")
     assert reason in str(refusal.value) and able in str(refusal.value)
 
@@ -497,7 +502,7 @@ def test_models_that_no_container_holds_are_told_where_to_go() -> None:
     with pytest.raises(ValueError, match=r"glm4_moe cannot, because it has a sliding window .*; qwen3_moe cannot"):
         choose(config_of("qwen3 with window"), shared_width=8)
     with pytest.raises(ValueError, match="there is no container 'olmoe'; there are: mixtral, "):
-        containers.container_named("olmoe")
+        container_named("olmoe")
 
 
 def test_a_layer_that_differs_from_the_others_is_refused(tmp_path: Path) -> None:
@@ -517,13 +522,13 @@ def test_a_layer_that_differs_from_the_others_is_refused(tmp_path: Path) -> None
         mixed = deepcopy(model)
         mixed.model.layers[1].mlp = moe_layers(swapped)[1]
         with pytest.raises(ValueError, match=reason):
-            containers.save(mixed, spec, tmp_path / "out")
+            write.save(mixed, spec, tmp_path / "out")
         assert not list(tmp_path.iterdir())
 
 
 def test_engines_that_differ_are_named() -> None:
     def notes(name: str, source: str) -> str:
-        return " ".join(containers.engine_notes(CONTAINERS[name], config_of(source)))
+        return " ".join(fit.engine_notes(CONTAINERS[name], config_of(source)))
 
     assert notes("mixtral", "llama") == notes("mixtral", "llama3") == notes("qwen3_moe", "qwen3") == ""
     assert "llama.cpp reads no sliding window" in notes("mixtral", "mistral with window")
@@ -542,12 +547,12 @@ def test_shards_are_bounded_indexed_and_written_as_the_tensors_come(tmp_path: Pa
     written_before: list[int] = []
 
     def pieces() -> Iterator[Mapping[str, Tensor]]:
-        yield from containers.outer_tensors(container, model.config, model.state_dict())
+        yield from tensors.outer_tensors(container, model.config, model.state_dict())
         for layer, moe in enumerate(moe_layers(model)):
             written_before.append(len(list(tmp_path.glob(".out.partial/*.safetensors"))))
-            yield containers.layer_tensors(container, spec, layer, moe)
+            yield tensors.layer_tensors(container, spec, layer, moe)
 
-    folder = containers.write(tmp_path / "out", container, spec, model.config, pieces(), shard_bytes=limit)
+    folder = write.write(tmp_path / "out", container, spec, model.config, pieces(), shard_bytes=limit)
     assert written_before == sorted(set(written_before))  # shards are on disk before the next layer is asked for
     shards = sorted(folder.glob("*.safetensors"))
     assert len(shards) > 3
@@ -558,7 +563,7 @@ def test_shards_are_bounded_indexed_and_written_as_the_tensors_come(tmp_path: Pa
     index = json.loads((folder / "model.safetensors.index.json").read_text())
     assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in Shards(folder).values())
     assert set(index["weight_map"]) == set(Shards(folder))
-    assert containers.same_logits(model, folder, tokens()).largest < 1e-4
+    assert audit.same_logits(model, folder, tokens()).largest < 1e-4
 
 
 def test_a_saved_checkpoint_becomes_the_same_container_a_layer_at_a_time(tmp_path: Path) -> None:
@@ -567,8 +572,8 @@ def test_a_saved_checkpoint_becomes_the_same_container_a_layer_at_a_time(tmp_pat
     make_tokenizer(tmp_path / "tokenizer")
     model, spec = student_of("glm4_moe", shared_width=11, tie_word_embeddings=True)
     checkpoint.save(model, AutoTokenizer.from_pretrained(tmp_path / "tokenizer"), spec, tmp_path / "saved")
-    streamed = containers.save_checkpoint(tmp_path / "saved", tmp_path / "streamed", shard_bytes=10_000)
-    at_once = containers.save(model, spec, tmp_path / "at_once")
+    streamed = write.save_checkpoint(tmp_path / "saved", tmp_path / "streamed", shard_bytes=10_000)
+    at_once = write.save(model, spec, tmp_path / "at_once")
     held = Shards(streamed)
     expected = tensors_of(at_once)
     assert set(held) == set(expected)
@@ -581,7 +586,7 @@ def test_a_container_is_not_taken_for_a_checkpoint(folders: dict[tuple[str, int]
         with pytest.raises(ValueError, match=f"is a native {name} container: open it with transformers"):
             checkpoint.load(folder)
         with pytest.raises(ValueError, match=f"is a {name} container already"):
-            containers.save_checkpoint(folder, tmp_path / "out")
+            write.save_checkpoint(folder, tmp_path / "out")
 
 
 def test_an_interrupted_write_leaves_nothing_that_looks_whole(tmp_path: Path) -> None:
@@ -589,17 +594,17 @@ def test_an_interrupted_write_leaves_nothing_that_looks_whole(tmp_path: Path) ->
     container = CONTAINERS["mixtral"]
 
     def cut_short() -> Iterator[Mapping[str, Tensor]]:
-        yield from containers.outer_tensors(container, model.config, model.state_dict())
-        yield containers.layer_tensors(container, spec, 0, moe_layers(model)[0])
+        yield from tensors.outer_tensors(container, model.config, model.state_dict())
+        yield tensors.layer_tensors(container, spec, 0, moe_layers(model)[0])
         assert (tmp_path / ".out.partial").is_dir() and not (tmp_path / "out").exists()
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        containers.write(tmp_path / "out", container, spec, model.config, cut_short())
+        write.write(tmp_path / "out", container, spec, model.config, cut_short())
     assert not list(tmp_path.iterdir())
     (tmp_path / ".out.partial").mkdir()  # as a killed process leaves it
     (tmp_path / ".out.partial" / "model-00007.safetensors").write_text("half")
-    folder = containers.save(model, spec, tmp_path / "out")
+    folder = write.save(model, spec, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert [path.name for path in folder.glob("*.safetensors")] == ["model.safetensors"]
 
@@ -607,8 +612,8 @@ def test_an_interrupted_write_leaves_nothing_that_looks_whole(tmp_path: Path) ->
 def test_tensors_that_do_not_come_or_come_twice_are_noticed_before_the_folder_appears(tmp_path: Path) -> None:
     model, spec = student_of("mixtral")
     container = CONTAINERS["mixtral"]
-    layers = [containers.layer_tensors(container, spec, layer, moe) for layer, moe in enumerate(moe_layers(model))]
-    outer = list(containers.outer_tensors(container, model.config, model.state_dict()))
+    layers = [tensors.layer_tensors(container, spec, layer, moe) for layer, moe in enumerate(moe_layers(model))]
+    outer = list(tensors.outer_tensors(container, model.config, model.state_dict()))
     for pieces, reason in (
         (outer + layers[:2], r"model\.layers\.2\.block_sparse_moe\.experts\.0\.w1\.weight is missing; .* and \d+ more"),
         (outer + layers + [{"model.layers.3.extra.weight": torch.zeros(1)}], "extra.weight is not of this class"),
@@ -617,7 +622,7 @@ def test_tensors_that_do_not_come_or_come_twice_are_noticed_before_the_folder_ap
          "has NaN or infinite values"),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=reason):
-            containers.write(tmp_path / "out", container, spec, model.config, pieces)
+            write.write(tmp_path / "out", container, spec, model.config, pieces)
         assert not list(tmp_path.iterdir())
 
 
@@ -626,8 +631,8 @@ def test_float16_that_overflows_is_refused_by_name(tmp_path: Path) -> None:
     with torch.no_grad():
         moe_layers(model)[2].w_out[3, 0, 0] = 4e4  # times the scale of 2.5
     with pytest.raises(ValueError, match=r"model\.layers\.2\.block_sparse_moe\.experts\.3\.w2\.weight .*bfloat16"):
-        containers.save(model, spec, tmp_path / "out", dtype=torch.float16)
-    containers.save(model, spec, tmp_path / "out", dtype=torch.bfloat16)
+        write.save(model, spec, tmp_path / "out", dtype=torch.float16)
+    write.save(model, spec, tmp_path / "out", dtype=torch.bfloat16)
 
 
 def test_a_folder_that_is_taken_is_left_alone(tmp_path: Path) -> None:
@@ -635,12 +640,12 @@ def test_a_folder_that_is_taken_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine.txt").write_text("mine")
     with pytest.raises(ValueError, match="exists and is not empty"):
-        containers.save(model, spec, tmp_path / "out")
+        write.save(model, spec, tmp_path / "out")
     assert (tmp_path / "out" / "mine.txt").read_text() == "mine"
     with pytest.raises(ValueError, match="names no container"):
-        containers.save(model, replace(spec, container=None), tmp_path / "new")
+        write.save(model, replace(spec, container=None), tmp_path / "new")
     with pytest.raises(ValueError, match="written in float32, bfloat16 or float16"):
-        containers.save(model, spec, tmp_path / "new", dtype=torch.float64)
+        write.save(model, spec, tmp_path / "new", dtype=torch.float64)
 
 
 # What the audit sees
@@ -649,8 +654,8 @@ def test_a_folder_that_is_taken_is_left_alone(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", list(CONTAINERS))
 def test_the_audit_sees_every_difference(name: str, tmp_path: Path) -> None:
     model, spec = student_of(name)
-    folder = containers.save(model, spec, tmp_path / "out")
-    containers.audit(folder)
+    folder = write.save(model, spec, tmp_path / "out")
+    audit.audit(folder)
     whole = tensors_of(folder)
     router = f"model.layers.1.{CONTAINERS[name].router}"
     down = f"model.layers.1.{CONTAINERS[name].experts[-1].format(1)}"
@@ -662,33 +667,33 @@ def test_the_audit_sees_every_difference(name: str, tmp_path: Path) -> None:
     ):
         save_file(changed, folder / "model.safetensors", metadata={"format": "pt"})
         with pytest.raises(ValueError, match=reason):
-            containers.audit(folder)
+            audit.audit(folder)
 
 
 def test_the_audit_wants_no_code_and_a_known_class(tmp_path: Path) -> None:
     model, spec = student_of("mixtral")
-    folder = containers.save(model, spec, tmp_path / "out")
+    folder = write.save(model, spec, tmp_path / "out")
     config = config_on_disk(folder)
     for changed, reason in (({"auto_map": {"AutoConfig": "x.Y"}}, "auto_map"), ({"model_type": "llama"}, "'llama'")):
         (folder / "config.json").write_text(json.dumps(config | changed))
         with pytest.raises(ValueError, match=reason):
-            containers.audit(folder)
+            audit.audit(folder)
 
 
 def test_shards_that_are_missing_damaged_or_unlisted_are_named(tmp_path: Path) -> None:
     model, spec = student_of("mixtral")
-    folder = containers.save(model, spec, tmp_path / "out", shard_bytes=20_000)
+    folder = write.save(model, spec, tmp_path / "out", shard_bytes=20_000)
     shards = sorted(folder.glob("*.safetensors"))
     held = load_file(shards[1])
     save_file(held | {"model.stray.weight": torch.zeros(1)}, shards[1], metadata={"format": "pt"})
     with pytest.raises(ValueError, match=r"stray.weight is not of this class"):
-        containers.audit(folder)
+        audit.audit(folder)
     shards[1].write_bytes(b"half a header")
     with pytest.raises(ValueError, match=r"cannot be read .* fetch it again"):
-        containers.audit(folder)
+        audit.audit(folder)
     shards[1].unlink()
     with pytest.raises(FileNotFoundError, match=shards[1].name):
-        containers.audit(folder)
+        audit.audit(folder)
 
 
 # The preflight of a large model
@@ -710,30 +715,30 @@ def test_the_preflight_reads_the_first_layers_only(tmp_path: Path) -> None:
     config = config_of("llama", num_hidden_layers=4, pad_token_id=90)
     dense = dense_of(config)
     source = Watched(dense.state_dict())
-    found = containers.preflight(CONTAINERS["mixtral"], config, source, layers=1, tokens=16, vocabulary=20)
+    found = preflight.preflight(CONTAINERS["mixtral"], config, source, layers=1, tokens=16, vocabulary=20)
     assert found.largest < 1e-5 and found.positions == 16
     assert not any(".layers.1." in name or ".layers.3." in name for name in source.read)
     dense.save_pretrained(tmp_path, max_shard_size="20KB")
-    assert containers.preflight(CONTAINERS["glm4_moe"], config, Shards(tmp_path), shared_width=11).largest < 1e-5
+    assert preflight.preflight(CONTAINERS["glm4_moe"], config, Shards(tmp_path), shared_width=11).largest < 1e-5
     del source["model.layers.0.mlp.up_proj.weight"]
     with pytest.raises(ValueError, match=r"the source lacks model\.layers\.0\.mlp\.up_proj\.weight"):
-        containers.preflight(CONTAINERS["mixtral"], config, source)
+        preflight.preflight(CONTAINERS["mixtral"], config, source)
     with pytest.raises(ValueError, match="qwen3_moe cannot hold this model"):
-        containers.preflight(CONTAINERS["qwen3_moe"], config, source)
+        preflight.preflight(CONTAINERS["qwen3_moe"], config, source)
 
 
 def test_the_preflight_would_notice_a_wrong_container(monkeypatch: pytest.MonkeyPatch) -> None:
     config = config_of("llama")
     state = dense_of(config).state_dict()
-    right = containers.native_config
+    right = tensors.native_config
 
     def turned(container: Container, dense: Any, spec: MoESpec) -> Any:
         native = right(container, dense, spec)
         native.rope_parameters["partial_rotary_factor"] = 0.5
         return native
 
-    monkeypatch.setattr(containers, "native_config", turned)
-    assert containers.preflight(CONTAINERS["glm4_moe"], config, state).largest > 1e-2
+    monkeypatch.setattr(write, "native_config", turned)
+    assert preflight.preflight(CONTAINERS["glm4_moe"], config, state).largest > 1e-2
 
 
 def test_a_real_llama_passes_every_container_that_can_hold_it() -> None:
@@ -746,7 +751,7 @@ def test_a_real_llama_passes_every_container_that_can_hold_it() -> None:
     config = AutoConfig.from_pretrained(folder)
     for name, shared_width in WAYS:
         if fits(CONTAINERS[name], config, shared_width=shared_width) is None:
-            found = containers.preflight(
+            found = preflight.preflight(
                 CONTAINERS[name], config, Shards(folder), shared_width=shared_width, layers=5, tokens=256
             )
             assert found.largest < 1e-4 and found.top1 == 1, name
@@ -755,5 +760,5 @@ def test_a_real_llama_passes_every_container_that_can_hold_it() -> None:
 def test_temporary_folders_do_not_stay() -> None:
     before = set(os.listdir(tempfile.gettempdir()))
     config = config_of("qwen2")
-    containers.preflight(CONTAINERS["qwen2_moe"], config, dense_of(config).state_dict())
+    preflight.preflight(CONTAINERS["qwen2_moe"], config, dense_of(config).state_dict())
     assert not {name for name in set(os.listdir(tempfile.gettempdir())) - before if name.startswith("tmp")}

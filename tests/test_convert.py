@@ -15,13 +15,15 @@ import transformers
 from PIL import Image
 
 import ffn2moe
-from ffn2moe import checkpoint, cli, stream
+from ffn2moe import cli
 from ffn2moe import convert as module
 from ffn2moe.convert import convert, judge
-from ffn2moe.dense import load_dense
-from ffn2moe.moe import moe_layers
-from ffn2moe.runtime import read_manifest
-from ffn2moe.train import in_order
+from ffn2moe.data.batches import in_order
+from ffn2moe.decompose import stream
+from ffn2moe.dense.load import load_dense
+from ffn2moe.moe import checkpoint
+from ffn2moe.moe.layer import moe_layers
+from ffn2moe.runtime.files import read_manifest
 from tests.conftest import make_tiny_bert, make_tiny_classifier, make_tiny_llama, make_tiny_t5, make_tokenizer
 from tests.test_families import IMAGE_TOWER, TEXT_TOWER, tiny
 from tests.texts import make_texts, write_corpus

@@ -11,14 +11,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import ffn2moe
-from ffn2moe import checkpoint, oracle
-from ffn2moe import partition as partitions
-from ffn2moe.activations import NeuronStatistics
-from ffn2moe.dense import DenseFFN, family_of, ffn_modules, load_dense, read_ffn
-from ffn2moe.experts import merge_experts, neurons_by_expert, shared_neurons, slice_experts
-from ffn2moe.grouped import Layout
-from ffn2moe.moe import MoEFFN, install_moe, moe_layers
-from ffn2moe.router import Choice, Router, gates
+from ffn2moe.decompose import oracle
+from ffn2moe.decompose import partition as partitions
+from ffn2moe.decompose.statistics import NeuronStatistics
+from ffn2moe.dense.ffn import DenseFFN
+from ffn2moe.dense.load import load_dense
+from ffn2moe.dense.locate import family_of, ffn_modules, read_ffn
+from ffn2moe.moe import checkpoint
+from ffn2moe.moe.experts import merge_experts, neurons_by_expert, shared_neurons, slice_experts
+from ffn2moe.moe.grouped import Layout
+from ffn2moe.moe.layer import MoEFFN, install_moe, moe_layers
+from ffn2moe.moe.router import Choice, Router, gates
 from ffn2moe.spec import MoESpec
 from tests.conftest import make_tiny_bert, make_tiny_llama
 from tests.mixtures import flat_spec

@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from ffn2moe.data import end_of_text, pack, sample_tokens
+from ffn2moe.data.batches import pack
+from ffn2moe.data.generate import end_of_text, sample_tokens
 
 
 @given(st.lists(st.lists(st.integers(3, 9), max_size=12), max_size=12), st.integers(1, 7))

@@ -19,13 +19,21 @@ import torch
 import transformers as tf
 
 import ffn2moe
-from ffn2moe import cli, onnx_decoder, onnx_plans, runtime
-from ffn2moe.dense import load_dense, read_ffn
-from ffn2moe.engines import OnnxRuntimeGraph, session
-from ffn2moe.experts import neurons_by_expert, slice_experts
-from ffn2moe.export import export_model, write_manifest
-from ffn2moe.moe import MoEFFN, install_moe, spec_of
-from ffn2moe.parity import parity, random_samples, reference
+from ffn2moe import cli
+from ffn2moe.dense.load import load_dense
+from ffn2moe.dense.locate import read_ffn
+from ffn2moe.moe.describe import spec_of
+from ffn2moe.moe.experts import neurons_by_expert, slice_experts
+from ffn2moe.moe.layer import MoEFFN, install_moe
+from ffn2moe.onnx import decoder as onnx_decoder
+from ffn2moe.onnx import lower as onnx_plans
+from ffn2moe.onnx.parity import parity, random_samples, reference
+from ffn2moe.onnx.write import export_model, write_manifest
+from ffn2moe.runtime import export as runtime
+from ffn2moe.runtime import files
+from ffn2moe.runtime import plans as runtime_plans
+from ffn2moe.runtime.engines import OnnxRuntimeGraph, session
+from ffn2moe.runtime.export import batching, decoders, selftest
 from ffn2moe.spec import Gate, Head, MoESpec
 from tests.conftest import make_tokenizer
 
@@ -122,7 +130,7 @@ def language_model(family: str) -> Any:
     return random_model(lambda: tf.AutoModelForCausalLM.from_config(LANGUAGE_MODELS[family]()))
 
 
-def opened(graphs: dict[str, Any], kind: type = runtime.CausalExport) -> Any:
+def opened(graphs: dict[str, Any], kind: type = decoders.CausalExport) -> Any:
     """An export of graphs in memory, without a tokenizer."""
     import onnx_ir as ir
 
@@ -143,7 +151,7 @@ def lowered(graphs: dict[str, Any], plan: Any) -> dict[str, Any]:
 
 def check(model: Any, spec: MoESpec, plans: tuple[str, ...], tolerance: float = 1e-5) -> None:
     """Each plan equals PyTorch on random samples, padded and of all lengths."""
-    kinds: dict[str, type] = {"causal": runtime.CausalExport, "seq2seq": runtime.Seq2SeqExport}
+    kinds: dict[str, type] = {"causal": decoders.CausalExport, "seq2seq": decoders.Seq2SeqExport}
     graphs = onnx_decoder.canonical_graphs(model, spec.head)
     known = reference(model, random_samples(model, spec, 12), spec.head)
     for plan in plans:
@@ -235,7 +243,7 @@ def copied(folder, tmp_path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def export(folder) -> runtime.CausalExport:
+def export(folder) -> decoders.CausalExport:
     return runtime.open_export(folder, "sorted", threads=1)
 
 
@@ -251,14 +259,14 @@ def greedy(model: Any, ids: list[int], count: int) -> tuple[list[int], np.ndarra
     return tokens, np.stack(rows)
 
 
-def check_decoding(model: Any, export: runtime.CausalExport, prompts: list[list[int]], count: int) -> float:
+def check_decoding(model: Any, export: decoders.CausalExport, prompts: list[list[int]], count: int) -> float:
     """Largest difference of the logits over `count` tokens of a batch, each row against PyTorch alone."""
     expected = [greedy(model, prompt, count) for prompt in prompts]
     steps = list(export.generate_tokens(prompts, max_new_tokens=count, stop_at_end=False))
     tokens_BN = np.stack(steps, axis=1)
     for row, (tokens, _) in enumerate(expected):
         assert tokens_BN[row].tolist() == tokens
-    ids_BL, mask_BL = runtime.pad(
+    ids_BL, mask_BL = batching.pad(
         [prompt + tokens for prompt, (tokens, _) in zip(prompts, expected, strict=True)], 0, left=True
     )
     begin = max(map(len, prompts))
@@ -295,11 +303,11 @@ def test_64_tokens_of_a_real_llama_are_pytorchs(tmp_path, batch):
 
 
 def test_the_manifest_tells_the_files_and_the_parity_of_every_plan(folder):
-    manifest = runtime.read_manifest(folder)
-    assert set(manifest["plans"]) == set(runtime.DECODER_PLANS) and not manifest["refused"]
+    manifest = files.read_manifest(folder)
+    assert set(manifest["plans"]) == set(runtime_plans.DECODER_PLANS) and not manifest["refused"]
     for plan, entry in manifest["plans"].items():
-        assert entry["sha256"] == runtime.sha256(folder / entry["file"])
-        if plan not in runtime.QUANTIZED_PLANS:
+        assert entry["sha256"] == files.sha256(folder / entry["file"])
+        if plan not in runtime_plans.QUANTIZED_PLANS:
             assert entry["parity"]["logits"] <= 1e-4
         else:
             assert entry["agreement"] > 0.7
@@ -308,13 +316,13 @@ def test_the_manifest_tells_the_files_and_the_parity_of_every_plan(folder):
 
 
 def test_every_plan_generates(folder):
-    for plan in runtime.DECODER_PLANS:
+    for plan in runtime_plans.DECODER_PLANS:
         pieces = list(runtime.open_export(folder, plan, threads=1).generate("the red house", max_new_tokens=5))
         assert all(isinstance(piece, str) for piece in pieces), plan
 
 
 def test_fewer_bits_are_smaller_files(folder):
-    size = {plan: (folder / f"onnx/{plan}.onnx").stat().st_size for plan in runtime.DECODER_PLANS}
+    size = {plan: (folder / f"onnx/{plan}.onnx").stat().st_size for plan in runtime_plans.DECODER_PLANS}
     assert size["qmoe4"] < size["qmoe8"] < size["fused"] and size["dense4"] < size["dense8"] < size["dense"]
 
 
@@ -417,7 +425,7 @@ def test_an_unknown_plan_names_those_there_are_and_a_refused_one_says_why(copied
 
 
 def test_a_quantised_operator_that_computes_something_else_is_not_opened(folder, monkeypatch):
-    right = runtime._moe_graph
+    right = selftest._moe_graph
     monkeypatch.setattr(runtime, "_moe_graph", lambda *given: right(*given[:-1], 1.2 * given[-1]))
     for plan in ("fused", "qmoe8", "qmoe4"):
         with pytest.raises(RuntimeError, match="computes something else"):

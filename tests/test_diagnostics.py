@@ -7,11 +7,14 @@ import json
 import pytest
 import torch
 
-from ffn2moe import checkpoint, diagnostics
-from ffn2moe.dense import load_dense, read_ffn
-from ffn2moe.experts import neurons_by_expert, shared_neurons, slice_experts
-from ffn2moe.moe import MoEFFN, install_moe, spec_of
-from ffn2moe.router import Choice
+from ffn2moe.decompose import diagnostics
+from ffn2moe.dense.load import load_dense
+from ffn2moe.dense.locate import read_ffn
+from ffn2moe.moe import checkpoint
+from ffn2moe.moe.describe import spec_of
+from ffn2moe.moe.experts import neurons_by_expert, shared_neurons, slice_experts
+from ffn2moe.moe.layer import MoEFFN, install_moe
+from ffn2moe.moe.router import Choice
 from tasks import corpus, evaluate, prepare
 from tests.texts import make_stage, make_texts, write_corpus
 

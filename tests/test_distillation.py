@@ -11,14 +11,18 @@ import pytest
 import torch
 from torch import nn
 
-from ffn2moe import layerwise
-from ffn2moe.dense import install, installed_ffns, load_dense
-from ffn2moe.factorise import layer_inputs
-from ffn2moe.layer_map import LayerResult, in_processes
-from ffn2moe.layerwise import Judge, LayerCurve, distil_layers
-from ffn2moe.losses import Divergence, logits_loss, most_to_learn, sinkhorn_distance, sinkhorn_plan
-from ffn2moe.moe import moe_layers, set_active
-from ffn2moe.train import Batches, Distiller, EmbeddingObjective, budget_of_step
+from ffn2moe.data.batches import Batches
+from ffn2moe.decompose.inputs import layer_inputs
+from ffn2moe.decompose.layer_map import LayerResult, in_processes
+from ffn2moe.dense.ffn import installed_ffns
+from ffn2moe.dense.load import load_dense
+from ffn2moe.dense.locate import install
+from ffn2moe.distill import layerwise
+from ffn2moe.distill.distiller import Distiller, budget_of_step
+from ffn2moe.distill.layerwise import Judge, LayerCurve, distil_layers
+from ffn2moe.distill.losses import Divergence, logits_loss, most_to_learn, sinkhorn_distance, sinkhorn_plan
+from ffn2moe.distill.objectives import EmbeddingObjective
+from ffn2moe.moe.layer import moe_layers, set_active
 from tests.conftest import WORDS
 from tests.mixtures import carve
 
@@ -378,9 +382,9 @@ def test_frozen_weights_kept_in_bfloat16_for_a_step_change_no_bit_and_are_themse
     for keep in (True, False):
         run = distiller(*opened(tiny_teacher), steps=3, bf16=True)
         before = {name: (id(parameter), parameter.dtype) for name, parameter in run.student.named_parameters()}
-        assert len(run._halves) == 2 * (2 * 6 * 2 - 2 * 2)  # weights and biases; the student's FFNs are its own
+        assert len(run.bf16_copies) == 2 * (2 * 6 * 2 - 2 * 2)  # weights and biases; the student's FFNs are its own
         if not keep:
-            run._halves = []
+            run.bf16_copies = []
         rows = []
         for metrics in run.run():
             rows.append(metrics)

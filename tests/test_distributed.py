@@ -21,12 +21,16 @@ import pytest
 import torch
 from torch import multiprocessing
 
-from ffn2moe import partition as partitions
-from ffn2moe.dense import load_dense, read_ffn
-from ffn2moe.experts import neurons_by_expert, slice_experts
-from ffn2moe.moe import MoEFFN, install_moe, spec_of
-from ffn2moe.ranks import ALONE, Ranks, joined
-from ffn2moe.train import Batches, Distiller, EmbeddingObjective, LogitsObjective, Objective
+from ffn2moe.data.batches import Batches
+from ffn2moe.data.ranks import ALONE, Ranks, joined
+from ffn2moe.decompose import partition as partitions
+from ffn2moe.dense.load import load_dense
+from ffn2moe.dense.locate import read_ffn
+from ffn2moe.distill.distiller import Distiller
+from ffn2moe.distill.objectives import EmbeddingObjective, LogitsObjective, Objective
+from ffn2moe.moe.describe import spec_of
+from ffn2moe.moe.experts import neurons_by_expert, slice_experts
+from ffn2moe.moe.layer import MoEFFN, install_moe
 from tasks import distill
 from tasks.params import load_params, override, read, write
 from tasks.processes import take_part
@@ -315,7 +319,7 @@ def test_what_goes_wrong_in_one_process_is_told_by_the_one_that_started_it(tmp_p
     def fail(stage, ranks):
         raise FloatingPointError("the loss is nan at step 3: lower the learning rate")
 
-    monkeypatch.setattr("ffn2moe.ranks.joined", alone)
+    monkeypatch.setattr("ffn2moe.data.ranks.joined", alone)
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
     with pytest.raises(SystemExit) as end:
         take_part(make_stage("distill", tmp_path), fail, device="cpu", patience=timedelta(minutes=1))

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ffn2moe.dense import load_dense
-from ffn2moe.encode import choose_device, encode
-from ffn2moe.metrics import pool
+from ffn2moe.data.encode import encode
+from ffn2moe.dense.load import load_dense
+from ffn2moe.numerics import choose_device, pool
 from tests.texts import make_texts
 
 

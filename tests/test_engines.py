@@ -15,10 +15,16 @@ import onnx_ir as ir
 import pytest
 import transformers
 
-from ffn2moe import autoplan, engines, native, onnx_graph, onnx_plans, runtime
-from ffn2moe.dense import load_dense
-from ffn2moe.export import export_model, write_manifest
-from ffn2moe.verify import verify
+from ffn2moe.dense.load import load_dense
+from ffn2moe.onnx import graph as onnx_graph
+from ffn2moe.onnx import lower as onnx_plans
+from ffn2moe.onnx.verify import verify
+from ffn2moe.onnx.write import export_model, write_manifest
+from ffn2moe.planning import autoplan
+from ffn2moe.runtime import engines, native
+from ffn2moe.runtime.export import open_export, open_graphs
+from ffn2moe.runtime.plans import NATIVE_PLANS, OPENVINO_PLANS
+from ffn2moe.runtime.selftest import NATIVE_TOLERANCE, native_self_test
 from tests import test_decoder as decoder
 from tests.conftest import make_tiny_bert, make_tokenizer
 from tests.mixtures import carve
@@ -40,7 +46,7 @@ def folder(tmp_path_factory, teacher) -> Path:
     path = tmp_path_factory.mktemp("engines") / "export"
     dense, tokenizer = load_dense(str(teacher))
     student, spec = carve(teacher)
-    plans = ("dense", "sorted", *runtime.OPENVINO_PLANS)
+    plans = ("dense", "sorted", *OPENVINO_PLANS)
     write_manifest(path, export_model(student, dense, tokenizer, spec, path, plans=plans))
     return path
 
@@ -52,8 +58,8 @@ def manifest_of(folder: Path) -> dict:
 def test_every_plan_of_openvino_is_made_and_says_what_it_runs_in(folder):
     manifest = manifest_of(folder)
     made = {*manifest["plans"], *manifest["refused"]}
-    assert made == {"dense", "sorted", *runtime.OPENVINO_PLANS}
-    assert {*manifest["refused"]} == (set() if native.is_built() else {*runtime.NATIVE_PLANS})
+    assert made == {"dense", "sorted", *OPENVINO_PLANS}
+    assert {*manifest["refused"]} == (set() if native.is_built() else {*NATIVE_PLANS})
     entries = manifest["plans"]
     assert {entries[plan]["engine"] for plan in entries if plan.startswith("ov-")} == {"openvino"}
     assert entries["ov-sorted"]["precision"] == engines.openvino_precision()
@@ -82,15 +88,15 @@ def test_verify_passes_on_the_plans_of_openvino(folder):
 
 
 def test_the_number_of_threads_changes_no_meaning(folder):
-    one, two = (runtime.open_export(folder, "ov-sorted", threads, precision="float32") for threads in (1, 2))
+    one, two = (open_export(folder, "ov-sorted", threads, precision="float32") for threads in (1, 2))
     np.testing.assert_allclose(one.encode(TEXTS), two.encode(TEXTS), atol=1e-5)
-    expected = runtime.open_export(folder, "sorted", 1).encode(TEXTS)
+    expected = open_export(folder, "sorted", 1).encode(TEXTS)
     np.testing.assert_allclose(one.encode(TEXTS), expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("plan", ["ov-dense", "ov-dense8", "ov-sorted"])
 def test_a_fixed_shape_gives_the_numbers_of_every_shape(folder, plan):
-    free, fixed = (runtime.open_export(folder, plan, 1, precision="float32") for _ in range(2))
+    free, fixed = (open_export(folder, plan, 1, precision="float32") for _ in range(2))
     fixed.fix([(2, 8), (3, 12)])
     random = np.random.default_rng(0)
     for batch, length in ((2, 8), (3, 12), (2, 7), (3, 11), (5, 3), (1, 30)):
@@ -105,7 +111,7 @@ def test_a_fixed_shape_gives_the_numbers_of_every_shape(folder, plan):
 
 
 def test_a_batch_is_filled_up_to_a_fixed_shape_only_where_that_is_near(folder):
-    graph = runtime.open_graphs([folder / "onnx/dense.onnx"], "ov-dense", threads=1)[0]
+    graph = open_graphs([folder / "onnx/dense.onnx"], "ov-dense", threads=1)[0]
     graph.fix([(2, 16), (4, 16)])
 
     def runs_as(batch: int, length: int) -> tuple[int, ...] | None:
@@ -121,7 +127,7 @@ def test_a_batch_is_filled_up_to_a_fixed_shape_only_where_that_is_near(folder):
 
 
 def test_other_fixed_shapes_take_the_place_of_those_before(folder):
-    graph = runtime.open_graphs([folder / "onnx/dense.onnx"], "ov-dense", threads=1)[0]
+    graph = open_graphs([folder / "onnx/dense.onnx"], "ov-dense", threads=1)[0]
     ids = np.ones((2, 6), dtype=np.int64)
 
     def run() -> np.ndarray:
@@ -143,14 +149,14 @@ def test_plans_are_opened_with_the_shapes_that_they_were_chosen_for(folder, tmp_
         rows = [row | {"batch": 2, "sequence": 8, "plan": "ov-dense"}, row | {"batch": 8, "sequence": 30}]
         rows[1]["plan"] = second
         autoplan.write(copied, {"default_plan": "ov-dense", "timings": {}, "choices": rows})
-        graph = runtime.open_export(copied, threads=1)._graph
+        graph = open_export(copied, threads=1)._graph
         opened = graph.opened["ov-dense"] if second == "dense" else graph
         assert opened._fixed == (((2, 8),) if second == "dense" else ((2, 8), (8, 30)))
-    assert runtime.open_export(copied, "ov-dense", 1)._graph._fixed == ()
+    assert open_export(copied, "ov-dense", 1)._graph._fixed == ()
 
 
 def test_threads_share_the_fixed_shapes(folder):
-    export = runtime.open_export(folder, "ov-dense", 1)
+    export = open_export(folder, "ov-dense", 1)
     export.fix([(1, 9), (2, 9)])
     ids = [np.full((1 + index % 2, 9), 5 + index, dtype=np.int64) for index in range(8)]
     expected = [export.run(one, np.ones_like(one))[1] for one in ids]
@@ -162,7 +168,7 @@ def test_threads_share_the_fixed_shapes(folder):
 
 def test_an_execution_provider_is_no_matter_of_openvino(folder):
     with pytest.raises(ValueError, match="leave the provider out"):
-        runtime.open_export(folder, "ov-dense", providers=("CUDAExecutionProvider",))
+        open_export(folder, "ov-dense", providers=("CUDAExecutionProvider",))
 
 
 def test_without_openvino_the_plan_names_the_extra(folder, monkeypatch):
@@ -170,8 +176,8 @@ def test_without_openvino_the_plan_names_the_extra(folder, monkeypatch):
     monkeypatch.setitem(sys.modules, "openvino", None)
     try:
         with pytest.raises(engines.EngineMissing, match=r"pip install \"ffn2moe\[openvino\]\""):
-            runtime.open_export(folder, "ov-dense")
-        assert runtime.open_export(folder, "dense", 1).encode(TEXTS).shape[0] == 2
+            open_export(folder, "ov-dense")
+        assert open_export(folder, "dense", 1).encode(TEXTS).shape[0] == 2
     finally:
         engines.openvino.cache_clear()
 
@@ -212,17 +218,17 @@ def test_a_plan_whose_operator_is_not_built_is_refused_with_the_remedy(teacher, 
 
 
 @needs_operator
-@pytest.mark.parametrize("plan", runtime.NATIVE_PLANS)
+@pytest.mark.parametrize("plan", NATIVE_PLANS)
 def test_the_operator_passes_its_test_on_this_machine(plan):
-    weights, activations = runtime.NATIVE_PLANS[plan]
-    assert runtime.native_self_test("gelu", weights, activations) < runtime.NATIVE_TOLERANCE[activations]
+    weights, activations = NATIVE_PLANS[plan]
+    assert native_self_test("gelu", weights, activations) < NATIVE_TOLERANCE[activations]
 
 
 @needs_operator
 def test_an_operator_that_computes_something_else_is_refused(folder, monkeypatch):
     monkeypatch.setattr(native, "reference", lambda x_TD, *_, **__: x_TD)
     with pytest.raises(RuntimeError, match="computes something else"):
-        runtime.open_export(folder, "ov-native", 1)
+        open_export(folder, "ov-native", 1)
 
 
 @needs_operator
@@ -255,7 +261,7 @@ def language_model(tmp_path_factory) -> tuple:
 def test_language_models_decode_in_openvino_as_in_pytorch(language_model, batch):
     path, teacher, student = language_model
     for plan, model in (("ov-dense", teacher), ("ov-sorted", student)):
-        export = runtime.open_export(path, plan, 1, precision="float32")
+        export = open_export(path, plan, 1, precision="float32")
         assert decoder.check_decoding(model, export, decoder.PROMPTS[batch], 12) < 1e-4
 
 
@@ -265,7 +271,7 @@ def test_prefill_and_decoding_may_run_in_two_engines(language_model):
     rows = [row | {"phase": "prefill", "plan": "ov-sorted"}, row | {"phase": "decode", "plan": "sorted"}]
     autoplan.write(path, {"default_plan": "sorted", "timings": {}, "choices": rows})
     try:
-        export = runtime.open_export(path, threads=1, precision="float32")
+        export = open_export(path, threads=1, precision="float32")
         assert decoder.check_decoding(student, export, decoder.PROMPTS[1], 6) < 1e-4
     finally:
         (path / "plan.json").unlink()
@@ -286,7 +292,7 @@ def test_plans_of_few_bits_are_made_for_encoders_that_ask_for_them(teacher, tmp_
     assert {*manifest["plans"]} == {"dense", *more}
     assert manifest["plans"]["qmoe8"]["agreement"] > 0.98 and manifest["plans"]["dense4"]["agreement"] > 0.8
     for plan in more:
-        assert runtime.open_export(tmp_path, plan, 1).encode(TEXTS).shape[0] == 2
+        assert open_export(tmp_path, plan, 1).encode(TEXTS).shape[0] == 2
 
 
 def test_a_plan_that_the_head_has_not_cannot_be_asked_for(teacher, tmp_path):

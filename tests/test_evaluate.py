@@ -10,10 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from ffn2moe import checkpoint
-from ffn2moe.dense import ffn_layers, load_dense, read_ffn
-from ffn2moe.experts import neurons_by_expert, slice_experts
-from ffn2moe.moe import MoEFFN, install_moe, spec_of
+from ffn2moe.dense.load import load_dense
+from ffn2moe.dense.locate import ffn_layers, read_ffn
+from ffn2moe.moe import checkpoint
+from ffn2moe.moe.describe import spec_of
+from ffn2moe.moe.experts import neurons_by_expert, slice_experts
+from ffn2moe.moe.layer import MoEFFN, install_moe
 from tasks import corpus, evaluate, judge_embeddings, prepare
 from tests.texts import make_stage, make_texts, write_corpus
 

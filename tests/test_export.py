@@ -12,7 +12,9 @@ from pathlib import Path
 import pytest
 
 import ffn2moe
-from ffn2moe import runtime, verify
+from ffn2moe.onnx import verify
+from ffn2moe.runtime.files import sha256
+from ffn2moe.runtime.plans import DENSE_PLANS, PLANS
 from tasks import benchmark, export
 from tests.texts import make_stage
 
@@ -39,11 +41,11 @@ def bytes_of(folder: Path) -> dict[str, str]:
 def test_the_manifest_says_what_was_exported_and_how_well_it_was_checked(exported):
     manifest = manifest_of(exported)
     assert set(manifest) == {"teacher", "spec", "model", "plans", "refused", "versions", "data_sha256", "seed"}
-    assert manifest["spec"] == ffn2moe.checkpoint.load_spec(exported / "models/distilled").to_dict()
-    assert set(manifest["plans"]) == set(runtime.PLANS)
+    assert manifest["spec"] == ffn2moe.moe.checkpoint.load_spec(exported / "models/distilled").to_dict()
+    assert set(manifest["plans"]) == set(PLANS)
     for plan, entry in manifest["plans"].items():
         assert entry["file"] == f"onnx/{plan}.onnx"
-        assert entry["sha256"] == runtime.sha256(exported / "exports/tiny" / entry["file"])
+        assert entry["sha256"] == sha256(exported / "exports/tiny" / entry["file"])
         assert 0 < entry["retrieval_ndcg_at_10"] <= 1
     for plan in ("dense", "sorted"):
         assert manifest["plans"][plan]["parity_max_abs"] <= 1e-4
@@ -82,7 +84,7 @@ def test_the_benchmark_chooses_a_plan_and_times_every_one(workspace):
     for rows in plan["timings"].values():
         assert [(row["batch"], row["sequence"], row["threads"]) for row in rows] == [(1, 4, 1), (4, 8, 1)]
         assert {"median_ms", "speedup_vs_dense", "speedup_vs_best_dense"} < set(rows[0])
-    assert plan["default_plan"] in runtime.DENSE_PLANS  # 3 rounds are too few for another
+    assert plan["default_plan"] in DENSE_PLANS  # 3 rounds are too few for another
     assert plan["reason"] and plan["machine"]["cpu"]
     assert 1 < plan["bounds"]["flops"] <= plan["bounds"]["amdahl"]  # the second takes the router for free
     assert ffn2moe.open_export(workspace / "exports/tiny").plan == plan["default_plan"]

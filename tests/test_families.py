@@ -11,32 +11,33 @@ import torch
 import transformers
 from torch import nn
 
-from ffn2moe import checkpoint
-from ffn2moe.dense import (
-    ACTIVATIONS,
+from ffn2moe.dense.families import (
     FAMILIES,
     Family,
     Stack,
-    activation_of,
     constructor_options,
+    head_of,
+    head_of_class,
+    positions,
+    register_family,
+)
+from ffn2moe.dense.ffn import ACTIVATIONS
+from ffn2moe.dense.load import load_dense, require_representable, weight_files
+from ffn2moe.dense.locate import (
+    activation_of,
     family_of,
     ffn_layers,
     ffn_modules,
     ffn_paths,
-    head_of,
-    head_of_class,
-    load_dense,
-    positions,
     read_ffn,
-    register_family,
-    require_representable,
     stack_of,
     stacks_of,
-    weight_files,
 )
-from ffn2moe.experts import neurons_by_expert, slice_experts
-from ffn2moe.moe import MoEFFN, install_moe, moe_layers, spec_of
-from ffn2moe.probe import example_inputs, probe, prove
+from ffn2moe.dense.probe import example_inputs, probe, prove
+from ffn2moe.moe import checkpoint
+from ffn2moe.moe.describe import spec_of
+from ffn2moe.moe.experts import neurons_by_expert, slice_experts
+from ffn2moe.moe.layer import MoEFFN, install_moe, moe_layers
 from ffn2moe.spec import MoESpec
 from tests.conftest import make_tiny_bert, make_tiny_llama
 
@@ -433,7 +434,7 @@ class NewModel(transformers.PreTrainedModel):
 @pytest.fixture
 def registered(monkeypatch: pytest.MonkeyPatch):
     """transformers knows the new model, this package does not; both forget it again."""
-    from ffn2moe import dense
+    from ffn2moe.dense import families as dense
 
     monkeypatch.setattr(dense, "FAMILIES", dict(FAMILIES))
     transformers.AutoConfig.register("brand_new", NewConfig)
@@ -526,7 +527,7 @@ def test_a_family_without_stacks_or_heads_is_refused():
 
 
 def test_ffns_that_share_weights_are_refused(tmp_path):
-    from ffn2moe.dense import require_untied
+    from ffn2moe.dense.locate import require_untied
 
     model = tiny("bert")
     model.encoder.layer[1].output.dense.weight = model.encoder.layer[0].output.dense.weight

@@ -17,12 +17,13 @@ import psutil
 import pytest
 import torch
 
-from ffn2moe import layer_map
-from ffn2moe.dense import load_dense, read_ffn
-from ffn2moe.jobs import to_carve, to_contribute, to_judge, to_route
-from ffn2moe.layer_map import LayerJob, LayerResult, here, in_processes
-from ffn2moe.layerwise import _Alone, _How
-from ffn2moe.moe import moe_layers
+from ffn2moe.decompose import layer_map
+from ffn2moe.decompose.jobs import to_carve, to_contribute, to_judge, to_route
+from ffn2moe.decompose.layer_map import LayerJob, LayerResult, here, in_processes
+from ffn2moe.dense.load import load_dense
+from ffn2moe.dense.locate import read_ffn
+from ffn2moe.distill.layerwise import _Alone, _How
+from ffn2moe.moe.layer import moe_layers
 from flows.serve import free_port
 from tasks.layer_map import DASK, dask_map, in_order
 from tests.mixtures import carve

@@ -16,8 +16,11 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from torch.nn import functional as F
 
-from ffn2moe import native, onnx_graph, onnx_plans
-from ffn2moe.native import PATHS, WEIGHTS
+from ffn2moe.onnx import lower as onnx_plans
+from ffn2moe.onnx.editor import Editor
+from ffn2moe.onnx.graph import PARTS
+from ffn2moe.runtime import native
+from ffn2moe.runtime.native import PATHS, WEIGHTS
 
 NUMBERS = [(weights, activations) for weights in WEIGHTS for activations in native.ACTIVATIONS_OF[weights]]
 TOLERANCE = {"bf16": 0.005, "int16": 3e-4, "int8": 0.015}  # of the output's norm; weights are rounded in the reference
@@ -243,7 +246,7 @@ def test_an_expert_that_is_not_there_is_refused(library: Path) -> None:
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"expert_width": 999}, "pack them by ffn2moe.native.pack_experts"),
+        ({"expert_width": 999}, "pack them by ffn2moe.runtime.native.pack_experts"),
         ({"activation": "swish"}, "'swish' is not one of gelu"),
         ({"weights": "int2"}, "'int2' is not one of bf16, int8, int4"),
         ({"activations": "bf16"}, "activations 'bf16' do not go with weights 'int8': int16 and int8 do"),
@@ -446,7 +449,7 @@ def test_nan_stays_in_its_token_of_routed_experts(library: Path, path: str) -> N
     [
         ({"gate": "hard"}, "gate 'hard' is not one of unit, softmax, softmax_topk, sigmoid"),
         ({"norm_out": "batch"}, "norm_out 'batch' is not one of none, layer, rms"),
-        ({"norm_out": "none"}, "make it by ffn2moe.native.frame"),
+        ({"norm_out": "none"}, "make it by ffn2moe.runtime.native.frame"),
         ({"norm_in": "none"}, "takes given, experts, frame; 4 inputs were given"),
         ({"num_active": 5}, "num_active must be 1 to the number of experts, 4, not 5"),
         ({"num_experts": 3}, "num_experts is 3, but experts has shape"),
@@ -492,7 +495,7 @@ def test_norms_and_residuals_go_into_the_node_where_nothing_else_reads_them(libr
     """The graph of a layer [given, residual] -> y, lowered, computes what it says."""
     layer = Routed(library, **({"norm_out": None, "added": "sum"} if order == "norm before" else {}))
     model = ir.Model(ir.Graph([], [], nodes=[], opset_imports={"": 23, "ffn2moe": 1}), ir_version=10)
-    editor = onnx_graph.Editor(model)
+    editor = Editor(model)
     rows = ir.Shape(["tokens", layer.width])
     given, residual = (ir.val(name, dtype=ir.DataType.FLOAT, shape=rows) for name in ("given", "residual"))
     model.graph.inputs.extend([given, residual])
@@ -514,7 +517,7 @@ def test_norms_and_residuals_go_into_the_node_where_nothing_else_reads_them(libr
     parts = {"router": layer.routed["router_ED"], "w_in": layer.parts["w_in_EMD"], "w_out": layer.parts["w_out_EDM"]}
     parts |= {"router_bias": layer.routed["router_bias_E"], "choice_bias": layer.routed["choice_bias_E"]}
     parts |= {"b_in": layer.parts["b_in_EM"], "b_out": layer.routed["b_out_D"]}
-    constants = [editor.constant(f"layer.{name}", parts[name]) if name in parts else None for name in onnx_graph.PARTS]
+    constants = [editor.constant(f"layer.{name}", parts[name]) if name in parts else None for name in PARTS]
     how = {"selection": "topk", "num_active": 2, "gate": "unit", "activation": layer.activation}
     y_TD = row(editor.node("Mixture", x_TD, None, *constants, domain="ffn2moe", **how))
     y_TD = row(editor.node("Add", sum_TD if order == "norm before" else x_TD, y_TD))

@@ -13,11 +13,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ffn2moe import onnx_graph, onnx_plans, runtime
-from ffn2moe.dense import load_dense
-from ffn2moe.moe import moe_layers
-from ffn2moe.parity import Run, Sample, parity, reference, text_samples
-from ffn2moe.verify import Known, plan_parity
+from ffn2moe.dense.load import load_dense
+from ffn2moe.moe.layer import moe_layers
+from ffn2moe.onnx import graph as onnx_graph
+from ffn2moe.onnx import lower as onnx_plans
+from ffn2moe.onnx.parity import Run, Sample, parity, reference, text_samples
+from ffn2moe.onnx.verify import Known, plan_parity
+from ffn2moe.runtime import export as runtime
 from tests.conftest import make_tiny_bert, make_tokenizer
 from tests.mixtures import carve
 

@@ -13,14 +13,20 @@ import onnx_ir as ir
 import pytest
 import torch
 
-from ffn2moe import autoplan, checkpoint, onnx_decoder, onnx_graph, onnx_plans, runtime
-from ffn2moe.dense import load_dense
-from ffn2moe.export import write_manifest
-from ffn2moe.moe import moe_layers, set_active
-from ffn2moe.parity import NEAR_TIE, Run, Sample, agreement, parity, random_samples, reference, torch_outputs
-from ffn2moe.runtime import Plan
+from ffn2moe.dense.load import load_dense
+from ffn2moe.moe import checkpoint
+from ffn2moe.moe.layer import moe_layers, set_active
+from ffn2moe.onnx import decoder as onnx_decoder
+from ffn2moe.onnx import graph as onnx_graph
+from ffn2moe.onnx import lower as onnx_plans
+from ffn2moe.onnx.parity import NEAR_TIE, Run, Sample, agreement, parity, random_samples, reference, torch_outputs
+from ffn2moe.onnx.verify import Known, plan_parity, verify
+from ffn2moe.onnx.write import write_manifest
+from ffn2moe.planning import autoplan
+from ffn2moe.runtime import export as runtime
+from ffn2moe.runtime.files import read_manifest, read_plan, sha256
+from ffn2moe.runtime.plans import DENSE_PLANS, PLANS, QUANTIZED_PLANS, Plan, form_of
 from ffn2moe.spec import MoESpec
-from ffn2moe.verify import Known, plan_parity, verify
 from tasks import benchmark, export
 from tests.conftest import make_tiny_bert, make_tiny_classifier, make_tiny_llama
 from tests.mixtures import carve, make_workspace
@@ -89,7 +95,7 @@ def check(model: Any, spec: MoESpec, plans: tuple[Plan, ...], canonical: ir.Mode
     for plan, run in runs.items():
         _, found = plan_parity(plan, run, known)  # raises where it is too far
         assert found.rows >= 12
-        if plan in runtime.QUANTIZED_PLANS:
+        if plan in QUANTIZED_PLANS:
             assert agreement(run, known.student, EMBEDDING) > 0.9
     return runs
 
@@ -212,14 +218,14 @@ def elastic(tmp_path_factory, teacher) -> Path:
 
 
 def test_every_budget_of_an_elastic_mixture_has_plans_with_a_quality_of_their_own(elastic):
-    manifest = runtime.read_manifest(elastic / "exports/tiny")
-    mixtures = [plan for plan in runtime.PLANS if plan not in runtime.DENSE_PLANS]
+    manifest = read_manifest(elastic / "exports/tiny")
+    mixtures = [plan for plan in PLANS if plan not in DENSE_PLANS]
     others = {f"{plan}-k{K}": K for plan in mixtures for K in (1, 3)}
-    assert {*manifest["plans"]} == {*runtime.PLANS, *others} and not manifest["refused"]
+    assert {*manifest["plans"]} == {*PLANS, *others} and not manifest["refused"]
     for plan, entry in manifest["plans"].items():
         assert entry.get("num_active") == others.get(plan)
-        assert entry["sha256"] == runtime.sha256(elastic / "exports/tiny" / entry["file"])
-        if runtime.form_of(plan) == "sorted":
+        assert entry["sha256"] == sha256(elastic / "exports/tiny" / entry["file"])
+        if form_of(plan) == "sorted":
             assert entry["parity_max_abs"] <= 1e-4
     found = {plan: manifest["plans"][plan]["retrieval_ndcg_at_10"] for plan in ("sorted", "sorted-k1", "sorted-k3")}
     assert len(set(found.values())) == 3  # judged, each of them
@@ -236,8 +242,8 @@ def test_a_budget_is_opened_by_its_name_and_is_the_model_with_so_many_experts(el
 def test_the_benchmark_times_every_budget_and_knows_what_each_can_gain(elastic, tmp_path):
     root = Path(shutil.copytree(elastic, tmp_path / "copy"))
     benchmark.run(make_stage("benchmark", root, "name=tiny", "benchmark.shapes=[[2,4]]", "benchmark.rounds=2"))
-    plan = runtime.read_plan(root / "exports/tiny")
-    assert plan is not None and {*plan["timings"]} == {*runtime.read_manifest(root / "exports/tiny")["plans"]}
+    plan = read_plan(root / "exports/tiny")
+    assert plan is not None and {*plan["timings"]} == {*read_manifest(root / "exports/tiny")["plans"]}
     plans = ("sorted-k1", "sorted", "sorted-k3")
     one, own, three = (autoplan.bounds_of(root / "exports/tiny", 16, plan)["flops"] for plan in plans)
     assert one > own > three
@@ -248,7 +254,7 @@ def test_verify_looks_at_every_budget(elastic, tmp_path):
     assert all(check.passed for check in found), found
     assert {"fused-k3: self-test of com.microsoft.MoE", "sorted8-k1: parity"} < {check.name for check in found}
     copied = Path(shutil.copytree(elastic / "exports/tiny", tmp_path / "copy"))
-    manifest = runtime.read_manifest(copied)
+    manifest = read_manifest(copied)
     manifest["plans"]["sorted-k1"] |= {key: manifest["plans"]["sorted"][key] for key in ("file", "sha256")}
     write_manifest(copied, manifest)  # a plan that computes another budget than it says
     checks = {check.name: check for check in verify(copied, plans=["sorted-k1"], texts=4, threads=1)}
@@ -258,7 +264,7 @@ def test_verify_looks_at_every_budget(elastic, tmp_path):
 def test_the_stage_says_which_plans_a_selection_cannot_have(small_teacher, tmp_path, capsys):
     root = make_workspace(tmp_path, small_teacher, selection="threshold")
     export.run(make_stage("export", root, *SETTINGS))
-    manifest = runtime.read_manifest(root / "exports/tiny")
+    manifest = read_manifest(root / "exports/tiny")
     assert {*manifest["plans"]} == {"dense", "dense8", "sorted", "sorted8"}
     assert "selection 'threshold'" in manifest["refused"]["fused"]
     assert "no plan fused: fused: com.microsoft.MoE runs the same number" in " ".join(capsys.readouterr().out.split())

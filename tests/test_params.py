@@ -102,7 +102,7 @@ def test_a_container_takes_its_own_formula_and_unit_gates():
 
 
 def test_what_is_known_of_containers_here_is_what_containers_say():
-    from ffn2moe.containers import CONTAINERS
+    from ffn2moe.containers.table import CONTAINERS
 
     assert {name: container.gate for name, container in CONTAINERS.items()} == CONTAINER_GATES
     assert {name for name, container in CONTAINERS.items() if container.shared != "none"} == set(SHARED_CONTAINERS)

@@ -16,15 +16,20 @@ from hypothesis import strategies as st
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from ffn2moe import activations, checkpoint, oracle
-from ffn2moe import partition as partitions
-from ffn2moe.activations import NeuronStatistics
-from ffn2moe.dense import DenseFFN, load_dense, read_ffn
-from ffn2moe.factorise import carve, largest_contributions, layer_inputs, neuron_statistics, output_gradients
-from ffn2moe.metrics import pool
-from ffn2moe.partition import PartitionMethod
-from ffn2moe.texts import text_means
-from ffn2moe.train import in_order
+from ffn2moe.data.batches import in_order
+from ffn2moe.decompose import oracle
+from ffn2moe.decompose import partition as partitions
+from ffn2moe.decompose import statistics as activations
+from ffn2moe.decompose.inputs import layer_inputs, output_gradients
+from ffn2moe.decompose.layer import carve, largest_contributions, neuron_statistics
+from ffn2moe.decompose.partition import PartitionMethod
+from ffn2moe.decompose.statistics import NeuronStatistics
+from ffn2moe.dense.ffn import DenseFFN
+from ffn2moe.dense.load import load_dense
+from ffn2moe.dense.locate import read_ffn
+from ffn2moe.moe import checkpoint
+from ffn2moe.moe.texts import text_means
+from ffn2moe.numerics import pool
 from tasks import decompose, prepare
 from tests.conftest import make_tiny_bert, make_tiny_llama
 from tests.test_core import random_ffn, random_moe, spec_for, tokens
@@ -509,7 +514,7 @@ def test_decompose_makes_what_is_asked_and_all_experts_are_the_dense_model(chose
 
 def moe_layers_of(root: Path):
     import ffn2moe
-    from ffn2moe.moe import moe_layers
+    from ffn2moe.moe.layer import moe_layers
 
     return moe_layers(ffn2moe.load(root / "models/decomposed"))
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ffn2moe.dense import load_dense
+from ffn2moe.dense.load import load_dense
 from tasks import corpus, prepare
 from tests.conftest import make_tiny_bert, make_tiny_classifier, make_tiny_t5
 from tests.texts import make_stage, make_texts, write_corpus

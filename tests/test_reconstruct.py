@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ffn2moe import activations
-from ffn2moe.experts import neurons_by_expert, slice_experts
-from ffn2moe.moe import MoEFFN
-from ffn2moe.reconstruct import _add, _inputs, _outputs, refit_outputs, relative_error
+from ffn2moe.decompose import statistics as activations
+from ffn2moe.decompose.reconstruct import _add, _inputs, _outputs, refit_outputs, relative_error
+from ffn2moe.moe.experts import neurons_by_expert, slice_experts
+from ffn2moe.moe.layer import MoEFFN
 from tests.mixtures import flat_spec
 from tests.test_selection import WAYS, D, E, F, make_ffn, make_moe, normal
 

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from ffn2moe import onnx_graph, onnx_plans
+from ffn2moe.onnx import graph as onnx_graph
+from ffn2moe.onnx import lower as onnx_plans
 from tasks import register
 from tasks.params import load_params
 from tasks.registry import Registry

@@ -8,12 +8,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from ffn2moe import rivals
-from ffn2moe.dense import DenseFFN, load_dense, read_ffn
-from ffn2moe.factorise import layer_inputs
+from benchmarks.ablation import compressors as rivals
+from benchmarks.ablation.compressors import RIVALS, CompressedFFN, build, compress, mixture_flops
+from ffn2moe.data.batches import Batch, Batches
+from ffn2moe.decompose.inputs import layer_inputs
+from ffn2moe.dense.ffn import DenseFFN
+from ffn2moe.dense.load import load_dense
+from ffn2moe.dense.locate import read_ffn
+from ffn2moe.distill.distiller import Distiller
+from ffn2moe.distill.objectives import FeaturesObjective, LogitsObjective
 from ffn2moe.metrics import ffn_flops
-from ffn2moe.rivals import RIVALS, CompressedFFN, build, compress, mixture_flops
-from ffn2moe.train import Batch, Batches, Distiller, FeaturesObjective, LogitsObjective
 
 D, WIDTH, TOKENS = 16, 64, 600
 KINDS = [(gated, bias) for gated in (False, True) for bias in (False, True)]

@@ -10,13 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ffn2moe import oracle
-from ffn2moe.dense import DenseFFN
-from ffn2moe.experts import neurons_by_expert, slice_experts
-from ffn2moe.factorise import fit_router
-from ffn2moe.moe import MoEFFN
-from ffn2moe.router import Router
-from ffn2moe.routing import (
+from ffn2moe.decompose import oracle
+from ffn2moe.decompose.layer import fit_router
+from ffn2moe.decompose.router_fit import (
     Objective,
     Phase,
     Start,
@@ -33,8 +29,12 @@ from ffn2moe.routing import (
     start_weights,
     train_router,
 )
+from ffn2moe.dense.ffn import DenseFFN
+from ffn2moe.moe.experts import neurons_by_expert, slice_experts
+from ffn2moe.moe.layer import MoEFFN
+from ffn2moe.moe.router import Router
+from ffn2moe.moe.texts import text_means
 from ffn2moe.spec import Gate
-from ffn2moe.texts import text_means
 from tests.mixtures import flat_spec
 
 STARTS, OBJECTIVES = get_args(Start), get_args(Objective)
@@ -237,7 +237,7 @@ def test_draws_add_up_to_k_and_stay_so_to_first_order(together):
 
 def test_above_so_many_subsets_the_choice_is_learnt_from_single_draws(monkeypatch):
     moe, x_TD = toy(), tokens()
-    monkeypatch.setattr("ffn2moe.routing.MAX_ENUMERATED", 10)
+    monkeypatch.setattr("ffn2moe.decompose.router_fit.MAX_ENUMERATED", 10)
     losses = fit_router(moe, x_TD, start="zeros", **TRAINING)
     assert losses[-1] < 0.5 * losses[len(losses) // 3]
     assert recall(moe, tokens(seed=8)) > 0.75

@@ -13,9 +13,11 @@ import pytest
 from transformers import AutoTokenizer
 
 import ffn2moe
-from ffn2moe import runtime
-from ffn2moe.encode import encode
-from ffn2moe.timing import interleaved, time_export
+from ffn2moe.data.encode import encode
+from ffn2moe.planning.timing import interleaved, time_export
+from ffn2moe.runtime import export as runtime
+from ffn2moe.runtime import plans
+from ffn2moe.runtime.export import batching, quantise, selftest
 from tests.texts import make_texts
 
 TEXTS = [*make_texts(30), "a"]
@@ -40,7 +42,7 @@ def test_an_export_answers_as_its_checkpoint_does(export, plan):
     np.testing.assert_allclose((found * expected).sum(1), 1, atol=1e-3 if plan == "fused" else 1e-5)
 
 
-@pytest.mark.parametrize("plan", runtime.PLANS)
+@pytest.mark.parametrize("plan", plans.PLANS)
 def test_embeddings_have_unit_length_and_the_order_of_the_texts(export, plan):
     opened = runtime.open_export(export, plan, threads=1)
     found = opened.encode(TEXTS, batch_tokens=100)
@@ -66,7 +68,7 @@ def test_long_texts_are_cut_to_the_exports_length(export):
 
 def test_batches_hold_texts_of_about_one_length_and_no_more_tokens_than_allowed():
     ids = [[1] * length for length in (3, 9, 5, 40, 1, 8, 2)]
-    batches = list(runtime.batches_by_length(ids, 20))
+    batches = list(batching.batches_by_length(ids, 20))
     assert sorted(index for batch in batches for index in batch) == list(range(7))
     assert batches[0] == [3]
     assert all(len(batch) * max(len(ids[i]) for i in batch) <= 20 for batch in batches[1:])
@@ -129,42 +131,42 @@ def test_a_provider_that_cannot_start_is_one_clear_error_and_no_noise(export, ca
 
 @pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "relu", "silu"])
 def test_this_runtimes_moe_op_passes_its_self_test(activation):
-    assert runtime.self_test(activation) < 1e-5
+    assert selftest.self_test(activation) < 1e-5
 
 
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize(("activation", "gated"), [("gelu", False), ("relu", False), ("silu", False), ("silu", True)])
 def test_this_runtimes_quantised_moe_op_passes_its_self_test(activation, gated, bits):
-    assert runtime.self_test(activation, gated=gated, bits=bits) < (0.05 if bits == 8 else 1e-3)
+    assert selftest.self_test(activation, gated=gated, bits=bits) < (0.05 if bits == 8 else 1e-3)
 
 
 def test_the_moe_op_passes_its_self_test_for_gated_ffns():
-    assert runtime.self_test("silu", gated=True) < 1e-5
+    assert selftest.self_test("silu", gated=True) < 1e-5
 
 
 @pytest.mark.parametrize("bits", [8, 4])
 def test_weights_in_blocks_come_back_as_near_as_their_bits_allow(bits):
-    weight = np.random.default_rng(0).standard_normal((3, 5, 2 * runtime.BLOCK)).astype(np.float32)
+    weight = np.random.default_rng(0).standard_normal((3, 5, 2 * quantise.BLOCK)).astype(np.float32)
     weight[1, 2] = 0
-    packed, scales = runtime.quantize_blocks(weight, bits)
-    assert packed.shape == (3, 5, 2 * runtime.BLOCK * bits // 8) and scales.shape == (3, 5, 2)
-    back = runtime.dequantize_blocks(packed, scales, bits)
-    half_a_step = np.repeat(scales, runtime.BLOCK, axis=-1) / 2
+    packed, scales = quantise.quantize_blocks(weight, bits)
+    assert packed.shape == (3, 5, 2 * quantise.BLOCK * bits // 8) and scales.shape == (3, 5, 2)
+    back = quantise.dequantize_blocks(packed, scales, bits)
+    half_a_step = np.repeat(scales, quantise.BLOCK, axis=-1) / 2
     assert (np.abs(back - weight) <= half_a_step * 1.001).all() and (back[1, 2] == 0).all()
 
 
 def test_a_moe_op_that_computes_something_else_fails_the_self_test(monkeypatch):
-    right = runtime._moe_graph
+    right = selftest._moe_graph
     monkeypatch.setattr(runtime, "_moe_graph", lambda *given: right(*given[:-1], 1.01 * given[-1]))
     with pytest.raises(RuntimeError, match="computes something else"):
-        runtime.self_test("gelu")
+        selftest.self_test("gelu")
     monkeypatch.setattr(runtime, "_moe_graph", lambda *given: right(*given[:-1], 1.2 * given[-1]))
     for bits in (8, 4):
         with pytest.raises(RuntimeError, match="QMoE of this onnxruntime computes something else"):
-            runtime.self_test("silu", gated=True, bits=bits)
+            selftest.self_test("silu", gated=True, bits=bits)
     monkeypatch.setattr(runtime, "_moe_graph", lambda *_: b"not a model")
     with pytest.raises(RuntimeError, match="cannot run com"):
-        runtime.self_test("gelu")
+        selftest.self_test("gelu")
 
 
 def test_opening_an_export_needs_no_torch(export):
@@ -184,7 +186,7 @@ def test_every_plan_is_timed_at_every_shape_against_the_dense_ones(export):
     found = list(time_export(export, TEXTS, shapes=shapes, threads=[1], rounds=3))
     assert [(rows[0].batch, rows[0].sequence) for rows in found] == shapes
     for rows in found:
-        assert [row.plan for row in rows] == list(runtime.PLANS)
+        assert [row.plan for row in rows] == list(plans.PLANS)
         assert all(row.median_ms > 0 and row.speedup_vs_dense > 0 for row in rows)
         dense = rows[0]
         assert dense.speedup_vs_dense == 1
@@ -203,7 +205,7 @@ def test_the_plans_take_turns_so_that_a_slow_moment_hits_all_of_them(monkeypatch
         def run(self, ids: np.ndarray, mask: np.ndarray) -> None:
             order.append(self.plan)
 
-    monkeypatch.setattr("ffn2moe.timing.SHORTEST_SAMPLE", 0)  # one call a sample
+    monkeypatch.setattr("ffn2moe.planning.timing.SHORTEST_SAMPLE", 0)  # one call a sample
     batch = (np.ones((1, 2)), np.ones((1, 2)))
     interleaved({"dense": Recorder("dense"), "sorted": Recorder("sorted")}, [batch], rounds=20, threads=1)
     rounds = [tuple(order[at : at + 2]) for at in range(len(order) - 40, len(order), 2)]

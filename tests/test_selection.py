@@ -14,15 +14,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from ffn2moe import checkpoint, metrics, oracle
-from ffn2moe.dense import DenseFFN, load_dense, read_ffn
-from ffn2moe.experts import neurons_by_expert, slice_experts
-from ffn2moe.factorise import every_expert, layer_inputs, output_of, texts_of
-from ffn2moe.moe import MoEFFN, install_moe, moe_layers, set_active, spec_of
-from ffn2moe.router import Choice, Router
+from ffn2moe import metrics
+from ffn2moe.data.batches import Batch, collate
+from ffn2moe.decompose import oracle
+from ffn2moe.decompose.inputs import layer_inputs, texts_of
+from ffn2moe.decompose.layer import every_expert, output_of
+from ffn2moe.dense.ffn import DenseFFN
+from ffn2moe.dense.load import load_dense
+from ffn2moe.dense.locate import read_ffn
+from ffn2moe.distill.distiller import Distiller
+from ffn2moe.distill.objectives import EmbeddingObjective
+from ffn2moe.moe import checkpoint
+from ffn2moe.moe.describe import spec_of
+from ffn2moe.moe.experts import neurons_by_expert, slice_experts
+from ffn2moe.moe.layer import MoEFFN, install_moe, moe_layers, set_active
+from ffn2moe.moe.router import Choice, Router
+from ffn2moe.moe.texts import text_means
 from ffn2moe.spec import Head, MoESpec
-from ffn2moe.texts import text_means
-from ffn2moe.train import Batch, Distiller, EmbeddingObjective, collate
 from tests.conftest import make_tiny_classifier
 from tests.mixtures import flat_spec
 

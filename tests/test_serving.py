@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy
 import pytest
 
-from ffn2moe.runtime import open_export
+from ffn2moe.runtime.export import open_export
 from flows import promote, score, serve
 from flows.serve import ask, served
 from flows.workspace import FlowError

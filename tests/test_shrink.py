@@ -12,10 +12,12 @@ import torch
 from torch import Tensor
 
 import ffn2moe
-from ffn2moe import checkpoint, cli, shrink
-from ffn2moe.dense import load_dense
-from ffn2moe.encode import encode
-from ffn2moe.moe import MoEFFN, moe_layers, spec_of
+from ffn2moe import cli, shrink
+from ffn2moe.data.encode import encode
+from ffn2moe.dense.load import load_dense
+from ffn2moe.moe import checkpoint
+from ffn2moe.moe.describe import spec_of
+from ffn2moe.moe.layer import MoEFFN, moe_layers
 from ffn2moe.shrink import Tokens, most_used, shrink_model, usage
 from ffn2moe.spec import MoESpec
 from tests.conftest import make_tiny_llama
@@ -372,9 +374,9 @@ def test_an_export_can_be_shrunk_and_what_was_shrunk_again(exported: Path, texts
 
 
 def test_a_language_model_without_output_bias_can_be_shrunk(tmp_path: Path, texts: Path) -> None:
-    from ffn2moe.dense import read_ffn
-    from ffn2moe.experts import neurons_by_expert, slice_experts
-    from ffn2moe.moe import install_moe
+    from ffn2moe.dense.locate import read_ffn
+    from ffn2moe.moe.experts import neurons_by_expert, slice_experts
+    from ffn2moe.moe.layer import install_moe
 
     source = make_tiny_llama(tmp_path / "llama")
     model, tokenizer = load_dense(str(source))
@@ -431,7 +433,7 @@ def test_a_failure_while_writing_leaves_no_half_of_an_export(
     def fail(*given: object, **named: object) -> None:
         raise OSError("no space left on the device")
 
-    monkeypatch.setattr("ffn2moe.export.write_manifest", fail)
+    monkeypatch.setattr("ffn2moe.onnx.write.write_manifest", fail)
     with pytest.raises(OSError, match="no space left"):
         shrink.shrink(saved, texts, tmp_path / "out", keep=3, method="drop", onnx=False, device="cpu")
     assert list(tmp_path.iterdir()) == []

@@ -11,14 +11,20 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from ffn2moe import activations, checkpoint, stream
-from ffn2moe.dense import head_of, read_ffn
-from ffn2moe.factorise import carve, fit_router, layer_inputs, output_of, outputs
-from ffn2moe.moe import install_moe, moe_layers
-from ffn2moe.partition import coactivation
-from ffn2moe.reconstruct import refit_outputs
-from ffn2moe.stream import Source, decompose, estimate, require_room, skeleton
-from ffn2moe.train import Batch, in_order
+from ffn2moe.data.batches import Batch, in_order
+from ffn2moe.decompose import memory, stream
+from ffn2moe.decompose import statistics as activations
+from ffn2moe.decompose.inputs import layer_inputs
+from ffn2moe.decompose.layer import carve, fit_router, output_of, outputs
+from ffn2moe.decompose.memory import estimate, require_room
+from ffn2moe.decompose.partition import coactivation
+from ffn2moe.decompose.reconstruct import refit_outputs
+from ffn2moe.decompose.source import Source, skeleton
+from ffn2moe.decompose.stream import decompose
+from ffn2moe.dense.families import head_of
+from ffn2moe.dense.locate import read_ffn
+from ffn2moe.moe import checkpoint
+from ffn2moe.moe.layer import install_moe, moe_layers
 from tests.test_families import CASES, tiny
 
 SETTINGS: dict[str, Any] = {
@@ -274,10 +280,10 @@ def test_too_little_disk_is_refused_with_numbers_and_too_little_memory_is_said(t
     found = estimate(tmp_path / "dense", num_experts=4, calibration_tokens=64, batch_tokens=32)
     assert require_room(found, tmp_path / "new" / "out") is None
     monkeypatch.setattr(stream, "available_memory", lambda: 0)
-    large = stream.Estimate(2, 0, 0, 2**40, 10)
+    large = memory.Estimate(2, 0, 0, 2**40, 10)
     assert "1024.0 GiB of memory" in (require_room(large, tmp_path) or "")
     with pytest.raises(ValueError, match=r"1024.0 GiB of disk, and .* GiB left"):
-        require_room(stream.Estimate(2, 0, 0, 0, 2**60 // 2**20), tmp_path)
+        require_room(memory.Estimate(2, 0, 0, 0, 2**60 // 2**20), tmp_path)
 
 
 def test_what_the_model_computes_itself_is_there_without_its_weights(tmp_path):

@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ffn2moe import pareto
+from ffn2moe.planning import pareto
 from flows import cell as cell_process
 from flows import dvc
 from flows import study as studies

@@ -7,13 +7,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from ffn2moe import checkpoint
-from ffn2moe import partition as partitions
-from ffn2moe.dense import load_dense, read_ffn
-from ffn2moe.experts import neurons_by_expert, slice_experts
-from ffn2moe.losses import distillation_loss
-from ffn2moe.moe import MoEFFN, install_moe, moe_layers, spec_of
-from ffn2moe.train import Batches, Distiller, EmbeddingObjective, LogitsObjective, Scope
+from ffn2moe.data.batches import Batches
+from ffn2moe.decompose import partition as partitions
+from ffn2moe.dense.load import load_dense
+from ffn2moe.dense.locate import read_ffn
+from ffn2moe.distill.distiller import Distiller, Scope
+from ffn2moe.distill.losses import distillation_loss
+from ffn2moe.distill.objectives import EmbeddingObjective, LogitsObjective
+from ffn2moe.moe import checkpoint
+from ffn2moe.moe.describe import spec_of
+from ffn2moe.moe.experts import neurons_by_expert, slice_experts
+from ffn2moe.moe.layer import MoEFFN, install_moe, moe_layers
 from tests.conftest import WORDS, make_tiny_llama
 from tests.test_core import as_mixture, spec_for
 

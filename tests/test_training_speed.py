@@ -11,10 +11,9 @@ import torch
 from torch import Tensor
 
 from benchmarks import gpu, memory, partition, rounds, training
-from ffn2moe import grouped
-from ffn2moe.grouped import LEAST_TILE, TILE, Layout, tile_of
-from ffn2moe.moe import MoEFFN
-from ffn2moe.router import Choice
+from ffn2moe.moe.grouped import LEAST_TILE, TILE, Layout, tile_of
+from ffn2moe.moe.layer import MoEFFN, grouped
+from ffn2moe.moe.router import Choice
 from ffn2moe.spec import Gate
 from tests.mixtures import flat_spec
 from tests.texts import make_texts

@@ -10,9 +10,11 @@ import pytest
 import torch
 
 import ffn2moe
-from ffn2moe import checkpoint, layerwise
-from ffn2moe.dense import ACTIVATIONS, load_dense
-from ffn2moe.moe import moe_layers
+from ffn2moe.dense.ffn import ACTIVATIONS
+from ffn2moe.dense.load import load_dense
+from ffn2moe.distill import layerwise
+from ffn2moe.moe import checkpoint
+from ffn2moe.moe.layer import moe_layers
 from tasks import decompose, distill, evaluate, prepare, train_router
 from tests.conftest import make_tiny_bert
 from tests.texts import make_stage, make_texts, write_corpus

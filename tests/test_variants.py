@@ -9,14 +9,20 @@ from pathlib import Path
 import pytest
 import torch
 
-from ffn2moe import autoplan, checkpoint, onnx_graph, onnx_plans, runtime
-from ffn2moe.dense import load_dense
-from ffn2moe.export import write_manifest
-from ffn2moe.moe import moe_layers
-from ffn2moe.parity import parity, random_samples, reference
+from ffn2moe.dense.load import load_dense
+from ffn2moe.moe import checkpoint
+from ffn2moe.moe.layer import moe_layers
+from ffn2moe.moe.variants import Variant, may_stay_dense, variants_of
+from ffn2moe.onnx import graph as onnx_graph
+from ffn2moe.onnx import lower as onnx_plans
+from ffn2moe.onnx.parity import parity, random_samples, reference
+from ffn2moe.onnx.verify import verify
+from ffn2moe.onnx.write import write_manifest
+from ffn2moe.planning import autoplan
+from ffn2moe.runtime.export import open_export
+from ffn2moe.runtime.files import read_manifest, read_plan
+from ffn2moe.runtime.plans import DENSE_PLANS, PLANS, form_of
 from ffn2moe.spec import FFNShape, MoESpec
-from ffn2moe.variants import Variant, may_stay_dense, variants_of
-from ffn2moe.verify import verify
 from tasks import benchmark, export
 from tests.conftest import make_tiny_bert
 from tests.mixtures import carve, flat_spec, make_workspace
@@ -82,7 +88,7 @@ def test_variants_are_other_budgets_and_dense_layers():
 )
 def test_names_tell_the_variant_and_the_form(variant, name):
     assert variant.name("ov-dense8") == name
-    assert runtime.form_of(name) == "ov-dense8"
+    assert form_of(name) == "ov-dense8"
     assert Variant.of({"file": "x"} | variant.told()) == variant
 
 
@@ -149,9 +155,9 @@ def uneven(tmp_path_factory, teacher) -> Path:
 
 def test_plans_with_dense_layers_are_checked_and_judged_as_others_are(uneven, teacher):
     folder = uneven / "exports/tiny"
-    manifest = runtime.read_manifest(folder)
-    mixtures = [plan for plan in runtime.PLANS if plan not in runtime.DENSE_PLANS]
-    assert {*manifest["plans"]} == {*runtime.PLANS, *(f"{plan}-d1" for plan in mixtures)} and not manifest["refused"]
+    manifest = read_manifest(folder)
+    mixtures = [plan for plan in PLANS if plan not in DENSE_PLANS]
+    assert {*manifest["plans"]} == {*PLANS, *(f"{plan}-d1" for plan in mixtures)} and not manifest["refused"]
     entry = manifest["plans"]["sorted-d1"]
     assert entry["dense_layers"] == [1] and entry["parity_max_abs"] <= 1e-4
     assert "dense_layers" not in manifest["plans"]["sorted"]
@@ -161,14 +167,14 @@ def test_plans_with_dense_layers_are_checked_and_judged_as_others_are(uneven, te
     dense, _ = load_dense(str(teacher))
     with Variant(dense_layers=(1,)).of_model(student, spec, dense):
         known = reference(student, random_samples(student, spec, 8), "embedding", "mean")
-    mixed, plain = (runtime.open_export(folder, plan, 1) for plan in ("sorted-d1", "sorted"))
+    mixed, plain = (open_export(folder, plan, 1) for plan in ("sorted-d1", "sorted"))
     assert parity(mixed.outputs, known).max_abs < 1e-4 < parity(plain.outputs, known).max_abs
 
 
 def test_the_benchmark_races_them_and_bounds_count_their_dense_layers(uneven):
     benchmark.run(make_stage("benchmark", uneven, "name=tiny", "benchmark.shapes=[[2,4]]", "benchmark.rounds=2"))
     folder = uneven / "exports/tiny"
-    plan = runtime.read_plan(folder)
+    plan = read_plan(folder)
     assert plan is not None and {"sorted", "sorted-d1", "sorted8-d1"} <= {*plan["timings"]}
     whole, mixed = (autoplan.bounds_of(folder, 16, name) for name in ("sorted", "sorted-d1"))
     assert 1 < mixed["flops"] < whole["flops"] and 1 < mixed["amdahl"] < whole["amdahl"]
@@ -185,7 +191,7 @@ def test_verify_compares_them_with_one_another_as_the_teacher_is_not_there(uneve
 
 def test_verify_sees_a_plan_with_other_dense_layers_than_it_says(uneven, tmp_path):
     copied = Path(shutil.copytree(uneven / "exports/tiny", tmp_path / "copy"))
-    manifest = runtime.read_manifest(copied)
+    manifest = read_manifest(copied)
     manifest["plans"]["sorted8-d1"] |= {key: manifest["plans"]["dense8"][key] for key in ("file", "sha256")}
     write_manifest(copied, manifest)
     found = {check.name: check for check in verify(copied, texts=4, threads=1)}

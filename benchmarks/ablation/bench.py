@@ -19,12 +19,15 @@ from torch import Tensor
 
 from benchmarks.ablation.grid import Budget, write_json
 from ffn2moe import metrics
-from ffn2moe.dense import ffn_layers, head_of, load_dense, pooling_of
-from ffn2moe.encode import encode
-from ffn2moe.factorise import layer_inputs, texts_of
-from ffn2moe.moe import spec_of
+from ffn2moe.data.batches import Batch, Batches
+from ffn2moe.data.encode import encode
+from ffn2moe.decompose.inputs import layer_inputs, texts_of
+from ffn2moe.dense.families import head_of
+from ffn2moe.dense.load import load_dense, pooling_of
+from ffn2moe.dense.locate import ffn_layers
+from ffn2moe.moe.describe import spec_of
+from ffn2moe.numerics import bf16_supported
 from ffn2moe.spec import Head, MoESpec, Pooling
-from ffn2moe.train import Batch, Batches, bf16_supported
 from tasks import corpus, prepare
 from tasks.judge_embeddings import Benchmarks, Judged
 from tasks.judge_logits import compare

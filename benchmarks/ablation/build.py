@@ -13,21 +13,29 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from benchmarks.ablation import compressors as rivals
 from benchmarks.ablation.bench import Bench
 from benchmarks.ablation.factorllm import FactorLLMObjective, as_released
 from benchmarks.ablation.grid import Cell, Store
 from benchmarks.ablation.methods import DEFAULT, Method, elastic_budgets, kept_experts
-from ffn2moe import checkpoint, factorise, metrics, oracle, rivals
-from ffn2moe.dense import DenseFFN, installed_ffns, read_ffn
-from ffn2moe.factorise import carve, fit_router, largest_contributions, layer_inputs, output_gradients, outputs
-from ffn2moe.layerwise import distil_layers
-from ffn2moe.moe import MoEFFN, install_moe, moe_layers, set_active, spec_of
-from ffn2moe.partition import super_neurons
-from ffn2moe.reconstruct import refit_outputs
+from ffn2moe import metrics
+from ffn2moe.decompose import layer as factorise
+from ffn2moe.decompose import oracle
+from ffn2moe.decompose.inputs import layer_inputs, output_gradients
+from ffn2moe.decompose.layer import carve, fit_router, largest_contributions, outputs
+from ffn2moe.decompose.partition import super_neurons
+from ffn2moe.decompose.reconstruct import refit_outputs
+from ffn2moe.dense.ffn import DenseFFN, installed_ffns
+from ffn2moe.dense.locate import read_ffn
+from ffn2moe.distill.distiller import Distiller
+from ffn2moe.distill.layerwise import distil_layers
+from ffn2moe.distill.objectives import EmbeddingObjective, LogitsObjective, Objective
+from ffn2moe.moe import checkpoint
+from ffn2moe.moe.describe import spec_of
+from ffn2moe.moe.layer import MoEFFN, install_moe, moe_layers, set_active
+from ffn2moe.moe.texts import text_means
 from ffn2moe.shrink import Tokens, shrink_model
 from ffn2moe.spec import MoESpec
-from ffn2moe.texts import text_means
-from ffn2moe.train import Distiller, EmbeddingObjective, LogitsObjective, Objective
 
 
 def measure(bench: Bench, cell: Cell) -> dict[str, Any]:

@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ffn2moe.dense import ffn_modules
-from ffn2moe.moe import MoEFFN, moe_layers
-from ffn2moe.oracle import expert_outputs
-from ffn2moe.routing import prior_approximate_loss
-from ffn2moe.train import Batch, Loss, Objective, Outputs
+from ffn2moe.data.batches import Batch
+from ffn2moe.decompose.oracle import expert_outputs
+from ffn2moe.decompose.router_fit import prior_approximate_loss
+from ffn2moe.dense.locate import ffn_modules
+from ffn2moe.distill.objectives import Loss, Objective, Outputs
+from ffn2moe.moe.layer import MoEFFN, moe_layers
 
 PRIOR_WEIGHT, BALANCE_WEIGHT = 0.05, 0.01  # of the published loss, beside 1 for what the model is trained on
 

@@ -6,10 +6,10 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 if TYPE_CHECKING:
-    from ffn2moe.layerwise import Judge
-    from ffn2moe.losses import Divergence
-    from ffn2moe.partition import PartitionMethod
-    from ffn2moe.routing import Objective, Start
+    from ffn2moe.decompose.partition import PartitionMethod
+    from ffn2moe.decompose.router_fit import Objective, Start
+    from ffn2moe.distill.layerwise import Judge
+    from ffn2moe.distill.losses import Divergence
     from ffn2moe.spec import Gate, Routing, Selection
 
 Stage = Literal["free", "router", "distilled"]
@@ -67,7 +67,7 @@ class Method:
     token_share: float = 1.0
     recipe: Literal["ours", "released", "published"] = "ours"  # FactorLLM's router and its training, or ours
     after: Literal["drop", "regroup", "merge"] | None = None  # what is done to the experts once all is trained
-    rival: str | None = None  # another compressor in the FFN's place (ffn2moe.rivals)
+    rival: str | None = None  # another compressor in the FFN's place (benchmarks.ablation.compressors)
 
     def settings(self) -> dict[str, Any]:
         """All that changes a figure: what two cells must agree in to be one."""

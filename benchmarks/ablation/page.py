@@ -14,7 +14,7 @@ from benchmarks.ablation.bench import PROBE_DEV, PROBE_TRAIN, Bench
 from benchmarks.ablation.grid import Store, cells, write_json
 from benchmarks.ablation.methods import GROUPS, STAGE_TITLES, STAGES, Method
 from benchmarks.ablation.rows import FIGURES, means
-from ffn2moe.timing import machine
+from ffn2moe.planning.timing import machine
 
 
 def grid(

@@ -22,7 +22,7 @@ from benchmarks.ablation.bench import Bench, Setup
 from benchmarks.ablation.build import measure
 from benchmarks.ablation.grid import Cell, Store
 from benchmarks.ablation.methods import Stage
-from ffn2moe.timing import machine
+from ffn2moe.planning.timing import machine
 from tasks.stage import clock, die_with_parent
 
 # How much longer a cell of a stage takes than a training-free one, until the first of them is done.

@@ -1,0 +1,1 @@
+"""Native Hugging Face mixture architectures that hold a decomposed model."""

@@ -1,0 +1,1 @@
+"""Texts and token sequences: corpora, generated text, batches and embeddings."""

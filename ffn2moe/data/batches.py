@@ -1,0 +1,184 @@
+"""Batch token sequences in a seeded order that a resumed run repeats."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ffn2moe.data.ranks import ALONE, Ranks
+from ffn2moe.spec import Head
+
+
+def pack(token_ids: Iterable[Sequence[int]], length: int, eos: int | None) -> list[list[int]]:
+    """Documents joined, in order, and cut into blocks of `length` tokens; what does not fill the last one is left out.
+
+    Each document ends in `eos`, which is added where it is missing; None adds nothing. So a block holds `length`
+    real tokens and no padding. ValueError when there are too few tokens for one block.
+    """
+    joined: list[int] = []
+    for ids in token_ids:
+        joined += ids
+        if eos is not None and (not ids or ids[-1] != eos):
+            joined.append(eos)
+    if len(joined) < length:
+        raise ValueError(f"{len(joined)} tokens do not fill one block of {length}: give more text, or shorter blocks")
+    return [joined[start : start + length] for start in range(0, len(joined) - length + 1, length)]
+
+
+# Texts are padded to one of these lengths, in tokens. Few shapes, because oneDNN compiles a kernel for each.
+BATCH_LENGTHS = (16, 32, 48, 64, 96, 128, 192, 256, 384, 512)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What a model's forward is called with, and the positions [B, L] of its output that count (None: all).
+
+    `ranks` are the processes that have the rest of the batch. With `stands_in` this one has nothing of it: its text is
+    another's, for the model to run on, and no row of it counts.
+    """
+
+    inputs: dict[str, Tensor]
+    mask: Tensor | None
+    ranks: Ranks = ALONE
+    stands_in: bool = False
+
+    def to(self, device: torch.device) -> Batch:
+        """The same on another device."""
+        return self._each(lambda tensor: tensor.to(device))
+
+    def part(self, ranks: Ranks) -> Batch:
+        """The texts of this process, padded as before."""
+        rows = ranks.part(len(next(iter(self.inputs.values()))))
+        stands_in = rows.start == rows.stop
+        taken = slice(0, 1) if stands_in else rows
+        return replace(self._each(lambda tensor: tensor[taken]), ranks=ranks, stands_in=stands_in)
+
+    def counted(self) -> Batch:
+        """Without the text that stands in."""
+        return self._each(lambda tensor: tensor[:0]) if self.stands_in else self
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        inputs = {name: change(tensor) for name, tensor in self.inputs.items()}
+        return replace(self, inputs=inputs, mask=None if self.mask is None else change(self.mask))
+
+
+class BatchSource(Protocol):
+    """An endless order of batches that depends on a seed and the step alone."""
+
+    def from_step(self, step: int) -> Iterator[Batch]:
+        """The batches from a step on."""
+        ...
+
+
+def collate(
+    head: Head,
+    token_ids: Sequence[Sequence[int]],
+    decoder_ids: Sequence[Sequence[int]] | None = None,
+    *,
+    pad_id: int = 0,
+    length: int | None = None,
+) -> Batch:
+    """Texts as one batch, padded on the right to `length` tokens, or to the longest.
+
+    `decoder_ids` is what the decoder of a `seq2seq` model is given for each text. What counts in the output are the
+    real tokens, of the decoder where there is one; a classifier gives one row a text, which counts.
+    """
+    ids_BL, mask_BL = padded(token_ids, pad_id, length)
+    inputs = {"input_ids": ids_BL, "attention_mask": mask_BL}
+    if head == "seq2seq":
+        assert decoder_ids is not None
+        inputs["decoder_input_ids"], mask_BL = padded(decoder_ids, pad_id, None)
+    return Batch(inputs, None if head == "classification" else mask_BL)
+
+
+def padded(token_ids: Sequence[Sequence[int]], pad_id: int, length: int | None) -> tuple[Tensor, Tensor]:
+    length = length or max(map(len, token_ids))
+    ids_BL = torch.full((len(token_ids), length), pad_id)
+    mask_BL = torch.zeros(len(token_ids), length, dtype=torch.int64)
+    for row, ids in enumerate(token_ids):
+        ids_BL[row, : len(ids)] = torch.tensor(ids)
+        mask_BL[row, : len(ids)] = 1
+    return ids_BL, mask_BL
+
+
+def in_order(
+    head: Head,
+    token_ids: Sequence[Sequence[int]],
+    decoder_ids: Sequence[Sequence[int]] | None = None,
+    *,
+    batch_texts: int = 64,
+    pad_id: int = 0,
+) -> Iterator[Batch]:
+    """The texts once, as they come, so many a batch: what calibration and evaluation run through."""
+    for start in range(0, len(token_ids), batch_texts):
+        part = slice(start, start + batch_texts)
+        yield collate(head, token_ids[part], decoder_ids[part] if decoder_ids else None, pad_id=pad_id)
+
+
+class Batches:
+    """An endless, seeded order of batches of about `batch_tokens` tokens, each of one length.
+
+    The batch of a step depends on the seed and the step alone, so that a run that is resumed sees what it would
+    have seen. Blocks that are all of one length (`ffn2moe.data.batches.pack`) are not padded. ValueError when there are too
+    few texts for a single batch.
+    """
+
+    def __init__(
+        self,
+        token_ids: Sequence[Sequence[int]],
+        *,
+        batch_tokens: int,
+        seed: int,
+        pad_id: int = 0,
+        head: Head = "embedding",
+        decoder_ids: Sequence[Sequence[int]] | None = None,
+    ) -> None:
+        self._token_ids = token_ids
+        self._decoder_ids = decoder_ids
+        self._head: Head = head
+        self._batch_tokens = batch_tokens
+        self._seed = seed
+        self._pad_id = pad_id
+        self._buckets: dict[int, list[int]] = {}
+        widths = BATCH_LENGTHS if len({len(ids) for ids in token_ids}) > 1 else ()
+        for index, ids in enumerate(token_ids):
+            length = next((width for width in widths if len(ids) <= width), len(ids))
+            self._buckets.setdefault(length, []).append(index)
+        self.per_epoch = sum(len(group) // self._texts(length) for length, group in self._buckets.items())
+        if self.per_epoch == 0:
+            raise ValueError(
+                f"{len(token_ids)} texts do not fill one batch of {batch_tokens} tokens: "
+                "give more text, or lower batch_tokens"
+            )
+
+    def _texts(self, length: int) -> int:
+        return max(1, self._batch_tokens // length)
+
+    def _epoch(self, epoch: int) -> list[tuple[int, list[int]]]:
+        generator = random.Random(f"{self._seed}/{epoch}")
+        order = []
+        for length, group in sorted(self._buckets.items()):
+            shuffled = generator.sample(group, len(group))
+            size = self._texts(length)
+            order += [(length, shuffled[i : i + size]) for i in range(0, len(shuffled) - size + 1, size)]
+        generator.shuffle(order)
+        return order
+
+    def from_step(self, step: int) -> Iterator[Batch]:
+        """The batches from a step on."""
+        epoch, skip = divmod(step, self.per_epoch)
+        while True:
+            for length, indices in self._epoch(epoch)[skip:]:
+                yield collate(
+                    self._head,
+                    [self._token_ids[index] for index in indices],
+                    [self._decoder_ids[index] for index in indices] if self._decoder_ids else None,
+                    pad_id=self._pad_id,
+                    length=length,
+                )
+            epoch, skip = epoch + 1, 0

@@ -1,0 +1,74 @@
+"""Text in, sentence embeddings out, for a dense model and for a factorised one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from ffn2moe.numerics import pool
+from ffn2moe.spec import Pooling
+
+# Wraps the batches while they are worked through: (items, how many, what they are) -> items.
+Track = Callable[[Iterable[Sequence[int]], int, str], Iterable[Sequence[int]]]
+
+
+@torch.no_grad()
+def encode(
+    model: Any,
+    tokenizer: Any,
+    texts: Sequence[str],
+    *,
+    max_length: int,
+    pooling: Pooling = "mean",
+    batch_texts: int = 64,
+    device: str | torch.device = "cpu",
+    track: Track | None = None,
+) -> Tensor:
+    """Embeddings of unit length, float32 on the CPU, [N, D], in the order of `texts`.
+
+    Texts are cut to `max_length` tokens and batched with others of their length, so that little is padding.
+    The model is moved to `device` and left in eval mode. ValueError for no text, or for an empty one.
+    """
+    embeddings_ND: Tensor | None = None
+    for batch, ids_BL, mask_BL in _batches(
+        model, tokenizer, texts, max_length=max_length, batch_texts=batch_texts, device=device, track=track
+    ):
+        hidden_BLD = model(input_ids=ids_BL, attention_mask=mask_BL).last_hidden_state
+        pooled_BD = pool(hidden_BLD.float(), mask_BL, pooling).cpu()
+        if embeddings_ND is None:
+            embeddings_ND = torch.empty(len(texts), pooled_BD.shape[1])
+        embeddings_ND[batch] = pooled_BD
+    assert embeddings_ND is not None
+    return embeddings_ND
+
+
+def _batches(
+    model: Any,
+    tokenizer: Any,
+    texts: Sequence[str],
+    *,
+    max_length: int,
+    batch_texts: int,
+    device: str | torch.device,
+    track: Track | None = None,
+) -> Iterator[tuple[Sequence[int], Tensor, Tensor]]:
+    """Indices of the texts in a batch, token ids [B, L] and mask [B, L]; puts the model in its place."""
+    if not texts:
+        raise ValueError("there is no text to encode")
+    empty = next((index for index, text in enumerate(texts) if not text.strip()), None)
+    if empty is not None:
+        raise ValueError(f"text {empty} is empty: it has no meaning to encode; leave it out")
+    ids = tokenizer(list(texts), truncation=True, max_length=max_length)["input_ids"]
+    order = sorted(range(len(texts)), key=lambda index: -len(ids[index]))
+    batches = [order[start : start + batch_texts] for start in range(0, len(order), batch_texts)]
+    model.to(device).eval()
+    for batch in track(batches, len(batches), "encoding") if track else batches:
+        rows = [torch.tensor(ids[index]) for index in batch]
+        ids_BL = pad_sequence(rows, batch_first=True, padding_value=tokenizer.pad_token_id or 0)
+        length_B = torch.tensor([len(row) for row in rows])
+        mask_BL = (torch.arange(ids_BL.shape[1]) < length_B.unsqueeze(1)).long()
+        yield batch, ids_BL.to(device), mask_BL.to(device)

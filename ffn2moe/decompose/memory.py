@@ -1,0 +1,141 @@
+"""Estimate the memory and disk that a streamed conversion takes, and require them."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ffn2moe.decompose.inputs import chunk_of
+from ffn2moe.decompose.source import Source, layers_path, skeleton
+from ffn2moe.dense.families import head_of
+from ffn2moe.moe.describe import spec_of
+from ffn2moe.spec import FFNShape
+
+OVERHEAD = 2**28  # bytes: what is imported on the way, and what allocators and kernels keep (measured)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Before the work: what it will take
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a run will take, in bytes, from config and headers alone; memory is that of the whole process."""
+
+    layers: int
+    layer: int  # one layer's weights, float32
+    states: int  # the calibration states
+    memory: int
+    disk: int
+
+    def __str__(self) -> str:
+        gib = 2**30
+        return (
+            f"{self.memory / gib:.1f} GiB of memory ({self.layer / gib:.2f} for the weights of a layer and "
+            f"{self.states / gib:.2f} for calibration states; the number of layers, {self.layers}, adds nothing) "
+            f"and {self.disk / gib:.1f} GiB of disk"
+        )
+
+
+def estimate(
+    folder: str | Path,
+    *,
+    num_experts: int,
+    calibration_tokens: int,
+    batch_tokens: int,
+    shared_width: int = 0,
+    dtype: torch.dtype | None = None,
+    copies: int = 1,
+) -> Estimate:
+    """What decomposing the model in `folder` will take; no weight is read.
+
+    `calibration_tokens` go through a layer in batches of `batch_tokens`; `dtype` is what is written (None: what the
+    source has); `copies` is how many forms of the model are written, such as a container beside the checkpoint. The
+    errors are those of `Source`.
+    """
+    model = skeleton(folder)
+    path = layers_path(model)
+    source = Source(folder, model)
+    spec = spec_of(
+        model,
+        head=head_of(model.config),
+        num_experts=num_experts,
+        num_active=1,
+        partition="coactivation",
+        teacher="",
+        max_length=1,
+        shared_width=shared_width,
+    )
+    shape = spec.stacks[0]
+    layer = sum(source.bytes_of(name, torch.float32) for name in model.state_dict() if name.startswith(f"{path}0."))
+    written = sum(source.bytes_of(name, dtype) for name in model.state_dict() if name not in source.aliases)
+    padded = (shape.shared_width + num_experts * shape.expert_width) / shape.ffn_width
+    states = 4 * 3 * shape.width * calibration_tokens
+    return Estimate(
+        layers=shape.num_layers,
+        layer=layer,
+        states=states,
+        memory=_resident() + OVERHEAD + states + layer + _work(shape, num_experts, calibration_tokens, batch_tokens),
+        disk=int(copies * written * padded) + states,
+    )
+
+
+def _work(shape: FFNShape, num_experts: int, calibration_tokens: int, batch_tokens: int) -> int:
+    """The most that a layer's steps take beside its weights and the calibration states, in bytes."""
+    from ffn2moe.decompose.statistics import MOST_KEPT_TOKENS
+    from ffn2moe.numerics import WIDEST_MOMENTS
+
+    D, F = shape.width, shape.ffn_width
+    ffn = 4 * (3 if shape.gated else 2) * D * F
+    forward = 4 * batch_tokens * (4 * F + 8 * D)
+    wide = F > WIDEST_MOMENTS
+    statistics = 2 * min(calibration_tokens, MOST_KEPT_TOKENS) * F if wide else 5 * 8 * F * F
+    dividing = 4 * 4 * chunk_of(F) * F + statistics
+    slicing = 3 * ffn  # the dense weights, their slices, the mixture's
+    outputs = 4 * 3 * chunk_of(num_experts * D) * num_experts * D
+    fitting = ffn + max(outputs, 4 * 6 * calibration_tokens * D)
+    # In float64: H'H and its factor; what is solved for and its copies. In float32: activations, tokens and outputs.
+    refitting = 2 * 8 * F * F + 4 * 8 * F * D + 2 * 4 * chunk_of(F) * F + 4 * 3 * calibration_tokens * D
+    return max(forward, ffn + dividing, slicing, fitting, refitting)
+
+
+def _resident() -> int:
+    """Memory of this process now, in bytes; half a GiB where the system does not say."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+    except (OSError, ValueError, IndexError):
+        return 2**29
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def available_memory() -> int | None:
+    """Memory that can still be had without swapping, in bytes; None where the system does not say."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
+
+
+def require_room(found: Estimate, out: str | Path) -> str | None:
+    """ValueError, with the numbers, where the disk of `out` is too small; a warning where memory may be, else None."""
+    folder = Path(out).absolute()
+    while not folder.exists():
+        folder = folder.parent
+    free, gib = shutil.disk_usage(folder).free, 2**30
+    if found.disk > free:
+        raise ValueError(
+            f"this takes about {found.disk / gib:.1f} GiB of disk, and {folder} has {free / gib:.1f} GiB left: "
+            "make room, or name a folder on another disk"
+        )
+    available = available_memory()
+    if available is not None and found.memory - _resident() > available:
+        return (
+            f"this takes about {found.memory / gib:.1f} GiB of memory, and {available / gib:.1f} GiB are available: "
+            "it may be stopped by the system, or swap; fewer calibration tokens need less"
+        )
+    return None

@@ -1,0 +1,166 @@
+"""Read a checkpoint layer by layer from its shards."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ffn2moe.dense.families import FAMILIES, Stack, head_of
+from ffn2moe.dense.load import auto_class, weight_files
+from ffn2moe.dense.locate import family_of, stacks_of
+from ffn2moe.moe import checkpoint
+from ffn2moe.spec import Head
+
+BIG_TENSOR = 64 * 2**20  # bytes of a tensor outside the layers that gets a shard of its own
+LARGEST_FLOAT16 = 65504.0
+
+
+class NotStreamable(ValueError):
+    """This model cannot be worked through layer by layer, though it may be in memory."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The model without its weights, and the weights by their names in it
+
+
+def skeleton(folder: str | Path, head: Head | None = None) -> Any:
+    """The transformers model of a folder on the meta device, in eval mode; what it computes itself is there.
+
+    ValueError where its type is unknown to transformers.
+    """
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    head = head or head_of(config)
+    family = FAMILIES.get(config.model_type)
+    name = auto_class(head, family.reads if family else "text", family)
+    with torch.device("meta"):
+        model = getattr(transformers, name).from_config(
+            config, dtype=torch.float32, **(family.options_for(head) if family else {})
+        )
+    for module in model.modules():
+        for key in module._non_persistent_buffers_set:
+            buffer = module._buffers[key]
+            if buffer is not None:
+                module._buffers[key] = torch.empty_like(buffer, device="cpu")
+        module.__dict__.pop("_is_hf_initialized", None)
+    model.initialize_weights()  # parameters are on the meta device, where this does nothing: it fills the buffers
+    return model.eval()
+
+
+def only_stack(model: Any) -> tuple[Stack, nn.ModuleList]:
+    """The one stack of layers of a model. ValueError where there are several: what passes between them is unknown."""
+    found = stacks_of(model)
+    if len(found) != 1:
+        raise NotStreamable(
+            f"{family_of(model).name} models have {len(found)} stacks of layers, and only models of one are decomposed "
+            "layer by layer: convert this one in memory"
+        )
+    return found[0]
+
+
+def layers_path(model: Any) -> str:
+    """The full name of the stack's list of layers in the model, with a dot at the end."""
+    _, layers = only_stack(model)
+    return next(name for name, module in model.named_modules() if module is layers) + "."
+
+
+class Source:
+    """The weights of a folder, by their names in the model that transformers makes of it; read when asked for.
+
+    FileNotFoundError for a missing shard; ValueError for tensors that are missing, doubled or of another shape, and
+    for names that transformers would merge or split.
+    """
+
+    def __init__(self, folder: str | Path, model: Any) -> None:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightConverter, rename_source_key
+
+        self.folder = Path(folder)
+        wanted = model.state_dict()
+        transforms = get_model_conversion_mapping(model)
+        converters = [one for one in transforms if isinstance(one, WeightConverter)]
+        renamings = [one for one in transforms if not isinstance(one, WeightConverter)]
+        self.place: dict[str, tuple[Path, str]] = {}
+        for source, path in weight_files(folder).items():
+            name, converted = rename_source_key(source, renamings, converters, model.base_model_prefix, wanted)
+            if converted is not None:
+                raise NotStreamable(
+                    f"transformers makes the tensor {name} of others (such as {source}), which is not done layer by "
+                    "layer: convert this model in memory"
+                )
+            if name in self.place:
+                raise ValueError(f"{folder} holds {name} twice, as {self.place[name][1]} and as {source}: remove one")
+            if name in wanted:
+                self.place[name] = path, source
+        self.aliases = checkpoint.tied(model)
+        self._require_whole(wanted)
+
+    def _require_whole(self, wanted: dict[str, Tensor]) -> None:
+        for name, first in self.aliases.items():
+            if name in self.place and first in self.place:
+                if not torch.equal(self.read(name, None), self.read(first, None)):
+                    raise ValueError(
+                        f"config.json of {self.folder} says that {name} is {first}, but the files hold two different "
+                        "tensors: set tie_word_embeddings to false there"
+                    )
+            elif name in self.place:
+                self.place[first] = self.place[name]
+            elif first in self.place:
+                self.place[name] = self.place[first]
+        missing = sorted(set(wanted) - set(self.place))
+        if missing:
+            raise ValueError(
+                f"{self.folder} lacks weights ({', '.join(missing[:3])}; {len(missing)} in all): the files are "
+                "incomplete, or config.json belongs to another model"
+            )
+        for name in wanted:
+            shape, _ = self.layout(name)
+            if shape != tuple(wanted[name].shape):
+                raise ValueError(
+                    f"{name} in {self.folder} is {list(shape)}, and by config.json {list(wanted[name].shape)}: "
+                    "they belong to different models"
+                )
+
+    def layout(self, name: str) -> tuple[tuple[int, ...], torch.dtype]:
+        """Shape and dtype of a tensor, from its file's header."""
+        from safetensors import safe_open
+        from safetensors.torch import _TYPES
+
+        path, source = self.place[name]
+        with safe_open(path, framework="pt") as file:
+            view = file.get_slice(source)
+            return tuple(view.get_shape()), _TYPES[view.get_dtype()]
+
+    def read(self, name: str, dtype: torch.dtype | None = torch.float32, rows: Tensor | None = None) -> Tensor:
+        """A copy of a tensor (None: in the dtype it has), or one in which only these rows are filled in.
+
+        Rows that are not filled cost no memory until they are touched. The file is mapped no longer than this takes.
+        ValueError for NaN or infinite values.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        path, source = self.place[name]
+        try:
+            with safe_open(path, framework="pt") as file:
+                mapped = file.get_tensor(source)
+                dtype = dtype if dtype and mapped.is_floating_point() else mapped.dtype
+                if rows is None:
+                    tensor = checked = mapped.to(dtype, copy=True)
+                else:
+                    tensor, checked = torch.empty(mapped.shape, dtype=dtype), mapped[rows].to(dtype)
+                    tensor[rows] = checked
+                del mapped
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"{path} cannot be read ({error}): fetch it again") from error
+        if checked.is_floating_point() and not torch.isfinite(checked).all():
+            raise ValueError(f"{self.folder} has NaN or infinite values in {name}: the weights are damaged")
+        return tensor
+
+    def bytes_of(self, name: str, dtype: torch.dtype | None) -> int:
+        """What a tensor takes in this dtype (None: in the one it has)."""
+        shape, own = self.layout(name)
+        return torch.Size(shape).numel() * (dtype or own).itemsize

@@ -1,0 +1,102 @@
+"""Find the FFNs of a model: by the row of its family, or by a probe."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from ffn2moe.dense.families import FAMILIES, Family, Stack, stacks_in, supported
+from ffn2moe.dense.ffn import DenseFFN, activation_in, install_in_block, read_block
+from ffn2moe.dense.probe import probe
+from ffn2moe.spec import Activation
+
+
+def family_of(model: nn.Module) -> Family:
+    """The family of a transformers model.
+
+    For a model type without a row the FFNs are looked for, once, while the model is still dense, and what is found
+    counts when K = E proves it; the model then carries its row. ValueError, with the reason and the known types, for
+    any other model.
+    """
+    model_type = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
+    if model_type in FAMILIES:
+        return FAMILIES[model_type]
+    if not isinstance(getattr(model, "probed_family", None), Family):
+        try:
+            model.probed_family = probe(model)
+        except (ValueError, AttributeError) as error:
+            raise ValueError(
+                f"models of type {model_type!r} are not supported, and no FFNs were found in this one that could be "
+                f"proven: {error}. Supported are: {supported()}; a row is added with ffn2moe.dense.families.register_family"
+            ) from error
+    return model.probed_family
+
+
+def stacks_of(model: nn.Module) -> list[tuple[Stack, nn.ModuleList]]:
+    """The stacks of layers that this model has, each with its layers, in the order of its family's row."""
+    return stacks_in(model, family_of(model))
+
+
+def ffn_layers(model: nn.Module) -> list[nn.Module]:
+    """The transformer layers that hold the FFNs: all stacks, in order."""
+    return [layer for _, layers in stacks_of(model) for layer in layers]
+
+
+def stack_of(model: nn.Module, layer: int) -> Stack:
+    """The stack that a layer belongs to, counted over all stacks in order."""
+    for stack, layers in stacks_of(model):
+        if layer < len(layers):
+            return stack
+        layer -= len(layers)
+    raise IndexError(f"there are only {len(ffn_layers(model))} layers")
+
+
+def activation_of(model: nn.Module, layer: int = 0) -> Activation:
+    """The activation of a layer's FFN; ValueError for one that the experts do not implement."""
+    return activation_in(model.config, stack_of(model, layer))
+
+
+def ffn_modules(model: nn.Module) -> list[nn.Module]:
+    """The module of each layer that takes the FFN's input [..., D]: where a mixture would be installed.
+
+    Its output is the FFN's only where the FFN is a module of its own.
+    """
+    return [layer.get_submodule(stack.install) for stack, layers in stacks_of(model) for layer in layers]
+
+
+def ffn_paths(model: nn.Module) -> list[str]:
+    """The full path in `model` of where each layer's mixture is installed, e.g. "model.layers.0.mlp"."""
+    name_of = {id(module): name for name, module in model.named_modules()}
+    prefix = name_of[id(model.base_model)]
+    start = f"{prefix}." if prefix else ""
+    return [
+        f"{start}{stack.layers}.{index}.{stack.install}"
+        for stack, layers in stacks_of(model)
+        for index in range(len(layers))
+    ]
+
+
+def read_ffn(model: nn.Module, layer: int) -> DenseFFN:
+    """The weights of the FFN of one layer, as float32 copies."""
+    return read_block(ffn_layers(model)[layer], stack_of(model, layer), activation_of(model, layer))
+
+
+def install(model: nn.Module, layer: int, ffn: nn.Module) -> None:
+    """Put `ffn` ([..., D] -> [..., D]) in the place of the FFN of one layer; norms stay."""
+    install_in_block(ffn_layers(model)[layer], stack_of(model, layer), ffn)
+
+
+def require_untied(model: nn.Module) -> None:
+    """ValueError if a weight of an FFN has a second place in the model: a mixture in one would be lost on the other."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    for layer, block in enumerate(ffn_layers(model)):
+        stack = stack_of(model, layer)
+        for path in (stack.w_in, stack.w_out, stack.w_gate):
+            for parameter in block.get_submodule(path).parameters() if path else ():
+                places = names[id(parameter)]
+                if len(places) > 1:
+                    raise ValueError(
+                        f"{places[0]} and {places[1]} are one tensor (tied weights): FFNs that share weights cannot be "
+                        "factorised apart; untie them by saving the model with a copy in each place"
+                    )

@@ -1,0 +1,1 @@
+"""Distillation of a student from its teacher, end to end and layer by layer."""

@@ -1,0 +1,143 @@
+"""Variants of a mixture: the same weights with another number of experts, or with some layers left dense.
+
+Each is exported as plans of its own, with a quality and a time of its own: `sorted-k1` runs one expert a token,
+`sorted-d0-2.5` has the teacher's own FFN in layers 0 to 2 and 5. Which is best on a machine is measured, as of all
+plans (`ffn2moe.planning.autoplan`): so a layer that gains nothing as a mixture there stays dense.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import nn
+
+from ffn2moe.dense.ffn import DenseFFN, installed_ffns
+from ffn2moe.dense.locate import install, read_ffn
+from ffn2moe.moe.experts import slice_experts
+from ffn2moe.moe.layer import MoEFFN, set_active
+from ffn2moe.spec import MoESpec
+
+LARGE_SHARE = 0.5  # of its FFN that a token runs: layers below gain whenever the others do
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What is another than in the spec; nothing by default."""
+
+    num_active: int | None = None  # K, one of `spec.elastic`
+    dense_layers: tuple[int, ...] = ()  # over all stacks, ascending
+
+    def name(self, plan: str) -> str:
+        """The name of a plan of this variant; `ffn2moe.runtime.plans.form_of` is the inverse."""
+        if self.num_active is not None:
+            return f"{plan}-k{self.num_active}"
+        return f"{plan}-d{_ranges(self.dense_layers)}" if self.dense_layers else plan
+
+    def told(self) -> dict[str, Any]:
+        """What the manifest says of a plan of this variant."""
+        if self.num_active is not None:
+            return {"num_active": self.num_active}
+        return {"dense_layers": list(self.dense_layers)} if self.dense_layers else {}
+
+    @classmethod
+    def of(cls, entry: Mapping[str, Any]) -> Variant:
+        """The inverse of `told`, from a plan's entry in the manifest."""
+        return cls(entry.get("num_active"), tuple(entry.get("dense_layers", ())))
+
+    def spec(self, spec: MoESpec) -> MoESpec:
+        """The spec of this variant alone: a dense layer is one of which a token runs all experts."""
+        if self.num_active is not None:
+            return spec.at(self.num_active)
+        if not self.dense_layers:
+            return spec
+        active = [
+            spec.num_experts if layer in self.dense_layers else spec.active_of(layer)
+            for layer in range(spec.num_layers)
+        ]
+        return replace(spec, active_per_layer=tuple(active), elastic=(), container=None)
+
+    @contextmanager
+    def of_model(self, student: nn.Module, spec: MoESpec, teacher: nn.Module | None) -> Iterator[None]:
+        """For a while, `student` is this variant. ValueError where layers are to be dense and there is no teacher."""
+        with ExitStack() as undo:
+            if self.num_active is not None:
+                undo.callback(set_active, student, spec.num_active)
+                set_active(student, self.num_active)
+            if self.dense_layers:
+                if teacher is None:
+                    raise ValueError("layers that stay dense are the teacher's: give the teacher")
+                mixtures = installed_ffns(student)
+                for layer in self.dense_layers:
+                    undo.callback(install, student, layer, mixtures[layer])
+                    install(student, layer, whole(spec, layer, read_ffn(teacher, layer)))
+            yield
+
+
+def variants_of(spec: MoESpec, *, with_teacher: bool = True) -> list[Variant]:
+    """The variants that may be worth a plan, but for the spec itself."""
+    found = [Variant(num_active=other) for other in spec.elastic]
+    if with_teacher and spec.selection == "topk":
+        found += [Variant(dense_layers=layers) for layers in may_stay_dense(spec)]
+    return found
+
+
+def may_stay_dense(spec: MoESpec) -> list[tuple[int, ...]]:
+    """Sets of layers that may be faster dense while the others are faster as mixtures.
+
+    Layers of a stack with the same K do the same work, so they are chosen together; and if one gains, so does any with
+    a smaller share. So there are few sets: the layers of the largest share, those with the next one and so on, down
+    to `LARGE_SHARE`, and each stack as a whole, as the two of a seq2seq model read batches of other sizes.
+    """
+    mixed = [layer for layer in range(spec.num_layers) if not _is_dense(spec, layer)]
+    sets = []
+    for share in sorted({_share(spec, layer) for layer in mixed}, reverse=True):
+        if share >= LARGE_SHARE:
+            sets.append([layer for layer in mixed if _share(spec, layer) >= share])
+    first = 0
+    for shape in spec.stacks:
+        sets.append([layer for layer in mixed if first <= layer < first + shape.num_layers])
+        first += shape.num_layers
+    return list(dict.fromkeys(tuple(layers) for layers in sets if layers and layers != mixed))
+
+
+def whole(spec: MoESpec, layer: int, ffn: DenseFFN) -> MoEFFN:
+    """A dense FFN as a mixture of one expert, which every token runs."""
+    shape = spec.shape_of(layer)
+    alone = replace(
+        spec,
+        stacks=(replace(shape, num_layers=1, expert_width=ffn.ffn_width, shared_width=0),),
+        num_experts=1,
+        num_active=1,
+        gate="unit",
+        container=None,
+        selection="topk",
+        routing="token",
+        active_per_layer=(),
+        max_active=None,
+        elastic=(),
+        shrunk=None,
+    )
+    neurons_EM = torch.arange(ffn.ffn_width).unsqueeze(0)
+    return MoEFFN.from_experts(alone, slice_experts(ffn, neurons_EM), neurons_EM)
+
+
+def _is_dense(spec: MoESpec, layer: int) -> bool:
+    return spec.active_of(layer) == spec.num_experts and spec.gate == "unit"
+
+
+def _share(spec: MoESpec, layer: int) -> float:
+    """Of a layer's FFN that a token runs."""
+    shape = spec.shape_of(layer)
+    return (shape.shared_width + spec.active_of(layer) * shape.expert_width) / shape.ffn_width
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """Ascending numbers as `0-2.5`."""
+    starts = [numbers[0], *(number for before, number in pairwise(numbers) if number > before + 1)]
+    ends = [*(before for before, number in pairwise(numbers) if number > before + 1), numbers[-1]]
+    return ".".join(str(one) if one == last else f"{one}-{last}" for one, last in zip(starts, ends, strict=True))

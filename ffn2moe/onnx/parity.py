@@ -1,0 +1,290 @@
+"""How far a graph is from PyTorch, on batches whose routing rounding cannot decide.
+
+A *sample* is one batch of what a model reads, by name: `input_ids` and `attention_mask` [B, L], with the padding on
+the left for a language model; `decoder_input_ids` [B, L] beside the source of a seq2seq model; `pixel_values` or
+`input_features`. Letters as in `ffn2moe.spec`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ffn2moe.dense.families import positions
+from ffn2moe.moe.layer import MoEFFN, moe_layers
+from ffn2moe.moe.router import Choice
+from ffn2moe.numerics import pool
+from ffn2moe.runtime.batching import pad
+from ffn2moe.spec import Head, MoESpec, Pooling
+
+Sample = Mapping[str, np.ndarray]
+# A graph as a function: a sample in, outputs by name.
+Run = Callable[[Sample], Mapping[str, np.ndarray]]
+# Two experts closer than this share of the layer's typical score may swap by rounding alone.
+NEAR_TIE = 1e-5
+# What a plan is judged by, of all that a model with this head gives.
+MAIN_OUTPUT: dict[Head, str] = {
+    "embedding": "sentence_embedding",
+    "causal": "logits",
+    "classification": "logits",
+    "seq2seq": "logits",
+    "features": "last_hidden_state",
+}
+LARGEST_BATCH = 8
+LONGEST_ANSWER = 16  # tokens of a seq2seq model's decoder
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What PyTorch makes of one sample, and how sure its routing is of each row."""
+
+    sample: Sample
+    outputs: Mapping[str, np.ndarray]
+    margin_B: np.ndarray  # least change of a score that changes a choice, as a share of the layer's typical score
+    choices: tuple[np.ndarray, ...]  # of each layer, as indicators [B, L, E], false at padding
+
+    def counts(self, output: str) -> np.ndarray:
+        """Which rows [B], or tokens [B, L], of an output mean something: not the padding."""
+        mask_BL = self.sample.get("attention_mask")
+        shape = self.outputs[output].shape
+        if len(shape) == 3 and mask_BL is not None and "decoder_input_ids" not in self.sample:
+            found: np.ndarray = mask_BL != 0
+            return found
+        return np.ones(shape[: max(1, len(shape) - 1)], dtype=bool)
+
+
+def torch_outputs(model: Any, head: Head, sample: Sample, pooling: Pooling | None) -> dict[str, Tensor]:
+    """What a transformers model with this head makes of a sample, under the names that its graph uses."""
+    inputs = {name: torch.from_numpy(array) for name, array in sample.items()}
+    if head == "causal":
+        inputs["position_ids"] = (inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0)
+        return {"logits": model(**inputs, use_cache=False).logits}
+    if head == "seq2seq":
+        return {"logits": model(**inputs, use_cache=False).logits}
+    if head == "classification":
+        return {"logits": model(**inputs).logits}
+    hidden_BLD = model(**inputs).last_hidden_state
+    if head == "features":
+        return {"last_hidden_state": hidden_BLD}
+    assert pooling is not None, "embeddings are pooled"
+    embedding_BD = pool(hidden_BLD, inputs["attention_mask"], pooling)
+    return {"last_hidden_state": hidden_BLD, "sentence_embedding": embedding_BD}
+
+
+@torch.no_grad()
+def reference(
+    model: nn.Module,
+    samples: Sequence[Sample],
+    head: Head,
+    pooling: Pooling | None = None,
+    *,
+    tanh: bool = False,
+) -> list[Reference]:
+    """PyTorch's outputs for samples; with `tanh`, plain experts use GELU's tanh form."""
+    model.eval()
+    in_decoder = {
+        id(module): head == "seq2seq" and "decoder." in name
+        for name, module in model.named_modules()
+        if isinstance(module, MoEFFN)
+    }
+    mixtures = moe_layers(model)
+    before = [(moe.observer, moe.activation) for moe in mixtures]
+    seen: list[tuple[MoEFFN, Tensor, Choice]] = []
+    for moe in mixtures:
+        moe.observer = lambda scores_TE, choice, moe=moe: seen.append((moe, scores_TE, choice))
+        if tanh and moe.activation == "gelu" and moe.w_gate is None:
+            moe.activation = "gelu_tanh"
+    try:
+        found = []
+        for sample in samples:
+            seen.clear()
+            outputs = torch_outputs(model, head, sample, pooling)
+            B = len(next(iter(sample.values())))
+            margin_B = torch.full((B,), torch.inf)
+            choices = []
+            for moe, scores_TE, choice in seen:
+                mask = None if in_decoder[id(moe)] else sample.get("attention_mask")
+                read_BL = (
+                    torch.ones(B, len(scores_TE) // B, dtype=torch.bool)
+                    if mask is None
+                    else torch.from_numpy(mask) != 0
+                )
+                used_TE = choice.indicator_TE(moe.num_experts).bool()
+                choices.append((used_TE.reshape(*read_BL.shape, -1) & read_BL.unsqueeze(-1)).numpy())
+                lead_BL = _lead(moe, scores_TE, used_TE).reshape(read_BL.shape)
+                margin_B = margin_B.minimum(lead_BL.masked_fill(~read_BL, torch.inf).amin(1))
+            arrays = {name: tensor.numpy() for name, tensor in outputs.items()}
+            found.append(Reference(sample, arrays, margin_B.numpy(), tuple(choices)))
+        return found
+    finally:
+        for moe, (observer, activation) in zip(mixtures, before, strict=True):
+            moe.observer, moe.activation = observer, activation
+
+
+def _lead(moe: MoEFFN, scores_TE: Tensor, used_TE: Tensor) -> Tensor:
+    """By how much scores may change before a token's choice does, [T], as a share of the layer's typical score."""
+    E, K = moe.num_experts, moe.num_active
+    if E == K:
+        return scores_TE.new_full((len(scores_TE),), torch.inf)
+    ranked_TE = moe.router.ranked(scores_TE)
+    if moe.router.selection == "prefix":  # a tie of the two best lengths
+        best_T2 = ranked_TE.topk(2, dim=-1).values
+        lead_T = best_T2[:, 0] - best_T2[:, 1]
+    else:
+        used_least_T = ranked_TE.masked_fill(~used_TE, torch.inf).amin(-1)
+        unused_best_T = ranked_TE.masked_fill(used_TE, -torch.inf).amax(-1)
+        lead_T = used_least_T - unused_best_T
+        if moe.router.selection == "threshold":  # has an edge of its own, which decides of all but the best
+            most = moe.router.max_active
+            best_TK = ranked_TE.topk(most, dim=-1).values
+            to_edge_TK = (best_TK - (best_TK[:, :1] - moe.router.margin)).abs()
+            to_edge_TK[:, 0] = torch.inf
+            full_T = used_TE.sum(-1) == most  # only then is there another expert that would be next
+            lead_T = torch.where(full_T, lead_T, torch.inf).minimum(to_edge_TK.amin(-1))
+    return lead_T / ranked_TE.abs().mean().clamp(min=1e-30)
+
+
+@dataclass(frozen=True)
+class Parity:
+    """How far a graph is from PyTorch: largest absolute difference of each output, over the rows compared."""
+
+    by_output: Mapping[str, float]
+    scales: Mapping[str, float]  # standard deviation of each output in PyTorch
+    rows: int
+    near_ties: int  # rows left out, as their routing is decided by less than rounding, or not among `only`
+
+    @property
+    def max_abs(self) -> float:
+        return float(np.max(list(self.by_output.values())))  # NaN stays NaN
+
+    @property
+    def relative(self) -> float:
+        """The largest difference, of an output whose numbers are above 1 as a share of their spread."""
+        return float(np.max([value / max(1, self.scales[name]) for name, value in self.by_output.items()]))
+
+
+def parity(run: Run, references: Sequence[Reference], only: Sequence[np.ndarray] | None = None) -> Parity:
+    """Compares a graph with PyTorch on every row whose routing is no near tie, padding left out.
+
+    `only` names the rows [B] of each sample to compare, where others are known to differ.
+
+    A near tie is a true discontinuity of the mixture: the last bit of a score sends a token to another expert.
+    ValueError if the routing of every row is one: then nothing can be compared.
+    """
+    largest: dict[str, float] = {}
+    spread: dict[str, list[np.ndarray]] = {}
+    rows = near_ties = 0
+    for index, known in enumerate(references):
+        found = run(known.sample)
+        sure_B = known.margin_B > NEAR_TIE
+        if only is not None:
+            sure_B &= only[index]
+        rows += int(sure_B.sum())
+        near_ties += int((~sure_B).sum())
+        for name, expected in known.outputs.items():
+            counts = known.counts(name)
+            compared = counts & sure_B.reshape(-1, *(1,) * (counts.ndim - 1))
+            differences = np.abs(found[name] - expected)[compared]
+            spread.setdefault(name, []).append(expected[counts].ravel())
+            before = largest.setdefault(name, 0.0)
+            if differences.size:
+                largest[name] = float(np.maximum(before, differences.max()))  # NaN, once seen, stays
+    if rows == 0 and only is None:
+        raise ValueError(
+            "the router scores the experts alike for every text, so its choice is arbitrary and no graph can be "
+            "compared with PyTorch: train the router first"
+        )
+    return Parity(
+        largest, {name: float(np.concatenate(parts).std()) for name, parts in spread.items()}, rows, near_ties
+    )
+
+
+def same_choices(first: Sequence[Reference], second: Sequence[Reference]) -> list[np.ndarray]:
+    """For each sample, the rows [B] all of whose tokens go to the same experts in both."""
+    return [
+        np.all([(a == b).all(axis=(1, 2)) for a, b in zip(one.choices, other.choices, strict=True)], axis=0)
+        if one.choices
+        else np.ones(len(one.margin_B), dtype=bool)
+        for one, other in zip(first, second, strict=True)
+    ]
+
+
+def agreement(run: Run, references: Sequence[Reference], output: str) -> float:
+    """How well an output points in PyTorch's direction, at most 1: for graphs that are not meant to be equal.
+
+    The mean cosine of sentence embeddings; of any other output, one correlation over all its numbers.
+    ValueError for an output that is NaN or infinite.
+    """
+    pairs = []
+    for known in references:
+        counts = known.counts(output)
+        found = run(known.sample)[output]
+        if not np.isfinite(found).all():
+            raise ValueError("an output is NaN or infinite")
+        pairs.append((found[counts], known.outputs[output][counts]))
+    found_Nn, expected_Nn = (np.concatenate(part) for part in zip(*pairs, strict=True))
+    if output == "sentence_embedding":
+        return float((found_Nn * expected_Nn).sum(1).mean())
+    return float(np.corrcoef(found_Nn.ravel(), expected_Nn.ravel())[0, 1])
+
+
+# --- samples --------------------------------------------------------------------------------------------------------
+
+
+def text_samples(ids: Sequence[Sequence[int]], head: Head, seed: int) -> Iterator[Sample]:
+    """Texts, as token ids, in batches of random sizes, each cut to a random length of at least one token.
+
+    Those of a language model are padded on the left; of a seq2seq model's, the next texts are the answers.
+    """
+    random = np.random.default_rng(seed)
+    start = 0
+    while start < len(ids):
+        size = int(random.integers(1, LARGEST_BATCH + 1))
+        longest = int(random.integers(1, max(map(len, ids)) + 1))
+        rows = [tokens[:longest] for tokens in ids[start : start + size]]
+        ids_BL, mask_BL = pad(rows, 0, left=head == "causal")
+        sample = {"input_ids": ids_BL, "attention_mask": mask_BL}
+        if head == "seq2seq":
+            length = int(random.integers(1, LONGEST_ANSWER + 1))
+            others = [list(ids[(start + size + row) % len(ids)]) for row in range(len(rows))]
+            sample["decoder_input_ids"] = np.array([(tokens * length)[:length] for tokens in others])
+        yield sample
+        start += size
+
+
+def random_samples(model: Any, spec: MoESpec, count: int, seed: int = 0) -> list[Sample]:
+    """Samples of `count` rows together, made of random token ids, pixels or sounds, whatever the model reads."""
+    random = np.random.default_rng(seed)
+    name = model.main_input_name
+    if name == "input_ids":
+        longest = min(spec.max_length, positions(model.config) or spec.max_length)
+        vocabulary = model.config.get_text_config().vocab_size
+        ids = [random.integers(0, vocabulary, int(random.integers(1, longest + 1))).tolist() for _ in range(count)]
+        return list(text_samples(ids, spec.head, seed))
+    shape = input_shape(model)
+    found: list[Sample] = []
+    left = count
+    while left > 0:
+        size = min(left, int(random.integers(1, 4)))
+        sample: dict[str, np.ndarray] = {name: random.standard_normal((size, *shape)).astype(np.float32)}
+        if spec.head == "seq2seq":
+            length = int(random.integers(1, LONGEST_ANSWER + 1))
+            sample["decoder_input_ids"] = random.integers(0, model.config.vocab_size, (size, length))
+        found.append(sample)
+        left -= size
+    return found
+
+
+def input_shape(model: Any) -> tuple[int, ...]:
+    """Shape of one image or sound that the model reads: [channels, H, W] or [mel bins, frames]."""
+    config = model.config
+    if model.main_input_name == "input_features":  # Whisper takes 30 seconds, always: two frames a position
+        return config.num_mel_bins, 2 * config.max_source_positions
+    config = getattr(config, "vision_config", config)
+    size = config.image_size if isinstance(config.image_size, Sequence) else (config.image_size,) * 2
+    return config.num_channels, *size

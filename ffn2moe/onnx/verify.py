@@ -1,0 +1,249 @@
+"""Check graphs against PyTorch: every plan when it is exported, and a whole export whenever a user asks.
+
+Float32 plans must agree to a tolerance. An int8 plan cannot; it is judged by what it is for, so here it only has to
+point in the same direction. Letters as in `ffn2moe.spec`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ffn2moe.moe.variants import Variant
+from ffn2moe.onnx.parity import (
+    MAIN_OUTPUT,
+    Parity,
+    Reference,
+    Run,
+    Sample,
+    agreement,
+    parity,
+    random_samples,
+    reference,
+    same_choices,
+)
+from ffn2moe.runtime import native
+from ffn2moe.runtime.engines import openvino_precision
+from ffn2moe.runtime.export import CPU, open_export
+from ffn2moe.runtime.files import checked_files, read_manifest
+from ffn2moe.runtime.plans import (
+    DENSE_PLANS,
+    NATIVE_PLANS,
+    OP_PLANS,
+    QUANTIZED_PLANS,
+    ROUNDED_PLANS,
+    engine_of,
+    form_of,
+)
+from ffn2moe.runtime.selftest import self_tests
+from ffn2moe.spec import Head, MoESpec
+
+FLOAT_TOLERANCE = 1e-4  # largest difference of a float32 plan
+TANH_TOLERANCE = 2e-3  # the same where the operator's GELU is the tanh form
+# Of a quantised plan's main output with PyTorch's (`parity.agreement`): below, the graph is broken.
+INT8_AGREEMENT, INT4_AGREEMENT = 0.9, 0.7
+BF16_AGREEMENT = 0.95  # the same where bfloat16 is all that is between them: it also moves near ties of the router
+
+
+@dataclass(frozen=True)
+class Known:
+    """PyTorch's outputs for the samples that graphs are compared on."""
+
+    head: Head
+    student: list[Reference]
+    tanh: list[Reference] | None  # the student with GELU in the tanh form; None where it has no such GELU
+    teacher: list[Reference] | None
+
+    @classmethod
+    def of(
+        cls, spec: MoESpec, student: nn.Module, samples: Sequence[Sample], teacher: nn.Module | None = None
+    ) -> Known:
+        has_gelu = any(shape.activation == "gelu" and not shape.gated for shape in spec.stacks)
+        return cls(
+            head=spec.head,
+            student=reference(student, samples, spec.head, spec.pooling),
+            tanh=reference(student, samples, spec.head, spec.pooling, tanh=True) if has_gelu else None,
+            teacher=reference(teacher, samples, spec.head, spec.pooling) if teacher is not None else None,
+        )
+
+
+def plan_parity(
+    plan: str,
+    run: Run,
+    known: Known,
+    float_tolerance: float = FLOAT_TOLERANCE,
+    tanh_tolerance: float = TANH_TOLERANCE,
+) -> tuple[float, Parity]:
+    """How far a plan is from PyTorch, and the details; ValueError for a float32 plan beyond its tolerance, which is
+    a share of the spread of outputs whose numbers are large (`Parity.relative`).
+
+    The MoE op's GELU is the tanh form on a CPU. So `fused` must be exact against PyTorch with that GELU, and what
+    it is for near the true model's, on the rows where the difference moves no token to another expert:
+    where it does, what follows is another, equally good choice and nothing small is left to compare.
+    """
+    form = form_of(plan)
+    references = known.teacher if form in DENSE_PLANS else known.student
+    assert references is not None, "a dense plan is compared with the teacher"
+    if form == "fused" and known.tanh is not None:
+        try:
+            exact = parity(run, references)  # on a runtime whose GELU is the erf form
+            _require(plan, exact.relative, float_tolerance)
+            return exact.max_abs, exact
+        except ValueError:
+            _require(plan, parity(run, known.tanh).relative, float_tolerance)
+        found = parity(run, references, only=same_choices(references, known.tanh))
+        largest = found.by_output[MAIN_OUTPUT[known.head]]
+        if known.head == "embedding":  # of unit length; hidden states and logits have a scale of their own
+            _require(plan, largest, tanh_tolerance)
+        return largest, found
+    found = parity(run, references)
+    if form not in ROUNDED_PLANS:
+        _require(plan, found.relative, float_tolerance)
+    return found.max_abs, found
+
+
+def _require(plan: str, difference: float, tolerance: float) -> None:
+    if not difference <= tolerance:  # nor NaN
+        raise ValueError(
+            f"the plan {plan} is {difference:.2e} from PyTorch, more than the {tolerance:.0e} allowed: "
+            f"this {engine_of(plan)} computes something else than the one the versions are locked to"
+        )
+
+
+# --- a whole export -------------------------------------------------------------------------------------------------
+
+
+# The dense plans, the layers of the teacher in a plan, or none: plans that compute the same.
+Anchor = str | tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that was looked at."""
+
+    name: str
+    passed: bool
+    detail: str
+
+
+def verify(
+    path: str | Path,
+    *,
+    plans: Sequence[str] | None = None,
+    texts: int = 16,
+    threads: int | None = None,
+    providers: Sequence[str] = CPU,
+) -> Iterator[Check]:
+    """Repeats the checks of an export on this machine: files, the MoE ops, and each plan against PyTorch.
+
+    The teacher is not in an export, so `dense8` and `dense4` are compared with `dense`, and `dense` must only run. So
+    it is with plans in which layers stay dense: what rounds is compared with the first of them that does not.
+    Language models read half of each text at once and the rest token by token, through the cache. Raises
+    FileNotFoundError or ValueError where there is no export, or no such plan.
+    """
+    from ffn2moe.moe import checkpoint
+
+    path = Path(path)
+    manifest = read_manifest(path)
+    chosen = list(plans or manifest["plans"])
+    unknown = [plan for plan in chosen if plan not in manifest["plans"]]
+    if unknown:
+        raise ValueError(f"{path} has no plan {unknown[0]!r}; it has: {', '.join(sorted(manifest['plans']))}")
+    sound = []
+    for plan in chosen:
+        check = _attempt(f"{plan}: file", partial(_file, path, manifest["plans"][plan]))
+        sound += [plan] if check.passed else []
+        yield check
+    for plan in sound:
+        if form_of(plan) in OP_PLANS:
+            yield _attempt(
+                f"{plan}: self-test of {_operator(form_of(plan))}",
+                partial(_self_tests, plan, manifest["spec"], providers),
+            )
+
+    spec, student = checkpoint.load_spec(path / "checkpoint"), checkpoint.load(path / "checkpoint")
+    same = spec.to_dict() == manifest["spec"]
+    yield Check("checkpoint", same, f"{'is' if same else 'is not'} what the manifest describes")
+    samples = random_samples(student, spec, texts)
+    budgets = {plan: manifest["plans"][plan].get("num_active") for plan in sound}
+    known = {}
+    for num_active in dict.fromkeys(budgets.values()):
+        with Variant(num_active).of_model(student, spec, None):
+            known[num_active] = Known.of(spec, student, samples)
+    anchors: dict[Anchor, tuple[str, list[Reference]]] = {}
+
+    def inexact(plan: str) -> tuple[bool, bool]:  # those in float32 first: others are compared with them
+        return form_of(plan) in (*ROUNDED_PLANS, "fused"), engine_of(plan) != "onnxruntime"
+
+    for plan in sorted(sound, key=inexact):
+        teachers = "dense" if plan in DENSE_PLANS else tuple(manifest["plans"][plan].get("dense_layers", ()))
+        of_budget = known[budgets[plan]]
+        yield _attempt(
+            f"{plan}: parity", partial(_opened_parity, path, plan, threads, providers, of_budget, teachers, anchors)
+        )
+
+
+def _attempt(name: str, action: Callable[[], str]) -> Check:
+    try:
+        return Check(name, True, action())
+    except (ValueError, OSError, RuntimeError) as error:
+        return Check(name, False, str(error))
+
+
+def _operator(form: str) -> str:
+    if form in NATIVE_PLANS:
+        return f"{native.DOMAIN}.{native.OP_TYPE}"
+    return "com.microsoft.MoE" if form == "fused" else "com.microsoft.QMoE"
+
+
+def _file(path: Path, entry: Mapping[str, Any]) -> str:
+    checked_files(path, entry)
+    return f"sha256 {entry['sha256'][:12]}..., as exported"
+
+
+def _self_tests(plan: str, spec: Mapping[str, Any], providers: Sequence[str]) -> str:
+    return f"{self_tests(plan, spec, providers):.1e} from float64 arithmetic"
+
+
+def _opened_parity(
+    path: Path,
+    plan: str,
+    threads: int | None,
+    providers: Sequence[str],
+    known: Known,
+    teachers: Anchor,
+    anchors: dict[Anchor, tuple[str, list[Reference]]],
+) -> str:
+    form, rows = form_of(plan), sum(len(one.margin_B) for one in known.student)
+    told = []
+    if form not in ROUNDED_PLANS and not teachers:  # in float32, whatever it runs in
+        run = open_export(path, plan, threads, providers, "float32").outputs
+        largest, found = plan_parity(plan, run, known)
+        told.append(f"{largest:.1e} from PyTorch on {found.rows} texts")
+        if engine_of(plan) == "onnxruntime" or openvino_precision() == "float32":
+            return told[0]
+        told[0] += " in float32"
+    run = open_export(path, plan, threads, providers).outputs
+    output = MAIN_OUTPUT[known.head]
+    if teachers and teachers not in anchors:
+        outputs = [Reference(one.sample, run(one.sample), one.margin_B, ()) for one in known.student]
+        agreement(run, outputs, output)  # raises where it is not finite
+        if form in ROUNDED_PLANS:
+            return "runs, and gives finite numbers (nothing to compare it with)"
+        anchors[teachers] = plan, outputs
+        return "runs, and gives finite numbers (the teacher is not in an export)"
+    of, references = anchors[teachers] if teachers else ("PyTorch", known.student)
+    found_agreement = agreement(run, references, output)
+    what = "mean cosine" if output == "sentence_embedding" else "correlation"
+    least = BF16_AGREEMENT
+    if form in QUANTIZED_PLANS:
+        least = INT4_AGREEMENT if form.endswith("4") else INT8_AGREEMENT
+    if not found_agreement >= least:
+        raise ValueError(f"its {output} has a {what} of {found_agreement:.3f} with that of {of}, below {least}")
+    told.append(f"{what} {found_agreement:.4f} with {of}, on {rows} texts")
+    return "; as it runs, ".join(told)

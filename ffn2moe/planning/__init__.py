@@ -1,0 +1,1 @@
+"""Time the plans of an export on this machine and choose one for each shape."""

@@ -1,0 +1,373 @@
+"""Generate text with an exported decoder and its key-value cache."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ffn2moe.runtime.engines import Graph
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+from ffn2moe.runtime.batching import pad
+from ffn2moe.runtime.files import padding_id
+
+PREFILL_TOKENS = 512  # of a prompt at once: the logits of all of them are in memory together
+
+
+# --- models that generate -------------------------------------------------------------------------------------------
+
+
+class _Decoder:
+    """A graph that decodes with a cache: what language models and the decoders of seq2seq models share."""
+
+    def __init__(
+        self,
+        path: Path,
+        plan: str,
+        manifest: Mapping[str, Any],
+        graphs: Sequence[Graph],
+        tokenizer: Tokenizer,
+    ) -> None:
+        self.path = path
+        self.plan = plan
+        self.manifest = manifest
+        self._graph = graphs[0]
+        self._encoder = graphs[1] if len(graphs) > 1 else None
+        self._tokenizer = tokenizer
+        self._model: Mapping[str, Any] = manifest["model"]
+        self._pad_id = padding_id(path / "tokenizer", tokenizer)
+        self._outputs = list(self._graph.outputs)
+        # Shapes [B, H, tokens, d] of the cached keys and values.
+        self._cache_shapes = {
+            name: shape for name, shape in self._graph.inputs.items() if name.startswith("past_key_values.")
+        }
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({str(self.path)!r}, plan={self.plan!r})"
+
+    @property
+    def longest(self) -> int | None:
+        """Tokens that the model can hold, prompt and answer together; None where nothing limits them."""
+        limit = self._model["positions"]
+        return None if limit is None else int(limit)
+
+    def _empty_cache(self, batch: int) -> dict[str, Any]:
+        return {
+            name: np.zeros((batch, shape[1], 0, shape[3]), dtype=np.float32)
+            for name, shape in self._cache_shapes.items()
+        }
+
+    def _step(self, ids_BL: np.ndarray, cache: dict[str, Any], others: Mapping[str, Any]) -> np.ndarray:
+        """Logits [B, L, V] of the next tokens; the cache is replaced by the longer one."""
+        found = self._graph.run_values(self._outputs, {"input_ids": ids_BL, **others, **cache})
+        by_name = dict(zip(self._outputs, found, strict=True))
+        for name in cache:
+            cache[name] = by_name[name.replace("past_key_values", "present")]
+        return self._graph.array(by_name["logits"])
+
+    def _require_room(self, tokens: int, what: str) -> None:
+        if self.longest is not None and tokens > self.longest:
+            raise ValueError(f"{what} has {tokens} tokens, but this model can hold {self.longest}: shorten it")
+
+    def _pieces(self, tokens: Iterator[int], before: Sequence[int]) -> Iterator[str]:
+        """Text of tokens as it becomes certain: a character may need several, and a space the token before it."""
+        ids = list(before)
+        start, read = max(0, len(ids) - 6), len(ids)
+        for token in tokens:
+            ids.append(token)
+            known, text = self._tokenizer.decode(ids[start:read]), self._tokenizer.decode(ids[start:])
+            if len(text) > len(known) and not text.endswith("\N{REPLACEMENT CHARACTER}"):
+                yield text[len(known) :]
+                start, read = read, len(ids)
+        known, text = self._tokenizer.decode(ids[start:read]), self._tokenizer.decode(ids[start:])
+        if text[len(known) :]:
+            yield text[len(known) :]
+
+    def _sampled(
+        self,
+        logits_BV: np.ndarray,
+        proceed: Callable[[np.ndarray], np.ndarray],
+        *,
+        steps: int,
+        sampler: Callable[[np.ndarray], np.ndarray],
+        stop_at_end: bool,
+    ) -> Iterator[np.ndarray]:
+        """Tokens [B] one after the other; -1 for a row that has ended. `proceed` takes them and gives new logits."""
+        ends = set(self._model["eos_token_ids"]) if stop_at_end else set()
+        done_B = np.zeros(len(logits_BV), dtype=bool)
+        for step in range(steps):
+            if not np.isfinite(logits_BV[~done_B]).all():
+                raise RuntimeError(
+                    f"the plan {self.plan} gave logits that are NaN or infinite: run `ffn2moe verify {self.path}`"
+                )
+            tokens_B = sampler(logits_BV)
+            done_B |= np.isin(tokens_B, list(ends))
+            yield np.where(done_B, -1, tokens_B)
+            if done_B.all() or step + 1 == steps:
+                return
+            logits_BV = proceed(np.where(done_B, self._pad_id, tokens_B))
+
+
+def _sampler(temperature: float, top_p: float, seed: int) -> Callable[[np.ndarray], np.ndarray]:
+    """Draws a token of each row of logits [B, V]: the best at temperature 0, else from the fewest most likely ones
+    that have `top_p` of the probability together."""
+    if not (math.isfinite(temperature) and temperature >= 0):
+        raise ValueError(f"temperature = {temperature} must be a number from 0 (always the likeliest token) up")
+    if not 0 < top_p <= 1:
+        raise ValueError(f"top_p = {top_p} must be above 0 and at most 1 (all tokens)")
+    random = np.random.default_rng(seed)
+
+    def sample(logits_BV: np.ndarray) -> np.ndarray:
+        if temperature == 0:
+            return logits_BV.argmax(-1)
+        z_BV = logits_BV.astype(np.float64)
+        p_BV = np.exp((z_BV - z_BV.max(-1, keepdims=True)) / temperature)
+        p_BV /= p_BV.sum(-1, keepdims=True)
+        tokens = []
+        for p_V in p_BV:
+            order = np.argsort(-p_V, kind="stable")
+            before = np.cumsum(p_V[order]) - p_V[order]
+            kept = order[before < top_p]
+            tokens.append(random.choice(kept, p=p_V[kept] / p_V[kept].sum()))
+        return np.array(tokens)
+
+    return sample
+
+
+class CausalExport(_Decoder):
+    """An open export of a language model: `generate` text, or ask for `logits`, `score` and `perplexity`."""
+
+    goes_on = True  # what is generated belongs behind the prompt
+
+    def token_ids(self, prompt: str | Sequence[int]) -> list[int]:
+        """Token ids of a prompt, with what the tokenizer puts before a text; ids are taken as they are."""
+        ids = self._tokenizer.encode(prompt).ids if isinstance(prompt, str) else [int(token) for token in prompt]
+        if not ids and self._model["bos_token_id"] is not None:
+            ids = [int(self._model["bos_token_id"])]
+        if not ids:
+            raise ValueError("the prompt is empty, and this model has no token to begin a text with: give it a word")
+        vocabulary = self._model.get("vocabulary", self._graph.outputs["logits"][-1])
+        if min(ids) < 0 or max(ids) >= vocabulary:
+            raise ValueError(f"a token id of the prompt is outside of the vocabulary, 0 to {vocabulary - 1}")
+        return ids
+
+    def generate(
+        self,
+        prompt: str | Sequence[int],
+        *,
+        max_new_tokens: int = 128,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        stop_at_end: bool = True,
+    ) -> Iterator[str]:
+        """The continuation of a prompt, piece by piece as it is made.
+
+        It ends with the model's end token (unless `stop_at_end` is false), after `max_new_tokens`, or where the
+        model can hold no more. ValueError for a prompt that is longer than that, or parameters out of range.
+        """
+        ids = self.token_ids(prompt)
+        tokens = self.generate_tokens(
+            [ids],
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            seed=seed,
+            stop_at_end=stop_at_end,
+        )
+        return self._pieces((int(tokens_B[0]) for tokens_B in tokens if tokens_B[0] >= 0), ids)
+
+    def generate_tokens(
+        self,
+        prompts: Sequence[str | Sequence[int]],
+        *,
+        max_new_tokens: int = 128,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        stop_at_end: bool = True,
+    ) -> Iterator[np.ndarray]:
+        """Token ids [B] of each step of a batch of prompts of any lengths, int64; -1 where a text has ended."""
+        if isinstance(prompts, str):
+            raise ValueError("generate_tokens takes a list of prompts: write generate_tokens([prompt])")
+        if max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens = {max_new_tokens} must be 1 or more")
+        rows = [self.token_ids(prompt) for prompt in prompts]
+        longest = max(map(len, rows))
+        self._require_room(longest + 1, "the prompt with the first token of its answer")
+        room = max_new_tokens if self.longest is None else min(max_new_tokens, self.longest - longest)
+        sampler = _sampler(temperature, top_p, seed)
+        ids_BL, mask_BL = pad(rows, self._pad_id, left=True)
+
+        def run() -> Iterator[np.ndarray]:
+            cache = self._empty_cache(len(rows))
+            mask = mask_BL
+            for start in range(0, longest, PREFILL_TOKENS):
+                end = min(start + PREFILL_TOKENS, longest)
+                logits_BLV = self._step(ids_BL[:, start:end], cache, {"attention_mask": mask[:, :end]})
+
+            def proceed(tokens_B: np.ndarray) -> np.ndarray:
+                nonlocal mask
+                mask = np.concatenate([mask, np.ones((len(rows), 1), dtype=np.int64)], axis=1)
+                logits: np.ndarray = self._step(tokens_B[:, None].astype(np.int64), cache, {"attention_mask": mask})
+                return logits[:, -1]
+
+            yield from self._sampled(logits_BLV[:, -1], proceed, steps=room, sampler=sampler, stop_at_end=stop_at_end)
+
+        return run()
+
+    def run(self, ids_BL: np.ndarray, mask_BL: np.ndarray, cuts: Sequence[int] = ()) -> np.ndarray:
+        """Logits [B, L, V] of token ids and their mask, int64 [B, L], padded on either side.
+
+        The tokens go in at once, or in parts that end before the positions `cuts`, through the cache.
+        """
+        cache = self._empty_cache(len(ids_BL))
+        edges = [0, *cuts, ids_BL.shape[1]]
+        parts = [
+            self._step(ids_BL[:, start:end], cache, {"attention_mask": mask_BL[:, :end]})
+            for start, end in pairwise(edges)
+        ]
+        return np.concatenate(parts, axis=1)
+
+    def outputs(self, sample: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Logits of a sample of `ffn2moe.onnx.parity`: half of it read at once, the rest token by token."""
+        length = sample["input_ids"].shape[1]
+        return {"logits": self.run(sample["input_ids"], sample["attention_mask"], _half_then_each(length))}
+
+    def logits(self, prompt: str | Sequence[int]) -> np.ndarray:
+        """Logits [L, V] after each token of a prompt; ValueError for one that is longer than the model can hold."""
+        ids = self.token_ids(prompt)
+        self._require_room(len(ids), "the prompt")
+        ids_BL, mask_BL = pad([ids], self._pad_id)
+        logits_LV: np.ndarray = self.run(ids_BL, mask_BL, range(PREFILL_TOKENS, len(ids), PREFILL_TOKENS))[0]
+        return logits_LV
+
+    def score(self, text: str | Sequence[int]) -> tuple[float, int]:
+        """Minus the logarithm of a text's probability, in nats, and the number of tokens that were foretold.
+
+        The first token is given. What is longer than the model can hold is cut.
+        """
+        ids = self.token_ids(text)[: self.longest]
+        if len(ids) < 2:
+            raise ValueError("the text has no second token to foretell: give a longer one")
+        z_LV = self.logits(ids)[:-1].astype(np.float64)
+        z_LV -= z_LV.max(-1, keepdims=True)
+        nats_L = np.log(np.exp(z_LV).sum(-1)) - np.take_along_axis(z_LV, np.array(ids[1:])[:, None], axis=1)[:, 0]
+        return float(nats_L.sum()), len(nats_L)
+
+    def perplexity(self, texts: Sequence[str]) -> float:
+        """exp of the mean nats per token over texts, each cut to what the model can hold."""
+        if isinstance(texts, str):
+            raise ValueError("perplexity takes a list of texts: write perplexity([text])")
+        nats, tokens = zip(*map(self.score, texts), strict=True)
+        return math.exp(sum(nats) / sum(tokens))
+
+
+class Seq2SeqExport(_Decoder):
+    """An open export of an encoder with a decoder: `generate` from a text, or from speech features."""
+
+    goes_on = False
+
+    def source(self, texts: Sequence[str]) -> dict[str, np.ndarray]:
+        """The encoder's input for texts."""
+        for index, text in enumerate(texts):
+            if not text.strip():
+                raise ValueError(f"text {index} is empty: there is nothing to answer; leave it out")
+        ids_BL, mask_BL = pad([encoding.ids for encoding in self._tokenizer.encode_batch(list(texts))], self._pad_id)
+        return {"input_ids": ids_BL, "attention_mask": mask_BL}
+
+    def encode(self, source: Mapping[str, np.ndarray]) -> dict[str, Any]:
+        """What the decoder reads of a source: keys and values of each of its layers, and the source's mask."""
+        assert self._encoder is not None
+        names = list(self._encoder.outputs)
+        found = dict(zip(names, self._encoder.run_values(names, source), strict=True))
+        wanted = self._graph.inputs
+        read: dict[str, Any] = {name: value for name, value in found.items() if name in wanted}
+        if "encoder_attention_mask" in wanted:
+            read["encoder_attention_mask"] = source["attention_mask"]
+        return read
+
+    def generate(
+        self,
+        source: str | Mapping[str, np.ndarray],
+        *,
+        decoder_ids: Sequence[int] = (),
+        max_new_tokens: int = 128,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        stop_at_end: bool = True,
+    ) -> Iterator[str]:
+        """The answer to a text, or to the encoder's input (`input_features` [1, mel bins, frames] of speech).
+
+        `decoder_ids` is what the answer begins with, after the model's start token (language and task, in
+        Whisper). It ends as that of a language model does.
+        """
+        prepared = self.source([source]) if isinstance(source, str) else source
+        begin = [int(self._model["decoder_start_token_id"]), *decoder_ids]
+        tokens = self.generate_tokens(
+            prepared,
+            decoder_ids=decoder_ids,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            seed=seed,
+            stop_at_end=stop_at_end,
+        )
+        return self._pieces((int(tokens_B[0]) for tokens_B in tokens if tokens_B[0] >= 0), begin)
+
+    def generate_tokens(
+        self,
+        source: Mapping[str, np.ndarray],
+        *,
+        decoder_ids: Sequence[int] = (),
+        max_new_tokens: int = 128,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        stop_at_end: bool = True,
+    ) -> Iterator[np.ndarray]:
+        """Token ids [B] of each step of the answers to a batch, int64; -1 where an answer has ended."""
+        if max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens = {max_new_tokens} must be 1 or more")
+        begin = [int(self._model["decoder_start_token_id"]), *decoder_ids]
+        self._require_room(len(begin) + 1, "the beginning of the answer with the first token after it")
+        room = max_new_tokens if self.longest is None else min(max_new_tokens, self.longest - len(begin))
+        sampler = _sampler(temperature, top_p, seed)
+        batch = len(next(iter(source.values())))
+
+        def run() -> Iterator[np.ndarray]:
+            read, cache = self.encode(source), self._empty_cache(batch)
+            logits_BLV = self._step(np.tile(np.array(begin, dtype=np.int64), (batch, 1)), cache, read)
+
+            def proceed(tokens_B: np.ndarray) -> np.ndarray:
+                logits: np.ndarray = self._step(tokens_B[:, None].astype(np.int64), cache, read)
+                return logits[:, -1]
+
+            yield from self._sampled(logits_BLV[:, -1], proceed, steps=room, sampler=sampler, stop_at_end=stop_at_end)
+
+        return run()
+
+    def run(self, source: Mapping[str, np.ndarray], decoder_ids_BL: np.ndarray, cuts: Sequence[int] = ()) -> np.ndarray:
+        """Logits [B, L, V] of the decoder's tokens, int64 [B, L], of which it reads a part after the other."""
+        read, cache = self.encode(source), self._empty_cache(len(decoder_ids_BL))
+        edges = [0, *cuts, decoder_ids_BL.shape[1]]
+        parts = [self._step(decoder_ids_BL[:, start:end], cache, read) for start, end in pairwise(edges)]
+        return np.concatenate(parts, axis=1)
+
+    def outputs(self, sample: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Logits of a sample of `ffn2moe.onnx.parity`: half of the answer read at once, the rest token by token."""
+        source = {name: array for name, array in sample.items() if name != "decoder_input_ids"}
+        ids_BL = sample["decoder_input_ids"]
+        return {"logits": self.run(source, ids_BL, _half_then_each(ids_BL.shape[1]))}
+
+
+def _half_then_each(length: int) -> range:
+    """Where to cut a text of so many tokens, to see both ways of reading it."""
+    return range(max(1, length // 2), length)

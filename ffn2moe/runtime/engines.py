@@ -1,0 +1,404 @@
+"""Engines: what runs a graph. ONNX Runtime and, where it is installed, OpenVINO, behind one interface.
+
+A graph is standard ONNX in both (but for plans that rest on an operator of one of them, `ffn2moe.onnx.lower`), and so
+one file may serve plans of both. OpenVINO is imported when a plan asks for it, and never by itself.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+if TYPE_CHECKING:
+    pass
+import sys
+import threading
+from functools import cache
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    import onnxruntime
+
+
+def cores() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+Engine = Literal["onnxruntime", "openvino"]
+Precision = Literal["float32", "bfloat16"]  # of what float arithmetic is done in
+CPU = ("CPUExecutionProvider",)
+OPENVINO_EXTRA = 'pip install "ffn2moe[openvino]"'
+MASKED = -1e9  # added to the score of a masked token: its share is 0 in float32 and bfloat16, and nothing is infinite
+ROOM = 1.25  # a batch is filled up to a fixed shape of at most so many times its numbers: what that shape wins back
+
+
+class EngineMissing(ValueError):
+    """An engine, or an operator for it, that is not on this machine, with the remedy."""
+
+
+class Graph(Protocol):
+    """An open graph. Shapes name their free axes, or have None there."""
+
+    @property
+    def inputs(self) -> Mapping[str, Sequence[Any]]: ...
+
+    @property
+    def outputs(self) -> Mapping[str, Sequence[Any]]: ...
+
+    @property
+    def precision(self) -> Precision: ...
+
+    def run(self, outputs: Sequence[str], inputs: Mapping[str, Any]) -> list[np.ndarray]:
+        """Those outputs as arrays. Inputs are arrays, or values of `run_values`."""
+
+    def run_values(self, outputs: Sequence[str], inputs: Mapping[str, Any]) -> list[Any]:
+        """The same as values that stay where the engine has them: to go into another run, or into `array`."""
+
+    def array(self, value: Any) -> np.ndarray:
+        """The array behind a value of `run_values`."""
+
+    def fix(self, shapes: Iterable[tuple[int, ...]]) -> None:
+        """Be fast for inputs of these shapes (their leading axes) in place of those of before; others run as ever."""
+
+
+def open_graph(
+    file: Path,
+    engine: Engine = "onnxruntime",
+    *,
+    threads: int | None = None,
+    providers: Sequence[str] = CPU,
+    precision: Precision | None = None,
+    extension: Path | None = None,
+) -> Graph:
+    """Open the graph in a file on `threads` threads (None: one a core).
+
+    `providers` are ONNX Runtime's. `precision` is OpenVINO's: None takes bfloat16 where the CPU multiplies it in
+    hardware, else float32. `extension` is a library of operators for OpenVINO. Raises EngineMissing, or ValueError
+    where the engine cannot run the graph on this machine.
+    """
+    if engine == "onnxruntime":
+        return OnnxRuntimeGraph(session(file, threads=threads, providers=providers))
+    if tuple(providers) != CPU:
+        raise ValueError(
+            f"an execution provider ({', '.join(providers)}) is for plans of ONNX Runtime; this plan runs in OpenVINO, "
+            "on the CPU: leave the provider out, or take a plan without ov-"
+        )
+    return OpenVinoGraph(file, threads=threads, precision=precision or openvino_precision(), extension=extension)
+
+
+# --- ONNX Runtime ---------------------------------------------------------------------------------------------------
+
+
+def session(
+    graph: str | Path | bytes, *, threads: int | None = None, providers: Sequence[str] = CPU
+) -> onnxruntime.InferenceSession:
+    """An ONNX Runtime session on `threads` threads (None: one a core), on the named execution providers.
+
+    Denormal numbers are taken as zero: they are what a masked token's attention comes to, they change nothing,
+    and a CPU multiplies them many times slower. (ONNX Runtime decides this for the process, in its first session.)
+    """
+    import onnxruntime as ort
+
+    available = ort.get_available_providers()
+    for provider in providers:
+        if provider not in available:
+            raise ValueError(
+                f"the execution provider {provider!r} is not in this onnxruntime; it has: {', '.join(available)}"
+            )
+    options = ort.SessionOptions()
+    options.log_severity_level = 3  # errors; a failed run raises anyway
+    options.intra_op_num_threads = threads or 0
+    options.inter_op_num_threads = 1
+    options.add_session_config_entry("session.set_denormal_as_zero", "1")
+    if threads == 1:  # a lone thread need not wait for others
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    content = graph if isinstance(graph, bytes) else str(graph)
+    if tuple(providers) != CPU:  # a provider that cannot start says so below, once; not in red, and twice
+        ort.set_default_logger_severity(4)
+    opened = ort.InferenceSession(content, options, providers=list(providers))
+    started = opened.get_providers()
+    if started[0] != providers[0]:
+        raise ValueError(
+            f"the execution provider {providers[0]!r} does not start on this machine (no such device, or its driver "
+            f"or libraries are missing); leave it out to use {started[0]}"
+        )
+    return opened
+
+
+class OnnxRuntimeGraph:
+    """A graph in ONNX Runtime."""
+
+    precision: Precision = "float32"
+
+    def __init__(self, opened: onnxruntime.InferenceSession) -> None:
+        self._session = opened
+        self.inputs = {value.name: value.shape for value in opened.get_inputs()}
+        self.outputs = {value.name: value.shape for value in opened.get_outputs()}
+
+    def run(self, outputs: Sequence[str], inputs: Mapping[str, Any]) -> list[np.ndarray]:
+        if any(not isinstance(value, np.ndarray) for value in inputs.values()):
+            return [self.array(value) for value in self.run_values(outputs, inputs)]
+        found: list[np.ndarray] = self._session.run(list(outputs), dict(inputs))
+        return found
+
+    def run_values(self, outputs: Sequence[str], inputs: Mapping[str, Any]) -> list[Any]:
+        import onnxruntime as ort
+
+        values = {
+            name: ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(value))
+            if isinstance(value, np.ndarray)
+            else value
+            for name, value in inputs.items()
+        }
+        found: list[Any] = self._session.run_with_ort_values(list(outputs), values)
+        return found
+
+    def array(self, value: Any) -> np.ndarray:
+        found: np.ndarray = value.numpy()
+        return found
+
+    def fix(self, shapes: Iterable[tuple[int, ...]]) -> None:
+        """Nothing to do: ONNX Runtime runs every shape alike."""
+
+
+# --- OpenVINO -------------------------------------------------------------------------------------------------------
+
+
+@cache
+def openvino() -> Any:
+    """The package openvino, without its telemetry; EngineMissing where it is not installed.
+
+    OpenVINO reports each import to its makers where its package openvino-telemetry can be imported. Where it cannot,
+    it goes without: so it is hidden while OpenVINO is imported for the first time.
+    """
+    hidden = "openvino_telemetry"
+    before = sys.modules.get(hidden)
+    sys.modules[hidden] = None  # type: ignore[assignment]
+    try:
+        import openvino
+    except ImportError as error:
+        raise EngineMissing(f"this plan runs in OpenVINO, which is not installed: {OPENVINO_EXTRA}") from error
+    finally:
+        if before is None:
+            del sys.modules[hidden]
+        else:
+            sys.modules[hidden] = before
+    return openvino
+
+
+def has_openvino() -> bool:
+    """Whether OpenVINO is installed."""
+    try:
+        openvino()
+    except EngineMissing:
+        return False
+    return True
+
+
+def openvino_precision() -> Precision:
+    """What OpenVINO multiplies in on this CPU: bfloat16 where it has instructions for that, else float32."""
+    capabilities = openvino().Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    return "bfloat16" if "BF16" in capabilities else "float32"
+
+
+class OpenVinoGraph:
+    """A graph in OpenVINO, on the CPU, compiled for every shape; new shapes cost what their kernels cost to make.
+
+    Fixed shapes (`fix`) are compiled for apart when a batch first needs one, which costs a fraction of a second and
+    packed weights once more, and saves what OpenVINO does for a shape that it cannot know: docs/decisions/0015.
+    A batch that is a little smaller than a fixed shape is filled up to it. Threads share the graph: each has requests
+    of its own, and OpenVINO runs them one after the other.
+    """
+
+    def __init__(
+        self, graph: Path | bytes, *, threads: int | None, precision: Precision, extension: Path | None = None
+    ) -> None:
+        ov = openvino()
+        self._core = ov.Core()
+        self._settings = {
+            "PERFORMANCE_HINT": "LATENCY",
+            "NUM_STREAMS": 1,
+            "INFERENCE_NUM_THREADS": threads or 0,
+            "ENABLE_CPU_PINNING": False,  # another process may be pinned to the same core, and stay there
+            "INFERENCE_PRECISION_HINT": {"float32": "f32", "bfloat16": "bf16"}[precision],
+        }
+        self._name = graph.name if isinstance(graph, Path) else "this graph"
+        try:
+            if extension is not None:
+                self._core.add_extension(str(extension))
+            self._model = self._core.read_model(graph)
+        except RuntimeError as error:
+            raise self._cannot(error) from error
+        _share_weights(self._model)
+        _plain_attention(self._model)
+        self.precision = precision
+        self.inputs = {port.any_name: _shape(port) for port in self._model.inputs}
+        self.outputs = {port.any_name: _shape(port) for port in self._model.outputs}
+        self._compiled: dict[tuple[int, ...] | None, Any] = {None: self._compile(None)}  # None: for every shape
+        self._compiling = threading.Lock()
+        self._fixed: tuple[tuple[int, ...], ...] = ()
+        self._requests = threading.local()
+
+    def fix(self, shapes: Iterable[tuple[int, ...]]) -> None:
+        with self._compiling:
+            self._fixed = tuple(dict.fromkeys(tuple(shape) for shape in shapes))
+            # That for every shape takes memory, too: it is made again if a batch needs it.
+            kept: set[tuple[int, ...] | None] = {*self._fixed} or {None}
+            self._compiled = {shape: compiled for shape, compiled in self._compiled.items() if shape in kept}
+            self._requests = threading.local()
+
+    def run(self, outputs: Sequence[str], inputs: Mapping[str, Any]) -> list[np.ndarray]:
+        fixed = self._fixed_for(inputs)
+        given = {name: np.ascontiguousarray(value) for name, value in inputs.items()}
+        if fixed is not None:
+            given = {name: _filled(value, fixed) for name, value in given.items()}
+        request = self._request(fixed)
+        request.start_async(given, share_inputs=True)  # `infer` on one thread keeps a node's error to itself
+        request.wait()
+        found = [request.get_tensor(name).data for name in outputs]
+        if fixed is not None:
+            size = next(iter(inputs.values())).shape
+            found = [array[self._part(name, size)] for name, array in zip(outputs, found, strict=True)]
+        return [array.copy() for array in found]  # the next run writes over them
+
+    def run_values(self, outputs: Sequence[str], inputs: Mapping[str, Any]) -> list[Any]:
+        return self.run(outputs, inputs)
+
+    def array(self, value: Any) -> np.ndarray:
+        found: np.ndarray = value
+        return found
+
+    def _fixed_for(self, inputs: Mapping[str, Any]) -> tuple[int, ...] | None:
+        """The smallest fixed shape that holds these inputs, if one does without too much to fill up."""
+        able = []
+        for fixed in self._fixed:
+            sizes = {value.shape[: len(fixed)] for value in inputs.values()}
+            if len(sizes) == 1:
+                size = sizes.pop()
+                fits = all(own <= held for own, held in zip(size, fixed, strict=True))
+                if fits and math.prod(fixed) <= ROOM * math.prod(size):
+                    able.append(fixed)
+        return min(able, key=math.prod, default=None)
+
+    def _request(self, fixed: tuple[int, ...] | None) -> Any:
+        """This thread's own request of the model compiled for a shape."""
+        own: dict[tuple[int, ...] | None, Any] | None = getattr(self._requests, "own", None)
+        if own is None:
+            own = self._requests.own = {}
+        if fixed not in own:
+            with self._compiling:
+                if fixed not in self._compiled:
+                    self._compiled[fixed] = self._compile(fixed)
+                own[fixed] = self._compiled[fixed].create_infer_request()
+        return own[fixed]
+
+    def _compile(self, fixed: tuple[int, ...] | None) -> Any:
+        model = self._model.clone()  # has its weights in common
+        try:
+            if fixed is not None:
+                model.reshape({name: [*fixed, *shape[len(fixed) :]] for name, shape in self.inputs.items()})
+            return self._core.compile_model(model, "CPU", self._settings)
+        except RuntimeError as error:
+            raise self._cannot(error) from error
+
+    def _cannot(self, error: RuntimeError) -> ValueError:
+        return ValueError(
+            f"OpenVINO {openvino().__version__.partition('-')[0]} cannot run {self._name} on this machine "
+            f"({_cause(error)}): take a plan without ov-, or install the versions of constraints.txt"
+        )
+
+    def _part(self, output: str, size: Sequence[int]) -> tuple[slice, ...]:
+        """The part of an output that belongs to inputs of a size, and not to what they were filled up with."""
+        free = zip(self.outputs[output], size, strict=False)
+        return tuple(slice(length) if axis is None else slice(None) for axis, length in free)
+
+
+def _share_weights(model: Any) -> None:
+    """Turn the matrices of products as OpenVINO wants them, [out, in] in float32, here, once.
+
+    Else it does so whenever it compiles the model, and every compiled one has a copy of its own.
+    """
+    from openvino import opset13
+
+    for product in model.get_ordered_ops():
+        if product.get_type_name() != "MatMul":
+            continue
+        weight, turned = product.input_value(1).get_node(), product.get_attributes()
+        if weight.get_type_name() == "Convert":  # of a plan that keeps them in float16
+            weight = weight.input_value(0).get_node()
+        if weight.get_type_name() != "Constant" or turned["transpose_b"] or len(weight.shape) != 2:
+            continue
+        weight_NK = opset13.constant(np.ascontiguousarray(weight.data.T, dtype=np.float32))
+        same = opset13.matmul(product.input_value(0), weight_NK, turned["transpose_a"], True)
+        same.set_friendly_name(product.get_friendly_name())
+        product.output(0).replace(same.output(0))
+
+
+def _plain_attention(model: Any) -> None:
+    """Attention as OpenVINO computes it best, and as it can: the numbers are those of ONNX's operator.
+
+    - Masks are numbers to add, made of booleans once and not in every layer, and finite: so nothing is NaN that ONNX
+      wants as 0, and the two nodes that look for NaN go.
+    - Keys and values that several heads share are repeated: OpenVINO 2026.4 takes such a model, and then finds batches
+      of products that do not fit (on one thread without a word, and the outputs stay empty).
+    """
+    from openvino import opset13
+
+    def number(value: Any, kind: type = np.int64) -> Any:
+        return opset13.constant(np.array(value, dtype=kind))
+
+    masks: dict[Any, Any] = {}  # of booleans -> of numbers
+    for node in model.get_ordered_ops():
+        if node.get_type_name() != "ScaledDotProductAttention" or node.get_input_size() < 4:
+            continue
+        query, key, value, mask = (node.input_value(index) for index in range(4))
+        if mask.get_element_type().get_type_name() == "boolean":
+            source = (mask.get_node().get_friendly_name(), mask.get_index())
+            if source not in masks:
+                masks[source] = opset13.select(mask, number(0, np.float32), number(MASKED, np.float32))
+            node.input(3).replace_source_output(masks[source].output(0))
+            for checked in [target.get_node() for target in node.output(0).get_target_inputs()]:
+                if checked.get_type_name() == "Select":
+                    checked.output(0).replace(node.output(0))
+        heads, shared = query.get_partial_shape()[1], key.get_partial_shape()[1]
+        if heads.is_static and shared.is_static and heads.get_length() == shared.get_length():
+            continue
+        heads_1 = opset13.gather(opset13.shape_of(query), number([1]), number(0))
+        for index, one in ((1, key), (2, value)):
+            size = opset13.shape_of(one)
+            before, held, after = (opset13.gather(size, number(axes), number(0)) for axes in ([0], [1], [2, 3]))
+            times = opset13.divide(heads_1, held)
+            repeats = opset13.concat([number([1, 1]), times, number([1, 1])], 0)
+            repeated = opset13.tile(opset13.unsqueeze(one, number(2)), repeats)
+            whole = opset13.reshape(repeated, opset13.concat([before, heads_1, after], 0), False)
+            node.input(index).replace_source_output(whole.output(0))
+    model.validate_nodes_and_infer_types()
+
+
+def _filled(value: np.ndarray, fixed: Sequence[int]) -> np.ndarray:
+    """An input [B, L, ...] made as large as a fixed shape: texts are filled up with 0 (masked), then the last repeated.
+
+    A text of nothing but masked tokens would have attention to nothing.
+    """
+    missing = [held - own for own, held in zip(value.shape, fixed, strict=False)]
+    rest = [(0, 0)] * (value.ndim - len(missing))
+    if any(missing[1:]):
+        value = np.pad(value, [(0, 0), *((0, count) for count in missing[1:]), *rest])
+    return np.pad(value, [(0, missing[0])] + [(0, 0)] * (value.ndim - 1), mode="edge") if missing[0] else value
+
+
+def _shape(port: Any) -> list[int | None]:
+    return [None if axis.is_dynamic else axis.get_length() for axis in port.partial_shape]
+
+
+def _cause(error: RuntimeError) -> str:
+    """The part of OpenVINO's message that says what is wrong: the last line that is not about its own sources."""
+    lines = [line.strip() for line in str(error).splitlines()]
+    told = [line for line in lines if line and not line.startswith(("Exception from", "Check '"))]
+    return told[-1] if told else "no reason given"

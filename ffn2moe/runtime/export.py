@@ -1,0 +1,245 @@
+"""Open an export and use it, by any of its plans: embeddings, generated text, logits, hidden states.
+
+Needs numpy, tokenizers and the plan's engine (`ffn2moe.runtime.engines`), and no torch: an export is light to serve.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ffn2moe.runtime import native
+from ffn2moe.runtime.engines import CPU, Graph, Precision, open_graph
+from ffn2moe.runtime.switch import Switch, places
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+from ffn2moe.runtime.batching import BATCH_TOKENS, batches_by_length, pad
+from ffn2moe.runtime.decoders import CausalExport, Seq2SeqExport
+from ffn2moe.runtime.engines import cores
+from ffn2moe.runtime.files import checked_files, default_plan, load_tokenizer, padding_id, read_manifest, read_plan
+from ffn2moe.runtime.plans import NATIVE_PLANS, OP_PLANS, decodes, engine_of, form_of
+from ffn2moe.runtime.selftest import self_tests
+
+
+class Export:
+    """An open export of an encoder of texts. `encode` texts, or `run` token ids; `plan` says how it is executed."""
+
+    def __init__(
+        self,
+        path: Path,
+        plan: str,
+        manifest: Mapping[str, Any],
+        graph: Graph,
+        tokenizer: Tokenizer,
+    ) -> None:
+        self.path = path
+        self.plan = plan
+        self.manifest = manifest
+        self._graph = graph
+        self._tokenizer = tokenizer
+        self._pad_id = padding_id(path / "tokenizer", tokenizer)
+
+    def __repr__(self) -> str:
+        return f"Export({str(self.path)!r}, plan={self.plan!r})"
+
+    @property
+    def width(self) -> int:
+        """Dimensions of an embedding."""
+        return int(self.manifest["spec"]["stacks"][0]["width"])
+
+    def token_ids(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of each text, cut to the export's length."""
+        if isinstance(texts, str):
+            raise ValueError("encode takes a list of texts: write encode([text])")
+        for index, text in enumerate(texts):
+            if not isinstance(text, str) or not text.strip():
+                raise ValueError(f"text {index} is empty: it has no meaning to encode; leave it out")
+        return [encoding.ids for encoding in self._tokenizer.encode_batch(list(texts))]
+
+    def encode(self, texts: Sequence[str], *, batch_tokens: int = BATCH_TOKENS) -> np.ndarray:
+        """Embeddings of unit length, float32 [N, D], in the order of `texts`; ValueError for an empty text.
+
+        Texts are batched with others of their length, up to `batch_tokens` with padding. In an int8 plan the scale
+        of the activations is that of the batch, so an embedding depends a little on its neighbours.
+        """
+        ids = self.token_ids(texts)
+        embeddings_ND = np.empty((len(ids), self.width), dtype=np.float32)
+        for batch in batches_by_length(ids, batch_tokens):
+            ids_BL, mask_BL = pad([ids[index] for index in batch], self._pad_id)
+            embeddings_ND[batch] = self._graph.run(
+                ["sentence_embedding"], {"input_ids": ids_BL, "attention_mask": mask_BL}
+            )[0]
+        return embeddings_ND
+
+    def batch(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """Token ids and mask of the texts as one batch, int64 [B, L] each."""
+        return pad(self.token_ids(texts), self._pad_id)
+
+    def run(self, ids_BL: np.ndarray, mask_BL: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Hidden states [B, L, D] and embeddings [B, D] of token ids and their mask, int64 [B, L]."""
+        hidden_BLD, embedding_BD = self._graph.run(
+            ["last_hidden_state", "sentence_embedding"], {"input_ids": ids_BL, "attention_mask": mask_BL}
+        )
+        return hidden_BLD, embedding_BD
+
+    def fix(self, shapes: Iterable[tuple[int, int]]) -> None:
+        """Compile for batches [B, L] of these shapes apart, where the plan's engine is OpenVINO, and for no others.
+
+        The first batch of each takes longer, and each takes memory (docs/decisions/0015). Batches that are a little
+        smaller are padded to it; all others run as before.
+        """
+        self._graph.fix(shapes)
+
+    def outputs(self, sample: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Every output by name, of a sample of `ffn2moe.onnx.parity`."""
+        hidden_BLD, embedding_BD = self.run(sample["input_ids"], sample["attention_mask"])
+        return {"last_hidden_state": hidden_BLD, "sentence_embedding": embedding_BD}
+
+
+def open_export(
+    path: str | Path,
+    plan: str | None = None,
+    threads: int | None = None,
+    providers: Sequence[str] = CPU,
+    precision: Precision | None = None,
+) -> Any:
+    """Open the export in folder `path`: an `Export` of embeddings, or a `CausalExport`, `Seq2SeqExport` or
+    `ModelExport`, by the head of the model.
+
+    `plan` None takes what was chosen by measuring (plan.json, `ffn2moe.planning.autoplan`), or `sorted` where nothing was. If
+    several plans were chosen, each batch runs on the one for its shape, opened when it is first needed
+    (`ffn2moe.runtime.switch`). What was chosen in OpenVINO is compiled for the shapes that it was chosen for, apart, when the
+    first batch of each comes (of a model that reads all at once; for other plans and shapes: `Export.fix`). The graphs
+    must have the sha256 of the manifest, and a plan that rests on a MoE op must pass
+    `self_test` on this runtime.
+    `threads` None takes one a core; `precision` is OpenVINO's (`ffn2moe.runtime.engines.open_graph`).
+    Raises FileNotFoundError or ValueError, with cause and remedy.
+    """
+    path = Path(path)
+    manifest = read_manifest(path)
+    plans = manifest["plans"]
+    measured = read_plan(path) if plan is None and tuple(providers) == CPU else None
+    chosen = places(measured, threads or cores()) if measured else []
+    by_shape = tuple(dict.fromkeys(place.plan for place in chosen))
+    first = plan or default_plan(path, plans)
+    if by_shape and first not in by_shape:  # chosen for another number of threads
+        first = by_shape[0]
+
+    def graphs_of(name: str) -> list[Graph]:
+        if name not in plans:
+            refused = manifest.get("refused", {}).get(name)
+            because = f": {refused}" if refused else f"; it has: {', '.join(sorted(plans))}"
+            raise ValueError(f"{path} has no plan {name!r}{because}")
+        files = checked_files(path, plans[name])
+        if form_of(name) in OP_PLANS:
+            self_tests(name, manifest["spec"], providers)
+        return open_graphs(files, name, threads=threads, providers=providers, precision=precision)
+
+    def fixed_graphs(name: str) -> list[Graph]:
+        graphs = graphs_of(name)
+        if not decodes(manifest["spec"]["head"]):
+            graphs[0].fix((place.batch, place.sequence) for place in chosen if place.plan == name and place.fixed)
+        return graphs
+
+    if len(by_shape) > 1:
+        return opened(path, first, manifest, [Switch(chosen, lambda name: fixed_graphs(name)[0], first)])
+    return opened(path, first, manifest, fixed_graphs(first))
+
+
+def open_graphs(
+    files: Sequence[Path],
+    plan: str,
+    *,
+    threads: int | None = None,
+    providers: Sequence[str] = CPU,
+    precision: Precision | None = None,
+) -> list[Graph]:
+    """The graphs of a plan in its engine (`ffn2moe.runtime.engines.open_graph`).
+
+    FileNotFoundError, with the remedy, where the plan rests on the operator of `ffn2moe.runtime.native` and it is not built.
+    """
+    return [
+        open_graph(
+            file,
+            engine_of(plan),
+            threads=threads,
+            providers=providers,
+            precision=precision,
+            extension=native.library() if form_of(plan) in NATIVE_PLANS else None,
+        )
+        for file in files
+    ]
+
+
+def opened(path: Path, plan: str, manifest: Mapping[str, Any], graphs: Sequence[Graph]) -> Any:
+    """The object for the head of the export, over sessions that are open: its graph, and then its encoder's."""
+    head, spec = manifest["spec"]["head"], manifest["spec"]
+    tokenizer = None
+    if manifest.get("model", {}).get("reads", "text") != "images":
+        cut = int(spec["max_length"]) if head in ("embedding", "classification", "features") else None
+        tokenizer = load_tokenizer(path / "tokenizer", cut)
+    if head == "embedding":
+        assert tokenizer is not None
+        return Export(path, plan, manifest, graphs[0], tokenizer)
+    kinds: dict[str, Any] = {"causal": CausalExport, "seq2seq": Seq2SeqExport}
+    return kinds.get(head, ModelExport)(path, plan, manifest, graphs, tokenizer)
+
+
+class ModelExport:
+    """An open export of a classifier, or of a model that gives hidden states: `run` it on what it reads."""
+
+    def __init__(
+        self,
+        path: Path,
+        plan: str,
+        manifest: Mapping[str, Any],
+        graphs: Sequence[Graph],
+        tokenizer: Tokenizer | None,
+    ) -> None:
+        self.path = path
+        self.plan = plan
+        self.manifest = manifest
+        self._graph = graphs[0]
+        self._tokenizer = tokenizer
+        self._pad_id = 0 if tokenizer is None else padding_id(path / "tokenizer", tokenizer)
+        self._outputs = list(self._graph.outputs)
+
+    def __repr__(self) -> str:
+        return f"ModelExport({str(self.path)!r}, plan={self.plan!r})"
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """Names of what it reads: `input_ids` and `attention_mask`, or `pixel_values` [B, channels, H, W]."""
+        return tuple(self._graph.inputs)
+
+    def batch(self, texts: Sequence[str]) -> dict[str, np.ndarray]:
+        """Token ids and mask of texts as one batch, int64 [B, L] each."""
+        if self._tokenizer is None:
+            raise ValueError("this model reads images: give `run` their pixel_values [B, channels, height, width]")
+        if isinstance(texts, str):
+            raise ValueError("a list of texts is wanted: write [text]")
+        for index, text in enumerate(texts):
+            if not text.strip():
+                raise ValueError(f"text {index} is empty: leave it out")
+        ids_BL, mask_BL = pad([encoding.ids for encoding in self._tokenizer.encode_batch(list(texts))], self._pad_id)
+        return {"input_ids": ids_BL, "attention_mask": mask_BL}
+
+    def run(self, **inputs: np.ndarray) -> dict[str, np.ndarray]:
+        """Outputs by name: `logits` [B, classes] of a classifier, `last_hidden_state` [B, L, D] of the others."""
+        return dict(zip(self._outputs, self._graph.run(self._outputs, inputs), strict=True))
+
+    def fix(self, shapes: Iterable[tuple[int, int]]) -> None:
+        """Compile for batches of texts of these shapes apart, like `Export.fix`."""
+        self._graph.fix(shapes)
+
+    def outputs(self, sample: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Every output by name, of a sample of `ffn2moe.onnx.parity`."""
+        return self.run(**sample)
+
+    def classify(self, texts: Sequence[str]) -> np.ndarray:
+        """Logits [N, classes] of texts, in their order."""
+        return np.concatenate([self.run(**self.batch([text]))["logits"] for text in texts])

@@ -1,0 +1,104 @@
+"""Read the files of an export and check them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+from ffn2moe.runtime.plans import UNMEASURED_PLAN
+
+MANIFEST, PLAN_FILE = "manifest.json", "plan.json"
+
+# --- the files of an export -----------------------------------------------------------------------------------------
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """The manifest of the export in folder `path`."""
+    file = path / MANIFEST
+    if not file.is_file():
+        raise FileNotFoundError(
+            f"{path} is not an export: it has no {MANIFEST}; name a folder like exports/minilm (make run writes it)"
+        )
+    return _read_json(file, ("plans", "spec"))
+
+
+def read_plan(path: Path) -> dict[str, Any] | None:
+    """What the benchmark wrote beside the manifest; None where it has not run."""
+    file = path / PLAN_FILE
+    return _read_json(file, ("default_plan", "timings")) if file.is_file() else None
+
+
+def default_plan(path: Path, plans: Mapping[str, Any]) -> str:
+    """The plan that the benchmark chose, or `sorted` where none has run."""
+    if not plans:
+        raise ValueError(
+            f"{path} has no ONNX graphs: make it without --no-onnx, or open {path / 'checkpoint'} with ffn2moe.load"
+        )
+    chosen = read_plan(path)
+    return str(chosen["default_plan"]) if chosen else UNMEASURED_PLAN if UNMEASURED_PLAN in plans else min(plans)
+
+
+def checked_files(path: Path, entry: Mapping[str, Any]) -> list[Path]:
+    """The graphs of one plan: the main one, then its encoder's, if it has one.
+
+    ValueError if the bytes of any of its files are not those that were exported.
+    """
+    for name, known in {entry["file"]: entry["sha256"], **entry.get("more", {})}.items():
+        file = path / name
+        if not file.is_file():
+            raise FileNotFoundError(f"{file} is missing: copy the whole folder again, or make the export again")
+        if sha256(file) != known:
+            raise ValueError(
+                f"{file} is damaged (its sha256 is not the one in {MANIFEST}): "
+                "copy the folder again, or make the export again"
+            )
+    return [path / entry[key] for key in ("file", "encoder") if key in entry]
+
+
+def sha256(file: Path) -> str:
+    """The sha256 of a file, in hexadecimal."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _read_json(file: Path, keys: Sequence[str]) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        missing = [key for key in keys if key not in content]
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{file} is not valid JSON ({error}): copy it again, or make the export again") from error
+    if missing:
+        raise ValueError(f"{file} lacks {', '.join(missing)}: it is not of this version; make the export again")
+    return content
+
+
+# --- text to batches ------------------------------------------------------------------------------------------------
+
+
+def load_tokenizer(folder: Path, max_length: int | None) -> Tokenizer:
+    """The fast tokenizer saved in `folder`, cutting texts to `max_length` tokens, if any, and padding none."""
+    from tokenizers import Tokenizer
+
+    file = folder / "tokenizer.json"
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} is missing: copy the whole export again, or make it again")
+    tokenizer = Tokenizer.from_file(str(file))
+    if max_length is None:
+        tokenizer.no_truncation()
+    else:
+        tokenizer.enable_truncation(max_length)
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def padding_id(folder: Path, tokenizer: Tokenizer) -> int:
+    """The id of the padding token; masked positions are never read, so 0 does where there is none."""
+    config = folder / "tokenizer_config.json"
+    token = _read_json(config, ()).get("pad_token") if config.is_file() else None
+    name = token["content"] if isinstance(token, dict) else token
+    return (tokenizer.token_to_id(name) if name else None) or 0

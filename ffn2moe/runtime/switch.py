@@ -1,0 +1,114 @@
+"""One export on several plans: each batch runs on the plan that was chosen for its shape."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ffn2moe.runtime.engines import Graph, Precision
+from ffn2moe.runtime.workload import distance, fixed
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a plan was chosen: for batches of a shape, or for one phase of them.
+
+    A `fixed` one is among the shapes that plans of OpenVINO are compiled for apart (`ffn2moe.runtime.workload.fixed`).
+    """
+
+    batch: int
+    sequence: int
+    phase: str
+    plan: str
+    fixed: bool = False
+
+
+def places(plan_json: Mapping[str, Any], threads: int) -> list[Place]:
+    """What plan.json says for so many threads, or for the number measured that is nearest to it; [] if nothing."""
+    choices = plan_json.get("choices", [])
+    if not choices:
+        return []
+    nearest = min({row["threads"] for row in choices}, key=lambda count: (abs(count - threads), count))
+    rows = [row for row in choices if row["threads"] == nearest]
+    apart = fixed((row["batch"], row["sequence"], row.get("weight", 1.0)) for row in rows)
+    return [
+        Place(row["batch"], row["sequence"], row["phase"], row["plan"], fixed=(row["batch"], row["sequence"]) in apart)
+        for row in rows
+    ]
+
+
+class Switch:
+    """A graph that is several: it looks at the batch, and runs it on the graph of the plan that was chosen for it.
+
+    A shape that was not measured takes the plan of the one nearest in tokens. A graph is opened when its plan is first
+    needed, and then stays open. Values that one engine keeps are handed to another as arrays.
+    """
+
+    def __init__(self, chosen: Sequence[Place], open_plan: Callable[[str], Graph], first: str) -> None:
+        self._places = chosen
+        self._open_plan = open_plan
+        self.opened: dict[str, Graph] = {first: open_plan(first)}
+        self.inputs = self.opened[first].inputs
+        self.outputs = self.opened[first].outputs
+        self._shapes: dict[tuple[int, int], str] = {}  # those seen -> plan
+
+    @property
+    def precision(self) -> Precision:
+        return next(iter(self.opened.values())).precision
+
+    @property
+    def plans(self) -> tuple[str, ...]:
+        """Every plan that may be needed."""
+        return tuple(dict.fromkeys(place.plan for place in self._places))
+
+    def plan_for(self, batch: int, sequence: int) -> str:
+        """The plan for token ids [batch, sequence]; of a model that writes, a sequence of 1 is a decoding step."""
+        shape = (batch, sequence)
+        if shape not in self._shapes:
+            decoding = [place for place in self._places if place.phase == "decode"]
+            if decoding and sequence == 1:
+                best = min(decoding, key=lambda place: distance((batch, place.sequence), (place.batch, place.sequence)))
+            else:
+                reading = [place for place in self._places if place.phase != "decode"]
+                best = min(reading, key=lambda place: distance(shape, (place.batch, place.sequence)))
+            self._shapes[shape] = best.plan
+        return self._shapes[shape]
+
+    def run(self, outputs: Sequence[str], inputs: Mapping[str, Any]) -> list[np.ndarray]:
+        graph = self._graph(inputs)
+        return graph.run(outputs, {name: _given(value, graph) for name, value in inputs.items()})
+
+    def run_values(self, outputs: Sequence[str], inputs: Mapping[str, Any]) -> list[Any]:
+        graph = self._graph(inputs)
+        found = graph.run_values(outputs, {name: _given(value, graph) for name, value in inputs.items()})
+        return [_Held(value, graph) for value in found]
+
+    def array(self, value: Any) -> np.ndarray:
+        return value.graph.array(value.value)
+
+    def fix(self, shapes: Iterable[tuple[int, ...]]) -> None:
+        """Each plan has the shapes that it was chosen for: they stay."""
+
+    def _graph(self, inputs: Mapping[str, Any]) -> Graph:
+        plan = self.plan_for(*inputs["input_ids"].shape)
+        if plan not in self.opened:
+            self.opened[plan] = self._open_plan(plan)
+        return self.opened[plan]
+
+
+@dataclass(frozen=True)
+class _Held:
+    """A value, and the graph whose engine keeps it."""
+
+    value: Any
+    graph: Graph
+
+
+def _given(value: Any, graph: Graph) -> Any:
+    """A value as a graph takes it: what its own engine keeps as it is, what another keeps as an array."""
+    if not isinstance(value, _Held):
+        return value
+    return value.value if type(value.graph) is type(graph) else value.graph.array(value.value)
