@@ -4,7 +4,8 @@
 
 Two students of the same teacher learn from the same batches, a step each in turn: one with mixtures in the place of
 its FFNs, and one that is dense and whose FFNs are trained in the same way. Both steps run the teacher, the attention
-and the same losses, by the same `ffn2moe.distill.distiller.Distiller`. The texts are docstrings of Python's standard library.
+and the same losses, by the same `ffn2moe.distill.distiller.Distiller`. The texts are docstrings of Python's standard
+library.
 """
 
 from __future__ import annotations

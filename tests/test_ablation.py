@@ -14,13 +14,14 @@ from benchmarks.ablation import __main__ as command
 from benchmarks.ablation import build
 from benchmarks.ablation.bench import Bench, Setup
 from benchmarks.ablation.grid import Budget, Cell, Store, cells
-from benchmarks.ablation.methods import CAUSAL_METHODS, DEFAULT, EMBEDDING_METHODS, GROUPS, STAGES
+from benchmarks.ablation.method import DEFAULT, GROUPS, METHODS, STAGES, methods_of
 from benchmarks.ablation.run import finish
 from ffn2moe.moe.layer import moe_layers
 from tasks import prepare
 from tests.conftest import make_tiny_llama
 from tests.texts import make_stage, make_texts, write_corpus
 
+EMBEDDING_METHODS, CAUSAL_METHODS = (tuple(methods_of(head).values()) for head in ("embedding", "causal"))
 E = 4
 SMALL = ("teacher.max_length=32", "data.calibration_texts=40", "data.evaluation_pairs=30")
 BUDGET = Budget(
@@ -85,7 +86,7 @@ def test_what_matters_most_comes_first():
     assert list(dict.fromkeys(places)) == [(0, 2), (0, 4), (0, 1), (1, 2), (1, 4), (1, 1)]
     assert found[0].method == DEFAULT and found[0].stage == "free"
     assert sum(cell.method == DEFAULT for cell in found) == 2 * 3 * 3, "the default is shared by all groups"
-    assert {cell.stage for cell in found if cell.method.rival} == {"free", "distilled"}
+    assert {cell.stage for cell in found if cell.method.compressor} == {"free", "distilled"}
     assert not any(cell.method.shared and cell.num_active == 1 for cell in found), "no expert is left to the router"
 
 
@@ -112,7 +113,7 @@ def test_every_method_runs_to_the_end(bench, method):
 
 @pytest.mark.parametrize("name", ["elastic", "drop", "factorllm-released", "pruned"])
 def test_what_is_measured_is_there_before_anything_is_distilled(bench, name):
-    (method,) = (method for method in EMBEDDING_METHODS if method.name == name)
+    method = METHODS[name]
     found = build.measure(bench, Cell(method, 1 if method.fits(1, E) else 2, "free", seed=0))
     assert found["errors"]["error"] > 0 and 0 < found["cost"]["active_share"] < 1
 
@@ -126,14 +127,14 @@ def test_the_dense_model_keeps_everything(bench, monkeypatch):
 
 @pytest.mark.parametrize("name", ["pruned", "low_rank"])
 def test_a_rival_costs_no_more_than_the_default(bench, name):
-    (method,) = (method for method in EMBEDDING_METHODS if method.name == name)
+    method = METHODS[name]
     default, rival = (build.measure(bench, Cell(one, 1, "free", seed=0)) for one in (DEFAULT, method))
     assert 0.8 * default["cost"]["ffn_flops"] < rival["cost"]["ffn_flops"] <= default["cost"]["ffn_flops"]
 
 
 def test_factorllms_router_gets_no_gradient_as_released_and_some_as_published(bench):
     for name, moved in (("factorllm-released", False), ("factorllm-published", True)):
-        (method,) = (method for method in EMBEDDING_METHODS if method.name == name)
+        method = METHODS[name]
         torch.manual_seed(0)
         before = [
             moe.router.weight.clone() for moe in moe_layers(build.mixture(bench, Cell(method, 1, "free", 0)).model)

@@ -14,10 +14,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from benchmarks.ablation import compressors as rivals
+from benchmarks.ablation import methods as _methods  # noqa: F401  the tables hold every method, in workers, too
 from benchmarks.ablation.bench import Bench
 from benchmarks.ablation.factorllm import FactorLLMObjective, as_released
 from benchmarks.ablation.grid import Cell, Store
-from benchmarks.ablation.methods import DEFAULT, Method, elastic_budgets, kept_experts
+from benchmarks.ablation.method import DEFAULT, Method, elastic_budgets, kept_experts
 from ffn2moe import metrics
 from ffn2moe.decompose import layer as factorise
 from ffn2moe.decompose import oracle
@@ -106,7 +107,7 @@ def kept(bench: Bench, cell: Cell) -> Made:
 
 def trained(bench: Bench, cell: Cell) -> Made:
     """The model of a cell up to its stage."""
-    made = rival(bench, cell) if cell.method.rival else mixture(bench, cell)
+    made = rival(bench, cell) if cell.method.compressor else mixture(bench, cell)
     if cell.stage == "distilled":
         distil(bench, made, cell)
     return made
@@ -117,10 +118,10 @@ def trained(bench: Bench, cell: Cell) -> Made:
 
 def rival(bench: Bench, cell: Cell) -> Made:
     """Another compressor at the FLOPs of the default's FFN and router."""
-    assert cell.method.rival is not None
+    assert cell.method.compressor is not None
     model, experts = bench.model(), bench.budget.experts
     inputs = [bench.inputs("calibration", index) for index in range(bench.num_layers)]
-    rivals.compress(model, cell.method.rival, inputs, cell.share(experts), num_experts=experts)
+    rivals.compress(model, cell.method.compressor, inputs, cell.share(experts), num_experts=experts)
     return Made(model.eval(), None)
 
 

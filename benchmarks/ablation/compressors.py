@@ -565,8 +565,8 @@ def compress(
 ) -> list[CompressedFFN]:
     """Put a rival in the place of every FFN of a dense model, and return them, in the order of the layers.
 
-    `inputs` are what the FFNs get to see on calibration text, [T, D] each (`ffn2moe.decompose.inputs.layer_inputs`). Nothing
-    is installed if one layer's cannot be built.
+    `inputs` are the FFNs' inputs on calibration text, [T, D] each (`ffn2moe.decompose.inputs.layer_inputs`). Nothing is
+    installed if one layer's cannot be built.
     """
     count = len(ffn_layers(model))
     if len(inputs) != count:

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.ablation.methods import STAGES, Method, Stage
+from benchmarks.ablation.method import STAGES, Method, Stage
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from typing import Any
 from benchmarks.ablation import plot
 from benchmarks.ablation.bench import PROBE_DEV, PROBE_TRAIN, Bench
 from benchmarks.ablation.grid import Store, cells, write_json
-from benchmarks.ablation.methods import GROUPS, STAGE_TITLES, STAGES, Method
+from benchmarks.ablation.method import GROUPS, STAGE_TITLES, STAGES, Method
 from benchmarks.ablation.rows import FIGURES, means
 from ffn2moe.planning.timing import machine
 
@@ -120,7 +120,7 @@ def write(out: Path, content: Mapping[str, Any]) -> None:
 INTRODUCTION = """# Methods on the same work
 
 Every method is an option of one program and runs on the same model, texts, order of batches and number of steps;
-`benchmarks/ablation/methods.py` says what each changes. *Training-free*: experts, a router in closed form, scale and
+`benchmarks/ablation/methods/` says what each changes. *Training-free*: experts, a router in closed form, scale and
 mean. *Router trained*: the router's steps, too. *Distilled*: both, and the steps of distillation, the same number for
 every row.
 
@@ -181,8 +181,8 @@ def summary(one: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> list[s
     """Ours, the best other options, FactorLLM and the best rival at each share and stage, by what is kept."""
     wanted = (
         ("ours, as by default", lambda row: row["group"] == "default"),
-        ("best option of ours", lambda row: row["group"] not in ("FactorLLM", "rivals", "after conversion")),
-        ("best rival compressor", lambda row: row["group"] == "rivals"),
+        ("best option of ours", lambda row: row["group"] not in ("FactorLLM", "baselines", "after conversion")),
+        ("best other compressor", lambda row: row["group"] == "baselines"),
         ("best FactorLLM", lambda row: row["group"] == "FactorLLM"),
     )
     places = sorted(

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.ablation.methods import STAGE_TITLES, STAGES
+from benchmarks.ablation.method import STAGE_TITLES, STAGES
 from benchmarks.ablation.rows import FIGURES, means
 
 COLOURS = {  # Okabe and Ito's, which the colour-blind can tell apart
@@ -22,9 +22,9 @@ COLOURS = {  # Okabe and Ito's, which the colour-blind can tell apart
     "selection": "#CC79A7",
     "distillation": "#E69F00",
     "after conversion": "#8C6BB1",
-    "rivals": "#888888",
+    "baselines": "#888888",
 }
-MARKERS = {"default": "*", "FactorLLM": "X", "rivals": "s", "after conversion": "D"}
+MARKERS = {"default": "*", "FactorLLM": "X", "baselines": "s", "after conversion": "D"}
 
 
 DODGE = 0.45  # octaves over which the groups of one share stand side by side
@@ -62,7 +62,7 @@ def draw(one: Mapping[str, Any], path: Path) -> None:
         title = f"{STAGE_TITLES[last]}: {FIGURES[judge][0]}"
         _panel(axes, title, [row for row in rows if row["stage"] == last], judge)
     shown = [group for group in COLOURS if any(row["group"] == group for row in rows)]
-    names = {"default": "ours, as by default", "rivals": "rival compressors"}
+    names = {"default": "ours, as by default", "baselines": "other compressors"}
     handles = [
         figure.axes[0].plot(
             [], [], MARKERS.get(group, "o"), color=COLOURS[group], markersize=9, label=names.get(group, group)
@@ -165,8 +165,8 @@ def _name_the_best(axes: Any, points: Sequence[Point]) -> None:
     """The best of ours and the best rival of each share by name."""
     for share in {point.share for point in points}:
         here = [point for point in points if point.share == share]
-        ours = [point for point in here if point.group not in ("rivals", "FactorLLM")]
-        rivals = [point for point in here if point.group == "rivals"]
+        ours = [point for point in here if point.group not in ("baselines", "FactorLLM")]
+        rivals = [point for point in here if point.group == "baselines"]
         for those, up in ((ours, 1), (rivals, -1)):
             if not those:
                 continue

@@ -21,7 +21,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from benchmarks.ablation.bench import Bench, Setup
 from benchmarks.ablation.build import measure
 from benchmarks.ablation.grid import Cell, Store
-from benchmarks.ablation.methods import Stage
+from benchmarks.ablation.method import Stage
 from ffn2moe.planning.timing import machine
 from tasks.stage import clock, die_with_parent
 
