@@ -6,8 +6,8 @@ Each plan of each engine, dense and mixture, takes its turn in every round, on t
 speed against the best dense plan: the fastest of all engines, at that shape and on those threads, in the same rounds,
 that keeps its quality. The FFNs alone are each layer's as a graph of its own, reading what that layer reads in the
 model; the time is the sum over the layers. Plans of OpenVINO, dense ones and mixtures, are compiled for the shape that
-is timed, as they are where they are used (`ffn2moe.runtime.engines`). With `--out` the table is kept as a page, the figures
-beside it as JSON and the plot as PNG.
+is timed, as they are where they are used (`ffn2moe.runtime.engines`). With `--out` the table is kept as a page, the
+figures beside it as JSON and the plot as PNG.
 """
 
 from __future__ import annotations

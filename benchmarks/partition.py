@@ -6,12 +6,13 @@
     python -m benchmarks.partition --calibrate --against /tmp/before --tokens 4096 --out docs/results/calibration.md
 
 With `--calibrate` one layer of TinyLlama-1.1B's shape goes all the way instead: statistics and partition, the oracle's
-survey, the router's fit, the closed-form refit of the outputs, each timed as `ffn2moe.decompose.stream` does it to every layer.
-Each round is a process of its own; with `--against` it is two, one of them in another checkout of this repository.
+survey, the router's fit, the closed-form refit of the outputs, each timed as `ffn2moe.decompose.stream` does it to
+every layer. Each round is a process of its own; with `--against` it is two, one of them in another checkout of this
+repository.
 
 Weights, tokens and gradients are random and made on the spot, so that nothing is downloaded: they give a clustering no
-structure to find, which is its slowest case. What is timed is `ffn2moe.decompose.layer.carve`, all that a stage does with a
-layer; the errors of such experts say nothing and are not reported. Takes some 4 GB of memory.
+structure to find, which is its slowest case. What is timed is `ffn2moe.decompose.layer.carve`, all that a stage does
+with a layer; the errors of such experts say nothing and are not reported. Takes some 4 GB of memory.
 """
 
 from __future__ import annotations

@@ -384,8 +384,8 @@ def imitate(made: MoEFFN, moe: MoEFFN, x_TD: Tensor, route_TD: Tensor | None = N
     """Set what follows the neurons in closed form, so that `made` gives on tokens [T, D] what `moe` gives.
 
     Scale and output bias, as `MoEFFN.fit_scale_and_mean` does for the sum of all experts, which after training is no
-    aim any more; then the output matrices (ffn2moe.decompose.reconstruct), in layers of one budget, as budgets share them, and of
-    at most `WIDEST_MOMENTS` neurons. None of it is worse than what it follows, on these tokens.
+    aim any more; then the output matrices (ffn2moe.decompose.reconstruct), in layers of one budget, as budgets share
+    them, and of at most `WIDEST_MOMENTS` neurons. None of it is worse than what it follows, on these tokens.
     """
     for active in made.budgets:
         made.set_active(active)
@@ -443,9 +443,9 @@ def shrink(
 ) -> dict[str, Any]:
     """Fit the mixture in `path` to the task that `texts` are of, with `keep` experts; write it as an export to `out`.
 
-    `path` is an export or a checkpoint folder; `texts` what `ffn2moe.data.corpus.read_corpus` takes. Gives the manifest,
-    whose `shrink` says what became of every layer. There are no dense plans, as the dense model is in neither folder.
-    `out` is written whole or not at all. ValueError or FileNotFoundError, with cause and remedy.
+    `path` is an export or a checkpoint folder; `texts` what `ffn2moe.data.corpus.read_corpus` takes. Gives the
+    manifest, whose `shrink` says what became of every layer. There are no dense plans, as the dense model is in neither
+    folder. `out` is written whole or not at all. ValueError or FileNotFoundError, with cause and remedy.
     """
     from ffn2moe.onnx import write as export
 

@@ -2,8 +2,9 @@
 
     python -m flows.layers --address tcp://127.0.0.1:8786 FOLDER
 
-A stage starts it when FFN2MOE_DASK names a scheduler (tasks/layer_map.py), with a folder of jobs (ffn2moe/decompose/layer_map.py)
-in which it leaves what came of each. A worker that is lost costs what it was at work on: that is done again by another.
+A stage starts it when FFN2MOE_DASK names a scheduler (tasks/layer_map.py), with a folder of jobs
+(ffn2moe/decompose/layer_map.py) in which it leaves what came of each. A worker that is lost costs what it was at work
+on: that is done again by another.
 """
 
 from __future__ import annotations

@@ -27,8 +27,8 @@ PlanOnRequest = Literal[
     "dense4", "qmoe8", "qmoe4", "ov-dense", "ov-dense8", "ov-sorted", "ov-native", "ov-native8", "ov-native4"
 ]
 ContainerName = Literal["mixtral", "qwen2_moe", "qwen3_moe", "glm4_moe", "granitemoeshared"]
-# What is known of ffn2moe.containers.table.CONTAINERS without loading a model (tests/test_params.py holds the two together):
-# how each weighs the chosen experts, which have a shared expert, and which a bias that shifts the choice.
+# What is known of ffn2moe.containers.table.CONTAINERS without loading a model (tests/test_params.py holds the two
+# together): how each weighs the chosen experts, which have a shared expert, and which a bias that shifts the choice.
 CONTAINER_GATES: dict[ContainerName, str] = {
     "mixtral": "softmax_topk",
     "qwen2_moe": "softmax",

@@ -1,7 +1,7 @@
 """Stage 3: the routers, each layer by itself on the dense teacher's inputs, then what the experts give.
 
-Where routers start and what they learn from there, ffn2moe.decompose.router_fit; how far they come, judged on texts held out.
-Then the experts' output matrices are fitted to the dense FFN in closed form, ffn2moe.decompose.reconstruct.
+Where routers start and what they learn from there, ffn2moe.decompose.router_fit; how far they come, judged on texts
+held out. Then the experts' output matrices are fitted to the dense FFN in closed form, ffn2moe.decompose.reconstruct.
 """
 
 from __future__ import annotations

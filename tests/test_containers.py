@@ -18,9 +18,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from ffn2moe.containers import audit, fit, preflight, tensors, write
 from ffn2moe.containers.fit import choose, fits
 from ffn2moe.containers.shards import Shards
-from ffn2moe.containers import audit, fit, preflight, tensors, write
 from ffn2moe.containers.table import CONTAINERS, SOURCES, Container, container_named
 from ffn2moe.containers.tensors import NEAR_UNIT
 from ffn2moe.decompose.partition import contiguous

@@ -124,8 +124,8 @@ class Batches:
     """An endless, seeded order of batches of about `batch_tokens` tokens, each of one length.
 
     The batch of a step depends on the seed and the step alone, so that a run that is resumed sees what it would
-    have seen. Blocks that are all of one length (`ffn2moe.data.batches.pack`) are not padded. ValueError when there are too
-    few texts for a single batch.
+    have seen. Blocks that are all of one length (`ffn2moe.data.batches.pack`) are not padded. ValueError when there are
+    too few texts for a single batch.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""What the conversion asks of each layer alone, as jobs for `ffn2moe.decompose.layer_map`: statistics, partition, router.
+"""Work on one layer, as jobs for `ffn2moe.decompose.layer_map`: statistics, partition, router.
 
 The functions that begin with `to_` make a job, those after them do it.
 """

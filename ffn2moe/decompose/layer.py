@@ -114,12 +114,12 @@ def fit_router(
     """Fit a layer's router to the oracle's choices on tokens [T, D], and its scale and mean to the router.
 
     From `start` (with the penalty `ridge`) by `steps` of AdamW on `objective`, the scores divided by `temperature` at
-    first and by 1 at last (ffn2moe.decompose.router_fit); returns the loss of each step. No expert changes. How many experts a token
-    uses on average is calibrated where the selection leaves it open.
+    first and by 1 at last (ffn2moe.decompose.router_fit); returns the loss of each step. No expert changes. How many
+    experts a token uses on average is calibrated where the selection leaves it open.
 
-    With routing `sequence` the router reads `route_TD`, the means of the tokens' texts (ffn2moe.moe.texts.text_means), and
-    its labels are sums over the tokens of each text, `text_T` [T] (`texts_of`). ValueError without them, and for starts
-    and objectives about single experts where the selection is `prefix`.
+    With routing `sequence` the router reads `route_TD`, the means of the tokens' texts (ffn2moe.moe.texts.text_means),
+    and its labels are sums over the tokens of each text, `text_T` [T] (`texts_of`). ValueError without them, and for
+    starts and objectives about single experts where the selection is `prefix`.
     """
     read_RD = x_TD
     if moe.routing == "sequence":

@@ -78,9 +78,9 @@ def decompose(
     """Write the model in `folder`, its FFNs as routed mixtures, to `out`; `checkpoint.load` opens it.
 
     `batches` are the calibration tokens: the routers are fitted on them, and judged on the one in `HELD_OUT_SHARE`
-    that they are not fitted on; `refit` is the penalty of ffn2moe.decompose.reconstruct, 0 leaves that out. Computes in float32;
-    writes weights in `dtype` (None: as the source has them) and routers in float32. Returns a row for each layer: what
-    the partition and the router cost, and the seconds it took.
+    that they are not fitted on; `refit` is the penalty of ffn2moe.decompose.reconstruct, 0 leaves that out. Computes in
+    float32; writes weights in `dtype` (None: as the source has them) and routers in float32. Returns a row for each
+    layer: what the partition and the router cost, and the seconds it took.
 
     A run that was stopped goes on at the layer where it was, if it is called with the same source and settings.
     ValueError or FileNotFoundError with the remedy for a source that cannot be used, damaged weights, a context longer

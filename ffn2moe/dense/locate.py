@@ -26,7 +26,8 @@ def family_of(model: nn.Module) -> Family:
         except (ValueError, AttributeError) as error:
             raise ValueError(
                 f"models of type {model_type!r} are not supported, and no FFNs were found in this one that could be "
-                f"proven: {error}. Supported are: {supported()}; a row is added with ffn2moe.dense.families.register_family"
+                f"proven: {error}. Supported are: {supported()}; a row is added with "
+                "ffn2moe.dense.families.register_family"
             ) from error
     return model.probed_family
 

@@ -70,9 +70,9 @@ def export_model(
     (`ffn2moe.onnx.parity`; None: random ones). Weights of more than `largest_file` bytes go into a file of their own.
     `track` wraps the plans while they are worked through: (plans, what is done) -> plans.
 
-    A plan has the experts of the spec. Each is there again for every variant that may be worth it (`ffn2moe.moe.variants`):
-    the other budgets of an elastic mixture (`sorted-k1`, whose entry says `num_active`), and layers that stay dense
-    (`sorted-d0`, `dense_layers`). Graphs, files, parity and quality are those of the variant.
+    A plan has the experts of the spec. Each is there again for every variant that may be worth it
+    (`ffn2moe.moe.variants`): the other budgets of an elastic mixture (`sorted-k1`, whose entry says `num_active`), and
+    layers that stay dense (`sorted-d0`, `dense_layers`). Graphs, files, parity and quality are those of the variant.
 
     The manifest has `spec`, `model` (facts the runtime needs), `plans` (of each: `engine`, `precision`, `file`,
     `sha256`, `encoder` and `more` files where there are any, `parity_max_abs`, `parity`, and `agreement`, how well its

@@ -1,9 +1,9 @@
 """Choose, by measuring, which plan of an export runs which batches on this machine.
 
 A workload says which shapes come how often: batch x sequence in tokens, with weights that are shares of the batches.
-All plans of all engines are timed side by side at each shape (`ffn2moe.planning.timing`), and what trails the best dense plan
-is left behind early: after 3, 6, 12 rounds the slower half of what never once came near it (successive halving,
-Jamieson and Talwalkar 2016, with the noise of the measure as a bar). Chosen is, for every shape,
+All plans of all engines are timed side by side at each shape (`ffn2moe.planning.timing`), and what trails the best
+dense plan is left behind early: after 3, 6, 12 rounds the slower half of what never once came near it (successive
+halving, Jamieson and Talwalkar 2016, with the noise of the measure as a bar). Chosen is, for every shape,
 
 - a mixture, only if the whole confidence interval of its ratio to the best dense plan lies above 1;
 - else the best dense plan of all engines, or one that cannot be told from it.
@@ -472,9 +472,10 @@ def planned(
     """What plan.json says: the plan chosen for each shape and number of threads, and everything it was chosen by.
 
     `default_plan`, `best_dense_plan`, `speedup_vs_best_dense` and `reason` are those of the first number of threads,
-    the speed-up that of the whole workload. `choices` has a row for each shape (and phase), which `ffn2moe.runtime.export`
-    goes by. `memory_mib` is the most memory of a process that opens the plans one after the other, measured; with
-    several plans `agreement` is the least mean cosine of the embeddings that two of them give the same texts.
+    the speed-up that of the whole workload. `choices` has a row for each shape (and phase), which
+    `ffn2moe.runtime.export` goes by. `memory_mib` is the most memory of a process that opens the plans one after the
+    other, measured; with several plans `agreement` is the least mean cosine of the embeddings that two of them give the
+    same texts.
     """
     path = Path(path)
     head = read_manifest(path)["spec"]["head"]

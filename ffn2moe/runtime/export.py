@@ -110,14 +110,13 @@ def open_export(
     """Open the export in folder `path`: an `Export` of embeddings, or a `CausalExport`, `Seq2SeqExport` or
     `ModelExport`, by the head of the model.
 
-    `plan` None takes what was chosen by measuring (plan.json, `ffn2moe.planning.autoplan`), or `sorted` where nothing was. If
-    several plans were chosen, each batch runs on the one for its shape, opened when it is first needed
-    (`ffn2moe.runtime.switch`). What was chosen in OpenVINO is compiled for the shapes that it was chosen for, apart, when the
-    first batch of each comes (of a model that reads all at once; for other plans and shapes: `Export.fix`). The graphs
-    must have the sha256 of the manifest, and a plan that rests on a MoE op must pass
-    `self_test` on this runtime.
-    `threads` None takes one a core; `precision` is OpenVINO's (`ffn2moe.runtime.engines.open_graph`).
-    Raises FileNotFoundError or ValueError, with cause and remedy.
+    `plan` None takes what was chosen by measuring (plan.json, `ffn2moe.planning.autoplan`), or `sorted` where nothing
+    was. If several plans were chosen, each batch runs on the one for its shape, opened when it is first needed
+    (`ffn2moe.runtime.switch`). What was chosen in OpenVINO is compiled for the shapes that it was chosen for, apart,
+    when the first batch of each comes (of a model that reads all at once; for other plans and shapes: `Export.fix`).
+    The graphs must have the sha256 of the manifest, and a plan that rests on a MoE op must pass `self_test` on this
+    runtime. `threads` None takes one a core; `precision` is OpenVINO's (`ffn2moe.runtime.engines.open_graph`). Raises
+    FileNotFoundError or ValueError, with cause and remedy.
     """
     path = Path(path)
     manifest = read_manifest(path)
@@ -160,7 +159,8 @@ def open_graphs(
 ) -> list[Graph]:
     """The graphs of a plan in its engine (`ffn2moe.runtime.engines.open_graph`).
 
-    FileNotFoundError, with the remedy, where the plan rests on the operator of `ffn2moe.runtime.native` and it is not built.
+    FileNotFoundError, with the remedy, where the plan rests on the operator of `ffn2moe.runtime.native` and it is not
+    built.
     """
     return [
         open_graph(

@@ -96,7 +96,7 @@ NATIVE_TOLERANCE: dict[native.Activations, float] = {"bf16": 2e-2, "int16": 1e-3
 def native_self_test(
     activation: Activation, weights: native.Weights, activations: native.Activations, *, gated: bool = False
 ) -> float:
-    """Checks that the operator, as it is built, computes a tiny layer as `ffn2moe.runtime.native` defines it, routed or not.
+    """Checks that the operator computes a tiny layer as `ffn2moe.runtime.native` defines it, routed or not.
 
     Gives the largest difference, as a share of the largest output. RuntimeError where it computes something else,
     EngineMissing or FileNotFoundError where there is no OpenVINO or no operator.
