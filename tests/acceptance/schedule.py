@@ -1,11 +1,11 @@
-"""Watches the schedule at work: it fires, finds nothing changed, finds new data, and promotes what came of it.
+"""Watch the schedule: it fires, finds nothing changed, finds new data, and promotes the new version.
 
-    python -m benchmarks.schedule [--out docs/results/schedule.md]
+    python -m tests.acceptance.schedule [--out docs/results/schedule.md]
 
-The real services (`make up`: Prefect server, worker, MLflow server) on free ports of loopback, in a scratch repository
-with the real pipeline on a tiny teacher, and a cron of every minute. Nobody starts a run: all of them come from the
-schedule. The gate is open, as a tiny model gains nothing; how it decides is no question of the schedule. Exits with 1
-if something does not happen, or if a run that finds nothing changed takes a minute or more.
+It starts the real services (`make up`: Prefect server, worker, MLflow server) on free ports of loopback, in a scratch
+repository with the real pipeline, a tiny teacher and a cron of every minute. The schedule starts every run. The gate is
+open because a tiny model gains nothing. Exits with 1 if something does not happen, or if a run that finds nothing
+changed takes a minute or more.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from tests.conftest import make_tiny_bert
 from tests.texts import make_texts, write_corpus
 from tests.toy import PROJECT, commit, environment, make_tiny
 
-LIMIT = 60.0  # seconds that a run may take which finds nothing changed
-PATIENCE = 1800.0  # seconds until something that must happen has happened
+LIMIT = 60.0  # seconds allowed for a run that finds nothing changed
+PATIENCE = 1800.0  # seconds to wait for a run
 CRON = "* * * * *"
 OPEN_GATE = {
     "min_retention": 0.0,
@@ -46,13 +46,13 @@ console = Console(width=None if sys.stdout.isatty() else 150)
 
 @dataclass(frozen=True)
 class Fired:
-    """A run that the schedule has started, after it has ended."""
+    """Describe a finished run that the schedule started."""
 
     due: datetime
     started: datetime
     ended: datetime
     state: str
-    told: str
+    message: str
 
     @property
     def seconds(self) -> float:
@@ -60,7 +60,7 @@ class Fired:
 
 
 def make_repository(folder: Path) -> Path:
-    """The real pipeline with a tiny teacher, an open gate and a cron of every minute."""
+    """Make a repository of the real pipeline with a tiny teacher, an open gate and a cron of every minute."""
     make_tiny_bert(folder / "teacher")
     write_corpus(folder / "texts.jsonl", make_texts(1500))
     repo = make_tiny(folder / "repo", folder / "teacher", folder / "texts.jsonl")
@@ -76,7 +76,7 @@ def make_repository(folder: Path) -> Path:
 
 
 def services(repo: Path, *arguments: str) -> str:
-    """`python -m flows.service` in that repository; RuntimeError with what it said if it fails."""
+    """Run `python -m flows.service` in that repository; RuntimeError with its output if it fails."""
     done = subprocess.run(
         [sys.executable, "-m", "flows.service", *arguments], cwd=repo, env=environment(), capture_output=True, text=True
     )
@@ -86,7 +86,7 @@ def services(repo: Path, *arguments: str) -> str:
 
 
 def fired(after: datetime | None) -> list[Fired]:
-    """The runs that the schedule has started, that began after that moment and have ended; oldest first."""
+    """Return the finished runs that the schedule started after that moment, oldest first."""
     with service._client() as client:
         runs = [run for run in client.read_flow_runs(limit=200) if run.auto_scheduled and run.state.is_final()]
     found = [
@@ -98,12 +98,12 @@ def fired(after: datetime | None) -> list[Fired]:
 
 
 def wait_for(state: str, after: datetime | None) -> Fired:
-    """The first run after that moment that ends so. RuntimeError when one fails, or none comes."""
+    """Return the first run after that moment that ends in this state. RuntimeError if a run fails or none comes."""
     deadline = time.monotonic() + PATIENCE
     while time.monotonic() < deadline:
         for run in fired(after):
             if run.state not in ("Cached", "Completed"):
-                raise RuntimeError(f"a scheduled run ended as {run.state}: {run.told}")
+                raise RuntimeError(f"a scheduled run ended as {run.state}: {run.message}")
             if run.state == state:
                 return run
         time.sleep(1)
@@ -111,7 +111,7 @@ def wait_for(state: str, after: datetime | None) -> Fired:
 
 
 def champion(repo: Path) -> int | None:
-    """The version that is champion, asked for at the MLflow server."""
+    """Return the version that is champion, as the MLflow server knows it."""
     import mlflow
     from mlflow.exceptions import MlflowException
 
@@ -123,18 +123,18 @@ def champion(repo: Path) -> int | None:
 
 
 def watch(repo: Path) -> list[tuple[str, Fired, int | None]]:
-    """What was done, the run that followed by itself, and the champion afterwards."""
+    """Return for each action the run that followed and the champion afterwards."""
     seen: list[tuple[str, Fired, int | None]] = []
 
     def see(what: str, state: str, after: datetime | None) -> Fired:
         run = wait_for(state, after)
         seen.append((what, run, champion(repo)))
-        console.print(f"{what}: {run.state} in {run.seconds:.1f} s: {run.told}", highlight=False)
+        console.print(f"{what}: {run.state} in {run.seconds:.1f} s: {run.message}", highlight=False, markup=False)
         return run
 
     first = see("nothing: the first time", "Completed", None)
     second = see("nothing", "Cached", first.ended)
-    third = see("nothing, once more", "Cached", second.ended)
+    third = see("nothing, again", "Cached", second.ended)
     write_corpus(repo.parent / "texts.jsonl", make_texts(1500, seed=1))
     fourth = see("new texts in the watched file", "Completed", third.ended)
     see("nothing", "Cached", fourth.ended)
@@ -142,35 +142,35 @@ def watch(repo: Path) -> list[tuple[str, Fired, int | None]]:
 
 
 def page(seen: Sequence[tuple[str, Fired, int | None]], load: float) -> str:
-    """docs/results/schedule.md."""
+    """Return the page docs/results/schedule.md."""
     rows = "\n".join(
         f"| {what} | {run.due:%H:%M:%S} | {(run.started - run.due).total_seconds():.1f} s | {run.state} | "
         f"{run.seconds:.1f} s | {f'version {version}' if version else 'none'} |"
         for what, run, version in seen
     )
-    told = "\n".join(f"- {what}: *{run.told}*" for what, run, _ in seen)
+    messages = "\n".join(f"- {what}: *{run.message}*" for what, run, _ in seen)
     cached = [run.seconds for _, run, _ in seen if run.state == "Cached"]
-    return f"""# The schedule at work
+    return f"""# The schedule
 
-`python -m benchmarks.schedule`, on {os.cpu_count()} CPUs ({platform.machine()}), load average {load:.1f} at the start:
-the services of `make up` in a scratch repository, the real pipeline of ten stages on a tiny teacher, cron
-`{CRON}`. All runs were started by the schedule.
+`python -m tests.acceptance.schedule`, on {os.cpu_count()} CPUs ({platform.machine()}), load average {load:.1f}
+at the start. The services of `make up` run the real pipeline of ten stages on a tiny teacher in a scratch repository, with the cron
+`{CRON}`. The schedule started all runs.
 
-| what was done before | due (UTC) | started after | state | took | champion afterwards |
+| action before | due (UTC) | started after | state | took | champion afterwards |
 |---|---|---|---|---|---|
 {rows}
 
-A run that finds nothing changed takes {max(cached):.1f} s at most, of {LIMIT:.0f} s allowed. A run starts late when
-the one before it is still going on: one workspace, one run.
+A run that finds nothing changed takes {max(cached):.1f} s at most, of {LIMIT:.0f} s allowed. A run starts late if
+the run before it has not ended: a workspace holds one run.
 
-What each run said:
+Messages of the runs:
 
-{told}
+{messages}
 """
 
 
 def problems(seen: Sequence[tuple[str, Fired, int | None]]) -> list[str]:
-    """What is not as it must be."""
+    """Return one line for each requirement that is not met."""
     slow = [run.seconds for _, run, _ in seen if run.state == "Cached" and run.seconds >= LIMIT]
     found = [f"a run that found nothing changed took {seconds:.0f} s" for seconds in slow]
     versions = [version for _, _, version in seen]
@@ -180,8 +180,8 @@ def problems(seen: Sequence[tuple[str, Fired, int | None]]) -> list[str]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.schedule", description=__doc__.splitlines()[0])
+    """Run the command line; return the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m tests.acceptance.schedule", description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=PROJECT / "docs/results/schedule.md")
     options = parser.parse_args(arguments)
     load = os.getloadavg()[0]
@@ -201,7 +201,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options.out.write_text(page(seen, load), encoding="utf-8")
     console.print(f"written: {options.out}")
     for problem in (found := problems(seen)):
-        console.print(f"error: {problem}", style="red")
+        console.print(f"error: {problem}", style="red", markup=False)
     return 1 if found else 0
 
 

@@ -1,10 +1,10 @@
-"""A sweep of eight cells over the default teacher, killed once in the middle of a cell and gone on with.
+"""Kill a sweep of eight cells in the middle of a cell, and resume it.
 
-    python -m benchmarks.sweep FOLDER --out docs/results/sweep.md
+    python -m tests.acceptance.sweep FOLDER --out docs/results/sweep.md
 
-It runs in a copy of this project, FOLDER, with budgets so small that a cell takes minutes. The kill comes when two
-cells are made and another one trains behind a checkpoint. Exits with 1 if a cell that was made, or any stage that had
-ended, ran twice. A FOLDER whose sweep has ended is not run again, only the page is written.
+The sweep runs in FOLDER, a copy of this project, with small budgets: a cell takes minutes. The kill comes when two
+cells are made and another one has a training checkpoint. Exits with 1 if a finished cell or stage ran twice. If the sweep in
+FOLDER has ended, only the page is written.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from typing import Any
 import psutil
 from rich.console import Console
 
-from benchmarks import show
+from benchmarks.show import about
 from flows import guardian
 from tasks.params import override, read, write
 from tests.toy import commit, copy_project, environment
@@ -52,14 +52,14 @@ console = Console(width=None if sys.stdout.isatty() else 150)
 
 
 def make_repository(folder: Path) -> None:
-    """A copy of this project with the small budgets as its committed parameters."""
+    """Copy this project and commit the small budgets as its parameters."""
     copy_project(folder)
     write(override(read(folder / "params.yaml"), SETTINGS), folder / "params.yaml")
     commit(folder)
 
 
 def sweep(repo: Path, log: str) -> subprocess.Popen[bytes]:
-    """Begins the sweep, or goes on with it, as a child in a session of its own; what it says goes to a file."""
+    """Start or resume the sweep as a child in its own session; its output goes to a file."""
     with (repo / log).open("wb") as stream:
         return subprocess.Popen(
             [sys.executable, "-m", "flows.sweep", "run", *GRID, "--name", NAME],
@@ -72,7 +72,7 @@ def sweep(repo: Path, log: str) -> subprocess.Popen[bytes]:
 
 
 def cells(repo: Path) -> list[dict[str, str]]:
-    """What became of every cell, as `python -m flows.sweep cells` has it."""
+    """Return the history of every cell, as `python -m flows.sweep cells` writes it."""
     command = [sys.executable, "-m", "flows.sweep", "cells", NAME]
     subprocess.run(command, cwd=repo, env=environment(), check=True, capture_output=True)
     with (repo / "sweeps" / NAME / "cells.csv").open(encoding="utf-8") as stream:
@@ -80,7 +80,7 @@ def cells(repo: Path) -> list[dict[str, str]]:
 
 
 def interrupt(repo: Path) -> None:
-    """Kills -9 the sweep while a cell trains behind a checkpoint; RuntimeError if it cannot, or leaves something."""
+    """Kill -9 the sweep while a cell trains; RuntimeError if the sweep ended before, or if a process survives."""
     process = sweep(repo, "first.log")
     while not (
         _made(repo / "first.log") >= MADE_BEFORE and list(repo.glob(".workspaces/*/.cache/distill.safetensors"))
@@ -93,7 +93,7 @@ def interrupt(repo: Path) -> None:
     killed = time.time()
     while guardian.carriers(guardian.MARK, str(process.pid)):
         if time.time() > killed + 20:
-            raise RuntimeError("processes of the killed sweep are left")
+            raise RuntimeError("processes of the killed sweep survive")
         time.sleep(0.1)
     (repo / "before.json").write_text(json.dumps(cells(repo), indent=2) + "\n", encoding="utf-8")
 
@@ -103,7 +103,7 @@ def _made(log: Path) -> int:
 
 
 def judge(before: Sequence[Mapping[str, str]], after: Sequence[Mapping[str, str]]) -> list[str]:
-    """What ran twice and ought not to have."""
+    """Return one line for each cell or stage that ran twice."""
     found = [f"cell {row['cell']}: {row['state']}" for row in after if row["state"] != "finished"]
     for old, new in zip(before, after, strict=True):
         ended, ran = old["stages"].split(), new["stages"].split()
@@ -114,7 +114,7 @@ def judge(before: Sequence[Mapping[str, str]], after: Sequence[Mapping[str, str]
 
 
 def resumed(repo: Path) -> list[str]:
-    """The lines of the cells' logs that tell of training that went on from a checkpoint."""
+    """Return the lines of the logs that say that training resumed from a checkpoint."""
     logs = sorted((repo / "sweeps" / NAME).glob("*/log.txt"))
     return [
         f"cell {int(log.parent.name)}: {line.removeprefix('distill: ')}"
@@ -129,14 +129,12 @@ def write_page(repo: Path, before: Sequence[Mapping[str, str]], after: Sequence[
     points = json.loads((folder / "results.json").read_text(encoding="utf-8"))["points"]
     shutil.copy2(folder / "front.png", path.with_suffix(".png"))
     best = [sys.executable, "-m", "flows.sweep", "best", NAME, "--keeps"]
-    told = {
+    answers = {
         share: subprocess.run([*best, share], cwd=repo, env=environment(), capture_output=True, text=True, check=False)
         for share in ("0.99", "0.97")
     }
-    problems = (
-        "; ".join(judge(before, after)) or "No cell that was made was made again, no stage that had ended ran twice"
-    )
-    again = ", ".join(row["cell"] for row in after if int(row["made"]) > 1) or "none"
+    problems = "; ".join(judge(before, after)) or "No finished cell was made again, no finished stage ran twice"
+    interrupted = ", ".join(row["cell"] for row in after if int(row["made"]) > 1) or "none"
     from_checkpoints = "; ".join(resumed(repo)) or "none was in training"
     load = ", ".join(f"{load:.0f}" for load in psutil.getloadavg())
     path.write_text(
@@ -144,35 +142,35 @@ def write_page(repo: Path, before: Sequence[Mapping[str, str]], after: Sequence[
 
 {len(after)} cells of the default teacher with small budgets, two at a time; `kill -9` in the middle of a cell,
 then the same command again. {problems}.
-Under way when the kill came were {again}; {from_checkpoints}.
-{show.about()}; load average {load}: other work has its share of the times.
+Cells that the kill interrupted: {interrupted}; {from_checkpoints}.
+{about()}; load average {load}: the times include waiting for other work.
 
 ```
-python -m benchmarks.sweep FOLDER --out {path}
+python -m tests.acceptance.sweep FOLDER --out {path}
 ```
 
-Which is, in a project with `{" ".join(SETTINGS)}`:
+It runs these commands in a project with `{" ".join(SETTINGS)}`:
 
 ```
-python -m flows.sweep run {" ".join(GRID)} --name {NAME}     # killed, and given again
+python -m flows.sweep run {" ".join(GRID)} --name {NAME}     # killed, then run again
 python -m flows.sweep cells {NAME}
 python -m flows.sweep best {NAME} --keeps 0.99
 ```
 
 ## Cells
 
-"Made" and "measured" count how often that step was begun; "stages" are those that ran to their end for this cell,
-the others came from the cache.
+"Made" and "measured" count how often that step began. "Stages" are those that ran to their end for this cell; the
+others came from the cache.
 
 {_table(_short(row) for row in after)}
 
-As the kill left them:
+After the kill:
 
 {_table(_short(row) for row in before)}
 
 ## The Pareto front
 
-The share of the teacher's retrieval nDCG@10 that is kept, and the speed in one interleaved session of all cells' plans.
+`kept` is the share of the teacher's retrieval nDCG@10. One interleaved session timed the plans of all cells.
 
 {_table(_point(row) for row in points if row["on_front"])}
 
@@ -181,13 +179,13 @@ The share of the teacher's retrieval nDCG@10 that is kept, and the speed in one 
 `best {NAME} --keeps 0.99`:
 
 ```
-{(told["0.99"].stdout or told["0.99"].stderr).strip()}
+{(answers["0.99"].stdout or answers["0.99"].stderr).strip()}
 ```
 
 `best {NAME} --keeps 0.97`:
 
 ```
-{(told["0.97"].stdout or told["0.97"].stderr).strip()}
+{(answers["0.97"].stdout or answers["0.97"].stderr).strip()}
 ```
 """,
         encoding="utf-8",
@@ -195,7 +193,7 @@ The share of the teacher's retrieval nDCG@10 that is kept, and the speed in one 
 
 
 def _short(row: Mapping[str, str]) -> dict[str, str]:
-    """A cell without the sections of its keys and the day of its times."""
+    """Return a cell without the sections of its keys and the day of its times."""
     settings = " ".join(setting.partition(".")[2] or setting for setting in row["settings"].split())
     times = {key: row[key].partition("T")[2].removesuffix("+00:00") for key in ("began", "ended")}
     return {**row, "settings": settings, **times}
@@ -220,8 +218,8 @@ def _table(rows: Any) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.sweep", description=__doc__.splitlines()[0])
-    parser.add_argument("folder", type=Path, help="where the project is copied to; what is there is gone on with")
+    parser = argparse.ArgumentParser(prog="python -m tests.acceptance.sweep", description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path, help="copy of the project; an earlier sweep in it is resumed")
     parser.add_argument("--out", type=Path, help="also write a page, for example docs/results/sweep.md")
     given = parser.parse_args()
     repo = given.folder.resolve()
@@ -235,9 +233,9 @@ def main() -> int:
     before, after = json.loads((repo / "before.json").read_text(encoding="utf-8")), cells(repo)
     problems = judge(before, after)
     console.print(
-        "\n".join(problems) or "no cell that was made, and no stage that had ended, ran twice", highlight=False
+        "\n".join(problems) or "no finished cell and no finished stage ran twice", highlight=False, markup=False
     )
-    console.print("\n".join(resumed(repo)), highlight=False)
+    console.print("\n".join(resumed(repo)), highlight=False, markup=False)
     if given.out:
         write_page(repo, before, after, given.out)
     return int(bool(problems))
