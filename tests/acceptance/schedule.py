@@ -153,7 +153,8 @@ def page(seen: Sequence[tuple[str, Fired, int | None]], load: float) -> str:
     return f"""# The schedule
 
 `python -m tests.acceptance.schedule`, on {os.cpu_count()} CPUs ({platform.machine()}), load average {load:.1f}
-at the start. The services of `make up` run the real pipeline of ten stages on a tiny teacher in a scratch repository, with the cron
+at the start. The services of `make up` run the real pipeline of ten stages on a tiny teacher
+in a scratch repository. The cron is
 `{CRON}`. The schedule started all runs.
 
 | action before | due (UTC) | started after | state | took | champion afterwards |

@@ -3,8 +3,8 @@
     python -m tests.acceptance.sweep FOLDER --out docs/results/sweep.md
 
 The sweep runs in FOLDER, a copy of this project, with small budgets: a cell takes minutes. The kill comes when two
-cells are made and another one has a training checkpoint. Exits with 1 if a finished cell or stage ran twice. If the sweep in
-FOLDER has ended, only the page is written.
+cells are made and another one has a training checkpoint. Exits with 1 if a finished cell or stage ran twice. If the
+sweep in FOLDER has ended, only the page is written.
 """
 
 from __future__ import annotations
