@@ -32,9 +32,10 @@ from ffn2moe.containers.table import CONTAINERS
 from ffn2moe.data.batches import Batch, Batches, pack
 from ffn2moe.data.generate import sample_tokens
 from ffn2moe.decompose.inputs import layer_inputs
-from ffn2moe.decompose.layer import carve, fit_router, outputs
+from ffn2moe.decompose.layer import decompose_layer, outputs
 from ffn2moe.decompose.oracle import expert_outputs
 from ffn2moe.decompose.reconstruct import refit_outputs
+from ffn2moe.decompose.route import RouterSettings, fit_router
 from ffn2moe.decompose.router_fit import prior_approximate_loss
 from ffn2moe.dense.families import positions
 from ffn2moe.dense.load import load_dense
@@ -157,8 +158,8 @@ class Bench:
         layers: list[MoEFFN] = []
         for index, x_TD in enumerate(layer_inputs(student, calibration, max_tokens=32768)):
             ffn = read_ffn(student, index)
-            layers.append(carve(ffn, x_TD, spec, index, seed=self.seed))
-            fit_router(layers[-1], x_TD, ridge=1e-2, steps=200, batch_tokens=4096, learning_rate=1e-2, seed=index)
+            layers.append(decompose_layer(ffn, x_TD, spec, index, seed=self.seed))
+            fit_router(layers[-1], x_TD, RouterSettings(steps=200, batch_tokens=4096, seed=index))
             refit_outputs(layers[-1], x_TD, outputs(ffn, x_TD), penalty=1e-2)
         install_moe(student, layers)
         if steps:
@@ -184,7 +185,9 @@ class Bench:
         torch.manual_seed(self.seed)
         layers = []
         for index in range(spec.num_layers):
-            layers.append(carve(read_ffn(student, index), torch.empty(0, spec.width), spec, index, seed=self.seed))
+            layers.append(
+                decompose_layer(read_ffn(student, index), torch.empty(0, spec.width), spec, index, seed=self.seed)
+            )
             nn.init.kaiming_uniform_(layers[-1].router.weight, a=math.sqrt(5))  # as nn.Linear starts
             layers[-1].set_scale(self.experts / active)
         install_moe(student, layers)

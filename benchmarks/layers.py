@@ -28,9 +28,10 @@ from rich.table import Table
 
 from benchmarks.rounds import Ratio, ratio
 from benchmarks.show import about, complain
-from ffn2moe.decompose.jobs import to_route
+from ffn2moe.decompose.jobs import route_job
 from ffn2moe.decompose.layer import mixture
 from ffn2moe.decompose.layer_map import LayerJob, LayerResult, here, in_processes
+from ffn2moe.decompose.route import RouterSettings
 from ffn2moe.dense.ffn import DenseFFN
 from ffn2moe.spec import FFNShape, MoESpec
 from flows.environment import settle
@@ -111,21 +112,13 @@ def make_jobs(layers: int, width: int, ffn_width: int, tokens: int) -> list[Laye
         moe = mixture(ffn, neurons_EM, neurons_EM.new_zeros(0), spec, layer)
         x_TD = torch.randn(tokens + HELD_OUT, width, generator=generator)
         jobs.append(
-            to_route(
+            route_job(
                 moe,
-                ffn,
                 spec,
                 layer,
-                train_TD=x_TD[:tokens],
+                RouterSettings(steps=STEPS, batch_tokens=4096, seed=layer),
+                x_TD=x_TD[:tokens],
                 held_out_TD=x_TD[tokens:],
-                train_texts={},
-                held_out_texts={},
-                refit=1e-2,
-                ridge=1e-2,
-                steps=STEPS,
-                batch_tokens=4096,
-                learning_rate=1e-2,
-                seed=layer,
             )
         )
     return jobs
@@ -213,7 +206,7 @@ def require_equal(name: str, found: Sequence[LayerResult], wanted: Sequence[Laye
     """ValueError unless both hold the same layers with the same bits."""
     same = all(
         one.layer == other.layer
-        and one.told == other.told
+        and one.summary == other.summary
         and one.tensors.keys() == other.tensors.keys()
         and all(torch.equal(tensor, other.tensors[key]) for key, tensor in one.tensors.items())
         for one, other in zip(found, wanted, strict=True)

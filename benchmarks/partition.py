@@ -11,7 +11,7 @@ every layer. Each round is a process of its own; with `--against` it is two, one
 repository.
 
 Weights, tokens and gradients are random and made on the spot, so that nothing is downloaded: they give a clustering no
-structure to find, which is its slowest case. What is timed is `ffn2moe.decompose.layer.carve`, all that a stage does
+structure to find, which is its slowest case. Timed is `ffn2moe.decompose.layer.decompose_layer`, all that a stage does
 with a layer; the errors of such experts say nothing and are not reported. Takes some 4 GB of memory.
 """
 
@@ -41,9 +41,10 @@ from benchmarks.rounds import in_turn, ratio
 from ffn2moe.decompose import layer as factorise
 from ffn2moe.decompose import oracle, partition
 from ffn2moe.decompose.inputs import chunk_of
-from ffn2moe.decompose.layer import carve, fit_router
+from ffn2moe.decompose.layer import decompose_layer
 from ffn2moe.decompose.partition import PartitionMethod
 from ffn2moe.decompose.reconstruct import refit_outputs
+from ffn2moe.decompose.route import RouterSettings, fit_router
 from ffn2moe.dense.ffn import DenseFFN
 from ffn2moe.planning.timing import machine
 from ffn2moe.spec import FFNShape, MoESpec
@@ -151,7 +152,7 @@ def measure(
     spec = _spec(WIDTH, FFN_WIDTH, EXPERTS, ACTIVE, method, shared_width)
     processors = time.process_time()
     with clocks() as spent:
-        moe = carve(ffn, x_TD, spec, 0, seed=0, gradient_TD=gradient_TD)
+        moe = decompose_layer(ffn, x_TD, spec, 0, seed=0, gradient_TD=gradient_TD)
     row: dict[str, Any] = {"method": method, "shared": shared_width, **spent, "seconds": sum(spent.values())}
     row["processors"] = time.process_time() - processors
     start = time.perf_counter()
@@ -284,7 +285,7 @@ def calibration_page(options: argparse.Namespace, columns: Sequence[str], rows: 
 def _all_the_way(ffn: DenseFFN, x_TD: torch.Tensor, spec: MoESpec) -> dict[str, float]:
     """Seconds of every step that makes a routed layer of a dense FFN."""
     with clocks() as spent:
-        moe = carve(ffn, x_TD, spec, 0, seed=0)
+        moe = decompose_layer(ffn, x_TD, spec, 0, seed=0)
     told = dict(spent)
     last = time.perf_counter()
 
@@ -315,7 +316,7 @@ def _all_the_way(ffn: DenseFFN, x_TD: torch.Tensor, spec: MoESpec) -> dict[str, 
 
     fit_known = oracle.fit_scales
     with patch.object(oracle, "survey", survey), patch.object(oracle, "fit_scales", fit):
-        fit_router(moe, x_TD, ridge=1e-2, steps=ROUTER_STEPS, batch_tokens=4096, learning_rate=1e-2, seed=0)
+        fit_router(moe, x_TD, RouterSettings(steps=ROUTER_STEPS, batch_tokens=4096, seed=0))
     mark("router")
     told["oracle"], told["scale"] = sum(surveyed), sum(fitted)
     told["router"] -= told["oracle"] + told["scale"]

@@ -31,7 +31,8 @@ from benchmarks.rounds import Ratio, in_turn, ratio
 from ffn2moe.data.batches import Batch, Batches, in_order
 from ffn2moe.data.corpus import docstrings, read_corpus
 from ffn2moe.decompose.inputs import layer_inputs
-from ffn2moe.decompose.layer import carve, fit_router
+from ffn2moe.decompose.layer import decompose_layer
+from ffn2moe.decompose.route import RouterSettings, fit_router
 from ffn2moe.dense.families import head_of
 from ffn2moe.dense.ffn import ACTIVATIONS, DenseFFN
 from ffn2moe.dense.load import load_dense
@@ -162,8 +163,8 @@ def carved(teacher: Any, inputs: Sequence[Tensor], options: argparse.Namespace) 
     )
     layers = []
     for index, x_TD in enumerate(inputs):
-        moe = carve(read_ffn(teacher, index), x_TD, spec, index, seed=0)
-        fit_router(moe, x_TD, ridge=1e-2, steps=ROUTER_STEPS, batch_tokens=len(x_TD), learning_rate=1e-2, seed=index)
+        moe = decompose_layer(read_ffn(teacher, index), x_TD, spec, index, seed=0)
+        fit_router(moe, x_TD, RouterSettings(steps=ROUTER_STEPS, batch_tokens=len(x_TD), seed=index))
         layers.append(moe)
     return layers
 

@@ -30,11 +30,10 @@ from ffn2moe.containers.write import write
 from ffn2moe.data.batches import Batch, Batches, BatchSource, in_order, pack
 from ffn2moe.data.corpus import docstrings, read_corpus
 from ffn2moe.data.generate import greedy_answers, sample_tokens
-from ffn2moe.decompose import oracle
-from ffn2moe.decompose.inputs import chunk_of, layer_inputs
-from ffn2moe.decompose.layer import carve, every_expert, fit_router, output_of, outputs
+from ffn2moe.decompose.inputs import layer_inputs
+from ffn2moe.decompose.layer import decompose_layer, every_expert, output_of
 from ffn2moe.decompose.memory import available_memory, estimate, require_room
-from ffn2moe.decompose.reconstruct import refit_outputs
+from ffn2moe.decompose.route import RouterSettings, route_layer
 from ffn2moe.decompose.source import NotStreamable, skeleton
 from ffn2moe.decompose.stream import HELD_OUT_SHARE, decompose, mixtures, outside
 from ffn2moe.dense.families import FAMILIES, Family, head_of, positions
@@ -482,7 +481,7 @@ class _Conversion:
             described={"corpus": self.corpus, "images": len(files)},
         )
 
-    # --- carving and routing ---------------------------------------------------------------------------------------
+    # --- decomposing and routing ----------------------------------------------------------------------------------
 
     def _route(self, data: _Data) -> None:
         """The folder `routed`: every FFN a mixture, nothing trained but the routers."""
@@ -539,8 +538,8 @@ class _Conversion:
         teacher.to("cpu")
         student, _ = load_dense(str(self.folder), head=self.head)
         layers, rows = [], []
-        for index, x_TD in self.track(enumerate(inputs), len(inputs), "carving layers"):
-            layers.append(carve(read_ffn(student, index), x_TD, spec, index, seed=settings.seed))
+        for index, x_TD in self.track(enumerate(inputs), len(inputs), "decomposing layers"):
+            layers.append(decompose_layer(read_ffn(student, index), x_TD, spec, index, seed=settings.seed))
         with torch.no_grad():
             dense = output_of(student, data.calibration[0])
             install_moe(student, layers)
@@ -552,22 +551,21 @@ class _Conversion:
                 f"with all experts active the mixture differs from the dense model by {difference:.1e}: {self.source} "
                 f"computes its FFNs in another way than the family {spec.family!r} says"
             )
+        router = RouterSettings(
+            steps=ROUTER_STEPS,
+            batch_tokens=ROUTER_BATCH,
+            seed=settings.seed,
+            learning_rate=ROUTER["learning_rate"],
+            ridge=ROUTER["ridge"],
+            refit=ROUTER["refit"],
+        )
         for index, moe in self.track(list(enumerate(layers)), len(layers), "routing layers"):
             kept = max(1, len(inputs[index]) - len(inputs[index]) // HELD_OUT_SHARE)
-            wanted_TD = outputs(read_ffn(teacher, index), inputs[index][:kept])
-            fit_router(
-                moe,
-                inputs[index][:kept],
-                steps=ROUTER_STEPS,
-                batch_tokens=ROUTER_BATCH,
-                seed=settings.seed + index,
-                ridge=ROUTER["ridge"],
-                learning_rate=ROUTER["learning_rate"],
+            x_TD, held_out_TD = inputs[index][:kept], inputs[index][kept:]
+            found = route_layer(
+                moe, x_TD, router.for_layer(index), held_out_TD=held_out_TD if len(held_out_TD) else None
             )
-            judged = inputs[index][kept:] if kept < len(inputs[index]) else inputs[index]
-            chunk = chunk_of(moe.num_experts * judged.shape[1])
-            rows.append({"layer": index, **oracle.diagnose(moe, judged, chunk)})
-            refit_outputs(moe, inputs[index][:kept], wanted_TD, penalty=ROUTER["refit"], chunk=chunk)
+            rows.append({"layer": index, **found.row})
         partial = done.with_name("routed.partial")
         shutil.rmtree(partial, ignore_errors=True)
         checkpoint.save(student, None, spec, partial)

@@ -23,7 +23,7 @@ CHECKED_TEXTS = 32  # on which that is looked at
 
 def run(stage: StageRun) -> None:
     from ffn2moe.decompose.inputs import layer_inputs, output_gradients, texts_of
-    from ffn2moe.decompose.jobs import to_carve, to_contribute
+    from ffn2moe.decompose.jobs import contributions_job, decompose_job
     from ffn2moe.decompose.layer import every_expert, mixture, output_of
     from ffn2moe.decompose.partition import super_neurons
     from ffn2moe.dense.load import load_dense
@@ -57,7 +57,7 @@ def run(stage: StageRun) -> None:
     ffns = [read_ffn(model, index) for index in range(len(inputs))]
     do = layer_map()
     statistics = do(
-        [to_contribute(ffn, x_TD, index) for index, (ffn, x_TD) in enumerate(zip(ffns, inputs, strict=True))]
+        [contributions_job(ffn, x_TD, index) for index, (ffn, x_TD) in enumerate(zip(ffns, inputs, strict=True))]
     )
     found = super_neurons([done.tensors["largest_F"] for done in in_order(statistics)])
     guarded = found if settings.guard else [None] * len(found)
@@ -69,36 +69,36 @@ def run(stage: StageRun) -> None:
         )
         spec = describe(stage, model, needed)
     jobs = [
-        to_carve(
+        decompose_job(
             ffns[index],
             x_TD,
             spec,
             index,
             seed=params.seed,
-            weigh=settings.active_per_layer == "budget",
+            every_budget=settings.active_per_layer == "budget",
             gradient_TD=gradients[index],
             guarded=guarded[index],
             text_T=text_T,
         )
         for index, x_TD in enumerate(inputs)
     ]
-    carved = in_order(stage.track(do(jobs), len(jobs), "dividing layers"))
+    decomposed = in_order(stage.track(do(jobs), len(jobs), "decomposing layers"))
     if settings.active_per_layer == "budget":
-        spec, judged = within_budget(stage, spec, ffns, carved, inputs, text_T)
+        spec, judged = within_budget(stage, spec, ffns, decomposed, inputs, text_T)
     else:
-        judged = [done.told for done in carved]
+        judged = [done.summary for done in decomposed]
     layers = [
         mixture(ffn, done.tensors["neurons"], done.tensors["shared_neurons"], spec, done.layer)
-        for ffn, done in zip(ffns, carved, strict=True)
+        for ffn, done in zip(ffns, decomposed, strict=True)
     ]
     rows: list[dict[str, Any]] = [
         {
             "layer": index,
-            **told,
+            **summary,
             "num_active": spec.active_of(index),
             "super_neurons": found[index].tolist(),
         }
-        for index, told in enumerate(judged)
+        for index, summary in enumerate(judged)
     ]
 
     check = next(tokens.in_order(CHECKED_TEXTS))
@@ -134,7 +134,7 @@ def within_budget(
     stage: StageRun,
     spec: MoESpec,
     ffns: list[DenseFFN],
-    carved: list[LayerResult],
+    decomposed: list[LayerResult],
     inputs: list[Tensor],
     text_T: Tensor | None,
 ) -> tuple[MoESpec, list[dict[str, Any]]]:
@@ -147,18 +147,18 @@ def within_budget(
     import torch
 
     from ffn2moe.decompose import oracle
-    from ffn2moe.decompose.jobs import to_judge
+    from ffn2moe.decompose.jobs import judge_job
 
-    errors_LE = torch.stack([done.tensors["errors_E"] for done in carved])
+    errors_LE = torch.stack([done.tensors["errors_E"] for done in decomposed])
     parts = errors_LE.split([shape.num_layers for shape in spec.stacks])
     active = tuple(K for part in parts for K in oracle.allocate(part, spec.num_active))
     spec = replace(spec, active_per_layer=active)
     stage.say(f"experts a token runs, layer by layer: {', '.join(map(str, active))}")
     jobs = [
-        to_judge(ffn, done.tensors["neurons"], done.tensors["shared_neurons"], x_TD, spec, done.layer, text_T=text_T)
-        for ffn, done, x_TD in zip(ffns, carved, inputs, strict=True)
+        judge_job(ffn, done.tensors["neurons"], done.tensors["shared_neurons"], x_TD, spec, done.layer, text_T=text_T)
+        for ffn, done, x_TD in zip(ffns, decomposed, inputs, strict=True)
     ]
-    return spec, [done.told for done in in_order(stage.track(layer_map()(jobs), len(jobs), "weighing layers"))]
+    return spec, [done.summary for done in in_order(stage.track(layer_map()(jobs), len(jobs), "judging layers"))]
 
 
 def describe(stage: StageRun, model: Any, shared_width: int) -> MoESpec:

@@ -1,7 +1,7 @@
-"""Stage 3: the routers, each layer by itself on the dense teacher's inputs, then what the experts give.
+"""Stage 3: fit the routers, each layer alone on the dense teacher's inputs, then the experts' outputs.
 
-Where routers start and what they learn from there, ffn2moe.decompose.router_fit; how far they come, judged on texts
-held out. Then the experts' output matrices are fitted to the dense FFN in closed form, ffn2moe.decompose.reconstruct.
+`ffn2moe.decompose.route.route_layer` fits each router, judges it on held-out texts, and refits the experts' outputs to
+the dense FFN in closed form.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ HELD_OUT_TOKENS = 8192  # of the calibration texts, which the routers are not tr
 
 def run(stage: StageRun) -> None:
     from ffn2moe.decompose.inputs import layer_inputs, texts_of
-    from ffn2moe.decompose.jobs import to_route
+    from ffn2moe.decompose.jobs import route_job
+    from ffn2moe.decompose.route import RouterSettings
     from ffn2moe.dense.load import load_dense
-    from ffn2moe.dense.locate import read_ffn
     from ffn2moe.moe import checkpoint
     from ffn2moe.moe.layer import moe_layers
     from ffn2moe.moe.texts import text_means
@@ -52,25 +52,27 @@ def run(stage: StageRun) -> None:
     rows: list[dict[str, Any]] = []
     curve: list[dict[str, Any]] = []
     layers = moe_layers(student)
+    router = RouterSettings(
+        steps=settings.steps,
+        batch_tokens=settings.batch_tokens,
+        seed=params.seed,
+        learning_rate=settings.learning_rate,
+        start=settings.start,
+        ridge=settings.ridge,
+        objective=settings.objective,
+        temperature=settings.temperature,
+        refit=settings.refit,
+    )
     jobs = [
-        to_route(
+        route_job(
             moe,
-            read_ffn(teacher, index),
             spec,
             index,
-            train_TD=train[index],
+            router.for_layer(index),
+            x_TD=train[index],
             held_out_TD=held_out[index],
-            train_texts=train_texts,
+            texts=train_texts,
             held_out_texts=held_out_texts,
-            refit=settings.refit,
-            ridge=settings.ridge,
-            steps=settings.steps,
-            batch_tokens=settings.batch_tokens,
-            learning_rate=settings.learning_rate,
-            seed=params.seed + index,
-            start=settings.start,
-            objective=settings.objective,
-            temperature=settings.temperature,
         )
         for index, moe in enumerate(layers)
     ]
@@ -78,10 +80,10 @@ def run(stage: StageRun) -> None:
         layers[done.layer].load_state_dict(done.tensors)
         curve += [
             {"layer": done.layer, "step": step, "loss": loss}
-            for step, loss in enumerate(done.told["losses"])
+            for step, loss in enumerate(done.summary["losses"])
             if step % REPORTED_EVERY == 0
         ]
-        rows.append({"layer": done.layer, **done.told["row"]})
+        rows.append({"layer": done.layer, **done.summary["row"]})
         stage.log_metrics({f"router_error.layer_{done.layer}": rows[-1]["router_error"]})
     with stage.out("models/routed") as out:
         checkpoint.save(student, tokenizer, spec, out)

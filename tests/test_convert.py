@@ -80,7 +80,7 @@ class Stop(Exception):
     pass
 
 
-@pytest.mark.parametrize("place", ["sampling texts", "carving and routing layers", "distilling", "container"])
+@pytest.mark.parametrize("place", ["sampling texts", "decomposing and routing layers", "distilling", "container"])
 def test_a_conversion_that_was_stopped_goes_on_and_ends_the_same(place, llama, tmp_path, monkeypatch):
     convert(llama, tmp_path / "whole", **QUICK)
     monkeypatch.setattr(module, "CHECKPOINT_SECONDS", -1)
@@ -111,7 +111,7 @@ def test_a_conversion_that_was_stopped_goes_on_and_ends_the_same(place, llama, t
     said: list[str] = []
     convert(llama, tmp_path / "out", **QUICK, track=watching, say=said.append)
     assert any("going on with what is in" in line for line in said)
-    order = ["sampling texts", "carving and routing layers", "distilling", "container"]
+    order = ["sampling texts", "decomposing and routing layers", "distilling", "container"]
     for done in order[: order.index(place)]:
         assert done not in seen or done == "distilling"
     if place == "distilling":

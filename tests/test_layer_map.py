@@ -18,8 +18,9 @@ import pytest
 import torch
 
 from ffn2moe.decompose import layer_map
-from ffn2moe.decompose.jobs import to_carve, to_contribute, to_judge, to_route
+from ffn2moe.decompose.jobs import contributions_job, decompose_job, judge_job, route_job
 from ffn2moe.decompose.layer_map import LayerJob, LayerResult, here, in_processes
+from ffn2moe.decompose.route import RouterSettings
 from ffn2moe.dense.load import load_dense
 from ffn2moe.dense.locate import read_ffn
 from ffn2moe.distill.layerwise import _Alone, _How
@@ -38,14 +39,13 @@ def jobs_of(teacher: Path) -> list[LayerJob]:
     ffn, moe = read_ffn(dense, 0), moe_layers(student)[0]
     x_TD = torch.randn(600, spec.width, generator=torch.Generator().manual_seed(0))
     how = _How(steps=5, batch_tokens=64, learning_rate=1e-2, seed=0, elastic=(), device="cpu", bf16=False)
-    fit = {"ridge": 1e-2, "steps": 5, "batch_tokens": 64, "learning_rate": 1e-2, "seed": 0}
-    held_out = {"held_out_TD": x_TD[500:], "train_texts": {}, "held_out_texts": {}, "refit": 0.1}
+    router = RouterSettings(steps=5, batch_tokens=64, seed=0, refit=0.1)
     return [
-        to_contribute(ffn, x_TD, 0),
-        to_carve(ffn, x_TD, spec, 0, seed=0, weigh=False),
-        to_carve(ffn, x_TD, spec, 0, seed=0, weigh=True),
-        to_judge(ffn, moe.neurons, moe.shared_neurons, x_TD, spec, 0),
-        to_route(moe, ffn, spec, 0, train_TD=x_TD[:500], **held_out, **fit),
+        contributions_job(ffn, x_TD, 0),
+        decompose_job(ffn, x_TD, spec, 0, seed=0, every_budget=False),
+        decompose_job(ffn, x_TD, spec, 0, seed=0, every_budget=True),
+        judge_job(ffn, moe.neurons, moe.shared_neurons, x_TD, spec, 0),
+        route_job(moe, spec, 0, router, x_TD=x_TD[:500], held_out_TD=x_TD[500:]),
         _Alone(0, moe, ffn, x_TD, None, how).to_send(spec),
     ]
 
@@ -63,7 +63,7 @@ def _deep(job: LayerJob, layers: int) -> dict[str, Any]:
 
 
 def assert_equal(found: list[LayerResult], wanted: list[LayerResult]) -> None:
-    assert [(one.layer, one.told) for one in found] == [(one.layer, one.told) for one in wanted]
+    assert [(one.layer, one.summary) for one in found] == [(one.layer, one.summary) for one in wanted]
     for one, other in zip(found, wanted, strict=True):
         assert one.tensors.keys() == other.tensors.keys()
         assert [name for name, tensor in one.tensors.items() if not torch.equal(tensor, other.tensors[name])] == []
@@ -118,7 +118,7 @@ def test_a_job_that_fails_is_named_with_its_layer(jobs):
 
 
 def test_a_process_that_is_killed_is_told_with_the_layers_it_left(jobs):
-    settings = {**jobs[4].settings, "fit": {**jobs[4].settings["fit"], "steps": 10**6}}
+    settings = {**jobs[4].settings, "router": {**jobs[4].settings["router"], "steps": 10**6}}
     results = in_processes([LayerJob("route", 0, settings, jobs[4].tensors)], 1)
     before = {child.pid for child in psutil.Process().children()}
 

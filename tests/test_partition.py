@@ -21,7 +21,7 @@ from ffn2moe.decompose import oracle
 from ffn2moe.decompose import partition as partitions
 from ffn2moe.decompose import statistics as activations
 from ffn2moe.decompose.inputs import layer_inputs, output_gradients
-from ffn2moe.decompose.layer import carve, largest_contributions, neuron_statistics
+from ffn2moe.decompose.layer import decompose_layer, largest_contributions, neuron_statistics
 from ffn2moe.decompose.partition import PartitionMethod
 from ffn2moe.decompose.statistics import NeuronStatistics
 from ffn2moe.dense.ffn import DenseFFN
@@ -83,7 +83,7 @@ def test_nested_prefixes_lose_less_than_prefixes_of_any_other_partition():
 
     def lost(method: str) -> Tensor:
         spec = spec_for(ffn, 8, 2, partition=method)
-        moe = carve(ffn, x_TD, spec, 0, seed=0, gradient_TD=tokens(300, seed=2))
+        moe = decompose_layer(ffn, x_TD, spec, 0, seed=0, gradient_TD=tokens(300, seed=2))
         return oracle.prefix_errors(oracle.grams(moe, x_TD).gram_REE).mean(0)[:-1]
 
     nested = lost("nested")
@@ -135,9 +135,9 @@ def test_a_partition_by_statistics_asks_for_text_and_gradients(method):
         partitions.partition(method, ffn, NeuronStatistics(24), 4, seed=0)
     if method == "gradient":
         with pytest.raises(ValueError, match=r"backward pass through the whole model.* use coactivation"):
-            carve(ffn, tokens(), spec_for(ffn, 4, 2, partition=method), 0, seed=0)
+            decompose_layer(ffn, tokens(), spec_for(ffn, 4, 2, partition=method), 0, seed=0)
         with pytest.raises(ValueError, match="3 calibration tokens do not make 4 groups"):
-            carve(ffn, tokens(3), spec_for(ffn, 4, 2, partition=method), 0, seed=0, gradient_TD=tokens(3))
+            decompose_layer(ffn, tokens(3), spec_for(ffn, 4, 2, partition=method), 0, seed=0, gradient_TD=tokens(3))
 
 
 def test_statistics_of_a_wide_ffn_in_bfloat16_divide_it_almost_as_in_float32(monkeypatch):
@@ -150,7 +150,7 @@ def test_statistics_of_a_wide_ffn_in_bfloat16_divide_it_almost_as_in_float32(mon
 
 def test_the_oracle_of_a_wide_layer_in_bfloat16_chooses_almost_as_well_as_in_float32(monkeypatch):
     ffn, x_TD = random_ffn(48), tokens(500)
-    moe = carve(ffn, x_TD, spec_for(ffn, 8, 2, partition="random"), 0, seed=0)
+    moe = decompose_layer(ffn, x_TD, spec_for(ffn, 8, 2, partition="random"), 0, seed=0)
     exact = oracle.survey(moe, x_TD)
     monkeypatch.setattr(activations, "WIDEST_MOMENTS", 40)
     rounded = oracle.survey(moe, x_TD)
@@ -390,7 +390,7 @@ def layer(selection: str, num_active: int = 3, **changes: object):
     """A mixture with a random partition, and a router that chooses as many experts on average."""
     ffn = random_ffn(48)
     spec = spec_for(ffn, 6, num_active, selection=selection, partition="nested", **changes)
-    moe = carve(ffn, tokens(300), spec, 0, seed=0)
+    moe = decompose_layer(ffn, tokens(300), spec, 0, seed=0)
     torch.nn.init.normal_(moe.router.weight, generator=torch.Generator().manual_seed(0))
     return moe
 

@@ -11,7 +11,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ffn2moe.decompose import oracle
-from ffn2moe.decompose.layer import fit_router
+from ffn2moe.decompose.layer import dense_ffn, outputs
+from ffn2moe.decompose.reconstruct import refit_outputs, relative_error
+from ffn2moe.decompose.route import RouterSettings, fit_router, route_layer
 from ffn2moe.decompose.router_fit import (
     Objective,
     Phase,
@@ -34,7 +36,7 @@ from ffn2moe.moe.experts import neurons_by_expert, slice_experts
 from ffn2moe.moe.layer import MoEFFN
 from ffn2moe.moe.router import Router
 from ffn2moe.moe.texts import text_means
-from ffn2moe.spec import Gate
+from ffn2moe.spec import Gate, MoESpec
 from tests.mixtures import flat_spec
 
 STARTS, OBJECTIVES = get_args(Start), get_args(Objective)
@@ -45,6 +47,20 @@ TRAINING = {"ridge": 1e-2, "steps": 60, "batch_tokens": 500, "learning_rate": 0.
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def toy_spec(expert_width: int, *, gated: bool, shared: int, num_active: int = 2, **changes: Any) -> MoESpec:
+    return flat_spec(
+        width=WIDTH,
+        ffn_width=EXPERTS * EACH,
+        expert_width=expert_width,
+        shared_width=shared,
+        num_experts=EXPERTS,
+        num_active=num_active,
+        gated=gated,
+        activation="silu" if gated else "gelu",
+        **changes,
+    )
 
 
 def toy(*, gated: bool = False, shared: int = 0, num_active: int = 2, **changes: Any) -> MoEFFN:
@@ -63,17 +79,7 @@ def toy(*, gated: bool = False, shared: int = 0, num_active: int = 2, **changes:
         w_gate_FD=rows_FD if gated else None,
     )
     neurons_EM = neurons_by_expert(expert_of_neuron_F, EXPERTS)
-    spec = flat_spec(
-        width=WIDTH,
-        ffn_width=total,
-        expert_width=neurons_EM.shape[1],
-        shared_width=shared,
-        num_experts=EXPERTS,
-        num_active=num_active,
-        gated=gated,
-        activation=ffn.activation,
-        **changes,
-    )
+    spec = toy_spec(neurons_EM.shape[1], gated=gated, shared=shared, num_active=num_active, **changes)
     shared_S = torch.arange(shared)
     return MoEFFN.from_experts(spec, slice_experts(ffn, neurons_EM, shared_S), neurons_EM, 0, shared_S).eval()
 
@@ -83,6 +89,10 @@ def tokens(count: int = 1500, seed: int = 7) -> Tensor:
     direction_ED = F.normalize(normal(EXPERTS, WIDTH, seed=1), dim=1)
     share_TE = torch.rand(count, EXPERTS, generator=torch.Generator().manual_seed(seed)) ** 4
     return 4 * share_TE @ direction_ED + 0.2 * normal(count, WIDTH, seed=seed)
+
+
+def fit(moe: MoEFFN, x_TD: Tensor, **changes: Any) -> list[float]:
+    return fit_router(moe, x_TD, RouterSettings(**TRAINING | changes))
 
 
 def recall(moe: MoEFFN, x_TD: Tensor) -> float:
@@ -238,7 +248,7 @@ def test_draws_add_up_to_k_and_stay_so_to_first_order(together):
 def test_above_so_many_subsets_the_choice_is_learnt_from_single_draws(monkeypatch):
     moe, x_TD = toy(), tokens()
     monkeypatch.setattr("ffn2moe.decompose.router_fit.MAX_ENUMERATED", 10)
-    losses = fit_router(moe, x_TD, start="zeros", **TRAINING)
+    losses = fit(moe, x_TD, start="zeros")
     assert losses[-1] < 0.5 * losses[len(losses) // 3]
     assert recall(moe, tokens(seed=8)) > 0.75
 
@@ -263,7 +273,7 @@ def test_a_trained_router_finds_what_a_linear_map_can_find():
 def test_every_objective_lowers_its_loss_and_finds_the_experts_it_names(objective, gated, router_bias):
     moe, x_TD = toy(gated=gated, router_bias=router_bias, shared=5), tokens()
     before = [moe.w_in.clone(), moe.w_out.clone()]
-    losses = fit_router(moe, x_TD, start="zeros", objective=objective, **TRAINING)
+    losses = fit(moe, x_TD, start="zeros", objective=objective)
     assert len(losses) == TRAINING["steps"]
     assert losses[-1] < losses[0]
     judged_TD = tokens(seed=8)
@@ -282,7 +292,7 @@ def test_every_objective_lowers_its_loss_and_finds_the_experts_it_names(objectiv
 def test_with_every_gate_a_fitted_layer_is_nearer_to_the_dense_one_than_its_mean(start, gate):
     moe, x_TD = toy(gate=gate), tokens()
     dense_TD = moe.all_experts(x_TD)
-    fit_router(moe, x_TD, start=start, **TRAINING)
+    fit(moe, x_TD, start=start)
     left = (moe(x_TD) - dense_TD).square().sum()
     assert left < 0.7 * (dense_TD - dense_TD.mean(0)).square().sum()
 
@@ -302,7 +312,7 @@ def test_every_selection_is_fitted_and_uses_k_experts_on_average(selection, rout
     moe, x_TD = toy(selection=selection, routing=routing), tokens()
     text_T = torch.arange(len(x_TD)) // 3
     texts = {"text_T": text_T, "route_TD": text_means(x_TD, text_T)} if routing == "sequence" else {}
-    losses = fit_router(moe, x_TD, **texts, **TRAINING)
+    losses = fit_router(moe, x_TD, RouterSettings(**TRAINING), **texts)
     assert losses[-1] < losses[len(losses) // 3]
     found = oracle.diagnose(moe, x_TD, **texts)
     assert found["mean_active"] == pytest.approx(2, abs=0.02)
@@ -318,19 +328,19 @@ def test_every_selection_is_fitted_and_uses_k_experts_on_average(selection, rout
 )
 def test_one_expert_or_all_of_them_are_fitted_too(selection, num_active):
     moe, x_TD = toy(selection=selection, num_active=num_active), tokens()
-    losses = fit_router(moe, x_TD, **TRAINING)
+    losses = fit(moe, x_TD)
     assert torch.tensor(losses).isfinite().all() and moe.router.weight.isfinite().all()
     assert oracle.diagnose(moe, x_TD)["mean_active"] == pytest.approx(num_active, abs=0.02)
 
 
 def test_a_router_of_texts_asks_for_the_texts():
     with pytest.raises(ValueError, match="give text_T and route_TD"):
-        fit_router(toy(routing="sequence"), tokens(), **TRAINING)
+        fit(toy(routing="sequence"), tokens())
 
 
 def test_the_last_phase_ends_better_by_the_criterion_than_the_first_alone():
     moe, x_TD = toy(), tokens()
-    fit_router(moe, x_TD, **TRAINING)
+    fit(moe, x_TD)
     found = oracle.diagnose(moe, tokens(seed=8))["router_error"]
     survey = oracle.survey(moe, x_TD)
     moe.router.set(*start_weights("ridge", moe, x_TD, survey, x_TD, penalty=1e-2))
@@ -342,7 +352,7 @@ def test_the_last_phase_ends_better_by_the_criterion_than_the_first_alone():
 @pytest.mark.parametrize(("key", "value"), [("start", "centroid"), ("objective", "norm"), ("objective", "factorllm")])
 def test_what_is_about_single_experts_is_refused_where_their_number_is_scored(key, value):
     with pytest.raises(ValueError, match=f"{key} '{value}' is about single experts"):
-        fit_router(toy(selection="prefix"), tokens(), **{key: value}, **TRAINING)
+        fit(toy(selection="prefix"), tokens(), **{key: value})
 
 
 def test_the_temperature_falls_from_what_is_asked_to_1():
@@ -367,15 +377,60 @@ def test_the_temperature_falls_from_what_is_asked_to_1():
 
 def test_annealing_changes_what_is_learnt_and_still_learns():
     plain, annealed = toy(), toy()
-    fit_router(plain, tokens(), **TRAINING)
-    fit_router(annealed, tokens(), temperature=4.0, **TRAINING)
+    fit(plain, tokens())
+    fit(annealed, tokens(), temperature=4.0)
     assert not torch.equal(plain.router.weight, annealed.router.weight)
     assert recall(annealed, tokens(seed=8)) > 0.75
 
 
 def test_no_steps_leave_the_start():
     moe, x_TD = toy(), tokens()
-    assert fit_router(moe, x_TD, **TRAINING | {"steps": 0}) == []
+    assert fit(moe, x_TD, steps=0) == []
     weight_ED, bias_E = ridge(x_TD, oracle.survey(moe, x_TD).norm_TE, 1e-2)
     torch.testing.assert_close(moe.router.weight, weight_ED, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(moe.router.bias, bias_E, rtol=1e-3, atol=1e-4)
+
+
+# --- the whole of one layer -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("shared", [0, 5])
+def test_a_layer_is_routed_as_its_steps_one_by_one_would_do_it(gated, shared):
+    settings = RouterSettings(**TRAINING, refit=0.1)
+    moe, by_hand = toy(gated=gated, shared=shared), toy(gated=gated, shared=shared)
+    x_TD, held_out_TD = tokens(), tokens(seed=8)
+    found = route_layer(moe, x_TD, settings, held_out_TD=held_out_TD)
+    ffn = dense_ffn(by_hand)
+    losses = fit_router(by_hand, x_TD, settings)
+    judged = oracle.diagnose(by_hand, held_out_TD)
+    refit_outputs(by_hand, x_TD, outputs(ffn, x_TD), penalty=0.1)
+    assert [torch.equal(one, by_hand.state_dict()[name]) for name, one in moe.state_dict().items()].count(False) == 0
+    assert found.losses == losses
+    error = relative_error(moe, held_out_TD, outputs(ffn, held_out_TD))
+    assert found.row == judged | {"scale": moe.output_scale.item(), "refit_error": error}
+    assert error < found.row["router_error"]
+
+
+def test_without_a_refit_and_held_out_tokens_the_experts_stay_and_the_same_tokens_judge():
+    moe, x_TD = toy(), tokens()
+    before = moe.w_out.clone()
+    found = route_layer(moe, x_TD, RouterSettings(**TRAINING, refit=0.0))
+    assert torch.equal(moe.w_out, before) and "refit_error" not in found.row
+    assert found.row["router_error"] == oracle.diagnose(moe, x_TD)["router_error"]
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("shared", [0, 5])
+def test_the_dense_ffn_of_a_decomposed_layer_comes_back_to_the_bit(gated, shared):
+    moe = toy(gated=gated, shared=shared)
+    ffn = dense_ffn(moe)
+    again = MoEFFN.from_experts(
+        toy_spec(moe.neurons.shape[1], gated=gated, shared=shared),
+        slice_experts(ffn, moe.neurons, moe.shared_neurons),
+        moe.neurons,
+        0,
+        moe.shared_neurons,
+    )
+    for name, tensor in moe.state_dict().items():
+        assert torch.equal(tensor, again.state_dict()[name]), name

@@ -15,10 +15,11 @@ from ffn2moe.data.batches import Batch, in_order
 from ffn2moe.decompose import memory, stream
 from ffn2moe.decompose import statistics as activations
 from ffn2moe.decompose.inputs import layer_inputs
-from ffn2moe.decompose.layer import carve, fit_router, output_of, outputs
+from ffn2moe.decompose.layer import decompose_layer, output_of, outputs
 from ffn2moe.decompose.memory import estimate, require_room
 from ffn2moe.decompose.partition import coactivation
 from ffn2moe.decompose.reconstruct import refit_outputs
+from ffn2moe.decompose.route import RouterSettings, fit_router
 from ffn2moe.decompose.source import Source, skeleton
 from ffn2moe.decompose.stream import decompose
 from ffn2moe.dense.families import head_of
@@ -66,8 +67,8 @@ def test_layer_by_layer_gives_what_the_model_in_memory_gives(case, tmp_path):
     fitted = batches[: -max(1, len(batches) // stream.HELD_OUT_SHARE)]
     layers = []
     for index, x_TD in enumerate(layer_inputs(model, fitted, max_tokens=10**6)):
-        moe = carve(read_ffn(model, index), x_TD, spec, index, seed=0)
-        fit_router(moe, x_TD, ridge=1e-2, steps=5, batch_tokens=64, learning_rate=1e-2, seed=index)
+        moe = decompose_layer(read_ffn(model, index), x_TD, spec, index, seed=0)
+        fit_router(moe, x_TD, RouterSettings(steps=5, batch_tokens=64, seed=index))
         refit_outputs(moe, x_TD, outputs(read_ffn(model, index), x_TD), penalty=1e-2)
         layers.append(moe)
     for ours, theirs in zip(moe_layers(student), layers, strict=True):
@@ -265,7 +266,7 @@ def test_no_weight_is_read_for_the_estimate_and_layers_add_nothing_to_memory(tmp
             hidden_size=64, intermediate_size=256, num_hidden_layers=layers, num_attention_heads=4, vocab_size=60
         )
         transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / str(layers))
-        monkeypatch.setattr(stream, "_resident", lambda: 0)
+        monkeypatch.setattr(memory, "_resident", lambda: 0)
         with monkeypatch.context() as patch:
             patch.setattr(Source, "read", None)
             found[layers] = estimate(tmp_path / str(layers), num_experts=4, calibration_tokens=64, batch_tokens=32)
@@ -279,7 +280,7 @@ def test_too_little_disk_is_refused_with_numbers_and_too_little_memory_is_said(t
     make(tmp_path / "dense")
     found = estimate(tmp_path / "dense", num_experts=4, calibration_tokens=64, batch_tokens=32)
     assert require_room(found, tmp_path / "new" / "out") is None
-    monkeypatch.setattr(stream, "available_memory", lambda: 0)
+    monkeypatch.setattr(memory, "available_memory", lambda: 0)
     large = memory.Estimate(2, 0, 0, 2**40, 10)
     assert "1024.0 GiB of memory" in (require_room(large, tmp_path) or "")
     with pytest.raises(ValueError, match=r"1024.0 GiB of disk, and .* GiB left"):

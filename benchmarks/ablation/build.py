@@ -23,9 +23,10 @@ from ffn2moe import metrics
 from ffn2moe.decompose import layer as factorise
 from ffn2moe.decompose import oracle
 from ffn2moe.decompose.inputs import layer_inputs, output_gradients
-from ffn2moe.decompose.layer import carve, fit_router, largest_contributions, outputs
+from ffn2moe.decompose.layer import decompose_layer, largest_contributions, outputs
 from ffn2moe.decompose.partition import super_neurons
 from ffn2moe.decompose.reconstruct import refit_outputs
+from ffn2moe.decompose.route import RouterSettings, fit_router
 from ffn2moe.dense.ffn import DenseFFN, installed_ffns
 from ffn2moe.dense.locate import read_ffn
 from ffn2moe.distill.distiller import Distiller
@@ -140,14 +141,16 @@ def mixture(bench: Bench, cell: Cell) -> Made:
             fit_router(
                 moe,
                 x_TD,
-                start=method.start,
-                objective=method.objective,
-                temperature=method.temperature,
-                ridge=budget.ridge,
-                steps=0 if cell.stage == "free" else budget.router_steps,
-                batch_tokens=budget.router_batch_tokens,
-                learning_rate=budget.router_learning_rate,
-                seed=cell.seed + index,
+                RouterSettings(
+                    steps=0 if cell.stage == "free" else budget.router_steps,
+                    batch_tokens=budget.router_batch_tokens,
+                    seed=cell.seed + index,
+                    learning_rate=budget.router_learning_rate,
+                    start=method.start,
+                    ridge=budget.ridge,
+                    objective=method.objective,
+                    temperature=method.temperature,
+                ),
                 **of_texts,
             )
         else:
@@ -220,7 +223,7 @@ def divided(
     if path.is_file():
         found = load_file(path)
         return factorise.mixture(ffn, found["neurons"], found["shared"], spec, layer)
-    moe = carve(ffn, x_TD, spec, layer, seed=cell.seed, gradient_TD=gradient_TD, guarded=guarded)
+    moe = decompose_layer(ffn, x_TD, spec, layer, seed=cell.seed, gradient_TD=gradient_TD, guarded=guarded)
     path.parent.mkdir(parents=True, exist_ok=True)
     fresh = path.with_suffix(f".{os.getpid()}")
     save_file({"neurons": moe.neurons, "shared": moe.shared_neurons}, fresh)

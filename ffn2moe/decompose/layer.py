@@ -1,4 +1,4 @@
-"""From dense FFNs to routed mixtures, a layer at a time: what the stages, `convert` and `stream` are made of."""
+"""Decompose one dense FFN into the experts of a mixture, and put the experts together again."""
 
 from __future__ import annotations
 
@@ -10,20 +10,18 @@ import torch
 from torch import Tensor
 
 from ffn2moe.data.batches import Batch
-from ffn2moe.decompose import oracle
 from ffn2moe.decompose.inputs import chunk_of
 from ffn2moe.decompose.partition import PartitionMethod, partition_with_shared, token_groups
-from ffn2moe.decompose.router_fit import Objective, Start, phases, start_weights, train_router
 from ffn2moe.decompose.statistics import NeuronStatistics
 from ffn2moe.dense.ffn import DenseFFN
-from ffn2moe.moe.experts import neurons_by_expert, shared_neurons, slice_experts
+from ffn2moe.moe.experts import ExpertWeights, merge_experts, neurons_by_expert, shared_neurons, slice_experts
 from ffn2moe.moe.layer import MoEFFN
 from ffn2moe.numerics import low_precision
 from ffn2moe.spec import MoESpec
 
 
 @torch.no_grad()
-def carve(
+def decompose_layer(
     ffn: DenseFFN,
     x_TD: Tensor,
     spec: MoESpec,
@@ -33,11 +31,11 @@ def carve(
     gradient_TD: Tensor | None = None,
     guarded: Tensor | None = None,
 ) -> MoEFFN:
-    """The mixture of one layer: the FFN's neurons divided by what they do on tokens [T, D], and nothing trained.
+    """Return the mixture of one layer: the FFN's neurons in experts, by their activations on tokens [T, D].
 
-    `spec` says how many experts, how wide, and by which partition; the router scores all alike. `gradient_TD` is that
-    of the loss at the FFN's output (`output_gradients`), which the partition `gradient` needs. The neurons `guarded`
-    always belong to the shared expert.
+    `spec` gives the number of experts, their width and the partition. Nothing is trained: the router scores all experts
+    alike. `gradient_TD` is the gradient of the loss at the FFN's output (`output_gradients`), which the partition
+    `gradient` needs. The neurons `guarded` always belong to the shared expert.
     """
     shape = spec.shape_of(layer)
     method: PartitionMethod = spec.partition  # type: ignore[assignment]
@@ -50,19 +48,49 @@ def carve(
 
 
 def mixture(ffn: DenseFFN, neurons_EM: Tensor, shared_S: Tensor, spec: MoESpec, layer: int) -> MoEFFN:
-    """The mixture of one layer under a partition that is known."""
+    """Return the mixture of one layer with a given partition: `neurons_EM` in experts, `shared_S` in the shared one."""
     return MoEFFN.from_experts(spec, slice_experts(ffn, neurons_EM, shared_S), neurons_EM, layer, shared_S).eval()
 
 
 @torch.no_grad()
+def dense_ffn(moe: MoEFFN) -> DenseFFN:
+    """Return the dense FFN whose slices the experts of a mixture are: the inverse of `mixture`, to the bit."""
+    shared = None
+    if moe.shared_in is not None and moe.shared_out is not None:
+        shared = DenseFFN(
+            w_in_FD=moe.shared_in.detach(),
+            w_out_DF=moe.shared_out.detach(),
+            activation=moe.activation,
+            b_in_F=_detached(moe.shared_b_in),
+            w_gate_FD=_detached(moe.shared_gate),
+            b_gate_F=_detached(moe.shared_b_gate),
+        )
+    b_out_D = _detached(moe.b_out)
+    weights = ExpertWeights(
+        w_in_EMD=moe.w_in.detach(),
+        w_out_EDM=moe.w_out.detach(),
+        b_in_EM=_detached(moe.b_in),
+        b_out_D=None if b_out_D is None else b_out_D.clone(),
+        w_gate_EMD=_detached(moe.w_gate),
+        b_gate_EM=_detached(moe.b_gate),
+        shared=shared,
+    )
+    return merge_experts(weights, moe.neurons, moe.activation, moe.shared_neurons)
+
+
+def _detached(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.detach()
+
+
+@torch.no_grad()
 def largest_contributions(ffn: DenseFFN, x_TD: Tensor) -> Tensor:
-    """The most that each neuron adds to the FFN's output on tokens [T, D], [F]: what `super_neurons` are told by."""
+    """Return the most that each neuron adds to the FFN's output on tokens [T, D], [F], for `super_neurons`."""
     return neuron_statistics(ffn, x_TD, "nested", 1, 0, 0).largest_contribution(ffn)
 
 
 @torch.no_grad()
 def outputs(ffn: DenseFFN, x_TD: Tensor) -> Tensor:
-    """Output of a dense FFN, [T, D], a part of the tokens at a time, as something to fit to (`low_precision`)."""
+    """Return the output of a dense FFN on tokens [T, D], in chunks, as a target to fit to (`low_precision`)."""
     found_TD = torch.empty_like(x_TD)
     with low_precision(ffn.ffn_width, x_TD.device):
         for start in range(0, len(x_TD), chunk := chunk_of(ffn.ffn_width)):
@@ -79,7 +107,7 @@ def neuron_statistics(
     seed: int,
     gradient_TD: Tensor | None = None,
 ) -> NeuronStatistics:
-    """What a partition into experts, and into S shared neurons, asks of the neurons on tokens [T, D]."""
+    """Return the statistics on tokens [T, D] that a partition needs, and the choice of S shared neurons."""
     weighed = method == "gradient" and gradient_TD is not None
     statistics = NeuronStatistics(ffn.ffn_width, num_experts if weighed else 0, profiles=method == "coactivation")
     if method not in ("coactivation", "gradient", "nested") and shared_width == 0:
@@ -96,65 +124,9 @@ def neuron_statistics(
     return statistics
 
 
-def fit_router(
-    moe: MoEFFN,
-    x_TD: Tensor,
-    *,
-    ridge: float,
-    steps: int,
-    batch_tokens: int,
-    learning_rate: float,
-    seed: int,
-    start: Start = "ridge",
-    objective: Objective = "oracle",
-    temperature: float = 1.0,
-    text_T: Tensor | None = None,
-    route_TD: Tensor | None = None,
-) -> list[float]:
-    """Fit a layer's router to the oracle's choices on tokens [T, D], and its scale and mean to the router.
-
-    From `start` (with the penalty `ridge`) by `steps` of AdamW on `objective`, the scores divided by `temperature` at
-    first and by 1 at last (ffn2moe.decompose.router_fit); returns the loss of each step. No expert changes. How many
-    experts a token uses on average is calibrated where the selection leaves it open.
-
-    With routing `sequence` the router reads `route_TD`, the means of the tokens' texts (ffn2moe.moe.texts.text_means),
-    and its labels are sums over the tokens of each text, `text_T` [T] (`texts_of`). ValueError without them, and for
-    starts and objectives about single experts where the selection is `prefix`.
-    """
-    read_RD = x_TD
-    if moe.routing == "sequence":
-        if text_T is None or route_TD is None:
-            raise ValueError("routing 'sequence' fits routers to whole texts: give text_T and route_TD of the tokens")
-        read_RD = x_TD.new_zeros(int(text_T.max()) + 1, x_TD.shape[1])
-        read_RD[text_T] = route_TD
-    chunk = chunk_of(moe.num_experts * x_TD.shape[1])
-    survey = oracle.survey(moe, x_TD, chunk, text_T if moe.routing == "sequence" else None)
-    moe.router.set(*start_weights(start, moe, read_RD, survey, x_TD, penalty=ridge, chunk=chunk))
-    losses = list(
-        train_router(
-            moe.router,
-            read_RD,
-            phases(objective, moe, x_TD, survey, text_T=text_T if moe.routing == "sequence" else None, chunk=chunk),
-            steps=steps,
-            batch_rows=max(1, batch_tokens * len(read_RD) // len(x_TD)),
-            learning_rate=learning_rate,
-            seed=seed,
-            temperature=temperature,
-        )
-    )
-    moe.calibrate(x_TD, route_TD)
-    part = slice(chunk)  # one number, so a part of the tokens will do
-    moe.fit_router_scale(x_TD[part], None if route_TD is None else route_TD[part])
-    if moe.b_out is None:
-        oracle.fit_scales(moe, survey.grams, read_RD)
-    else:
-        moe.fit_scale_and_mean(x_TD, chunk, route_TD)
-    return losses
-
-
 @contextmanager
 def every_expert(layers: Sequence[MoEFFN]) -> Iterator[None]:
-    """For a while, each layer is the dense FFN that it was carved from: K = E and equal scores."""
+    """Make each layer the dense FFN that it was decomposed from while the context lasts: K = E and equal scores."""
     changed = ("router.", "output_scale", "elastic_scale.")
     kept = [
         (moe.num_active, {k: v.clone() for k, v in moe.state_dict().items() if k.startswith(changed)}) for moe in layers
@@ -171,7 +143,7 @@ def every_expert(layers: Sequence[MoEFFN]) -> Iterator[None]:
 
 @torch.no_grad()
 def output_of(model: Any, batch: Batch) -> Tensor:
-    """What a model gives for a batch, its logits or else its last hidden state, where that is no padding. [N, ...]"""
+    """Return a model's logits for a batch, else its last hidden state, at positions that are no padding. [N, ...]"""
     found = model(**batch.inputs)
     output = found.logits if getattr(found, "logits", None) is not None else found[0]
     if batch.mask is not None and output.shape[:2] == batch.mask.shape:

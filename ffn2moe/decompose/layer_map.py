@@ -28,32 +28,32 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save, save_file
 from torch import Tensor
 
-from ffn2moe import __version__
+import ffn2moe
 
 SECONDS_BETWEEN_LOOKS = 0.05
 FEWEST_NUMBERS = 2**24  # of the jobs together: with fewer, processes cost more (3 s each) than they save
 
 # What a worker knows how to do: the functions take a LayerJob and give a LayerResult.
 KINDS = {
-    "contributions": "ffn2moe.decompose.jobs:contributions",
-    "carve": "ffn2moe.decompose.jobs:carving",
-    "judge": "ffn2moe.decompose.jobs:judgement",
-    "route": "ffn2moe.decompose.jobs:routing",
+    "contributions": "ffn2moe.decompose.jobs:do_contributions",
+    "decompose": "ffn2moe.decompose.jobs:do_decompose",
+    "judge": "ffn2moe.decompose.jobs:do_judge",
+    "route": "ffn2moe.decompose.jobs:do_route",
     "distil": "ffn2moe.distill.layerwise:distillation",
 }
 
 
 @dataclass(frozen=True)
 class LayerResult:
-    """What came of one layer: what is told of it, as JSON, and tensors."""
+    """Hold the result of one layer: a summary, as JSON keeps it, and tensors."""
 
     layer: int
-    told: dict[str, Any] = field(default_factory=dict)
+    summary: dict[str, Any] = field(default_factory=dict)
     tensors: dict[str, Tensor] = field(default_factory=dict)
 
     def to_bytes(self) -> bytes:
         """A safetensors file."""
-        return save(_plain(self.tensors), {"layer": str(self.layer), "told": json.dumps(self.told)})
+        return save(_plain(self.tensors), {"layer": str(self.layer), "summary": json.dumps(self.summary)})
 
 
 class Job(Protocol):
@@ -148,10 +148,10 @@ def _plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def made_with() -> dict[str, str]:
     """What bits depend on besides the job: this package's code, torch, and the instructions of the processor."""
     code = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.glob("*.py")):
+    for path in sorted(Path(ffn2moe.__file__).parent.rglob("*.py")):
         code.update(path.read_bytes())
     return {
-        "ffn2moe": __version__,
+        "ffn2moe": ffn2moe.__version__,
         "code of ffn2moe": code.hexdigest()[:12],
         "torch": torch.__version__,
         "processor": torch.backends.cpu.get_cpu_capability() + " amx" * torch.cpu._is_amx_tile_supported(),
@@ -312,8 +312,8 @@ def _arrived(orders: str, waiting: set[int]) -> Iterator[LayerResult]:
         if path.is_file():
             try:
                 with safe_open(path, framework="pt") as file:
-                    told = json.loads(file.metadata()["told"])
-                result = LayerResult(layer, told, load_file(path))
+                    summary = json.loads(file.metadata()["summary"])
+                result = LayerResult(layer, summary, load_file(path))
             except SafetensorError as error:
                 raise ChildProcessError(f"what came back of layer {layer} cannot be read: {error}") from None
             _order(orders, layer).unlink()

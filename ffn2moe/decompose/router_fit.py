@@ -36,7 +36,7 @@ WARM_SHARE = 1 / 3  # of the steps of `oracle`, on the convex loss
 
 @torch.no_grad()
 def start_weights(
-    method: Start,
+    method: str,
     moe: MoEFFN,
     read_RD: Tensor,
     survey: oracle.Survey,
@@ -163,7 +163,7 @@ class Phase:
 
 @torch.no_grad()
 def phases(
-    objective: Objective,
+    objective: str,
     moe: MoEFFN,
     x_TD: Tensor,
     survey: oracle.Survey,

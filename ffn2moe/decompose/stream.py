@@ -1,7 +1,7 @@
 """Decompose and route a model layer by layer from its safetensors shards: memory is bounded by one layer.
 
 The transformers model is built without weights. Calibration tokens are embedded, and then, layer by layer: its weights
-are read, the hidden states go through it as the dense model sends them, its FFN is carved and its router fitted on
+are read, the hidden states go through it as the dense model sends them, its FFN is decomposed and its router fitted on
 what the FFN saw, the finished layer is written as a shard, and its memory is given back. A layer's other arguments
 (attention masks, rotary embeddings) are those that the model's own forward gives it: it is run once over layers that
 do nothing but note them down.
@@ -27,11 +27,9 @@ import torch
 from torch import Tensor, nn
 
 from ffn2moe.data.batches import Batch
-from ffn2moe.decompose import oracle
 from ffn2moe.decompose.calls import LayerCall, embed_tokens, run_layers
-from ffn2moe.decompose.inputs import chunk_of
-from ffn2moe.decompose.layer import carve, every_expert, fit_router, outputs
-from ffn2moe.decompose.reconstruct import refit_outputs
+from ffn2moe.decompose.layer import decompose_layer, every_expert
+from ffn2moe.decompose.route import RouterSettings, route_layer
 from ffn2moe.decompose.source import BIG_TENSOR, LARGEST_FLOAT16, Source, layers_path, only_stack, skeleton
 from ffn2moe.dense.families import head_of, positions
 from ffn2moe.dense.load import weight_files
@@ -118,8 +116,16 @@ def decompose(
     calls = embed_tokens(model, source, layers, batches)
     hidden = hidden or calls.hidden
     held_out = max(1, len(batches) // HELD_OUT_SHARE) if len(batches) > 1 else 0
+    router = RouterSettings(
+        steps=router_steps,
+        batch_tokens=router_batch_tokens,
+        seed=seed,
+        learning_rate=learning_rate,
+        ridge=ridge,
+        refit=refit,
+    )
     todo = range(len(rows), len(layers))
-    for index in track(todo, len(todo), "carving and routing layers") if track else todo:
+    for index in track(todo, len(todo), "decomposing and routing layers") if track else todo:
         start = time.perf_counter()
         layer = layers[index]
         prefix = f"{layers_path(model)}{index}."
@@ -128,30 +134,16 @@ def decompose(
         ffn = read_ffn(model, index)
         layer.get_submodule(stack.install).to("meta")
         fitted = torch.cat(inputs[: len(inputs) - held_out])
-        with torch.enable_grad():
-            moe = carve(ffn, fitted, spec, index, seed=seed)
-            wanted_TD = outputs(ffn, fitted) if refit else None
-            del ffn
-            install(model, index, moe)
-            _require_identity(layer, moe, calls.calls[0][index], hidden[0], after[0], index, spec)
-            fit_router(
-                moe,
-                fitted,
-                ridge=ridge,
-                steps=router_steps,
-                batch_tokens=router_batch_tokens,
-                learning_rate=learning_rate,
-                seed=seed + index,
-            )
-        judged = torch.cat(inputs[-held_out:]) if held_out else fitted
-        row = {"layer": index, **oracle.diagnose(moe, judged, chunk_of(num_experts * judged.shape[1]))}
-        row |= {"scale": moe.output_scale.item()}
-        if wanted_TD is not None:
-            refit_outputs(moe, fitted, wanted_TD, penalty=refit, chunk=chunk_of(moe.num_experts * moe.w_in.shape[1]))
+        moe = decompose_layer(ffn, fitted, spec, index, seed=seed)
+        del ffn
+        install(model, index, moe)
+        _require_identity(layer, moe, calls.calls[0][index], hidden[0], after[0], index, spec)
+        judged = torch.cat(inputs[-held_out:]) if held_out else None
+        row = {"layer": index, **route_layer(moe, fitted, router.for_layer(index), held_out_TD=judged).row}
         work.write(plan.shard_of_layer(index), plan.stored(prefix, layer.state_dict()))
         hidden = after
         layer.to("meta")
-        del moe, inputs, fitted, judged, after, wanted_TD
+        del moe, inputs, fitted, judged, after
         rows.append(row | {"seconds": time.perf_counter() - start})
         work.keep(rows, hidden)
         _give_memory_back()

@@ -145,7 +145,7 @@ class _Kept:
         return load_progress(self._file(layer), fingerprint=self.fingerprint) is not None
 
     def put(self, result: LayerResult) -> None:
-        losses = result.told["losses"]
+        losses = result.summary["losses"]
         tensors = {f"ffn.{name}": tensor.contiguous() for name, tensor in result.tensors.items()}
         tensors["losses"] = torch.tensor(losses, dtype=torch.float64)
         save_progress(self._file(result.layer), tensors, step=len(losses), fingerprint=self.fingerprint)

@@ -1,0 +1,136 @@
+"""Route one decomposed layer: fit its router, judge it on held-out tokens, refit the experts' outputs.
+
+The stages (through `jobs`), `convert` and `stream` all do this with `route_layer`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ffn2moe.decompose import oracle
+from ffn2moe.decompose.inputs import chunk_of
+from ffn2moe.decompose.layer import dense_ffn, outputs
+from ffn2moe.decompose.reconstruct import refit_outputs, relative_error
+from ffn2moe.decompose.router_fit import phases, start_weights, train_router
+from ffn2moe.moe.layer import MoEFFN
+
+
+@dataclass(frozen=True)
+class RouterSettings:
+    """Say how to fit the router of a layer, and the outputs of its experts."""
+
+    steps: int  # AdamW steps after the start; 0 = the start alone
+    batch_tokens: int  # tokens that a step reads
+    seed: int
+    learning_rate: float = 1e-2
+    start: str = "ridge"
+    ridge: float = 1e-2  # penalty of the start `ridge`, relative to the mean feature variance
+    objective: str = "oracle"  # the loss of the steps
+    temperature: float = 1.0  # divides the scores at the first step; 1 at the last
+    refit: float = 1e-2  # penalty of `reconstruct.refit_outputs`; 0 = leave the experts as they are
+
+    def for_layer(self, layer: int) -> RouterSettings:
+        """Return the settings with the seed of one layer."""
+        return replace(self, seed=self.seed + layer)
+
+
+@dataclass(frozen=True)
+class Routing:
+    """Hold the findings of `route_layer`."""
+
+    losses: list[float]  # one a step
+    row: dict[str, float]  # `oracle.diagnose` on held-out tokens, `scale`, and after a refit `refit_error`
+
+
+def route_layer(
+    moe: MoEFFN,
+    x_TD: Tensor,
+    settings: RouterSettings,
+    *,
+    held_out_TD: Tensor | None = None,
+    texts: Mapping[str, Tensor] | None = None,
+    held_out_texts: Mapping[str, Tensor] | None = None,
+) -> Routing:
+    """Fit the router of a decomposed layer in place, judge it, and refit the experts' outputs to the dense FFN.
+
+    `moe` comes from `decompose_layer`: its experts are still slices of the dense FFN. The router and the outputs are
+    fitted on tokens `x_TD` [T, D]; `held_out_TD` judges them (None: `x_TD` itself). The texts are `text_T` and
+    `route_TD` of `fit_router`, for the routing `sequence`.
+    """
+    fitted_on, judged_on = dict(texts or {}), dict((texts if held_out_TD is None else held_out_texts) or {})
+    held_out_TD = x_TD if held_out_TD is None else held_out_TD
+    wanted_TD = judged_TD = None
+    if settings.refit:
+        ffn = dense_ffn(moe)  # before the fit of the router changes the output bias
+        wanted_TD, judged_TD = outputs(ffn, x_TD), outputs(ffn, held_out_TD)
+        del ffn
+    losses = fit_router(moe, x_TD, settings, **fitted_on)
+    found = oracle.diagnose(moe, held_out_TD, chunk_of(moe.num_experts * x_TD.shape[1]), **judged_on)
+    row = {name: float(value) for name, value in found.items()} | {"scale": moe.output_scale.item()}
+    if wanted_TD is not None and judged_TD is not None:
+        chunk = chunk_of(moe.neurons.numel())
+        route_TD = fitted_on.get("route_TD")
+        refit_outputs(moe, x_TD, wanted_TD, penalty=settings.refit, route_TD=route_TD, chunk=chunk)
+        row["refit_error"] = relative_error(moe, held_out_TD, judged_TD, judged_on.get("route_TD"), chunk)
+    return Routing(losses, row)
+
+
+def fit_router(
+    moe: MoEFFN,
+    x_TD: Tensor,
+    settings: RouterSettings,
+    *,
+    text_T: Tensor | None = None,
+    route_TD: Tensor | None = None,
+) -> list[float]:
+    """Fit a layer's router in place on tokens [T, D], then its scale and mean to the router; return each step's loss.
+
+    The fit starts from `settings.start` and takes AdamW steps on `settings.objective`. No expert changes. Where the
+    selection leaves the number of experts open, the mean number is calibrated to K.
+
+    With the routing `sequence` the router reads `route_TD`, the means of the tokens' texts
+    (`ffn2moe.moe.texts.text_means`), and its labels are sums over the tokens of each text, `text_T` [T] (`texts_of`).
+    ValueError without them, and for a start or an objective of single experts where the selection is `prefix`.
+    """
+    read_RD = x_TD
+    if moe.routing == "sequence":
+        if text_T is None or route_TD is None:
+            raise ValueError("routing 'sequence' fits routers to whole texts: give text_T and route_TD of the tokens")
+        read_RD = x_TD.new_zeros(int(text_T.max()) + 1, x_TD.shape[1])
+        read_RD[text_T] = route_TD
+    of_texts_T = text_T if moe.routing == "sequence" else None
+    chunk = chunk_of(moe.num_experts * x_TD.shape[1])
+    survey = oracle.survey(moe, x_TD, chunk, of_texts_T)
+    moe.router.set(*start_weights(settings.start, moe, read_RD, survey, x_TD, penalty=settings.ridge, chunk=chunk))
+    with torch.enable_grad():
+        losses = list(
+            train_router(
+                moe.router,
+                read_RD,
+                phases(settings.objective, moe, x_TD, survey, text_T=of_texts_T, chunk=chunk),
+                steps=settings.steps,
+                batch_rows=max(1, settings.batch_tokens * len(read_RD) // len(x_TD)),
+                learning_rate=settings.learning_rate,
+                seed=settings.seed,
+                temperature=settings.temperature,
+            )
+        )
+    _calibrate(moe, x_TD, survey, read_RD, chunk, route_TD)
+    return losses
+
+
+def _calibrate(
+    moe: MoEFFN, x_TD: Tensor, survey: oracle.Survey, read_RD: Tensor, chunk: int, route_TD: Tensor | None
+) -> None:
+    """Set the number of experts, the spread of the gates, the scale and the mean to what the router does."""
+    moe.calibrate(x_TD, route_TD)
+    part = slice(chunk)  # one number, so a part of the tokens will do
+    moe.fit_router_scale(x_TD[part], None if route_TD is None else route_TD[part])
+    if moe.b_out is None:
+        oracle.fit_scales(moe, survey.grams, read_RD)
+    else:
+        moe.fit_scale_and_mean(x_TD, chunk, route_TD)
