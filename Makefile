@@ -1,15 +1,15 @@
 # make run     the whole pipeline: a dense model in; a measured, exported, registered mixture of experts out
 # make help    what else there is
 #
-# VENV=FOLDER  another virtual environment      PYTHON=PATH  the Python 3.11 to make it with
+# VENV=FOLDER  use another virtual environment    PYTHON=PATH  create it with this Python (3.11, 3.12 or 3.13)
 # SET="..."    settings of one run: make run SET="name=trial decompose.num_active=2"
-# DASK=ADDRESS a Dask scheduler whose workers do what is asked of single layers: make run DASK=tcp://127.0.0.1:8786
-# GRID="..."   keys with the values of a sweep: make sweep GRID="decompose.num_experts=4,8 --search 12"
+# DASK=ADDRESS a Dask scheduler whose workers compute the single layers: make run DASK=tcp://127.0.0.1:8786
+# GRID="..."   keys and values of a sweep: make sweep GRID="decompose.num_experts=4,8 --search 12"
 
 VENV ?= .venv
 SET ?=
 DASK ?=
-# Of the services; without them 4200 and 5000, or those they run on already. NOTIFY: who hears of failed runs.
+# Ports of the services (default: 4200 and 5000, or the ports they already use). NOTIFY is the webhook for failed runs.
 PREFECT_PORT ?=
 MLFLOW_PORT ?=
 NOTIFY ?=
@@ -19,11 +19,14 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check --no-input
 MLFLOW_DB := mlflow.db
-# Addresses of servers elsewhere (docs/operations.md), where there are some.
+# Versions that the lock is resolved for. The first one found creates the environment.
+PYTHONS := 3.11 3.12 3.13
+SUPPORTED := import sys, venv, ensurepip; sys.exit('%d.%d' % sys.version_info[:2] not in '$(PYTHONS)'.split())
+# Load the addresses of remote servers (docs/operations.md).
 ENV := set -a; [ ! -f .env ] || . ./.env; set +a;
 OF_MODEL = $(if $(MODEL),--model $(MODEL)) $(if $(VERSION),--version $(VERSION))
 
-# Nobody is told anything.
+# Disable telemetry.
 export DVC_NO_ANALYTICS := 1
 export DO_NOT_TRACK := 1
 export PREFECT_SERVER_ANALYTICS_ENABLED := false
@@ -34,54 +37,56 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 .PHONY: help setup run up down status promote rollback serve score sweep repro push pull test check bench native clean
 
 help:
-	@echo 'make run     the whole pipeline; SET="name=trial decompose.num_active=2" for one run in a workspace of its own'
-	@echo 'make sweep   many settings side by side; GRID="decompose.num_experts=4,8 decompose.num_active=1,2"'
-	@echo 'make promote the newest registered version becomes champion, if it passes the gate; VERSION=N for another one'
-	@echo 'make rollback  back to the champion before; REASON="..."'
-	@echo 'make serve   the champion over HTTP, on this machine alone; PORT=5001 VERSION=N'
-	@echo 'make score   a file of texts by the champion; IN=texts.jsonl OUT=embeddings.parquet VERSION=N'
-	@echo 'make test    the tests; TESTS="tests/test_moe.py -k oracle" for some of them'
-	@echo 'make check   ruff, mypy, import-linter'
-	@echo 'make bench   time every execution plan of the export again, on this machine'
-	@echo 'make native  build the fused experts operator for OpenVINO, with the C++ compiler of this machine'
-	@echo 'make repro   the same stages as make run by DVC alone: no Prefect, no run record'
-	@echo 'make push    results to the DVC remote, for other machines; make pull  from it'
-	@echo 'make up      Prefect server, worker and MLflow server for scheduled runs; PREFECT_PORT=4300 MLFLOW_PORT=5100 NOTIFY=URL'
-	@echo 'make status  what runs, the next scheduled run, how the last one ended'
-	@echo 'make down    stop them'
-	@echo 'make setup   the environment in $(VENV), at the versions of constraints.txt; every target does it first'
-	@echo 'make clean   remove caches and scratch; results, the run record and the environment stay'
+	@echo 'make run       convert, measure, export and register a model; SET="name=trial decompose.num_active=2" for other settings'
+	@echo 'make sweep     run many settings; GRID="decompose.num_experts=4,8 decompose.num_active=1,2"'
+	@echo 'make promote   make the newest version champion if it passes the gate; VERSION=N picks another version'
+	@echo 'make rollback  return to the previous champion; REASON="..."'
+	@echo 'make serve     serve the champion over HTTP on this machine; PORT=5001 VERSION=N'
+	@echo 'make score     score a file of texts; IN=texts.jsonl OUT=embeddings.parquet VERSION=N'
+	@echo 'make test      run the tests; TESTS="tests/test_moe.py -k oracle" runs some of them'
+	@echo 'make check     run ruff, mypy and import-linter'
+	@echo 'make bench     time every execution plan of the export again'
+	@echo 'make native    compile the experts operator for OpenVINO (needs a C++ compiler)'
+	@echo 'make repro     run the same stages with DVC alone: no Prefect, no run record'
+	@echo 'make push      copy results to the DVC remote; make pull copies them from it'
+	@echo 'make up        start the Prefect server, a worker and the MLflow server; PREFECT_PORT=4300 MLFLOW_PORT=5100 NOTIFY=URL'
+	@echo 'make status    show what runs, the next scheduled run, and how the last one ended'
+	@echo 'make down      stop the services'
+	@echo 'make setup     create the environment $(VENV) from constraints.txt; every target does this first'
+	@echo 'make clean     remove caches and scratch files; results, run record and environment stay'
 
 setup: $(STAMP)
 
-# The lock is complete, so nothing is resolved (--no-deps). torch goes first: on its own it is found as a CPU build
-# where one is at hand, and its platform's companions come with it.
+# The lock is complete, so pip resolves nothing (--no-deps). torch comes first and with its dependencies, because they
+# differ by platform; pip takes a CPU build where one is available.
 $(STAMP): constraints.txt pyproject.toml
 	@set -e; \
 	python="$(PYTHON)"; \
 	if [ -z "$$python" ]; then \
-	    for candidate in python3.11 python3 python; do \
-	        if "$$candidate" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null; \
-	        then python="$$candidate"; break; fi; \
+	    for candidate in $(addprefix python,$(PYTHONS)) python3 python; do \
+	        if "$$candidate" -c "$(SUPPORTED)" 2>/dev/null; then python="$$candidate"; break; fi; \
 	    done; \
-	fi; \
-	if [ -z "$$python" ]; then \
-	    echo 'error: no Python 3.11 with venv found; install it (Debian, Ubuntu: apt install python3.11 python3.11-venv)' >&2; \
-	    echo '       or name it: make $(or $(MAKECMDGOALS),run) PYTHON=/path/to/python3.11' >&2; \
+	    if [ -z "$$python" ]; then \
+	        echo 'error: found no Python $(PYTHONS) with venv; install one (Debian, Ubuntu: apt install python3 python3-venv)' >&2; \
+	        echo '       or name it: make $(or $(MAKECMDGOALS),run) PYTHON=/path/to/python3' >&2; \
+	        exit 2; \
+	    fi; \
+	elif ! "$$python" -c "$(SUPPORTED)"; then \
+	    echo "error: $$python is not Python $(PYTHONS) with venv; name another one with PYTHON=" >&2; \
 	    exit 2; \
 	fi; \
-	echo "setup 1/4: a virtual environment in $(VENV)"; \
+	echo "setup 1/4: create the virtual environment $(VENV) with $$("$$python" -V)"; \
 	[ -x "$(BIN)/python" ] || "$$python" -m venv "$(VENV)"
-	@echo "setup 2/4: torch (the largest part)"
-	@$(PIP) torch==2.13.0
-	@echo "setup 3/4: $$(grep -c == constraints.txt) packages at the versions of constraints.txt (a few minutes)"
+	@echo "setup 2/4: install torch (the largest part)"
+	@$(PIP) "$$(grep '^torch==' constraints.txt)"
+	@echo "setup 3/4: install $$(grep -c == constraints.txt) packages from constraints.txt (a few minutes)"
 	@$(PIP) --no-deps -r constraints.txt
-	@echo "setup 4/4: ffn2moe itself, and its operator for OpenVINO"
+	@echo "setup 4/4: install ffn2moe and compile its operator for OpenVINO"
 	@$(PIP) --no-deps -e .
-	@$(BIN)/python -m ffn2moe.runtime.native || echo 'setup: goes on without the plans ov-native, ov-native8 and ov-native4'
+	@$(BIN)/python -m ffn2moe.runtime.native || echo 'setup: continuing without the operator: the plans ov-native* are not available'
 	@touch $@
 
-# Before anything parallel: several processes that find no database each try to make it, and all but one fail.
+# Create the database before parallel processes start: otherwise each tries to create it, and all but one fail.
 $(MLFLOW_DB): | $(STAMP)
 	@$(ENV) $(BIN)/python -m tasks.store
 

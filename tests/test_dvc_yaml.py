@@ -114,17 +114,22 @@ def test_every_plot_shows_an_out():
     assert shown == tables
 
 
-def test_the_lock_holds_every_requirement_and_what_these_require():
+# Full versions of the Pythons that `make run` accepts: the first and the last release of each, as markers see them.
+PYTHONS = [f"3.{minor}.{patch}" for minor in (11, 12, 13) for patch in (0, 99)]
+# Extras that the lock leaves out: `eval` has an environment of its own, and `cpu` stands for `gpu`, which is locked.
+UNLOCKED_EXTRAS = {"eval", "cpu"}
+
+
+@pytest.mark.parametrize("python", PYTHONS)
+def test_the_lock_holds_every_requirement_and_what_these_require(python):
     project = tomllib.loads((PROJECT / "pyproject.toml").read_text())["project"]
     lines = (PROJECT / "constraints.txt").read_text().splitlines()
     lock = [Requirement(line) for line in lines if line and not line.startswith("#")]
-    elsewhere = {canonicalize_name(one.name) for one in lock if one.marker and not one.marker.evaluate()}
-    locked = {canonicalize_name(one.name): str(one.specifier).removeprefix("==") for one in lock}
-    todo = [Requirement(text) for text in project["dependencies"]]
-    extras = project["optional-dependencies"]
-    apart = {"eval"}  # installed beside the lock, not by it
-    todo += [Requirement(text) for name, group in extras.items() if name not in apart for text in group]
-    seen: set[tuple[str, frozenset[str]]] = set()
+    locked = {canonicalize_name(one.name): one.specifier for one in lock if applies(one, frozenset(), python)}
+    installed = {canonicalize_name(one.name) for one in lock if one.marker is None or one.marker.evaluate()}
+    extras = {name: group for name, group in project["optional-dependencies"].items() if name not in UNLOCKED_EXTRAS}
+    todo = [Requirement(text) for group in (project["dependencies"], *extras.values()) for text in group]
+    seen: set[tuple[str, frozenset[str]]] = {("ffn2moe", frozenset(["convert"]))}  # an extra that names another
     while todo:
         requirement = todo.pop()
         name, wanted = canonicalize_name(requirement.name), frozenset(requirement.extras)
@@ -132,21 +137,27 @@ def test_the_lock_holds_every_requirement_and_what_these_require():
             continue
         seen.add((name, wanted))
         assert name in locked, f"{name} is not in constraints.txt"
-        assert requirement.specifier.contains(locked[name], prereleases=True), f"{requirement}: {locked[name]}"
-        if name in elsewhere:
+        version = str(locked[name]).removeprefix("==")
+        assert requirement.specifier.contains(version, prereleases=True), f"{requirement}: {version}"
+        if name not in installed or name == "torch":  # another Python's; torch's own requirements differ by platform
             continue
-        for text in metadata.requires(name) or []:
-            further = Requirement(text)
-            if name != "torch" and applies(further, wanted):  # torch's own differ by platform
-                todo.append(further)
+        further = [Requirement(text) for text in metadata.requires(name) or []]
+        todo += [one for one in further if applies(one, wanted, python)]
 
 
-def applies(requirement: Requirement, extras: frozenset[str]) -> bool:
-    """Whether any Python 3.11 needs it, not this one alone."""
+def test_the_declared_pythons_are_those_of_the_lock_and_the_makefile():
+    project = tomllib.loads((PROJECT / "pyproject.toml").read_text())["project"]
+    minors = sorted({python.rsplit(".", 1)[0] for python in PYTHONS})
+    declared = [one.split(" :: ")[-1] for one in project["classifiers"] if one.startswith("Programming Language")]
+    assert declared == ["3", *minors]
+    assert project["requires-python"] == f">={minors[0]}"
+    pythons = re.search(r"^PYTHONS := (.*)$", (PROJECT / "Makefile").read_text(), re.MULTILINE)
+    assert pythons is not None and pythons[1].split() == minors
+
+
+def applies(requirement: Requirement, extras: frozenset[str], python: str) -> bool:
+    """Return whether this full version of Python needs the requirement."""
     if requirement.marker is None:
         return True
-    return any(
-        requirement.marker.evaluate({"extra": extra, "python_full_version": version})
-        for extra in extras | {""}
-        for version in ("3.11.0", "3.11.99")
-    )
+    known = {"python_full_version": python, "python_version": python.rsplit(".", 1)[0]}
+    return any(requirement.marker.evaluate(known | {"extra": extra}) for extra in extras | {""})
