@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from ffn2moe.spec import MoESpec
 
 STUDENT, TEACHER = "models/distilled", "data/teacher"
-PACKAGES = ("onnx", "onnx-ir", "onnxruntime-gpu", "onnxscript", "torch", "transformers")
+PACKAGES = ("onnx", "onnx-ir", "onnxscript", "torch", "transformers")
 # Largest mean difference of a container's logits from the student's, relative: of gates that are those of the
 # container, and of unit gates, which it has nearly.
 CONTAINER_TOLERANCE, UNIT_TOLERANCE = 1e-4, 1e-2
@@ -44,6 +44,7 @@ def run(stage: StageRun) -> None:
     from ffn2moe.onnx.parity import text_samples
     from ffn2moe.onnx.write import export_model
     from ffn2moe.runtime import files as runtime_files
+    from ffn2moe.runtime.engines import distribution
 
     params, root = stage.params, stage.root
     spec = checkpoint.load_spec(root / STUDENT)
@@ -83,7 +84,8 @@ def run(stage: StageRun) -> None:
         if spec.container:
             manifest["container"] = write_container(stage, student, teacher, spec, partial / "container", ids)
         write_card(partial / "container", spec, manifest)
-        packages = [*PACKAGES, *(("openvino",) if "openvino" in params.export.engines else ())]
+        engines = {"onnxruntime", *params.export.engines}
+        packages = (*PACKAGES, *(distribution(engine) or engine for engine in sorted(engines)))
         manifest |= {
             "teacher": {"source": spec.teacher, "sha256": runtime_files.sha256(teacher_weights(root / TEACHER))},
             "seed": params.seed,

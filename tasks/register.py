@@ -20,6 +20,7 @@ from typing import Any
 import numpy
 from ruamel.yaml import YAML
 
+from ffn2moe.runtime.engines import distribution
 from ffn2moe.runtime.export import open_export
 from tasks.measures import at, headline
 from tasks.params import Params
@@ -27,8 +28,8 @@ from tasks.registry import CHALLENGER, Registry
 from tasks.stage import StageRun, main, numbers
 
 EXAMPLE = ("A mixture of experts runs a part of itself for each token.", "The weather is fine today.")
-# What the served model imports, beside the package ffn2moe that travels with it.
-REQUIREMENTS = ("numpy", "onnx", "onnxruntime-gpu", "pyyaml", "tokenizers")
+# What the served model imports, besides its engines and the package ffn2moe that travels with it.
+REQUIREMENTS = ("numpy", "onnx", "pyyaml", "tokenizers")
 SAME = 1e-5  # of components of unit vectors: the same graph, computed twice
 
 
@@ -82,9 +83,10 @@ def measured(quality: Mapping[str, Any], plan: Mapping[str, Any], served: Path) 
 
 
 def requirements(manifest: Mapping[str, Any]) -> list[str]:
-    """Packages at the versions of this environment, with the engines of the plans."""
-    engines = {entry.get("engine", "onnxruntime") for entry in manifest["plans"].values()} - {"onnxruntime"}
-    return [f"{name}=={metadata.version(name)}" for name in (*REQUIREMENTS, *sorted(engines))]
+    """Return what a model with these plans needs, at the versions of this environment."""
+    engines = {"onnxruntime"} | {entry["engine"] for entry in manifest["plans"].values() if "engine" in entry}
+    names = [*REQUIREMENTS, *(distribution(engine) or engine for engine in sorted(engines))]
+    return [f"{name}=={metadata.version(name)}" for name in sorted(names)]
 
 
 def slim_copy(export: Path, target: Path, plan: Mapping[str, Any]) -> Path:

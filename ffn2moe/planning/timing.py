@@ -16,18 +16,17 @@ import platform
 import random
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from importlib import metadata
 from pathlib import Path
 from statistics import median
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 
 from ffn2moe.runtime.decoders import CausalExport, Seq2SeqExport
-from ffn2moe.runtime.engines import cores
+from ffn2moe.runtime.engines import Engine, cores, distribution
 from ffn2moe.runtime.export import Export, ModelExport, open_export
 from ffn2moe.runtime.files import read_manifest
 from ffn2moe.runtime.plans import DENSE_PLANS
@@ -314,15 +313,8 @@ def machine() -> dict[str, Any]:
         "cores": cores(),
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
-        **{engine: version for engine in ("onnxruntime", "openvino") if (version := _version(engine))},
+        **{engine: metadata.version(name) for engine in get_args(Engine) if (name := distribution(engine))},
     }
-
-
-def _version(engine: str) -> str | None:
-    for distribution in {"onnxruntime": ("onnxruntime-gpu", "onnxruntime")}.get(engine, (engine,)):
-        with suppress(metadata.PackageNotFoundError):
-            return metadata.version(distribution)
-    return None
 
 
 _FLAGS = {

@@ -18,7 +18,9 @@ if TYPE_CHECKING:
     pass
 import sys
 import threading
+from contextlib import suppress
 from functools import cache
+from importlib import metadata
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
@@ -94,6 +96,31 @@ def open_graph(
 
 # --- ONNX Runtime ---------------------------------------------------------------------------------------------------
 
+# Distributions that hold the package onnxruntime. They overwrite each other, so ffn2moe requires none of them.
+ONNX_RUNTIMES = ("onnxruntime-gpu", "onnxruntime")
+
+
+def distribution(engine: str) -> str | None:
+    """Return the name of the installed distribution that holds an engine, or None where there is none."""
+    for name in ONNX_RUNTIMES if engine == "onnxruntime" else (engine,):
+        with suppress(metadata.PackageNotFoundError):
+            metadata.version(name)
+            return name
+    return None
+
+
+def onnx_runtime() -> Any:
+    """Return the package onnxruntime. Raises EngineMissing, with the remedy, where it is not installed."""
+    try:
+        import onnxruntime
+    except ModuleNotFoundError as error:
+        if error.name != "onnxruntime":
+            raise
+        raise EngineMissing(
+            "ONNX Runtime is not installed: pip install onnxruntime (with an NVIDIA GPU: pip install onnxruntime-gpu)"
+        ) from error
+    return onnxruntime
+
 
 def session(
     graph: str | Path | bytes, *, threads: int | None = None, providers: Sequence[str] = CPU
@@ -103,8 +130,7 @@ def session(
     Denormal numbers are taken as zero: they are what a masked token's attention comes to, they change nothing,
     and a CPU multiplies them many times slower. (ONNX Runtime decides this for the process, in its first session.)
     """
-    import onnxruntime as ort
-
+    ort = onnx_runtime()
     available = ort.get_available_providers()
     for provider in providers:
         if provider not in available:
