@@ -13,11 +13,11 @@ import os
 import random
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,6 +27,7 @@ from ffn2moe.containers.fit import choose, require_fit
 from ffn2moe.containers.table import Container, container_named
 from ffn2moe.containers.tensors import layer_tensors, outer_tensors
 from ffn2moe.containers.write import write
+from ffn2moe.conversion.settings import Settings
 from ffn2moe.data.batches import Batch, Batches, BatchSource, in_order, pack
 from ffn2moe.data.corpus import docstrings, read_corpus
 from ffn2moe.data.generate import greedy_answers, sample_tokens
@@ -39,12 +40,13 @@ from ffn2moe.decompose.stream import HELD_OUT_SHARE, decompose, mixtures, outsid
 from ffn2moe.dense.families import FAMILIES, Family, head_of, positions
 from ffn2moe.dense.load import load_dense, pooling_of, resolve_source, weight_files
 from ffn2moe.dense.locate import read_ffn
-from ffn2moe.distill.distiller import Distiller, Scope
+from ffn2moe.distill.distiller import Distiller
 from ffn2moe.distill.objectives import EmbeddingObjective, FeaturesObjective, LogitsObjective, Objective
 from ffn2moe.moe import checkpoint
 from ffn2moe.moe.describe import spec_of
 from ffn2moe.moe.layer import install_moe, moe_layers
 from ffn2moe.numerics import bf16_supported, choose_device, pool
+from ffn2moe.progress import Say, Track, silent, untracked
 from ffn2moe.spec import Gate, Head, MoESpec
 
 GENERATED_TEXTS, MOST_TEXTS = 4000, 40000  # by default: that the model writes itself, that are taken of a corpus
@@ -64,104 +66,29 @@ IDENTITY_TOLERANCE = 1e-5  # of the output with K = E, relative to its largest v
 SHARD_BYTES = 2**30  # of the container's files: as much is in memory while one is written
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
-Say = Callable[[str], None]
-Track = Callable[[Iterable[Any], int, str], Iterable[Any]]
-Dtype = Literal["auto", "float32", "bfloat16", "float16"]
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What a conversion was asked to do: with the same settings and source, it ends the same."""
-
-    num_experts: int
-    num_active: int
-    shared_width: int
-    container: str  # auto, none, or a name
-    gate: str  # auto, or a gate
-    partition: str
-    corpus: str  # auto, generated, docstrings, a file, a folder of images, or datasets:NAME
-    text_column: str
-    texts: int | None
-    max_length: int | None
-    head: Head | None
-    revision: str | None
-    learning_rate: float | None
-    batch_tokens: int | None
-    scope: Scope
-    calibration_tokens: int
-    dtype: Dtype
-    seed: int
-    onnx: bool
-
 
 def convert(
     source: str,
     out: str | Path,
+    settings: Settings | None = None,
     *,
-    num_experts: int = 8,
-    num_active: int = 2,
-    shared_width: int = 0,
-    container: str = "auto",
-    gate: str = "auto",
-    partition: str = "coactivation",
-    corpus: str = "auto",
-    text_column: str = "text",
-    texts: int | None = None,
-    max_length: int | None = None,
-    head: Head | None = None,
-    revision: str | None = None,
-    distill_minutes: float = 10.0,
-    distill_steps: int | None = None,
-    learning_rate: float | None = None,
-    batch_tokens: int | None = None,
-    scope: Scope = "experts",
-    calibration_tokens: int = 16384,
-    dtype: Dtype = "auto",
-    device: str = "auto",
-    seed: int = 0,
-    onnx: bool = True,
-    say: Say = lambda line: None,
-    track: Track = lambda items, total, what: items,
+    say: Say = silent,
+    track: Track = untracked,
 ) -> dict[str, Any]:
-    """Convert the dense model `source` to the folder `out`, and give the manifest that is written there.
+    """Convert the dense model `source` to the folder `out`, and return the manifest that is written there.
 
-    `out` is an export that `ffn2moe.open_export` takes: a graph for each plan where `onnx` is set, the student as a
-    checkpoint, and the native container in a folder of its name where one can hold the model. `distill_minutes` are
-    turned into steps by timing a few; `distill_steps` fixes them, and 0 of either leaves the experts as they were cut.
-    `scope` is what is trained (`ffn2moe.distill.distiller.Distiller`), `batch_tokens` what a step sees.
-    The corpus `auto` is what a language model writes itself, and docstrings for others. `dtype` is the container's.
+    `out` is an export that `ffn2moe.open_export` takes: a graph for each plan unless `settings.onnx` is off, the
+    student as a checkpoint, and the native container in a folder of its name where one can hold the model.
 
-    Says what it does a line at a time, and wraps what takes long in `track` (items, how many, what is done). A
-    conversion that was stopped goes on, if it is called with the same source and settings. ValueError or
-    FileNotFoundError, with cause and remedy, before any work where it can be known then.
+    Calls `say` with a line about each step, and wraps long steps in `track` (items, how many, what is done). A
+    conversion that was stopped resumes if it is called with the same source and settings. ValueError or
+    FileNotFoundError with cause and remedy, before any work where that is possible.
     """
-    out = Path(out)
+    out, settings = Path(out), settings or Settings()
     if out.exists():
         raise ValueError(f"{out} exists: remove it, or name another folder")
-    settings = Settings(
-        num_experts=num_experts,
-        num_active=num_active,
-        shared_width=shared_width,
-        container=container,
-        gate=gate,
-        partition=partition,
-        corpus=corpus,
-        text_column=text_column,
-        texts=texts,
-        max_length=max_length,
-        head=head,
-        revision=revision,
-        learning_rate=learning_rate,
-        batch_tokens=batch_tokens,
-        scope=scope,
-        calibration_tokens=calibration_tokens,
-        dtype=dtype,
-        seed=seed,
-        onnx=onnx,
-    )
-    conversion = _Conversion(source, out, settings, choose_device(device), say, track)
-    with_steps = distill_steps if distill_steps is not None else (0 if distill_minutes <= 0 else None)
-    return conversion.run(with_steps, distill_minutes)
+    conversion = _Conversion(source, out, settings, choose_device(settings.device), say, track)
+    return conversion.run(settings.steps, settings.distill_minutes)
 
 
 class _Conversion:
@@ -280,11 +207,11 @@ class _Conversion:
             return self._write(None, spec, more)
         student = checkpoint.load(self.work / "routed")
         quality["routed"] = judge(self.teacher, student, data.evaluation, spec, self.device)
-        self.say(f"routed, nothing trained: {told(quality['routed'])}")
+        self.say(f"routed, nothing trained: {summary(quality['routed'])}")
         more["distillation"] = self._distill(student, spec, data, steps, minutes)
         if more["distillation"]["steps"]:
             quality["distilled"] = judge(self.teacher, student, data.evaluation, spec, self.device)
-            self.say(f"distilled: {told(quality['distilled'])}")
+            self.say(f"distilled: {summary(quality['distilled'])}")
         for model in (self.teacher, student):
             model.to("cpu")
         return self._write(student, spec, more)
@@ -338,7 +265,7 @@ class _Conversion:
 
     def _begin(self) -> None:
         """The unfinished folder: this very conversion's, or a new one."""
-        digest = hashlib.sha256(json.dumps([asdict(self.settings), self.source], sort_keys=True).encode())
+        digest = hashlib.sha256(json.dumps([self.settings.identity(), self.source], sort_keys=True).encode())
         for path in [self.folder / "config.json", *sorted(set(weight_files(self.folder).values()))]:
             status = path.stat()
             digest.update(f"{path.name} {status.st_size} {status.st_mtime_ns}\n".encode())
@@ -691,7 +618,7 @@ class _Conversion:
                 assets=self.folder,
             )
             manifest["container"] = {"folder": self.container.name, "dtype": str(dtype).removeprefix("torch.")}
-        manifest["convert"] = {"settings": asdict(self.settings), **told_more}
+        manifest["convert"] = {"settings": self.settings.identity(), **told_more}
         export.write_manifest(result, manifest)
         os.replace(result, self.out)
         shutil.rmtree(self.work)
@@ -821,7 +748,7 @@ def judge(
     return found
 
 
-def told(quality: dict[str, float]) -> str:
+def summary(quality: dict[str, float]) -> str:
     """What `judge` found, in words."""
     if "cosine" in quality:
         return f"cosine {quality['cosine']:.4f} with the embeddings of the dense model"

@@ -483,7 +483,7 @@ def test_plans_that_do_not_run_here_are_left_out_with_the_reason(copy, tmp_path,
         (["--workload", "none.jsonl"], "does not exist"),
         (["--workload", "1x4", "--plans", "quick"], "no plan 'quick'"),
         (["--workload", "1x4", "--plans", "sorted"], "name one to compare with, of dense, dense8"),
-        ([], "not planned before"),
+        ([], "has no plan yet"),
     ],
 )
 def test_what_cannot_be_planned_is_refused_with_the_reason(exported, capsys, options, told):

@@ -15,6 +15,7 @@ import pytest
 
 import ffn2moe
 from ffn2moe import cli
+from ffn2moe.conversion.settings import OPTIONS, Settings
 
 ROOT = Path(__file__).parent.parent
 
@@ -138,6 +139,38 @@ def test_a_mistake_is_one_line_and_exit_code_2(export, capsys, arguments, messag
     told = capsys.readouterr()
     assert not told.out and told.err.count("\n") == 1
     assert told.err.startswith("error: ") and message in told.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["confert", "a", "b"], "unknown command 'confert'; did you mean 'convert'? known: convert, encode"),
+        (["convert", "a", "b", "--gate", "sofmax"], "unknown value 'sofmax'; did you mean 'softmax'? known: auto"),
+        (["convert", "a", "b", "--experts", "0"], "'0' is not a count: give a whole number from 1"),
+    ],
+)
+def test_an_unknown_name_suggests_the_nearest(arguments, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(arguments)
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_every_setting_of_a_conversion_is_an_option_with_the_same_default():
+    options = cli._parse(["convert", "model", "out"])
+    assert Settings(**{name: getattr(options, name) for name in OPTIONS}) == Settings()
+    options = cli._parse(["convert", "model", "out", "--experts", "4", "--train", "all", "--no-onnx"])
+    changed = Settings(**{name: getattr(options, name) for name in OPTIONS})
+    assert changed == Settings(num_experts=4, scope="all", onnx=False)
+
+
+def test_brackets_and_colons_in_paths_are_printed_as_they_are(export, tmp_path, capsys):
+    odd = tmp_path / "[red]a[" / "b]:smile:"
+    assert cli.main(["info", str(odd)]) == 2
+    assert str(odd) in capsys.readouterr().err
+    shutil.copytree(export, odd)
+    assert cli.main(["info", str(odd)]) == 0
+    assert str(odd) in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("arguments", [[], ["sing"], ["encode"], ["verify", "x", "--texts", "0"]])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,9 @@ from PIL import Image
 import ffn2moe
 from ffn2moe import cli
 from ffn2moe import convert as module
+from ffn2moe.conversion.settings import Settings
 from ffn2moe.convert import convert, judge
 from ffn2moe.data.batches import in_order
-from ffn2moe.decompose import stream
 from ffn2moe.dense.load import load_dense
 from ffn2moe.moe import checkpoint
 from ffn2moe.moe.layer import moe_layers
@@ -28,15 +29,15 @@ from tests.conftest import make_tiny_bert, make_tiny_classifier, make_tiny_llama
 from tests.test_families import IMAGE_TOWER, TEXT_TOWER, tiny
 from tests.texts import make_texts, write_corpus
 
-QUICK: dict[str, Any] = {
-    "num_experts": 4,
-    "num_active": 2,
-    "texts": 60,
-    "max_length": 16,
-    "calibration_tokens": 200,
-    "distill_steps": 3,
-    "onnx": False,
-}
+QUICK = Settings(
+    num_experts=4,
+    num_active=2,
+    texts=60,
+    max_length=16,
+    calibration_tokens=200,
+    distill_steps=3,
+    onnx=False,
+)
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +52,7 @@ def llama(tmp_path_factory) -> str:
 
 def test_a_language_model_is_converted_without_any_data(llama, tmp_path):
     said: list[str] = []
-    manifest = convert(llama, tmp_path / "out", **QUICK, say=said.append)
+    manifest = convert(llama, tmp_path / "out", QUICK, say=said.append)
     assert manifest == read_manifest(tmp_path / "out")
     quality = manifest["convert"]["quality"]
     assert set(quality) == {"routed", "distilled"}
@@ -71,7 +72,7 @@ def test_a_language_model_is_converted_without_any_data(llama, tmp_path):
 
 def test_the_same_settings_give_the_same_bytes_and_another_seed_others(llama, tmp_path):
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
-        convert(llama, tmp_path / name, **QUICK, seed=seed)
+        convert(llama, tmp_path / name, replace(QUICK, seed=seed))
     first, again, other = ((tmp_path / name / "checkpoint/model.safetensors").read_bytes() for name in ("a", "b", "c"))
     assert first == again != other
 
@@ -82,7 +83,7 @@ class Stop(Exception):
 
 @pytest.mark.parametrize("place", ["sampling texts", "decomposing and routing layers", "distilling", "container"])
 def test_a_conversion_that_was_stopped_goes_on_and_ends_the_same(place, llama, tmp_path, monkeypatch):
-    convert(llama, tmp_path / "whole", **QUICK)
+    convert(llama, tmp_path / "whole", QUICK)
     monkeypatch.setattr(module, "CHECKPOINT_SECONDS", -1)
 
     def stopping(items: Any, total: int, what: str) -> Any:
@@ -96,9 +97,9 @@ def test_a_conversion_that_was_stopped_goes_on_and_ends_the_same(place, llama, t
 
     with monkeypatch.context() as patch:
         if place == "container":
-            patch.setattr(module.containers, "write", no_container)
+            patch.setattr(module, "write", no_container)
         with pytest.raises(Stop):
-            convert(llama, tmp_path / "out", **QUICK, track=stopping)
+            convert(llama, tmp_path / "out", QUICK, track=stopping)
     assert not (tmp_path / "out").exists()
     assert not list((tmp_path / "out.partial").glob("*.json")) or place != "sampling texts"
 
@@ -109,7 +110,7 @@ def test_a_conversion_that_was_stopped_goes_on_and_ends_the_same(place, llama, t
         return items
 
     said: list[str] = []
-    convert(llama, tmp_path / "out", **QUICK, track=watching, say=said.append)
+    convert(llama, tmp_path / "out", QUICK, track=watching, say=said.append)
     assert any("going on with what is in" in line for line in said)
     order = ["sampling texts", "decomposing and routing layers", "distilling", "container"]
     for done in order[: order.index(place)]:
@@ -125,19 +126,19 @@ def test_another_conversion_does_not_go_on_with_what_is_there(llama, tmp_path):
     (tmp_path / "out.partial").mkdir()
     (tmp_path / "out.partial/fingerprint").write_text("of another")
     said: list[str] = []
-    convert(llama, tmp_path / "out", **QUICK, say=said.append)
+    convert(llama, tmp_path / "out", QUICK, say=said.append)
     assert any("begun anew" in line for line in said)
 
 
 def test_minutes_become_steps_that_are_said_and_the_trial_leaves_no_trace(llama, tmp_path, monkeypatch):
     said: list[str] = []
-    settings = QUICK | {"distill_steps": None}
+    settings = replace(QUICK, distill_steps=None, distill_minutes=1e-9)
     monkeypatch.setattr(module._Conversion, "_steps", timed(module._Conversion._steps))
-    manifest = convert(llama, tmp_path / "timed", **settings, distill_minutes=1e-9, say=said.append)
+    manifest = convert(llama, tmp_path / "timed", settings, say=said.append)
     assert manifest["convert"]["distillation"]["steps"] == 1
     assert any("1 of them fill" in line for line in said) and any("--distill-steps 1" in line for line in said)
     monkeypatch.undo()
-    convert(llama, tmp_path / "fixed", **QUICK | {"distill_steps": 1})
+    convert(llama, tmp_path / "fixed", replace(QUICK, distill_steps=1))
     one, two = ((tmp_path / name / "checkpoint/model.safetensors").read_bytes() for name in ("timed", "fixed"))
     assert one == two
 
@@ -156,7 +157,7 @@ def timed(steps: Any) -> Any:
 
 
 def test_without_distillation_the_experts_are_as_they_were_cut(llama, tmp_path):
-    manifest = convert(llama, tmp_path / "out", **QUICK | {"distill_steps": None}, distill_minutes=0)
+    manifest = convert(llama, tmp_path / "out", replace(QUICK, distill_steps=None, distill_minutes=0))
     assert set(manifest["convert"]["quality"]) == {"routed"}
     teacher, _ = load_dense(llama)
     moe = moe_layers(checkpoint.load(tmp_path / "out/checkpoint"))[0]
@@ -166,12 +167,12 @@ def test_without_distillation_the_experts_are_as_they_were_cut(llama, tmp_path):
 
 
 def test_a_model_too_large_for_memory_is_written_a_layer_at_a_time(llama, tmp_path, monkeypatch):
-    settings = QUICK | {"distill_steps": 0, "shared_width": 8, "container": "glm4_moe"}
-    convert(llama, tmp_path / "whole", **settings)
-    monkeypatch.setattr(stream, "available_memory", lambda: 0)
+    settings = replace(QUICK, distill_steps=0, shared_width=8, container="glm4_moe")
+    convert(llama, tmp_path / "whole", settings)
+    monkeypatch.setattr(module, "available_memory", lambda: 0)
     monkeypatch.setattr(checkpoint, "load", None)
     said: list[str] = []
-    manifest = convert(llama, tmp_path / "out", **settings, say=said.append)
+    manifest = convert(llama, tmp_path / "out", settings, say=said.append)
     assert manifest["convert"]["quality"] == {} and any("is not measured" in line for line in said)
     one, two = ((tmp_path / name / "glm4_moe/model.safetensors").read_bytes() for name in ("whole", "out"))
     assert one == two
@@ -190,7 +191,7 @@ def test_a_model_too_large_for_memory_is_written_a_layer_at_a_time(llama, tmp_pa
 def test_other_models_of_text_are_converted_from_a_corpus(make, head, measure, corpus, tmp_path):
     make(tmp_path / "dense")
     said: list[str] = []
-    manifest = convert(str(tmp_path / "dense"), tmp_path / "out", **QUICK, corpus=corpus, say=said.append)
+    manifest = convert(str(tmp_path / "dense"), tmp_path / "out", replace(QUICK, corpus=corpus), say=said.append)
     assert manifest["spec"]["head"] == head and "container" not in manifest
     assert measure in manifest["convert"]["quality"]["distilled"]
     assert len(moe_layers(ffn2moe.load(tmp_path / "out/checkpoint"))) == (4 if head == "seq2seq" else 2)
@@ -210,12 +211,12 @@ def images(tmp_path_factory) -> Path:
 def test_models_of_images_are_converted_from_a_folder_of_them(case, images, tmp_path):
     tiny(case).save_pretrained(tmp_path / "dense")
     transformers.ViTImageProcessor(size={"height": 8, "width": 8}).save_pretrained(tmp_path / "dense")
-    settings = QUICK | {"distill_steps": 2}
-    manifest = convert(str(tmp_path / "dense"), tmp_path / "out", **settings, corpus=str(images))
+    settings = replace(QUICK, distill_steps=2, corpus=str(images))
+    manifest = convert(str(tmp_path / "dense"), tmp_path / "out", settings)
     measure = "relative_error" if case == "vit" else "agreement"
     assert measure in manifest["convert"]["quality"]["distilled"]
     with pytest.raises(ValueError, match="reads images: name a folder"):
-        convert(str(tmp_path / "dense"), tmp_path / "other", **QUICK)
+        convert(str(tmp_path / "dense"), tmp_path / "other", QUICK)
 
 
 def test_a_model_of_two_towers_is_carved_and_routed(images, tmp_path, monkeypatch):
@@ -231,12 +232,12 @@ def test_a_model_of_two_towers_is_carved_and_routed(images, tmp_path, monkeypatc
     transformers.CLIPProcessor(pixels, words).save_pretrained(tmp_path / "dense")
     monkeypatch.setattr(module, "docstrings", lambda track=None: ["a cat", "the red dog"])
     said: list[str] = []
-    manifest = convert(str(tmp_path / "dense"), tmp_path / "out", **QUICK, corpus=str(images), say=said.append)
+    manifest = convert(str(tmp_path / "dense"), tmp_path / "out", replace(QUICK, corpus=str(images)), say=said.append)
     assert len(manifest["spec"]["stacks"]) == 2 and any("not distilled" in line for line in said)
 
 
 def test_the_graphs_are_written_too_and_the_folder_is_an_export(llama, tmp_path):
-    manifest = convert(llama, tmp_path / "out", **QUICK | {"onnx": True, "distill_steps": 0, "texts": 20})
+    manifest = convert(llama, tmp_path / "out", replace(QUICK, onnx=True, distill_steps=0, texts=20))
     assert {"dense", "sorted", "fused"} <= set(manifest["plans"])
     opened = ffn2moe.open_export(tmp_path / "out", "sorted")
     assert opened is not None
@@ -273,14 +274,14 @@ def test_the_judge_finds_nothing_lost_where_nothing_is_lost(llama):
 )
 def test_what_cannot_be_done_is_refused_with_the_cause(settings, message, llama, tmp_path):
     with pytest.raises((ValueError, FileNotFoundError), match=message):
-        convert(llama, tmp_path / "out", **QUICK | settings)
+        convert(llama, tmp_path / "out", replace(QUICK, **settings))
     assert not (tmp_path / "out").exists()
 
 
 def test_only_a_language_model_writes_its_own_texts(tmp_path):
     make_tiny_bert(tmp_path / "dense")
     with pytest.raises(ValueError, match="embedding model, which writes no texts"):
-        convert(str(tmp_path / "dense"), tmp_path / "out", **QUICK, corpus="generated")
+        convert(str(tmp_path / "dense"), tmp_path / "out", replace(QUICK, corpus="generated"))
 
 
 def test_the_command_converts_and_says_what_is_next(llama, tmp_path, capsys):
@@ -299,14 +300,15 @@ def test_a_killed_conversion_leaves_nothing_that_looks_whole(llama, tmp_path):
     script = (
         "import os, signal, sys\n"
         "from ffn2moe.convert import convert\n"
+        "from ffn2moe.conversion.settings import Settings\n"
         "def track(items, total, what):\n"
         "    for count, item in enumerate(items):\n"
         "        yield item\n"
         "        if what == 'distilling': os.kill(os.getpid(), signal.SIGKILL)\n"
-        f"convert({llama!r}, sys.argv[1], track=track, **{QUICK!r})\n"
+        f"convert({llama!r}, sys.argv[1], {QUICK!r}, track=track)\n"
     )
     done = subprocess.run([sys.executable, "-c", script, str(tmp_path / "out")], capture_output=True)
     assert done.returncode == -9
     assert not (tmp_path / "out").exists()
-    convert(llama, tmp_path / "out", **QUICK)
+    convert(llama, tmp_path / "out", QUICK)
     assert json.loads((tmp_path / "out/manifest.json").read_text())["convert"]["distillation"]["steps"] == 3

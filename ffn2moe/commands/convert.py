@@ -1,0 +1,93 @@
+"""`ffn2moe convert`: make a mixture of experts of a dense model, in one process."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ffn2moe.commands._command import Command, count, facts, number, one_of, silence_transformers
+from ffn2moe.conversion.settings import OPTIONS, Option, Settings
+
+if TYPE_CHECKING:
+    from ffn2moe.progress import Screen
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="a Hugging Face folder, a hub name, or package:NAME")
+    parser.add_argument("out", type=Path, metavar="OUT", help="the folder to make")
+    for one in fields(Settings):
+        option = OPTIONS[one.name]
+        if isinstance(one.default, bool):
+            action = "store_false" if one.default else "store_true"
+            parser.add_argument(option.flag, dest=one.name, action=action, help=option.help)
+            continue
+        names = option.names() if option.names else ()
+        parser.add_argument(
+            option.flag,
+            dest=one.name,
+            default=one.default,
+            type=_reader(option),
+            metavar=option.metavar or f"{{{','.join(names)}}}",
+            help=option.help,
+        )
+
+
+def _reader(option: Option) -> Callable[[str], Any]:
+    if option.names is not None:
+        return one_of("value", option.names)
+    if option.kind is int:
+        return count if option.minimum else number
+    return option.kind
+
+
+def run(options: argparse.Namespace) -> int:
+    from ffn2moe.progress import Screen
+
+    settings = Settings(**{name: getattr(options, name) for name in OPTIONS})
+    with Screen() as screen:
+        with screen.step("importing PyTorch"):
+            from ffn2moe.convert import convert
+        silence_transformers()
+        try:
+            manifest = convert(options.model, options.out, settings, say=screen.say, track=screen.track)
+        except KeyboardInterrupt:
+            screen.say(f"stopped: run the same command again to resume from {options.out}.partial")
+            raise
+        _show(screen, options.out, manifest)
+    return 0
+
+
+def _show(screen: Screen, out: Path, manifest: dict[str, Any]) -> None:
+    """Print what was made, how well it keeps the dense model's output, and the command to use it with."""
+    from ffn2moe.convert import summary
+    from ffn2moe.spec import MoESpec
+
+    spec, quality = MoESpec.from_dict(manifest["spec"]), manifest["convert"]["quality"]
+    shared = " and a shared one" if any(shape.shared_width for shape in spec.stacks) else ""
+    share = f"{100 * spec.active_share:.0f} % of the FFNs is active"
+    rows = [("experts", f"{spec.num_active} of {spec.num_experts}{shared}: {share}")]
+    rows += [(name, summary(found)) for name, found in quality.items()]
+    rows.append(("checkpoint", f"{out / 'checkpoint'} (ffn2moe.load)"))
+    if "container" in manifest:
+        folder = out / manifest["container"]["folder"]
+        rows.append(("container", f"{folder} (transformers, vLLM, SGLang, llama.cpp; needs no code of ours)"))
+    if manifest["plans"]:
+        rows.append(("ONNX", f"{', '.join(manifest['plans'])} in {out}"))
+    screen.print(facts(rows))
+    screen.say(f"next: {_next(out, manifest, spec.head)}")
+
+
+def _next(out: Path, manifest: dict[str, Any], head: str) -> str:
+    if not manifest["plans"]:
+        return f'python -c "import ffn2moe; model = ffn2moe.load({str(out / "checkpoint")!r})"'
+    if head == "causal":
+        return f'ffn2moe generate {out} "Once upon a time"'
+    if head == "embedding":
+        return f'ffn2moe encode {out} "a text"'
+    return f"ffn2moe verify {out}"
+
+
+ROW = Command("make a mixture of experts of a dense model; a stopped conversion resumes", add_arguments, run)

@@ -1,0 +1,147 @@
+"""`ffn2moe info`: show an export: its experts, plans, quality and speed."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ffn2moe.commands._command import Command, add_path, bold, facts, milliseconds
+
+if TYPE_CHECKING:
+    from ffn2moe.spec import MoESpec
+
+# What a plan's quality is measured by, in the order of preference, and the column's title.
+QUALITY = {"retrieval_ndcg_at_10": "nDCG@10", "perplexity": "perplexity", "top1_agreement": "same choice"}
+PHASES = {"whole": "a", "prefill": "reading", "decode": "a token after", "request": "a request of"}
+
+
+def run(options: argparse.Namespace) -> int:
+    from ffn2moe.progress import Screen
+    from ffn2moe.runtime.files import default_plan, read_manifest, read_plan
+
+    path: Path = options.path
+    manifest, measured = read_manifest(path), read_plan(path)
+    plans = manifest["plans"]
+    chosen = default_plan(path, plans) if plans else "none: there are no ONNX graphs"
+    screen = Screen()
+    screen.print(facts(_facts(path, manifest, measured, chosen)))
+    if plans:
+        screen.print(_quality(path, plans, chosen))
+    for reason in manifest.get("refused", {}).values():
+        screen.say(f"not made: {reason}")
+    if measured:
+        for phase in dict.fromkeys(row.get("phase", "whole") for row in measured["timings"][chosen]):
+            screen.print(_speed(measured["timings"], phase, chosen))
+        screen.say(f"{measured['reason']} (on {measured['machine']['cpu']})")
+    return 0
+
+
+def _facts(path: Path, manifest: dict[str, Any], measured: dict[str, Any] | None, chosen: str) -> list[tuple[str, str]]:
+    from ffn2moe.spec import MoESpec
+
+    spec = MoESpec.from_dict(manifest["spec"])
+    widths = " and ".join(dict.fromkeys(str(shape.width) for shape in spec.stacks))
+    rows = [
+        ("export", str(path)),
+        ("teacher", spec.teacher),
+        ("model", f"{spec.model_class}, {spec.num_layers} layers, width {widths}"),
+        ("experts", _experts(spec)),
+    ]
+    if spec.elastic:
+        rows.append(("budgets", _budgets(spec)))
+    rows += [
+        ("gate", spec.gate),
+        ("partition", spec.partition + (f", then fitted to a task: {spec.shrunk}" if spec.shrunk else "")),
+        ("gives", _output(spec, manifest.get("model", {}))),
+        ("default plan", chosen + ("" if measured or not manifest["plans"] else " (not measured yet)")),
+    ]
+    if measured and len(measured.get("plans", ())) > 1:
+        rows.append(("by shape", " and ".join(measured["plans"])))
+    return rows
+
+
+def _experts(spec: MoESpec) -> str:
+    neurons = " or ".join(dict.fromkeys(str(shape.expert_width) for shape in spec.stacks))
+    shared = " and ".join(dict.fromkeys(str(shape.shared_width) for shape in spec.stacks if shape.shared_width))
+    return (
+        f"{spec.num_experts} of {neurons} neurons a layer, {_choice(spec)}"
+        + (f", and a shared one of {shared}" if shared else "")
+        + f": {100 * spec.active_share:.0f} % of the FFN is active"
+    )
+
+
+def _choice(spec: MoESpec) -> str:
+    """Return how many of its experts each token or text uses."""
+    chooser = "token" if spec.routing == "token" else "text, ahead of all layers"
+    if spec.selection == "prefix":
+        return f"the first {spec.num_active} on average used by each {chooser}"
+    if spec.selection == "threshold":
+        most = f" and at most {spec.max_active}" if spec.max_active else ""
+        return f"{spec.num_active} on average{most} chosen by each {chooser}"
+    if spec.active_per_layer:
+        return f"{', '.join(map(str, spec.active_per_layer))} in the layers in turn chosen by each {chooser}"
+    return f"{spec.num_active} chosen by each {chooser}"
+
+
+def _budgets(spec: MoESpec) -> str:
+    """Return the numbers of experts that an elastic model serves, and their shares of the FFN."""
+    shares = (f"{active} ({100 * spec.at(active).active_share:.0f} %)" for active in spec.budgets)
+    return f"{', '.join(shares)} of the experts active, with the same weights"
+
+
+def _output(spec: MoESpec, model: dict[str, Any]) -> str:
+    """Return what the model computes."""
+    if spec.head == "embedding":
+        return f"embeddings: {spec.width} numbers, {spec.pooling} pooling, up to {spec.max_length} tokens"
+    if spec.head in ("causal", "seq2seq"):
+        longest = model.get("positions")
+        limit = f", up to {longest} tokens" if longest else ""
+        return ("text that continues a prompt" if spec.head == "causal" else "text that answers a source") + limit
+    what = "logits of classes" if spec.head == "classification" else "hidden states"
+    return f"{what} of {model.get('reads', 'text')}"
+
+
+def _quality(path: Path, plans: dict[str, Any], chosen: str) -> Any:
+    """Return the table of plans: size, distance from PyTorch, and quality where it was measured."""
+    from rich.table import Table
+
+    key = next((key for key in QUALITY if all(key in entry for entry in plans.values())), None)
+    table = Table(title="Plans", title_justify="left")
+    table.add_column("plan")
+    for column in ("size", "from PyTorch", *((QUALITY[key], "of the teacher's") if key else ())):
+        table.add_column(column, justify="right")
+    for plan, entry in plans.items():
+        files = [path / name for name in (entry["file"], *entry.get("more", {}))]
+        whole = all(file.is_file() for file in files)
+        cells = [
+            _mebibytes(sum(file.stat().st_size for file in files)) if whole else "missing",
+            f"{entry['parity_max_abs']:.1e}",
+        ]
+        if key:
+            cells += [f"{entry[key]:.4f}", f"{100 * entry['retention']:.1f} %"]
+        table.add_row(bold(plan) if plan == chosen else plan, *cells)
+    return table
+
+
+def _speed(timings: dict[str, Any], phase: str, chosen: str) -> Any:
+    """Return the table of times in one phase: a plan a row, a shape a column."""
+    from rich.table import Table
+
+    title = f"Time of {PHASES[phase]} batch x sequence, and speed over dense"
+    table = Table(title=title, title_justify="left")
+    table.add_column("plan")
+    rows = {plan: [row for row in timed if row.get("phase", "whole") == phase] for plan, timed in timings.items()}
+    for row in rows[chosen]:
+        table.add_column(f"{row['batch']} x {row['sequence']}", justify="right")
+    for plan, timed in rows.items():
+        times = (f"{milliseconds(row['median_ms'])} {row['speedup_vs_dense']:.2f}x" for row in timed)
+        table.add_row(bold(plan) if plan == chosen else plan, *times)
+    return table
+
+
+def _mebibytes(size: int) -> str:
+    return f"{size / 2**20:.{0 if size >= 10 * 2**20 else 1}f} MiB"
+
+
+ROW = Command("show an export: experts, plans, quality, speed", add_path, run)

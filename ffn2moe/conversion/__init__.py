@@ -1,0 +1,1 @@
+"""The steps of a conversion, in the order in which `ffn2moe.convert.convert` takes them."""

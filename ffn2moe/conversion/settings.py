@@ -1,0 +1,194 @@
+"""Declare what a user can set about a conversion: once, for Python and for the command line. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, Literal, get_args
+
+from ffn2moe.spec import Gate, Head
+from ffn2moe.table import UnknownName, unknown
+
+Scope = Literal["experts", "all"]
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+PARTITIONS = ("coactivation", "weights", "random", "contiguous")
+
+
+@dataclass(frozen=True)
+class Option:
+    """A setting as a user sees it."""
+
+    help: str
+    flag: str  # on the command line
+    metavar: str | None = None
+    kind: Callable[[str], Any] = str  # reads the value from the command line; int: a whole number
+    minimum: int = 1  # of a whole number
+    names: Callable[[], tuple[str, ...]] | None = None  # known values; None: any
+    fingerprint: bool = (
+        True  # whether it belongs to what a stopped conversion has to share with the one that resumes it
+    )
+
+    def require(self, name: str, value: Any) -> None:
+        """Raise ValueError for a value that this setting cannot have; `name` is what the message calls it."""
+        if value is None:
+            return
+        if self.names is not None and value not in self.names():
+            raise UnknownName(unknown(name, value, self.names()))
+        if self.kind is int and value < self.minimum:
+            raise ValueError(f"{name} = {value} is too low: give a whole number from {self.minimum}")
+
+
+def _option(flag: str, help: str, **more: Any) -> dict[str, Option]:
+    return {"option": Option(help, flag, **more)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """The settings of a conversion. `auto` and None are replaced by what fits the model.
+
+    ValueError for an unknown name, which suggests the nearest, and for a number that is too low.
+    """
+
+    num_experts: int = field(default=8, metadata=_option("--experts", "experts of each FFN (8)", metavar="E", kind=int))
+    num_active: int = field(
+        default=2, metadata=_option("--active", "experts that a token uses (2)", metavar="K", kind=int)
+    )
+    shared_width: int = field(
+        default=0,
+        metadata=_option("--shared", "neurons of each FFN that every token uses (0)", metavar="N", kind=int, minimum=0),
+    )
+    container: str = field(
+        default="auto",
+        metadata=_option(
+            "--container",
+            "native architecture of a language model: auto (one that can hold it), none, or a name such as mixtral",
+            metavar="NAME",
+        ),
+    )
+    gate: str = field(
+        default="auto",
+        metadata=_option(
+            "--gate",
+            "how the chosen experts are weighted (auto: as the container does, else unit)",
+            names=lambda: ("auto", *get_args(Gate)),
+        ),
+    )
+    partition: str = field(
+        default="coactivation",
+        metadata=_option(
+            "--partition", "how the neurons of an FFN are assigned to experts (coactivation)", names=lambda: PARTITIONS
+        ),
+    )
+    head: Head | None = field(
+        default=None,
+        metadata=_option(
+            "--head", "what the model computes (default: what its config says)", names=lambda: get_args(Head)
+        ),
+    )
+    corpus: str = field(
+        default="auto",
+        metadata=_option(
+            "--corpus",
+            "texts to learn from: docstrings, a .txt, .jsonl, .csv or .tsv file, datasets:NAME, a folder of images, or "
+            "generated, which a language model writes itself (auto: generated, and docstrings for other models)",
+            metavar="SOURCE",
+        ),
+    )
+    text_column: str = field(
+        default="text",
+        metadata=_option("--text-column", "the column of a table that holds the text (text)", metavar="NAME"),
+    )
+    texts: int | None = field(
+        default=None,
+        metadata=_option(
+            "--texts", "use at most N texts or images (generated: 4000, others: 40000)", metavar="N", minimum=1
+        ),
+    )
+    max_length: int | None = field(
+        default=None,
+        metadata=_option(
+            "--max-length", "truncate texts to L tokens (128; language models: 256)", metavar="L", minimum=1
+        ),
+    )
+    distill_minutes: float = field(
+        default=10.0,
+        metadata=_option(
+            "--distill-minutes",
+            "time to train the experts (10; 0: no training)",
+            metavar="T",
+            kind=float,
+            fingerprint=False,
+        ),
+    )
+    distill_steps: int | None = field(
+        default=None,
+        metadata=_option(
+            "--distill-steps",
+            "steps instead of minutes: the same result on every machine",
+            metavar="N",
+            kind=int,
+            minimum=0,
+            fingerprint=False,
+        ),
+    )
+    learning_rate: float | None = field(
+        default=None,
+        metadata=_option(
+            "--learning-rate",
+            "the highest learning rate (1e-3, language models 3e-3; lower for wide models)",
+            metavar="R",
+            kind=float,
+        ),
+    )
+    batch_tokens: int | None = field(
+        default=None,
+        metadata=_option(
+            "--batch-tokens", "tokens of a step (4096; fewer for small language models)", metavar="N", minimum=1
+        ),
+    )
+    scope: Scope = field(
+        default="experts",
+        metadata=_option(
+            "--train", "train experts and routers, or every weight (experts)", names=lambda: get_args(Scope)
+        ),
+    )
+    calibration_tokens: int = field(
+        default=16384,
+        metadata=_option(
+            "--calibration-tokens", "tokens whose activations are recorded (16384)", metavar="N", minimum=1
+        ),
+    )
+    dtype: Dtype = field(
+        default="auto",
+        metadata=_option(
+            "--dtype", "dtype of the native container (auto: that of the model)", names=lambda: get_args(Dtype)
+        ),
+    )
+    device: str = field(
+        default="auto", metadata=_option("--device", "auto, cpu or cuda", metavar="NAME", fingerprint=False)
+    )
+    revision: str | None = field(
+        default=None, metadata=_option("--revision", "tag or commit of a hub name", metavar="NAME")
+    )
+    seed: int = field(
+        default=0, metadata=_option("--seed", "seed of every random choice (0)", metavar="S", kind=int, minimum=0)
+    )
+    onnx: bool = field(
+        default=True, metadata=_option("--no-onnx", "write checkpoint and container only, without ONNX graphs")
+    )
+
+    def __post_init__(self) -> None:
+        for name, option in OPTIONS.items():
+            option.require(name, getattr(self, name))
+
+    def identity(self) -> dict[str, Any]:
+        """Return the settings that decide the result: with the same ones and the same source, it is the same."""
+        return {name: value for name, value in asdict(self).items() if OPTIONS[name].fingerprint}
+
+    @property
+    def steps(self) -> int | None:
+        """Return how many steps to distill, or None where minutes decide it."""
+        return 0 if self.distill_steps is None and self.distill_minutes <= 0 else self.distill_steps
+
+
+OPTIONS: dict[str, Option] = {one.name: one.metadata["option"] for one in fields(Settings)}
