@@ -20,9 +20,10 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from ffn2moe.containers.audit import Agreement, compare, open_native, same_logits
-from ffn2moe.containers.fit import fits
-from ffn2moe.containers.table import CONTAINERS, Container
+from ffn2moe.containers.checks import Agreement, compare, open_native, same_logits
+from ffn2moe.containers.container import Container
+from ffn2moe.containers.fit import obstacle
+from ffn2moe.containers.table import CONTAINERS
 from ffn2moe.containers.write import save
 from ffn2moe.decompose.partition import contiguous
 from ffn2moe.dense.load import load_dense
@@ -113,9 +114,9 @@ def main(arguments: list[str]) -> None:
     table.add_column("shared", justify="right")
     for column in ("compared", "largest", "mean", "top-1"):
         table.add_column(column, justify="right")
-    for container in CONTAINERS.values():
-        for shared_width in (0,) if container.shared == "none" else (0, options.shared):
-            reason = fits(container, dense.config, shared_width=shared_width)
+    for container in CONTAINERS.rows():
+        for shared_width in (0,) if container.shared_expert is None else (0, options.shared):
+            reason = obstacle(container, dense.config, shared_width=shared_width)
             if reason is not None:
                 table.add_row(container.name, "", f"not held: {reason}")
                 continue

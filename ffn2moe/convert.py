@@ -23,8 +23,9 @@ import torch
 from torch import Tensor
 
 from ffn2moe import metrics
+from ffn2moe.containers.container import Container
 from ffn2moe.containers.fit import choose, require_fit
-from ffn2moe.containers.table import Container, container_named
+from ffn2moe.containers.table import CONTAINERS
 from ffn2moe.containers.tensors import layer_tensors, outer_tensors
 from ffn2moe.containers.write import write
 from ffn2moe.conversion.settings import Settings
@@ -117,7 +118,7 @@ class _Conversion:
         if settings.container == "none":
             return None
         if settings.container != "auto":
-            found = container_named(settings.container)
+            found = CONTAINERS[settings.container]
             require_fit(found, self.config, shared_width=settings.shared_width)
             if settings.gate not in ("auto", found.gate):
                 raise ValueError(
@@ -453,7 +454,7 @@ class _Conversion:
             "partition": settings.partition,
             "shared_width": settings.shared_width,
             "gate": self.gate,
-            "router_bias": self.container.router_bias if self.container else True,
+            "router_bias": self.container is None,
             "container": self.container.name if self.container else None,
             "width_multiple": self.container.width_multiple if self.container else 1,
         }

@@ -11,7 +11,7 @@ from tasks.tokens import read_tokens
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ffn2moe.containers.table import Container
+    from ffn2moe.containers.container import Container
     from ffn2moe.decompose.layer_map import LayerResult
     from ffn2moe.dense.ffn import DenseFFN
     from ffn2moe.spec import MoESpec
@@ -212,13 +212,13 @@ def describe(stage: StageRun, model: Any, shared_width: int) -> MoESpec:
 def container_of(stage: StageRun, model: Any) -> Container | None:
     """The native architecture that the parameters ask for; `auto` says which it takes, and why."""
     from ffn2moe.containers.fit import choose
-    from ffn2moe.containers.table import container_named
+    from ffn2moe.containers.table import CONTAINERS
 
     settings = stage.params.decompose
     if settings.container == "none":
         return None
     if settings.container != "auto":
-        return container_named(settings.container)
+        return CONTAINERS[settings.container]
     try:
         container, why = choose(model.config, shared_width=max(settings.shared_width, settings.guard))
     except ValueError as error:

@@ -186,13 +186,13 @@ def write_container(
     """The student as the native container that it was made for: written, audited, and its logits compared."""
     import torch
 
-    from ffn2moe.containers.audit import same_logits
+    from ffn2moe.containers.checks import same_logits
     from ffn2moe.containers.fit import engine_notes
-    from ffn2moe.containers.table import container_named
+    from ffn2moe.containers.table import CONTAINERS
     from ffn2moe.containers.write import save
 
     assert spec.container is not None
-    container = container_named(spec.container)
+    container = CONTAINERS[spec.container]
     save(student, spec, folder, assets=stage.root / TEACHER)
     length = max(map(len, ids))
     whole = [list(text) for text in ids if len(text) == length]

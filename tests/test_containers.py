@@ -18,10 +18,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ffn2moe.containers import audit, fit, preflight, tensors, write
-from ffn2moe.containers.fit import choose, fits
+from ffn2moe import containers
+from ffn2moe.containers import checks, fit, tensors, trial, write
+from ffn2moe.containers.container import Container
+from ffn2moe.containers.fit import choose, obstacle
 from ffn2moe.containers.shards import Shards
-from ffn2moe.containers.table import CONTAINERS, SOURCES, Container, container_named
+from ffn2moe.containers.table import CONTAINERS
 from ffn2moe.containers.tensors import NEAR_UNIT
 from ffn2moe.decompose.partition import contiguous
 from ffn2moe.dense.locate import read_ffn
@@ -126,9 +128,9 @@ def student_of(
     seed: int = 1,
     **changes: Any,
 ) -> tuple[Any, MoESpec]:
-    """A dense model with its FFNs cut into experts that a random router chooses from, for a container."""
+    """A dense model with its FFNs decomposed into experts that a random router chooses from, for a container."""
     container = CONTAINERS[name]
-    default = next(family for family, able in SOURCES.items() if able[0] == name or name in able[1:])
+    default = next(family for family in ("llama", "qwen2", "qwen3") if family in container.families)
     model = dense_of(config_of(source or {"qwen3_moe": "qwen3", "qwen2_moe": "qwen2"}.get(name, default), **changes))
     spec = spec_of(
         model,
@@ -193,7 +195,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int], P
 @pytest.mark.parametrize(("name", "source", "shared_width"), HOLDS)
 def test_all_experts_under_a_router_of_zeros_are_the_dense_model(name: str, source: str, shared_width: int) -> None:
     config = config_of(source)
-    found = preflight.preflight(
+    found = trial.preflight(
         CONTAINERS[name], config, dense_of(config).state_dict(), num_experts=3, shared_width=shared_width
     )
     assert found.largest < 1e-5
@@ -205,18 +207,18 @@ def test_a_container_answers_as_the_student_that_it_was_written_from(
     name: str, shared_width: int, folders: dict[tuple[str, int], Path]
 ) -> None:
     model, _ = student_of(name, shared_width=shared_width)
-    found = audit.same_logits(model, folders[name, shared_width], tokens())
+    found = checks.same_logits(model, folders[name, shared_width], tokens())
     assert found.largest < 1e-4
     assert found.top1 == 1
     other, _ = student_of(name, shared_width=shared_width, seed=2)  # the comparison can fail
-    assert audit.same_logits(other, folders[name, shared_width], tokens()).largest > 1e-2
+    assert checks.same_logits(other, folders[name, shared_width], tokens()).largest > 1e-2
 
 
-@pytest.mark.parametrize("name", list(CONTAINERS))
+@pytest.mark.parametrize("name", CONTAINERS.names())
 def test_unit_gates_become_nearly_unit(name: str, tmp_path: Path) -> None:
     model, spec = student_of(name, gate="unit")
     folder = write.save(model, spec, tmp_path / "out")
-    found = audit.same_logits(model, folder, tokens())
+    found = checks.same_logits(model, folder, tokens())
     assert found.mean < 1e-2
     assert found.top1 > 0.95
     moe = moe_layers(model)[0]
@@ -230,7 +232,7 @@ def test_the_scale_is_what_equal_scores_are_divided_by() -> None:
         moe = moe_layers(model)[0]
         assert moe.output_scale.item() == 1.25 * neutral_scale(spec.gate, 4, 2)
         held = tensors.layer_tensors(CONTAINERS[name], spec, 0, moe)
-        down = held[f"model.layers.0.{CONTAINERS[name].experts[-1].format(0)}"]
+        down = held[f"model.layers.0.{CONTAINERS[name].experts.down.format(0)}"]
         down = down[0] if down.ndim == 3 else down
         torch.testing.assert_close(down[:, : spec.expert_width], moe.output_scale * moe.w_out[0])
 
@@ -244,7 +246,7 @@ def test_bfloat16_runs_with_the_experts_that_transformers_uses_by_default(
     for tensor_name, tensor in tensors_of(folder).items():
         kept = torch.float32 if tensor_name.endswith("e_score_correction_bias") else torch.bfloat16
         assert tensor.dtype == kept, tensor_name
-    opened = audit.open_native(folder, torch.bfloat16)
+    opened = checks.open_native(folder, torch.bfloat16)
     assert torch.isfinite(opened(tokens()).logits).all()
 
 
@@ -256,7 +258,7 @@ def test_the_names_and_values_are_those_that_transformers_would_write(
     name: str, shared_width: int, folders: dict[tuple[str, int], Path], tmp_path: Path
 ) -> None:
     ours = folders[name, shared_width]
-    audit.open_native(ours).save_pretrained(tmp_path)
+    checks.open_native(ours).save_pretrained(tmp_path)
     theirs = tensors_of(tmp_path)
     written = tensors_of(ours)
     assert set(written) == set(theirs)
@@ -378,7 +380,7 @@ def test_widths_are_multiples_of_8_and_padding_is_zero() -> None:
             size for key, tensor in held.items() if "expert" in key or "linear" in key for size in tensor.shape[-2:]
         }
         assert all(width % 8 == 0 for width in widths - {1, 4}), (name, widths)
-        down = held[f"model.layers.0.{CONTAINERS[name].experts[-1].format(0)}"]
+        down = held[f"model.layers.0.{CONTAINERS[name].experts.down.format(0)}"]
         assert down[..., :narrow].any() and not down[..., narrow:].any()
 
 
@@ -405,7 +407,7 @@ def test_a_tied_output_matrix_is_written_where_engines_do_not_tie(
     folder = write.save(model, spec, tmp_path / "out")
     assert ("lm_head.weight" in tensors_of(folder)) == written
     assert config_on_disk(folder)["tie_word_embeddings"] == (not written)
-    assert audit.same_logits(model, folder, tokens()).largest < 1e-4
+    assert checks.same_logits(model, folder, tokens()).largest < 1e-4
 
 
 def test_what_stands_beside_the_weights_is_copied(tmp_path: Path) -> None:
@@ -420,12 +422,12 @@ def test_what_stands_beside_the_weights_is_copied(tmp_path: Path) -> None:
     model, spec = student_of("mixtral")
     folder = write.save(model, spec, tmp_path / "out", assets=source)
     assert AutoTokenizer.from_pretrained(folder).chat_template == "{{ messages }}"
-    assert audit.open_native(folder).generation_config.temperature == 0.3
+    assert checks.open_native(folder).generation_config.temperature == 0.3
     assert (folder / "LICENSE").is_file() and not (folder / "modeling_custom.py").exists()
     assert checkpoint.load_spec(folder) == spec
     bare = write.save(model, spec, tmp_path / "bare", tokenizer=AutoTokenizer.from_pretrained(source))
     assert AutoTokenizer.from_pretrained(bare).vocab_size > 50
-    assert audit.open_native(bare).generation_config.eos_token_id == 3
+    assert checks.open_native(bare).generation_config.eos_token_id == 3
 
 
 # What is chosen, and what is refused
@@ -449,7 +451,7 @@ def test_the_choice_follows_the_family_and_explains_itself(
 ) -> None:
     container, why = choose(config_of(source), shared_width=shared_width, balance=balance)
     assert container.name == name
-    assert why.startswith(f"{name}, as the model is a {source.split()[0].rstrip(',')}")
+    assert why.startswith(f"{name}, because the model is a {source.split()[0].rstrip(',')}")
     assert f"it weighs experts by {container.gate}" in why
     assert ("shared expert of 8 neurons" in why) == (shared_width > 0)
 
@@ -459,7 +461,7 @@ def test_the_choice_follows_the_family_and_explains_itself(
     ("mixtral", "qwen2", {}, "its attention has biases on queries, keys and values", "qwen2_moe or glm4_moe can"),
     ("mixtral", "llama with biases", {}, "on the output projection too", "granitemoeshared can"),
     ("mixtral", "qwen3", {}, "it normalises queries and keys", "qwen3_moe or glm4_moe can"),
-    ("qwen3_moe", "llama", {}, "it does not normalise queries and keys", "mixtral or qwen2_moe or glm4_moe"),
+    ("qwen3_moe", "llama", {}, "it does not normalise queries", "mixtral or glm4_moe or granitemoeshared or"),
     ("qwen2_moe", "llama with wide heads", {}, "its heads are 16 wide", "mixtral or glm4_moe can"),
     ("mixtral", "qwen2 with windows", {}, "only some of its layers have a sliding window", "qwen2_moe can"),
     ("mixtral", "llama", {"mlp_bias": True}, "its FFNs have biases", "no container can"),
@@ -479,7 +481,7 @@ def test_what_the_spec_asks_for_is_refused_too() -> None:
     config = config_of("llama")
     _, spec = student_of("mixtral")
     held = CONTAINERS["mixtral"]
-    assert fits(held, config, spec=spec) is None
+    assert obstacle(held, config, spec=spec) is None
     shape = spec.stacks[0]
     for changed, reason in (
         (replace(spec, router_bias=True), "router has a trained bias"),
@@ -489,8 +491,8 @@ def test_what_the_spec_asks_for_is_refused_too() -> None:
         (replace(spec, stacks=(replace(shape, gated=False, activation="gelu"),)), "not gated with gelu"),
         (replace(spec, stacks=(replace(shape, shared_width=8),)), "a shared expert (8 neurons) is wanted"),
     ):
-        assert reason in (fits(held, config, spec=changed) or "")
-    assert fits(held, config, balance=True) == "a balance bias is wanted, and its router has no bias for the choice"
+        assert reason in (obstacle(held, config, spec=changed) or "")
+    assert obstacle(held, config, balance=True) == "a balance bias is wanted, and its router has no bias for the choice"
 
 
 def test_models_that_no_container_holds_are_told_where_to_go() -> None:
@@ -501,8 +503,20 @@ def test_models_that_no_container_holds_are_told_where_to_go() -> None:
             choose(config)
     with pytest.raises(ValueError, match=r"glm4_moe cannot, because it has a sliding window .*; qwen3_moe cannot"):
         choose(config_of("qwen3 with window"), shared_width=8)
-    with pytest.raises(ValueError, match="there is no container 'olmoe'; there are: mixtral, "):
-        container_named("olmoe")
+    with pytest.raises(ValueError, match=r"unknown container 'mixtal'; did you mean 'mixtral'\? known: glm4_moe, "):
+        CONTAINERS["mixtal"]
+
+
+def test_the_package_gives_the_documented_names_and_lists_containers_without_torch() -> None:
+    for name in ("choose", "preflight", "Shards", "save", "save_checkpoint", "audit", "same_logits", "engine_notes"):
+        assert callable(getattr(containers, name)), name
+    with pytest.raises(AttributeError, match="has no attribute 'merge'"):
+        containers.merge  # noqa: B018
+    program = (
+        "import sys; from ffn2moe.containers import CONTAINERS; "
+        "sys.exit(any(row.name != name for name, row in CONTAINERS.items()) or 'torch' in sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
 
 
 def test_a_layer_that_differs_from_the_others_is_refused(tmp_path: Path) -> None:
@@ -517,7 +531,7 @@ def test_a_layer_that_differs_from_the_others_is_refused(tmp_path: Path) -> None
         (other, r"layer 1 has \[E, M, D\] = \[3, 16, 32\] and K = 2, the spec \[4, 16, 32\]"),
         (wrong_k, "layer 1 has .* and K = 1, the spec .* and K = 2"),
         (biased, "layer 1 has biases in its experts or its router"),
-        (balanced, "layer 1 has a balance bias, which mixtral does not hold: glm4_moe does"),
+        (balanced, "layer 1 has a balance bias, which mixtral does not hold: use glm4_moe"),
     ):
         mixed = deepcopy(model)
         mixed.model.layers[1].mlp = moe_layers(swapped)[1]
@@ -563,7 +577,7 @@ def test_shards_are_bounded_indexed_and_written_as_the_tensors_come(tmp_path: Pa
     index = json.loads((folder / "model.safetensors.index.json").read_text())
     assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in Shards(folder).values())
     assert set(index["weight_map"]) == set(Shards(folder))
-    assert audit.same_logits(model, folder, tokens()).largest < 1e-4
+    assert checks.same_logits(model, folder, tokens()).largest < 1e-4
 
 
 def test_a_saved_checkpoint_becomes_the_same_container_a_layer_at_a_time(tmp_path: Path) -> None:
@@ -651,14 +665,14 @@ def test_a_folder_that_is_taken_is_left_alone(tmp_path: Path) -> None:
 # What the audit sees
 
 
-@pytest.mark.parametrize("name", list(CONTAINERS))
+@pytest.mark.parametrize("name", CONTAINERS.names())
 def test_the_audit_sees_every_difference(name: str, tmp_path: Path) -> None:
     model, spec = student_of(name)
     folder = write.save(model, spec, tmp_path / "out")
-    audit.audit(folder)
+    checks.audit(folder)
     whole = tensors_of(folder)
     router = f"model.layers.1.{CONTAINERS[name].router}"
-    down = f"model.layers.1.{CONTAINERS[name].experts[-1].format(1)}"
+    down = f"model.layers.1.{CONTAINERS[name].experts.down.format(1)}"
     for changed, reason in (
         ({key: value for key, value in whole.items() if key != router}, f"{router} is missing"),
         (whole | {"model.layers.1.mlp.gate_proj.weight": torch.zeros(2, 2)}, "gate_proj.weight is not of this class"),
@@ -667,7 +681,7 @@ def test_the_audit_sees_every_difference(name: str, tmp_path: Path) -> None:
     ):
         save_file(changed, folder / "model.safetensors", metadata={"format": "pt"})
         with pytest.raises(ValueError, match=reason):
-            audit.audit(folder)
+            checks.audit(folder)
 
 
 def test_the_audit_wants_no_code_and_a_known_class(tmp_path: Path) -> None:
@@ -677,7 +691,7 @@ def test_the_audit_wants_no_code_and_a_known_class(tmp_path: Path) -> None:
     for changed, reason in (({"auto_map": {"AutoConfig": "x.Y"}}, "auto_map"), ({"model_type": "llama"}, "'llama'")):
         (folder / "config.json").write_text(json.dumps(config | changed))
         with pytest.raises(ValueError, match=reason):
-            audit.audit(folder)
+            checks.audit(folder)
 
 
 def test_shards_that_are_missing_damaged_or_unlisted_are_named(tmp_path: Path) -> None:
@@ -687,13 +701,13 @@ def test_shards_that_are_missing_damaged_or_unlisted_are_named(tmp_path: Path) -
     held = load_file(shards[1])
     save_file(held | {"model.stray.weight": torch.zeros(1)}, shards[1], metadata={"format": "pt"})
     with pytest.raises(ValueError, match=r"stray.weight is not of this class"):
-        audit.audit(folder)
+        checks.audit(folder)
     shards[1].write_bytes(b"half a header")
     with pytest.raises(ValueError, match=r"cannot be read .* fetch it again"):
-        audit.audit(folder)
+        checks.audit(folder)
     shards[1].unlink()
     with pytest.raises(FileNotFoundError, match=shards[1].name):
-        audit.audit(folder)
+        checks.audit(folder)
 
 
 # The preflight of a large model
@@ -715,16 +729,16 @@ def test_the_preflight_reads_the_first_layers_only(tmp_path: Path) -> None:
     config = config_of("llama", num_hidden_layers=4, pad_token_id=90)
     dense = dense_of(config)
     source = Watched(dense.state_dict())
-    found = preflight.preflight(CONTAINERS["mixtral"], config, source, layers=1, tokens=16, vocabulary=20)
+    found = trial.preflight(CONTAINERS["mixtral"], config, source, layers=1, tokens=16, vocabulary=20)
     assert found.largest < 1e-5 and found.positions == 16
     assert not any(".layers.1." in name or ".layers.3." in name for name in source.read)
     dense.save_pretrained(tmp_path, max_shard_size="20KB")
-    assert preflight.preflight(CONTAINERS["glm4_moe"], config, Shards(tmp_path), shared_width=11).largest < 1e-5
+    assert trial.preflight(CONTAINERS["glm4_moe"], config, Shards(tmp_path), shared_width=11).largest < 1e-5
     del source["model.layers.0.mlp.up_proj.weight"]
     with pytest.raises(ValueError, match=r"the source lacks model\.layers\.0\.mlp\.up_proj\.weight"):
-        preflight.preflight(CONTAINERS["mixtral"], config, source)
+        trial.preflight(CONTAINERS["mixtral"], config, source)
     with pytest.raises(ValueError, match="qwen3_moe cannot hold this model"):
-        preflight.preflight(CONTAINERS["qwen3_moe"], config, source)
+        trial.preflight(CONTAINERS["qwen3_moe"], config, source)
 
 
 def test_the_preflight_would_notice_a_wrong_container(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -738,7 +752,7 @@ def test_the_preflight_would_notice_a_wrong_container(monkeypatch: pytest.Monkey
         return native
 
     monkeypatch.setattr(write, "native_config", turned)
-    assert preflight.preflight(CONTAINERS["glm4_moe"], config, state).largest > 1e-2
+    assert trial.preflight(CONTAINERS["glm4_moe"], config, state).largest > 1e-2
 
 
 def test_a_real_llama_passes_every_container_that_can_hold_it() -> None:
@@ -750,8 +764,8 @@ def test_a_real_llama_passes_every_container_that_can_hold_it() -> None:
     folder = Path(data, "stories260k")
     config = AutoConfig.from_pretrained(folder)
     for name, shared_width in WAYS:
-        if fits(CONTAINERS[name], config, shared_width=shared_width) is None:
-            found = preflight.preflight(
+        if obstacle(CONTAINERS[name], config, shared_width=shared_width) is None:
+            found = trial.preflight(
                 CONTAINERS[name], config, Shards(folder), shared_width=shared_width, layers=5, tokens=256
             )
             assert found.largest < 1e-4 and found.top1 == 1, name
@@ -760,5 +774,5 @@ def test_a_real_llama_passes_every_container_that_can_hold_it() -> None:
 def test_temporary_folders_do_not_stay() -> None:
     before = set(os.listdir(tempfile.gettempdir()))
     config = config_of("qwen2")
-    preflight.preflight(CONTAINERS["qwen2_moe"], config, dense_of(config).state_dict())
+    trial.preflight(CONTAINERS["qwen2_moe"], config, dense_of(config).state_dict())
     assert not {name for name in set(os.listdir(tempfile.gettempdir())) - before if name.startswith("tmp")}

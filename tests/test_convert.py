@@ -264,7 +264,7 @@ def test_the_judge_finds_nothing_lost_where_nothing_is_lost(llama):
     [
         ({"num_experts": 100}, "num_experts = 100 is more than the 48 neurons"),
         ({"num_active": 5}, "num_active must be between 1 and num_experts = 4"),
-        ({"container": "abacus"}, "no container 'abacus'"),
+        ({"container": "abacus"}, "unknown container 'abacus'"),
         ({"container": "qwen3_moe"}, r"qwen3_moe cannot hold this model, because .*; .* can"),
         ({"container": "mixtral", "gate": "sigmoid"}, "mixtral weighs experts by softmax_topk, not by sigmoid"),
         ({"max_length": 65}, r"--max-length 65 is longer than the context of .*, 64 tokens"),

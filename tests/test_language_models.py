@@ -12,8 +12,8 @@ import torch
 from mlflow.exceptions import MlflowException
 
 import ffn2moe
-from ffn2moe.containers.audit import open_native
-from ffn2moe.containers.table import CONTAINERS, SOURCES
+from ffn2moe.containers.checks import open_native
+from ffn2moe.containers.table import CONTAINERS, by_preference
 from ffn2moe.dense.load import load_dense
 from ffn2moe.moe import checkpoint
 from ffn2moe.moe.layer import moe_layers
@@ -179,7 +179,7 @@ def test_the_served_writer_refuses_what_it_cannot_answer(done):
         assert error.value.get_http_status_code() == 400
 
 
-@pytest.mark.parametrize("name", SOURCES["llama"])
+@pytest.mark.parametrize("name", [container.name for container in by_preference("llama")])
 @pytest.mark.parametrize("num_active", [1, 2])
 def test_every_container_fixes_gate_bias_and_width_at_any_k(prepared, tmp_path, name, num_active):
     root = tmp_path / "root"
@@ -191,7 +191,7 @@ def test_every_container_fixes_gate_bias_and_width_at_any_k(prepared, tmp_path, 
     assert spec.expert_width == 16 and spec.num_active == num_active
     assert read(root / "metrics/decompose.json")["identity_max_abs"] < 1e-5
     stage = make_stage("distill", root, *SMALL, *settings)
-    assert bool(distill.balance_step_of(stage, spec)) == container.choice_bias
+    assert bool(distill.balance_step_of(stage, spec)) == bool(container.choice_bias)
     for moe in moe_layers(checkpoint.load(root / "models/decomposed")):
         assert not moe.router.has_bias
 
@@ -201,7 +201,7 @@ def test_a_container_with_a_shared_expert_holds_one(prepared, tmp_path, capsys):
     shutil.copytree(prepared, root)
     run(root, "decompose", settings=(*GENERATED, "decompose.container=auto", "decompose.shared_width=12"))
     spec = checkpoint.load_spec(root / "models/decomposed")
-    assert spec.shared_width == 12 and CONTAINERS[spec.container].shared != "none"
+    assert spec.shared_width == 12 and CONTAINERS[spec.container].shared_expert is not None
     assert "container: " in capsys.readouterr().out
 
 

@@ -1,4 +1,4 @@
-"""Prove that a written container is what transformers loads."""
+"""Check that transformers loads a written container whole, and compare its logits."""
 
 from __future__ import annotations
 
@@ -10,18 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ffn2moe.containers.shards import Shards
-from ffn2moe.containers.table import CONTAINERS, DTYPES
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Proofs
+from ffn2moe.containers.shards import DTYPES, Shards
+from ffn2moe.containers.table import CONTAINERS
 
 
 def audit(folder: str | Path) -> None:
-    """ValueError unless the folder's files hold every tensor that the transformers class expects, and nothing else.
+    """Check that a folder holds exactly the tensors that its transformers class expects; else ValueError.
 
-    Both ways, with shapes and dtypes, from the headers of the shards and from the class on the meta device: no weight
-    is read. The expected names are those that transformers itself would write.
+    Names, shapes and dtypes in the headers of the shards are compared with those that transformers itself would write
+    for the class, built on the meta device. No weight is read.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.core_model_loading import revert_weight_conversion
@@ -31,7 +28,7 @@ def audit(folder: str | Path) -> None:
     if values.get("model_type") not in CONTAINERS:
         raise ValueError(f"{folder} is not a container: its model_type is {values.get('model_type')!r}")
     if "auto_map" in values:
-        raise ValueError(f"{folder}/config.json asks for code of its own (auto_map), which no container needs")
+        raise ValueError(f"{folder}/config.json names custom code (auto_map), which no container needs: remove it")
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=config.dtype)
@@ -57,24 +54,29 @@ def audit(folder: str | Path) -> None:
 
 @dataclass(frozen=True)
 class Agreement:
-    """How far the logits of two models are apart. The relative difference is that of each position, of its largest
-    logit: ``max |a - b| / max |b|``."""
+    """How far the logits of two models are apart.
 
-    largest: float  # of the relative differences
-    mean: float
+    The relative difference at a position is ``max |a - b| / max |b|`` over the vocabulary.
+    """
+
+    largest: float  # relative difference
+    mean: float  # relative difference
     top1: float  # share of positions with the same most probable token
     positions: int
 
 
 def compare(logits_BLV: Tensor, reference_BLV: Tensor) -> Agreement:
-    """The agreement of two models' logits on the same tokens."""
+    """Return the agreement of two models' logits on the same tokens."""
     difference = (logits_BLV - reference_BLV).abs().amax(-1) / reference_BLV.abs().amax(-1)
     same = logits_BLV.argmax(-1) == reference_BLV.argmax(-1)
     return Agreement(difference.max().item(), difference.mean().item(), same.float().mean().item(), same.numel())
 
 
 def open_native(folder: str | Path, dtype: torch.dtype = torch.float32) -> Any:
-    """A container in plain transformers, in eval mode. ValueError if a tensor is missing, left over or misshapen."""
+    """Open a container in plain transformers, in eval mode.
+
+    ValueError if a tensor is missing, unexpected or of another shape.
+    """
     from transformers import AutoModelForCausalLM
 
     model, report = AutoModelForCausalLM.from_pretrained(
@@ -88,9 +90,9 @@ def open_native(folder: str | Path, dtype: torch.dtype = torch.float32) -> Any:
 
 @torch.no_grad()
 def same_logits(student: nn.Module, folder: str | Path, ids_BL: Tensor) -> Agreement:
-    """How a container's logits in plain transformers agree with those of the student it was written from, float32.
+    """Compare a container's logits in plain transformers with those of its student, in float32.
 
-    Where two scores tie within rounding, the two may choose different experts and both are right: a position that
-    differs, and those after it, says so in `largest` but hardly in `mean`.
+    Where two router scores tie within rounding, the two models may choose different experts, and both are right. Such
+    a position and those after it raise `largest`, but hardly `mean`.
     """
     return compare(open_native(folder)(ids_BL).logits, student.eval()(ids_BL).logits.float())
