@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tasks.layer_map import dask_map
-from tasks.params import BALANCED_CONTAINERS
 from tasks.processes import PATIENCE, launch, launched, speaks, take_part
 from tasks.stage import StageRun, main
 from tasks.tokens import read_tokens
@@ -201,8 +200,10 @@ def objective_of(stage: StageRun, spec: MoESpec) -> Objective:
 
 def balance_step_of(stage: StageRun, spec: MoESpec) -> float:
     """The step of the balance bias; 0 where the container has no bias that shifts the choice."""
+    from ffn2moe.containers.table import CONTAINERS
+
     step = stage.params.distill.balance_step
-    if step and spec.container and spec.container not in BALANCED_CONTAINERS:
+    if step and spec.container and not CONTAINERS[spec.container].choice_bias:
         stage.say(f"{spec.container} has no bias that shifts the choice, so the load is not balanced")
         return 0.0
     return step

@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, create_model, model_validator
-from pydantic.fields import FieldInfo
 from ruamel.yaml import YAML  # the parser DVC reads params.yaml with: `1e-3` is a number, `on` a string
 from ruamel.yaml.error import YAMLError
+
+from tasks.choices import CONTAINERS, OneOf, UnknownName
 
 Count = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0)]
@@ -26,18 +27,6 @@ NonNegative = Annotated[float, Field(ge=0)]
 PlanOnRequest = Literal[
     "dense4", "qmoe8", "qmoe4", "ov-dense", "ov-dense8", "ov-sorted", "ov-native", "ov-native8", "ov-native4"
 ]
-ContainerName = Literal["mixtral", "qwen2_moe", "qwen3_moe", "glm4_moe", "granitemoeshared"]
-# What is known of ffn2moe.containers.table.CONTAINERS without loading a model (tests/test_params.py holds the two
-# together): how each weighs the chosen experts, which have a shared expert, and which a bias that shifts the choice.
-CONTAINER_GATES: dict[ContainerName, str] = {
-    "mixtral": "softmax_topk",
-    "qwen2_moe": "softmax",
-    "qwen3_moe": "softmax_topk",
-    "glm4_moe": "sigmoid",
-    "granitemoeshared": "softmax_topk",
-}
-SHARED_CONTAINERS: tuple[ContainerName, ...] = ("qwen2_moe", "glm4_moe", "granitemoeshared")
-BALANCED_CONTAINERS: tuple[ContainerName, ...] = ("glm4_moe",)
 
 
 class ParamsError(ValueError):
@@ -91,7 +80,7 @@ class Decompose(Section):
     max_active: Count | None
     active_per_layer: Literal["same", "budget"] | tuple[Count, ...]
     routing: Literal["token", "sequence"]
-    container: Literal["none", "auto"] | ContainerName
+    container: Annotated[str, OneOf(CONTAINERS, ("none", "auto"))]
     gate: Literal["auto", "unit", "softmax", "softmax_topk", "sigmoid"]
     calibration_tokens: Count
 
@@ -106,22 +95,22 @@ class Decompose(Section):
 
     @model_validator(mode="after")
     def _a_container_holds_what_is_asked(self) -> Decompose:
-        name = self.container
-        if name == "none" or name == "auto":
+        if self.container in ("none", "auto"):
             return self
-        gate = CONTAINER_GATES[name]
-        if self.gate not in ("auto", "unit", gate):
-            able = [other for other, formula in CONTAINER_GATES.items() if formula == self.gate]
+        wanted = CONTAINERS[self.container]
+        if self.gate not in ("auto", "unit", wanted.gate):
+            able = [row.name for row in CONTAINERS.rows() if row.gate == self.gate]
             raise ValueError(
-                f"decompose.gate = {self.gate}, but the container {name} weighs the chosen experts by {gate}, and a "
-                f"model learns with the formula that it will run with: set decompose.gate=auto"
+                f"decompose.gate = {self.gate}, but the container {wanted.name} weighs the chosen experts by "
+                f"{wanted.gate}, and a model learns with the formula that it runs with: set decompose.gate=auto"
                 + (f", or decompose.container to {' or '.join(able)}" if able else "")
             )
         for key, value, without in (("shared_width", self.shared_width, 0), ("guard", self.guard, "false")):
-            if value and name not in SHARED_CONTAINERS:
+            if value and wanted.shared_expert is None:
+                able = [row.name for row in CONTAINERS.rows() if row.shared_expert]
                 raise ValueError(
-                    f"decompose.{key} = {str(value).lower()}, but the container {name} has no shared expert: set "
-                    f"decompose.{key}={without}, or decompose.container to {' or '.join(SHARED_CONTAINERS)}"
+                    f"decompose.{key} = {str(value).lower()}, but the container {wanted.name} has no shared expert: "
+                    f"set decompose.{key}={without}, or decompose.container to {' or '.join(able)}"
                 )
         return self
 
@@ -464,7 +453,9 @@ def _optional(model: type[BaseModel]) -> type[BaseModel]:
         kind: Any = field.annotation
         if isinstance(kind, type) and issubclass(kind, BaseModel):
             kind = _optional(kind)
-        fields[name] = (kind | None, FieldInfo.merge_field_infos(field, annotation=kind | None, default=None))
+        for check in field.metadata:
+            kind = Annotated[kind, check]
+        fields[name] = (kind | None, Field(default=None, alias=field.alias))
     settings = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, populate_by_name=True)
     return create_model(f"{model.__name__}Settings", __config__=settings, **fields)
 
@@ -589,8 +580,10 @@ def _explain(error: Any) -> str:
         return _unknown(key, legal_keys())
     if kind == "missing":
         return f"the key {key!r} is missing; every key must be there (git diff params.yaml shows what changed)"
-    if kind == "value_error":  # a contradiction: the message is whole
-        return str(error["ctx"]["error"])
+    if kind == "value_error":
+        cause = error["ctx"]["error"]
+        # The message of a contradiction names its keys itself.
+        return f"{key} = {error['input']!r}: {cause}" if isinstance(cause, UnknownName) else str(cause)
     if kind == "model_type":
         return f"{key!r} is a section with keys of its own, not {error['input']!r}"
     message = error["msg"][0].lower() + error["msg"][1:]

@@ -10,14 +10,21 @@ PROJECT = Path(__file__).resolve().parent.parent
 PACKAGES = ("ffn2moe", "tasks", "flows")
 
 
+# It says which names params.yaml can hold. That decides whether a stage runs, not what it writes.
+CHECKS = "tasks.choices"
+
+
 def closure(module: str) -> set[str]:
-    """Paths (relative, as in dvc.yaml) of the module and of every project module it leads to at run time."""
+    """Return the paths (as in dvc.yaml) of a module and of every project module that it imports at run time.
+
+    `tasks.choices` and what only it imports are left out.
+    """
     found: dict[str, str] = {}
     todo = [module]
     while todo:
         name = todo.pop()
         path = _path(name)
-        if name in found or path is None:
+        if name in found or path is None or name == CHECKS:
             continue
         found[name] = path.relative_to(PROJECT).as_posix()
         todo += [name.rpartition(".")[0], *_imports(ast.parse(path.read_text(encoding="utf-8")))]

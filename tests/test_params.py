@@ -7,11 +7,10 @@ from pathlib import Path
 import pydantic
 import pytest
 
+from ffn2moe.containers.table import CONTAINERS
 from tasks.params import (
-    BALANCED_CONTAINERS,
-    CONTAINER_GATES,
-    SHARED_CONTAINERS,
     ParamsError,
+    Settings,
     legal_keys,
     load_params,
     override,
@@ -86,7 +85,7 @@ def test_a_loss_without_any_part_is_a_contradiction():
         (["container=mixtral", "gate=softmax"], "mixtral weighs the chosen experts by softmax_topk"),
         (["container=mixtral", "gate=softmax"], "set decompose.gate=auto, or decompose.container to qwen2_moe"),
         (["container=qwen3_moe", "shared_width=8"], "has no shared expert: set decompose.shared_width=0, or"),
-        (["container=granite"], "should be 'mixtral'"),
+        (["container=granitemoe"], "unknown container 'granitemoe'; did you mean 'granitemoeshared'?"),
     ],
 )
 def test_a_container_that_cannot_hold_what_is_asked_is_refused_with_those_that_can(settings, message):
@@ -96,17 +95,21 @@ def test_a_container_that_cannot_hold_what_is_asked_is_refused_with_those_that_c
 
 
 def test_a_container_takes_its_own_formula_and_unit_gates():
-    for name, gate in CONTAINER_GATES.items():
-        for chosen in ("auto", "unit", gate):
+    for name, container in CONTAINERS.items():
+        for chosen in ("auto", "unit", container.gate):
             load_params(FILE, [f"decompose.container={name}", f"decompose.gate={chosen}"])
 
 
-def test_what_is_known_of_containers_here_is_what_containers_say():
-    from ffn2moe.containers.table import CONTAINERS
-
-    assert {name: container.gate for name, container in CONTAINERS.items()} == CONTAINER_GATES
-    assert {name for name, container in CONTAINERS.items() if container.shared != "none"} == set(SHARED_CONTAINERS)
-    assert {name for name, container in CONTAINERS.items() if container.choice_bias} == set(BALANCED_CONTAINERS)
+def test_a_choice_is_checked_by_its_table_and_an_api_knows_the_names():
+    with pytest.raises(ParamsError, match=r"decompose.container = 'mixtrl': unknown .* did you mean 'mixtral'"):
+        load_params(FILE, ["decompose.container=mixtrl"])
+    kinds = Settings.model_json_schema()["$defs"]["DecomposeSettings"]["properties"]["container"]["anyOf"]
+    assert kinds[0]["enum"] == ["none", "auto", *CONTAINERS] and kinds[1] == {"type": "null"}
+    assert Settings(decompose={"container": None}).assignments() == ["decompose.container=null"]
+    with pytest.raises(pydantic.ValidationError, match="unknown container"):
+        Settings(decompose={"container": "granite"})
+    with pytest.raises(pydantic.ValidationError, match="greater than or equal to 1"):
+        Settings(decompose={"num_experts": 0})
 
 
 @pytest.mark.parametrize("setting", ["data.corpus=generated", "decompose.container=auto"])
