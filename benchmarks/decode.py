@@ -2,17 +2,18 @@
 
     python -m benchmarks.decode --out docs/results/decode.md
     python -m benchmarks.decode --layers 8 --tokens 1 2 4 8 16 --out docs/results/decode-layers.md
+    python -m benchmarks.decode --operator-dense                               what of a gain is the operator's
+    python -m benchmarks.decode --plain --width 384 --ffn-width 1536           a GELU FFN with biases, as in BERT
 
-Weights, router and tokens are random and made on the spot: nothing is downloaded, and what is timed does not depend on
-them but for the experts that the tokens use, which are counted. Every mixture plan of every engine takes its turn with
-every dense one, among them OpenVINO with weights of 8 and 4 bits, multiplied in bfloat16 or with activations quantised
-as they run. Calls take other tokens in turn, and with them other experts. The error of a plan is that of its output
-against the same FFN, or mixture, in float64; a second comparison is with the dense plans of like error alone.
+Weights, router and tokens are random; nothing is downloaded. Every mixture plan of every engine is timed in turn with
+every dense one, including OpenVINO with weights of 8 and 4 bits. Calls alternate between batches of different tokens,
+which use different experts. The error of a plan compares its output with the same FFN, or mixture, in float64. A second
+table compares a mixture only with dense plans of similar error.
 
-One FFN alone pays for a call of its engine, and its weights may stay in a cache. In a model the call is shared by all
-layers, and each reads its weights from memory: `--layers` puts so many FFNs behind each other in one graph, as
-x + FFN(norm(x)), with weights of their own, and tells the time of one. `--export` times the plans of a causal export as
-well: a prompt, and the tokens after it.
+A single FFN pays for a call of its engine, and its weights may stay in a cache. In a model, all layers share the call
+and each reads its weights from memory: `--layers` puts FFNs in sequence in one graph and reports the time of one.
+`--operator-dense` adds the native operator as a dense FFN: one expert of the whole width. `--export` also times the
+plans of a causal export: a prompt, and the tokens after it.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import cycle
 from pathlib import Path
@@ -32,32 +33,43 @@ from typing import Any, get_args
 import numpy as np
 import torch
 from rich.console import Console
-from rich.table import Table
 
-from benchmarks.ffn import EPSILON, Layers, dense_ffn
-from benchmarks.inference import KEPT, read_texts, sample_of
+from benchmarks.ffn import EPSILON, Layers, dense_ffn, one_expert, random_mixture, random_spec
+from benchmarks.inference import KEPT, open_plans, sample_of
+from benchmarks.page import (
+    Grid,
+    Rounds,
+    about,
+    command_of,
+    complain,
+    console_of,
+    page_of,
+    parser_of,
+    read_texts,
+    verdict,
+    working,
+    write,
+)
+from benchmarks.plot import bars
 from benchmarks.race import Samples, Spread, race, stopwatch
-from benchmarks.show import Rounds, about, bars, complain, verdict, write
 from ffn2moe.dense.ffn import DenseFFN
 from ffn2moe.moe.layer import MoEFFN
 from ffn2moe.planning import timing
-from ffn2moe.runtime import plans as runtime_plans
+from ffn2moe.runtime import plans
 from ffn2moe.runtime.engines import has_openvino, openvino
-from ffn2moe.runtime.export import open_export
 from ffn2moe.runtime.files import read_manifest
-from ffn2moe.spec import FFNShape, MoESpec
 
 TOKENS = [1, 2, 4, 8, 16, 128, 1024]
-TARGETS = {1: 3.2, 4: 1.0, 16: 1.3, 128: 2.2, 1024: 2.6}  # speed over the best dense plan that is aimed at
-MOST_TOKENS_JUDGED = 128  # that the error is taken over
-# Batches of other tokens that are run in turn: of one again and again, the experts would stay in a cache. Fewer where
-# they are large.
+TARGETS = {1: 3.2, 4: 1.0, 16: 1.3, 128: 2.2, 1024: 2.6}  # target speeds over the best dense plan
+MOST_TOKENS_JUDGED = 128  # tokens of the error
+# Batches of different tokens alternate: with one batch alone, its experts would stay in a cache.
 BATCHES, TOKENS_IN_ALL = 16, 4096
-LIKE = 1.5  # times the error of a mixture: what a dense plan of like error has at most
-EXACT = 1e-5  # errors below are those of float32, and alike
+LIKE = 1.5  # a dense plan of similar error has at most this times the error of the mixture
+EXACT = 1e-5  # errors below this are rounding of float32
 BITS = {"float32": 32, "bfloat16": 16, "int8": 8, "int4": 4}
-# Dense in OpenVINO with weights of few bits: name -> bits, weights that share a scale (None: a row), arithmetic, and
-# activations that share one (0: they are not quantised).
+OPERATOR_DENSE = " as dense"  # after the name of a native plan: the operator with one expert of the whole width
+# Dense plans in OpenVINO with weights of few bits: name -> bits, weights that share a scale (None: a row), arithmetic,
+# activations that share a scale (0: they are not quantised).
 COMPRESSED: dict[str, tuple[int, int | None, str, int]] = {
     "ov-weights8": (8, None, "f32", 32),
     "ov-weights8-bf16": (8, None, "bf16", 0),
@@ -70,9 +82,9 @@ Run = Callable[[np.ndarray], np.ndarray]  # x [n, D] -> y [n, D]
 
 @dataclass(frozen=True)
 class Row:
-    """One plan at so many tokens. `speed` is over the best dense plan, with the quartiles of the rounds.
+    """Hold one plan at one number of tokens. `speed` is over the best dense plan, with the quartiles of the rounds.
 
-    `like_speed` is over the best dense plan of like error, `like_dense`.
+    `like_speed` is over `like_dense`, the best dense plan of similar error.
     """
 
     tokens: int
@@ -86,97 +98,67 @@ class Row:
     like_low: float
     like_high: float
     like_dense: str
-    gigabytes_per_second: float  # of weights
-    gigaflops: float  # of products that are needed, a second
+    gigabytes_per_second: float  # weights read
+    gigaflops: float  # necessary products
     rounds: int
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A plan that is open: how to run it, the bits of its weights, and its error."""
+    """Hold an open plan: how to run it, the bits of its weights, its error, and its role.
+
+    `dense` plans compute the dense FFN; `baseline` plans among them are candidates for the best dense plan.
+    """
 
     run: Run
     bits: int
     error: float
     dense: bool
+    baseline: bool
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    options = _parser().parse_args(arguments)
-    console = Console(highlight=False)
+    """Run the command line; return the exit code."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    console = console_of()
     try:
-        result = measure(options, console)
+        result = {"command": command_of(parser, options), **measure(options, console)}
     except (ValueError, OSError, RuntimeError) as error:
         return complain(error)
-    for title, header, rows in grids(result):
-        shown = Table(title=title, title_justify="left")
-        for column in header:
-            shown.add_column(column, justify="left" if column == "plan" else "right")
-        for row in rows:
-            shown.add_row(*row)
-        console.print(shown)
+    for grid in grids(result):
+        console.print(grid.table())
     console.print(about())
     if options.out:
         result["image"] = options.out.with_suffix(".png").name
-        write(options.out, page(result), result, lambda: figure(result), console)
+        write(options.out, page(result), result, console, lambda: figure(result))
     return 0
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.decode", description=__doc__.splitlines()[0])
+    parser = parser_of("benchmarks.decode", __doc__)
     parser.add_argument("--width", type=int, default=2048, help="D")
     parser.add_argument("--ffn-width", type=int, default=5632, help="F, a multiple of the experts")
     parser.add_argument("--experts", type=int, default=8, help="E")
     parser.add_argument("--active", type=int, default=2, help="K")
+    parser.add_argument("--plain", action="store_true", help="GELU with biases in place of SwiGLU")
     parser.add_argument("--layers", type=int, default=1, help="FFNs in one graph; the times are of one of them")
     parser.add_argument("--tokens", type=int, nargs="+", default=TOKENS)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=21)
-    parser.add_argument("--seconds", type=float, default=20.0, help="the most for one n, beyond the first 5 rounds")
-    parser.add_argument("--export", type=Path, help="a causal export to time as well, prompt and decoding")
+    parser.add_argument("--seconds", type=float, default=20.0, help="limit for one n, after the first 5 rounds")
+    parser.add_argument("--operator-dense", action="store_true", help="also time the native operator as a dense FFN")
+    parser.add_argument("--export", type=Path, help="also time a causal export, prompt and decoding")
     parser.add_argument("--texts", type=Path, help="prompts for --export: JSON lines with a text each, or plain lines")
-    parser.add_argument("--out", type=Path, help="also write a page, for example docs/results/decode.md")
     return parser
 
 
-# --- the FFN --------------------------------------------------------------------------------------------------------
-
-
-def mixture(width: int, ffn_width: int, experts: int, active: int, seed: int = 0) -> MoEFFN:
-    """A gated FFN of random weights, cut into experts that a random router chooses from."""
-    if min(width, ffn_width, experts, active) < 1:
-        raise ValueError("--width, --ffn-width, --experts and --active start at 1")
-    if ffn_width % experts or active > experts:
-        raise ValueError(f"{experts} experts, {active} active, do not divide {ffn_width} neurons: choose others")
-    shape = FFNShape("layers", 1, width, ffn_width, ffn_width // experts, 0, True, "silu")
-    spec = MoESpec(
-        family="llama",
-        model_class="LlamaModel",
-        head="causal",
-        stacks=(shape,),
-        num_experts=experts,
-        num_active=active,
-        gate="unit",
-        router_bias=True,
-        container=None,
-        partition="random",
-        teacher="random weights",
-        pooling=None,
-        max_length=2048,
-    )
-    generator = torch.Generator().manual_seed(seed)
-    moe = MoEFFN(spec, b_in=False, b_out=False)
-    assert moe.w_gate is not None
-    with torch.no_grad():
-        for parameter in (moe.w_in, moe.w_gate, moe.w_out):
-            parameter.normal_(0, parameter.shape[-1] ** -0.5, generator=generator)
-        moe.router.weight.normal_(0, width**-0.5, generator=generator)
-    return moe.eval()
+# --- the FFN ------------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
 def _output(ffns: Sequence[MoEFFN] | Sequence[DenseFFN], x: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """What FFNs behind each other give for tokens [T, D] in its dtype, and what each of them has read."""
+    """Return the output of FFNs in sequence for tokens [T, D] in their dtype, and the input of each."""
     if len(ffns) == 1:
         return _applied(ffns[0], x), [x]
     read = []
@@ -189,78 +171,90 @@ def _output(ffns: Sequence[MoEFFN] | Sequence[DenseFFN], x: torch.Tensor) -> tup
 def _applied(ffn: MoEFFN | DenseFFN, x_TD: torch.Tensor) -> torch.Tensor:
     if isinstance(ffn, MoEFFN):
         return copy.deepcopy(ffn).to(x_TD.dtype).reference(x_TD)
-    w_gate_FD = None if ffn.w_gate_FD is None else ffn.w_gate_FD.to(x_TD.dtype)
-    exact = DenseFFN(ffn.w_in_FD.to(x_TD.dtype), ffn.w_out_DF.to(x_TD.dtype), ffn.activation, w_gate_FD=w_gate_FD)
-    return exact(x_TD)
+    tensors = {name: value.to(x_TD.dtype) for name, value in vars(ffn).items() if isinstance(value, torch.Tensor)}
+    return replace(ffn, **tensors)(x_TD)
 
 
 @torch.no_grad()
 def _experts_used(moes: Sequence[MoEFFN], x_TD: np.ndarray) -> float:
-    """How many different experts these tokens use in a layer, on average."""
+    """Return how many different experts these tokens use in a layer, on average."""
     _, read = _output(moes, torch.from_numpy(x_TD))
     chosen = [moe.router(x).topk(moe.num_active).indices for moe, x in zip(moes, read, strict=True)]
     return sum(len(experts_TK.unique()) for experts_TK in chosen) / len(moes)
 
 
-# --- measuring ------------------------------------------------------------------------------------------------------
+# --- measure ------------------------------------------------------------------------------------------------------
 
 
 def measure(options: argparse.Namespace, console: Console) -> dict[str, Any]:
-    """Everything that the page tells, as it goes into JSON."""
+    """Return all figures of the page, ready for JSON."""
     if min(*options.tokens, options.threads, options.layers) < 1:
         raise ValueError("--tokens, --threads and --layers start at 1")
     if options.export is not None and options.texts is None:
         raise ValueError("--export needs --texts, a file of prompts")
     decoder = None if options.export is None else _decoder(options)  # first: it may refuse
-    sizes = (options.width, options.ffn_width, options.experts, options.active)
-    moes = [mixture(*sizes, seed=layer) for layer in range(options.layers)]
+    gated = not options.plain
+    spec = random_spec(options.width, options.ffn_width, options.experts, options.active, gated=gated)
+    moes = [random_mixture(spec, seed=layer) for layer in range(options.layers)]
     ffns = [dense_ffn(moe, options.ffn_width) for moe in moes]
-    random = np.random.default_rng(0)
     most = max(tokens * _batches(tokens) for tokens in options.tokens)
-    x_TD = random.standard_normal((most, options.width), dtype=np.float32)
-    judged_TD = x_TD[: min(MOST_TOKENS_JUDGED, max(options.tokens))]
-    with console.status("the FFNs in float64"):
-        judged = torch.from_numpy(judged_TD).double()
-        references = {True: _output(ffns, judged)[0].numpy(), False: _output(moes, judged)[0].numpy()}
-    plans: dict[str, Plan] = {}
-    missing: dict[str, str] = {}
-    with console.status("opening the plans") as status, tempfile.TemporaryDirectory() as folder:
-        for name, open_plan in _openers(moes, ffns, options, Path(folder)).items():
-            status.update(f"opening {name}")
-            try:
-                run, bits = open_plan()
-            except (ValueError, FileNotFoundError) as error:
-                missing[name] = str(error)
-                continue
-            dense = name in runtime_plans.DENSE_PLANS or name in COMPRESSED
-            exact = references[dense]
-            error_of = float(np.linalg.norm(run(judged_TD) - exact) / np.linalg.norm(exact))
-            plans[name] = Plan(run, bits, error_of, dense)
+    x_TD = np.random.default_rng(0).standard_normal((most, options.width), dtype=np.float32)
+    with tempfile.TemporaryDirectory() as folder:
+        opened, missing = _opened(moes, ffns, x_TD, options, Path(folder), console)
     rows: list[Row] = []
     used: dict[int, float] = {}
     with Rounds(console, len(options.tokens)) as rounds:
         for tokens in options.tokens:
             batches = np.split(x_TD[: tokens * _batches(tokens)], _batches(tokens))
             used[tokens] = sum(_experts_used(moes, x_nD) for x_nD in batches) / len(batches)
-            timed = {name: stopwatch(partial(_call, plan.run, cycle(batches))) for name, plan in plans.items()}
-            found = race(
-                timed, rounds=options.rounds, limit=options.seconds, label=f"n = {tokens}", track=rounds.track
-            )["whole"]
-            rows += _rows(plans, found, tokens, used[tokens], options)
+            timed = {name: stopwatch(partial(_call, plan.run, cycle(batches))) for name, plan in opened.items()}
+            limits = {"rounds": options.rounds, "limit": options.seconds}
+            found = race(timed, **limits, label=f"n = {tokens}", track=rounds.track)["whole"]
+            rows += _rows(opened, found, tokens, used[tokens], options)
     return {
-        "command": command(options),
         "machine": timing.machine(),
         "threads": options.threads,
         "shape": {name: getattr(options, name) for name in ("width", "ffn_width", "experts", "active", "layers")},
+        "gated": gated,
         "bound": round(options.ffn_width / _active_width(options), 3),
         "experts_used": {str(tokens): count for tokens, count in used.items()},
         "copies_gb_per_s": round(_copies(), 1),
-        "errors": {name: plan.error for name, plan in plans.items()},
-        "dense": [name for name, plan in plans.items() if plan.dense],
+        "errors": {name: plan.error for name, plan in opened.items()},
+        "dense": [name for name, plan in opened.items() if plan.baseline],
+        "operator_dense": [name for name, plan in opened.items() if plan.dense and not plan.baseline],
         "missing": missing,
         "rows": [asdict(row) for row in rows],
         "model": decoder,
     }
+
+
+def _opened(
+    moes: Sequence[MoEFFN],
+    ffns: Sequence[DenseFFN],
+    x_TD: np.ndarray,
+    options: argparse.Namespace,
+    folder: Path,
+    console: Console,
+) -> tuple[dict[str, Plan], dict[str, str]]:
+    """Open every plan and compare it with float64; return the plans, and the reasons of those that cannot run here."""
+    judged_TD = x_TD[: min(MOST_TOKENS_JUDGED, max(options.tokens))]
+    with working(console, "computing the FFNs in float64"):
+        judged = torch.from_numpy(judged_TD).double()
+        references = {True: _output(ffns, judged)[0].numpy(), False: _output(moes, judged)[0].numpy()}
+    opened: dict[str, Plan] = {}
+    missing: dict[str, str] = {}
+    with working(console, "opening the plans"):
+        for name, open_plan in _openers(moes, ffns, options, folder).items():
+            try:
+                run, bits = open_plan()
+            except (ValueError, FileNotFoundError) as error:
+                missing[name] = str(error)
+                continue
+            baseline = name in plans.DENSE_PLANS or name in COMPRESSED
+            dense = baseline or name.endswith(OPERATOR_DENSE)
+            error_of = np.linalg.norm(run(judged_TD) - references[dense]) / np.linalg.norm(references[dense])
+            opened[name] = Plan(run, bits, float(error_of), dense, baseline)
+    return opened, missing
 
 
 def _batches(tokens: int) -> int:
@@ -271,26 +265,33 @@ def _call(run: Run, batches: Iterator[np.ndarray], _: int) -> np.ndarray:
     return run(next(batches))
 
 
+def _matrices(options: argparse.Namespace) -> int:
+    return 2 if options.plain else 3
+
+
 def _active_width(options: argparse.Namespace) -> float:
-    """Neurons a token uses, with the router counted as as many as it costs: it has E rows of the three matrices'."""
-    return float(options.active * options.ffn_width / options.experts + options.experts / 3)
+    """Return the neurons that a token uses, plus the neurons that cost as much as the router."""
+    return float(options.active * options.ffn_width / options.experts + options.experts / _matrices(options))
 
 
 def _openers(
     moes: Sequence[MoEFFN], ffns: Sequence[DenseFFN], options: argparse.Namespace, folder: Path
 ) -> dict[str, Callable[[], tuple[Run, int]]]:
-    """Every plan by name: what opens it, and gives how to run it and the bits of its weights."""
-    layers = Layers(moes, [options.ffn_width] * len(moes), stacked=True)
+    """Return for every plan a function that opens it and returns how to run it and the bits of its weights."""
+    widths = [options.ffn_width] * len(moes)
 
-    def known(name: str) -> Callable[[], tuple[Run, int]]:
-        def open_it() -> tuple[Run, int]:
-            (graph,) = layers.open(name, options.threads, folder)
-            bits = BITS[runtime_plans.precision_of(name, graph)]
-            return lambda x_nD: graph.run(["y"], {"x": x_nD})[0], bits
+    def opener(layers: Layers, name: str, files: Path) -> tuple[Run, int]:
+        files.mkdir(exist_ok=True)
+        (graph,) = layers.open(name, options.threads, files)
+        return lambda x_nD: graph.run(["y"], {"x": x_nD})[0], BITS[plans.precision_of(name, graph)]
 
-        return open_it
-
-    openers = {name: known(name) for name in get_args(runtime_plans.Plan)}
+    layers = Layers(moes, widths, stacked=True)
+    names = get_args(plans.Plan)
+    openers = {name: partial(opener, layers, name, folder / "mixture") for name in names}
+    if options.operator_dense:
+        whole = Layers([one_expert(ffn) for ffn in ffns], widths, stacked=True)
+        natives = [name for name in names if "native" in name]
+        openers |= {f"{name}{OPERATOR_DENSE}": partial(opener, whole, name, folder / "dense") for name in natives}
     if has_openvino():
         for name, (bits, group, precision, quantised) in COMPRESSED.items():
             openers[name] = partial(_compressed, ffns, bits, group, precision, quantised, options.threads)
@@ -300,14 +301,15 @@ def _openers(
 def _compressed(
     ffns: Sequence[DenseFFN], bits: int, group: int | None, precision: str, quantised: int, threads: int
 ) -> tuple[Run, int]:
-    """Dense gated FFNs in OpenVINO with weights of 8 or 4 bits, symmetric, one scale for `group` of a row's weights.
+    """Open dense FFNs in OpenVINO with symmetric weights of 8 or 4 bits; return how to run them and the bits.
 
-    Activations are quantised in groups of `quantised` as the model runs, or stay as they are where that is 0. The
-    form is what OpenVINO's own weight compression (NNCF) writes: constant, Convert, Multiply, Reshape, MatMul.
+    `group` weights of a row share a scale (None: all of them). Activations are quantised at run time in groups of
+    `quantised`; 0 leaves them. The nodes are those of OpenVINO's own weight compression (NNCF): constant, Convert,
+    Multiply, Reshape, MatMul.
     """
     width = ffns[0].w_in_FD.shape[1]
     if group is not None and (width % group or ffns[0].ffn_width % group):
-        raise ValueError(f"a scale for {group} weights each does not divide its matrices")
+        raise ValueError(f"groups of {group} weights do not divide its matrices")
     ov = openvino()
     import openvino.opset13 as ops
 
@@ -328,6 +330,9 @@ def _compressed(
         scaled = ops.multiply(ops.convert(constant, "f32"), ops.constant(scales_NB1.astype(np.float32)))
         return ops.matmul(x, ops.reshape(scaled, np.array([N, K]), False), False, True)
 
+    def shifted(x: Any, bias: torch.Tensor | None) -> Any:
+        return x if bias is None else ops.add(x, ops.constant(bias.detach().numpy()))
+
     def norm(x: Any) -> Any:
         mean_n1 = ops.reduce_mean(ops.power(x, ops.constant(np.float32(2))), ops.constant([-1]), keep_dims=True)
         inverse_n1 = ops.power(ops.add(mean_n1, ops.constant(np.float32(EPSILON))), ops.constant(np.float32(-0.5)))
@@ -336,8 +341,10 @@ def _compressed(
     given_nD = y_nD = ops.parameter([-1, width], np.float32)
     for ffn in ffns:
         x_nD = norm(y_nD) if len(ffns) > 1 else y_nD
-        h_nF = ops.multiply(ops.swish(linear(x_nD, ffn.w_gate_FD)), linear(x_nD, ffn.w_in_FD))
-        made_nD = linear(h_nF, ffn.w_out_DF)
+        up_nF = shifted(linear(x_nD, ffn.w_in_FD), ffn.b_in_F)
+        gated = ffn.w_gate_FD is not None
+        h_nF = ops.multiply(ops.swish(linear(x_nD, ffn.w_gate_FD)), up_nF) if gated else ops.gelu(up_nF, "erf")
+        made_nD = shifted(linear(h_nF, ffn.w_out_DF), ffn.b_out_D)
         y_nD = ops.add(y_nD, made_nD) if len(ffns) > 1 else made_nD
     model = ov.Model([ops.result(y_nD)], [given_nD], "ffn")
     settings = {
@@ -358,17 +365,17 @@ def _compressed(
 
 
 def _rows(
-    plans: Mapping[str, Plan], samples: Samples, tokens: int, used: float, options: argparse.Namespace
+    opened: Mapping[str, Plan], samples: Samples, tokens: int, used: float, options: argparse.Namespace
 ) -> Iterator[Row]:
-    dense = {name: plan.error for name, plan in plans.items() if plan.dense}
+    dense = {name: plan.error for name, plan in opened.items() if plan.baseline}
     best = samples.fastest(dense)
-    weights = 3 * options.width * options.ffn_width
-    for name, plan in plans.items():
+    weights = _matrices(options) * options.width
+    for name, plan in opened.items():
         seconds, speed = samples.median(name) / options.layers, samples.speed(name, best)
         most = LIKE * max(plan.error, EXACT)
         like = samples.fastest(other for other, error in dense.items() if other == name or error <= most)
         like_speed = samples.speed(name, like)
-        read = weights * (1.0 if plan.dense else used / options.experts) * plan.bits / 8
+        read = weights * options.ffn_width * (1.0 if plan.dense else used / options.experts) * plan.bits / 8
         width = options.ffn_width if plan.dense else _active_width(options)
         yield Row(
             tokens=tokens,
@@ -383,13 +390,13 @@ def _rows(
             like_high=round(like_speed.high, 4),
             like_dense=like,
             gigabytes_per_second=round(read / seconds / 1e9, 2),
-            gigaflops=round(2 * 3 * options.width * width * tokens / seconds / 1e9, 1),
+            gigaflops=round(2 * weights * width * tokens / seconds / 1e9, 1),
             rounds=samples.rounds,
         )
 
 
 def _copies() -> float:
-    """GB a second that one thread reads and writes, copying 256 MB: the best of a few."""
+    """Return the GB a second that one thread reads and writes when it copies 256 MB: the best of five."""
     source = np.ones(2**26, dtype=np.float32)
     target = np.empty_like(source)
     best = float("inf")
@@ -401,17 +408,11 @@ def _copies() -> float:
 
 
 def _decoder(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """The plans of a causal export: milliseconds of a prompt of 16 tokens and of each token after it."""
+    """Time the plans of a causal export: milliseconds of a prompt of 16 tokens and of each token after it."""
     manifest = read_manifest(options.export)
     if manifest["spec"]["head"] != "causal":
         raise ValueError(f"{options.export} does not decode (its head is {manifest['spec']['head']}): name another")
-    exports = {}
-    for plan in manifest["plans"]:
-        try:
-            exports[plan] = open_export(options.export, plan, options.threads)
-        except ValueError:
-            if plan == "dense":
-                raise
+    exports = open_plans(options.export, list(manifest["plans"]), options.threads, {})
     batches = timing.full_batches(exports["dense"], read_texts(options.texts), 1, 16)
     timed = {plan: sample_of(export, batches) for plan, export in exports.items()}
     found = race(timed, rounds=options.rounds, limit=options.seconds)
@@ -419,9 +420,7 @@ def _decoder(options: argparse.Namespace) -> list[dict[str, Any]]:
     rows = []
     for phase in ("prefill", "decode"):
         samples = found[phase]
-        best = samples.fastest(
-            plan for plan in runtime_plans.DENSE_PLANS if plan == "dense" or kept.get(plan, 0.0) >= KEPT
-        )
+        best = samples.fastest(plan for plan in plans.DENSE_PLANS if plan == "dense" or kept.get(plan, 0.0) >= KEPT)
         for plan in samples.seconds:
             speed = samples.speed(plan, best)
             rows.append(
@@ -437,19 +436,7 @@ def _decoder(options: argparse.Namespace) -> list[dict[str, Any]]:
     return rows
 
 
-def command(options: argparse.Namespace) -> str:
-    words = ["python -m benchmarks.decode"]
-    for name in ("width", "ffn_width", "experts", "active", "layers"):
-        words += [f"--{name.replace('_', '-')}", str(getattr(options, name))]
-    words += ["--tokens", *map(str, options.tokens), "--threads", str(options.threads)]
-    words += ["--rounds", str(options.rounds), "--seconds", f"{options.seconds:g}"]
-    for name in ("export", "texts", "out"):
-        if getattr(options, name):
-            words += [f"--{name}", str(getattr(options, name))]
-    return " ".join(words)
-
-
-# --- telling --------------------------------------------------------------------------------------------------------
+# --- report -------------------------------------------------------------------------------------------------------
 
 
 def _by_tokens(result: Mapping[str, Any]) -> dict[int, dict[str, Row]]:
@@ -460,68 +447,60 @@ def _by_tokens(result: Mapping[str, Any]) -> dict[int, dict[str, Row]]:
     return found
 
 
-def grids(result: Mapping[str, Any]) -> Iterator[tuple[str, list[str], list[list[str]]]]:
-    """Title, columns and rows of each table."""
+def _mixtures(result: Mapping[str, Any]) -> list[str]:
+    """Return the mixture plans; pages from before `--operator-dense` have no operator_dense."""
+    others = {*result["dense"], *result.get("operator_dense", ())}
+    return [plan for plan in result["errors"] if plan not in others]
+
+
+def grids(result: Mapping[str, Any]) -> Iterator[Grid]:
+    """Yield the tables of the page."""
     rows = _by_tokens(result)
-    plans = sorted(result["errors"], key=lambda plan: plan not in result["dense"])
+    plan_names = sorted(result["errors"], key=lambda plan: plan not in result["dense"])
     columns = [f"n = {tokens}" for tokens in rows]
 
-    def table(cell: Callable[[Row], str]) -> list[list[str]]:
-        return [[plan, *(cell(found[plan]) for found in rows.values())] for plan in plans]
+    def table(cell: Callable[[Row], str], names: Sequence[str] = plan_names) -> list[list[str]]:
+        return [[plan, *(cell(found[plan]) for found in rows.values())] for plan in names]
 
-    speeds = table(lambda row: "best dense" if row.plan == row.best_dense else f"{row.speed:.2f}x")
-    for line in speeds:
-        line.insert(1, _percent(result["errors"][line[0]]))
+    def with_error(table: list[list[str]]) -> list[list[str]]:
+        return [[plan, _percent(result["errors"][plan]), *cells] for plan, *cells in table]
+
     used = [f"{result['experts_used'][str(tokens)]:.3g}" for tokens in rows]
-    experts = result["shape"]["experts"]
-    speeds += [
+    bounds = [
         ["bound by FLOPs", "", *(f"{result['bound']:.2f}x" for _ in rows)],
-        ["bound by weights read", "", *(f"{experts / float(count):.2f}x" for count in used)],
+        ["bound by weights read", "", *(f"{result['shape']['experts'] / float(count):.2f}x" for count in used)],
         ["experts used", "", *used],
     ]
-    yield "Speed over the best dense plan", ["plan", "error", *columns], speeds
+    speeds = with_error(table(lambda row: "best dense" if row.plan == row.best_dense else f"{row.speed:.2f}x"))
+    yield Grid("Speed over the best dense plan", ["plan", "error", *columns], speeds + bounds)
     compared = ["n", "best mixture", "error", "best dense", "error", "speed", "quartiles", "target"]
-    yield "Best mixture", compared, list(_summary(result))
-    mixtures = [plan for plan in plans if plan not in result["dense"]]
-    yield (
-        "Speed over the best dense plan of like error",
-        ["mixture", "error", *columns],
-        [
-            [
-                plan,
-                _percent(result["errors"][plan]),
-                *(f"{row.like_speed:.2f}x {row.like_dense}" for row in (found[plan] for found in rows.values())),
-            ]
-            for plan in mixtures
-        ],
-    )
-    yield "Milliseconds", ["plan", *columns], table(lambda row: f"{row.milliseconds:.3f}")
-    yield "GB/s of weights", ["plan", *columns], table(lambda row: f"{row.gigabytes_per_second:.1f}")
-    yield "GFLOP/s", ["plan", *columns], table(lambda row: f"{row.gigaflops:.0f}")
+    yield Grid("Best mixture", compared, list(_summary(result)))
+    like = with_error(table(lambda row: f"{row.like_speed:.2f}x {row.like_dense}", _mixtures(result)))
+    yield Grid("Speed over the best dense plan of similar error", ["mixture", "error", *columns], like)
+    yield Grid("Milliseconds", ["plan", *columns], table(lambda row: f"{row.milliseconds:.3f}"))
+    yield Grid("GB/s of weights", ["plan", *columns], table(lambda row: f"{row.gigabytes_per_second:.1f}"))
+    yield Grid("GFLOP/s", ["plan", *columns], table(lambda row: f"{row.gigaflops:.0f}"))
     if result["model"]:
-        yield (
-            "A whole model, batch of one",
-            ["plan", "kept", "phase", "ms", "speed over best dense", "quartiles"],
-            [
-                [
-                    row["plan"],
-                    f"{100 * row['kept']:.1f} %",
-                    row["phase"],
-                    f"{row['milliseconds']:.3f}",
-                    "best dense" if row["plan"] == row["best_dense"] else f"{row['median']:.2f}x",
-                    f"{row['low']:.2f} to {row['high']:.2f}",
-                ]
-                for row in result["model"]
-            ],
-        )
+        header = ["plan", "kept", "phase", "ms", "speed over best dense", "quartiles"]
+        yield Grid("A whole model, batch of one", header, [_model_row(row) for row in result["model"]])
+
+
+def _model_row(row: Mapping[str, Any]) -> list[str]:
+    return [
+        row["plan"],
+        f"{100 * row['kept']:.1f} %",
+        row["phase"],
+        f"{row['milliseconds']:.3f}",
+        "best dense" if row["plan"] == row["best_dense"] else f"{row['median']:.2f}x",
+        f"{row['low']:.2f} to {row['high']:.2f}",
+    ]
 
 
 def _summary(result: Mapping[str, Any]) -> Iterator[list[str]]:
+    mixtures = _mixtures(result)
     for tokens, rows in _by_tokens(result).items():
-        mixtures = [row for row in rows.values() if row.plan not in result["dense"]]
-        best = min(mixtures, key=lambda row: row.milliseconds)
+        best = min((rows[plan] for plan in mixtures), key=lambda row: row.milliseconds)
         target = TARGETS.get(tokens)
-        told = "" if target is None else verdict(Spread(best.speed, best.low, best.high), target)
         yield [
             str(tokens),
             best.plan,
@@ -530,7 +509,7 @@ def _summary(result: Mapping[str, Any]) -> Iterator[list[str]]:
             _percent(result["errors"][best.best_dense]),
             f"{best.speed:.2f}x",
             f"{best.low:.2f} to {best.high:.2f}",
-            told,
+            "" if target is None else verdict(Spread(best.speed, best.low, best.high), target),
         ]
 
 
@@ -538,65 +517,52 @@ def _percent(share: float) -> str:
     return f"{100 * share:.2f} %"
 
 
+def _kind(result: Mapping[str, Any]) -> str:
+    return "SwiGLU" if result.get("gated", True) else "GELU with biases"
+
+
 def page(result: Mapping[str, Any]) -> str:
-    """The tables as Markdown, under the command that made them."""
+    """Return the page in Markdown."""
     shape = result["shape"]
     rounds = [row["rounds"] for row in result["rows"]]
-    lines = [
-        "# Decoding: one FFN of a language model's shape" + (f", of {shape['layers']}" if shape["layers"] > 1 else ""),
-        "",
-        f"SwiGLU, D {shape['width']}, F {shape['ffn_width']}; E = {shape['experts']}, K = {shape['active']}; n tokens "
-        f"at once, {result['threads']} {'thread' if result['threads'] == 1 else 'threads'}. Random weights and tokens.",
-        f"{about(result['machine'])}. A thread copies memory at {result['copies_gb_per_s']} GB/s, read and written.",
-        "",
-        f"Speeds are over the best dense plan at that n, the median of {min(rounds)} to {max(rounds)} interleaved "
-        "rounds. `error` is that of the output against",
-        f"the same FFN, or mixture, in float64, relative, over {MOST_TOKENS_JUDGED} tokens at most. `ov-weights` is "
-        "the dense FFN in OpenVINO with weights of 8 or 4 bits;",
-        "activations are quantised as it runs, or in bfloat16. GB/s count the weights of the experts that are used, "
-        "GFLOP/s the products that are needed.",
-        f"Up to {BATCHES} batches of other tokens take turns, and with them other experts: none stays in a cache "
-        "because it alone is asked for.",
-        f"Of like error are dense plans whose error is at most {LIKE:g} times the mixture's: the fastest of them is "
-        "named.",
-        *(
-            [
-                "",
-                f"{shape['layers']} such FFNs follow each other in one graph, as x + FFN(norm(x)), with weights of "
-                "their own; times are of one of them, errors of the",
-                "last one's output: as in a model, a call of the engine is shared, and weights come from memory.",
-                "Random routers have many near ties, and a token that rounding sends to another expert counts whole: "
-                "so the errors of mixtures behind each",
-                "other say little, and plans of like error are better looked up for one FFN alone.",
-            ]
-            if shape["layers"] > 1
-            else []
-        ),
-        "",
-        f"![Speed of each plan over the best dense plan]({result['image']})",
-        "",
-        "```",
-        result["command"],
-        "```",
-        "",
+    threads = f"{result['threads']} {'thread' if result['threads'] == 1 else 'threads'}"
+    text = [
+        f"{_kind(result)}, D {shape['width']}, F {shape['ffn_width']}; E = {shape['experts']}, K = {shape['active']}; "
+        f"n tokens at once, {threads}. Weights and tokens are random. {about(result['machine'])}. A thread copies "
+        f"memory at {result['copies_gb_per_s']} GB/s, read and written.",
+        f"Speeds are over the best dense plan at that n: medians of {min(rounds)} to {max(rounds)} interleaved rounds. "
+        f"`error` compares the output with float64 over at most {MOST_TOKENS_JUDGED} tokens. `ov-weights` is the dense "
+        "FFN in OpenVINO with weights of 8 or 4 bits. GB/s count the weights of the experts that are used, GFLOP/s the "
+        f"necessary products. Up to {BATCHES} batches alternate, so that no expert stays in a cache. A dense plan of "
+        f"similar error has at most {LIKE:g} times the error of the mixture; the fastest is named.",
     ]
-    for title, header, rows in grids(result):
-        lines += [f"## {title}", "", f"| {' | '.join(header)} |", "|" + "---|" * len(header)]
-        lines += [f"| {' | '.join(row)} |" for row in rows]
-        lines += [""]
-    for plan, reason in result["missing"].items():
-        lines += [f"Not timed: `{plan}` ({reason}).", ""]
-    return "\n".join(lines)
+    if shape["layers"] > 1:
+        text.append(
+            f"{shape['layers']} such FFNs run in sequence in one graph, as x + FFN(norm(x)); times are of one of them, "
+            "errors of the last output. Random routers have many near ties, and rounding moves tokens between experts, "
+            "so errors of mixtures in sequence say little: see the page of a single FFN."
+        )
+    of_layers = f", of {shape['layers']}" if shape["layers"] > 1 else ""
+    return page_of(
+        f"Decoding: one FFN of a language model's shape{of_layers}",
+        text,
+        result["command"],
+        list(grids(result)),
+        image=result["image"],
+        notes="\n\n".join(f"Not timed: `{plan}` ({reason})." for plan, reason in result["missing"].items()),
+    )
 
 
 def figure(result: Mapping[str, Any]) -> Any:
-    """Speed over the best dense plan with quartiles, a group an n."""
+    """Draw the speed over the best dense plan with quartiles, a group for each n."""
     groups = {
         f"n = {tokens}": {plan: Spread(row.speed, row.low, row.high) for plan, row in rows.items() if plan != "dense"}
         for tokens, rows in _by_tokens(result).items()
     }
     shape = result["shape"]
-    title = f"SwiGLU, D {shape['width']}, F {shape['ffn_width']}, {shape['active']} of {shape['experts']} experts"
+    title = (
+        f"{_kind(result)}, D {shape['width']}, F {shape['ffn_width']}, {shape['active']} of {shape['experts']} experts"
+    )
     panel = (title, groups, [result["bound"]] * len(groups))
     return bars([panel], hollow=result["dense"], ylabel="speed over best dense")
 

@@ -1,4 +1,4 @@
-"""One FFN alone, as a graph: dense and as a mixture, by every plan of every engine."""
+"""Run FFNs alone, as graphs: dense and as mixtures, by every plan of every engine."""
 
 from __future__ import annotations
 
@@ -19,13 +19,75 @@ from ffn2moe.onnx.lower import activate, lower
 from ffn2moe.runtime.engines import Graph
 from ffn2moe.runtime.export import open_graphs
 from ffn2moe.runtime.plans import DENSE_PLANS, Plan, graph_of
+from ffn2moe.spec import FFNShape, MoESpec
 
-IR_VERSION = 10  # of the ONNX files, as the exporter writes them
-EPSILON = 1e-5  # of the norms between stacked FFNs
+IR_VERSION = 10  # the exporter writes ONNX files of this version
+EPSILON = 1e-5  # in the norms between stacked FFNs
+
+
+def random_spec(
+    width: int, ffn_width: int, experts: int, active: int, *, gated: bool = True, **changes: Any
+) -> MoESpec:
+    """Return the spec of one layer: SwiGLU as in LLaMA if `gated`, else GELU with biases as in BERT.
+
+    `shared` (neurons of the shared expert), `layers` and fields of MoESpec go into `changes`. ValueError for sizes that
+    do not fit.
+    """
+    if min(width, ffn_width, experts, active) < 1:
+        raise ValueError("width, FFN width, experts and active experts start at 1")
+    shared, layers = changes.pop("shared", 0), changes.pop("layers", 1)
+    if (ffn_width - shared) % experts or active > experts:
+        raise ValueError(
+            f"{experts} experts, {active} active, do not divide {ffn_width - shared} neurons: choose others"
+        )
+    activation = "silu" if gated else "gelu"
+    shape = FFNShape("layers", layers, width, ffn_width, (ffn_width - shared) // experts, shared, gated, activation)
+    values: dict[str, Any] = {
+        "family": "llama" if gated else "bert",
+        "model_class": "random",
+        "head": "causal" if gated else "embedding",
+        "stacks": (shape,),
+        "num_experts": experts,
+        "num_active": active,
+        "gate": "unit",
+        "router_bias": True,
+        "container": None,
+        "partition": "coactivation",
+        "teacher": "random weights",
+        "pooling": None if gated else "mean",
+        "max_length": 2048,
+    }
+    return MoESpec(**values | changes)
+
+
+def random_mixture(spec: MoESpec, seed: int = 0) -> MoEFFN:
+    """Return a mixture with random weights and a random router."""
+    generator = torch.Generator().manual_seed(seed)
+    gated = spec.stacks[0].gated
+    moe = MoEFFN(spec, b_in=not gated, b_out=not gated)
+    with torch.no_grad():
+        for name, parameter in moe.named_parameters():
+            if parameter.dim() and name != "router.bias":
+                parameter.normal_(0, parameter.shape[-1] ** -0.5, generator=generator)
+    return moe.eval()
+
+
+def one_expert(ffn: DenseFFN) -> MoEFFN:
+    """Return a dense FFN as a mixture of one expert, which every token uses."""
+    F, D = ffn.w_in_FD.shape
+    moe = random_mixture(random_spec(D, F, 1, 1, gated=ffn.gated))
+    parts = (moe.w_in, ffn.w_in_FD), (moe.w_gate, ffn.w_gate_FD), (moe.b_in, ffn.b_in_F)
+    with torch.no_grad():
+        for target, source in (*parts, (moe.w_out, ffn.w_out_DF)):
+            if target is not None and source is not None:
+                target[0].copy_(source)
+        if moe.b_out is not None and ffn.b_out_D is not None:
+            moe.b_out.copy_(ffn.b_out_D)
+    return moe
 
 
 def dense_ffn(moe: MoEFFN, ffn_width: int) -> DenseFFN:
-    """The neurons of all experts in a row, `ffn_width` of them: those beyond only fill up the experts."""
+    """Return the first `ffn_width` neurons of all experts as a dense FFN; the others only fill up the experts."""
 
     def rows(stacked: Tensor | None, shared: Tensor | None) -> Tensor | None:
         if stacked is None:
@@ -48,10 +110,9 @@ def dense_ffn(moe: MoEFFN, ffn_width: int) -> DenseFFN:
 
 
 def ffn_graph(ffns: Sequence[MoEFFN | DenseFFN]) -> ir.Model:
-    """The canonical graph of one FFN alone, or of several as they follow each other in a model without attention.
+    """Return the canonical graph of one FFN, or of several in sequence: x [tokens, D] -> y [tokens, D].
 
-    `x` [tokens, D] in, `y` [tokens, D] out; each of several reads the RMS norm of x and adds to x what it makes of it.
-    The routers of mixtures must read tokens, not texts.
+    Each of several FFNs computes x + FFN(norm(x)), as in a model without attention.
     """
     width = ffns[0].w_in_FD.shape[1] if isinstance(ffns[0], DenseFFN) else ffns[0].w_in.shape[2]
     x_TD = ir.val("x", ir.DataType.FLOAT, ["tokens", width])
@@ -74,7 +135,7 @@ def ffn_graph(ffns: Sequence[MoEFFN | DenseFFN]) -> ir.Model:
 
 
 def _of_rows(value: ir.Value, like: ir.Value) -> ir.Value:
-    """The value, known to be [tokens, D]."""
+    """Set the shape of a value to [tokens, D]."""
     value.shape, value.type = like.shape, like.type
     return value
 
@@ -117,7 +178,7 @@ def _dense(editor: Editor, x_TD: ir.Value, ffn: DenseFFN, name: str) -> ir.Value
 
 
 class Layers:
-    """FFNs of a model, each alone or `stacked` in one graph: their canonical graphs, dense and as mixtures."""
+    """Hold the canonical graphs of FFNs, dense and as mixtures: one graph each, or one for all if `stacked`."""
 
     def __init__(self, mixtures: Sequence[MoEFFN], ffn_widths: Sequence[int], *, stacked: bool = False) -> None:
         if any(moe.texts is not None for moe in mixtures):
@@ -131,7 +192,7 @@ class Layers:
         }
 
     def open(self, plan: str, threads: int, folder: Path) -> list[Graph]:
-        """The graphs by one plan, written to `folder` first; ValueError where the plan or its engine cannot."""
+        """Open the graphs by one plan, from files in `folder`; ValueError if the plan or its engine cannot run them."""
         canonical = self._graphs["dense" if plan in DENSE_PLANS else "mixture"]
         name = graph_of(plan)
         files = [folder / f"{name}-{layer}.onnx" for layer in range(len(canonical))]
@@ -142,7 +203,7 @@ class Layers:
 
 
 def runner(graphs: Sequence[Graph], read: Sequence[Sequence[np.ndarray]]) -> Callable[[int], object]:
-    """A call that runs all layers one after the other, on what they read in the batch of that round: `read`."""
+    """Return a call that runs all layers in order, on their inputs in the batch of that round: `read`."""
 
     def run(index: int) -> None:
         for graph, x_TD in zip(graphs, read[index % len(read)], strict=True):
@@ -153,7 +214,7 @@ def runner(graphs: Sequence[Graph], read: Sequence[Sequence[np.ndarray]]) -> Cal
 
 @torch.no_grad()
 def inputs_of(model: nn.Module, ids_BL: np.ndarray, mask_BL: np.ndarray) -> list[np.ndarray]:
-    """What the FFN of each layer reads for these tokens, float32 [T, D]."""
+    """Return the inputs of the FFN of each layer for these tokens, float32 [T, D]."""
     read: list[np.ndarray] = []
     hooks = [
         moe.register_forward_pre_hook(

