@@ -25,5 +25,11 @@ __all__ = ["MoEFFN", "MoESpec", "__version__", "load", "load_dense", "open_expor
 
 def __getattr__(name: str) -> Any:
     if name in _EXPORTS:
-        return getattr(import_module(_EXPORTS[name]), name)
+        try:
+            return getattr(import_module(_EXPORTS[name]), name)
+        except ModuleNotFoundError as error:
+            if error.name != "torch":
+                raise
+            message = f'ffn2moe.{name} needs PyTorch, which is not installed: pip install "ffn2moe[convert]"'
+            raise ModuleNotFoundError(message, name="torch") from None
     raise AttributeError(f"module 'ffn2moe' has no attribute {name!r}")

@@ -27,6 +27,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, RuntimeError, FloatingPointError) as error:
         _print_error(error)
         return USER_ERROR
+    except ModuleNotFoundError as error:  # the wheel itself needs none of the packages that convert a model
+        package = (error.name or "ffn2moe").partition(".")[0]
+        if package == "ffn2moe":
+            raise
+        _print_error(f'this command needs {package}, which is not installed: pip install "ffn2moe[convert]"')
+        return USER_ERROR
     except KeyboardInterrupt:
         return STOPPED
 
@@ -52,7 +58,7 @@ def _sentence(text: str) -> str:
     return f"{text[0].upper()}{text[1:]}."
 
 
-def _print_error(error: Exception) -> None:
+def _print_error(error: Exception | str) -> None:
     from rich.console import Console
     from rich.text import Text
 

@@ -127,6 +127,20 @@ def test_the_command_line_runs_with_the_wheel_and_its_requirements_alone(bare, e
     assert re.search("experts|\\[|usage", done.stdout)
 
 
+@pytest.mark.parametrize("command", [["convert", "model", "out"], ["shrink", "export", "a.txt"]])
+def test_what_needs_torch_names_the_extra_to_install(bare, command, tmp_path):
+    code = "from ffn2moe.cli import main; sys.exit(main(sys.argv[1:]))"
+    more = ["--keep", "1", "--method", "drop", "--out", str(tmp_path / "out")] if command[0] == "shrink" else []
+    done = run(bare, code, *command, *more)
+    assert done.returncode == 2
+    assert 'pip install "ffn2moe[convert]"' in done.stderr and "Traceback" not in done.stderr
+
+
+def test_what_needs_torch_in_python_names_the_extra_to_install(bare):
+    done = run(bare, "import ffn2moe; ffn2moe.load('exports/minilm/checkpoint')")
+    assert "ffn2moe.load needs PyTorch" in done.stderr and 'pip install "ffn2moe[convert]"' in done.stderr
+
+
 def test_a_missing_onnx_runtime_names_the_packages_to_install(bare, exported, tmp_path):
     site = tmp_path / "site"
     site.mkdir()
