@@ -1,9 +1,9 @@
-"""ffn2moe: turn the feed-forward layers of a trained dense transformer into a mixture of experts.
+"""Turn the feed-forward layers of a trained dense transformer into a mixture of experts.
 
-The idea in four files: `spec` (what a factorised model is), `partition` (neurons -> experts),
-`experts` (weights sliced by a partition) and `moe` (the layer that routes).
+The idea is in four places: `ffn2moe.spec` describes a mixture, `ffn2moe.decompose` assigns neurons to experts,
+`ffn2moe.moe.experts` slices the weights, and `ffn2moe.moe.layer` routes tokens to experts.
 
-Names are imported on first use, so that ``import ffn2moe`` costs nothing.
+The names below are imported on first use, so `import ffn2moe` loads neither torch nor an engine.
 """
 
 from __future__ import annotations
