@@ -55,8 +55,9 @@ from flows.workspace import (  # noqa: E402
 )
 from tasks.layer_map import DASK  # noqa: E402
 from tasks.params import Settings, load_params  # noqa: E402
+from tasks.record import PipelineRecord  # noqa: E402
 from tasks.registry import Registry  # noqa: E402
-from tasks.stage import PipelineRecord, explain, remove  # noqa: E402
+from tasks.stage import explain, remove  # noqa: E402
 from tasks.store import default_tracking_uri, mlflow_client  # noqa: E402
 
 _STOPPED = "stopped; what is finished is kept, and the same command goes on from there"

@@ -51,7 +51,8 @@ from flows.study import Cell, Study
 from flows.workspace import ROOM_NEEDED, FlowError, check, commit
 from tasks import compare
 from tasks.params import Params, load_params
-from tasks.stage import PipelineRecord, clock, explain, remove
+from tasks.record import PipelineRecord
+from tasks.stage import clock, explain, remove
 from tasks.store import default_tracking_uri, without_password
 
 ROOT = pipeline.ROOT
@@ -424,7 +425,7 @@ def _job(study: Study, cell: Cell, record: PipelineRecord) -> Job:
 def _record(study: Study) -> PipelineRecord:
     """The sweep's run in MLflow: the one it had, or a new one."""
     path = study.folder / "run"
-    if path.is_file() and (earlier := PipelineRecord.go_on(ROOT, path.read_text().strip())):
+    if path.is_file() and (earlier := PipelineRecord.resume(ROOT, path.read_text().strip())):
         return earlier
     head, dirty = commit(ROOT)
     tags = {"sweep": study.name, "git.commit": head, "git.dirty": str(dirty).lower()}
@@ -436,7 +437,7 @@ def _record(study: Study) -> PipelineRecord:
 def _own_record(study: Study, cell: Cell, record: PipelineRecord) -> PipelineRecord:
     """A cell's run, nested under the sweep's."""
     known = study.noted(cell, "run")
-    if known and (earlier := PipelineRecord.go_on(ROOT, known)):
+    if known and (earlier := PipelineRecord.resume(ROOT, known)):
         return earlier
     head, dirty = commit(ROOT)
     tags = {
@@ -561,7 +562,7 @@ def _log(study: Study, rows: Sequence[Mapping[str, Any]], record: PipelineRecord
         [study.folder / name for name in ("front.png", "points.csv", "cells.csv")],
     )
     for cell in study.finished():
-        own = PipelineRecord.go_on(ROOT, study.noted(cell, "run"))
+        own = PipelineRecord.resume(ROOT, study.noted(cell, "run"))
         if own is None:  # the database was removed since
             continue
         values = {

@@ -12,7 +12,8 @@ from collections.abc import Callable
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
-from tasks.stage import STAGE_RUN, USER_ERROR, StageRun, explain
+from tasks.record import STAGE_RUN
+from tasks.stage import USER_ERROR, StageRun, explain
 
 if TYPE_CHECKING:
     from ffn2moe.data.ranks import Ranks

@@ -22,10 +22,10 @@ from ruamel.yaml import YAML
 
 from ffn2moe.runtime.engines import distribution
 from ffn2moe.runtime.export import open_export
-from tasks.measures import at, headline
+from tasks.measures import at, headline, numbers
 from tasks.params import Params
 from tasks.registry import CHALLENGER, Registry
-from tasks.stage import StageRun, main, numbers
+from tasks.stage import StageRun, main
 
 EXAMPLE = ("A mixture of experts runs a part of itself for each token.", "The weather is fine today.")
 # What the served model imports, besides its engines and the package ffn2moe that travels with it.

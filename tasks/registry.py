@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from tasks.stage import PARENT_RUN
+from tasks.record import PARENT_RUN
 from tasks.store import StoreError, default_tracking_uri, experiment_id, mlflow_client, without_password
 
 CHAMPION, CHALLENGER = "champion", "challenger"

@@ -12,8 +12,9 @@ from ffn2moe.onnx import graph as onnx_graph
 from ffn2moe.onnx import lower as onnx_plans
 from tasks import register
 from tasks.params import load_params
+from tasks.record import PARENT_RUN
 from tasks.registry import Registry
-from tasks.stage import PARENT_RUN, StageRun
+from tasks.stage import StageRun
 from tasks.store import TRACKING_URI, mlflow_client
 from tests.mixtures import carve
 from tests.texts import PARAMS

@@ -25,7 +25,7 @@ from flows import guardian, service
 from flows.compress import _verdict
 from flows.environment import check_database, prefect_home
 from flows.workspace import FlowError, kept, lock
-from tasks import stage, store
+from tasks import record, store
 from tasks.stage import explain
 from tasks.store import mlflow_client
 from tests.toy import PROJECT, commit, environment, make_toy
@@ -299,7 +299,7 @@ def test_a_locked_database_is_waited_for_and_then_told(monkeypatch):
 def test_the_next_run_closes_the_record_of_one_that_was_killed(tmp_path):
     uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
     script = (
-        "import os, signal, sys; from pathlib import Path; from tasks.stage import PipelineRecord, RunRecord\n"
+        "import os, signal, sys; from pathlib import Path; from tasks.record import PipelineRecord, RunRecord\n"
         "record = PipelineRecord.start(Path(sys.argv[1]), 'killed', {})\n"
         "tags = {'mlflow.parentRunId': record.run_id}\n"
         "record._client.create_run('1', run_name='distill', tags=tags)\n"
@@ -309,7 +309,7 @@ def test_the_next_run_closes_the_record_of_one_that_was_killed(tmp_path):
     subprocess.run([sys.executable, "-c", script, str(tmp_path)], cwd=PROJECT, env=kept_environment)
     client = mlflow_client(uri)
     assert [run.info.status for run in client.search_runs(["1"])] == ["RUNNING", "RUNNING"]
-    mine = stage.PipelineRecord.start(tmp_path, "next", {})
+    mine = record.PipelineRecord.start(tmp_path, "next", {})
     states = {run.info.run_name: run.info.status for run in client.search_runs(["1"])}
     assert states == {"killed": "KILLED", "distill": "KILLED", "next": "RUNNING"}
     mine.finish("FINISHED")

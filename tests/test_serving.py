@@ -15,8 +15,9 @@ from flows.serve import ask, served
 from flows.workspace import FlowError
 from tasks import register
 from tasks.params import load_params
+from tasks.record import PARENT_RUN
 from tasks.registry import Registry, RegistryError
-from tasks.stage import PARENT_RUN, StageRun
+from tasks.stage import StageRun
 from tasks.store import TRACKING_URI
 from tests.test_register import make_workspace
 from tests.texts import PARAMS

@@ -16,9 +16,11 @@ import numpy
 import pytest
 import torch
 
+from tasks import record as runs
 from tasks import stage as stages
+from tasks.measures import numbers
 from tasks.params import load_params
-from tasks.stage import StageRun, clock, explain, numbers, prepare_process, replace_folder
+from tasks.stage import StageRun, clock, explain, prepare_process, replace_folder
 from tests.texts import PARAMS, make_stage
 
 PROJECT = Path(__file__).parent.parent
@@ -209,25 +211,25 @@ def test_numbers_are_found_under_dotted_keys():
 
 
 def test_without_a_parent_run_nothing_is_recorded(tmp_path, monkeypatch):
-    monkeypatch.delenv(stages.PARENT_RUN, raising=False)
+    monkeypatch.delenv(runs.PARENT_RUN, raising=False)
     params = load_params(PARAMS)
-    assert stages.RunRecord.attach("distill", params) is None
+    assert runs.RunRecord.attach("distill", params) is None
     StageRun("distill", params, tmp_path).log_metrics({"loss": 1.0}, 0)
 
 
 def test_a_stage_is_recorded_under_its_parent_and_a_broken_record_does_not_stop_it(tmp_path, monkeypatch):
     params = load_params(PARAMS)
-    parent = stages.PipelineRecord.start(tmp_path, "minilm", {"git.commit": "abc"})
+    parent = runs.PipelineRecord.start(tmp_path, "minilm", {"git.commit": "abc"})
     for key, value in parent.environment().items():
         monkeypatch.setenv(key, value)
-    record = stages.RunRecord.attach("distill", params)
+    record = runs.RunRecord.attach("distill", params)
     stage = StageRun("distill", params, tmp_path, record)
     for step in range(3):
         stage.log_metrics({"loss": 1.0 / (step + 1)}, step)
     stage.write_json("metrics/distill.json", {"final": {"loss": 0.3}})
     record.finish("FINISHED", tmp_path / "metrics/distill.json")
 
-    client = stages.mlflow_client(parent.environment()[stages.TRACKING_URI])
+    client = runs.mlflow_client(parent.environment()[runs.TRACKING_URI])
     run = client.get_run(record.run_id)
     assert run.data.tags["mlflow.parentRunId"] == parent.run_id
     assert run.info.status == "FINISHED"
@@ -243,7 +245,7 @@ def test_a_stage_is_recorded_under_its_parent_and_a_broken_record_does_not_stop_
     record.finish("FINISHED")
 
     parent.link("distill", "f1", ran=True)
-    later = stages.PipelineRecord.start(tmp_path, "minilm", {})
+    later = runs.PipelineRecord.start(tmp_path, "minilm", {})
     later.link("distill", "f1", ran=False)
     made_by = client.get_run(later.run_id).data.tags["made_by.distill"]
     assert made_by == record.run_id

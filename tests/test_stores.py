@@ -16,8 +16,9 @@ from flows.serve import free_port
 from flows.workspace import FlowError
 from tasks import register
 from tasks.params import load_params
+from tasks.record import PARENT_RUN
 from tasks.registry import Registry
-from tasks.stage import PARENT_RUN, StageRun
+from tasks.stage import StageRun
 from tasks.store import ARTIFACTS, TRACKING_URI, StoreError, default_tracking_uri, mlflow_client
 from tests.postgres import PASSWORD, QUOTED, Postgres, postgres
 from tests.test_register import make_workspace
