@@ -24,31 +24,28 @@ import torch
 from rich.console import Console
 from rich.progress import track as progress
 from rich.table import Table
-from torch import Tensor, nn
 from torch.nn import functional as F
 
+from benchmarks.ablation.methods import factorllm
 from ffn2moe import metrics
 from ffn2moe.containers.table import CONTAINERS
 from ffn2moe.data.batches import Batch, Batches, pack
 from ffn2moe.data.generate import sample_tokens
 from ffn2moe.decompose.inputs import layer_inputs
 from ffn2moe.decompose.layer import decompose_layer, outputs
-from ffn2moe.decompose.oracle import expert_outputs
 from ffn2moe.decompose.reconstruct import refit_outputs
 from ffn2moe.decompose.route import RouterSettings, fit_router
-from ffn2moe.decompose.router_fit import prior_approximate_loss
 from ffn2moe.dense.families import positions
 from ffn2moe.dense.load import load_dense
-from ffn2moe.dense.locate import ffn_modules, read_ffn
-from ffn2moe.distill.distiller import Distiller
-from ffn2moe.distill.objectives import LogitsObjective, Loss, Outputs
+from ffn2moe.dense.locate import read_ffn
+from ffn2moe.distill.distiller import Distiller, Training
+from ffn2moe.distill.objectives import Loss, Outputs, objective_for
 from ffn2moe.moe.describe import spec_of
-from ffn2moe.moe.layer import MoEFFN, install_moe, moe_layers
+from ffn2moe.moe.layer import MoEFFN, install_moe
 from ffn2moe.planning.timing import machine
 from ffn2moe.spec import MoESpec
 
 LONGEST_TEXT = 512  # tokens drawn, of a model without a longest
-BALANCE_WEIGHT, PRIOR_WEIGHT = 0.01, 0.05  # of FactorLLM's three losses, beside 1 for the language model's own
 PROMPT = "Once upon a time"
 
 
@@ -67,48 +64,20 @@ class Cell:
     continuation: str
 
 
-class FactorLLM(Distiller):
-    """The published recipe: the language model's own loss, with the router trained by PA and balance terms alone.
+class TextObjective:
+    """The language model's own loss: cross entropy on the next token of the text. It needs no teacher."""
 
-    The hard choice passes no gradient to the router.
-    """
-
-    def _train_mode(self) -> None:
-        self.student.eval()
-
-
-class FactorLLMObjective:
-    """Cross entropy, and 0.05 PA + 0.01 balance where the router is trained, on the teacher's FFN inputs."""
-
-    terms = ("text", "prior", "balance")
-
-    def __init__(self, teacher: Any, student: Any, train_router: bool) -> None:
-        self.layers = moe_layers(student)
-        self.train_router = train_router
-        self.inputs: list[Tensor] = []
-        for module in ffn_modules(teacher):
-            module.register_forward_pre_hook(lambda _, inputs: self.inputs.append(inputs[0].flatten(0, -2)))
+    terms = ("text",)
 
     def outputs(self, model: Any, batch: Batch) -> Outputs:
-        """Logits; a pass of the teacher leaves its FFN inputs behind."""
-        if not moe_layers(model):
-            self.inputs = []
+        """Return the logits."""
         return Outputs((), model(**batch.inputs).logits)
 
     def loss(self, student: Outputs, teacher: Outputs, batch: Batch, progress: float) -> Loss:
-        """The three terms and their weighted sum."""
+        """Return the cross entropy."""
         ids_BL = batch.inputs["input_ids"]
         text = F.cross_entropy(student.head[:, :-1].flatten(0, 1), ids_BL[:, 1:].flatten())
-        prior = balance = text.new_zeros(())
-        if self.train_router:
-            for moe, x_TD in zip(self.layers, self.inputs, strict=True):
-                scores_TE = moe.router(x_TD)
-                prior = prior + prior_approximate_loss(scores_TE, expert_outputs(moe, x_TD), moe.num_active)
-                load_E = moe.router.choose(scores_TE, moe.num_active).load_E(moe.num_experts)
-                share_E = load_E / load_E.sum()
-                balance = balance + moe.num_experts * (share_E * scores_TE.softmax(-1).mean(0)).sum()
-        total = text + PRIOR_WEIGHT * prior + BALANCE_WEIGHT * balance
-        return Loss(total, {"text": text, "prior": prior, "balance": balance})
+        return Loss(text, {"text": text})
 
 
 @dataclass(frozen=True)
@@ -167,11 +136,8 @@ class Bench:
                 teacher,
                 student,
                 self.batches(),
-                LogitsObjective("forward_kl", logits_weight=1.0, hidden_weight=1.0),
-                steps=steps,
-                learning_rate=self.learning_rate,
-                balance_step=0.0,
-                scope="all",
+                objective_for("causal"),
+                Training(steps=steps, learning_rate=self.learning_rate, scope="all"),
             )
             _follow(run, f"ours, {active} of {self.experts}", console)
         return student.eval(), time.monotonic() - begun
@@ -188,20 +154,11 @@ class Bench:
             layers.append(
                 decompose_layer(read_ffn(student, index), torch.empty(0, spec.width), spec, index, seed=self.seed)
             )
-            nn.init.kaiming_uniform_(layers[-1].router.weight, a=math.sqrt(5))  # as nn.Linear starts
-            layers[-1].set_scale(self.experts / active)
+            factorllm.set_router(layers[-1])
         install_moe(student, layers)
-        objective = FactorLLMObjective(teacher, student, train_router)
-        run = FactorLLM(
-            teacher,
-            student,
-            self.batches(),
-            objective,
-            steps=self.steps,
-            learning_rate=self.learning_rate,
-            balance_step=0.0,
-            scope="all",
-        )
+        objective = factorllm.FactorLLMObjective(TextObjective(), teacher, student, train_router=train_router)
+        training = Training(steps=self.steps, learning_rate=self.learning_rate, scope="all")
+        run = Distiller(teacher, student, self.batches(), objective, training)
         _follow(run, f"FactorLLM, {active} of {self.experts}", console)
         return student.eval(), time.monotonic() - begun
 

@@ -45,8 +45,8 @@ from ffn2moe.dense.families import head_of
 from ffn2moe.dense.ffn import ACTIVATIONS, DenseFFN
 from ffn2moe.dense.load import load_dense
 from ffn2moe.dense.locate import ffn_layers, install, read_ffn
-from ffn2moe.distill.distiller import Distiller
-from ffn2moe.distill.objectives import EmbeddingObjective, LogitsObjective, Loss, Objective, Outputs
+from ffn2moe.distill.distiller import Distiller, Training
+from ffn2moe.distill.objectives import Loss, Objective, Outputs, objective_for
 from ffn2moe.moe.describe import spec_of
 from ffn2moe.moe.layer import MoEFFN, install_moe
 from ffn2moe.numerics import bf16_supported
@@ -101,13 +101,9 @@ def measure(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     with working(console, "making two students"):
         teacher, tokenizer = load_dense(options.model)
         head = head_of(teacher.config)
-        objective: Objective
-        if head == "embedding":
-            objective = EmbeddingObjective("mean", hidden_weight=1.0, embedding_weight=10.0, relational_weight=100.0)
-        elif head == "causal":
-            objective = LogitsObjective("forward_kl", logits_weight=1.0, hidden_weight=1.0)
-        else:
+        if head not in ("embedding", "causal"):
             raise ValueError(f"{options.model} has the head {head!r}: give an embedding model or a language model")
+        objective = objective_for(head, "mean")
         texts = read_corpus(str(options.texts)) if options.texts else docstrings((), workers=options.threads)
         ids = tokenizer(texts, truncation=True, max_length=LENGTH)["input_ids"]
         batches = Batches(ids, batch_tokens=options.tokens, seed=0, head=head)
@@ -197,11 +193,7 @@ class Stopwatch:
             student,
             batches,
             self,
-            steps=10**6,
-            learning_rate=1e-4,
-            balance_step=1e-3,
-            device=options.device,
-            bf16=bf16,
+            Training(steps=10**6, learning_rate=1e-4, balance_step=1e-3, device=options.device, bf16=bf16),
         )
         distiller.optimizer.register_step_pre_hook(lambda *_: self._mark("backward"))
         distiller.optimizer.register_step_post_hook(lambda *_: self._mark("optimiser"))

@@ -41,8 +41,8 @@ from ffn2moe.decompose.stream import HELD_OUT_SHARE, decompose, mixtures, outsid
 from ffn2moe.dense.families import FAMILIES, Family, head_of, positions
 from ffn2moe.dense.load import load_dense, pooling_of, resolve_source, weight_files
 from ffn2moe.dense.locate import read_ffn
-from ffn2moe.distill.distiller import Distiller
-from ffn2moe.distill.objectives import EmbeddingObjective, FeaturesObjective, LogitsObjective, Objective
+from ffn2moe.distill.distiller import Distiller, Training
+from ffn2moe.distill.objectives import objective_for
 from ffn2moe.moe import checkpoint
 from ffn2moe.moe.describe import spec_of
 from ffn2moe.moe.layer import install_moe, moe_layers
@@ -517,13 +517,15 @@ class _Conversion:
             self.teacher,
             student,
             data.train(),
-            self._objective(spec),
-            steps=steps or TIMED_STEPS,
-            learning_rate=rate,
-            balance_step=0.0 if self.container and not self.container.choice_bias else 1e-3,
-            scope=self.settings.scope,
-            device=self.device,
-            bf16=bf16,
+            objective_for(spec.head, spec.pooling),
+            Training(
+                steps=steps or TIMED_STEPS,
+                learning_rate=rate,
+                balance_step=0.0 if self.container and not self.container.choice_bias else 1e-3,
+                scope=self.settings.scope,
+                device=self.device,
+                bf16=bf16,
+            ),
         )
         steps = steps or self._steps(distiller, minutes)
         distiller.steps = steps
@@ -547,16 +549,6 @@ class _Conversion:
         for model, way in zip((self.teacher, student), ways, strict=True):
             model.set_attn_implementation(way)
         return {"steps": steps, "learning_rate": rate, "seconds": time.monotonic() - start, "bf16": bf16}
-
-    def _objective(self, spec: MoESpec) -> Objective:
-        if spec.head == "embedding":
-            assert spec.pooling is not None
-            return EmbeddingObjective(
-                pooling=spec.pooling, hidden_weight=1.0, embedding_weight=10.0, relational_weight=100.0
-            )
-        if spec.head == "features":
-            return FeaturesObjective()
-        return LogitsObjective(divergence="forward_kl", logits_weight=1.0, hidden_weight=1.0)
 
     def _steps(self, distiller: Distiller, minutes: float) -> int:
         """How many steps fill the time: some are tried, timed, and undone. Known again when the run goes on."""

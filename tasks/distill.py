@@ -48,7 +48,7 @@ def run(stage: StageRun) -> None:
 def distil(stage: StageRun, ranks: Ranks) -> None:
     """The stage as one of the processes that share its batches."""
     from ffn2moe.dense.load import load_dense
-    from ffn2moe.distill.distiller import Distiller
+    from ffn2moe.distill.distiller import Distiller, Training
     from ffn2moe.moe import checkpoint
     from ffn2moe.numerics import bf16_supported, choose_device
 
@@ -75,21 +75,23 @@ def distil(stage: StageRun, ranks: Ranks) -> None:
     require_same(fingerprint, ranks)
     curve = []
     if ranks.first:  # the others get its state when they start together
-        curve = train_layers(stage, teacher, student, batches, objective, spec, bf16=bf16, fingerprint=fingerprint)
+        curve = train_layers(stage, teacher, student, batches, spec, bf16=bf16, fingerprint=fingerprint)
     distiller = Distiller(
         teacher,
         student,
         batches,
         objective,
-        steps=settings.steps,
-        learning_rate=settings.learning_rate,
-        balance_step=balance_step_of(stage, spec),
-        scope=settings.scope,
-        elastic=spec.elastic,
-        seed=params.seed,
-        device=device,
-        bf16=bf16,
-        ranks=ranks,
+        Training(
+            steps=settings.steps,
+            learning_rate=settings.learning_rate,
+            balance_step=balance_step_of(stage, spec),
+            scope=settings.scope,
+            elastic=spec.elastic,
+            seed=params.seed,
+            device=device,
+            bf16=bf16,
+        ),
+        ranks,
     )
     if not ranks.first:
         for _ in distiller.run():
@@ -133,7 +135,6 @@ def train_layers(
     teacher: Any,
     student: Any,
     batches: BatchSource,
-    objective: Objective,
     spec: MoESpec,
     *,
     bf16: bool,
@@ -142,7 +143,7 @@ def train_layers(
     """Train every layer of the student by itself, if that is asked; gives the curves of their losses."""
     import torch
 
-    from ffn2moe.distill.layerwise import distil_layers
+    from ffn2moe.distill.layerwise import LayerTraining, distil_layers
     from ffn2moe.numerics import choose_device
 
     params, settings = stage.params, stage.params.distill
@@ -152,16 +153,16 @@ def train_layers(
         teacher,
         student,
         batches,
-        objective,
-        judge=settings.layerwise,
-        steps=settings.layerwise_steps,
-        batch_tokens=settings.batch_tokens,
-        learning_rate=settings.learning_rate,
-        seed=params.seed,
-        elastic=spec.elastic,
+        LayerTraining(
+            steps=settings.layerwise_steps,
+            batch_tokens=settings.batch_tokens,
+            learning_rate=settings.learning_rate,
+            seed=params.seed,
+            elastic=spec.elastic,
+            device=choose_device(params.compute.device),
+            bf16=bf16,
+        ),
         workers=torch.get_num_threads() * int(os.environ.get("LOCAL_WORLD_SIZE", "1")),  # the others wait
-        device=choose_device(params.compute.device),
-        bf16=bf16,
         folder=stage.root / LAYERS,
         fingerprint=fingerprint,
         do=dask_map(),
@@ -177,25 +178,18 @@ def train_layers(
 
 
 def objective_of(stage: StageRun, spec: MoESpec) -> Objective:
-    """What a student with this head learns."""
-    from ffn2moe.distill.objectives import EmbeddingObjective, LogitsObjective
+    """Return the objective of a student with this head, with the weights of params.yaml."""
+    from ffn2moe.distill.objectives import LossWeights, objective_for
 
     settings = stage.params.distill
-    settings.require_sense_for(spec.head)
-    if spec.head == "embedding":
-        assert spec.pooling is not None
-        return EmbeddingObjective(
-            pooling=spec.pooling,
-            hidden_weight=settings.hidden_weight,
-            embedding_weight=settings.embedding_weight,
-            relational_weight=settings.relational_weight,
-        )
-    return LogitsObjective(
+    weights = LossWeights(
+        hidden=settings.hidden_weight,
+        embedding=settings.embedding_weight,
+        relational=settings.relational_weight,
+        logits=settings.logits_weight,
         divergence=settings.divergence,
-        logits_weight=settings.logits_weight,
-        hidden_weight=settings.hidden_weight,
-        token_share=settings.token_share,
     )
+    return objective_for(spec.head, spec.pooling, weights)
 
 
 def balance_step_of(stage: StageRun, spec: MoESpec) -> float:

@@ -17,7 +17,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from ruamel.yaml import YAML  # the parser DVC reads params.yaml with: `1e-3` is a number, `on` a string
 from ruamel.yaml.error import YAMLError
 
-from tasks.choices import CONTAINERS, OneOf, UnknownName
+from tasks.choices import CONTAINERS, DIVERGENCES, OneOf, UnknownName
 
 Count = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0)]
@@ -202,7 +202,6 @@ class TrainRouter(Section):
 
 class Distill(Section):
     layerwise_steps: int = Field(ge=0)
-    layerwise: Literal["alone", "stitched"]
     steps: int = Field(ge=0)
     batch_tokens: Count
     learning_rate: Positive
@@ -210,37 +209,12 @@ class Distill(Section):
     embedding_weight: NonNegative
     relational_weight: NonNegative
     logits_weight: NonNegative
-    divergence: Literal["forward_kl", "reverse_kl", "js", "balanced_kl", "taid", "sinkhorn"]
-    token_share: float = Field(gt=0, le=1)
+    divergence: Annotated[str, OneOf(DIVERGENCES)]
     elastic: tuple[Count, ...]
     scope: Literal["experts", "all"]
     balance_step: NonNegative
     checkpoint_every: Count
     processes: Count
-
-    def require_sense_for(self, head: str) -> None:
-        """ValueError for what a teacher with this head has no use for."""
-        gives_none = "an embedding model is distilled on its hidden states and embeddings and has no logits"
-        if self.divergence == "sinkhorn" and head != "classification":
-            why = {
-                "embedding": gives_none,
-                "causal": "it compares the distributions of a batch each with each, entry by entry, which a vocabulary "
-                "makes too large and what is near in it meaningless",
-            }
-            raise ValueError(
-                f"distill.divergence = sinkhorn is for classifiers, and the teacher's head is {head}: "
-                f"{why.get(head, why['causal'])}; set distill.divergence="
-                + ("forward_kl" if head == "embedding" else "taid, forward_kl, reverse_kl, js or balanced_kl")
-            )
-        if self.token_share < 1 and head in ("embedding", "classification"):
-            why_none = {
-                "embedding": gives_none,
-                "classification": "a classifier gives one distribution for a whole text, without positions",
-            }
-            raise ValueError(
-                f"distill.token_share = {self.token_share:g} chooses among the positions of a text, and "
-                f"{why_none[head]} (the teacher's head is {head}): set distill.token_share=1.0"
-            )
 
 
 class Evaluate(Section):
@@ -374,23 +348,6 @@ class Params(Section):
             raise ValueError(
                 f"decompose.container = {self.decompose.container}, but containers hold causal language models and "
                 f"teacher.head = {head}: set decompose.container=none"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _distillation_suits_the_head(self) -> Params:
-        if self.teacher.head != "auto":  # else the stage asks, when it knows
-            self.distill.require_sense_for(self.teacher.head)
-        return self
-
-    @model_validator(mode="after")
-    def _a_stitched_layer_chooses_by_its_own_input(self) -> Params:
-        settings = self.distill
-        if settings.layerwise_steps and settings.layerwise == "stitched" and self.decompose.routing == "sequence":
-            raise ValueError(
-                "distill.layerwise = stitched puts one layer at a time into the teacher, and with decompose.routing = "
-                "sequence it would read another layer's input than later: set distill.layerwise=alone, or "
-                "distill.layerwise_steps=0"
             )
         return self
 

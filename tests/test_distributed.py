@@ -21,12 +21,13 @@ import pytest
 import torch
 from torch import multiprocessing
 
+import benchmarks.ablation.methods  # noqa: F401  the divergences selected_tokens and sinkhorn
 from ffn2moe.data.batches import Batches
 from ffn2moe.data.ranks import ALONE, Ranks, joined
 from ffn2moe.decompose import partition as partitions
 from ffn2moe.dense.load import load_dense
 from ffn2moe.dense.locate import read_ffn
-from ffn2moe.distill.distiller import Distiller
+from ffn2moe.distill.distiller import Distiller, Training
 from ffn2moe.distill.objectives import EmbeddingObjective, LogitsObjective, Objective
 from ffn2moe.moe.describe import spec_of
 from ffn2moe.moe.experts import neurons_by_expert, slice_experts
@@ -76,7 +77,7 @@ def distiller(case: str, teachers: Path, ranks: Ranks) -> Distiller:
     lengths = torch.randint(shortest, longest, (120,), generator=generator).tolist()
     texts = [torch.randint(5, 100, (length,), generator=generator).tolist() for length in lengths]
     objective: Objective = {
-        "causal": LogitsObjective("forward_kl", logits_weight=1.0, hidden_weight=1.0, token_share=0.5),
+        "causal": LogitsObjective("selected_tokens", logits_weight=1.0, hidden_weight=1.0),
         "sinkhorn": LogitsObjective("sinkhorn", logits_weight=1.0, hidden_weight=1.0),
     }.get(case) or EmbeddingObjective("mean", hidden_weight=1.0, embedding_weight=10.0, relational_weight=100.0)
     return Distiller(
@@ -84,11 +85,8 @@ def distiller(case: str, teachers: Path, ranks: Ranks) -> Distiller:
         student,
         Batches(texts, batch_tokens=51 if head == "causal" else 80, seed=0, head=head),
         objective,
-        steps=STEPS,
-        learning_rate=1e-3,
-        balance_step=1e-3,
-        elastic=spec.elastic,
-        ranks=ranks,
+        Training(steps=STEPS, learning_rate=1e-3, balance_step=1e-3, elastic=spec.elastic),
+        ranks,
     )
 
 

@@ -23,7 +23,7 @@ from ffn2moe.decompose.layer_map import LayerJob, LayerResult, here, in_processe
 from ffn2moe.decompose.route import RouterSettings
 from ffn2moe.dense.load import load_dense
 from ffn2moe.dense.locate import read_ffn
-from ffn2moe.distill.layerwise import _Alone, _How
+from ffn2moe.distill.layerwise import LayerDistillation, LayerTraining
 from ffn2moe.moe.layer import moe_layers
 from flows.serve import free_port
 from tasks.layer_map import DASK, dask_map, in_order
@@ -38,7 +38,7 @@ def jobs_of(teacher: Path) -> list[LayerJob]:
     student, spec = carve(teacher, output_scale=1.0)
     ffn, moe = read_ffn(dense, 0), moe_layers(student)[0]
     x_TD = torch.randn(600, spec.width, generator=torch.Generator().manual_seed(0))
-    how = _How(steps=5, batch_tokens=64, learning_rate=1e-2, seed=0, elastic=(), device="cpu", bf16=False)
+    training = LayerTraining(steps=5, batch_tokens=64, learning_rate=1e-2, seed=0)
     router = RouterSettings(steps=5, batch_tokens=64, seed=0, refit=0.1)
     return [
         contributions_job(ffn, x_TD, 0),
@@ -46,7 +46,7 @@ def jobs_of(teacher: Path) -> list[LayerJob]:
         decompose_job(ffn, x_TD, spec, 0, seed=0, every_budget=True),
         judge_job(ffn, moe.neurons, moe.shared_neurons, x_TD, spec, 0),
         route_job(moe, spec, 0, router, x_TD=x_TD[:500], held_out_TD=x_TD[500:]),
-        _Alone(0, moe, ffn, x_TD, None, how).to_send(spec),
+        LayerDistillation(0, moe, ffn, x_TD, None, training).to_send(spec),
     ]
 
 

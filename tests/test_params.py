@@ -238,29 +238,6 @@ def test_paths_are_resolved_where_they_were_written_and_names_are_left_alone(tmp
     assert validate(with_absolute_paths(raw, tmp_path, ["data.folder"])).data.corpus == "texts.txt"
 
 
-@pytest.mark.parametrize(
-    ("head", "setting", "message"),
-    [
-        ("causal", "divergence=sinkhorn", "is for classifiers, and the teacher's head is causal: .* set .*=taid"),
-        ("seq2seq", "divergence=sinkhorn", "which a vocabulary makes too large .* set distill.divergence=taid"),
-        ("embedding", "divergence=sinkhorn", "has no logits; set distill.divergence=forward_kl"),
-        ("embedding", "token_share=0.5", "token_share = 0.5 .* has no logits .*: set distill.token_share=1.0"),
-        ("classification", "token_share=0.5", "without positions .*: set distill.token_share=1.0"),
-        ("causal", "token_share=0", "distill.token_share = 0: input should be greater than 0"),
-    ],
-)
-def test_a_distillation_that_a_head_has_no_use_for_is_refused_with_one_that_it_has(head, setting, message):
-    with pytest.raises(ParamsError, match=message):
-        load_params(FILE, [f"teacher.head={head}", f"distill.{setting}"])
-    able = "classification" if "sinkhorn" in setting else "causal"
-    if not setting.endswith("=0"):
-        load_params(FILE, [f"teacher.head={able}", f"distill.{setting}"])
-        load_params(FILE, [f"distill.{setting}"])  # a head that is not known yet is the stage's to judge
-
-
-def test_stitched_layers_cannot_choose_by_whole_texts_and_need_no_steps():
-    load_params(FILE, ["distill.layerwise=stitched"])
-    load_params(FILE, ["distill.layerwise=alone", "distill.layerwise_steps=9", "decompose.routing=sequence"])
-    load_params(FILE, ["distill.layerwise=stitched", "decompose.routing=sequence"])
-    with pytest.raises(ParamsError, match=r"set distill.layerwise=alone, or distill.layerwise_steps=0"):
-        load_params(FILE, ["distill.layerwise=stitched", "distill.layerwise_steps=9", "decompose.routing=sequence"])
+def test_an_unknown_divergence_suggests_the_nearest_known_one():
+    with pytest.raises(ParamsError, match="distill.divergence: unknown .* 'revers_kl'; did you mean 'reverse_kl'"):
+        load_params(FILE, ["distill.divergence=revers_kl"])

@@ -22,7 +22,7 @@ from ffn2moe.decompose.layer import every_expert, output_of
 from ffn2moe.dense.ffn import DenseFFN
 from ffn2moe.dense.load import load_dense
 from ffn2moe.dense.locate import read_ffn
-from ffn2moe.distill.distiller import Distiller
+from ffn2moe.distill.distiller import Distiller, Training
 from ffn2moe.distill.objectives import EmbeddingObjective
 from ffn2moe.moe import checkpoint
 from ffn2moe.moe.describe import spec_of
@@ -468,8 +468,8 @@ class Texts:
 
 def distiller(teacher: Path, student: nn.Module, steps: int, **options: Any) -> Distiller:
     objective = EmbeddingObjective(pooling="mean", hidden_weight=1.0, embedding_weight=10.0, relational_weight=100.0)
-    settings = {"learning_rate": 1e-2, "balance_step": 0.0} | options
-    return Distiller(load_dense(str(teacher))[0], student, Texts(), objective, steps=steps, **settings)
+    training = Training(steps=steps, **{"learning_rate": 1e-2} | options)
+    return Distiller(load_dense(str(teacher))[0], student, Texts(), objective, training)
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)

@@ -11,7 +11,7 @@ from ffn2moe.data.batches import Batches
 from ffn2moe.decompose import partition as partitions
 from ffn2moe.dense.load import load_dense
 from ffn2moe.dense.locate import read_ffn
-from ffn2moe.distill.distiller import Distiller, Scope
+from ffn2moe.distill.distiller import Distiller, Scope, Training
 from ffn2moe.distill.losses import distillation_loss
 from ffn2moe.distill.objectives import EmbeddingObjective, LogitsObjective
 from ffn2moe.moe import checkpoint
@@ -77,10 +77,7 @@ def distiller(teacher: Path, steps: int, folder: Path, scope: Scope = "experts")
         checkpoint.load(folder),
         batches,
         EmbeddingObjective("mean", hidden_weight=1.0, embedding_weight=10.0, relational_weight=100.0),
-        steps=steps,
-        learning_rate=3e-3,
-        balance_step=1e-3,
-        scope=scope,
+        Training(steps=steps, learning_rate=3e-3, balance_step=1e-3, scope=scope),
     )
 
 

@@ -138,18 +138,18 @@ def test_layers_that_learn_first_have_a_curve_and_are_not_lost_when_the_stage_is
     assert curve[0] == "layer,step,loss"
     assert [line.rsplit(",", 1)[0] for line in curve[1:]] == ["0,0", "0,10", "1,0", "1,10"]
 
-    put_back = layerwise._Kept.put_back
+    put_back = layerwise.KeptLayers.put_back
 
     def die_after_layer_0(self, ffn, layer):
         if layer == 1:
             raise KeyboardInterrupt
         return put_back(self, ffn, layer)
 
-    monkeypatch.setattr(layerwise._Kept, "put_back", die_after_layer_0)
+    monkeypatch.setattr(layerwise.KeptLayers, "put_back", die_after_layer_0)
     with pytest.raises(KeyboardInterrupt):
         distill.run(stage(killed, "distill", *settings))
     monkeypatch.undo()
-    monkeypatch.setattr(layerwise._Alone, "losses", None)  # both layers are done
+    monkeypatch.setattr(layerwise.LayerDistillation, "losses", None)  # both layers are done
     distill.run(stage(killed, "distill", *settings))
     assert bytes_of(killed / "models/distilled") == bytes_of(whole / "models/distilled")
     for name in ("metrics/distill.json", "metrics/plots/layerwise.csv", "metrics/plots/distill.csv"):
@@ -160,10 +160,8 @@ def test_layers_that_learn_first_have_a_curve_and_are_not_lost_when_the_stage_is
 def test_layers_may_be_all_that_learns(routed, tmp_path):
     root = tmp_path / "root"
     shutil.copytree(routed, root)
-    for judge in ("alone", "stitched"):
-        settings = ("distill.layerwise_steps=2", f"distill.layerwise={judge}", "distill.steps=0", "compute.threads=1")
-        distill.run(stage(root, "distill", *settings))
-        assert bytes_of(root / "models/distilled") != bytes_of(root / "models/routed")
+    distill.run(stage(root, "distill", "distill.layerwise_steps=2", "distill.steps=0", "compute.threads=1"))
+    assert bytes_of(root / "models/distilled") != bytes_of(root / "models/routed")
 
 
 def test_a_checkpoint_of_other_parameters_is_not_continued(routed, tmp_path, monkeypatch):

@@ -14,13 +14,12 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
-from importlib import import_module
 from pathlib import Path
 
 from rich.console import Console
 
 from benchmarks.ablation.grid import Budget
-from benchmarks.ablation.method import GROUPS, STAGES, Method, methods_of
+from benchmarks.ablation.method import GROUPS, STAGES, Method
 
 DRAWN = ("data.max_texts=2000", "data.calibration_texts=200")  # of the texts that a causal model is trained on
 HELD_OUT_TOKENS = 8192  # of the calibration texts, on which the FFNs' error is measured
@@ -77,6 +76,7 @@ def work(options: argparse.Namespace, arguments: list[str], console: Console) ->
     from benchmarks.ablation import page
     from benchmarks.ablation.bench import Bench, Setup, prepared
     from benchmarks.ablation.grid import Store, cells
+    from benchmarks.ablation.methods import methods_of
     from benchmarks.ablation.run import run
 
     if options.page_only:
@@ -91,7 +91,6 @@ def work(options: argparse.Namespace, arguments: list[str], console: Console) ->
         )
     setup = Setup(workspace, options.work, budget, options.threads, options.device, options.model)
     bench = Bench(setup)
-    import_module("benchmarks.ablation.methods")  # registers them
     methods = methods_of(bench.head)
     shares = [share / 100 for share in options.shares]
     store = Store(options.work / "cells", budget, bench.data)

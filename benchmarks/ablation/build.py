@@ -6,7 +6,7 @@ import hashlib
 import os
 import shutil
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,11 +14,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from benchmarks.ablation import compressors as rivals
-from benchmarks.ablation import methods as _methods  # noqa: F401  the tables hold every method, in workers, too
 from benchmarks.ablation.bench import Bench
-from benchmarks.ablation.factorllm import FactorLLMObjective, as_released
 from benchmarks.ablation.grid import Cell, Store
-from benchmarks.ablation.method import DEFAULT, Method, elastic_budgets, kept_experts
+from benchmarks.ablation.method import DEFAULT, elastic_budgets, kept_experts
+from benchmarks.ablation.recipes import RECIPES, Made, distil
 from ffn2moe import metrics
 from ffn2moe.decompose import layer as factorise
 from ffn2moe.decompose import oracle
@@ -29,9 +28,6 @@ from ffn2moe.decompose.reconstruct import refit_outputs
 from ffn2moe.decompose.route import RouterSettings, fit_router
 from ffn2moe.dense.ffn import DenseFFN, installed_ffns
 from ffn2moe.dense.locate import read_ffn
-from ffn2moe.distill.distiller import Distiller
-from ffn2moe.distill.layerwise import distil_layers
-from ffn2moe.distill.objectives import EmbeddingObjective, LogitsObjective, Objective
 from ffn2moe.moe import checkpoint
 from ffn2moe.moe.describe import spec_of
 from ffn2moe.moe.layer import MoEFFN, install_moe, moe_layers, set_active
@@ -63,19 +59,6 @@ def measure(bench: Bench, cell: Cell) -> dict[str, Any]:
             "processor": time.process_time() - processor,
         },
     }
-
-
-@dataclass(frozen=True)
-class Made:
-    """The model of a cell; without a spec where no mixture is in it.
-
-    `routed` is what `oracle.diagnose` says of each layer before the experts' outputs are fitted, as their sum is the
-    dense FFN then.
-    """
-
-    model: Any
-    spec: MoESpec | None
-    routed: tuple[dict[str, float], ...] = ()
 
 
 def make(bench: Bench, cell: Cell) -> Made:
@@ -129,6 +112,7 @@ def rival(bench: Bench, cell: Cell) -> Made:
 def mixture(bench: Bench, cell: Cell) -> Made:
     """Experts, and routers up to the cell's stage."""
     method, budget = cell.method, bench.budget
+    recipe = RECIPES[method.recipe]
     student = bench.model()
     spec, layers = carved(bench, cell, student)
     of_texts, of_held_out = (
@@ -137,7 +121,7 @@ def mixture(bench: Bench, cell: Cell) -> Made:
     routed = []
     for index, moe in enumerate(layers):
         x_TD, held_out_TD = bench.inputs("router", index), bench.held_out(index)
-        if method.recipe == "ours":
+        if recipe.set_router is None:
             fit_router(
                 moe,
                 x_TD,
@@ -154,9 +138,9 @@ def mixture(bench: Bench, cell: Cell) -> Made:
                 **of_texts,
             )
         else:
-            as_released(moe)
+            recipe.set_router(moe)
         routed.append(oracle.diagnose(moe, held_out_TD, **{k: v[: len(held_out_TD)] for k, v in of_held_out.items()}))
-        if method.recipe == "ours" and method.refit and budget.refit:
+        if recipe.set_router is None and method.refit and budget.refit:
             wanted_TD = outputs(read_ffn(bench.teacher, index), x_TD)
             refit_outputs(moe, x_TD, wanted_TD, penalty=budget.refit, route_TD=of_texts.get("route_TD"))
     install_moe(student, layers)
@@ -273,75 +257,6 @@ def shrunk(bench: Bench, cell: Cell, made: Made) -> Made:
         method=cell.method.after,
     )
     return Made(made.model.eval(), spec)
-
-
-# --- with training ------------------------------------------------------------------------------------
-
-
-def distil(bench: Bench, made: Made, cell: Cell) -> None:
-    """The budget of steps, spent as the method says.
-
-    A step of `layerwise` passes its tokens once through the FFNs of all layers, side by side; `stitched`, once through
-    the model for each layer, so that it has as many steps fewer as there are layers.
-    """
-    method, budget = cell.method, bench.budget
-    teacher = bench.model()
-    objective: Objective = objective_of(bench, method)
-    apart = round(method.layerwise_share * budget.steps)
-    if apart:
-        curves = distil_layers(
-            teacher,
-            made.model,
-            bench.batches(cell.seed),
-            objective,
-            judge=method.layerwise,
-            steps=max(1, apart // bench.num_layers) if method.layerwise == "stitched" else apart,
-            batch_tokens=budget.batch_tokens,
-            learning_rate=budget.learning_rate,
-            seed=cell.seed,
-            device=bench.setup.device,
-            bf16=bench.bf16,
-        )
-        for _ in curves:
-            pass
-    if method.recipe != "ours":
-        objective = FactorLLMObjective(objective, teacher, made.model, train_router=method.recipe == "published")
-    if apart < budget.steps:
-        run = Distiller(
-            teacher,
-            made.model,
-            bench.batches(cell.seed),
-            objective,
-            steps=budget.steps - apart,
-            learning_rate=budget.learning_rate,
-            balance_step=budget.balance_step if method.recipe == "ours" else 0.0,
-            elastic=made.spec.elastic if made.spec else (),
-            seed=cell.seed,
-            device=bench.setup.device,
-            bf16=bench.bf16,
-        )
-        for _ in run.run():
-            pass
-    made.model.to("cpu").eval()
-
-
-def objective_of(bench: Bench, method: Method) -> Objective:
-    """What every student of the grid learns, with the method's divergence where there are logits."""
-    budget = bench.budget
-    if bench.head == "embedding":
-        assert bench.pooling is not None
-        return EmbeddingObjective(
-            pooling=bench.pooling,
-            hidden_weight=budget.hidden_weight,
-            embedding_weight=budget.embedding_weight,
-            relational_weight=budget.relational_weight,
-        )
-    return LogitsObjective(
-        divergence=method.divergence,
-        logits_weight=budget.logits_weight,
-        hidden_weight=budget.hidden_weight,
-        token_share=method.token_share,
-    )
 
 
 # --- what is found ------------------------------------------------------------------------------------

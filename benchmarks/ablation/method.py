@@ -39,7 +39,7 @@ KEPT_EXPERTS = 0.75  # share of the experts that stay when the least used ones a
 class Method:
     """One way to make a smaller FFN. A field that is not given has the default's value.
 
-    The fields from `partition` to `token_share` are named as in params.yaml.
+    The fields from `partition` to `divergence` are named as in params.yaml.
     """
 
     name: str
@@ -60,11 +60,9 @@ class Method:
     objective: str = "oracle"
     temperature: float = 1.0
     refit: bool = True  # the experts' outputs, to the dense FFN's under the router's choice
-    layerwise_share: float = 0.0  # of the steps of distillation, each layer by itself before the others
-    layerwise: str = "alone"
+    layerwise_share: float = 0.0  # share of the steps that train each layer by itself, before the others
     divergence: str = "forward_kl"
-    token_share: float = 1.0
-    recipe: str = "ours"  # "released" and "published": FactorLLM's router and its training
+    recipe: str = "ours"  # a row of benchmarks.ablation.recipes
     after: str | None = None  # how `shrink` makes the trained mixture smaller
     compressor: str | None = None  # another compressor in the FFN's place (benchmarks.ablation.compressors)
 
@@ -108,9 +106,3 @@ def add(*methods: Method) -> None:
 
 DEFAULT = Method("default", "ours", "default", "docs/methods.md", heads=BOTH)
 add(DEFAULT)
-
-
-def methods_of(head: str) -> dict[str, Method]:
-    """Return the methods for models with this head, by name: the default first, then group by group."""
-    found = (method for method in METHODS.rows() if head in method.heads)
-    return {method.name: method for method in sorted(found, key=lambda method: GROUPS.index(method.group))}

@@ -18,6 +18,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+import benchmarks.ablation.methods  # noqa: F401  a worker finds every method in the tables
 from benchmarks.ablation.bench import Bench, Setup
 from benchmarks.ablation.build import measure
 from benchmarks.ablation.grid import Cell, Store

@@ -1,6 +1,6 @@
-"""Layerwise distillation: what took the place of each FFN learns by itself, before the model is trained end to end.
+"""Layerwise distillation: each layer learns by itself, before the model is trained end to end.
 
-On the teacher's inputs the layers are independent of one another, so that they can be spread over processes.
+On the teacher's inputs the layers do not depend on each other, so that several processes can share them.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,118 +20,107 @@ from ffn2moe.data.batches import BatchSource
 from ffn2moe.decompose.inputs import layer_inputs, texts_of
 from ffn2moe.decompose.jobs import dense_of, dense_parts, mixture_of
 from ffn2moe.decompose.layer_map import LayerJob, LayerMap, LayerResult, here, in_processes, under
-from ffn2moe.dense.families import Stack
-from ffn2moe.dense.ffn import DenseFFN, install_in_block, installed_ffns
-from ffn2moe.dense.locate import ffn_layers, read_ffn, stack_of
-from ffn2moe.distill.distiller import FOLLOW_RATE, FOLLOWED_TOKENS, MAX_GRADIENT_NORM, Distiller, budget_of_step
-from ffn2moe.distill.objectives import Objective
+from ffn2moe.dense.ffn import DenseFFN, installed_ffns
+from ffn2moe.dense.locate import ffn_layers, read_ffn
+from ffn2moe.distill.steps import (
+    FOLLOW_RATE,
+    FOLLOWED_TOKENS,
+    adamw,
+    budget_of_step,
+    budgets_of,
+    require_finite,
+    update,
+)
 from ffn2moe.moe.checkpoint import load_progress, save_progress
 from ffn2moe.moe.layer import MoEFFN, moe_layers, set_active
 from ffn2moe.moe.texts import text_means
-from ffn2moe.numerics import schedule
 from ffn2moe.spec import MoESpec
 
-Judge = Literal["alone", "stitched"]
-
-MOST_NUMBERS = 2**28  # that the inputs of all layers together may have: 1 GiB
-CHUNK = 4096  # tokens whose dense output is worked out at once
+MOST_NUMBERS = 2**28  # elements that the inputs of all layers together may have: 1 GiB
+CHUNK = 4096  # tokens per call of the dense FFN
 
 
 @dataclass(frozen=True)
-class LayerCurve:
-    """What came of one layer: the loss of every step."""
-
-    layer: int
-    losses: list[float]
-
-
-@dataclass(frozen=True)
-class _How:
-    """What is the same for all layers."""
+class LayerTraining:
+    """The settings that all layers share."""
 
     steps: int
     batch_tokens: int
     learning_rate: float
     seed: int
-    elastic: tuple[int, ...]
-    device: str
-    bf16: bool
+    elastic: tuple[int, ...] = ()
+    device: str = "cpu"
+    bf16: bool = False
+
+
+@dataclass(frozen=True)
+class LayerCurve:
+    """The loss of every step of one layer."""
+
+    layer: int
+    losses: list[float]
 
 
 def distil_layers(
     teacher: Any,
     student: Any,
     batches: BatchSource,
-    objective: Objective,
+    training: LayerTraining,
     *,
-    judge: Judge,
-    steps: int,
-    batch_tokens: int,
-    learning_rate: float,
-    seed: int,
-    elastic: Sequence[int] = (),
-    stitch: bool = False,
     workers: int = 1,
-    device: str | torch.device = "cpu",
-    bf16: bool = False,
     folder: str | Path | None = None,
     fingerprint: str = "",
     do: LayerMap | None = None,
     spec: MoESpec | None = None,
 ) -> Iterator[LayerCurve]:
-    """Train what was installed in the place of each FFN of `student`, layer by layer; yields a layer when it is done.
+    """Train what stands in the place of each FFN of `student`, layer by layer; yield each layer when it is done.
 
-    - ``alone``: minimises ``||moe(h) - ffn(h)||^2 / ||ffn(h)||^2``, h being what the FFN gets in the dense teacher. The
-      router learns with the experts, by the gradient that its gates pass.
-    - ``stitched``: the layer stands in the teacher, in the place of its FFN, and learns what the teacher's output asks
-      of it, by `objective`, batch after batch. This is m2mKD (arXiv 2402.16918) with the teacher as its meta model:
-      that method puts module after module into a small model of its own, with linear stitches around it as widths
-      differ, and throws the stitches away. Here the widths agree, and the layers around the module are those that it
-      will stand among, so no stitch is needed. ``stitch=True`` trains one all the same, a linear map behind the module
-      that starts as the identity, and throws it away with all that it has learnt.
+    A layer minimises ``||moe(h) - ffn(h)||^2 / ||ffn(h)||^2``, with h the input of the FFN in the dense teacher. The
+    router learns with the experts, by the gradient that its gates pass.
 
-    Alone, a layer learns in one thread and in an order of its own that depends on the seed: the result is the same for
-    any number of `workers`, which are processes where there is more than one, and wherever `do` has the work done,
-    which asks for the `spec` of a student of mixtures. Stitched, whole models run, which keep
-    all threads busy, so the layers come one after another in this process. Layers that are done are kept in `folder`
-    under the `fingerprint` of the training, and are not trained again. ValueError where the student has not one thing
-    installed for each FFN; FloatingPointError when a loss is not finite; ChildProcessError when a worker fails or is
-    killed. The student changes a layer at a time, and not by one that fails.
+    Each layer learns in one thread, in an order that depends on the seed and the layer alone. So the result is the same
+    for any number of `workers` (processes, if more than one) and wherever `do` runs the jobs, which needs the `spec` of
+    the student's mixtures. Finished layers are kept in `folder` under the `fingerprint` of the training, and are not
+    trained again. ValueError if the student has not one module for each FFN; FloatingPointError if a loss is not
+    finite; ChildProcessError if a worker fails or is killed. A layer that fails does not change the student.
     """
-    ffns = installed_ffns(student)
-    if len(ffns) != len(ffn_layers(teacher)):
-        raise ValueError(
-            f"the student has something in the place of {len(ffns)} FFNs, of which the teacher has "
-            f"{len(ffn_layers(teacher))}: layerwise distillation trains all of them"
-        )
-    how = _How(steps, batch_tokens, learning_rate, seed, tuple(elastic), str(device), bf16)
+    ffns = modules_for_ffns(teacher, student)
     with tempfile.TemporaryDirectory() as temporary:
-        kept = _Kept(Path(folder or temporary), fingerprint)
-        todo = [index for index in range(len(ffns)) if not kept.has(index)]
+        kept = KeptLayers(Path(folder or temporary), fingerprint)
+        todo = kept.missing(len(ffns))
         for index in sorted(set(range(len(ffns))) - set(todo)):
             yield kept.put_back(ffns[index], index)
         if not todo:
             return
+        jobs = layer_jobs(teacher, ffns, batches, todo, training)
+        workers = min(workers, len(todo))
         trained: Iterator[LayerResult]
-        if judge == "stitched":
-            trained = (job.done() for job in _stitched(teacher, ffns, batches, objective, todo, stitch, how))
+        if training.device != "cpu":
+            trained = (job.done() for job in jobs)
+        elif do and spec:
+            trained = do([job.to_send(spec) for job in jobs])
+        elif workers > 1:
+            trained = in_processes(jobs, workers, folder=kept.folder)
         else:
-            jobs = _alone(teacher, ffns, batches, todo, how)
-            if how.device != "cpu":
-                trained = (job.done() for job in jobs)
-            elif do and spec:
-                trained = do([job.to_send(spec) for job in jobs])
-            elif min(workers, len(todo)) > 1:
-                trained = in_processes(jobs, min(workers, len(todo)), folder=kept.folder)
-            else:
-                trained = here(jobs)
+            trained = here(jobs)
         for result in trained:
             kept.put(result)
             yield kept.put_back(ffns[result.layer], result.layer)
 
 
-class _Kept:
-    """The layers that are done: what became of each, and its losses, in a file of its own."""
+def modules_for_ffns(teacher: Any, student: Any) -> list[nn.Module]:
+    """Return the modules in the place of the student's FFNs. ValueError if the teacher has more FFNs."""
+    ffns = installed_ffns(student)
+    if len(ffns) != len(ffn_layers(teacher)):
+        raise ValueError(
+            f"the student has a module in the place of {len(ffns)} FFNs and the teacher has "
+            f"{len(ffn_layers(teacher))}: layerwise distillation trains all of them, so install one for each"
+        )
+    return ffns
+
+
+class KeptLayers:
+    """The finished layers in a folder: one file each, with the weights and the losses."""
 
     def __init__(self, folder: Path, fingerprint: str) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -141,17 +130,19 @@ class _Kept:
     def _file(self, layer: int) -> Path:
         return self.folder / f"layer-{layer}.safetensors"
 
-    def has(self, layer: int) -> bool:
-        return load_progress(self._file(layer), fingerprint=self.fingerprint) is not None
+    def missing(self, count: int) -> list[int]:
+        """Return those of `count` layers that have no file of this training."""
+        return [n for n in range(count) if load_progress(self._file(n), fingerprint=self.fingerprint) is None]
 
     def put(self, result: LayerResult) -> None:
+        """Write a finished layer."""
         losses = result.summary["losses"]
         tensors = {f"ffn.{name}": tensor.contiguous() for name, tensor in result.tensors.items()}
         tensors["losses"] = torch.tensor(losses, dtype=torch.float64)
         save_progress(self._file(result.layer), tensors, step=len(losses), fingerprint=self.fingerprint)
 
     def put_back(self, ffn: nn.Module, layer: int) -> LayerCurve:
-        """Give `ffn` what its training came to."""
+        """Load a finished layer into `ffn`; return its losses."""
         found = load_progress(self._file(layer), fingerprint=self.fingerprint)
         assert found is not None
         losses = found[1].pop("losses").tolist()
@@ -159,91 +150,78 @@ class _Kept:
         return LayerCurve(layer, losses)
 
 
-def _finite(loss: Tensor, layer: int, step: int) -> float:
-    value = loss.item()
-    if value != value or value in (float("inf"), float("-inf")):
-        raise FloatingPointError(
-            f"the loss of layer {layer} is {value} at step {step} of its own training: lower the learning rate, or "
-            "switch bfloat16 off"
-        )
-    return value
-
-
-# --- alone --------------------------------------------------------------------------------------------------------
-
-
 @dataclass
-class _Alone:
+class LayerDistillation:
+    """The training of one layer: the module, the dense FFN that it learns from, and the tokens."""
+
     layer: int
     ffn: nn.Module
     dense: DenseFFN
     x_TD: Tensor
-    route_TD: Tensor | None  # what its router reads, where that is not x
-    how: _How
+    route_TD: Tensor | None  # the router's input, if it is not x
+    training: LayerTraining
 
     def done(self) -> LayerResult:
+        """Train the layer; return its weights and the `losses` of its steps."""
         return LayerResult(self.layer, {"losses": self.losses()}, dict(self.ffn.state_dict()))
 
     def losses(self) -> list[float]:
-        """Train `ffn` in place; the loss of each step. FloatingPointError when one is not finite."""
-        how, device = self.how, torch.device(self.how.device)
+        """Train `ffn` in place; return the loss of each step. FloatingPointError if one is not finite."""
+        how, device = self.training, torch.device(self.training.device)
         ffn, x_TD = self.ffn.to(device).train(), self.x_TD.to(device)
+        route_TD = None if self.route_TD is None else self.route_TD.to(device)
         mixtures = moe_layers(ffn)
-        budgets = tuple(dict.fromkeys((mixtures[0].num_active, *how.elastic))) if how.elastic and mixtures else ()
+        budgets = budgets_of(mixtures[0].num_active, how.elastic) if mixtures else ()
         y_TD = self._wanted(x_TD)
         trained = [parameter.requires_grad_(True) for parameter in ffn.parameters()]
-        optimizer = torch.optim.AdamW(trained, lr=how.learning_rate, weight_decay=0.0, fused=True)
+        optimizer = adamw(trained, how.learning_rate)
         generator = torch.Generator().manual_seed(how.seed + self.layer)
         losses = []
         for step in range(how.steps):
             rows = torch.randint(len(x_TD), (min(how.batch_tokens, len(x_TD)),), generator=generator).to(device)
             if budgets:
                 set_active(ffn, budget_of_step(budgets, step, how.seed))
-            read = {} if self.route_TD is None else {"route_TD": self.route_TD.to(device)[rows]}
+            read = {} if route_TD is None else {"route_TD": route_TD[rows]}
             with torch.autocast(device.type, torch.bfloat16) if how.bf16 else nullcontext():
                 found_TD = ffn(x_TD[rows], **read)
             wanted_TD = y_TD[rows]
             loss = (found_TD.float() - wanted_TD).square().sum() / wanted_TD.square().sum()
-            losses.append(_finite(loss, self.layer, step))
+            named = f"the loss of layer {self.layer}", f"step {step} of its own training"
+            losses.append(require_finite(loss.item(), *named))
             optimizer.zero_grad()
             loss.backward()
-            nn.utils.clip_grad_norm_(trained, MAX_GRADIENT_NORM)
-            for group in optimizer.param_groups:
-                group["lr"] = how.learning_rate * schedule(step, how.steps)
-            optimizer.step()
+            update(optimizer, trained, how.learning_rate, step, how.steps)
             with torch.no_grad():
+                some = rows[:FOLLOWED_TOKENS]
                 for moe in mixtures:
-                    some = rows[:FOLLOWED_TOKENS]
-                    scores_TE = moe.scores(
-                        x_TD[some], None if self.route_TD is None else self.route_TD.to(device)[some]
-                    )
+                    scores_TE = moe.scores(x_TD[some], None if route_TD is None else route_TD[some])
                     moe.router.follow(scores_TE, moe.num_active, FOLLOW_RATE)
         if budgets:
             set_active(ffn, budgets[0])
         return losses
 
     def to_send(self, spec: MoESpec) -> LayerJob:
-        """The same job for workers elsewhere. ValueError where what is trained is no mixture."""
+        """Return the job for workers elsewhere. ValueError if the module is not a mixture."""
         if not isinstance(self.ffn, MoEFFN):
             raise ValueError(
-                f"layer {self.layer} of the student is a {type(self.ffn).__name__}, and only mixtures are trained "
-                "elsewhere: train it on this machine"
+                f"layer {self.layer} of the student is a {type(self.ffn).__name__}, and other machines train mixtures "
+                "alone: train it on this machine"
             )
-        settings = {"spec": spec.to_dict(), "activation": self.dense.activation, "how": asdict(self.how)}
+        settings = {"spec": spec.to_dict(), "activation": self.dense.activation, "training": asdict(self.training)}
         return LayerJob("distil", self.layer, settings, self.parts())
 
     def parts(self) -> dict[str, Tensor]:
-        """All tensors of the job by name."""
+        """Return all tensors of the job by name."""
         found = {f"ffn.{name}": tensor for name, tensor in self.ffn.state_dict().items()}
         found |= dense_parts(self.dense) | {"x_TD": self.x_TD}
         return found if self.route_TD is None else found | {"route_TD": self.route_TD}
 
-    def shell(self) -> _Alone:
-        """The job without the contents of its tensors."""
+    def shell(self) -> LayerDistillation:
+        """Return the job without the contents of its tensors."""
         return self.filled({name: tensor.to("meta") for name, tensor in self.parts().items()})
 
-    def filled(self, tensors: Mapping[str, Tensor]) -> _Alone:
-        """The same job with these tensors."""
+    def filled(self, tensors: Mapping[str, Tensor]) -> LayerDistillation:
+        """Return the job with these tensors."""
         ffn = copy.deepcopy(self.ffn)
         ffn.load_state_dict(under("ffn.", tensors), assign=True)
         dense = replace(self.dense, **under("dense.", tensors))
@@ -257,102 +235,25 @@ class _Alone:
 
 
 def distillation(job: LayerJob) -> LayerResult:
-    """Do the job of a layer that learns alone: the mixture's tensors, and the `losses` of each step."""
-    how = _How(**{**job.settings["how"], "elastic": tuple(job.settings["how"]["elastic"])})
+    """Do the job of a layer: return the mixture's tensors and the `losses` of its steps."""
+    settings = job.settings["training"]
+    training = LayerTraining(**{**settings, "elastic": tuple(settings["elastic"])})
     route_TD = job.tensors.get("route_TD")
-    return _Alone(job.layer, mixture_of(job), dense_of(job), job.tensors["x_TD"], route_TD, how).done()
+    return LayerDistillation(job.layer, mixture_of(job), dense_of(job), job.tensors["x_TD"], route_TD, training).done()
 
 
-def _alone(
-    teacher: Any, ffns: Sequence[nn.Module], batches: BatchSource, todo: Sequence[int], how: _How
-) -> list[_Alone]:
-    """The jobs of layers that are judged by what the FFN itself makes of the teacher's inputs."""
+def layer_jobs(
+    teacher: Any, ffns: Sequence[nn.Module], batches: BatchSource, todo: Sequence[int], training: LayerTraining
+) -> list[LayerDistillation]:
+    """Return the jobs of the layers `todo`, with the inputs of their FFNs in the teacher."""
     dense = [read_ffn(teacher, index) for index in range(len(ffns))]
     most = MOST_NUMBERS // sum(ffn.w_in_FD.shape[1] for ffn in dense)
-    tokens = max(1, min(how.steps * how.batch_tokens, most))
-    inputs = layer_inputs(teacher, batches.from_step(0), max_tokens=tokens, device=how.device)
+    tokens = max(1, min(training.steps * training.batch_tokens, most))
+    inputs = layer_inputs(teacher, batches.from_step(0), max_tokens=tokens, device=training.device)
     route_TD = None
     if any(moe.routing == "sequence" for ffn in ffns for moe in moe_layers(ffn)):
         route_TD = text_means(inputs[0], texts_of(batches.from_step(0), tokens))
-    return [_Alone(index, copy.deepcopy(ffns[index]), dense[index], inputs[index], route_TD, how) for index in todo]
-
-
-# --- stitched -----------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class _Stitched:
-    layer: int
-    ffn: nn.Module
-    teacher: Any
-    block: str  # the path of the layer in the teacher
-    stack: Stack
-    stitch_width: int | None  # D, where a stitch is trained
-    batches: BatchSource
-    objective: Objective
-    how: _How
-
-    def done(self) -> LayerResult:
-        return LayerResult(self.layer, {"losses": self.losses()}, dict(self.ffn.state_dict()))
-
-    def losses(self) -> list[float]:
-        how = self.how
-        # A copy of the teacher's structure around its own, frozen weights.
-        mixed = copy.deepcopy(self.teacher, {id(tensor): tensor for tensor in self.teacher.parameters()})
-        placed = self.ffn
-        if self.stitch_width:
-            stitch = nn.Linear(self.stitch_width, self.stitch_width)
-            nn.init.eye_(stitch.weight)
-            nn.init.zeros_(stitch.bias)
-            placed = nn.Sequential(self.ffn, stitch)
-        install_in_block(mixed.get_submodule(self.block), self.stack, placed)
-        run = Distiller(
-            self.teacher,
-            mixed,
-            self.batches,
-            self.objective,
-            steps=how.steps,
-            learning_rate=how.learning_rate,
-            balance_step=0.0,
-            elastic=how.elastic,
-            seed=how.seed,
-            device=how.device,
-            bf16=how.bf16,
-        )
-        try:
-            return [metrics.loss for metrics in run.run()]
-        except FloatingPointError as error:
-            raise FloatingPointError(f"layer {self.layer}, stitched into the teacher: {error}") from error
-
-
-def _stitched(
-    teacher: Any,
-    ffns: Sequence[nn.Module],
-    batches: BatchSource,
-    objective: Objective,
-    todo: Sequence[int],
-    stitch: bool,
-    how: _How,
-) -> list[_Stitched]:
-    """The jobs of layers that are judged by the teacher's output with the layer in its place."""
-    if any(moe.routing == "sequence" for ffn in ffns for moe in moe_layers(ffn)):
-        raise ValueError(
-            "routing 'sequence' reads what the first mixture of the model is given, which a layer that stands in the "
-            "teacher alone does not see: train the layers alone, or end to end"
-        )
-    path_of = {id(module): path for path, module in teacher.named_modules()}
-    blocks = [path_of[id(block)] for block in ffn_layers(teacher)]
     return [
-        _Stitched(
-            layer=index,
-            ffn=copy.deepcopy(ffns[index]),
-            teacher=teacher,
-            block=blocks[index],
-            stack=stack_of(teacher, index),
-            stitch_width=len(read_ffn(teacher, index).w_out_DF) if stitch else None,
-            batches=batches,
-            objective=objective,
-            how=how,
-        )
+        LayerDistillation(index, copy.deepcopy(ffns[index]), dense[index], inputs[index], route_TD, training)
         for index in todo
     ]

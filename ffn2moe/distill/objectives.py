@@ -1,27 +1,30 @@
-"""Compare a student with its teacher: one objective per kind of head."""
+"""Objectives: how a student is compared with its teacher, one row per head of the model."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from torch import Tensor
 
 from ffn2moe.data.batches import Batch
-from ffn2moe.distill.losses import Divergence, distillation_loss, hidden_loss, logits_loss
+from ffn2moe.distill.divergences import DIVERGENCES
+from ffn2moe.distill.losses import distillation_loss, hidden_loss, logits_loss
 from ffn2moe.numerics import pool
 from ffn2moe.spec import Pooling
+from ffn2moe.table import Table
 
 
 @dataclass(frozen=True)
 class Outputs:
-    """What an objective compares: hidden states after each layer, [B, L, D], and what the model's head gives."""
+    """Hidden states after each layer, [B, L, D], and the output of the model's head."""
 
     hidden: tuple[Tensor, ...]
     head: Tensor
 
     def counted(self, batch: Batch) -> Outputs:
-        """Without those of a text that stands in."""
+        """Return the outputs that count: none of a text that only stands in for an empty part of a batch."""
         if not batch.stands_in:
             return self
         return Outputs(tuple(state[:0] for state in self.hidden), self.head[:0])
@@ -29,9 +32,9 @@ class Outputs:
 
 @dataclass(frozen=True)
 class Loss:
-    """What a step minimises, and the named terms that it is the weighted sum of.
+    """The loss that a step minimises, and the named terms of its weighted sum.
 
-    Of a part of a batch (`Batch.ranks`) it is that part's share: the sum over the processes is the loss of the batch.
+    For a part of a batch (`Batch.ranks`) it is that part's share: the sum over the processes is the loss of the batch.
     """
 
     total: Tensor
@@ -39,25 +42,25 @@ class Loss:
 
 
 class Objective(Protocol):
-    """What a student is to learn from its teacher."""
+    """An objective runs a model on a batch and compares two sets of outputs."""
 
     @property
     def terms(self) -> tuple[str, ...]:
-        """Names of the terms of its loss."""
+        """Return the names of the terms of the loss."""
         ...
 
     def outputs(self, model: Any, batch: Batch) -> Outputs:
-        """One pass of a model over a batch."""
+        """Run a model once on a batch."""
         ...
 
     def loss(self, student: Outputs, teacher: Outputs, batch: Batch, progress: float) -> Loss:
-        """How far the student is from the teacher; `progress` is the share of the steps that lie behind."""
+        """Return the distance of the student from the teacher; `progress` is the share of the steps that are done."""
         ...
 
 
 @dataclass(frozen=True)
 class EmbeddingObjective:
-    """Hidden states, sentence embeddings and their similarities (ffn2moe.distill.losses.distillation_loss)."""
+    """Compare hidden states, sentence embeddings and their similarities (ffn2moe.distill.losses.distillation_loss)."""
 
     pooling: Pooling
     hidden_weight: float
@@ -88,31 +91,21 @@ class EmbeddingObjective:
 
 @dataclass(frozen=True)
 class LogitsObjective:
-    """The teacher's distribution over tokens or classes, and the hidden states on the way to it.
+    """Compare the distribution over tokens or classes, and the hidden states before it."""
 
-    `token_share` < 1 learns the distribution where there is most to learn (ffn2moe.distill.losses.most_to_learn).
-    """
-
-    divergence: Divergence
+    divergence: str  # a row of ffn2moe.distill.divergences
     logits_weight: float
     hidden_weight: float
-    token_share: float = 1.0
     terms: tuple[str, ...] = ("logits", "hidden")
 
     def outputs(self, model: Any, batch: Batch) -> Outputs:
         found = model(**batch.inputs, output_hidden_states=True)
-        states = getattr(found, "decoder_hidden_states", None)  # of a seq2seq model; they depend on its encoder's
+        states = getattr(found, "decoder_hidden_states", None)  # a seq2seq model's; they depend on its encoder's
         return Outputs((found.hidden_states if states is None else states)[1:], found.logits)
 
     def loss(self, student: Outputs, teacher: Outputs, batch: Batch, progress: float) -> Loss:
         logits = logits_loss(
-            student.head,
-            teacher.head,
-            batch.mask,
-            divergence=self.divergence,
-            progress=progress,
-            token_share=self.token_share,
-            ranks=batch.ranks,
+            student.head, teacher.head, batch.mask, divergence=self.divergence, progress=progress, ranks=batch.ranks
         )
         hidden = logits.new_zeros(())
         if self.hidden_weight:  # a classifier's logits have no mask, its hidden states have that of the text
@@ -123,7 +116,7 @@ class LogitsObjective:
 
 @dataclass(frozen=True)
 class FeaturesObjective:
-    """Hidden states alone, for models without a head."""
+    """Compare hidden states alone, for models without a head."""
 
     terms: tuple[str, ...] = ("hidden",)
 
@@ -134,3 +127,54 @@ class FeaturesObjective:
     def loss(self, student: Outputs, teacher: Outputs, batch: Batch, progress: float) -> Loss:
         hidden = hidden_loss(student.hidden, teacher.hidden, batch.mask, batch.ranks)
         return Loss(hidden, {"hidden": hidden})
+
+
+# --- one objective per head ---------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class LossWeights:
+    """The weights of all terms and the divergence; an objective uses those that its head has."""
+
+    hidden: float = 1.0
+    embedding: float = 10.0
+    relational: float = 100.0
+    logits: float = 1.0
+    divergence: str = "forward_kl"
+
+
+def _of_embeddings(head: str, pooling: Pooling | None, weights: LossWeights) -> Objective:
+    assert pooling is not None, "an embedding model has a pooling"
+    return EmbeddingObjective(pooling, weights.hidden, weights.embedding, weights.relational)
+
+
+def _of_logits(head: str, pooling: Pooling | None, weights: LossWeights) -> Objective:
+    heads = DIVERGENCES[weights.divergence].heads
+    if head not in heads:
+        others = ", ".join(name for name, row in DIVERGENCES.items() if head in row.heads)
+        raise ValueError(
+            f"the divergence {weights.divergence!r} compares logits of the heads {', '.join(heads)}, and the teacher's "
+            f"head is {head}: use one of {others}"
+        )
+    return LogitsObjective(weights.divergence, weights.logits, weights.hidden)
+
+
+def _of_features(head: str, pooling: Pooling | None, weights: LossWeights) -> Objective:
+    return FeaturesObjective()
+
+
+Build = Callable[[str, Pooling | None, LossWeights], Objective]
+OBJECTIVES: Table[Build] = Table("head")
+for _head, _build in (
+    ("embedding", _of_embeddings),
+    ("causal", _of_logits),
+    ("seq2seq", _of_logits),
+    ("classification", _of_logits),
+    ("features", _of_features),
+):
+    OBJECTIVES.register(_head, _build)
+
+
+def objective_for(head: str, pooling: Pooling | None = None, weights: LossWeights | None = None) -> Objective:
+    """Return the objective of a model with this head. ValueError for a divergence that its logits do not fit."""
+    return OBJECTIVES[head](head, pooling, weights or LossWeights())

@@ -14,7 +14,8 @@ from benchmarks.ablation import __main__ as command
 from benchmarks.ablation import build
 from benchmarks.ablation.bench import Bench, Setup
 from benchmarks.ablation.grid import Budget, Cell, Store, cells
-from benchmarks.ablation.method import DEFAULT, GROUPS, METHODS, STAGES, methods_of
+from benchmarks.ablation.method import DEFAULT, GROUPS, METHODS, STAGES
+from benchmarks.ablation.methods import methods_of
 from benchmarks.ablation.run import finish
 from ffn2moe.moe.layer import moe_layers
 from tasks import prepare

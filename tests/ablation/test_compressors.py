@@ -15,7 +15,7 @@ from ffn2moe.decompose.inputs import layer_inputs
 from ffn2moe.dense.ffn import DenseFFN
 from ffn2moe.dense.load import load_dense
 from ffn2moe.dense.locate import read_ffn
-from ffn2moe.distill.distiller import Distiller
+from ffn2moe.distill.distiller import Distiller, Training
 from ffn2moe.distill.objectives import FeaturesObjective, LogitsObjective
 from ffn2moe.metrics import ffn_flops
 
@@ -249,7 +249,7 @@ def test_a_rival_works_and_learns_inside_a_model(
     objective = LogitsObjective("forward_kl", 1.0, 1.0) if kind == "llama" else FeaturesObjective()
     ids = [torch.randint(5, 80, (8,), generator=torch.Generator().manual_seed(n)).tolist() for n in range(16)]
     source_of = Batches(ids, batch_tokens=64, seed=0, head="causal" if kind == "llama" else "features")
-    distiller = Distiller(teacher, student, source_of, objective, steps=12, learning_rate=3e-3, balance_step=0.0)
+    distiller = Distiller(teacher, student, source_of, objective, Training(steps=12, learning_rate=3e-3))
     losses = [metrics.loss for metrics in distiller.run()]
     assert losses[-1] < losses[0]
 

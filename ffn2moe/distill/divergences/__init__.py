@@ -1,0 +1,34 @@
+"""The table of divergences: how far the student's distribution over tokens or classes is from the teacher's.
+
+Each file of this folder holds one row. Importing the package imports no row, and so no torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ffn2moe.table import Table
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ffn2moe.data.ranks import Ranks
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """One divergence.
+
+    `loss` takes the logits of student and teacher at the same positions, [T, V] float32, and the share of the training
+    that is done, 0 to 1. It returns the mean over the positions in nats. If several processes (`Ranks`) share the
+    positions, it returns this process's part of that mean.
+    """
+
+    loss: Callable[[Tensor, Tensor, float, Ranks], Tensor]
+    reference: str  # the paper, or where it is described
+    heads: tuple[str, ...] = ("causal", "seq2seq", "classification")  # the heads whose logits it can compare
+
+
+DIVERGENCES: Table[Divergence] = Table("divergence", package=__name__)
