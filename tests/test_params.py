@@ -239,5 +239,7 @@ def test_paths_are_resolved_where_they_were_written_and_names_are_left_alone(tmp
 
 
 def test_an_unknown_divergence_suggests_the_nearest_known_one():
-    with pytest.raises(ParamsError, match="distill.divergence: unknown .* 'revers_kl'; did you mean 'reverse_kl'"):
+    with pytest.raises(
+        ParamsError, match=r"distill.divergence = 'revers_kl': unknown .* 'revers_kl'; did you mean 'reverse_kl'"
+    ):
         load_params(FILE, ["distill.divergence=revers_kl"])

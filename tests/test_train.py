@@ -171,9 +171,7 @@ def test_a_causal_student_learns_its_teachers_logits_through_every_gate(tmp_path
         student,
         Batches(blocks, batch_tokens=128, seed=0),
         LogitsObjective("forward_kl", logits_weight=1.0, hidden_weight=1.0),
-        steps=60,
-        learning_rate=1e-2,
-        balance_step=0.0,
+        Training(steps=60, learning_rate=1e-2),
     )
     before = {name: parameter.detach().clone() for name, parameter in run.trained.items()}
     assert not any(name.endswith("router.bias") for name in before)

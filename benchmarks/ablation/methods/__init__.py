@@ -36,8 +36,9 @@ class Choice:
         named = {getattr(method, self.field) for method in METHODS.rows()}
         for name, row in self.table.items():
             if name not in named:
+                heads = tuple(head for head in self.heads if head in getattr(row, "heads", self.heads))
                 title, source = name.replace("_", " "), row.reference
-                yield Method(name, title, self.group, source, self.stages, self.heads, **{self.field: name})
+                yield Method(name, title, self.group, source, self.stages, heads, **{self.field: name})
 
 
 CHOICES = (Choice("divergence", DIVERGENCES, "distillation", ("distilled",), ("causal",)),)
