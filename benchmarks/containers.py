@@ -25,7 +25,6 @@ from ffn2moe.containers.container import Container
 from ffn2moe.containers.fit import obstacle
 from ffn2moe.containers.table import CONTAINERS
 from ffn2moe.containers.write import save
-from ffn2moe.decompose.partition import contiguous
 from ffn2moe.dense.load import load_dense
 from ffn2moe.dense.locate import read_ffn
 from ffn2moe.moe.describe import spec_of
@@ -52,7 +51,8 @@ def cut(source: str, container: Container, E: int, K: int, shared_width: int, ga
         width_multiple=container.width_multiple,
     )
     expert_of_neuron_F = torch.full((spec.ffn_width,), -1)
-    expert_of_neuron_F[shared_width:] = contiguous(spec.ffn_width - shared_width, E)
+    routed = spec.ffn_width - shared_width
+    expert_of_neuron_F[shared_width:] = torch.arange(routed) * E // routed
     neurons_EM = neurons_by_expert(expert_of_neuron_F, E, container.width_multiple)
     shared_S = shared_neurons(expert_of_neuron_F)
     layers = []

@@ -38,8 +38,8 @@ from benchmarks.page import (
     working,
     write,
 )
+from ffn2moe.decompose import clustering, oracle, route
 from ffn2moe.decompose import layer as layers
-from ffn2moe.decompose import oracle, partition, route
 from ffn2moe.decompose.inputs import chunk_of
 from ffn2moe.decompose.route import RouterSettings
 from ffn2moe.dense.ffn import DenseFFN
@@ -49,7 +49,7 @@ from ffn2moe.spec import MoESpec
 DECOMPOSE: dict[str, list[tuple[Any, str]]] = {
     "activations": [(DenseFFN, "neurons")],
     "statistics": [(layers, "decompose_layer")],
-    "clustering": [(partition, "balanced_kmeans")],
+    "clustering": [(clustering, "_lloyd")],
     "slicing": [(layers, "mixture")],
     "oracle": [(oracle, "survey")],
 }

@@ -13,6 +13,7 @@ from pydantic import GetCoreSchemaHandler, GetJsonSchemaHandler
 from pydantic_core import CoreSchema, core_schema
 
 from ffn2moe.containers.table import CONTAINERS as CONTAINERS
+from ffn2moe.decompose.partition import PARTITIONS as PARTITIONS
 from ffn2moe.distill.divergences import DIVERGENCES as DIVERGENCES
 from ffn2moe.table import Table, unknown
 from ffn2moe.table import UnknownName as UnknownName

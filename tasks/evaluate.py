@@ -76,7 +76,7 @@ def run(stage: StageRun) -> None:
 def diagnose(
     stage: StageRun, teacher: Any, student: Any, tokenizer: Any, spec: MoESpec, device: str
 ) -> list[dict[str, Any]]:
-    """Oracle, router, load and super neurons of every layer of the student, on its own inputs over held-out texts."""
+    """Return the figures of oracle, router and load of every layer of the student, on its own held-out inputs."""
     from ffn2moe.decompose import diagnostics
     from ffn2moe.decompose.inputs import layer_inputs, texts_of
     from ffn2moe.moe.layer import moe_layers
@@ -92,20 +92,16 @@ def diagnose(
     )
     batch_texts = stage.params.evaluate.batch_texts
     inputs = layer_inputs(student, tokens.in_order(batch_texts), max_tokens=DIAGNOSED_TOKENS, device=device)
-    dense = layer_inputs(teacher, tokens.in_order(batch_texts), max_tokens=DIAGNOSED_TOKENS, device=device)
     text_T = route_TD = None
     if spec.routing == "sequence":
         text_T = texts_of(tokens.in_order(batch_texts), DIAGNOSED_TOKENS)
         route_TD = text_means(inputs[0], text_T)
     student.to("cpu")
     teacher.to("cpu")
-    massive = diagnostics.massive(teacher, layers, dense)
     return [
         {
             "layer": index,
             **diagnostics.of_layer(layers[index], x_TD, text_T=text_T, route_TD=route_TD),
-            "super_neurons": massive[index].count,
-            "super_neurons_shared": massive[index].shared,
         }
         for index, x_TD in stage.track(enumerate(inputs), len(layers), "diagnosing layers")
     ]

@@ -17,7 +17,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from ruamel.yaml import YAML  # the parser DVC reads params.yaml with: `1e-3` is a number, `on` a string
 from ruamel.yaml.error import YAMLError
 
-from tasks.choices import CONTAINERS, DIVERGENCES, OneOf, UnknownName
+from tasks.choices import CONTAINERS, DIVERGENCES, PARTITIONS, OneOf, UnknownName
 
 Count = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0)]
@@ -73,9 +73,8 @@ class Data(Section):
 class Decompose(Section):
     num_experts: Count
     num_active: Count
-    partition: Literal["coactivation", "weights", "gradient", "nested", "random", "contiguous"]
+    partition: Annotated[str, OneOf(PARTITIONS)]
     shared_width: int = Field(ge=0)
-    guard: bool
     selection: Literal["topk", "threshold"]
     max_active: Count | None
     active_per_layer: Literal["same", "budget"] | tuple[Count, ...]
@@ -105,42 +104,17 @@ class Decompose(Section):
                 f"{wanted.gate}, and a model learns with the formula that it runs with: set decompose.gate=auto"
                 + (f", or decompose.container to {' or '.join(able)}" if able else "")
             )
-        for key, value, without in (("shared_width", self.shared_width, 0), ("guard", self.guard, "false")):
-            if value and wanted.shared_expert is None:
-                able = [row.name for row in CONTAINERS.rows() if row.shared_expert]
-                raise ValueError(
-                    f"decompose.{key} = {str(value).lower()}, but the container {wanted.name} has no shared expert: "
-                    f"set decompose.{key}={without}, or decompose.container to {' or '.join(able)}"
-                )
-        return self
-
-    @model_validator(mode="after")
-    def _nested_experts_are_counted(self) -> Decompose:
-        if self.partition != "nested":
-            return self
-        why = "decompose.partition = nested has the router say how many of the ordered experts a token runs"
-        if self.selection != "topk":
+        if self.shared_width and wanted.shared_expert is None:
+            able = [row.name for row in CONTAINERS.rows() if row.shared_expert]
             raise ValueError(
-                f"{why}, so that decompose.selection = {self.selection} has nothing to choose: set "
-                "decompose.selection=topk, or another partition"
-            )
-        if self.gate not in ("auto", "unit"):
-            raise ValueError(
-                f"{why}, and no score of its own to weigh one by: set decompose.gate=auto in place of {self.gate}, or "
-                "another partition"
-            )
-        if self.num_active == 1 < self.num_experts:
-            raise ValueError(
-                f"{why}, and decompose.num_active = 1 leaves it one answer: set decompose.num_experts="
-                f"{2 * self.num_experts} and decompose.num_active=2, or another partition"
+                f"decompose.shared_width = {self.shared_width}, but the container {wanted.name} has no shared expert: "
+                f"set decompose.shared_width=0, or decompose.container to {' or '.join(able)}"
             )
         return self
 
     @model_validator(mode="after")
     def _the_number_of_experts_is_set_once(self) -> Decompose:
-        counted = "decompose.partition = nested" if self.partition == "nested" else ""
-        if self.selection == "threshold":
-            counted = "decompose.selection = threshold"
+        counted = "decompose.selection = threshold" if self.selection == "threshold" else ""
         if self.max_active is not None:
             if self.selection != "threshold":
                 raise ValueError(
@@ -157,7 +131,7 @@ class Decompose(Section):
         if counted:
             raise ValueError(
                 f"decompose.active_per_layer = {self.active_per_layer} sets how many experts a token runs, which "
-                f"{counted} leaves to the router: set decompose.active_per_layer=same, or choose by topk without nested"
+                f"{counted} leaves to the router: set decompose.active_per_layer=same, or decompose.selection=topk"
             )
         if isinstance(self.active_per_layer, tuple):
             over = [active for active in self.active_per_layer if active > self.num_experts]
@@ -173,7 +147,6 @@ class Decompose(Section):
         if self.container == "none":
             return self
         others = {
-            "partition": (self.partition, self.partition == "nested", "another partition"),
             "selection": (self.selection, self.selection != "topk", "decompose.selection=topk"),
             "active_per_layer": (self.active_per_layer, self.active_per_layer != "same", "the same in all layers"),
             "routing": (self.routing, self.routing != "token", "decompose.routing=token"),
@@ -303,22 +276,6 @@ class Params(Section):
         return self
 
     @model_validator(mode="after")
-    def _nested_experts_are_not_scored_one_by_one(self) -> Params:
-        if self.decompose.partition != "nested":
-            return self
-        settings = self.train_router
-        for key, value, able in (
-            ("start", settings.start, ("ridge", "zeros")),
-            ("objective", settings.objective, ("oracle",)),
-        ):
-            if value not in able:
-                raise ValueError(
-                    f"train_router.{key} = {value} is about single experts, and with decompose.partition = nested the "
-                    f"router says how many are enough: set train_router.{key}={' or '.join(able)}, or another partition"
-                )
-        return self
-
-    @model_validator(mode="after")
     def _something_to_learn_from(self) -> Params:
         weights = self.distill.model_dump()
         embedding = ("hidden_weight", "embedding_weight", "relational_weight")
@@ -367,7 +324,6 @@ class Params(Section):
                 f"{named} must name each other budget once; decompose.num_active = {settings.num_active} is one anyway"
             )
         for key, value, only in (
-            ("partition", settings.partition, settings.partition != "nested"),
             ("selection", settings.selection, settings.selection == "topk"),
             ("active_per_layer", settings.active_per_layer, settings.active_per_layer == "same"),
             ("container", settings.container, settings.container == "none"),

@@ -57,8 +57,6 @@ LAYER_COLUMNS: tuple[tuple[str, str, str], ...] = (
     ("mean_active", "experts a token", "{:.2f}"),
     ("max_over_mean_load", "largest load over mean", "{:.2f}"),
     ("dead_experts", "dead experts", "{}"),
-    ("super_neurons", "super neurons", "{}"),
-    ("super_neurons_shared", "of them shared", "{}"),
     ("tokens", "agreement, tokens", "{:.3f}"),
     ("texts", "agreement, texts", "{:.3f}"),
 )

@@ -25,7 +25,6 @@ from ffn2moe.containers.fit import choose, obstacle
 from ffn2moe.containers.shards import Shards
 from ffn2moe.containers.table import CONTAINERS
 from ffn2moe.containers.tensors import NEAR_UNIT
-from ffn2moe.decompose.partition import contiguous
 from ffn2moe.dense.locate import read_ffn
 from ffn2moe.moe import checkpoint
 from ffn2moe.moe.describe import spec_of
@@ -148,7 +147,8 @@ def student_of(
     )
     generator = torch.Generator().manual_seed(seed)
     expert_of_neuron_F = torch.full((spec.ffn_width,), -1)
-    expert_of_neuron_F[shared_width:] = contiguous(spec.ffn_width - shared_width, E)
+    routed = spec.ffn_width - shared_width
+    expert_of_neuron_F[shared_width:] = torch.arange(routed) * E // routed
     neurons_EM = neurons_by_expert(expert_of_neuron_F, E, container.width_multiple)
     shared_S = shared_neurons(expert_of_neuron_F)
     layers = []

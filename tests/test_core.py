@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 import ffn2moe
 from ffn2moe.decompose import oracle
-from ffn2moe.decompose import partition as partitions
+from ffn2moe.decompose.layer import assign_neurons, most_energetic
+from ffn2moe.decompose.partition import PARTITIONS
 from ffn2moe.decompose.statistics import NeuronStatistics
 from ffn2moe.dense.ffn import DenseFFN
 from ffn2moe.dense.load import load_dense
@@ -65,7 +66,10 @@ def spec_for(ffn: DenseFFN, num_experts: int, num_active: int, **changes: object
 
 def random_moe(ffn: DenseFFN, num_experts: int, num_active: int, seed: int = 0) -> MoEFFN:
     """A mixture with a random partition and a router that has opinions."""
-    neurons_EM = neurons_by_expert(partitions.random(ffn.ffn_width, num_experts, seed), num_experts)
+    order_F = torch.randperm(ffn.ffn_width, generator=torch.Generator().manual_seed(seed))
+    expert_of_neuron_F = torch.empty_like(order_F)
+    expert_of_neuron_F[order_F] = torch.arange(len(order_F)) * num_experts // len(order_F)
+    neurons_EM = neurons_by_expert(expert_of_neuron_F, num_experts)
     moe = MoEFFN.from_experts(spec_for(ffn, num_experts, num_active), slice_experts(ffn, neurons_EM), neurons_EM)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -81,13 +85,13 @@ def tokens(count: int = 40, width: int = 16, seed: int = 1) -> torch.Tensor:
 # --- partition ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", ["coactivation", "weights", "random", "contiguous"])
+@pytest.mark.parametrize("method", ["coactivation"])
 @pytest.mark.parametrize(("ffn_width", "num_experts"), [(64, 8), (50, 8), (9, 9)])
 def test_every_partition_covers_every_neuron_once_in_experts_of_equal_width(method, ffn_width, num_experts):
     ffn = random_ffn(ffn_width)
     statistics = NeuronStatistics(ffn_width)
     statistics.update(ffn.neurons(tokens(200)))
-    expert_of_neuron_F = partitions.partition(method, ffn, statistics, num_experts, seed=0)
+    expert_of_neuron_F = PARTITIONS[method].assign(ffn, statistics, num_experts, 0)
     assert expert_of_neuron_F.shape == (ffn_width,)
     widths = torch.bincount(expert_of_neuron_F, minlength=num_experts)
     assert widths.max() - widths.min() <= 1
@@ -101,7 +105,7 @@ def test_coactivation_finds_neurons_that_fire_together():
     order = torch.randperm(24, generator=torch.Generator().manual_seed(3))
     statistics = NeuronStatistics(24)
     statistics.update(h_TF[:, order])
-    found = partitions.coactivation(statistics, num_experts=4, seed=0)
+    found = PARTITIONS["coactivation"].assign(random_ffn(24), statistics, 4, 0)
     assert all(len(found[(order // 6) == group].unique()) == 1 for group in range(4))
 
 
@@ -116,9 +120,10 @@ def test_statistics_do_not_depend_on_how_the_tokens_are_cut():
 
 
 def test_the_same_seed_gives_the_same_partition():
-    ffn = random_ffn(48)
-    assert torch.equal(partitions.weights(ffn, 6, seed=5), partitions.weights(ffn, 6, seed=5))
-    assert not torch.equal(partitions.random(48, 6, seed=5), partitions.random(48, 6, seed=6))
+    ffn, statistics = random_ffn(48), NeuronStatistics(48)
+    statistics.update(ffn.neurons(tokens(200)))
+    found = [PARTITIONS["coactivation"].assign(ffn, statistics, 6, 5) for _ in range(2)]
+    assert torch.equal(*found)
 
 
 # --- experts --------------------------------------------------------------------------------------
@@ -488,7 +493,8 @@ def test_the_shared_expert_takes_the_neurons_with_most_output_energy():
     x_TD = tokens(500)
     statistics = NeuronStatistics(40)
     statistics.update(ffn.neurons(x_TD))
-    assigned_F = partitions.partition_with_shared("coactivation", ffn, statistics, 4, 0, shared_width=8)
+    shared_S = most_energetic(ffn, statistics, 8)
+    assigned_F = assign_neurons(PARTITIONS["coactivation"], ffn, statistics, 4, 0, shared_S)
     energy_F = ffn.neurons(x_TD).double().square().mean(0) * ffn.w_out_DF.double().square().sum(0)
     assert set(shared_neurons(assigned_F).tolist()) == set(energy_F.topk(8).indices.tolist())
     assert torch.bincount(assigned_F[assigned_F >= 0]).tolist() == [8, 8, 8, 8]

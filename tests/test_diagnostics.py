@@ -62,18 +62,6 @@ def test_a_layers_row_holds_errors_and_a_load_that_sums_to_one(tiny_teacher):
     assert row["dead_experts"] == sum(share == 0 for share in row["load"])
 
 
-def test_a_massive_neuron_is_found_and_told_to_be_shared_or_not(tiny_teacher):
-    teacher, _ = load_dense(str(tiny_teacher))
-    with torch.no_grad():
-        read = teacher.encoder.layer[0].output.dense.weight
-        read[:, 7] *= 1000
-    inputs = [torch.randn(100, 32) for _ in range(2)]
-    for shared in ((), (7, 9)):
-        moe, _ = layer(tiny_teacher, shared=shared)
-        first, second = diagnostics.massive(teacher, [moe, moe], inputs)
-        assert (first.count, first.shared) == (1, len(shared) // 2) and second.count == 0
-
-
 def choice_of(experts: list[int]) -> Choice:
     return Choice(torch.tensor(experts).unsqueeze(1), None)
 
@@ -131,7 +119,7 @@ def test_evaluation_tells_agreement_and_the_quality_of_every_budget(workspace):
     assert set(found["agreement"]["texts"]) == {"notes", "texts"}
     assert [row["layer"] for row in found["agreement"]["layers"]] == [0, 1]
     assert all(0 <= row["tokens"] <= 1 and 0 <= row["texts"] <= 1 for row in found["agreement"]["layers"])
-    assert all({"super_neurons", "mean_active", "captured_energy"} <= set(row) for row in found["layers"])
+    assert all({"mean_active", "captured_energy"} <= set(row) for row in found["layers"])
     assert [row["num_active"] for row in found["budgets"]] == [2, 1]
     assert [row["active_ffn_share"] for row in found["budgets"]] == [0.5, 0.25]
     assert found["budgets"][0]["figure"] == found["student"]["retrieval"]["ndcg_at_10"]

@@ -24,7 +24,6 @@ from torch import multiprocessing
 import benchmarks.ablation.methods  # noqa: F401  the divergences selected_tokens and sinkhorn
 from ffn2moe.data.batches import Batches
 from ffn2moe.data.ranks import ALONE, Ranks, joined
-from ffn2moe.decompose import partition as partitions
 from ffn2moe.dense.load import load_dense
 from ffn2moe.dense.locate import read_ffn
 from ffn2moe.distill.distiller import Distiller, Training
@@ -68,7 +67,7 @@ def distiller(case: str, teachers: Path, ranks: Ranks) -> Distiller:
     )
     layers = []
     for index in range(spec.num_layers):
-        neurons_EM = neurons_by_expert(partitions.contiguous(spec.ffn_width, 4), 4)
+        neurons_EM = neurons_by_expert(torch.arange(spec.ffn_width) * 4 // spec.ffn_width, 4)
         layers.append(MoEFFN.from_experts(spec, slice_experts(read_ffn(student, index), neurons_EM), neurons_EM))
         torch.nn.init.normal_(layers[-1].router.weight, generator=torch.Generator().manual_seed(index))
     install_moe(student, layers)

@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ import pytest
 import torch
 
 from ffn2moe.decompose import layer_map
-from ffn2moe.decompose.jobs import contributions_job, decompose_job, judge_job, route_job
+from ffn2moe.decompose.jobs import decompose_job, judge_job, route_job
 from ffn2moe.decompose.layer_map import LayerJob, LayerResult, here, in_processes
 from ffn2moe.decompose.route import RouterSettings
 from ffn2moe.dense.load import load_dense
@@ -36,14 +37,13 @@ def jobs_of(teacher: Path) -> list[LayerJob]:
     """A job of every kind, each under a layer number of its own, on the first layer of a tiny model."""
     dense, _ = load_dense(str(teacher))
     student, spec = carve(teacher, output_scale=1.0)
-    ffn, moe = read_ffn(dense, 0), moe_layers(student)[0]
+    ffn, moe, known = read_ffn(dense, 0), moe_layers(student)[0], replace(spec, partition="coactivation")
     x_TD = torch.randn(600, spec.width, generator=torch.Generator().manual_seed(0))
     training = LayerTraining(steps=5, batch_tokens=64, learning_rate=1e-2, seed=0)
     router = RouterSettings(steps=5, batch_tokens=64, seed=0, refit=0.1)
     return [
-        contributions_job(ffn, x_TD, 0),
-        decompose_job(ffn, x_TD, spec, 0, seed=0, every_budget=False),
-        decompose_job(ffn, x_TD, spec, 0, seed=0, every_budget=True),
+        decompose_job(ffn, x_TD, known, 0, seed=0, every_budget=False),
+        decompose_job(ffn, x_TD, known, 0, seed=0, every_budget=True),
         judge_job(ffn, moe.neurons, moe.shared_neurons, x_TD, spec, 0),
         route_job(moe, spec, 0, router, x_TD=x_TD[:500], held_out_TD=x_TD[500:]),
         LayerDistillation(0, moe, ffn, x_TD, None, training).to_send(spec),
@@ -118,8 +118,8 @@ def test_a_job_that_fails_is_named_with_its_layer(jobs):
 
 
 def test_a_process_that_is_killed_is_told_with_the_layers_it_left(jobs):
-    settings = {**jobs[4].settings, "router": {**jobs[4].settings["router"], "steps": 10**6}}
-    results = in_processes([LayerJob("route", 0, settings, jobs[4].tensors)], 1)
+    settings = {**jobs[3].settings, "router": {**jobs[3].settings["router"], "steps": 10**6}}
+    results = in_processes([LayerJob("route", 0, settings, jobs[3].tensors)], 1)
     before = {child.pid for child in psutil.Process().children()}
 
     def kill() -> None:

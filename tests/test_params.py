@@ -47,7 +47,7 @@ def test_parameters_cannot_be_changed_once_read():
         ("seed", "write KEY=VALUE"),
         ("decompose.num_active=5", "num_active = 5 is more than decompose.num_experts = 4"),
         ("decompose.num_active=0", "decompose.num_active = 0: input should be greater than or equal to 1"),
-        ("decompose.partition=magic", "should be 'coactivation', 'weights', 'gradient', 'nested', 'random' or"),
+        ("decompose.partition=magic", "unknown partition 'magic'; known: coactivation"),
         ("seed=true", "seed = True: input should be a valid integer"),
         ("seed=1.5", "seed = 1.5: input should be a valid integer"),
         ("distill.learning_rate=fast", "distill.learning_rate = 'fast': input should be a valid number"),
@@ -119,20 +119,9 @@ def test_only_language_models_write_texts_and_fill_containers(setting):
         load_params(FILE, [setting, "teacher.head=classification"])
 
 
-NESTED = ("partition=nested", "num_active=2")  # one expert alone leaves nothing to choose
-NESTED_RUN = tuple(f"decompose.{setting}" for setting in NESTED)
-
-
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ([*NESTED, "gate=softmax"], "set decompose.gate=auto in place of softmax"),
-        ([*NESTED, "selection=threshold"], "set decompose.selection=topk, or another partition"),
-        (["partition=nested"], "set decompose.num_experts=8 and decompose.num_active=2"),
-        ([*NESTED, "container=auto"], "set decompose.container=none, or another partition"),
-        ([*NESTED, "container=mixtral"], "set decompose.container=none, or another partition"),
-        ([*NESTED, "max_active=3"], "set decompose.max_active=null, or decompose.selection=threshold"),
-        ([*NESTED, "active_per_layer=budget"], "decompose.partition = nested leaves to the router"),
         (["selection=threshold", "active_per_layer=[1, 3]"], "decompose.selection = threshold leaves to the router"),
         (["selection=threshold", "container=glm4_moe"], "or decompose.selection=topk"),
         (["selection=threshold", "num_active=2", "max_active=1"], "must be between decompose.num_active = 2"),
@@ -160,11 +149,8 @@ def test_what_a_token_may_use_is_said_without_contradiction(settings, message):
         (["distill.elastic=[1]"], "decompose.num_active = 1 is one anyway"),
         (["distill.elastic=[0]"], "greater than or equal to 1"),
         (["distill.elastic=[2]", "decompose.container=mixtral"], "another decompose.container"),
-        (["distill.elastic=[4]", *NESTED_RUN], "another decompose.partition"),
         (["distill.elastic=[2]", "decompose.selection=threshold"], "set distill.elastic=[], or another"),
         (["distill.elastic=[2]", "decompose.active_per_layer=budget"], "another decompose.active_per_layer"),
-        ([*NESTED_RUN, "train_router.start=centroid"], "set train_router.start=ridge or zeros, or"),
-        ([*NESTED_RUN, "train_router.objective=norm"], "set train_router.objective=oracle, or"),
         (["decompose.routing=sequence", "teacher.head=causal"], "has not seen the rest of its text"),
         (["decompose.routing=sequence", "teacher.head=seq2seq"], "read different texts"),
     ],
@@ -178,12 +164,10 @@ def test_budgets_and_whole_texts_are_for_models_that_know_them(settings, message
 @pytest.mark.parametrize(
     "settings",
     [
-        [*NESTED_RUN, "decompose.shared_width=64"],
         ["decompose.selection=threshold", "decompose.max_active=4", "decompose.gate=sigmoid"],
         ["decompose.active_per_layer=budget"],
         ["decompose.active_per_layer=[1, 2, 3]"],
         ["decompose.routing=sequence", "decompose.selection=threshold", "teacher.head=classification"],
-        ["decompose.routing=sequence", *NESTED_RUN],
         ["distill.elastic=[2, 4]", "decompose.routing=sequence"],
     ],
 )

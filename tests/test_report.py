@@ -72,8 +72,6 @@ def layers() -> list[dict[str, Any]]:
             "router_recall": 0.75,
             "captured_energy": 0.94,
             "mean_active": 1.0,
-            "super_neurons": 3 - layer,
-            "super_neurons_shared": 0,
             "max_over_mean_load": 1.4,
             "dead_experts": 0,
             "load": [0.1, 0.35, 0.3, 0.25],

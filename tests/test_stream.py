@@ -14,10 +14,10 @@ from safetensors.torch import load_file, save_file
 from ffn2moe.data.batches import Batch, in_order
 from ffn2moe.decompose import memory, stream
 from ffn2moe.decompose import statistics as activations
+from ffn2moe.decompose.clustering import balanced_kmeans
 from ffn2moe.decompose.inputs import layer_inputs
 from ffn2moe.decompose.layer import decompose_layer, output_of, outputs
 from ffn2moe.decompose.memory import estimate, require_room
-from ffn2moe.decompose.partition import coactivation
 from ffn2moe.decompose.reconstruct import refit_outputs
 from ffn2moe.decompose.route import RouterSettings, fit_router
 from ffn2moe.decompose.source import Source, skeleton
@@ -296,7 +296,7 @@ def test_what_the_model_computes_itself_is_there_without_its_weights(tmp_path):
                 torch.testing.assert_close(buffer, real[name])
 
 
-def test_wide_ffns_are_divided_as_narrow_ones_are(monkeypatch):
+def test_wide_ffns_are_partitioned_as_narrow_ones_are(monkeypatch):
     generator = torch.Generator().manual_seed(0)
     groups_FP = torch.nn.functional.one_hot(torch.arange(96) % 4).float()
     h_TF = torch.randn(2000, 4, generator=generator) @ groups_FP.T + 0.3 * torch.randn(2000, 96, generator=generator)
@@ -308,7 +308,9 @@ def test_wide_ffns_are_divided_as_narrow_ones_are(monkeypatch):
             statistics.update(h)
         assert (statistics.second_FF is None) == (widest == 95)
         profile_FP = statistics.profiles(8, 0)
-        found.append((coactivation(statistics, 4, 0), profile_FP @ profile_FP.T, statistics.square_F))
+        found.append(
+            (balanced_kmeans(statistics.profiles(64, 0), 4, 0), profile_FP @ profile_FP.T, statistics.square_F)
+        )
     (expert, correlation, square), (wide_expert, wide_correlation, wide_square) = found
     assert torch.equal(expert, wide_expert)
     torch.testing.assert_close(correlation, wide_correlation, atol=0.02, rtol=0)

@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from ffn2moe.data.batches import Batches
-from ffn2moe.decompose import partition as partitions
 from ffn2moe.dense.load import load_dense
 from ffn2moe.dense.locate import read_ffn
 from ffn2moe.distill.distiller import Distiller, Scope, Training
@@ -161,7 +160,7 @@ def test_a_causal_student_learns_its_teachers_logits_through_every_gate(tmp_path
     )
     layers = []
     for index in range(spec.num_layers):
-        neurons_EM = neurons_by_expert(partitions.contiguous(spec.ffn_width, 4), 4)
+        neurons_EM = neurons_by_expert(torch.arange(spec.ffn_width) * 4 // spec.ffn_width, 4)
         layers.append(MoEFFN.from_experts(spec, slice_experts(read_ffn(student, index), neurons_EM), neurons_EM))
         torch.nn.init.normal_(layers[-1].router.weight, generator=torch.Generator().manual_seed(index))
     install_moe(student, layers)

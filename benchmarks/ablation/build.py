@@ -6,6 +6,7 @@ import hashlib
 import os
 import shutil
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -17,13 +18,14 @@ from benchmarks.ablation import compressors as rivals
 from benchmarks.ablation.bench import Bench
 from benchmarks.ablation.grid import Cell, Store
 from benchmarks.ablation.method import DEFAULT, elastic_budgets, kept_experts
+from benchmarks.ablation.methods import gradient, guard
 from benchmarks.ablation.recipes import RECIPES, Made, distil
 from ffn2moe import metrics
-from ffn2moe.decompose import layer as factorise
 from ffn2moe.decompose import oracle
-from ffn2moe.decompose.inputs import layer_inputs, output_gradients
-from ffn2moe.decompose.layer import decompose_layer, largest_contributions, outputs
-from ffn2moe.decompose.partition import super_neurons
+from ffn2moe.decompose.inputs import layer_inputs
+from ffn2moe.decompose.layer import decompose_layer, outputs
+from ffn2moe.decompose.layer import mixture as one_mixture
+from ffn2moe.decompose.partition import PARTITIONS, Partition
 from ffn2moe.decompose.reconstruct import refit_outputs
 from ffn2moe.decompose.route import RouterSettings, fit_router
 from ffn2moe.dense.ffn import DenseFFN, installed_ffns
@@ -114,7 +116,7 @@ def mixture(bench: Bench, cell: Cell) -> Made:
     method, budget = cell.method, bench.budget
     recipe = RECIPES[method.recipe]
     student = bench.model()
-    spec, layers = carved(bench, cell, student)
+    spec, layers = decomposed(bench, cell, student)
     of_texts, of_held_out = (
         texts_of_tokens(bench, kind) if spec.routing == "sequence" else {} for kind in ("router", "calibration")
     )
@@ -153,61 +155,66 @@ def texts_of_tokens(bench: Bench, kind: str) -> dict[str, Tensor]:
     return {"text_T": text_T, "route_TD": text_means(bench.inputs(kind, 0), text_T)}
 
 
-def carved(bench: Bench, cell: Cell, model: Any) -> tuple[MoESpec, list[MoEFFN]]:
-    """The experts of every layer, as the method divides the neurons, and their spec."""
-    method, budget = cell.method, bench.budget
+def decomposed(bench: Bench, cell: Cell, model: Any) -> tuple[MoESpec, list[MoEFFN]]:
+    """Return the spec of a cell and the experts of every layer, by the method's partition."""
+    method = cell.method
     ffns = [read_ffn(model, index) for index in range(bench.num_layers)]
     inputs = [bench.inputs("calibration", index) for index in range(bench.num_layers)]
-    guarded: list[Tensor | None] = [None] * len(ffns)
-    if method.guard:
-        largest = [largest_contributions(ffn, x_TD) for ffn, x_TD in zip(ffns, inputs, strict=True)]
-        guarded = [*super_neurons(largest)]
-    gradients: list[Tensor | None] = [None] * len(ffns)
-    if method.partition == "gradient":
-        gradients = [
-            *output_gradients(
-                bench.model(),
-                bench.calibration(),
-                head=bench.head,
-                pooling=bench.pooling,
-                max_tokens=budget.calibration_tokens,
-                seed=cell.seed,
-            )
-        ]
-    spec = spec_of_cell(bench, cell, model, ffns[0], at_least=max(0 if one is None else len(one) for one in guarded))
-    layers = [
-        divided(bench, cell, spec, index, ffn, x_TD, gradients[index], guarded[index])
-        for index, (ffn, x_TD) in enumerate(zip(ffns, inputs, strict=True))
-    ]
+    guarded = guard.guarded_neurons(ffns, inputs) if method.guard else []
+    spec = spec_of_cell(bench, cell, model, ffns[0], at_least=max(map(len, guarded), default=0))
+    partitions = partitions_of(bench, cell, inputs)
+    layers = []
+    for index, (ffn, x_TD) in enumerate(zip(ffns, inputs, strict=True)):
+        shared_S = None
+        if method.guard:
+            width = spec.shape_of(index).shared_width
+            shared_S = guard.shared_with_guard(ffn, x_TD, partitions[index], width, guarded[index])
+        layers.append(decomposed_layer(bench, cell, spec, index, ffn, x_TD, partitions[index], shared_S))
     if method.active_per_layer == "budget":
         errors = [oracle.errors_by_active(moe, x_TD) for moe, x_TD in zip(layers, inputs, strict=True)]
         spec = replace(spec, active_per_layer=oracle.allocate(torch.stack(errors), spec.num_active))
         layers = [
-            factorise.mixture(ffn, moe.neurons, moe.shared_neurons, spec, index)
+            one_mixture(ffn, moe.neurons, moe.shared_neurons, spec, index)
             for index, (ffn, moe) in enumerate(zip(ffns, layers, strict=True))
         ]
     return spec, layers
 
 
-def divided(
+def partitions_of(bench: Bench, cell: Cell, inputs: Sequence[Tensor]) -> list[Partition]:
+    """Return the partition of each layer; `gradient` is bound to the gradients of the whole model."""
+    row = PARTITIONS[cell.method.partition]
+    if row is not gradient.ROW:
+        return [row] * bench.num_layers
+    gradients = gradient.output_gradients(
+        bench.model(),
+        bench.calibration(),
+        head=bench.head,
+        pooling=bench.pooling,
+        max_tokens=bench.budget.calibration_tokens,
+        seed=cell.seed,
+    )
+    return gradient.for_layers(inputs, gradients)
+
+
+def decomposed_layer(
     bench: Bench,
     cell: Cell,
     spec: MoESpec,
     layer: int,
     ffn: DenseFFN,
     x_TD: Tensor,
-    gradient_TD: Tensor | None,
-    guarded: Tensor | None,
+    partition: Partition,
+    shared_S: Tensor | None,
 ) -> MoEFFN:
-    """The mixture of a layer. How its neurons are divided is worked out once for all cells that divide them alike."""
+    """Return the mixture of a layer. Cells with the same partition share it through a file."""
     shared_width = spec.shape_of(layer).shared_width
     kind = (spec.partition, spec.num_experts, shared_width, cell.method.guard, cell.seed, layer)
     settings = repr((bench.data, bench.budget.max_length, bench.budget.calibration_tokens, kind))
     path = bench.setup.cache / "partitions" / f"{hashlib.sha256(settings.encode()).hexdigest()[:16]}.safetensors"
     if path.is_file():
         found = load_file(path)
-        return factorise.mixture(ffn, found["neurons"], found["shared"], spec, layer)
-    moe = decompose_layer(ffn, x_TD, spec, layer, seed=cell.seed, gradient_TD=gradient_TD, guarded=guarded)
+        return one_mixture(ffn, found["neurons"], found["shared"], spec, layer)
+    moe = decompose_layer(ffn, x_TD, spec, layer, seed=cell.seed, partition=partition, shared_S=shared_S)
     path.parent.mkdir(parents=True, exist_ok=True)
     fresh = path.with_suffix(f".{os.getpid()}")
     save_file({"neurons": moe.neurons, "shared": moe.shared_neurons}, fresh)

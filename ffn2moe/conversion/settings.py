@@ -6,12 +6,12 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal, get_args
 
+from ffn2moe.decompose.partition import PARTITIONS
 from ffn2moe.spec import Gate, Head
 from ffn2moe.table import UnknownName, unknown
 
 Scope = Literal["experts", "all"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
-PARTITIONS = ("coactivation", "weights", "random", "contiguous")
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class Settings:
     partition: str = field(
         default="coactivation",
         metadata=_option(
-            "--partition", "how the neurons of an FFN are assigned to experts (coactivation)", names=lambda: PARTITIONS
+            "--partition", "how the neurons of an FFN are assigned to experts (coactivation)", names=PARTITIONS.names
         ),
     )
     head: Head | None = field(

@@ -1,4 +1,4 @@
-"""Jobs on single layers for `ffn2moe.decompose.layer_map`: statistics, partition, judgement, router.
+"""Jobs on single layers for `ffn2moe.decompose.layer_map`: partition, judgement, router.
 
 A function `..._job` makes a job; a function `do_...` does it in a worker.
 """
@@ -11,7 +11,7 @@ from dataclasses import asdict
 from torch import Tensor
 
 from ffn2moe.decompose import oracle
-from ffn2moe.decompose.layer import decompose_layer, largest_contributions, mixture
+from ffn2moe.decompose.layer import decompose_layer, mixture
 from ffn2moe.decompose.layer_map import LayerJob, LayerResult, under
 from ffn2moe.decompose.route import RouterSettings, route_layer
 from ffn2moe.dense.ffn import DenseFFN
@@ -47,19 +47,6 @@ def _present(**tensors: Tensor | None) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in tensors.items() if tensor is not None}
 
 
-# --- statistics ---------------------------------------------------------------------------------------------------
-
-
-def contributions_job(ffn: DenseFFN, x_TD: Tensor, layer: int) -> LayerJob:
-    """Make the job of `largest_contributions` on tokens [T, D]."""
-    return LayerJob("contributions", layer, {"activation": ffn.activation}, {**dense_parts(ffn), "x_TD": x_TD})
-
-
-def do_contributions(job: LayerJob) -> LayerResult:
-    """Return `largest_F` [F]."""
-    return LayerResult(job.layer, {}, {"largest_F": largest_contributions(dense_of(job), job.tensors["x_TD"])})
-
-
 # --- partition ----------------------------------------------------------------------------------------------------
 
 
@@ -71,8 +58,6 @@ def decompose_job(
     *,
     seed: int,
     every_budget: bool,
-    gradient_TD: Tensor | None = None,
-    guarded: Tensor | None = None,
     text_T: Tensor | None = None,
 ) -> LayerJob:
     """Make the job that partitions the neurons of a layer (`decompose_layer`) and judges the partition.
@@ -80,22 +65,14 @@ def decompose_job(
     It is judged by the oracle's error with the K experts of the spec, or with `every_budget` for K = 1 to E.
     """
     settings = {"activation": ffn.activation, "spec": spec.to_dict(), "seed": seed, "every_budget": every_budget}
-    more = _present(gradient_TD=gradient_TD, guarded=guarded, text_T=text_T)
+    more = _present(text_T=text_T)
     return LayerJob("decompose", layer, settings, {**dense_parts(ffn), "x_TD": x_TD, **more})
 
 
 def do_decompose(job: LayerJob) -> LayerResult:
     """Return the partition, `neurons` [E, M] and `shared_neurons` [S], with `errors_E` [E] or the oracle's summary."""
     ffn, x_TD, text_T = dense_of(job), job.tensors["x_TD"], job.tensors.get("text_T")
-    moe = decompose_layer(
-        ffn,
-        x_TD,
-        MoESpec.from_dict(job.settings["spec"]),
-        job.layer,
-        seed=job.settings["seed"],
-        gradient_TD=job.tensors.get("gradient_TD"),
-        guarded=job.tensors.get("guarded"),
-    )
+    moe = decompose_layer(ffn, x_TD, MoESpec.from_dict(job.settings["spec"]), job.layer, seed=job.settings["seed"])
     found = {"neurons": moe.neurons, "shared_neurons": moe.shared_neurons}
     if job.settings["every_budget"]:
         return LayerResult(job.layer, {}, {**found, "errors_E": oracle.errors_by_active(moe, x_TD, text_T=text_T)})

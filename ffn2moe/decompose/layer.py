@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from ffn2moe.data.batches import Batch
 from ffn2moe.decompose.inputs import chunk_of
-from ffn2moe.decompose.partition import PartitionMethod, partition_with_shared, token_groups
+from ffn2moe.decompose.partition import PARTITIONS, Partition
 from ffn2moe.decompose.statistics import NeuronStatistics
 from ffn2moe.dense.ffn import DenseFFN
 from ffn2moe.moe.experts import ExpertWeights, merge_experts, neurons_by_expert, shared_neurons, slice_experts
 from ffn2moe.moe.layer import MoEFFN
 from ffn2moe.numerics import low_precision
 from ffn2moe.spec import MoESpec
+
+IDENTITY_TOLERANCE = 1e-5  # largest difference between the dense output and that of all experts
 
 
 @torch.no_grad()
@@ -28,23 +30,68 @@ def decompose_layer(
     layer: int,
     *,
     seed: int,
-    gradient_TD: Tensor | None = None,
-    guarded: Tensor | None = None,
+    partition: Partition | None = None,
+    shared_S: Tensor | None = None,
 ) -> MoEFFN:
     """Return the mixture of one layer: the FFN's neurons in experts, by their activations on tokens [T, D].
 
     `spec` gives the number of experts, their width and the partition. Nothing is trained: the router scores all experts
-    alike. `gradient_TD` is the gradient of the loss at the FFN's output (`output_gradients`), which the partition
-    `gradient` needs. The neurons `guarded` always belong to the shared expert.
+    alike. `partition` replaces the row that the spec names, and `shared_S` the neurons of the shared expert, which are
+    else those with most energy (`most_energetic`). ValueError where the partition reads statistics and there are no
+    tokens.
     """
-    shape = spec.shape_of(layer)
-    method: PartitionMethod = spec.partition  # type: ignore[assignment]
-    statistics = neuron_statistics(ffn, x_TD, method, spec.num_experts, shape.shared_width, seed, gradient_TD)
-    expert_of_neuron_F = partition_with_shared(
-        method, ffn, statistics, spec.num_experts, seed, shape.shared_width, guarded
+    partition = PARTITIONS[spec.partition] if partition is None else partition
+    shared_width = spec.shape_of(layer).shared_width if shared_S is None else len(shared_S)
+    statistics = neuron_statistics(
+        ffn, x_TD, "sums" if partition.reads == "weights" and shared_width else partition.reads
     )
-    neurons_EM = neurons_by_expert(expert_of_neuron_F, spec.num_experts, shape.expert_width)
+    if shared_S is None:
+        shared_S = most_energetic(ffn, statistics, shared_width)
+    expert_of_neuron_F = assign_neurons(partition, ffn, statistics, spec.num_experts, seed, shared_S)
+    neurons_EM = neurons_by_expert(expert_of_neuron_F, spec.num_experts, spec.shape_of(layer).expert_width)
     return mixture(ffn, neurons_EM, shared_neurons(expert_of_neuron_F), spec, layer)
+
+
+def neuron_statistics(ffn: DenseFFN, x_TD: Tensor, reads: Literal["weights", "sums", "profiles"]) -> NeuronStatistics:
+    """Return the statistics on tokens [T, D] that a partition reads; empty ones where it reads the weights alone."""
+    statistics = NeuronStatistics(ffn.ffn_width, profiles=reads == "profiles")
+    if reads == "weights":
+        return statistics
+    with low_precision(ffn.ffn_width, x_TD.device):
+        for x in x_TD.split(chunk_of(ffn.ffn_width)):
+            statistics.update(ffn.neurons(x))
+    return statistics
+
+
+def most_energetic(ffn: DenseFFN, statistics: NeuronStatistics, count: int) -> Tensor:
+    """Return the neurons with the highest expected output energy, [count] in order: those of the shared expert.
+
+    The measure is that of CMoE (arXiv 2502.04416); DeepSeekMoE (arXiv 2401.06066) isolates shared experts.
+    """
+    if count == 0:
+        return torch.empty(0, dtype=torch.int64)
+    return statistics.energy(ffn).topk(count).indices.sort().values
+
+
+def assign_neurons(
+    partition: Partition,
+    ffn: DenseFFN,
+    statistics: NeuronStatistics,
+    num_experts: int,
+    seed: int,
+    shared_S: Tensor,
+) -> Tensor:
+    """Return the expert of each neuron, [F] int64; -1 for the neurons `shared_S` of the shared expert."""
+    if partition.reads != "weights" and statistics.tokens == 0:
+        raise ValueError(f"the {partition.title} partition needs activation statistics: give it calibration text")
+    if len(shared_S) == 0:
+        return partition.assign(ffn, statistics, num_experts, seed)
+    routed_F = torch.ones(ffn.ffn_width, dtype=torch.bool)
+    routed_F[shared_S] = False
+    rest_R = routed_F.nonzero().flatten()
+    expert_of_neuron_F = torch.full((ffn.ffn_width,), -1, dtype=torch.int64)
+    expert_of_neuron_F[rest_R] = partition.assign(ffn.narrow(rest_R), statistics.narrow(rest_R), num_experts, seed)
+    return expert_of_neuron_F
 
 
 def mixture(ffn: DenseFFN, neurons_EM: Tensor, shared_S: Tensor, spec: MoESpec, layer: int) -> MoEFFN:
@@ -83,12 +130,6 @@ def _detached(tensor: Tensor | None) -> Tensor | None:
 
 
 @torch.no_grad()
-def largest_contributions(ffn: DenseFFN, x_TD: Tensor) -> Tensor:
-    """Return the most that each neuron adds to the FFN's output on tokens [T, D], [F], for `super_neurons`."""
-    return neuron_statistics(ffn, x_TD, "nested", 1, 0, 0).largest_contribution(ffn)
-
-
-@torch.no_grad()
 def outputs(ffn: DenseFFN, x_TD: Tensor) -> Tensor:
     """Return the output of a dense FFN on tokens [T, D], in chunks, as a target to fit to (`low_precision`)."""
     found_TD = torch.empty_like(x_TD)
@@ -96,32 +137,6 @@ def outputs(ffn: DenseFFN, x_TD: Tensor) -> Tensor:
         for start in range(0, len(x_TD), chunk := chunk_of(ffn.ffn_width)):
             found_TD[start : start + chunk] = ffn(x_TD[start : start + chunk])
     return found_TD
-
-
-def neuron_statistics(
-    ffn: DenseFFN,
-    x_TD: Tensor,
-    method: PartitionMethod,
-    num_experts: int,
-    shared_width: int,
-    seed: int,
-    gradient_TD: Tensor | None = None,
-) -> NeuronStatistics:
-    """Return the statistics on tokens [T, D] that a partition needs, and the choice of S shared neurons."""
-    weighed = method == "gradient" and gradient_TD is not None
-    statistics = NeuronStatistics(ffn.ffn_width, num_experts if weighed else 0, profiles=method == "coactivation")
-    if method not in ("coactivation", "gradient", "nested") and shared_width == 0:
-        return statistics
-    group_T = token_groups(x_TD, num_experts, seed) if weighed else None
-    chunk = chunk_of(ffn.ffn_width)
-    with low_precision(ffn.ffn_width, x_TD.device):
-        for start in range(0, len(x_TD), chunk):
-            rows = slice(start, start + chunk)
-            h_TF = ffn.neurons(x_TD[rows])
-            statistics.update(h_TF)
-            if gradient_TD is not None and group_T is not None:
-                statistics.update_importance(h_TF, gradient_TD[rows] @ ffn.w_out_DF, group_T[rows])
-    return statistics
 
 
 @contextmanager
@@ -139,6 +154,26 @@ def every_expert(layers: Sequence[MoEFFN]) -> Iterator[None]:
         for moe, (num_active, tensors) in zip(layers, kept, strict=True):
             moe.num_active = num_active
             moe.load_state_dict(tensors, strict=False)
+
+
+@torch.no_grad()
+def require_identity(
+    layers: Sequence[MoEFFN], dense: Tensor, run: Callable[[], Tensor], *, name: str, family: str
+) -> float:
+    """Return the largest difference between the output `dense` and that of `run` while all experts are active.
+
+    ValueError where it is above `IDENTITY_TOLERANCE`, relative to the largest output; `name` is the model, or a layer.
+    """
+    with every_expert(layers):
+        difference = (run() - dense).abs().max().item()
+    tolerance = IDENTITY_TOLERANCE * max(1.0, dense.abs().max().item())  # logits may be large
+    if not difference <= tolerance:
+        raise ValueError(
+            f"with all experts active the mixture differs from the dense model by {difference:.1e}, more than "
+            f"{tolerance:.0e}: {name} computes its FFNs in another way than the family {family!r} says, so its experts "
+            "would be wrong"
+        )
+    return float(difference)
 
 
 @torch.no_grad()

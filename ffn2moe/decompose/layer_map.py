@@ -35,7 +35,6 @@ FEWEST_NUMBERS = 2**24  # of the jobs together: with fewer, processes cost more 
 
 # What a worker knows how to do: the functions take a LayerJob and give a LayerResult.
 KINDS = {
-    "contributions": "ffn2moe.decompose.jobs:do_contributions",
     "decompose": "ffn2moe.decompose.jobs:do_decompose",
     "judge": "ffn2moe.decompose.jobs:do_judge",
     "route": "ffn2moe.decompose.jobs:do_route",
