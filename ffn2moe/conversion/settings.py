@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal, get_args
 
+from ffn2moe.containers.table import CONTAINERS
 from ffn2moe.decompose.partition import PARTITIONS
 from ffn2moe.spec import Gate, Head
 from ffn2moe.table import UnknownName, unknown
@@ -63,6 +64,7 @@ class Settings:
             "--container",
             "native architecture of a language model: auto (one that can hold it), none, or a name such as mixtral",
             metavar="NAME",
+            names=lambda: ("auto", "none", *CONTAINERS.names()),
         ),
     )
     gate: str = field(
