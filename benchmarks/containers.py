@@ -1,10 +1,10 @@
-"""Every native container of one dense model: how its logits in plain transformers agree with what it was written from.
+"""Compare the logits of every native container of one dense model, in plain transformers, with those of its source.
 
     python -m benchmarks.containers ../shared/data/stories260k --out containers
 
-The rows are K = E under a router of zeros against the dense model, in float32 and bfloat16; and K < E under a random
-router (nothing is trained here, so that the router's scores are far apart) against the student, with the container's
-own gates and with unit gates. The folders stay in --out, for other engines to be tried on.
+With K = E and a router of zeros the source is the dense model, in float32 and bfloat16. With K < E it is the student, with
+the container's own gates and with unit gates; nothing is trained, and random routers keep the scores far apart. The
+folders stay in --out, so that other engines can be tried on them.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ from ffn2moe.moe.layer import MoEFFN, install_moe, moe_layers
 from ffn2moe.spec import Gate, MoESpec
 
 
-def cut(source: str, container: Container, E: int, K: int, shared_width: int, gate: Gate) -> tuple[Any, MoESpec]:
-    """The dense model with its neurons dealt to experts in their order, and a router of zeros."""
+def decomposed(source: str, container: Container, E: int, K: int, shared_width: int, gate: Gate) -> tuple[Any, MoESpec]:
+    """Return the dense model with its neurons dealt to experts in order and a router of zeros, and its spec."""
     model, _ = load_dense(source, head="causal")
     spec = spec_of(
         model,
@@ -64,7 +64,7 @@ def cut(source: str, container: Container, E: int, K: int, shared_width: int, ga
 
 
 def route_at_random(model: Any, container: Container, seed: int = 0) -> None:
-    """Router weights of unit scores on unit tokens, and a choice bias where the container has one."""
+    """Draw router weights that give unit scores on unit tokens, and a choice bias where the container has one."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for moe in moe_layers(model):
@@ -76,20 +76,20 @@ def route_at_random(model: Any, container: Container, seed: int = 0) -> None:
 
 @torch.no_grad()
 def rows(source: str, container: Container, shared_width: int, ids_BL: Tensor, out: Path) -> dict[str, Agreement]:
-    """The agreements of one container, by what was compared."""
+    """Write one container in several ways; return the agreement of each with its source."""
     E, K = 4, 2
     dense, tokenizer = load_dense(source, head="causal")
     reference_BLV = dense(ids_BL).logits
     name = f"{container.name}-shared{shared_width}"
     found = {}
-    model, spec = cut(source, container, E, E, shared_width, container.gate)
+    model, spec = decomposed(source, container, E, E, shared_width, container.gate)
     for dtype, label in ((torch.float32, "K = E"), (torch.bfloat16, "K = E, bfloat16")):
         folder = out / f"{name}-full-{str(dtype).removeprefix('torch.')}"
         save(model, spec, folder, dtype=dtype, assets=source)
         found[label] = compare(open_native(folder, dtype)(ids_BL).logits.float(), reference_BLV)
     gates: tuple[tuple[Gate, str], ...] = ((container.gate, "K = 2"), ("unit", "K = 2, unit gates"))
     for gate, label in gates:
-        model, spec = cut(source, container, E, K, shared_width, gate)
+        model, spec = decomposed(source, container, E, K, shared_width, gate)
         route_at_random(model, container)
         folder = save(model, replace(spec, num_active=K), out / f"{name}-k{K}-{gate}", tokenizer=tokenizer)
         found[label] = same_logits(model, folder, ids_BL)
@@ -97,7 +97,7 @@ def rows(source: str, container: Container, shared_width: int, ids_BL: Tensor, o
 
 
 def main(arguments: list[str]) -> None:
-    """The table, on the terminal."""
+    """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", help="a dense causal model: a Hugging Face folder")
     parser.add_argument("--text", type=Path, help="text to compare on (default: SOURCE/sample.txt)")
@@ -124,7 +124,7 @@ def main(arguments: list[str]) -> None:
                 figures = (f"{found.largest:.1e}", f"{found.mean:.1e}", f"{found.top1:.3f}")
                 table.add_row(container.name, str(shared_width), label, *figures)
     table.add_row("dense", "", "bfloat16", f"{rounded.largest:.1e}", f"{rounded.mean:.1e}", f"{rounded.top1:.3f}")
-    Console().print(table)
+    Console(markup=False, highlight=False).print(table)
 
 
 if __name__ == "__main__":
