@@ -2,8 +2,8 @@
 
     python -m benchmarks.containers ../shared/data/stories260k --out containers
 
-With K = E and a router of zeros the source is the dense model, in float32 and bfloat16. With K < E it is the student, with
-the container's own gates and with unit gates; nothing is trained, and random routers keep the scores far apart. The
+With K = E and a router of zeros the source is the dense model, in float32 and bfloat16. With K < E it is the student,
+with the container's own gates and with unit gates; nothing is trained, and random routers keep the scores apart. The
 folders stay in --out, so that other engines can be tried on them.
 """
 
