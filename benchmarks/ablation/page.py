@@ -1,17 +1,17 @@
-"""The page of results: tables by group, and the plot of quality against active FLOPs. Made of finished cells alone."""
+"""Write the page of results from finished cells: tables by group, and the plot of quality against active FLOPs."""
 
 from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from benchmarks.ablation import plot
 from benchmarks.ablation.bench import PROBE_DEV, PROBE_TRAIN, Bench
-from benchmarks.ablation.grid import Store, cells, write_json
+from benchmarks.ablation.grid import Store, cells, write_text
 from benchmarks.ablation.method import GROUPS, STAGE_TITLES, STAGES, Method
 from benchmarks.ablation.rows import FIGURES, means
 from ffn2moe.planning.timing import machine
@@ -25,7 +25,7 @@ def grid(
     seeds: Sequence[int],
     arguments: Sequence[str],
 ) -> dict[str, Any]:
-    """All finished cells of one model and budget, with what is the same for all of them."""
+    """Return all finished cells of one model and budget, and what they share."""
     methods = list(methods)
     wanted = cells(methods, shares, STAGES, seeds, bench.budget.experts)
     found = [kept for cell in wanted if (kept := store.read(cell)) is not None]
@@ -47,13 +47,13 @@ def grid(
 
 
 def model_name(bench: Bench) -> str:
-    """What the model is called, from what the stage `prepare` knows of it."""
+    """Return the name of the model, without the folder or the word package before it."""
     name = bench.setup.name
     return name.removeprefix("package:").rstrip("/").rpartition("/")[2]
 
 
 def _shown(arguments: Sequence[str]) -> list[str]:
-    """The command's arguments, without folders that only this machine has."""
+    """Return the command's arguments without the folders of this machine."""
     shown: list[str] = []
     for before, argument in zip(["", *arguments], arguments, strict=False):
         local = before in ("--workspace", "--work", "--out") or argument in ("--workspace", "--work", "--out")
@@ -63,51 +63,78 @@ def _shown(arguments: Sequence[str]) -> list[str]:
 
 
 def judged(bench: Bench) -> str:
-    """What the figures are of."""
+    """Say on which texts the figures are measured."""
     if bench.head != "embedding":
         texts = len(bench.tokens("evaluation", packed=False).ids)
-        return f"the first {bench.budget.max_length} tokens of {texts} texts that nothing here was trained on"
+        return f"the first {bench.budget.max_length} tokens of {texts} texts that no training saw"
     found = bench.benchmarks
     parts = [f"{len(found.pairs)} retrieval pairs"]
     if found.stsb:
         parts.append(f"{len(found.stsb)} pairs of STS-B dev")
     parts += [f"{len(dev)} texts of {FIGURES[name][0]}" for name, (_, dev) in found.classification.items()]
-    told = ", ".join(parts)
+    summary = ", ".join(parts)
     if found.classification:
-        told += (
-            f"; a set's probe is fitted on at most {PROBE_TRAIN} and asked about at most {PROBE_DEV} of its texts, "
+        summary += (
+            f"; the probe of a set is fitted on at most {PROBE_TRAIN} of its texts and judged on at most {PROBE_DEV}, "
             "chosen once by content"
         )
-    return told
+    return summary
 
 
 # --- files --------------------------------------------------------------------------------------------
 
 
 def data_of(out: Path) -> Path:
-    """Where a page's cells are: docs/results/ablation.json for docs/results.md."""
-    return out.with_suffix("") / "ablation.json"
+    """Return the file of a page's cells: docs/results/ablation.jsonl for docs/results.md."""
+    return out.with_suffix("") / "ablation.jsonl"
 
 
 def read(out: Path) -> dict[str, Any]:
-    """The grids of a page. FileNotFoundError where there is none."""
+    """Return the grids of a page, by model. FileNotFoundError if there is none."""
     path = data_of(out)
+    if not path.is_file() and path.with_suffix(".json").is_file():
+        return _read_first_form(path.with_suffix(".json"))
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist: run the grid once without --page-only")
-    return json.loads(path.read_text(encoding="utf-8"))
+    grids: dict[str, Any] = {}
+    for line in path.read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        if "cell" in row:
+            grids[row["model"]]["cells"].append(row["cell"])
+        else:
+            grids[row["model"]] = {**row, "cells": []}
+    return grids
+
+
+def _read_first_form(path: Path) -> dict[str, Any]:
+    """Return the grids of the file that version 0.1.0 wrote: one JSON object, in which baselines are rivals."""
+    grids: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))["grids"]
+    for one in grids.values():
+        for method in one["methods"].values():
+            method["group"] = {"rivals": "baselines"}.get(method["group"], method["group"])
+    return grids
 
 
 def joined(out: Path, one: Mapping[str, Any]) -> dict[str, Any]:
-    """The grids of a page with this one in place of an older one of its model."""
-    old = read(out)["grids"] if data_of(out).is_file() else {}
-    return {"grids": {**old, one["model"]: one}}
+    """Return the grids of a page with this one in place of an older one of its model."""
+    known = any(data_of(out).with_suffix(suffix).is_file() for suffix in (".jsonl", ".json"))
+    old = read(out) if known else {}
+    return {**old, one["model"]: one}
 
 
-def write(out: Path, content: Mapping[str, Any]) -> None:
-    """The page, its plots and its data."""
-    write_json(data_of(out), content)
+def lines_of(grids: Mapping[str, Any]) -> Iterator[str]:
+    """Yield each grid as JSON lines: its common part, then a line for each cell."""
+    for model, one in grids.items():
+        rows = [{name: value for name, value in one.items() if name != "cells"}]
+        rows += [{"model": model, "cell": cell} for cell in one["cells"]]
+        yield from (json.dumps(row, sort_keys=True, allow_nan=False) for row in rows)
+
+
+def write(out: Path, grids: Mapping[str, Any]) -> None:
+    """Write the page, its plots and its data."""
+    write_text(data_of(out), "".join(f"{line}\n" for line in lines_of(grids)))
     sections = []
-    for index, one in enumerate(sorted(content["grids"].values(), key=lambda grid: grid["head"] != "embedding")):
+    for index, one in enumerate(sorted(grids.values(), key=lambda grid: grid["head"] != "embedding")):
         picture = data_of(out).with_name("ablation.png" if index == 0 else f"ablation-{one['model']}.png")
         plot.draw(one, picture)
         sections.append(section(one, f"{picture.parent.name}/{picture.name}"))
@@ -117,25 +144,26 @@ def write(out: Path, content: Mapping[str, Any]) -> None:
 
 # --- text ---------------------------------------------------------------------------------------------
 
-INTRODUCTION = """# Methods on the same work
+INTRODUCTION = """# Methods compared on the same work
 
-Every method is an option of one program and runs on the same model, texts, order of batches and number of steps;
-`benchmarks/ablation/methods/` says what each changes. *Training-free*: experts, a router in closed form, scale and
-mean. *Router trained*: the router's steps, too. *Distilled*: both, and the steps of distillation, the same number for
-every row.
+Which method keeps the most quality at the same active FLOPs? Every method runs on the same model, texts, order of
+batches and number of steps; `benchmarks/ablation/methods/` says what each changes.
 
-A figure is the mean over seeds ± their standard deviation, with the number of seeds in the last column; in brackets
-what is kept of the teacher's. *Kept* is the mean of these shares over the judges. *Error* is `||y - layer(x)|| / ||y||`
-of the FFNs as they stand, mean over the layers. *Of the choice* is `||y - a y_S|| / ||y||`, y being the sum of all
-experts, for the experts that the router chooses, before their outputs are fitted, beside that of the best choice of as
-many (the oracle); of a distilled mixture it is against all of its own experts. *Active* counts neurons, as many as the
-tokens were seen to use; *FLOPs* are the whole model's, as a share of the teacher's. *Seconds* are the processor's, of
-making and judging a cell.
+- *Training-free*: experts, a router in closed form, scale and mean. *Router trained*: the steps of the router, too.
+  *Distilled*: both, and the same number of distillation steps for every row.
+- A figure is the mean over the seeds ± their standard deviation; the last column counts the seeds. The share of the
+  teacher's figure stands in brackets, and *kept* is the mean of these shares.
+- *Error* is `||y - layer(x)|| / ||y||` of the FFNs after their last fit, mean over the layers. *Of the choice* is
+  `||y - a y_S|| / ||y||` for the experts that the router chooses, where y is the sum of all experts before their
+  outputs are fitted. *Of the oracle's* is the same for the best choice of as many experts. For a distilled mixture,
+  both compare with all of its own experts.
+- *Active* counts the neurons that the tokens used. *FLOPs* are the whole model's, as a share of the teacher's.
+  *Seconds* are processor time to make and judge a cell.
 """
 
 
 def section(one: Mapping[str, Any], picture: str) -> str:
-    """One model's results."""
+    """Return the section of one model."""
     budget = one["budget"]
     rows = means(one)
     threads = sorted({cell["threads"] for cell in one["cells"]})
@@ -147,12 +175,12 @@ def section(one: Mapping[str, Any], picture: str) -> str:
         "",
         f"    {one['command']}",
         "",
-        f"E = {budget['experts']}. {len(one['cells'])} cells. Distillation: {budget['steps']} steps of "
+        f"{budget['experts']} experts, {len(one['cells'])} cells. Distillation: {budget['steps']} steps of "
         f"{budget['batch_tokens']} tokens, learning rate {budget['learning_rate']:g}. Routers: "
         f"{budget['router_steps']} steps on {budget['router_tokens']} tokens. Partition: "
         f"{budget['calibration_tokens']} tokens. Judged: "
         f"{one['judged']}. Trained and judged in {' and '.join(kinds)}. {', '.join(devices)}, "
-        f"{' or '.join(map(str, threads))} thread a cell; commit {', '.join(commits)} (+: with changes).",
+        f"{' or '.join(map(str, threads))} thread a cell; commit {', '.join(commits)} (+: with uncommitted changes).",
         "",
         f"Teacher: {', '.join(f'{FIGURES[name][0]} {_written(name, [f])}' for name, f in ordered(one['teacher']))}.",
         "",
@@ -178,7 +206,7 @@ def ordered(figures: Mapping[str, Any]) -> list[tuple[str, Any]]:
 
 
 def summary(one: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Ours, the best other options, FactorLLM and the best rival at each share and stage, by what is kept."""
+    """Compare ours, our best option, the best other compressor and FactorLLM at each share and stage."""
     wanted = (
         ("ours, as by default", lambda row: row["group"] == "default"),
         ("best option of ours", lambda row: row["group"] not in ("FactorLLM", "baselines", "after conversion")),
@@ -189,25 +217,25 @@ def summary(one: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> list[s
         {(row["share"], row["stage"]) for row in rows}, key=lambda place: (-place[0], STAGES.index(place[1]))
     )
     lines = [
-        "What is kept of the teacher, mean over the judges; the best by that mean:",
+        "The share of the teacher's figures that is kept, and the best method by it:",
         "",
         "| active | stage | " + " | ".join(name for name, _ in wanted) + " |",
         "|---|---|" + "---|" * len(wanted),
     ]
     for share, stage in places:
         here = [row for row in rows if (row["share"], row["stage"]) == (share, stage)]
-        told = []
+        entries = []
         for name, belongs in wanted:
             those = [row for row in here if belongs(row)]
             best = max(those, key=lambda row: statistics.mean(row["quality"]), default=None)
             title = "" if best is None or name.startswith("ours") else f" ({best['title']})"
-            told.append("" if best is None else _percent(best["quality"]) + title)
-        lines.append(f"| {100 * share:g} % | {STAGE_TITLES[stage]} | " + " | ".join(told) + " |")
+            entries.append("" if best is None else _percent(best["quality"]) + title)
+        lines.append(f"| {100 * share:g} % | {STAGE_TITLES[stage]} | " + " | ".join(entries) + " |")
     return [*lines, ""]
 
 
 def table(one: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The rows of a group beside the default, stage by stage and share by share."""
+    """Return the tables of a group beside the default: one for each stage, by falling share."""
     names = [name for name, _ in ordered(rows[0]["figures"])]
     headings = ["method", "active", *(FIGURES[name][0] for name in names), "kept"]
     headings += ["error", "of the choice", "of the oracle's", "recall", "FLOPs", "seconds", "seeds"]
@@ -219,7 +247,7 @@ def table(one: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> list[str
         for row in sorted(here, key=lambda row: -row["share"]):
             errors = row["errors"]
             figures = [_written(name, row["figures"][name]) + _share(row, name) for name in names]
-            told = [
+            entries = [
                 f"**{row['title']}**" if row["group"] == "default" else row["title"],
                 _percent(row["cost"]["active_share"], spread=False),
                 *figures,
@@ -232,13 +260,13 @@ def table(one: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> list[str
                 _spread("{:.0f}", row["seconds"]["processor"], spread=False),
                 str(row["seeds"]),
             ]
-            lines.append(f"| {' | '.join(told)} |")
+            lines.append(f"| {' | '.join(entries)} |")
         lines.append("")
     return lines[:-1]
 
 
 def _share(row: Mapping[str, Any], name: str) -> str:
-    """What is kept of a figure, in brackets behind it."""
+    """Return the share of a figure that is kept, in brackets."""
     return f" ({100 * statistics.mean(row['kept'][name]):.1f} %)" if name in row["kept"] and name != "agreement" else ""
 
 
@@ -251,7 +279,7 @@ def _written(name: str, values: Sequence[float]) -> str:
 
 
 def _spread(form: str, values: Sequence[float] | None, *, spread: bool = True) -> str:
-    """Mean ± standard deviation over the seeds; nothing where there is no such value."""
+    """Return mean ± standard deviation over the seeds; nothing if there is no value."""
     if not values:
         return ""
     mean = form.format(statistics.mean(values))

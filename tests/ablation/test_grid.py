@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from benchmarks.ablation import __main__ as command
-from benchmarks.ablation import build
+from benchmarks.ablation import build, page
 from benchmarks.ablation.bench import Bench, Setup
 from benchmarks.ablation.grid import Budget, Cell, Store, cells
 from benchmarks.ablation.method import DEFAULT, GROUPS, METHODS, STAGES
@@ -273,3 +273,15 @@ def made_up(cell: Cell) -> dict:
         "cost": {"active_share": share, "ffn_flops": share + 0.01, "flops": 0.5 + share / 2},
         "seconds": {"made": 1.0, "judged": 1.0, "processor": 2.0},
     }
+
+
+def test_a_page_of_the_first_version_reads_as_the_present_one(tmp_path):
+    cell = {"method": "pruned", "share": 0.25, "stage": "free", "seed": 0}
+    grid = {"model": "tiny", "head": "causal", "methods": {"pruned": {"group": "baselines"}}, "cells": [cell, cell]}
+    for name in ("old", "new"):
+        (tmp_path / name).mkdir()
+    old = json.dumps({"grids": {"tiny": grid}}).replace("baselines", "rivals")
+    (tmp_path / "old/ablation.json").write_text(old)
+    (tmp_path / "new/ablation.jsonl").write_text("".join(f"{line}\n" for line in page.lines_of({"tiny": grid})))
+    assert page.read(tmp_path / "old.md") == page.read(tmp_path / "new.md") == {"tiny": grid}
+    assert len((tmp_path / "new/ablation.jsonl").read_text().splitlines()) == 3
