@@ -28,7 +28,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import cycle
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import torch
@@ -56,7 +56,8 @@ from ffn2moe.dense.ffn import DenseFFN
 from ffn2moe.moe.layer import MoEFFN
 from ffn2moe.planning import timing
 from ffn2moe.runtime import plans
-from ffn2moe.runtime.engines import has_openvino, openvino
+from ffn2moe.runtime.engines import ENGINES
+from ffn2moe.runtime.engines.openvino import import_openvino
 from ffn2moe.runtime.files import read_manifest
 
 TOKENS = [1, 2, 4, 8, 16, 128, 1024]
@@ -250,7 +251,7 @@ def _opened(
             except (ValueError, FileNotFoundError) as error:
                 missing[name] = str(error)
                 continue
-            baseline = name in plans.DENSE_PLANS or name in COMPRESSED
+            baseline = name in COMPRESSED or (name in plans.PLANS and plans.is_dense(name))
             dense = baseline or name.endswith(OPERATOR_DENSE)
             error_of = np.linalg.norm(run(judged_TD) - references[dense]) / np.linalg.norm(references[dense])
             opened[name] = Plan(run, bits, float(error_of), dense, baseline)
@@ -283,16 +284,16 @@ def _openers(
     def opener(layers: Layers, name: str, files: Path) -> tuple[Run, int]:
         files.mkdir(exist_ok=True)
         (graph,) = layers.open(name, options.threads, files)
-        return lambda x_nD: graph.run(["y"], {"x": x_nD})[0], BITS[plans.precision_of(name, graph)]
+        return lambda x_nD: graph.run(["y"], {"x": x_nD})[0], BITS[plans.precision_of(name, graph.precision)]
 
     layers = Layers(moes, widths, stacked=True)
-    names = get_args(plans.Plan)
+    names = plans.PLANS.names()
     openers = {name: partial(opener, layers, name, folder / "mixture") for name in names}
     if options.operator_dense:
         whole = Layers([one_expert(ffn) for ffn in ffns], widths, stacked=True)
-        natives = [name for name in names if "native" in name]
+        natives = [name for name, row in plans.PLANS.items() if row.operator is plans.EXPERTS]
         openers |= {f"{name}{OPERATOR_DENSE}": partial(opener, whole, name, folder / "dense") for name in natives}
-    if has_openvino():
+    if ENGINES["openvino"].is_installed:
         for name, (bits, group, precision, quantised) in COMPRESSED.items():
             openers[name] = partial(_compressed, ffns, bits, group, precision, quantised, options.threads)
     return openers
@@ -310,7 +311,7 @@ def _compressed(
     width = ffns[0].w_in_FD.shape[1]
     if group is not None and (width % group or ffns[0].ffn_width % group):
         raise ValueError(f"groups of {group} weights do not divide its matrices")
-    ov = openvino()
+    ov = import_openvino()
     import openvino.opset13 as ops
 
     def linear(x: Any, weight: torch.Tensor | None) -> Any:
@@ -420,7 +421,9 @@ def _decoder(options: argparse.Namespace) -> list[dict[str, Any]]:
     rows = []
     for phase in ("prefill", "decode"):
         samples = found[phase]
-        best = samples.fastest(plan for plan in plans.DENSE_PLANS if plan == "dense" or kept.get(plan, 0.0) >= KEPT)
+        best = samples.fastest(
+            plan for plan, row in plans.PLANS.items() if row.dense and (plan == "dense" or kept.get(plan, 0.0) >= KEPT)
+        )
         for plan in samples.seconds:
             speed = samples.speed(plan, best)
             rows.append(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -14,11 +14,13 @@ from torch import Tensor, nn
 from ffn2moe.dense.ffn import DenseFFN
 from ffn2moe.moe.layer import MoEFFN, moe_layers
 from ffn2moe.onnx.editor import Editor
-from ffn2moe.onnx.graph import DOMAIN, MIXTURE, OPSET, PARTS, ExportedMoE, save_graph
-from ffn2moe.onnx.lower import activate, lower
+from ffn2moe.onnx.graph import OPSET, ExportedMoE, save_graph
+from ffn2moe.onnx.lower import lower
+from ffn2moe.onnx.mixture import activate
+from ffn2moe.onnx.names import DOMAIN, MIXTURE, PARTS
 from ffn2moe.runtime.engines import Graph
 from ffn2moe.runtime.export import open_graphs
-from ffn2moe.runtime.plans import DENSE_PLANS, Plan, graph_of
+from ffn2moe.runtime.plans import graph_of, is_dense
 from ffn2moe.spec import FFNShape, MoESpec
 
 IR_VERSION = 10  # the exporter writes ONNX files of this version
@@ -147,7 +149,7 @@ def _mixture(editor: Editor, x_TD: ir.Value, moe: MoEFFN, name: str) -> ir.Value
         for key, part in ((key, getattr(exported, key)) for key in PARTS)
     ]
     attributes: dict[str, Any] = exported.attributes
-    y_TD = editor.node(MIXTURE, x_TD, None, *parts, domain=DOMAIN, **attributes)
+    y_TD = editor.node(MIXTURE, x_TD, *parts, domain=DOMAIN, **attributes)
     if moe.shared_in is not None and moe.shared_out is not None:
         shared = DenseFFN(
             w_in_FD=moe.shared_in,
@@ -193,12 +195,12 @@ class Layers:
 
     def open(self, plan: str, threads: int, folder: Path) -> list[Graph]:
         """Open the graphs by one plan, from files in `folder`; ValueError if the plan or its engine cannot run them."""
-        canonical = self._graphs["dense" if plan in DENSE_PLANS else "mixture"]
+        canonical = self._graphs["dense" if is_dense(plan) else "mixture"]
         name = graph_of(plan)
         files = [folder / f"{name}-{layer}.onnx" for layer in range(len(canonical))]
         for file, graph in zip(files, canonical, strict=True):
             if not file.is_file():
-                save_graph(lower(graph, cast(Plan, name)), file)
+                save_graph(lower(graph, name), file)
         return open_graphs(files, plan, threads=threads)
 
 

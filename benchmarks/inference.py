@@ -43,7 +43,7 @@ from ffn2moe.planning import timing
 from ffn2moe.runtime.engines import Graph
 from ffn2moe.runtime.export import open_export
 from ffn2moe.runtime.files import read_manifest
-from ffn2moe.runtime.plans import DENSE_PLANS, engine_of, form_of
+from ffn2moe.runtime.plans import PLANS, form_of, is_dense, plan_of
 
 SHAPES = [(1, 16), (1, 128), (32, 32), (32, 128)]
 MODEL, FFN = "model", "ffn"
@@ -233,7 +233,7 @@ class _Alone:
 def _rows(part: str, shape: tuple[int, int, int], phases: Mapping[str, Samples], kept: Sequence[str]) -> Iterator[Row]:
     """Yield a row for every plan, compared with the best dense plan."""
     for phase, samples in phases.items():
-        best = samples.fastest(plan for plan in kept if plan in DENSE_PLANS)
+        best = samples.fastest(plan for plan in kept if is_dense(plan))
         for plan in samples.seconds:
             speed = samples.speed(plan, best)
             figures = (1000 * samples.median(plan), speed.median, speed.low, speed.high)
@@ -288,7 +288,7 @@ def grids(result: Mapping[str, Any]) -> Iterator[Grid]:
 def _grid_rows(result: Mapping[str, Any], part: str, shapes: Shapes) -> Iterator[list[str]]:
     plans = {plan for rows in shapes.values() for plan in rows}
     fastest = {shape: min(_able(result, rows), key=lambda row: row.milliseconds).plan for shape, rows in shapes.items()}
-    for plan in sorted(plans, key=lambda plan: (plan not in DENSE_PLANS, plan)):
+    for plan in sorted(plans, key=lambda plan: (not is_dense(plan), plan)):
         cells = []
         for shape, rows in shapes.items():
             row = rows.get(plan)
@@ -298,7 +298,7 @@ def _grid_rows(result: Mapping[str, Any], part: str, shapes: Shapes) -> Iterator
                 text += f" ({row.low:.2f} to {row.high:.2f})"
             cells.append(f"**{text}**" if plan == fastest[shape] else text)
         kept = result["retention"].get(plan)
-        yield [plan, engine_of(plan), "" if kept is None else f"{100 * kept:.1f} %", *cells]
+        yield [plan, plan_of(plan).engine, "" if kept is None else f"{100 * kept:.1f} %", *cells]
     limits = {"bound by FLOPs": "flops", "bound by Amdahl's law": "amdahl"}
     for label, name in limits.items() if part == MODEL else [("bound by FLOPs", "ffn_flops")]:
         yield [label, "", "", *(f"{result['bounds'][str(sequence)][name]:.2f}x" for _, sequence in shapes)]
@@ -314,7 +314,7 @@ def summary(result: Mapping[str, Any]) -> Iterator[list[str]]:
     """Yield the fastest mixture that keeps its quality in each case, with its target."""
     for (part, phase, threads), shapes in _cells(result).items():
         for shape, rows in shapes.items():
-            mixtures = [row for row in _able(result, rows) if row.plan not in DENSE_PLANS]
+            mixtures = [row for row in _able(result, rows) if not is_dense(row.plan)]
             if not mixtures:
                 continue
             best = min(mixtures, key=lambda row: row.milliseconds)
@@ -361,7 +361,7 @@ def figure(result: Mapping[str, Any]) -> Any:
         name = "flops" if part == MODEL else "ffn_flops"
         limits = [result["bounds"][str(sequence)][name] for _, sequence in shapes]
         panels.append((_title(part, phase, threads), groups, limits))
-    return bars(panels, hollow=DENSE_PLANS, ylabel="speed over best dense")
+    return bars(panels, hollow=[name for name, plan in PLANS.items() if plan.dense], ylabel="speed over best dense")
 
 
 if __name__ == "__main__":

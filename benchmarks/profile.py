@@ -43,10 +43,10 @@ from benchmarks.page import (
 )
 from benchmarks.race import FEWEST_ROUNDS
 from ffn2moe.planning import timing
-from ffn2moe.runtime.engines import openvino, openvino_precision
+from ffn2moe.runtime.engines.openvino import import_openvino, openvino_precision
 from ffn2moe.runtime.export import open_export
 from ffn2moe.runtime.files import checked_files, read_manifest
-from ffn2moe.runtime.plans import engine_of, form_of
+from ffn2moe.runtime.plans import plan_of, resolve
 
 LONGEST = 2.0  # seconds of runs for a plan and shape
 MOST_RUNS = 100
@@ -150,7 +150,7 @@ def measure(options: argparse.Namespace, console: Console) -> list[Profile]:
                 batches = timing.full_batches(reader, texts, batch, sequence)
                 inputs = [{"input_ids": ids_BL, "attention_mask": mask_BL} for ids_BL, mask_BL in batches]
                 label = f"{plan}, {batch} x {sequence}"
-                profiled = _openvino if engine_of(plan) == "openvino" else _onnxruntime
+                profiled = _openvino if plan_of(plan).engine == "openvino" else _onnxruntime
                 runs, whole, nodes = profiled(file, plan, options.threads, inputs, partial(rounds.track, label))
                 found.append(Profile(plan, batch, sequence, runs, whole, nodes))
     return found
@@ -214,12 +214,11 @@ def _weights(file: Path) -> dict[str, str]:
 
 def _openvino(file: Path, plan: str, threads: int, inputs: Inputs, track: Callable[[range], Iterator[int]]) -> Profiled:
     """Profile a plan by the performance counts of OpenVINO after each run."""
-    ov = openvino()
+    ov = import_openvino()
     core = ov.Core()
-    if form_of(plan).startswith("ov-native"):
-        from ffn2moe.runtime import native
-
-        core.add_extension(str(native.library()))
+    operator = plan_of(plan).operator
+    if operator is not None and operator.library is not None:
+        core.add_extension(str(resolve(operator.library)()))
     settings = {
         "PERFORMANCE_HINT": "LATENCY",
         "NUM_STREAMS": 1,

@@ -15,6 +15,8 @@ from pydantic_core import CoreSchema, core_schema
 from ffn2moe.containers.table import CONTAINERS as CONTAINERS
 from ffn2moe.decompose.partition import PARTITIONS as PARTITIONS
 from ffn2moe.distill.divergences import DIVERGENCES as DIVERGENCES
+from ffn2moe.runtime.engines import ENGINES as ENGINES
+from ffn2moe.runtime.plans import PLANS as PLANS
 from ffn2moe.table import Table, unknown
 from ffn2moe.table import UnknownName as UnknownName
 

@@ -34,12 +34,12 @@ class Point:
 
 def points(cell: int, export: Path) -> list[Point]:
     """Every plan that is a mixture, as the export's own benchmark timed it."""
-    from ffn2moe.runtime.plans import DENSE_PLANS
+    from ffn2moe.runtime.plans import is_dense
 
     manifest, timed = _json(export / "manifest.json"), _json(export / "plan.json")["timings"]
     found = []
     for plan, rows in timed.items():
-        if plan in DENSE_PLANS:
+        if is_dense(plan):
             continue
         row = deciding(rows)
         figures = (row["speedup_vs_best_dense"], row["speedup_vs_dense"], row["median_ms"])
@@ -49,10 +49,11 @@ def points(cell: int, export: Path) -> list[Point]:
 
 def dense_plans(export: Path, wanted: float) -> list[str]:
     """`dense` and the other dense plans that keep this share of the quality."""
-    from ffn2moe.runtime.plans import DENSE_PLANS
+    from ffn2moe.runtime.plans import PLANS
 
     plans = _json(export / "manifest.json")["plans"]
-    return [plan for plan in DENSE_PLANS if plan in plans and (plan == "dense" or plans[plan]["retention"] >= wanted)]
+    dense = [name for name, plan in PLANS.items() if plan.dense and name in plans]
+    return [name for name in dense if name == "dense" or plans[name]["retention"] >= wanted]
 
 
 def deciding(rows: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:

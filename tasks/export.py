@@ -124,16 +124,16 @@ class PlanQuality:
         """The figure of one plan, and what it keeps of the teacher's."""
         from ffn2moe.runtime import files as runtime_files
         from ffn2moe.runtime.export import open_graphs, opened
-        from ffn2moe.runtime.plans import DENSE_PLANS, form_of
+        from ffn2moe.runtime.plans import is_dense
 
-        params, form = self.stage.params, form_of(plan)
+        params = self.stage.params
         is_another = entry["precision"] != "float32" or "num_active" in entry or "dense_layers" in entry
         if is_another or entry["parity_max_abs"] > params.export.float_tolerance:
             files = runtime_files.checked_files(folder, entry)
             graphs = open_graphs(files, plan, threads=params.compute.threads)
             figure = self.measured(opened(folder, plan, manifest, graphs))
         else:
-            figure = self.known["teacher" if form in DENSE_PLANS else "student"]
+            figure = self.known["teacher" if is_dense(plan) else "student"]
         kept = self.headline.retention(figure, self.known["teacher"])
         return {self.headline.key: round(figure, 6), "retention": round(kept, 6)}
 

@@ -17,16 +17,11 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from ruamel.yaml import YAML  # the parser DVC reads params.yaml with: `1e-3` is a number, `on` a string
 from ruamel.yaml.error import YAMLError
 
-from tasks.choices import CONTAINERS, DIVERGENCES, PARTITIONS, OneOf, UnknownName
+from tasks.choices import CONTAINERS, DIVERGENCES, ENGINES, PARTITIONS, PLANS, OneOf, UnknownName
 
 Count = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
-
-# Plans that a head is not given unless they are asked for (`ffn2moe.runtime.plans.plans_on_request`).
-PlanOnRequest = Literal[
-    "dense4", "qmoe8", "qmoe4", "ov-dense", "ov-dense8", "ov-sorted", "ov-native", "ov-native8", "ov-native4"
-]
 
 
 class ParamsError(ValueError):
@@ -196,8 +191,8 @@ class Evaluate(Section):
 
 
 class Export(Section):
-    engines: tuple[Literal["onnxruntime", "openvino"], ...] = Field(min_length=1)
-    more_plans: tuple[PlanOnRequest, ...]
+    engines: tuple[Annotated[str, OneOf(ENGINES)], ...] = Field(min_length=1)
+    more_plans: tuple[Annotated[str, OneOf(PLANS)], ...]
     parity_texts: Count
     float_tolerance: Positive
     tanh_tolerance: Positive
@@ -208,6 +203,17 @@ class Export(Section):
             raise ValueError(
                 "export.engines leaves out onnxruntime, whose plan `dense` every other is measured beside: add it"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _more_plans_are_not_made_anyway(self) -> Export:
+        able = [plan.name for plan in PLANS.rows() if plan.on_request]
+        for name in self.more_plans:
+            if name not in able:
+                raise ValueError(
+                    f"export.more_plans names {name}, which every model gets by default: remove it; these can be asked "
+                    f"for: {', '.join(able)}"
+                )
         return self
 
 

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ffn2moe.runtime.plans import is_dense
 from tasks import figures
 from tasks.measures import at, headline
 from tasks.params import Gate, Params
@@ -309,11 +310,6 @@ def timings(plan: Mapping[str, Any]) -> dict[str, Any]:
         "best_dense": plan["best_dense_plan"],
         "machine": plan["machine"],
     }
-
-
-def is_dense(plan: str) -> bool:
-    """Whether a plan is the teacher, on any engine and in any precision."""
-    return plan.removeprefix("ov-").startswith("dense")
 
 
 def _key(row: Mapping[str, Any]) -> tuple[int, int, int, str]:

@@ -10,7 +10,8 @@ import torch
 
 from ffn2moe.moe import checkpoint
 from ffn2moe.onnx.sentence_transformers import sentence_transformers_folder
-from ffn2moe.runtime.export import open_export, session
+from ffn2moe.runtime.engines.onnxruntime import session
+from ffn2moe.runtime.export import open_export
 from tests.texts import make_texts
 
 

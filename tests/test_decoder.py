@@ -29,11 +29,10 @@ from ffn2moe.onnx import decoder as onnx_decoder
 from ffn2moe.onnx import lower as onnx_plans
 from ffn2moe.onnx.parity import parity, random_samples, reference
 from ffn2moe.onnx.write import export_model, write_manifest
+from ffn2moe.runtime import batching, decoders, files, microsoft
 from ffn2moe.runtime import export as runtime
-from ffn2moe.runtime import files
-from ffn2moe.runtime import plans as runtime_plans
-from ffn2moe.runtime.engines import OnnxRuntimeGraph, session
-from ffn2moe.runtime.export import batching, decoders, selftest
+from ffn2moe.runtime.engines.onnxruntime import OnnxRuntimeGraph, session
+from ffn2moe.runtime.plans import PLANS, plans_of
 from ffn2moe.spec import Gate, Head, MoESpec
 from tests.conftest import make_tokenizer
 
@@ -304,10 +303,10 @@ def test_64_tokens_of_a_real_llama_are_pytorchs(tmp_path, batch):
 
 def test_the_manifest_tells_the_files_and_the_parity_of_every_plan(folder):
     manifest = files.read_manifest(folder)
-    assert set(manifest["plans"]) == set(runtime_plans.DECODER_PLANS) and not manifest["refused"]
+    assert set(manifest["plans"]) == set(plans_of("causal")) and not manifest["refused"]
     for plan, entry in manifest["plans"].items():
         assert entry["sha256"] == files.sha256(folder / entry["file"])
-        if plan not in runtime_plans.QUANTIZED_PLANS:
+        if not PLANS[plan].is_quantised:
             assert entry["parity"]["logits"] <= 1e-4
         else:
             assert entry["agreement"] > 0.7
@@ -316,13 +315,13 @@ def test_the_manifest_tells_the_files_and_the_parity_of_every_plan(folder):
 
 
 def test_every_plan_generates(folder):
-    for plan in runtime_plans.DECODER_PLANS:
+    for plan in plans_of("causal"):
         pieces = list(runtime.open_export(folder, plan, threads=1).generate("the red house", max_new_tokens=5))
         assert all(isinstance(piece, str) for piece in pieces), plan
 
 
 def test_fewer_bits_are_smaller_files(folder):
-    size = {plan: (folder / f"onnx/{plan}.onnx").stat().st_size for plan in runtime_plans.DECODER_PLANS}
+    size = {plan: (folder / f"onnx/{plan}.onnx").stat().st_size for plan in plans_of("causal")}
     assert size["qmoe4"] < size["qmoe8"] < size["fused"] and size["dense4"] < size["dense8"] < size["dense"]
 
 
@@ -425,8 +424,8 @@ def test_an_unknown_plan_names_those_there_are_and_a_refused_one_says_why(copied
 
 
 def test_a_quantised_operator_that_computes_something_else_is_not_opened(folder, monkeypatch):
-    right = selftest._moe_graph
-    monkeypatch.setattr(runtime, "_moe_graph", lambda *given: right(*given[:-1], 1.2 * given[-1]))
+    right = microsoft._moe_graph
+    monkeypatch.setattr(microsoft, "_moe_graph", lambda *given: right(*given[:-1], 1.2 * given[-1]))
     for plan in ("fused", "qmoe8", "qmoe4"):
         with pytest.raises(RuntimeError, match="computes something else"):
             runtime.open_export(folder, plan)

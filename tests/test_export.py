@@ -14,7 +14,7 @@ import pytest
 import ffn2moe
 from ffn2moe.onnx import verify
 from ffn2moe.runtime.files import sha256
-from ffn2moe.runtime.plans import DENSE_PLANS, PLANS
+from ffn2moe.runtime.plans import is_dense, plans_of
 from tasks import benchmark, export
 from tests.texts import make_stage
 
@@ -42,7 +42,7 @@ def test_the_manifest_says_what_was_exported_and_how_well_it_was_checked(exporte
     manifest = manifest_of(exported)
     assert set(manifest) == {"teacher", "spec", "model", "plans", "refused", "versions", "data_sha256", "seed"}
     assert manifest["spec"] == ffn2moe.moe.checkpoint.load_spec(exported / "models/distilled").to_dict()
-    assert set(manifest["plans"]) == set(PLANS)
+    assert set(manifest["plans"]) == set(plans_of("embedding"))
     for plan, entry in manifest["plans"].items():
         assert entry["file"] == f"onnx/{plan}.onnx"
         assert entry["sha256"] == sha256(exported / "exports/tiny" / entry["file"])
@@ -80,11 +80,11 @@ def test_the_benchmark_chooses_a_plan_and_times_every_one(workspace):
     benchmark.run(stage)
     plan = json.loads((workspace / "exports/tiny/plan.json").read_text())
     plans = manifest_of(workspace)["plans"]
-    assert {*plan["timings"], *plan["left_out"]} == {*plans}
+    assert {*plan["timings"], *plan["left_out"]} == {*plans} - {"fused"}  # which cannot win on a CPU
     for rows in plan["timings"].values():
         assert [(row["batch"], row["sequence"], row["threads"]) for row in rows] == [(1, 4, 1), (4, 8, 1)]
         assert {"median_ms", "speedup_vs_dense", "speedup_vs_best_dense"} < set(rows[0])
-    assert plan["default_plan"] in DENSE_PLANS  # 3 rounds are too few for another
+    assert is_dense(plan["default_plan"])  # 3 rounds are too few for another
     assert plan["reason"] and plan["machine"]["cpu"]
     assert 1 < plan["bounds"]["flops"] <= plan["bounds"]["amdahl"]  # the second takes the router for free
     assert ffn2moe.open_export(workspace / "exports/tiny").plan == plan["default_plan"]

@@ -17,7 +17,7 @@ from ffn2moe.containers.table import CONTAINERS, by_preference
 from ffn2moe.dense.load import load_dense
 from ffn2moe.moe import checkpoint
 from ffn2moe.moe.layer import moe_layers
-from ffn2moe.runtime.plans import DECODER_PLANS
+from ffn2moe.runtime.plans import plans_of
 from tasks import (
     benchmark,
     corpus,
@@ -133,7 +133,7 @@ def test_the_container_is_written_beside_the_graphs_and_opens_without_this_packa
 def test_each_plan_says_its_perplexity_and_what_it_keeps(done):
     manifest = read(done / "exports/tiny/manifest.json")
     found = read(done / "metrics/evaluate.json")
-    assert {*manifest["plans"], *manifest["refused"]} == set(DECODER_PLANS)
+    assert {*manifest["plans"], *manifest["refused"]} == set(plans_of("causal"))
     teacher = found["teacher"]["language"]["perplexity"]
     for name, entry in manifest["plans"].items():
         assert entry["retention"] == pytest.approx(teacher / entry["perplexity"], rel=1e-4), name

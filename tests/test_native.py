@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from ffn2moe.onnx import lower as onnx_plans
 from ffn2moe.onnx.editor import Editor
-from ffn2moe.onnx.graph import PARTS
+from ffn2moe.onnx.names import PARTS
 from ffn2moe.runtime import native
 from ffn2moe.runtime.native import PATHS, WEIGHTS
 
@@ -518,8 +518,8 @@ def test_norms_and_residuals_go_into_the_node_where_nothing_else_reads_them(libr
     parts |= {"router_bias": layer.routed["router_bias_E"], "choice_bias": layer.routed["choice_bias_E"]}
     parts |= {"b_in": layer.parts["b_in_EM"], "b_out": layer.routed["b_out_D"]}
     constants = [editor.constant(f"layer.{name}", parts[name]) if name in parts else None for name in PARTS]
-    how = {"selection": "topk", "num_active": 2, "gate": "unit", "activation": layer.activation}
-    y_TD = row(editor.node("Mixture", x_TD, None, *constants, domain="ffn2moe", **how))
+    how = {"selection": "topk", "routing": "token", "num_active": 2, "gate": "unit", "activation": layer.activation}
+    y_TD = row(editor.node("Mixture", x_TD, *constants, domain="ffn2moe", **how))
     y_TD = row(editor.node("Add", sum_TD if order == "norm before" else x_TD, y_TD))
     y_TD = y_TD if order == "norm before" else norm("norm_out", y_TD)
     model.graph.outputs.extend([y_TD, x_TD] if order == "x is read elsewhere" else [y_TD])
@@ -576,7 +576,7 @@ def test_weights_that_do_not_fit_together_are_refused(change: dict[str, Any], me
 
 def test_a_library_that_is_not_there_is_named_with_its_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("openvino")
-    monkeypatch.setattr(native, "FOLDER", tmp_path / "_native")
+    monkeypatch.setattr(native.compiler, "FOLDER", tmp_path / "_native")
     assert not native.is_built()
     with pytest.raises(FileNotFoundError, match="not built; build it: make native"):
         native.library()
@@ -584,10 +584,10 @@ def test_a_library_that_is_not_there_is_named_with_its_remedy(tmp_path: Path, mo
 
 def test_a_library_for_another_openvino_is_to_be_built_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("openvino")
-    current = native._library(tmp_path).name
+    current = native.compiler._library(tmp_path).name
     version = native.importlib.metadata.version("openvino")
     (tmp_path / current.replace(version, "2020.1.0")).touch()
-    monkeypatch.setattr(native, "FOLDER", tmp_path)
+    monkeypatch.setattr(native.compiler, "FOLDER", tmp_path)
     assert not native.is_built()
     with pytest.raises(FileNotFoundError, match=r"built for openvino 2020.1.0, and .* is installed"):
         native.library()

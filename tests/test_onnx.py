@@ -19,7 +19,7 @@ from ffn2moe.onnx import graph as onnx_graph
 from ffn2moe.onnx import lower as onnx_plans
 from ffn2moe.onnx.parity import Run, Sample, parity, reference, text_samples
 from ffn2moe.onnx.verify import Known, plan_parity
-from ffn2moe.runtime import export as runtime
+from ffn2moe.runtime.engines.onnxruntime import session as open_session
 from tests.conftest import make_tiny_bert, make_tokenizer
 from tests.mixtures import carve
 
@@ -28,7 +28,7 @@ HIDDEN, EMBEDDING = onnx_graph.OUTPUTS
 
 
 def run_of(graph: ir.Model, threads: int = 1) -> Run:
-    session = runtime.session(ir.to_proto(graph).SerializeToString(), threads=threads)
+    session = open_session(ir.to_proto(graph).SerializeToString(), threads=threads)
     return lambda sample: dict(
         zip(onnx_graph.OUTPUTS, session.run(list(onnx_graph.OUTPUTS), dict(sample)), strict=True)
     )
@@ -207,7 +207,7 @@ def test_exporting_leaves_the_model_as_it_was(small_teacher):
 def test_two_exports_are_the_same_bytes_in_other_folders_and_processes(tiny_teacher, canonical, mixture, tmp_path):
     script = (
         "import sys; from pathlib import Path\n"
-        "from ffn2moe import onnx_graph, onnx_plans\n"
+        "from ffn2moe.onnx import graph as onnx_graph, lower as onnx_plans\n"
         "from tests.mixtures import carve\n"
         "model, spec = carve(Path(sys.argv[1]))\n"
         "canonical = onnx_graph.canonical_graph(model, spec.pooling)\n"

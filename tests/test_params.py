@@ -8,6 +8,7 @@ import pydantic
 import pytest
 
 from ffn2moe.containers.table import CONTAINERS
+from ffn2moe.runtime.plans import PLANS
 from tasks.params import (
     ParamsError,
     Settings,
@@ -92,6 +93,19 @@ def test_a_container_that_cannot_hold_what_is_asked_is_refused_with_those_that_c
     with pytest.raises(ParamsError) as error:
         load_params(FILE, [f"decompose.{setting}" for setting in settings])
     assert message in str(error.value)
+
+
+def test_every_plan_that_some_head_gets_on_request_can_be_asked_for():
+    for plan in PLANS.rows():
+        if plan.on_request:
+            assert load_params(FILE, [f"export.more_plans=[{plan.name}]"]).export.more_plans == (plan.name,)
+    assert "ov-native8a8" in [plan.name for plan in PLANS.rows() if plan.on_request]
+    with pytest.raises(ParamsError, match="unknown plan 'qmoe6'; did you mean 'qmoe"):
+        load_params(FILE, ["export.more_plans=[qmoe6]"])
+    with pytest.raises(ParamsError, match="which every model gets by default: remove it"):
+        load_params(FILE, ["export.more_plans=[sorted]"])
+    with pytest.raises(ParamsError, match="unknown engine 'openvin'; did you mean 'openvino'"):
+        load_params(FILE, ["export.engines=[onnxruntime,openvin]"])
 
 
 def test_a_container_takes_its_own_formula_and_unit_gates():

@@ -312,7 +312,7 @@ def test_plans_of_several_engines_and_a_plan_of_its_own_for_each_shape_are_shown
         content["timings"][name] = [
             row | {"speedup_vs_dense": speed, "speedup_vs_best_dense": speed / 2.18} for row in rows
         ]
-    content["timings"]["gave-up"] = content["timings"]["dense"][:1]  # at the second shape
+    content["timings"]["ov-native4"] = content["timings"]["dense"][:1]  # at the second shape
     content["choices"] = [
         row | {"plan": plan} for row, plan in zip(content["timings"]["dense"], ("dense8", "ov-sorted"), strict=True)
     ]
@@ -323,7 +323,7 @@ def test_plans_of_several_engines_and_a_plan_of_its_own_for_each_shape_are_shown
     assert "Worth using: the plan <code>ov-sorted</code>" in page
     assert "1.20 times the best dense plans (1.10 to 1.30 with the noise)" in page
     assert "The plan that is used at a shape is in bold there." in page
-    assert "gave-up" not in page
+    assert "ov-native4" not in page
     timed = report.timings(content)
     assert [plan["name"] for plan in timed["plans"]] == [
         "dense8", "dense", "ov-dense", "ov-sorted", "fused", "sorted", "sorted8"

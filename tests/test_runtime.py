@@ -15,9 +15,9 @@ from transformers import AutoTokenizer
 import ffn2moe
 from ffn2moe.data.encode import encode
 from ffn2moe.planning.timing import interleaved, time_export
+from ffn2moe.runtime import batching, microsoft, quantise
 from ffn2moe.runtime import export as runtime
-from ffn2moe.runtime import plans
-from ffn2moe.runtime.export import batching, quantise, selftest
+from ffn2moe.runtime.plans import plans_of
 from tests.texts import make_texts
 
 TEXTS = [*make_texts(30), "a"]
@@ -42,7 +42,7 @@ def test_an_export_answers_as_its_checkpoint_does(export, plan):
     np.testing.assert_allclose((found * expected).sum(1), 1, atol=1e-3 if plan == "fused" else 1e-5)
 
 
-@pytest.mark.parametrize("plan", plans.PLANS)
+@pytest.mark.parametrize("plan", plans_of("embedding"))
 def test_embeddings_have_unit_length_and_the_order_of_the_texts(export, plan):
     opened = runtime.open_export(export, plan, threads=1)
     found = opened.encode(TEXTS, batch_tokens=100)
@@ -131,17 +131,17 @@ def test_a_provider_that_cannot_start_is_one_clear_error_and_no_noise(export, ca
 
 @pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "relu", "silu"])
 def test_this_runtimes_moe_op_passes_its_self_test(activation):
-    assert selftest.self_test(activation) < 1e-5
+    assert microsoft.self_test(activation) < 1e-5
 
 
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize(("activation", "gated"), [("gelu", False), ("relu", False), ("silu", False), ("silu", True)])
 def test_this_runtimes_quantised_moe_op_passes_its_self_test(activation, gated, bits):
-    assert selftest.self_test(activation, gated=gated, bits=bits) < (0.05 if bits == 8 else 1e-3)
+    assert microsoft.self_test(activation, gated=gated, bits=bits) < (0.05 if bits == 8 else 1e-3)
 
 
 def test_the_moe_op_passes_its_self_test_for_gated_ffns():
-    assert selftest.self_test("silu", gated=True) < 1e-5
+    assert microsoft.self_test("silu", gated=True) < 1e-5
 
 
 @pytest.mark.parametrize("bits", [8, 4])
@@ -156,17 +156,17 @@ def test_weights_in_blocks_come_back_as_near_as_their_bits_allow(bits):
 
 
 def test_a_moe_op_that_computes_something_else_fails_the_self_test(monkeypatch):
-    right = selftest._moe_graph
-    monkeypatch.setattr(runtime, "_moe_graph", lambda *given: right(*given[:-1], 1.01 * given[-1]))
+    right = microsoft._moe_graph
+    monkeypatch.setattr(microsoft, "_moe_graph", lambda *given: right(*given[:-1], 1.01 * given[-1]))
     with pytest.raises(RuntimeError, match="computes something else"):
-        selftest.self_test("gelu")
-    monkeypatch.setattr(runtime, "_moe_graph", lambda *given: right(*given[:-1], 1.2 * given[-1]))
+        microsoft.self_test("gelu")
+    monkeypatch.setattr(microsoft, "_moe_graph", lambda *given: right(*given[:-1], 1.2 * given[-1]))
     for bits in (8, 4):
         with pytest.raises(RuntimeError, match="QMoE of this onnxruntime computes something else"):
-            selftest.self_test("silu", gated=True, bits=bits)
-    monkeypatch.setattr(runtime, "_moe_graph", lambda *_: b"not a model")
+            microsoft.self_test("silu", gated=True, bits=bits)
+    monkeypatch.setattr(microsoft, "_moe_graph", lambda *_: b"not a model")
     with pytest.raises(RuntimeError, match="cannot run com"):
-        selftest.self_test("gelu")
+        microsoft.self_test("gelu")
 
 
 def test_opening_an_export_needs_no_torch(export):
@@ -186,7 +186,7 @@ def test_every_plan_is_timed_at_every_shape_against_the_dense_ones(export):
     found = list(time_export(export, TEXTS, shapes=shapes, threads=[1], rounds=3))
     assert [(rows[0].batch, rows[0].sequence) for rows in found] == shapes
     for rows in found:
-        assert [row.plan for row in rows] == list(plans.PLANS)
+        assert [row.plan for row in rows] == list(plans_of("embedding"))
         assert all(row.median_ms > 0 and row.speedup_vs_dense > 0 for row in rows)
         dense = rows[0]
         assert dense.speedup_vs_dense == 1

@@ -21,7 +21,7 @@ from ffn2moe.onnx.write import write_manifest
 from ffn2moe.planning import autoplan
 from ffn2moe.runtime.export import open_export
 from ffn2moe.runtime.files import read_manifest, read_plan
-from ffn2moe.runtime.plans import DENSE_PLANS, PLANS, form_of
+from ffn2moe.runtime.plans import form_of, is_dense, plans_of
 from ffn2moe.spec import FFNShape, MoESpec
 from tasks import benchmark, export
 from tests.conftest import make_tiny_bert
@@ -156,8 +156,9 @@ def uneven(tmp_path_factory, teacher) -> Path:
 def test_plans_with_dense_layers_are_checked_and_judged_as_others_are(uneven, teacher):
     folder = uneven / "exports/tiny"
     manifest = read_manifest(folder)
-    mixtures = [plan for plan in PLANS if plan not in DENSE_PLANS]
-    assert {*manifest["plans"]} == {*PLANS, *(f"{plan}-d1" for plan in mixtures)} and not manifest["refused"]
+    default = plans_of("embedding")
+    mixtures = [plan for plan in default if not is_dense(plan)]
+    assert {*manifest["plans"]} == {*default, *(f"{plan}-d1" for plan in mixtures)} and not manifest["refused"]
     entry = manifest["plans"]["sorted-d1"]
     assert entry["dense_layers"] == [1] and entry["parity_max_abs"] <= 1e-4
     assert "dense_layers" not in manifest["plans"]["sorted"]

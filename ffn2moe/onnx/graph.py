@@ -30,9 +30,10 @@ from onnx_ir.passes.common import (
 from torch import Tensor, nn
 
 from ffn2moe.dense.locate import family_of
-from ffn2moe.moe.layer import MoEFFN, moe_layers
+from ffn2moe.moe.layer import MoEFFN
 from ffn2moe.numerics import pool
 from ffn2moe.onnx.editor import BATCH, SEQUENCE
+from ffn2moe.onnx.names import DOMAIN, MIXTURE, PARTS
 from ffn2moe.onnx.simplify import (
     attention_without_transposes,
     finish,
@@ -45,10 +46,6 @@ from ffn2moe.runtime.files import sha256
 from ffn2moe.spec import Pooling
 
 OPSET = 23  # the first with a standard Attention op
-DOMAIN, MIXTURE = "ffn2moe", "Mixture"
-# The inputs of a mixture node after x [T, D] and what the router reads of each text [B, D], if it does not read x, as
-# attributes of `Mixture`; those that a layer lacks are left out.
-PARTS = ("router", "router_bias", "choice_bias", "margin", "w_in", "b_in", "w_gate", "b_gate", "w_out", "b_out")
 LARGEST_FILE = 2**31 - 2**24  # bytes of weights inside one file
 INPUTS = ("input_ids", "attention_mask")
 OUTPUTS = ("last_hidden_state", "sentence_embedding")
@@ -58,32 +55,29 @@ OUTPUTS = ("last_hidden_state", "sentence_embedding")
 
 
 class ExportedMoE(nn.Module):
-    """Stands in for a `MoEFFN` while the exporter traces: the same function, the routed experts in one node."""
+    """Stand in for a `MoEFFN` while the exporter traces: the same function, the routed experts in one node."""
 
     def __init__(self, moe: MoEFFN) -> None:
         super().__init__()
         self.shared = moe if moe.shared_in is not None else None
-        self.texts = moe.texts
         router = moe.router
-        # With all experts chosen every selection is that of all, and the gates of a prefix are 1.
-        selection = "topk" if moe.num_active == moe.num_experts else router.selection
-        gate = "unit" if router.selection == "prefix" else moe.gate
+        # A selection, routing or gate without a form in ONNX is refused by `ffn2moe.onnx.mixture`, by its name.
         self.attributes = {
-            "selection": selection,
-            "num_active": moe.num_active if selection == "topk" else router.max_active,
-            "gate": gate,
+            "selection": "topk" if moe.num_active == moe.num_experts else router.selection,
+            "routing": "token" if moe.texts is None else "sequence",
+            "num_active": moe.num_active,
+            "gate": moe.gate,
             "activation": moe.activation,
         }
         with torch.no_grad():
             weight_ED, bias_E = router.folded()
             choice_E = router.balance_bias
-            if gate == "unit":  # what shifts the choice shifts nothing else
+            if moe.gate == "unit":  # the shift of the choice shifts nothing else
                 bias_E, choice_E = bias_E + choice_E, torch.zeros_like(choice_E)
             parts = {
                 "router": weight_ED,
                 "router_bias": bias_E,
                 "choice_bias": choice_E if choice_E.any() else None,
-                "margin": router.margin if selection == "threshold" else None,
                 "w_in": moe.w_in,
                 "b_in": moe.b_in,
                 "w_gate": moe.w_gate,
@@ -99,7 +93,7 @@ class ExportedMoE(nn.Module):
         x_TD = x.reshape(-1, x.shape[-1])
         y_TD = torch.onnx.ops.symbolic(
             f"{DOMAIN}::{MIXTURE}",
-            (x_TD, None if self.texts is None else self.texts.means(x), *(getattr(self, name) for name in PARTS)),
+            (x_TD, *(getattr(self, name) for name in PARTS)),
             self.attributes,
             dtype=x_TD.dtype,
             shape=x_TD.shape,
@@ -111,16 +105,14 @@ class ExportedMoE(nn.Module):
 
 
 class _SentenceEncoder(nn.Module):
-    """What is exported: token ids and their mask in, hidden states and unit embeddings out."""
+    """Take token ids and their mask; return hidden states and unit embeddings."""
 
     def __init__(self, model: nn.Module, pooling: Pooling) -> None:
         super().__init__()
         self.model = model
         self.pooling = pooling
         # Models on the attention interface take a ready mask as it is; building it here saves a score of nodes.
-        # Routers that read whole texts have to see which tokens are real.
-        whole_texts = any(moe.texts is not None for moe in moe_layers(model))
-        self.ready_mask = model.config._attn_implementation == "sdpa" and not sliding_windows(model) and not whole_texts
+        self.ready_mask = model.config._attn_implementation == "sdpa" and not sliding_windows(model)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
         mask = attention_mask
@@ -133,12 +125,12 @@ class _SentenceEncoder(nn.Module):
 
 
 def sliding_windows(model: nn.Module) -> bool:
-    """Whether some layers see their neighbours only, so that one mask does not do for all."""
+    """Return whether some layers see only their neighbours, so that one mask does not fit all layers."""
     return getattr(model.config, "layer_types", None) is not None
 
 
 def rotary_positions(model: nn.Module, input_ids: Tensor) -> dict[str, Tensor]:
-    """Positions of the tokens, for models that rotate by them: by default they have no batch, which the op wants."""
+    """Return positions [B, L] for models that rotate by them: the op wants a batch, which the default lacks."""
     if getattr(model.config, "rope_parameters", None) is None:
         return {}
     return {"position_ids": torch.arange(input_ids.shape[1]).expand(*input_ids.shape)}
@@ -146,7 +138,7 @@ def rotary_positions(model: nn.Module, input_ids: Tensor) -> dict[str, Tensor]:
 
 @contextmanager
 def _exportable(model: nn.Module) -> Iterator[None]:
-    """Replaces the mixtures of `model` by what the exporter understands, and puts them back."""
+    """Replace the mixtures of `model` by modules that the exporter understands, and put them back at the end."""
     mixtures = {name: module for name, module in model.named_modules() if isinstance(module, MoEFFN)}
     try:
         for name, moe in mixtures.items():
@@ -159,7 +151,7 @@ def _exportable(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """The exporter reports on optional packages and on its own deprecations; none of it is for our users."""
+    """Silence the exporter's reports on optional packages and its own deprecations: no user can act on them."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -172,9 +164,9 @@ def _quiet() -> Iterator[None]:
 
 
 def canonical_graph(model: nn.Module, pooling: Pooling) -> ir.Model:
-    """The graph of an encoder, dense or factorised, as described at the top of this file.
+    """Return the graph of an encoder, dense or a mixture, as described at the top of this file.
 
-    Inputs `input_ids` and `attention_mask`, int64 [B, L], any B and L from 1 up to what the model's positions
+    Inputs `input_ids` and `attention_mask`, int64 [B, L], any B and L from 1 up to the model's positions
     allow; outputs `last_hidden_state` [B, L, D] and `sentence_embedding` [B, D] of unit length, float32.
     Raises ValueError for a model that makes no embeddings.
     """
@@ -204,9 +196,9 @@ def traced(
     *,
     name: str,
 ) -> ir.Model:
-    """The canonical graph of `wrapped`, a module around `model`; the model is left as it was.
+    """Return the canonical graph of `wrapped`, a module around `model`; leave the model as it was.
 
-    `arguments` are examples of what it takes, `inputs` and `outputs` the names of their tensors.
+    `arguments` are examples of its arguments, `inputs` and `outputs` the names of their tensors.
     """
     was_training = model.training
     wrapped.eval()
@@ -235,13 +227,13 @@ def traced(
         share_tied_weights,
     ):
         rewrite(graph)
-        RemoveUnusedNodesPass()(graph)  # what a rewrite leaves behind would still count as a use
+        RemoveUnusedNodesPass()(graph)  # a replaced node would still count as a use
     finish(graph)
     return graph
 
 
 def save_graph(model: ir.Model, path: str | Path, largest: int = LARGEST_FILE) -> dict[str, str]:
-    """Writes the graph and gives the sha256 of each file written, by its name.
+    """Write the graph and return the sha256 of each file written, by its name.
 
     A graph of more than `largest` bytes keeps its weights in a second file beside the first, `PATH.data`: one
     message of the format holds 2 GB at most.
@@ -251,12 +243,12 @@ def save_graph(model: ir.Model, path: str | Path, largest: int = LARGEST_FILE) -
         path.write_bytes(ir.to_proto(model).SerializeToString(deterministic=True))
         return {path.name: sha256(path)}
     data = path.with_name(f"{path.name}.data")
-    graph = model.clone()  # what is unloaded is gone from the graph
+    graph = model.clone()  # unloading takes weights out of the graph
     ir.external_data.unload_from_model(graph, path.parent, data.name, size_threshold_bytes=1024)
     path.write_bytes(ir.to_proto(graph).SerializeToString(deterministic=True))
     return {file.name: sha256(file) for file in (path, data)}
 
 
 def _size(model: ir.Model) -> int:
-    """Bytes of the weights."""
+    """Return the bytes of the weights."""
     return sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None)

@@ -127,26 +127,13 @@ def reference(
 
 
 def _lead(moe: MoEFFN, scores_TE: Tensor, used_TE: Tensor) -> Tensor:
-    """By how much scores may change before a token's choice does, [T], as a share of the layer's typical score."""
-    E, K = moe.num_experts, moe.num_active
-    if E == K:
+    """Return by how much scores may change before a token's choice does, [T], as a share of the typical score."""
+    if moe.num_experts == moe.num_active:
         return scores_TE.new_full((len(scores_TE),), torch.inf)
     ranked_TE = moe.router.ranked(scores_TE)
-    if moe.router.selection == "prefix":  # a tie of the two best lengths
-        best_T2 = ranked_TE.topk(2, dim=-1).values
-        lead_T = best_T2[:, 0] - best_T2[:, 1]
-    else:
-        used_least_T = ranked_TE.masked_fill(~used_TE, torch.inf).amin(-1)
-        unused_best_T = ranked_TE.masked_fill(used_TE, -torch.inf).amax(-1)
-        lead_T = used_least_T - unused_best_T
-        if moe.router.selection == "threshold":  # has an edge of its own, which decides of all but the best
-            most = moe.router.max_active
-            best_TK = ranked_TE.topk(most, dim=-1).values
-            to_edge_TK = (best_TK - (best_TK[:, :1] - moe.router.margin)).abs()
-            to_edge_TK[:, 0] = torch.inf
-            full_T = used_TE.sum(-1) == most  # only then is there another expert that would be next
-            lead_T = torch.where(full_T, lead_T, torch.inf).minimum(to_edge_TK.amin(-1))
-    return lead_T / ranked_TE.abs().mean().clamp(min=1e-30)
+    used_least_T = ranked_TE.masked_fill(~used_TE, torch.inf).amin(-1)
+    unused_best_T = ranked_TE.masked_fill(used_TE, -torch.inf).amax(-1)
+    return (used_least_T - unused_best_T) / ranked_TE.abs().mean().clamp(min=1e-30)
 
 
 @dataclass(frozen=True)

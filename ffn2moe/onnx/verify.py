@@ -1,7 +1,7 @@
 """Check graphs against PyTorch: every plan when it is exported, and a whole export whenever a user asks.
 
-Float32 plans must agree to a tolerance. An int8 plan cannot; it is judged by what it is for, so here it only has to
-point in the same direction. Letters as in `ffn2moe.spec`.
+Float32 plans must agree to a tolerance. An int8 plan cannot: its quality is judged elsewhere, so here it only has to
+point in the same direction. Letters are those of `ffn2moe.spec`.
 """
 
 from __future__ import annotations
@@ -27,27 +27,18 @@ from ffn2moe.onnx.parity import (
     reference,
     same_choices,
 )
-from ffn2moe.runtime import native
-from ffn2moe.runtime.engines import openvino_precision
-from ffn2moe.runtime.export import CPU, open_export
+from ffn2moe.runtime.engines import CPU, ENGINES
+from ffn2moe.runtime.export import open_export
 from ffn2moe.runtime.files import checked_files, read_manifest
-from ffn2moe.runtime.plans import (
-    DENSE_PLANS,
-    NATIVE_PLANS,
-    OP_PLANS,
-    QUANTIZED_PLANS,
-    ROUNDED_PLANS,
-    engine_of,
-    form_of,
-)
+from ffn2moe.runtime.plans import is_dense, plan_of
 from ffn2moe.runtime.selftest import self_tests
 from ffn2moe.spec import Head, MoESpec
 
 FLOAT_TOLERANCE = 1e-4  # largest difference of a float32 plan
 TANH_TOLERANCE = 2e-3  # the same where the operator's GELU is the tanh form
-# Of a quantised plan's main output with PyTorch's (`parity.agreement`): below, the graph is broken.
+# Agreement of a quantised plan's main output with PyTorch's (`parity.agreement`): below, the graph is broken.
 INT8_AGREEMENT, INT4_AGREEMENT = 0.9, 0.7
-BF16_AGREEMENT = 0.95  # the same where bfloat16 is all that is between them: it also moves near ties of the router
+BF16_AGREEMENT = 0.95  # the same for bfloat16, which also moves near ties of the router
 
 
 @dataclass(frozen=True)
@@ -79,39 +70,41 @@ def plan_parity(
     float_tolerance: float = FLOAT_TOLERANCE,
     tanh_tolerance: float = TANH_TOLERANCE,
 ) -> tuple[float, Parity]:
-    """How far a plan is from PyTorch, and the details; ValueError for a float32 plan beyond its tolerance, which is
-    a share of the spread of outputs whose numbers are large (`Parity.relative`).
+    """Return how far a plan is from PyTorch, and the details.
 
-    The MoE op's GELU is the tanh form on a CPU. So `fused` must be exact against PyTorch with that GELU, and what
-    it is for near the true model's, on the rows where the difference moves no token to another expert:
-    where it does, what follows is another, equally good choice and nothing small is left to compare.
+    ValueError for a float32 plan beyond its tolerance, which is a share of the spread of outputs whose numbers are
+    large (`Parity.relative`).
+
+    The MoE op's GELU is the tanh form on a CPU. A plan that is not `exact` must therefore equal PyTorch with that GELU,
+    and its main output must be near the true model's on the rows where the difference moves no token to another expert.
+    On other rows another, equally good choice follows, and nothing small is left to compare.
     """
-    form = form_of(plan)
-    references = known.teacher if form in DENSE_PLANS else known.student
+    row = plan_of(plan)
+    references = known.teacher if row.dense else known.student
     assert references is not None, "a dense plan is compared with the teacher"
-    if form == "fused" and known.tanh is not None:
-        try:
-            exact = parity(run, references)  # on a runtime whose GELU is the erf form
-            _require(plan, exact.relative, float_tolerance)
-            return exact.max_abs, exact
-        except ValueError:
-            _require(plan, parity(run, known.tanh).relative, float_tolerance)
-        found = parity(run, references, only=same_choices(references, known.tanh))
-        largest = found.by_output[MAIN_OUTPUT[known.head]]
-        if known.head == "embedding":  # of unit length; hidden states and logits have a scale of their own
-            _require(plan, largest, tanh_tolerance)
-        return largest, found
-    found = parity(run, references)
-    if form not in ROUNDED_PLANS:
-        _require(plan, found.relative, float_tolerance)
-    return found.max_abs, found
+    if row.exact or known.tanh is None:
+        found = parity(run, references)
+        if not row.is_rounded:
+            _require(plan, found.relative, float_tolerance)
+        return found.max_abs, found
+    try:
+        exact = parity(run, references)  # on a runtime whose GELU is the erf form
+        _require(plan, exact.relative, float_tolerance)
+        return exact.max_abs, exact
+    except ValueError:
+        _require(plan, parity(run, known.tanh).relative, float_tolerance)
+    found = parity(run, references, only=same_choices(references, known.tanh))
+    largest = found.by_output[MAIN_OUTPUT[known.head]]
+    if known.head == "embedding":  # of unit length; hidden states and logits have a scale of their own
+        _require(plan, largest, tanh_tolerance)
+    return largest, found
 
 
 def _require(plan: str, difference: float, tolerance: float) -> None:
     if not difference <= tolerance:  # nor NaN
         raise ValueError(
             f"the plan {plan} is {difference:.2e} from PyTorch, more than the {tolerance:.0e} allowed: "
-            f"this {engine_of(plan)} computes something else than the one the versions are locked to"
+            f"this {plan_of(plan).engine} differs from the locked version: install the versions of constraints.txt"
         )
 
 
@@ -124,7 +117,7 @@ Anchor = str | tuple[int, ...]
 
 @dataclass(frozen=True)
 class Check:
-    """One thing that was looked at."""
+    """The result of one check."""
 
     name: str
     passed: bool
@@ -139,10 +132,10 @@ def verify(
     threads: int | None = None,
     providers: Sequence[str] = CPU,
 ) -> Iterator[Check]:
-    """Repeats the checks of an export on this machine: files, the MoE ops, and each plan against PyTorch.
+    """Repeat the checks of an export on this machine: files, operators, and each plan against PyTorch.
 
-    The teacher is not in an export, so `dense8` and `dense4` are compared with `dense`, and `dense` must only run. So
-    it is with plans in which layers stay dense: what rounds is compared with the first of them that does not.
+    An export does not hold the teacher, so `dense8` and `dense4` are compared with `dense`, and `dense` must only run.
+    The same holds for plans in which layers stay dense: a plan that rounds is compared with the first that does not.
     Language models read half of each text at once and the rest token by token, through the cache. Raises
     FileNotFoundError or ValueError where there is no export, or no such plan.
     """
@@ -156,14 +149,14 @@ def verify(
         raise ValueError(f"{path} has no plan {unknown[0]!r}; it has: {', '.join(sorted(manifest['plans']))}")
     sound = []
     for plan in chosen:
-        check = _attempt(f"{plan}: file", partial(_file, path, manifest["plans"][plan]))
+        check = _attempt(f"{plan}: file", partial(_file, path, plan, manifest["plans"][plan]))
         sound += [plan] if check.passed else []
         yield check
     for plan in sound:
-        if form_of(plan) in OP_PLANS:
+        operator = plan_of(plan).operator
+        if operator is not None:
             yield _attempt(
-                f"{plan}: self-test of {_operator(form_of(plan))}",
-                partial(_self_tests, plan, manifest["spec"], providers),
+                f"{plan}: self-test of {operator.name}", partial(_self_tests, plan, manifest["spec"], providers)
             )
 
     spec, student = checkpoint.load_spec(path / "checkpoint"), checkpoint.load(path / "checkpoint")
@@ -177,11 +170,12 @@ def verify(
             known[num_active] = Known.of(spec, student, samples)
     anchors: dict[Anchor, tuple[str, list[Reference]]] = {}
 
-    def inexact(plan: str) -> tuple[bool, bool]:  # those in float32 first: others are compared with them
-        return form_of(plan) in (*ROUNDED_PLANS, "fused"), engine_of(plan) != "onnxruntime"
+    def inexact(plan: str) -> tuple[bool, bool]:  # plans in float32 come first: others are compared with them
+        row = plan_of(plan)
+        return row.is_rounded or not row.exact, row.engine != "onnxruntime"
 
     for plan in sorted(sound, key=inexact):
-        teachers = "dense" if plan in DENSE_PLANS else tuple(manifest["plans"][plan].get("dense_layers", ()))
+        teachers = "dense" if is_dense(plan) else tuple(manifest["plans"][plan].get("dense_layers", ()))
         of_budget = known[budgets[plan]]
         yield _attempt(
             f"{plan}: parity", partial(_opened_parity, path, plan, threads, providers, of_budget, teachers, anchors)
@@ -195,13 +189,8 @@ def _attempt(name: str, action: Callable[[], str]) -> Check:
         return Check(name, False, str(error))
 
 
-def _operator(form: str) -> str:
-    if form in NATIVE_PLANS:
-        return f"{native.DOMAIN}.{native.OP_TYPE}"
-    return "com.microsoft.MoE" if form == "fused" else "com.microsoft.QMoE"
-
-
-def _file(path: Path, entry: Mapping[str, Any]) -> str:
+def _file(path: Path, plan: str, entry: Mapping[str, Any]) -> str:
+    plan_of(plan)  # of a later version where the table lacks it
     checked_files(path, entry)
     return f"sha256 {entry['sha256'][:12]}..., as exported"
 
@@ -219,31 +208,29 @@ def _opened_parity(
     teachers: Anchor,
     anchors: dict[Anchor, tuple[str, list[Reference]]],
 ) -> str:
-    form, rows = form_of(plan), sum(len(one.margin_B) for one in known.student)
-    told = []
-    if form not in ROUNDED_PLANS and not teachers:  # in float32, whatever it runs in
+    row, rows = plan_of(plan), sum(len(one.margin_B) for one in known.student)
+    details = []
+    if not row.is_rounded and not teachers:  # its graph is float32, whatever it runs in
         run = open_export(path, plan, threads, providers, "float32").outputs
         largest, found = plan_parity(plan, run, known)
-        told.append(f"{largest:.1e} from PyTorch on {found.rows} texts")
-        if engine_of(plan) == "onnxruntime" or openvino_precision() == "float32":
-            return told[0]
-        told[0] += " in float32"
+        details.append(f"{largest:.1e} from PyTorch on {found.rows} texts")
+        if ENGINES[row.engine].precision() == "float32":
+            return details[0]
+        details[0] += " in float32"
     run = open_export(path, plan, threads, providers).outputs
     output = MAIN_OUTPUT[known.head]
     if teachers and teachers not in anchors:
         outputs = [Reference(one.sample, run(one.sample), one.margin_B, ()) for one in known.student]
-        agreement(run, outputs, output)  # raises where it is not finite
-        if form in ROUNDED_PLANS:
+        agreement(run, outputs, output)  # raises where an output is not finite
+        if row.is_rounded:
             return "runs, and gives finite numbers (nothing to compare it with)"
         anchors[teachers] = plan, outputs
         return "runs, and gives finite numbers (the teacher is not in an export)"
-    of, references = anchors[teachers] if teachers else ("PyTorch", known.student)
+    name, references = anchors[teachers] if teachers else ("PyTorch", known.student)
     found_agreement = agreement(run, references, output)
-    what = "mean cosine" if output == "sentence_embedding" else "correlation"
-    least = BF16_AGREEMENT
-    if form in QUANTIZED_PLANS:
-        least = INT4_AGREEMENT if form.endswith("4") else INT8_AGREEMENT
+    measure = "mean cosine" if output == "sentence_embedding" else "correlation"
+    least = INT4_AGREEMENT if row.bits < 8 else INT8_AGREEMENT if row.is_quantised else BF16_AGREEMENT
     if not found_agreement >= least:
-        raise ValueError(f"its {output} has a {what} of {found_agreement:.3f} with that of {of}, below {least}")
-    told.append(f"{what} {found_agreement:.4f} with {of}, on {rows} texts")
-    return "; as it runs, ".join(told)
+        raise ValueError(f"its {output} has a {measure} of {found_agreement:.3f} with that of {name}, below {least}")
+    details.append(f"{measure} {found_agreement:.4f} with {name}, on {rows} texts")
+    return "; as it runs, ".join(details)

@@ -1,12 +1,12 @@
-"""Write a factorised model as an export: a folder that `ffn2moe.runtime.export` opens, whatever the model's head.
+"""Write a mixture as an export: a folder that `ffn2moe.runtime.export` opens, whatever the model's head.
 
-onnx/PLAN.onnx          the graph of a plan, or of several (`ov-dense` runs that of `dense`); of a seq2seq model,
-                        its decoder
+onnx/PLAN.onnx          the graph of a plan, or of several (`ov-dense` runs that of `dense`); the decoder of a seq2seq
+                        model
 onnx/PLAN.encoder.onnx  the encoder of a seq2seq model
 onnx/*.onnx.data        the weights of a graph of more than 2 GB
 tokenizer/              tokenizer or processor of the teacher
 checkpoint/             the student for PyTorch (`ffn2moe.load`)
-manifest.json           spec, facts of the model, and of each plan its files, their sha256 and its parity
+manifest.json           spec, facts of the model, and for each plan its files, their sha256 and its parity
 """
 
 from __future__ import annotations
@@ -26,24 +26,25 @@ from ffn2moe.onnx.lower import PlanRefused, lower
 from ffn2moe.onnx.parity import MAIN_OUTPUT, Parity, Sample, agreement, random_samples
 from ffn2moe.onnx.verify import FLOAT_TOLERANCE, TANH_TOLERANCE, Known, plan_parity
 from ffn2moe.runtime import export as runtime
-from ffn2moe.runtime import files, native
-from ffn2moe.runtime.engines import Engine, has_openvino, openvino, openvino_precision
-from ffn2moe.runtime.files import checked_files
+from ffn2moe.runtime import files
+from ffn2moe.runtime.engines import ENGINES, installed_engines
 from ffn2moe.runtime.plans import (
-    DENSE_PLANS,
-    NATIVE_PLANS,
     Plan,
-    engine_of,
+    decodes,
     form_of,
     graph_of,
+    is_dense,
+    plan_of,
     plans_of,
     plans_on_request,
     precision_of,
+    resolve,
 )
 from ffn2moe.spec import MoESpec
 
 GRAPHS = "onnx"
-CHECKED_ROWS = 16  # where the caller has no samples of its own
+CHECKED_ROWS = 16  # random samples where the caller has none of its own
+Track = Callable[[Sequence[str], str], Iterable[str]]  # (plans, what is done) -> the plans, one after the other
 
 
 def export_model(
@@ -53,138 +54,200 @@ def export_model(
     spec: MoESpec,
     folder: str | Path,
     *,
-    plans: Iterable[Plan] | None = None,
-    more_plans: Iterable[Plan] = (),
-    engines: Sequence[Engine] | None = None,
+    plans: Iterable[str] | None = None,
+    more_plans: Iterable[str] = (),
+    engines: Sequence[str] | None = None,
     samples: Sequence[Sample] | None = None,
     float_tolerance: float = FLOAT_TOLERANCE,
     tanh_tolerance: float = TANH_TOLERANCE,
     largest_file: int = LARGEST_FILE,
-    track: Callable[[Sequence[str], str], Iterable[str]] = lambda plans, _: plans,
+    track: Track = lambda plans, _: plans,
 ) -> dict[str, Any]:
-    """Write every plan of a model, for any head, and check each against PyTorch; gives the manifest.
+    """Write every plan of a model, for any head, and check each against PyTorch; return the manifest.
 
     `student` and `teacher` are transformers models with the head of the spec; without a teacher there are no dense
-    plans. `plans` None means all that the head has in these `engines` (`runtime.plans_of`; None: those that are
-    installed); `more_plans` are wanted besides (`runtime.plans_on_request`). They are compared on `samples`
+    plans. `plans` None takes all default plans of the head in these `engines` (None: the installed ones); `more_plans`
+    are added (`ffn2moe.runtime.plans.plans_on_request`). Each is compared with PyTorch on `samples`
     (`ffn2moe.onnx.parity`; None: random ones). Weights of more than `largest_file` bytes go into a file of their own.
-    `track` wraps the plans while they are worked through: (plans, what is done) -> plans.
 
-    A plan has the experts of the spec. Each is there again for every variant that may be worth it
-    (`ffn2moe.moe.variants`): the other budgets of an elastic mixture (`sorted-k1`, whose entry says `num_active`), and
-    layers that stay dense (`sorted-d0`, `dense_layers`). Graphs, files, parity and quality are those of the variant.
+    A plan has the experts of the spec. It is repeated for every variant that may be worth it (`ffn2moe.moe.variants`):
+    another budget of an elastic mixture (`sorted-k1`, whose entry says `num_active`), and layers that stay dense
+    (`sorted-d0`, `dense_layers`). Graphs, files, parity and quality are those of the variant.
 
-    The manifest has `spec`, `model` (facts the runtime needs), `plans` (of each: `engine`, `precision`, `file`,
-    `sha256`, `encoder` and `more` files where there are any, `parity_max_abs`, `parity`, and `agreement`, how well its
-    main output points in PyTorch's direction, where it rounds more than float32 does) and `refused`: the reason for
-    each plan whose operators cannot hold the model, or are not built. A plan that runs in bfloat16 has the parity of
-    its graph in float32. The caller may add to it, and writes it with `write_manifest`: until then the folder is no
-    export. ValueError for a graph beyond its tolerance, or a model that cannot be exported; EngineMissing for an engine
-    that was asked for and is not installed.
+    The manifest has `spec`, `model` (facts that the runtime needs), `plans` and `refused`, the reason for each plan
+    that cannot hold the model or whose operator is not built. An entry of `plans` has `engine`, `precision`, `file`,
+    `sha256`, `encoder` and `more` files where there are any, `parity_max_abs`, `parity`, and `agreement` with PyTorch
+    where the plan rounds more than float32 does. A plan that runs in bfloat16 has the parity of its graph in float32.
+    The caller may add to the manifest, and writes it with `write_manifest`: before that the folder is no export.
+
+    ValueError for an unknown plan or engine, a graph beyond its tolerance, or a model that cannot be exported;
+    EngineMissing for an engine that is asked for and not installed.
     """
     folder = Path(folder)
     (folder / GRAPHS).mkdir(parents=True, exist_ok=True)
-    installed: tuple[Engine, ...] = ("onnxruntime", "openvino") if has_openvino() else ("onnxruntime",)
-    wanted = tuple(plans_of(spec.head, engines or installed) if plans is None else plans)
-    wanted = tuple(dict.fromkeys((*wanted, *more_plans)))
-    unknown = [plan for plan in more_plans if plan not in plans_on_request(spec.head)]
-    if unknown:
-        raise ValueError(
-            f"the plan {unknown[0]!r} cannot be asked for with the head {spec.head!r}: "
-            f"{', '.join(plans_on_request(spec.head)) or 'none'} can"
-        )
-    if any(engine_of(plan) == "openvino" for plan in wanted):
-        openvino()
-    if teacher is None:
-        wanted = tuple(plan for plan in wanted if plan not in DENSE_PLANS)
+    wanted = _wanted(spec.head, plans, more_plans, engines, with_teacher=teacher is not None)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder / "tokenizer")
     checkpoint.save(student, None, spec, folder / "checkpoint")
     manifest: dict[str, Any] = {"spec": spec.to_dict(), "model": facts(student, spec), "plans": {}, "refused": {}}
-    entries: dict[str, dict[str, Any]] = manifest["plans"]
-
-    variant_of: dict[str, Variant] = {plan: Variant() for plan in wanted}
+    models = _Models(student, teacher, spec)
+    variant_of = {plan: Variant() for plan in wanted}
     for other in variants_of(spec, with_teacher=teacher is not None):
-        variant_of |= {other.name(plan): other for plan in wanted if plan not in DENSE_PLANS}
-    needs_dense = teacher is not None and any(plan in DENSE_PLANS for plan in wanted)
-    dense = canonical_graphs(teacher, spec.head, spec.pooling) if needs_dense else {}
-    mixtures: dict[Variant, dict[str, Any]] = {}
-    written: dict[str, dict[str, Any]] = {}  # files of each graph
-    for plan in track(tuple(variant_of), "writing plans"):
-        form, variant, name = form_of(plan), variant_of[plan], graph_of(plan)
-        if form in manifest["refused"]:
-            continue
-        if engine_of(plan) == "openvino" and (lacking := _openvino_lacks(student, spec)):
-            manifest["refused"][plan] = f"{plan}: {lacking}"
-            continue
-        if form in NATIVE_PLANS and not native.is_built():  # what cannot be checked is not shipped
-            manifest["refused"][plan] = f"{plan}: its operator is not built here; {native.REMEDY}"
-            continue
-        if name not in written:
-            if form not in DENSE_PLANS and variant not in mixtures:
-                with variant.of_model(student, spec, teacher):  # one variant's graphs in memory at a time
-                    mixtures = {variant: canonical_graphs(student, spec.head, spec.pooling)}
-            canonical = dense if form in DENSE_PLANS else mixtures[variant]
-            try:
-                graphs = {part: lower(graph, form_of(name)) for part, graph in canonical.items()}  # type: ignore[arg-type]
-            except PlanRefused as reason:
-                manifest["refused"][plan] = str(reason)
-                continue
-            written[name] = _write(graphs, name, folder, largest_file)
-        entries[plan] = {"engine": engine_of(plan)} | written[name] | variant.told()
+        variant_of |= {other.name(plan): other for plan in wanted if not is_dense(plan)}
+    _write_plans(models, variant_of, folder, manifest, largest_file, track)
 
     if samples is None:
         samples = random_samples(student, spec, CHECKED_ROWS)
-    known: dict[Variant, Known] = {}
+    references: dict[Variant, Known] = {}
+    entries: dict[str, dict[str, Any]] = manifest["plans"]
     for plan in track(tuple(entries), "checking plans"):
-        form, variant = form_of(plan), variant_of[plan]
-        if variant not in known:
-            with variant.of_model(student, spec, teacher):
-                compared = teacher if needs_dense and variant == Variant() else None
-                known[variant] = Known.of(spec, student, samples, compared)
-        files = checked_files(folder, entries[plan])
-        sessions = runtime.open_graphs(files, plan, threads=1, precision="float32")
-        opened = runtime.opened(folder, plan, manifest, sessions)
-        largest, found = plan_parity(plan, opened.outputs, known[variant], float_tolerance, tanh_tolerance)
-        entries[plan] |= {"parity_max_abs": _rounded(largest), "parity": _details(found)}
-        if engine_of(plan) == "openvino" and openvino_precision() != "float32":
-            sessions = runtime.open_graphs(files, plan, threads=1)
-            opened = runtime.opened(folder, plan, manifest, sessions)
-        entries[plan]["precision"] = precision_of(plan, sessions[0])
-        if entries[plan]["precision"] != "float32":
-            references = known[variant].teacher if form in DENSE_PLANS else known[variant].student
-            assert references is not None
-            entries[plan]["agreement"] = _rounded(agreement(opened.outputs, references, MAIN_OUTPUT[spec.head]))
+        variant = variant_of[plan]
+        if variant not in references:
+            references[variant] = models.references(variant, samples)
+        entries[plan] |= _check(plan, folder, manifest, references[variant], float_tolerance, tanh_tolerance)
     return manifest
 
 
-def _openvino_lacks(model: Any, spec: MoESpec) -> str | None:
-    """Why the plans of OpenVINO cannot run this model, if they cannot."""
-    if spec.head == "seq2seq":
-        return "plans of OpenVINO are not for models of an encoder and a decoder"
-    if getattr(model.config.get_text_config(decoder=True), "attn_logit_softcapping", None):
-        # It takes such attention apart as it reads the graph, and keys that heads share no longer fit.
-        return "OpenVINO has no attention with a soft cap on its scores; plans without ov- have it"
+def _wanted(
+    head: str,
+    plans: Iterable[str] | None,
+    more_plans: Iterable[str],
+    engines: Sequence[str] | None,
+    *,
+    with_teacher: bool,
+) -> tuple[str, ...]:
+    """Return the plans to write, each once. ValueError for one that does not exist or cannot be asked for."""
+    if engines is not None:
+        engines = [ENGINES.require(engine) for engine in engines]
+    wanted = plans_of(head, engines or installed_engines()) if plans is None else tuple(plans)
+    more = tuple(more_plans)
+    can_ask_for = plans_on_request(head)
+    for plan in more:
+        plan_of(plan)
+        if plan not in can_ask_for:
+            raise ValueError(
+                f"the plan {plan!r} cannot be asked for with the head {head!r}: {', '.join(can_ask_for) or 'none'} can"
+            )
+    wanted = tuple(dict.fromkeys((*wanted, *more)))
+    for engine in dict.fromkeys(plan_of(plan).engine for plan in wanted):
+        ENGINES[engine].require()
+    return tuple(plan for plan in wanted if with_teacher or not is_dense(plan))
+
+
+class _Models:
+    """The student and its teacher, as canonical graphs and as PyTorch's outputs, for one variant after the other."""
+
+    def __init__(self, student: Any, teacher: Any | None, spec: MoESpec) -> None:
+        self.student, self.teacher, self.spec = student, teacher, spec
+        self._dense: dict[str, Any] | None = None
+        self._mixtures: dict[Variant, dict[str, Any]] = {}
+
+    def canonical(self, plan: Plan, variant: Variant) -> dict[str, Any]:
+        """Return the canonical graphs that a plan starts from; those of one variant are in memory at a time."""
+        spec = self.spec
+        if plan.dense:
+            if self._dense is None:
+                self._dense = canonical_graphs(self.teacher, spec.head, spec.pooling)
+            return self._dense
+        if variant not in self._mixtures:
+            with variant.of_model(self.student, spec, self.teacher):
+                self._mixtures = {variant: canonical_graphs(self.student, spec.head, spec.pooling)}
+        return self._mixtures[variant]
+
+    def references(self, variant: Variant, samples: Sequence[Sample]) -> Known:
+        """Return PyTorch's outputs for the samples; the teacher's beside those of the spec itself."""
+        with variant.of_model(self.student, self.spec, self.teacher):
+            compared = self.teacher if self._dense is not None and variant == Variant() else None
+            return Known.of(self.spec, self.student, samples, compared)
+
+
+def _write_plans(
+    models: _Models,
+    variant_of: Mapping[str, Variant],
+    folder: Path,
+    manifest: dict[str, Any],
+    largest_file: int,
+    track: Track,
+) -> None:
+    """Write the graph of each plan, and enter it in the manifest under `plans`, or with the reason under `refused`."""
+    written: dict[str, dict[str, Any]] = {}  # files of each graph
+    for name in track(tuple(variant_of), "writing plans"):
+        plan, variant, graph = plan_of(name), variant_of[name], graph_of(name)
+        if form_of(name) in manifest["refused"]:
+            continue
+        reason = _lacking(plan, models)
+        if reason is not None:
+            manifest["refused"][name] = f"{name}: {reason}"
+            continue
+        if graph not in written:
+            canonical = models.canonical(plan, variant)
+            try:
+                graphs = {part: lower(one, form_of(graph)) for part, one in canonical.items()}
+            except PlanRefused as refusal:
+                manifest["refused"][name] = str(refusal)
+                continue
+            written[graph] = _write(graphs, graph, folder, largest_file)
+        manifest["plans"][name] = {"engine": plan.engine} | written[graph] | variant.told()
+
+
+def _lacking(plan: Plan, models: _Models) -> str | None:
+    """Return why a plan cannot be made for a model here; None where it can be tried."""
+    head = models.spec.head
+    if head not in (*plan.heads, *plan.on_request):
+        return f"this plan is for the heads {', '.join((*plan.heads, *plan.on_request))}, not for {head}"
+    lacking = ENGINES[plan.engine].lacks(models.student.config)
+    if lacking is not None:
+        return lacking
+    if plan.operator is not None and plan.operator.library is not None:
+        try:
+            resolve(plan.operator.library)()
+        except FileNotFoundError as error:  # a graph that cannot be checked is not shipped
+            return str(error)
     return None
 
 
+def _check(
+    name: str,
+    folder: Path,
+    manifest: Mapping[str, Any],
+    known: Known,
+    float_tolerance: float,
+    tanh_tolerance: float,
+) -> dict[str, Any]:
+    """Compare a plan with PyTorch; return `parity_max_abs`, `parity`, `precision` and, where it rounds, `agreement`."""
+    plan, paths = plan_of(name), files.checked_files(folder, manifest["plans"][name])
+    graphs = runtime.open_graphs(paths, name, threads=1, precision="float32")
+    opened = runtime.opened(folder, name, manifest, graphs)
+    largest, found = plan_parity(name, opened.outputs, known, float_tolerance, tanh_tolerance)
+    if ENGINES[plan.engine].precision() != "float32":
+        graphs = runtime.open_graphs(paths, name, threads=1)
+        opened = runtime.opened(folder, name, manifest, graphs)
+    precision = precision_of(name, graphs[0].precision)
+    checked = {"parity_max_abs": _rounded(largest), "parity": _details(found), "precision": precision}
+    if precision != "float32":
+        references = known.teacher if plan.dense else known.student
+        assert references is not None
+        checked["agreement"] = _rounded(agreement(opened.outputs, references, MAIN_OUTPUT[known.head]))
+    return checked
+
+
 def _write(graphs: Mapping[str, Any], name: str, folder: Path, largest_file: int) -> dict[str, Any]:
-    """Writes the graphs of a plan, its main one and an encoder's; gives what the manifest says of the files."""
-    files: dict[str, str] = {}
+    """Write the graphs of a plan, its main one and an encoder's; return what the manifest says of the files."""
+    digests: dict[str, str] = {}
     for part, graph in graphs.items():
         saved = save_graph(graph, folder / _file(name, part), largest_file)
-        files |= {f"{GRAPHS}/{file}": digest for file, digest in saved.items()}
+        digests |= {f"{GRAPHS}/{file}": digest for file, digest in saved.items()}
     main = _file(name, "main")
-    entry: dict[str, Any] = {"file": main, "sha256": files.pop(main)}
+    entry: dict[str, Any] = {"file": main, "sha256": digests.pop(main)}
     if "encoder" in graphs:
         entry["encoder"] = _file(name, "encoder")
-    if files:
-        entry["more"] = files
+    if digests:
+        entry["more"] = digests
     return entry
 
 
 def write_manifest(folder: str | Path, manifest: dict[str, Any]) -> None:
-    """Makes the folder an export: its manifest, in the same bytes for the same content."""
+    """Write the manifest, which makes the folder an export: the same content gives the same bytes."""
     text = json.dumps(manifest, indent=2, sort_keys=True) + "\n"
     (Path(folder) / files.MANIFEST).write_text(text, encoding="utf-8")
 
@@ -194,9 +257,9 @@ def _file(plan: str, part: str) -> str:
 
 
 def facts(model: Any, spec: MoESpec) -> dict[str, Any]:
-    """What the runtime has to know of a model beside its spec."""
+    """Return the facts of a model that the runtime needs beside its spec."""
     facts: dict[str, Any] = {"reads": family_of(model).reads}
-    if spec.head in ("causal", "seq2seq"):
+    if decodes(spec.head):
         generation = model.generation_config
 
         def token(name: str) -> Any:
@@ -223,5 +286,5 @@ def _details(found: Parity) -> dict[str, Any]:
 
 
 def _rounded(value: float) -> float:
-    """Three digits: what a difference is worth telling."""
+    """Return a difference with three digits."""
     return float(f"{value:.3g}")

@@ -21,7 +21,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -35,10 +35,11 @@ from typing import Any
 import numpy as np
 
 from ffn2moe.planning import timing
-from ffn2moe.planning.timing import AnyExport, Phase, Race, Timing, is_dense
-from ffn2moe.runtime.export import CPU, open_export
+from ffn2moe.planning.timing import AnyExport, Phase, Race, Timing
+from ffn2moe.runtime.engines import CPU, ENGINES
+from ffn2moe.runtime.export import open_export
 from ffn2moe.runtime.files import PLAN_FILE, read_manifest
-from ffn2moe.runtime.plans import engine_of
+from ffn2moe.runtime.plans import is_dense, plan_of
 from ffn2moe.runtime.workload import Shape, Workload
 
 ROUNDS = 60  # of one shape, at most
@@ -103,7 +104,7 @@ def measure(
     end = time.monotonic() + seconds
     tokens_left = len(threads) * sum(shape.tokens for shape in workload.shapes)
     for count in threads:
-        wanted = [plan for plan in manifest["plans"] if (plans is None or plan in plans) and plan not in left_out]
+        wanted = [plan for plan in _raced(manifest["plans"], plans, providers) if plan not in left_out]
         exports: dict[str, AnyExport] = {}
         for plan in wanted:
             with _left_out(plan, left_out):
@@ -128,6 +129,14 @@ def measure(
             tell(found)
             timings += found
     return Measured([row for row in timings if row.plan not in left_out], left_out)
+
+
+def _raced(known: Iterable[str], plans: Sequence[str] | None, providers: Sequence[str]) -> list[str]:
+    """Return the plans to time: the named ones, else all but those that cannot win on a CPU."""
+    if plans is not None:
+        return [plan for plan in known if plan in plans]
+    on_cpu = tuple(providers) == CPU
+    return [plan for plan in known if plan_of(plan).raced or not on_cpu]
 
 
 def run_race(
@@ -190,8 +199,8 @@ def settled(race: Race, keeps_quality: Mapping[str, bool]) -> bool:
 
 def _opened(path: Path, plan: str, threads: int, providers: Sequence[str]) -> AnyExport:
     """One plan. Execution providers are ONNX Runtime's: plans of other engines are opened as they are."""
-    of_onnxruntime = engine_of(plan) == "onnxruntime"
-    export: AnyExport = open_export(path, plan, threads, providers if of_onnxruntime else CPU)
+    takes_providers = ENGINES[plan_of(plan).engine].takes_providers
+    export: AnyExport = open_export(path, plan, threads, providers if takes_providers else CPU)
     return export
 
 

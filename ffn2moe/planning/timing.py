@@ -21,15 +21,15 @@ from functools import partial
 from importlib import metadata
 from pathlib import Path
 from statistics import median
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import numpy as np
 
 from ffn2moe.runtime.decoders import CausalExport, Seq2SeqExport
-from ffn2moe.runtime.engines import Engine, cores, distribution
+from ffn2moe.runtime.engines import ENGINES, cores, distribution
 from ffn2moe.runtime.export import Export, ModelExport, open_export
 from ffn2moe.runtime.files import read_manifest
-from ffn2moe.runtime.plans import DENSE_PLANS
+from ffn2moe.runtime.plans import is_dense
 
 AnyExport = Export | CausalExport | Seq2SeqExport | ModelExport
 Batch = tuple[np.ndarray, np.ndarray]  # token ids and mask, int64 [B, L]
@@ -260,11 +260,6 @@ class Race:
         return found
 
 
-def is_dense(plan: str) -> bool:
-    """Whether a plan is the teacher, in any engine and precision."""
-    return plan in DENSE_PLANS
-
-
 def median_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> tuple[float, float]:
     """Confidence interval of the median, by order statistics, which asks nothing of how the values are distributed.
 
@@ -313,7 +308,7 @@ def machine() -> dict[str, Any]:
         "cores": cores(),
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
-        **{engine: metadata.version(name) for engine in get_args(Engine) if (name := distribution(engine))},
+        **{engine: metadata.version(name) for engine in ENGINES if (name := distribution(engine))},
     }
 
 

@@ -11,18 +11,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ffn2moe.runtime import native
-from ffn2moe.runtime.engines import CPU, Graph, Precision, open_graph
+from ffn2moe.runtime.batching import BATCH_TOKENS, batches_by_length, pad
+from ffn2moe.runtime.decoders import CausalExport, Seq2SeqExport
+from ffn2moe.runtime.engines import CPU, Graph, Precision, cores, open_graph
+from ffn2moe.runtime.files import checked_files, default_plan, load_tokenizer, padding_id, read_manifest, read_plan
+from ffn2moe.runtime.plans import decodes, plan_of, resolve
+from ffn2moe.runtime.selftest import self_tests
 from ffn2moe.runtime.switch import Switch, places
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
-from ffn2moe.runtime.batching import BATCH_TOKENS, batches_by_length, pad
-from ffn2moe.runtime.decoders import CausalExport, Seq2SeqExport
-from ffn2moe.runtime.engines import cores
-from ffn2moe.runtime.files import checked_files, default_plan, load_tokenizer, padding_id, read_manifest, read_plan
-from ffn2moe.runtime.plans import NATIVE_PLANS, OP_PLANS, decodes, engine_of, form_of
-from ffn2moe.runtime.selftest import self_tests
 
 
 class Export:
@@ -134,8 +132,7 @@ def open_export(
             because = f": {refused}" if refused else f"; it has: {', '.join(sorted(plans))}"
             raise ValueError(f"{path} has no plan {name!r}{because}")
         files = checked_files(path, plans[name])
-        if form_of(name) in OP_PLANS:
-            self_tests(name, manifest["spec"], providers)
+        self_tests(name, manifest["spec"], providers)
         return open_graphs(files, name, threads=threads, providers=providers, precision=precision)
 
     def fixed_graphs(name: str) -> list[Graph]:
@@ -157,20 +154,16 @@ def open_graphs(
     providers: Sequence[str] = CPU,
     precision: Precision | None = None,
 ) -> list[Graph]:
-    """The graphs of a plan in its engine (`ffn2moe.runtime.engines.open_graph`).
+    """Open the graphs of a plan in its engine (`ffn2moe.runtime.engines.open_graph`).
 
-    FileNotFoundError, with the remedy, where the plan rests on the operator of `ffn2moe.runtime.native` and it is not
-    built.
+    FileNotFoundError, with the remedy, where the plan needs an operator that is not built.
     """
+    row = plan_of(plan)
+    extension = None
+    if row.operator is not None and row.operator.library is not None:
+        extension = resolve(row.operator.library)()
     return [
-        open_graph(
-            file,
-            engine_of(plan),
-            threads=threads,
-            providers=providers,
-            precision=precision,
-            extension=native.library() if form_of(plan) in NATIVE_PLANS else None,
-        )
+        open_graph(file, row.engine, threads=threads, providers=providers, precision=precision, extension=extension)
         for file in files
     ]
 

@@ -1,109 +1,311 @@
-"""Name the execution plans of an export and what each one is."""
+"""The table of plans: every way to execute an export. A plan's graph is the canonical graph, rewritten step by step.
+
+The canonical graph holds one `ffn2moe.Mixture` node a layer (`ffn2moe.onnx.graph`). `dense` and its relatives start
+from the teacher's graph instead, which has no such node. Adding a plan is adding a row: docs/extend/plan.md.
+
+A variant of a mixture has plans of its own, named after these rows: `sorted-k1` runs one expert a token, `sorted-d0-2`
+keeps layers 0 to 2 dense (`ffn2moe.moe.variants`).
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal, get_args
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
 
-from ffn2moe.runtime import native
-from ffn2moe.runtime.engines import Engine, Graph
+from ffn2moe.table import Table
 
-if TYPE_CHECKING:
-    pass
+# A function, or "module:function": the second is imported when it is first needed, so that the runtime loads neither
+# torch nor onnx_ir.
+Reference = str | Callable[..., Any]
 
-
-# What they are: ffn2moe.onnx.lower. Those of OpenVINO begin with ov-.
-Plan = Literal[
-    "dense",
-    "dense8",
-    "dense4",
-    "fused",
-    "qmoe8",
-    "qmoe4",
-    "sorted",
-    "sorted8",
-    "ov-dense",
-    "ov-dense8",
-    "ov-sorted",
-    "ov-native",
-    "ov-native8",
-    "ov-native8a8",
-    "ov-native4",
-]
-OV = "ov-"
-DECODER_PLANS: tuple[Plan, ...] = ("dense", "dense8", "dense4", "fused", "qmoe8", "qmoe4", "sorted", "sorted8")
-PLANS: tuple[Plan, ...] = ("dense", "dense8", "fused", "sorted", "sorted8")  # of models that read all at once
-OPENVINO_PLANS: tuple[Plan, ...] = tuple(plan for plan in get_args(Plan) if plan.startswith(OV))
-DENSE_PLANS: tuple[Plan, ...] = ("dense", "dense8", "dense4", "ov-dense", "ov-dense8")
-INT8_PLANS: tuple[Plan, ...] = ("dense8", "sorted8")  # by ONNX Runtime's dynamic quantisation
-QUANTIZED_PLANS: tuple[Plan, ...] = (
-    *INT8_PLANS,
-    "dense4",
-    "qmoe8",
-    "qmoe4",
-    "ov-dense8",
-    "ov-native8",
-    "ov-native8a8",
-    "ov-native4",
-)
-ROUNDED_PLANS: tuple[Plan, ...] = (*QUANTIZED_PLANS, "ov-native")  # more than float32 does, on any machine
-# What weights and activations are in where experts are the operator of ffn2moe.runtime.native.
-NATIVE_PLANS: dict[str, tuple[native.Weights, native.Activations]] = {
-    "ov-native": ("bf16", "bf16"),
-    "ov-native8": ("int8", "int16"),
-    "ov-native8a8": ("int8", "int8"),
-    "ov-native4": ("int4", "int8"),
-}
-# Rest on an operator that is tested when it is opened.
-OP_PLANS: tuple[str, ...] = ("fused", "qmoe8", "qmoe4", *NATIVE_PLANS)
-UNMEASURED_PLAN = "sorted"  # where no benchmark has chosen: float32 and standard ops, good everywhere
-
-MICROSOFT = "com.microsoft"
-MASKED_LOGIT = -1e4  # of an expert that is not chosen: its softmax is 0 in float32, and nothing is infinite
+READS_AT_ONCE = ("embedding", "classification", "features")  # heads without a cache
+DECODES = ("causal", "seq2seq")  # heads that read token by token, with a cache
+UNMEASURED_PLAN = "sorted"  # the default before a benchmark has chosen: float32 and standard ops, good everywhere
 
 
-def form_of(plan: str) -> str:
-    """Which of the plans above a plan is, whatever the variant of the mixture: `sorted` of `sorted-k1`, `sorted-d0`."""
-    return re.split(r"-[kd](?=\d)", plan, maxsplit=1)[0]
+@dataclass(frozen=True)
+class Operator:
+    """An operator outside standard ONNX, tested on this machine before a plan that needs it is opened."""
+
+    name: str  # domain.type
+    self_test: Reference  # (plan, activation, gated, providers) -> largest difference; raises RuntimeError
+    library: Reference | None = None  # () -> the file to load it from; raises FileNotFoundError where it is not built
 
 
-def engine_of(plan: str) -> Engine:
-    """What runs a plan."""
-    return "openvino" if plan.startswith(OV) else "onnxruntime"
+@dataclass(frozen=True)
+class Plan:
+    """One way to execute an export.
 
-
-def graph_of(plan: str) -> str:
-    """The plan whose graph a plan runs: plans of several engines share one where it is standard ONNX."""
-    form = form_of(plan)
-    return plan.removeprefix(OV) if form in ("ov-dense", "ov-sorted") else plan
-
-
-def precision_of(plan: str, graph: Graph) -> str:
-    """What a plan of an open graph multiplies in: `float32`, `bfloat16`, `int8` or `int4` (the weights, at least)."""
-    form = form_of(plan)
-    if form in QUANTIZED_PLANS:
-        return f"int{form[-1]}"
-    return "bfloat16" if form in NATIVE_PLANS else graph.precision
-
-
-def plans_of(head: str, engines: Sequence[Engine] = ("onnxruntime",)) -> tuple[Plan, ...]:
-    """The plans that models with this head are given: those that decode token by token have plans for that."""
-    of_head = DECODER_PLANS if decodes(head) else (*PLANS, *OPENVINO_PLANS)
-    return tuple(plan for plan in of_head if engine_of(plan) in engines)
-
-
-def plans_on_request(head: str) -> tuple[Plan, ...]:
-    """The plans that models with this head can be given besides, if they are asked for.
-
-    Of models that read all at once those of 4 and 8 bits a weight that pay for decoding; of language models those of
-    OpenVINO, which copies the cache at every step.
+    `bits` are those of the weights of linear maps, 16 means bfloat16, 32 means what the engine computes in.
+    `activations` names what tokens are rounded to before those maps, None where they are not.
     """
-    if head == "causal":
-        return OPENVINO_PLANS
-    return () if decodes(head) else tuple(plan for plan in DECODER_PLANS if plan not in PLANS)
+
+    name: str
+    summary: str  # one line, for docs
+    engine: str  # a row of `ffn2moe.runtime.engines.ENGINES`
+    heads: tuple[str, ...]  # models with these heads get the plan by default
+    on_request: tuple[str, ...] = ()  # models with these heads get it when it is asked for
+    bits: int = 32
+    activations: str | None = None  # "bf16", "int16" or "int8"
+    dense: bool = False  # computes the teacher
+    operator: Operator | None = None
+    steps: tuple[Reference, ...] = ()  # (graph, plan) -> None: rewrite the canonical graph in place, in this order
+    same_graph_as: str | None = None  # runs the file of another plan, in its own engine
+    exact: bool = True  # its float arithmetic is PyTorch's; not so where an operator has another form of GELU
+    raced: bool = True  # timed by default on the CPU
+
+    @property
+    def is_quantised(self) -> bool:
+        """Whether weights have fewer bits than a float: its quality is measured, not proven."""
+        return self.bits < 16
+
+    @property
+    def is_rounded(self) -> bool:
+        """Whether it rounds more than float32 does, on any machine."""
+        return self.bits < 32
+
+
+PLANS: Table[Plan] = Table("plan")
+
+
+def register_plan(plan: Plan) -> Plan:
+    """Add a plan to the table, or replace the one of its name; return it."""
+    return PLANS.register(plan.name, plan)
+
+
+# --- what rows are made of ------------------------------------------------------------------------------------------
+
+MOE = Operator("com.microsoft.MoE", "ffn2moe.runtime.microsoft:check_plan")
+QMOE = Operator("com.microsoft.QMoE", "ffn2moe.runtime.microsoft:check_plan")
+EXPERTS = Operator(
+    "ffn2moe.RoutedExperts", "ffn2moe.runtime.native.selftest:check_plan", "ffn2moe.runtime.native:library"
+)
+
+SORTED = "ffn2moe.onnx.sorted:sort_tokens"
+MOE_NODES = "ffn2moe.onnx.microsoft:use_moe"
+QMOE_NODES = "ffn2moe.onnx.microsoft:use_qmoe"
+ROUTED_NODES = "ffn2moe.onnx.routed:use_routed_experts"
+DYNAMIC_INT8 = "ffn2moe.onnx.quantise:quantise_dynamically"
+BLOCKS = "ffn2moe.onnx.quantise:quantise_in_blocks"
+INT8_WEIGHTS = "ffn2moe.onnx.quantise:compress_weights"
+HALF_TABLES = "ffn2moe.onnx.quantise:halve_large_matrices"
+
+# --- ONNX Runtime ---------------------------------------------------------------------------------------------------
+
+_EVERY = (*READS_AT_ONCE, *DECODES)
+for _plan in (
+    Plan(
+        "dense",
+        "the teacher: what a user would deploy without this package",
+        "onnxruntime",
+        _EVERY,
+        dense=True,
+    ),
+    Plan(
+        "dense8",
+        "`dense` with its linear maps in int8, quantised as they run",
+        "onnxruntime",
+        _EVERY,
+        bits=8,
+        activations="int8",
+        dense=True,
+        steps=(DYNAMIC_INT8,),
+    ),
+    Plan(
+        "dense4",
+        "`dense` with every linear map a `MatMulNBits` of 4 bits",
+        "onnxruntime",
+        DECODES,
+        READS_AT_ONCE,
+        bits=4,
+        activations="int8",
+        dense=True,
+        steps=(BLOCKS,),
+    ),
+    Plan(
+        "fused",
+        "one `com.microsoft.MoE` node a layer; on a CPU it is never the fastest, so it is timed only by name there",
+        "onnxruntime",
+        _EVERY,
+        operator=MOE,
+        steps=(MOE_NODES,),
+        exact=False,
+        raced=False,
+    ),
+    Plan(
+        "qmoe8",
+        "one `com.microsoft.QMoE` node a layer, other linear maps are `MatMulNBits`: 8 bits a weight",
+        "onnxruntime",
+        DECODES,
+        READS_AT_ONCE,
+        bits=8,
+        activations="int8",
+        operator=QMOE,
+        steps=(QMOE_NODES, BLOCKS),
+    ),
+    Plan(
+        "qmoe4",
+        "the same with 4 bits a weight",
+        "onnxruntime",
+        DECODES,
+        READS_AT_ONCE,
+        bits=4,
+        activations="int8",
+        operator=QMOE,
+        steps=(QMOE_NODES, BLOCKS),
+    ),
+    Plan(
+        "sorted",
+        "standard ops only: tokens sorted by expert, and each expert a `Gemm`, an activation and a `Gemm`",
+        "onnxruntime",
+        _EVERY,
+        steps=(SORTED,),
+    ),
+    Plan(
+        "sorted8",
+        "`sorted` with its linear maps in int8, quantised as they run",
+        "onnxruntime",
+        _EVERY,
+        bits=8,
+        activations="int8",
+        steps=(SORTED, DYNAMIC_INT8),
+    ),
+    # --- OpenVINO: bfloat16 where the CPU multiplies it, else float32 -------------------------------------------
+    Plan(
+        "ov-dense",
+        "the graph of `dense` in OpenVINO",
+        "openvino",
+        READS_AT_ONCE,
+        ("causal",),
+        dense=True,
+        same_graph_as="dense",
+    ),
+    Plan(
+        "ov-dense8",
+        "`dense` with weights of 8 bits in OpenVINO, multiplied in what `ov-dense` multiplies in",
+        "openvino",
+        READS_AT_ONCE,
+        ("causal",),
+        bits=8,
+        dense=True,
+        steps=(INT8_WEIGHTS, HALF_TABLES),
+    ),
+    Plan(
+        "ov-sorted",
+        "the graph of `sorted` in OpenVINO",
+        "openvino",
+        READS_AT_ONCE,
+        ("causal",),
+        same_graph_as="sorted",
+    ),
+    Plan(
+        "ov-native",
+        "one `ffn2moe.RoutedExperts` node a layer in OpenVINO (make native builds it): bfloat16",
+        "openvino",
+        READS_AT_ONCE,
+        ("causal",),
+        bits=16,
+        activations="bf16",
+        operator=EXPERTS,
+        steps=(ROUTED_NODES, HALF_TABLES),
+    ),
+    Plan(
+        "ov-native8",
+        "the same with experts of 8 bits a weight and activations of 16",
+        "openvino",
+        READS_AT_ONCE,
+        ("causal",),
+        bits=8,
+        activations="int16",
+        operator=EXPERTS,
+        steps=(ROUTED_NODES, HALF_TABLES),
+    ),
+    Plan(
+        "ov-native8a8",
+        "the same with experts of 8 bits a weight and activations of 8, one scale a token",
+        "openvino",
+        READS_AT_ONCE,
+        ("causal",),
+        bits=8,
+        activations="int8",
+        operator=EXPERTS,
+        steps=(ROUTED_NODES, HALF_TABLES),
+    ),
+    Plan(
+        "ov-native4",
+        "the same with experts of 4 bits a weight and activations of 8, one scale a token",
+        "openvino",
+        READS_AT_ONCE,
+        ("causal",),
+        bits=4,
+        activations="int8",
+        operator=EXPERTS,
+        steps=(ROUTED_NODES, HALF_TABLES),
+    ),
+):
+    register_plan(_plan)
+
+
+# --- looking up -----------------------------------------------------------------------------------------------------
+
+
+def form_of(name: str) -> str:
+    """Return the row's name of a plan, whatever its variant: `sorted` for `sorted-k1` and `sorted-d0-2`."""
+    return name if name in PLANS else re.split(r"-[kd](?=\d)", name, maxsplit=1)[0]
+
+
+def plan_of(name: str) -> Plan:
+    """Return the row of a plan, whatever its variant. UnknownName, a ValueError, where there is none."""
+    return PLANS[form_of(name)]
+
+
+def is_dense(name: str) -> bool:
+    """Return whether a plan computes the teacher, in any engine and precision."""
+    return plan_of(name).dense
+
+
+def graph_of(name: str) -> str:
+    """Return the plan whose file a plan runs: plans of several engines share a graph of standard ops."""
+    form = form_of(name)
+    return (PLANS[form].same_graph_as or form) + name.removeprefix(form)
+
+
+def precision_of(name: str, computes_in: str) -> str:
+    """Return what a plan multiplies in: `float32`, `bfloat16`, `int8` or `int4` (the weights, at least).
+
+    `computes_in` is the precision of its open graph.
+    """
+    plan = plan_of(name)
+    if plan.is_quantised:
+        return f"int{plan.bits}"
+    return "bfloat16" if plan.bits == 16 else computes_in
+
+
+def plans_of(head: str, engines: Sequence[str] = ("onnxruntime",)) -> tuple[str, ...]:
+    """Return the plans that models with this head get by default in these engines."""
+    return tuple(name for name, plan in PLANS.items() if head in plan.heads and plan.engine in engines)
+
+
+def plans_on_request(head: str) -> tuple[str, ...]:
+    """Return the plans that models with this head get only when they are asked for.
+
+    Plans of few bits pay for decoding, not for batches of texts. OpenVINO copies a language model's cache every step.
+    """
+    return tuple(name for name, plan in PLANS.items() if head in plan.on_request)
 
 
 def decodes(head: str) -> bool:
-    """Whether models with this head read token by token, with a cache."""
-    return head in ("causal", "seq2seq")
+    """Return whether models with this head read token by token, with a cache."""
+    return head in DECODES
+
+
+def resolve(reference: Reference) -> Callable[..., Any]:
+    """Return the function behind a reference, importing its module if it is named as "module:function"."""
+    if callable(reference):
+        return reference
+    module, _, name = reference.partition(":")
+    function: Callable[..., Any] = getattr(import_module(module), name)
+    return function

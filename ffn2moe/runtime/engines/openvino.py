@@ -1,203 +1,26 @@
-"""Engines: what runs a graph. ONNX Runtime and, where it is installed, OpenVINO, behind one interface.
-
-A graph is standard ONNX in both (but for plans that rest on an operator of one of them, `ffn2moe.onnx.lower`), and so
-one file may serve plans of both. OpenVINO is imported when a plan asks for it, and never by itself.
-"""
+"""Run graphs in OpenVINO, on the CPU."""
 
 from __future__ import annotations
 
 import math
-import os
+import sys
+import threading
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any
 
 import numpy as np
 
-if TYPE_CHECKING:
-    pass
-import sys
-import threading
-from contextlib import suppress
-from functools import cache
-from importlib import metadata
-from typing import TYPE_CHECKING, Protocol
+from ffn2moe.runtime.engines import Engine, EngineMissing, Precision
 
-if TYPE_CHECKING:
-    import onnxruntime
-
-
-def cores() -> int:
-    """The cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-Engine = Literal["onnxruntime", "openvino"]
-Precision = Literal["float32", "bfloat16"]  # of what float arithmetic is done in
-CPU = ("CPUExecutionProvider",)
 OPENVINO_EXTRA = 'pip install "ffn2moe[openvino]"'
 MASKED = -1e9  # added to the score of a masked token: its share is 0 in float32 and bfloat16, and nothing is infinite
-ROOM = 1.25  # a batch is filled up to a fixed shape of at most so many times its numbers: what that shape wins back
-
-
-class EngineMissing(ValueError):
-    """An engine, or an operator for it, that is not on this machine, with the remedy."""
-
-
-class Graph(Protocol):
-    """An open graph. Shapes name their free axes, or have None there."""
-
-    @property
-    def inputs(self) -> Mapping[str, Sequence[Any]]: ...
-
-    @property
-    def outputs(self) -> Mapping[str, Sequence[Any]]: ...
-
-    @property
-    def precision(self) -> Precision: ...
-
-    def run(self, outputs: Sequence[str], inputs: Mapping[str, Any]) -> list[np.ndarray]:
-        """Those outputs as arrays. Inputs are arrays, or values of `run_values`."""
-
-    def run_values(self, outputs: Sequence[str], inputs: Mapping[str, Any]) -> list[Any]:
-        """The same as values that stay where the engine has them: to go into another run, or into `array`."""
-
-    def array(self, value: Any) -> np.ndarray:
-        """The array behind a value of `run_values`."""
-
-    def fix(self, shapes: Iterable[tuple[int, ...]]) -> None:
-        """Be fast for inputs of these shapes (their leading axes) in place of those of before; others run as ever."""
-
-
-def open_graph(
-    file: Path,
-    engine: Engine = "onnxruntime",
-    *,
-    threads: int | None = None,
-    providers: Sequence[str] = CPU,
-    precision: Precision | None = None,
-    extension: Path | None = None,
-) -> Graph:
-    """Open the graph in a file on `threads` threads (None: one a core).
-
-    `providers` are ONNX Runtime's. `precision` is OpenVINO's: None takes bfloat16 where the CPU multiplies it in
-    hardware, else float32. `extension` is a library of operators for OpenVINO. Raises EngineMissing, or ValueError
-    where the engine cannot run the graph on this machine.
-    """
-    if engine == "onnxruntime":
-        return OnnxRuntimeGraph(session(file, threads=threads, providers=providers))
-    if tuple(providers) != CPU:
-        raise ValueError(
-            f"an execution provider ({', '.join(providers)}) is for plans of ONNX Runtime; this plan runs in OpenVINO, "
-            "on the CPU: leave the provider out, or take a plan without ov-"
-        )
-    return OpenVinoGraph(file, threads=threads, precision=precision or openvino_precision(), extension=extension)
-
-
-# --- ONNX Runtime ---------------------------------------------------------------------------------------------------
-
-# Distributions that hold the package onnxruntime. They overwrite each other, so ffn2moe requires none of them.
-ONNX_RUNTIMES = ("onnxruntime-gpu", "onnxruntime")
-
-
-def distribution(engine: str) -> str | None:
-    """Return the name of the installed distribution that holds an engine, or None where there is none."""
-    for name in ONNX_RUNTIMES if engine == "onnxruntime" else (engine,):
-        with suppress(metadata.PackageNotFoundError):
-            metadata.version(name)
-            return name
-    return None
-
-
-def onnx_runtime() -> Any:
-    """Return the package onnxruntime. Raises EngineMissing, with the remedy, where it is not installed."""
-    try:
-        import onnxruntime
-    except ModuleNotFoundError as error:
-        if error.name != "onnxruntime":
-            raise
-        raise EngineMissing(
-            "ONNX Runtime is not installed: pip install onnxruntime (with an NVIDIA GPU: pip install onnxruntime-gpu)"
-        ) from error
-    return onnxruntime
-
-
-def session(
-    graph: str | Path | bytes, *, threads: int | None = None, providers: Sequence[str] = CPU
-) -> onnxruntime.InferenceSession:
-    """An ONNX Runtime session on `threads` threads (None: one a core), on the named execution providers.
-
-    Denormal numbers are taken as zero: they are what a masked token's attention comes to, they change nothing,
-    and a CPU multiplies them many times slower. (ONNX Runtime decides this for the process, in its first session.)
-    """
-    ort = onnx_runtime()
-    available = ort.get_available_providers()
-    for provider in providers:
-        if provider not in available:
-            raise ValueError(
-                f"the execution provider {provider!r} is not in this onnxruntime; it has: {', '.join(available)}"
-            )
-    options = ort.SessionOptions()
-    options.log_severity_level = 3  # errors; a failed run raises anyway
-    options.intra_op_num_threads = threads or 0
-    options.inter_op_num_threads = 1
-    options.add_session_config_entry("session.set_denormal_as_zero", "1")
-    if threads == 1:  # a lone thread need not wait for others
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    content = graph if isinstance(graph, bytes) else str(graph)
-    if tuple(providers) != CPU:  # a provider that cannot start says so below, once; not in red, and twice
-        ort.set_default_logger_severity(4)
-    opened = ort.InferenceSession(content, options, providers=list(providers))
-    started = opened.get_providers()
-    if started[0] != providers[0]:
-        raise ValueError(
-            f"the execution provider {providers[0]!r} does not start on this machine (no such device, or its driver "
-            f"or libraries are missing); leave it out to use {started[0]}"
-        )
-    return opened
-
-
-class OnnxRuntimeGraph:
-    """A graph in ONNX Runtime."""
-
-    precision: Precision = "float32"
-
-    def __init__(self, opened: onnxruntime.InferenceSession) -> None:
-        self._session = opened
-        self.inputs = {value.name: value.shape for value in opened.get_inputs()}
-        self.outputs = {value.name: value.shape for value in opened.get_outputs()}
-
-    def run(self, outputs: Sequence[str], inputs: Mapping[str, Any]) -> list[np.ndarray]:
-        if any(not isinstance(value, np.ndarray) for value in inputs.values()):
-            return [self.array(value) for value in self.run_values(outputs, inputs)]
-        found: list[np.ndarray] = self._session.run(list(outputs), dict(inputs))
-        return found
-
-    def run_values(self, outputs: Sequence[str], inputs: Mapping[str, Any]) -> list[Any]:
-        import onnxruntime as ort
-
-        values = {
-            name: ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(value))
-            if isinstance(value, np.ndarray)
-            else value
-            for name, value in inputs.items()
-        }
-        found: list[Any] = self._session.run_with_ort_values(list(outputs), values)
-        return found
-
-    def array(self, value: Any) -> np.ndarray:
-        found: np.ndarray = value.numpy()
-        return found
-
-    def fix(self, shapes: Iterable[tuple[int, ...]]) -> None:
-        """Nothing to do: ONNX Runtime runs every shape alike."""
-
-
-# --- OpenVINO -------------------------------------------------------------------------------------------------------
+ROOM = 1.25  # a batch is padded to a fixed shape of at most this many times its numbers: that is what the shape gains
 
 
 @cache
-def openvino() -> Any:
+def import_openvino() -> Any:
     """The package openvino, without its telemetry; EngineMissing where it is not installed.
 
     OpenVINO reports each import to its makers where its package openvino-telemetry can be imported. Where it cannot,
@@ -218,18 +41,9 @@ def openvino() -> Any:
     return openvino
 
 
-def has_openvino() -> bool:
-    """Whether OpenVINO is installed."""
-    try:
-        openvino()
-    except EngineMissing:
-        return False
-    return True
-
-
 def openvino_precision() -> Precision:
     """What OpenVINO multiplies in on this CPU: bfloat16 where it has instructions for that, else float32."""
-    capabilities = openvino().Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    capabilities = import_openvino().Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
     return "bfloat16" if "BF16" in capabilities else "float32"
 
 
@@ -245,7 +59,7 @@ class OpenVinoGraph:
     def __init__(
         self, graph: Path | bytes, *, threads: int | None, precision: Precision, extension: Path | None = None
     ) -> None:
-        ov = openvino()
+        ov = import_openvino()
         self._core = ov.Core()
         self._settings = {
             "PERFORMANCE_HINT": "LATENCY",
@@ -335,7 +149,7 @@ class OpenVinoGraph:
 
     def _cannot(self, error: RuntimeError) -> ValueError:
         return ValueError(
-            f"OpenVINO {openvino().__version__.partition('-')[0]} cannot run {self._name} on this machine "
+            f"OpenVINO {import_openvino().__version__.partition('-')[0]} cannot run {self._name} on this machine "
             f"({_cause(error)}): take a plan without ov-, or install the versions of constraints.txt"
         )
 
@@ -428,3 +242,26 @@ def _cause(error: RuntimeError) -> str:
     lines = [line.strip() for line in str(error).splitlines()]
     told = [line for line in lines if line and not line.startswith(("Exception from", "Check '"))]
     return told[-1] if told else "no reason given"
+
+
+def _lacks(config: Any) -> str | None:
+    if getattr(config.get_text_config(decoder=True), "attn_logit_softcapping", None):
+        # OpenVINO takes such attention apart as it reads the graph, and keys that heads share no longer fit.
+        return "OpenVINO has no attention with a soft cap on its scores; plans of ONNX Runtime have it"
+    return None
+
+
+def _open(
+    file: Path, *, threads: int | None, providers: Sequence[str], precision: Precision | None, extension: Path | None
+) -> OpenVinoGraph:
+    return OpenVinoGraph(file, threads=threads, precision=precision or openvino_precision(), extension=extension)
+
+
+ROW = Engine(
+    "openvino",
+    open=_open,
+    require=import_openvino,
+    precision=openvino_precision,
+    distributions=("openvino",),
+    lacks=_lacks,
+)
