@@ -27,7 +27,7 @@ def closure(module: str) -> set[str]:
         if name in found or path is None or name == CHECKS:
             continue
         found[name] = path.relative_to(PROJECT).as_posix()
-        todo += [name.rpartition(".")[0], *_imports(ast.parse(path.read_text(encoding="utf-8")))]
+        todo += [name.rpartition(".")[0], *names(ast.parse(path.read_text(encoding="utf-8")))]
     return set(found.values())
 
 
@@ -38,8 +38,8 @@ def _path(module: str) -> Path | None:
     return next((path for path in (base.with_suffix(".py"), base / "__init__.py") if path.is_file()), None)
 
 
-def _imports(tree: ast.AST) -> Iterator[str]:
-    """Absolute names imported anywhere in a file, but under `if TYPE_CHECKING`, which never runs."""
+def names(tree: ast.AST) -> Iterator[str]:
+    """Yield the absolute names that a file imports, except under `if TYPE_CHECKING`, which never runs."""
     for node in ast.iter_child_nodes(tree):
         if isinstance(node, ast.If) and ast.unparse(node.test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING"):
             continue
@@ -50,4 +50,4 @@ def _imports(tree: ast.AST) -> Iterator[str]:
             yield node.module
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
         else:
-            yield from _imports(node)
+            yield from names(node)

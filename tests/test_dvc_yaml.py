@@ -46,6 +46,12 @@ def test_every_module_a_stage_imports_is_a_dep(stage):
 
 
 @EVERY
+def test_no_stage_imports_another(stage):
+    others = {f"tasks/{name}.py" for name in STAGES} - {f"tasks/{stage}.py"}
+    assert not others & closure(f"tasks.{stage}")
+
+
+@EVERY
 def test_no_module_is_a_dep_that_is_not_imported(stage):
     code = {dep for dep in STAGES[stage]["deps"] if dep.endswith(".py") or dep.startswith("ffn2moe")} - SERVED
     imported = closure(f"tasks.{stage}")
