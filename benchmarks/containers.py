@@ -29,7 +29,8 @@ from ffn2moe.dense.load import load_dense
 from ffn2moe.dense.locate import read_ffn
 from ffn2moe.moe.describe import spec_of
 from ffn2moe.moe.experts import neurons_by_expert, shared_neurons, slice_experts
-from ffn2moe.moe.layer import MoEFFN, install_moe, moe_layers
+from ffn2moe.moe.install import install_moe
+from ffn2moe.moe.layer import MoEFFN, moe_layers
 from ffn2moe.spec import Gate, MoESpec
 
 

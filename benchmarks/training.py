@@ -41,14 +41,15 @@ from ffn2moe.data.corpus import docstrings, read_corpus
 from ffn2moe.decompose.inputs import layer_inputs
 from ffn2moe.decompose.layer import decompose_layer
 from ffn2moe.decompose.route import RouterSettings, fit_router
-from ffn2moe.dense.families import head_of
+from ffn2moe.dense.config import head_of
 from ffn2moe.dense.ffn import ACTIVATIONS, DenseFFN
 from ffn2moe.dense.load import load_dense
 from ffn2moe.dense.locate import ffn_layers, install, read_ffn
 from ffn2moe.distill.distiller import Distiller, Training
 from ffn2moe.distill.objectives import Loss, Objective, Outputs, objective_for
 from ffn2moe.moe.describe import spec_of
-from ffn2moe.moe.layer import MoEFFN, install_moe
+from ffn2moe.moe.install import install_moe
+from ffn2moe.moe.layer import MoEFFN
 from ffn2moe.numerics import bf16_supported
 from ffn2moe.planning.timing import machine
 

@@ -17,7 +17,7 @@ _EXPORTS = {
     "MoESpec": "ffn2moe.spec",
     "MoEFFN": "ffn2moe.moe.layer",
     "load": "ffn2moe.moe.checkpoint",
-    "load_dense": "ffn2moe.dense.families",
+    "load_dense": "ffn2moe.dense.load",
     "open_export": "ffn2moe.runtime.export",
 }
 __all__ = ["MoEFFN", "MoESpec", "__version__", "load", "load_dense", "open_export"]

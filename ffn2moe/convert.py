@@ -38,14 +38,17 @@ from ffn2moe.decompose.memory import available_memory, estimate, require_room
 from ffn2moe.decompose.route import RouterSettings, route_layer
 from ffn2moe.decompose.source import NotStreamable, skeleton
 from ffn2moe.decompose.stream import HELD_OUT_SHARE, decompose, mixtures, outside
-from ffn2moe.dense.families import FAMILIES, Family, head_of, positions
-from ffn2moe.dense.load import load_dense, pooling_of, resolve_source, weight_files
+from ffn2moe.dense.config import head_of, positions
+from ffn2moe.dense.families import FAMILIES, Family
+from ffn2moe.dense.load import load_dense, pooling_of, resolve_source
 from ffn2moe.dense.locate import read_ffn
+from ffn2moe.dense.weights import weight_files
 from ffn2moe.distill.distiller import Distiller, Training
 from ffn2moe.distill.objectives import objective_for
 from ffn2moe.moe import checkpoint
 from ffn2moe.moe.describe import spec_of
-from ffn2moe.moe.layer import install_moe, moe_layers
+from ffn2moe.moe.install import install_moe
+from ffn2moe.moe.layer import moe_layers
 from ffn2moe.numerics import bf16_supported, choose_device, pool
 from ffn2moe.progress import Say, Track, silent, untracked
 from ffn2moe.spec import Gate, Head, MoESpec
@@ -141,7 +144,7 @@ class _Conversion:
 
     def _gate(self) -> Gate:
         if self.settings.gate != "auto":
-            return self.settings.gate  # type: ignore[return-value]
+            return self.settings.gate
         return self.container.gate if self.container else "unit"
 
     def _max_length(self) -> int:

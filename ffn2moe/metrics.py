@@ -1,6 +1,6 @@
-"""Quality, agreement, load, FLOPs and the Amdahl bound.
+"""Compute quality, agreement, load, FLOPs and the Amdahl bound.
 
-Letters as in `ffn2moe.spec`; besides, N texts or pairs, and R rounds of resampling.
+Letters as in `ffn2moe.spec`, and in addition N texts or pairs and R rounds of resampling.
 """
 
 from __future__ import annotations
@@ -13,12 +13,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ffn2moe.choices import HEADS, ROUTINGS
 from ffn2moe.moe.layer import moe_layers
 from ffn2moe.spec import FFNShape, MoESpec
 
 
 def embedding_cosine(first_ND: Tensor, second_ND: Tensor) -> float:
-    """Mean cosine between two models' embeddings of the same texts, between -1 and 1."""
+    """Return the mean cosine between two models' embeddings of the same texts, between -1 and 1."""
     return F.cosine_similarity(first_ND.double(), second_ND.double(), dim=-1).mean().item()
 
 
@@ -26,9 +27,10 @@ def embedding_cosine(first_ND: Tensor, second_ND: Tensor) -> float:
 
 
 def retrieval_ranks(query_ND: Tensor, document_ND: Tensor) -> Tensor:
-    """Rank (1 is best) of document i among all documents for query i, by inner product, [N] int64.
+    """Return the rank (1 is best) of document i among all documents for query i, by inner product, [N] int64.
 
-    A tie counts against the query: a model that embeds all texts alike finds nothing.
+    A tie counts against the query: a model that embeds all texts alike finds nothing. ValueError where queries and
+    documents are not pairs, or an embedding is not finite.
     """
     if query_ND.shape != document_ND.shape:
         raise ValueError(f"queries {tuple(query_ND.shape)} and documents {tuple(document_ND.shape)} must come in pairs")
@@ -39,26 +41,26 @@ def retrieval_ranks(query_ND: Tensor, document_ND: Tensor) -> Tensor:
 
 
 def nearest(query_ND: Tensor, document_ND: Tensor, count: int) -> Tensor:
-    """Indices of the `count` documents nearest to each query, best first, [N, count]."""
+    """Return the indices of the `count` documents nearest to each query, best first, [N, count]."""
     return (query_ND @ document_ND.T).topk(min(count, len(document_ND)), dim=1).indices
 
 
 def ndcg_at_10(ranks_N: Tensor) -> Tensor:
-    """nDCG@10 of each query that has one right answer, [N] float64: ``1 / log2(1 + rank)``, 0 below rank 10.
+    """Return nDCG@10 of each query that has one right answer, [N] float64: ``1 / log2(1 + rank)``, 0 below rank 10.
 
-    The ideal gain is 1, as the answer is one (Järvelin and Kekäläinen 2002).
+    The ideal gain is 1, as there is one right answer (Järvelin and Kekäläinen 2002).
     """
     ranks_N = ranks_N.double()
     return torch.where(ranks_N <= 10, 1 / torch.log2(1 + ranks_N), 0.0)
 
 
 def reciprocal_rank(ranks_N: Tensor) -> Tensor:
-    """Reciprocal rank of each query, [N] float64; its mean is the MRR."""
+    """Return the reciprocal rank of each query, [N] float64; its mean is the MRR."""
     return 1 / ranks_N.double()
 
 
 def retrieval(query_ND: Tensor, document_ND: Tensor) -> dict[str, float]:
-    """nDCG@10 and MRR, between 0 and 1; the one right answer to query i is document i."""
+    """Return nDCG@10 and MRR, between 0 and 1; the one right answer to query i is document i."""
     ranks_N = retrieval_ranks(query_ND, document_ND)
     return {
         "ndcg_at_10": ndcg_at_10(ranks_N).mean().item(),
@@ -67,7 +69,7 @@ def retrieval(query_ND: Tensor, document_ND: Tensor) -> dict[str, float]:
 
 
 def spearman(predicted_N: Tensor, target_N: Tensor) -> float:
-    """Spearman's rank correlation x 100, ties at their mean rank. ValueError where one side is constant."""
+    """Return Spearman's rank correlation x 100, ties at their mean rank. ValueError where one side is constant."""
     from scipy import stats
 
     predicted, target = predicted_N.double().numpy(), target_N.double().numpy()
@@ -77,15 +79,16 @@ def spearman(predicted_N: Tensor, target_N: Tensor) -> float:
 
 
 def similarity(first_ND: Tensor, second_ND: Tensor) -> Tensor:
-    """Inner product of each pair of embeddings, [N]: the cosine, as they have unit length."""
+    """Return the inner product of each pair of embeddings, [N]: the cosine, as they have unit length."""
     return (first_ND * second_ND).sum(1)
 
 
 def probe(train_ND: Tensor, train_labels: list[str], dev_ND: Tensor, dev_labels: list[str], *, seed: int) -> Tensor:
-    """Which of the dev texts a logistic regression on the embeddings of the train texts gets right, [N] bool.
+    """Return which dev texts a logistic regression on the embeddings of the train texts gets right, [N] bool.
 
-    The probe of SentEval (Conneau and Kiela 2018): L2-regularised with C = 1, on embeddings as they are (unit
-    length, not standardised), so that nothing is tuned and every model is judged alike.
+    This is the probe of SentEval (Conneau and Kiela 2018): L2-regularised with C = 1, on embeddings as they are (unit
+    length, not standardised). Nothing is tuned, so that every model is judged alike. ValueError for fewer than two
+    labels.
     """
     from sklearn.linear_model import LogisticRegression
 
@@ -107,10 +110,10 @@ class Interval:
 def ratio_interval(
     statistic: Callable[[np.ndarray], tuple[float, float]], size: int, *, rounds: int = 1000, seed: int = 0
 ) -> Interval:
-    """Percentile bootstrap of the ratio of two figures on one set of `size` examples (Efron 1979).
+    """Return the percentile bootstrap of the ratio of two figures on one set of `size` examples (Efron 1979).
 
-    `statistic` takes the indices of a resample, [size], and gives (numerator, denominator). Both are computed
-    on the same resample, so what is hard for both models cancels (a paired bootstrap).
+    `statistic` takes the indices of a resample, [size], and returns (numerator, denominator). Both are computed on the
+    same resample, so that examples which are hard for both models cancel (a paired bootstrap).
     """
     generator = np.random.default_rng(seed)
     ratios_R = []
@@ -125,7 +128,7 @@ def ratio_interval(
 
 
 def mean_ratio_interval(numerator_N: Tensor, denominator_N: Tensor, *, rounds: int = 1000, seed: int = 0) -> Interval:
-    """`ratio_interval` of two means over the same examples, such as nDCG@10 of student and teacher."""
+    """Return `ratio_interval` for two means over the same examples, such as nDCG@10 of student and teacher."""
     numerator, denominator = numerator_N.double().numpy(), denominator_N.double().numpy()
     return ratio_interval(
         lambda index: (numerator[index].mean(), denominator[index].mean()),
@@ -138,7 +141,7 @@ def mean_ratio_interval(numerator_N: Tensor, denominator_N: Tensor, *, rounds: i
 def spearman_ratio_interval(
     first_N: Tensor, second_N: Tensor, target_N: Tensor, *, rounds: int = 1000, seed: int = 0
 ) -> Interval:
-    """`ratio_interval` of two rank correlations with the same target."""
+    """Return `ratio_interval` for two rank correlations with the same target."""
     from scipy import stats
 
     first, second, target = (side.double().numpy() for side in (first_N, second_N, target_N))
@@ -155,23 +158,23 @@ def spearman_ratio_interval(
 
 
 def nats(logits_TV: Tensor, target_T: Tensor) -> Tensor:
-    """Negative log-likelihood of each target, [T] float64, in nats."""
+    """Return the negative log-likelihood of each target, [T] float64, in nats."""
     return -logits_TV.double().log_softmax(-1).gather(-1, target_T.unsqueeze(-1)).squeeze(-1)
 
 
 def divergence(teacher_TV: Tensor, student_TV: Tensor) -> Tensor:
-    """``KL(teacher || student)`` at each position, [T] float64, in nats, from logits."""
+    """Return ``KL(teacher || student)`` at each position, [T] float64, in nats, from logits."""
     teacher, student = teacher_TV.double().log_softmax(-1), student_TV.double().log_softmax(-1)
     return (teacher.exp() * (teacher - student)).sum(-1)
 
 
 def perplexity(nats_N: Tensor, tokens_N: Tensor) -> float:
-    """``exp`` of the mean over all tokens; of each text its nats in all, and how many tokens were predicted."""
+    """Return ``exp`` of the mean nats over all tokens, from the sum of nats and the number of tokens of each text."""
     return float(np.exp((nats_N.double().sum() / tokens_N.sum()).item()))
 
 
 def perplexity_interval(nats_N: Tensor, tokens_N: Tensor, *, rounds: int = 1000, seed: int = 0) -> Interval:
-    """95 % interval of `perplexity`, by a bootstrap over texts: the tokens of one text are not independent."""
+    """Return the 95 % interval of `perplexity`, by a bootstrap over texts: tokens of one text are not independent."""
     mean = mean_ratio_interval(nats_N, tokens_N, rounds=rounds, seed=seed)
     return Interval(float(np.exp(mean.low)), float(np.exp(mean.high)))
 
@@ -179,7 +182,7 @@ def perplexity_interval(nats_N: Tensor, tokens_N: Tensor, *, rounds: int = 1000,
 def perplexity_ratio_interval(
     teacher_nats_N: Tensor, student_nats_N: Tensor, tokens_N: Tensor, *, rounds: int = 1000, seed: int = 0
 ) -> Interval:
-    """95 % interval of the teacher's perplexity over the student's: what is kept, 1 where nothing is lost."""
+    """Return the 95 % interval of the teacher's perplexity over the student's: 1 where nothing is lost."""
     return perplexity_interval(teacher_nats_N - student_nats_N, tokens_N, rounds=rounds, seed=seed)
 
 
@@ -188,7 +191,7 @@ def perplexity_ratio_interval(
 
 @dataclass(frozen=True)
 class Load:
-    """How the tokens of one layer fall on its experts."""
+    """The distribution of one layer's tokens over its experts."""
 
     share_E: list[float]  # of the routed tokens; sums to 1
     max_over_mean: float  # 1 is an even load
@@ -196,7 +199,7 @@ class Load:
 
 
 def load(expert_P: Tensor, num_experts: int) -> Load:
-    """Statistics of the experts that the tokens of one layer use, of any shape: one index for each pair."""
+    """Return statistics of the experts that the tokens of one layer use; any shape, one index for each used pair."""
     counts_E = torch.bincount(expert_P.flatten(), minlength=num_experts)
     share_E = counts_E.double() / expert_P.numel()
     return Load(
@@ -220,11 +223,12 @@ class Flops:
 
     @property
     def total(self) -> int:
+        """All of them together."""
         return self.attention + self.ffn + self.router + self.head
 
 
 def attention_flops(width: int, length: int, *, heads: int, key_value_heads: int, head_width: int) -> int:
-    """Of one token in one layer: projections of query, key, value and output, then scores and their mixture.
+    """Return the FLOPs of one token in one attention layer: the four projections, the scores and their mixture.
 
     Each of the `length` tokens of a text attends to all of them, as in an encoder.
     """
@@ -234,18 +238,17 @@ def attention_flops(width: int, length: int, *, heads: int, key_value_heads: int
 
 
 def ffn_flops(width: int, neurons: int, *, gated: bool) -> int:
-    """Of one token in one layer, in an FFN of so many active neurons: two matrices, or three if gated."""
+    """Return the FLOPs of one token in an FFN of so many active neurons: two matrices, or three if gated."""
     return 2 * (3 if gated else 2) * width * neurons
 
 
 def flops_per_token(spec: MoESpec, config: object, length: int) -> tuple[Flops, Flops]:
-    """Of teacher and student, for texts of `length` tokens, in their matrix products.
+    """Return the FLOPs of a token in the matrix products of teacher and student, for texts of `length` tokens.
 
-    `config` is the transformers configuration, for the attention heads. Norms and activations are left out. Where the
+    `config` is the transformers configuration, for the attention heads. Norms and activations do not count. Where the
     number of experts differs from token to token, the mean of the spec counts.
     """
-    chosen_for = length if spec.routing == "sequence" else 1
-
+    chosen_for = ROUTINGS[spec.routing].tokens_per_choice(length)
     attention = dense = active = router = 0
     for shape in spec.stacks:
         settings = _settings_of_stack(config, shape)
@@ -267,7 +270,7 @@ def flops_per_token(spec: MoESpec, config: object, length: int) -> tuple[Flops, 
         shape = spec.shape_of(layer)
         used = shape.shared_width + spec.active_of(layer) * shape.expert_width
         active += ffn_flops(shape.width, used, gated=shape.gated)
-    vocabulary = _setting(config, "vocab_size") if spec.head in ("causal", "seq2seq") else 0
+    vocabulary = _setting(config, "vocab_size") if HEADS[spec.head].generates else 0
     head = 2 * spec.stacks[-1].width * (vocabulary or 0)
     return Flops(attention, dense, head=head), Flops(attention, active, router, head)
 
@@ -280,7 +283,7 @@ def _setting(config: object, *names: str) -> int | None:
 
 
 def _settings_of_stack(config: object, shape: FFNShape) -> object:
-    """The configuration of one tower of a model of two; else the model's own."""
+    """Return the configuration of the tower that holds this stack; for a model without towers, its own."""
     for tower in ("text", "vision"):
         if shape.layers.startswith(f"{tower}_model"):
             return getattr(config, f"{tower}_config")
@@ -288,17 +291,17 @@ def _settings_of_stack(config: object, shape: FFNShape) -> object:
 
 
 def amdahl_bound(teacher: Flops, active_share: float) -> float:
-    """The most a model can gain by running only `active_share` of its FFNs: ``1 / ((1 - f) + f * a)``.
+    """Return the largest speedup from running only `active_share` of the FFNs: ``1 / ((1 - f) + f * a)``.
 
-    f is the FFN's part of the teacher's FLOPs and a the active share: routing is free, and every FLOP takes
-    the same time. Amdahl 1967.
+    f is the FFN's part of the teacher's FLOPs and a the active share. Routing counts as free and every FLOP as equally
+    long (Amdahl 1967).
     """
     share = teacher.ffn / teacher.total
     return 1 / ((1 - share) + share * active_share)
 
 
 def parameters(teacher: nn.Module, student: nn.Module) -> dict[str, int]:
-    """Parameters of the teacher, of the student, and of the student as a token uses them, on average."""
+    """Return the numbers of parameters of the teacher, of the student, and that a token uses, on average."""
     total = sum(parameter.numel() for parameter in student.parameters())
     idle = 0
     for moe in moe_layers(student):

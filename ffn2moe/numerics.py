@@ -1,4 +1,4 @@
-"""Leaf functions of tensors and devices that many modules need."""
+"""Compute on tensors and devices: leaf functions that many modules need."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ffn2moe.spec import Pooling
+from ffn2moe.literals import Pooling
 
-# Wider FFNs keep the activations themselves, in bfloat16: F x F moments and their eigenvectors cost more than they say.
+# In wider FFNs the activations themselves are kept, in bfloat16: F x F moments and their eigenvectors cost too much.
 WIDEST_MOMENTS = 4096
 
 # --- embeddings ---------------------------------------------------------------------------------------
 
 
 def pool(last_hidden_state: Tensor, attention_mask: Tensor, pooling: Pooling) -> Tensor:
-    """Sentence embeddings of unit length, [B, D], from hidden states [B, L, D] and their mask [B, L].
+    """Return sentence embeddings of unit length, [B, D], from hidden states [B, L, D] and their mask [B, L].
 
-    `mean` over the tokens that are not padding, or `cls`: the first token.
+    `pooling` is `mean`, over the tokens that are not padding, or `cls`, the first token.
     """
     if pooling == "cls":
         pooled_BD = last_hidden_state[:, 0]
@@ -32,16 +32,16 @@ def pool(last_hidden_state: Tensor, attention_mask: Tensor, pooling: Pooling) ->
 
 
 def low_precision(ffn_width: int, device: torch.device) -> torch.autocast:
-    """A context in which the products of a wide FFN take bfloat16, where the hardware computes that.
+    """Return a context in which the products of a wide FFN take bfloat16, where the hardware computes that.
 
-    For what is summed over many tokens: rounding moves each activation by some thousandths of itself, up or down.
+    It is for sums over many tokens: rounding moves each activation by some thousandths of itself, up or down.
     """
     wide = ffn_width > WIDEST_MOMENTS and bf16_supported(device)
     return torch.autocast(device.type, torch.bfloat16, enabled=wide)
 
 
 def choose_device(wanted: str) -> str:
-    """The device to compute on, where `auto` takes an accelerator if there is one. ValueError for one that is not."""
+    """Return the device to compute on; `auto` takes an accelerator if there is one. ValueError for a missing device."""
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     if wanted == "auto":
         return accelerator.type if accelerator else "cpu"
@@ -55,13 +55,13 @@ WARMUP_SHARE = 0.05  # of the steps
 
 
 def schedule(step: int, steps: int) -> float:
-    """Share of the peak learning rate at a step: a short linear warm-up, then half a cosine to zero."""
+    """Return the share of the peak learning rate at a step: a short linear warm-up, then half a cosine to zero."""
     warmup = max(1, round(WARMUP_SHARE * steps))
     return min(1.0, (step + 1) / warmup) * 0.5 * (1 + cos(pi * step / steps))
 
 
 def bf16_supported(device: str | torch.device = "cpu") -> bool:
-    """Whether bfloat16 products are computed in hardware on this device, and so are worth using."""
+    """Return whether this device computes bfloat16 products in hardware, so that they are worth using."""
     kind = torch.device(device).type
     if kind == "cpu":
         capabilities = torch.cpu.get_capabilities()

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ffn2moe.choices import ROUTINGS, SELECTIONS
 from ffn2moe.data.batches import Batch, in_order
 from ffn2moe.data.corpus import read_corpus
 from ffn2moe.decompose.inputs import chunk_of, layer_inputs, texts_of
@@ -37,6 +38,7 @@ from ffn2moe.dense.ffn import DenseFFN
 from ffn2moe.dense.locate import install
 from ffn2moe.moe import checkpoint
 from ffn2moe.moe.experts import ExpertWeights
+from ffn2moe.moe.fit import calibrate
 from ffn2moe.moe.layer import MoEFFN, moe_layers
 from ffn2moe.moe.texts import text_means
 from ffn2moe.numerics import WIDEST_MOMENTS, choose_device
@@ -73,7 +75,7 @@ def see(model: Any, spec: MoESpec, batches: Sequence[Batch], max_tokens: int, de
     """Run texts through a model and keep what its mixtures see, at most `max_tokens` tokens."""
     inputs = layer_inputs(model, batches, max_tokens=max_tokens, device=device)
     model.to("cpu")
-    if spec.routing == "token":
+    if ROUTINGS[spec.routing].own_input:
         return Tokens(inputs)
     return Tokens(inputs, text_means(inputs[0], texts_of(batches, max_tokens)))
 
@@ -114,10 +116,10 @@ def require_shrinkable(spec: MoESpec, keep: int, method: str) -> None:
             f"keep = {keep} is fewer than the {most} experts that a token uses: keep at least {most}, or convert with "
             "fewer active experts"
         )
-    if spec.selection == "prefix" and method != "drop":
+    if SELECTIONS[spec.selection].ordered and method != "drop":
         raise ValueError(
-            f"with selection prefix experts are blocks in order of importance, and {method} would mix the order: use "
-            "drop, which takes the last blocks away"
+            f"with selection {spec.selection} experts are blocks in order of importance, and {method} would mix the "
+            "order: use drop, which takes the last blocks away"
         )
 
 
@@ -155,7 +157,7 @@ def shrink_model(
     for layer, moe in enumerate(track(layers, len(layers), "shrinking layers")):
         x_TD = task.inputs[layer]
         use_E = usage(moe, x_TD, task.route_TD)
-        kept_K = most_used(use_E, keep) if spec.selection != "prefix" else torch.arange(keep)
+        kept_K = torch.arange(keep) if SELECTIONS[spec.selection].ordered else most_used(use_E, keep)
         made = {"drop": _dropped, "regroup": _regrouped, "merge": _merged}[method](
             moe, smaller, layer, kept_K, use_E, x_TD, task.route_TD
         ).eval()
@@ -223,8 +225,8 @@ def _take_router(made: MoEFFN, moe: MoEFFN, kept_K: Tensor) -> None:
     made.router.bias.copy_(moe.router.bias[kept_K])
     made.router.balance_bias.copy_(moe.router.balance_bias[kept_K])
     made.router.scale.copy_(moe.router.scale)
-    if moe.router.selection == "threshold":
-        made.router.margin.copy_(moe.router.margin)
+    for name in moe.router.rule.buffers:
+        made.router.get_buffer(name).copy_(moe.router.get_buffer(name))
     made.output_scale.copy_(moe.output_scale)
     for active, scale in made.elastic_scale.items():
         scale.copy_(moe.elastic_scale[active])
@@ -240,7 +242,7 @@ def _dropped(
 ) -> MoEFFN:
     made = _gathered(moe, spec, layer, _places(moe)[kept_K])
     _take_router(made, moe, kept_K)
-    made.calibrate(x_TD, route_TD)
+    calibrate(made, x_TD, route_TD)
     return made
 
 
@@ -280,7 +282,7 @@ def _regrouped(
         places_KM[index, : len(own) + len(new)] = torch.cat([own, new])
     made = _gathered(moe, spec, layer, places_KM)
     _take_router(made, moe, kept_K)
-    made.calibrate(x_TD, route_TD)
+    calibrate(made, x_TD, route_TD)
     return made
 
 
@@ -354,7 +356,7 @@ def _merged(
     weight_KD, bias_K = ridge(read_TD, missing_TK, GROUP_RIDGE, intercept=made.router.has_bias)
     made.router.weight += weight_KD
     made.router.bias += bias_K
-    made.calibrate(x_TD, route_TD)
+    calibrate(made, x_TD, route_TD)
     return made
 
 
@@ -383,7 +385,7 @@ def matched(moe: MoEFFN, expert: int, other: int) -> Tensor:
 def imitate(made: MoEFFN, moe: MoEFFN, x_TD: Tensor, route_TD: Tensor | None = None) -> None:
     """Set what follows the neurons in closed form, so that `made` gives on tokens [T, D] what `moe` gives.
 
-    Scale and output bias, as `MoEFFN.fit_scale_and_mean` does for the sum of all experts, which after training is no
+    Scale and output bias, as `fit_scale_and_mean` does for the sum of all experts, which after training is no
     aim any more; then the output matrices (ffn2moe.decompose.reconstruct), in layers of one budget, as budgets share
     them, and of at most `WIDEST_MOMENTS` neurons. None of it is worse than what it follows, on these tokens.
     """

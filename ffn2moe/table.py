@@ -63,6 +63,10 @@ class Table(Generic[Row]):
             self._rows[name] = import_module(f"{self._package}.{name}").ROW
         return self._rows[name]
 
+    def get(self, name: str) -> Row | None:
+        """Return a row, or None where there is none of this name."""
+        return self[name] if name in self else None  # noqa: SIM401
+
     def __contains__(self, name: object) -> bool:
         return name in self.names()
 

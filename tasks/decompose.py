@@ -20,13 +20,13 @@ CHECKED_TEXTS = 32  # texts on which the mixture with all experts is compared wi
 
 
 def run(stage: StageRun) -> None:
+    from ffn2moe.choices import GATES
     from ffn2moe.decompose.inputs import layer_inputs, texts_of
     from ffn2moe.decompose.layer import mixture, output_of, require_identity
     from ffn2moe.dense.load import load_dense
     from ffn2moe.dense.locate import read_ffn
     from ffn2moe.moe import checkpoint
-    from ffn2moe.moe.layer import install_moe
-    from ffn2moe.moe.router import neutral_scale
+    from ffn2moe.moe.install import install_moe
     from ffn2moe.numerics import choose_device
 
     params, root, most = stage.params, stage.root, stage.params.decompose.calibration_tokens
@@ -51,7 +51,7 @@ def run(stage: StageRun) -> None:
         layers, dense, lambda: output_of(model, check), name=params.teacher.source, family=spec.family
     )
     for moe, row in zip(layers, rows, strict=True):
-        moe.set_scale(row["scale"] * neutral_scale(spec.gate, spec.num_experts, moe.num_active))
+        moe.set_scale(row["scale"] * GATES[spec.gate].neutral_scale(spec.num_experts, moe.num_active))
     with stage.out("models/decomposed") as out:
         checkpoint.save(model, tokenizer, spec, out)
     stage.write_json(
@@ -123,7 +123,7 @@ def describe(stage: StageRun, model: Any) -> MoESpec:
     where the container cannot hold the model.
     """
     from ffn2moe.containers.fit import require_fit
-    from ffn2moe.dense.families import head_of
+    from ffn2moe.dense.config import head_of
     from ffn2moe.dense.load import pooling_of
     from ffn2moe.moe.describe import spec_of
 

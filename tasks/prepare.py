@@ -108,7 +108,7 @@ def run(stage: StageRun) -> None:
 
 def open_teacher(stage: StageRun) -> Teacher:
     """Opens the teacher once, so that a bad one is reported before any work."""
-    from ffn2moe.dense.families import head_of, positions
+    from ffn2moe.dense.config import head_of, positions
     from ffn2moe.dense.load import load_dense
     from ffn2moe.dense.locate import activation_of, family_of, ffn_layers, read_ffn
 

@@ -14,7 +14,8 @@ from ffn2moe.dense.locate import read_ffn
 from ffn2moe.moe import checkpoint
 from ffn2moe.moe.describe import spec_of
 from ffn2moe.moe.experts import neurons_by_expert, slice_experts
-from ffn2moe.moe.layer import MoEFFN, install_moe
+from ffn2moe.moe.install import install_moe
+from ffn2moe.moe.layer import MoEFFN
 from ffn2moe.spec import FFNShape, Head, MoESpec, Pooling
 from tasks.corpus import write_jsonl
 from tests.texts import make_texts, write_corpus

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ffn2moe import containers
+from ffn2moe.choices import GATES
 from ffn2moe.containers import checks, fit, tensors, trial, write
 from ffn2moe.containers.container import Container
 from ffn2moe.containers.fit import choose, obstacle
@@ -29,8 +30,8 @@ from ffn2moe.dense.locate import read_ffn
 from ffn2moe.moe import checkpoint
 from ffn2moe.moe.describe import spec_of
 from ffn2moe.moe.experts import neurons_by_expert, shared_neurons, slice_experts
-from ffn2moe.moe.layer import MoEFFN, install_moe, moe_layers
-from ffn2moe.moe.router import neutral_scale
+from ffn2moe.moe.install import install_moe
+from ffn2moe.moe.layer import MoEFFN, moe_layers
 from ffn2moe.spec import Gate, MoESpec
 from tests.conftest import make_tokenizer
 
@@ -230,7 +231,7 @@ def test_the_scale_is_what_equal_scores_are_divided_by() -> None:
     for name in CONTAINERS:
         model, spec = student_of(name)
         moe = moe_layers(model)[0]
-        assert moe.output_scale.item() == 1.25 * neutral_scale(spec.gate, 4, 2)
+        assert moe.output_scale.item() == 1.25 * GATES[spec.gate].neutral_scale(4, 2)
         held = tensors.layer_tensors(CONTAINERS[name], spec, 0, moe)
         down = held[f"model.layers.0.{CONTAINERS[name].experts.down.format(0)}"]
         down = down[0] if down.ndim == 3 else down

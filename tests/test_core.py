@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import ffn2moe
+from ffn2moe.choices import GATES
 from ffn2moe.decompose import oracle
 from ffn2moe.decompose.layer import assign_neurons, most_energetic
 from ffn2moe.decompose.partition import PARTITIONS
@@ -18,11 +19,13 @@ from ffn2moe.decompose.statistics import NeuronStatistics
 from ffn2moe.dense.ffn import DenseFFN
 from ffn2moe.dense.load import load_dense
 from ffn2moe.dense.locate import family_of, ffn_modules, read_ffn
-from ffn2moe.moe import checkpoint
+from ffn2moe.moe import checkpoint, fit
+from ffn2moe.moe.choice import Choice
 from ffn2moe.moe.experts import merge_experts, neurons_by_expert, shared_neurons, slice_experts
 from ffn2moe.moe.grouped import Layout
-from ffn2moe.moe.layer import MoEFFN, install_moe, moe_layers
-from ffn2moe.moe.router import Choice, Router, gates
+from ffn2moe.moe.install import install_moe
+from ffn2moe.moe.layer import MoEFFN, moe_layers
+from ffn2moe.moe.router import Router
 from ffn2moe.spec import MoESpec
 from tests.conftest import make_tiny_bert, make_tiny_llama
 from tests.mixtures import flat_spec
@@ -281,7 +284,7 @@ def test_the_fitted_scale_and_mean_are_the_best_ones():
     moe = random_moe(random_ffn(32), 4, 2)
     x_TD = tokens(500)
     dense = moe.all_experts(x_TD)
-    moe.fit_scale_and_mean(x_TD)
+    fit.fit_scale_and_mean(moe, x_TD)
     error = (moe(x_TD) - dense).square().sum()
     for change in (0.98, 1.02):
         scale = moe.output_scale.item()
@@ -420,9 +423,6 @@ def test_more_active_experts_than_there_are_is_a_contradiction():
         spec_for(random_ffn(32), 4, 5)
 
 
-GATES = ("unit", "softmax", "softmax_topk", "sigmoid")
-
-
 def shared_moe(gate: str, shared_width: int, num_active: int, *, gated: bool = True) -> tuple[DenseFFN, MoEFFN]:
     """A dense FFN and its mixture: 44 neurons, some of them shared, the others in 4 experts padded to 8s."""
     ffn = random_ffn(44, gated=gated)
@@ -436,7 +436,7 @@ def shared_moe(gate: str, shared_width: int, num_active: int, *, gated: bool = T
     return ffn, MoEFFN.from_experts(spec, slice_experts(ffn, neurons_EM, shared_S), neurons_EM, shared_S=shared_S)
 
 
-@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize("gate", GATES.names())
 @pytest.mark.parametrize("shared_width", [0, 10])
 @pytest.mark.parametrize("gated", [True, False])
 def test_a_router_that_scores_all_alike_and_all_experts_give_the_dense_ffn(gate: str, shared_width: int, gated: bool):
@@ -447,7 +447,7 @@ def test_a_router_that_scores_all_alike_and_all_experts_give_the_dense_ffn(gate:
     assert (moe.all_experts(x_TD) - ffn(x_TD)).abs().max() < 1e-5
 
 
-@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize("gate", GATES.names())
 def test_the_grouped_form_is_the_reference_through_every_gate(gate: str):
     _, moe = shared_moe(gate, 10, 2)
     torch.nn.init.normal_(moe.router.weight, generator=torch.Generator().manual_seed(3))
@@ -463,13 +463,13 @@ def test_the_balance_bias_moves_the_choice_and_never_the_gates():
     for gate in GATES:
         router = Router(8, 4, gate)
         choice = router.choose(scores_TE, 2)
-        before = gates(gate, scores_TE, choice)
+        before = GATES[gate].weights(scores_TE, choice.experts_TK, choice.used_TK, training=False)
         router.balance_bias.copy_(torch.tensor([9.0, 9.0, 0.0, 0.0]))
         assert set(router.choose(scores_TE, 2).experts_TK.flatten().tolist()) == {0, 1}
-        assert torch.equal(gates(gate, scores_TE, choice), before)
+        assert torch.equal(GATES[gate].weights(scores_TE, choice.experts_TK, choice.used_TK, training=False), before)
 
 
-@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize("gate", GATES.names())
 def test_a_fitted_router_scale_never_makes_the_routed_output_worse_than_equal_gates(gate: str):
     _, moe = shared_moe(gate, 0, 2)
     torch.nn.init.normal_(moe.router.weight, generator=torch.Generator().manual_seed(4))
@@ -477,13 +477,13 @@ def test_a_fitted_router_scale_never_makes_the_routed_output_worse_than_equal_ga
     y_TD = moe.all_experts(x_TD)
 
     def error() -> float:
-        moe.fit_scale_and_mean(x_TD)
+        fit.fit_scale_and_mean(moe, x_TD)
         return (moe.eval()(x_TD) - y_TD).square().sum().item()
 
     chosen = moe.router.choose(moe.router(x_TD), 2).experts_TK
     moe.router.scale.fill_(2.0**-8)
     equal = error()
-    moe.fit_router_scale(x_TD)
+    fit.fit_router_scale(moe, x_TD)
     assert error() <= equal * (1 + 1e-5)
     assert torch.equal(moe.router.choose(moe.router(x_TD), 2).experts_TK, chosen)
 

@@ -24,7 +24,8 @@ from ffn2moe.dense.load import load_dense
 from ffn2moe.dense.locate import read_ffn
 from ffn2moe.moe.describe import spec_of
 from ffn2moe.moe.experts import neurons_by_expert, slice_experts
-from ffn2moe.moe.layer import MoEFFN, install_moe
+from ffn2moe.moe.install import install_moe
+from ffn2moe.moe.layer import MoEFFN
 from ffn2moe.onnx import decoder as onnx_decoder
 from ffn2moe.onnx import lower as onnx_plans
 from ffn2moe.onnx.parity import parity, random_samples, reference

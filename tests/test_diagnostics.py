@@ -11,10 +11,11 @@ from ffn2moe.decompose import diagnostics
 from ffn2moe.dense.load import load_dense
 from ffn2moe.dense.locate import read_ffn
 from ffn2moe.moe import checkpoint
+from ffn2moe.moe.choice import Choice
 from ffn2moe.moe.describe import spec_of
 from ffn2moe.moe.experts import neurons_by_expert, shared_neurons, slice_experts
-from ffn2moe.moe.layer import MoEFFN, install_moe
-from ffn2moe.moe.router import Choice
+from ffn2moe.moe.install import install_moe
+from ffn2moe.moe.layer import MoEFFN
 from tasks import corpus, evaluate, prepare
 from tests.texts import make_stage, make_texts, write_corpus
 

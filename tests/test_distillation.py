@@ -13,7 +13,7 @@ from torch import nn
 from ffn2moe.data.batches import Batches
 from ffn2moe.decompose.inputs import layer_inputs
 from ffn2moe.decompose.layer_map import LayerResult, in_processes
-from ffn2moe.dense.ffn import installed_ffns
+from ffn2moe.dense.blocks import installed_ffns
 from ffn2moe.dense.load import load_dense
 from ffn2moe.dense.locate import install
 from ffn2moe.distill import layerwise

@@ -30,7 +30,8 @@ from ffn2moe.distill.distiller import Distiller, Training
 from ffn2moe.distill.objectives import EmbeddingObjective, LogitsObjective, Objective
 from ffn2moe.moe.describe import spec_of
 from ffn2moe.moe.experts import neurons_by_expert, slice_experts
-from ffn2moe.moe.layer import MoEFFN, install_moe
+from ffn2moe.moe.install import install_moe
+from ffn2moe.moe.layer import MoEFFN
 from tasks import distill
 from tasks.params import load_params, override, read, write
 from tasks.processes import take_part

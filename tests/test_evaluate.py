@@ -15,7 +15,8 @@ from ffn2moe.dense.locate import ffn_layers, read_ffn
 from ffn2moe.moe import checkpoint
 from ffn2moe.moe.describe import spec_of
 from ffn2moe.moe.experts import neurons_by_expert, slice_experts
-from ffn2moe.moe.layer import MoEFFN, install_moe
+from ffn2moe.moe.install import install_moe
+from ffn2moe.moe.layer import MoEFFN
 from tasks import corpus, evaluate, judge_embeddings, prepare
 from tests.texts import make_stage, make_texts, write_corpus
 

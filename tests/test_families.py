@@ -11,18 +11,11 @@ import torch
 import transformers
 from torch import nn
 
-from ffn2moe.dense.families import (
-    FAMILIES,
-    Family,
-    Stack,
-    constructor_options,
-    head_of,
-    head_of_class,
-    positions,
-    register_family,
-)
+from ffn2moe.dense.blocks import stacks_in
+from ffn2moe.dense.config import constructor_options, head_of, head_of_class, positions
+from ffn2moe.dense.families import FAMILIES, Family, Stack, register_family
 from ffn2moe.dense.ffn import ACTIVATIONS
-from ffn2moe.dense.load import load_dense, require_representable, weight_files
+from ffn2moe.dense.load import load_dense
 from ffn2moe.dense.locate import (
     activation_of,
     family_of,
@@ -34,10 +27,12 @@ from ffn2moe.dense.locate import (
     stacks_of,
 )
 from ffn2moe.dense.probe import example_inputs, probe, prove
+from ffn2moe.dense.weights import require_representable, weight_files
 from ffn2moe.moe import checkpoint
 from ffn2moe.moe.describe import spec_of
 from ffn2moe.moe.experts import neurons_by_expert, slice_experts
-from ffn2moe.moe.layer import MoEFFN, install_moe, moe_layers
+from ffn2moe.moe.install import install_moe
+from ffn2moe.moe.layer import MoEFFN, moe_layers
 from ffn2moe.spec import MoESpec
 from tests.conftest import make_tiny_bert, make_tiny_llama
 
@@ -284,9 +279,14 @@ def test_a_mixture_of_every_family_is_kept_on_disk(case, tmp_path):
     assert torch.equal(outputs(checkpoint.load(tmp_path)), outputs(model))
 
 
+def forget(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Take a row away until the end of the test."""
+    monkeypatch.setattr(FAMILIES, "_rows", {other: row for other, row in FAMILIES.items() if other != name})
+
+
 def test_a_mixture_of_a_model_without_a_row_is_kept_on_disk(monkeypatch, tmp_path):
     model = tiny("llama")
-    monkeypatch.delitem(FAMILIES, "llama")
+    forget(monkeypatch, "llama")
     spec = carve(model)
     checkpoint.save(model, None, spec, tmp_path)
     assert torch.equal(outputs(checkpoint.load(tmp_path)), outputs(model))
@@ -304,8 +304,8 @@ def test_what_is_read_is_what_the_model_computes(case):
 def test_the_probe_finds_by_structure_what_the_rows_say(case, monkeypatch):
     model = tiny(case)
     known, activations = stacks_of(model), [activation_of(model, layer) for layer in range(len(ffn_layers(model)))]
-    monkeypatch.delitem(FAMILIES, model.config.model_type)
-    found = stacks_of(model, probe(model))
+    forget(monkeypatch, model.config.model_type)
+    found = stacks_in(model, probe(model))
     for (row, layers), (guess, guessed) in zip(known, found, strict=True):
         assert layers is guessed and row.gated == guess.gated
         assert (row.w_in, row.w_out, row.w_gate) == (guess.w_in, guess.w_out, guess.w_gate)
@@ -434,12 +434,10 @@ class NewModel(transformers.PreTrainedModel):
 @pytest.fixture
 def registered(monkeypatch: pytest.MonkeyPatch):
     """transformers knows the new model, this package does not; both forget it again."""
-    from ffn2moe.dense import families as dense
-
-    monkeypatch.setattr(dense, "FAMILIES", dict(FAMILIES))
+    monkeypatch.setattr(FAMILIES, "_rows", dict(FAMILIES.items()))
     transformers.AutoConfig.register("brand_new", NewConfig)
     transformers.AutoModel.register(NewConfig, NewModel)
-    yield dense
+    yield
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     CONFIG_MAPPING._extra_content.pop("brand_new")
@@ -653,7 +651,9 @@ def test_code_that_travels_with_a_model_is_never_run(tmp_path):
     }
     (tmp_path / "config.json").write_text(json.dumps(config))
     (tmp_path / "code.py").write_text("raise SystemExit('run')")
-    with pytest.raises(ValueError, match=r"'stranger' model, which is not supported.*code that travels .* never run"):
+    with pytest.raises(
+        ValueError, match=r"'stranger' model, which is not supported.*code that comes with a model is never run"
+    ):
         load_dense(str(tmp_path))
 
 

@@ -20,7 +20,7 @@ from ffn2moe.decompose import statistics as activations
 from ffn2moe.decompose.layer import assign_neurons, decompose_layer, neuron_statistics
 from ffn2moe.decompose.partition import PARTITIONS
 from ffn2moe.decompose.statistics import NeuronStatistics
-from ffn2moe.moe import checkpoint
+from ffn2moe.moe import checkpoint, fit
 from ffn2moe.moe.texts import text_means
 from tasks import decompose, prepare
 from tests.conftest import make_tiny_bert
@@ -218,7 +218,7 @@ def test_the_survey_gains_rank_the_experts_as_the_best_choice_does(selection):
 @pytest.mark.parametrize("selection", SELECTIONS)
 def test_no_router_beats_the_best_choice_of_as_many_experts(selection):
     moe, x_TD = layer(selection), tokens(300)
-    moe.calibrate(x_TD)
+    fit.calibrate(moe, x_TD)
     found = oracle.diagnose(moe, x_TD, chunk=70)
     assert 0 < found["oracle_error"] < found["router_error"]
     assert found["mean_active"] == pytest.approx(3, abs=0.1)
@@ -239,7 +239,7 @@ def test_one_choice_for_a_text_is_the_best_one_for_the_sum_of_its_tokens(selecti
     moe, x_TD = layer(selection, routing="sequence"), tokens(300)
     text_T = torch.arange(300) // 10
     route_TD = text_means(x_TD, text_T)
-    moe.calibrate(x_TD, route_TD)
+    fit.calibrate(moe, x_TD, route_TD)
     found = oracle.diagnose(moe, x_TD, chunk=70, text_T=text_T, route_TD=route_TD)
     assert 0 < found["oracle_error"] <= found["router_error"]
     by_token = oracle.best_scale(layer(selection), x_TD).error

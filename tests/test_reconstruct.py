@@ -7,6 +7,7 @@ import torch
 
 from ffn2moe.decompose import statistics as activations
 from ffn2moe.decompose.reconstruct import _add, _inputs, _outputs, refit_outputs, relative_error
+from ffn2moe.moe import fit
 from ffn2moe.moe.experts import neurons_by_expert, slice_experts
 from ffn2moe.moe.layer import MoEFFN
 from tests.mixtures import flat_spec
@@ -21,7 +22,7 @@ WANTED, HELD_OUT_WANTED = make_ffn()(TOKENS), make_ffn()(HELD_OUT)
 @pytest.mark.parametrize(("selection", "gate"), WAYS)
 def test_the_layer_is_linear_in_what_is_fitted(selection, gate, shared):
     moe = make_moe(selection=selection, gate=gate, shared=shared)
-    moe.calibrate(TOKENS)
+    fit.calibrate(moe, TOKENS)
     moe.set_scale(1.3)
     with torch.no_grad():
         linear_TD = whole(moe, HELD_OUT) @ _outputs(moe)
@@ -40,7 +41,7 @@ def whole(moe, x_TD):
 @pytest.mark.parametrize(("selection", "gate"), WAYS)
 def test_products_of_used_pairs_alone_are_those_of_all(selection, gate, shared):
     moe = make_moe(selection=selection, gate=gate, shared=shared)
-    moe.calibrate(TOKENS)
+    fit.calibrate(moe, TOKENS)
     with torch.no_grad():
         h_TP, weights_PD = whole(moe, TOKENS).double(), _outputs(moe)
         gram_PP = torch.zeros(h_TP.shape[1], h_TP.shape[1], dtype=torch.float64)
@@ -65,8 +66,8 @@ def test_a_wide_layer_is_fitted_in_bfloat16_as_well_as_in_float32(monkeypatch):
 @pytest.mark.parametrize(("selection", "gate"), WAYS)
 def test_tokens_that_were_not_fitted_come_nearer_to_the_dense_ffn(selection, gate, shared):
     moe = make_moe(selection=selection, gate=gate, shared=shared)
-    moe.calibrate(TOKENS)
-    moe.fit_scale_and_mean(TOKENS)
+    fit.calibrate(moe, TOKENS)
+    fit.fit_scale_and_mean(moe, TOKENS)
     before = relative_error(moe, HELD_OUT, HELD_OUT_WANTED)
     refit_outputs(moe, TOKENS, WANTED, penalty=1e-2)
     assert relative_error(moe, HELD_OUT, HELD_OUT_WANTED) < 0.95 * before
@@ -112,7 +113,7 @@ def test_padding_stays_zero():
 
 def test_every_budget_gains():
     moe = make_moe(elastic=(1, 3))
-    moe.fit_scale_and_mean(TOKENS)
+    fit.fit_scale_and_mean(moe, TOKENS)
     before = {}
     for budget in moe.budgets:
         moe.set_active(budget)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ffn2moe.choices import GATES
 from ffn2moe.decompose import oracle
 from ffn2moe.decompose.layer import dense_ffn, outputs
 from ffn2moe.decompose.reconstruct import refit_outputs, relative_error
@@ -33,10 +34,11 @@ from ffn2moe.decompose.router_fit import (
 )
 from ffn2moe.dense.ffn import DenseFFN
 from ffn2moe.moe.experts import neurons_by_expert, slice_experts
+from ffn2moe.moe.fit import calibrate
 from ffn2moe.moe.layer import MoEFFN
 from ffn2moe.moe.router import Router
 from ffn2moe.moe.texts import text_means
-from ffn2moe.spec import Gate, MoESpec
+from ffn2moe.spec import MoESpec
 from tests.mixtures import flat_spec
 
 STARTS, OBJECTIVES = get_args(Start), get_args(Objective)
@@ -287,7 +289,7 @@ def test_every_objective_lowers_its_loss_and_finds_the_experts_it_names(objectiv
     assert torch.equal(moe.w_in, before[0]) and torch.equal(moe.w_out, before[1])
 
 
-@pytest.mark.parametrize("gate", get_args(Gate))
+@pytest.mark.parametrize("gate", GATES.names())
 @pytest.mark.parametrize("start", STARTS)
 def test_with_every_gate_a_fitted_layer_is_nearer_to_the_dense_one_than_its_mean(start, gate):
     moe, x_TD = toy(gate=gate), tokens()
@@ -318,7 +320,7 @@ def test_every_selection_is_fitted_and_uses_k_experts_on_average(selection, rout
     assert found["mean_active"] == pytest.approx(2, abs=0.02)
     blind = toy(selection=selection, routing=routing)
     blind.router.set(normal(EXPERTS, WIDTH, seed=11), torch.zeros(EXPERTS))
-    blind.calibrate(x_TD, texts.get("route_TD"))
+    calibrate(blind, x_TD, texts.get("route_TD"))
     assert found["router_error"] < oracle.diagnose(blind, x_TD, **texts)["router_error"]
 
 

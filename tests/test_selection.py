@@ -24,11 +24,13 @@ from ffn2moe.dense.load import load_dense
 from ffn2moe.dense.locate import read_ffn
 from ffn2moe.distill.distiller import Distiller, Training
 from ffn2moe.distill.objectives import EmbeddingObjective
-from ffn2moe.moe import checkpoint
+from ffn2moe.moe import checkpoint, fit
+from ffn2moe.moe.choice import Choice
 from ffn2moe.moe.describe import spec_of
 from ffn2moe.moe.experts import neurons_by_expert, slice_experts
-from ffn2moe.moe.layer import MoEFFN, install_moe, moe_layers, set_active
-from ffn2moe.moe.router import Choice, Router
+from ffn2moe.moe.install import install_moe
+from ffn2moe.moe.layer import MoEFFN, moe_layers, set_active
+from ffn2moe.moe.router import Router
 from ffn2moe.moe.texts import text_means
 from ffn2moe.spec import Head, MoESpec
 from tests.conftest import make_tiny_classifier
@@ -79,7 +81,7 @@ def make_moe(num_active: int = 2, *, shared: int = 0, **changes: Any) -> MoEFFN:
 def test_the_grouped_layer_is_the_reference_however_experts_are_chosen(selection, gate, shared, training):
     moe = make_moe(selection=selection, gate=gate, shared=shared)
     x_TD = normal(70, D, seed=6)
-    moe.calibrate(x_TD)
+    fit.calibrate(moe, x_TD)
     moe.set_scale(1.3)
     moe.train(training)
     torch.testing.assert_close(moe(x_TD), moe.reference(x_TD), rtol=1e-5, atol=1e-5)
@@ -89,7 +91,7 @@ def test_the_grouped_layer_is_the_reference_however_experts_are_chosen(selection
 def test_a_router_that_scores_all_alike_and_all_experts_give_the_dense_ffn(selection, gate):
     moe = make_moe(num_active=3, selection=selection, gate=gate)
     x_TD = normal(40, D, seed=6)
-    moe.calibrate(x_TD)
+    fit.calibrate(moe, x_TD)
     before = {name: tensor.clone() for name, tensor in moe.state_dict().items()}
     with every_expert([moe]):
         torch.testing.assert_close(moe(x_TD), make_ffn()(x_TD), rtol=1e-5, atol=1e-5)
@@ -201,7 +203,7 @@ def test_a_pair_that_is_not_used_has_gate_0(gate):
 def test_every_parameter_learns_from_the_loss(selection, gate, num_active, shared):
     moe = make_moe(num_active, selection=selection, gate=gate, shared=shared)
     x_TD = normal(300, D, seed=6)
-    moe.calibrate(x_TD)
+    fit.calibrate(moe, x_TD)
     moe.train()
     (moe(x_TD) - make_ffn()(x_TD)).square().sum().backward()
     assert [name for name, one in moe.named_parameters() if one.grad is None or not one.grad.any()] == []
@@ -226,9 +228,9 @@ def test_a_prefix_passes_the_probability_that_it_reaches_each_expert_straight_th
 def test_the_scale_of_the_gates_leaves_the_choice_of_threshold_alone(gate):
     moe = make_moe(selection="threshold", gate=gate)
     x_TD = normal(300, D, seed=6)
-    moe.calibrate(x_TD)
+    fit.calibrate(moe, x_TD)
     before = moe.router.choose(moe.router(x_TD), 2)
-    moe.fit_router_scale(x_TD)
+    fit.fit_router_scale(moe, x_TD)
     after = moe.router.choose(moe.router(x_TD), 2)
     assert moe.router.scale != 1
     assert torch.equal(before.indicator_TE(E), after.indicator_TE(E))
@@ -239,7 +241,7 @@ def test_the_scale_of_the_gates_leaves_the_choice_of_threshold_alone(gate):
     [
         ({"selection": "prefix", "gate": "softmax"}, "use the gate unit"),
         ({"selection": "prefix", "num_active": 1}, "the router has nothing to choose"),
-        ({"max_active": 3}, "leave max_active out, or use selection threshold"),
+        ({"max_active": 3}, "max_active = 3 limits nothing with selection topk: leave max_active out"),
         ({"selection": "threshold", "max_active": 1}, "must be between num_active = 2"),
         ({"selection": "threshold", "active_per_layer": (1, 3)}, "use selection topk, or leave active_per_layer out"),
         ({"selection": "threshold", "elastic": (1,)}, "use selection topk, or leave elastic out"),
@@ -291,7 +293,7 @@ def carve(
             moe.set_scale(1.1)
             for offset, scale in enumerate(moe.elastic_scale.values()):
                 scale.fill_(1.5 + offset)
-        moe.calibrate(x_TD, x_TD)
+        fit.calibrate(moe, x_TD, x_TD)
         layers.append(moe)
     install_moe(model, layers)
     return model.eval(), spec
@@ -534,8 +536,8 @@ def test_inner_products_give_the_scales_that_outputs_give(selection, gate, share
     moe = make_moe(selection=selection, gate=gate, shared=shared, elastic=(4,) if selection == "topk" else ())
     moe.b_out = None
     x_TD = normal(400, D, seed=6)
-    moe.calibrate(x_TD)
-    moe.fit_scale_and_mean(x_TD)
+    fit.calibrate(moe, x_TD)
+    fit.fit_scale_and_mean(moe, x_TD)
     wanted = [parameter.item() for parameter in (moe.output_scale, *moe.elastic_scale.values())]
     oracle.fit_scales(moe, oracle.grams(moe, x_TD), x_TD)
     assert [parameter.item() for parameter in (moe.output_scale, *moe.elastic_scale.values())] == pytest.approx(wanted)
@@ -544,7 +546,7 @@ def test_inner_products_give_the_scales_that_outputs_give(selection, gate, share
 def test_the_closed_form_scale_of_every_budget_is_the_best():
     moe = make_moe(elastic=(1, 4))
     x_TD = normal(400, D, seed=6)
-    moe.fit_scale_and_mean(x_TD)
+    fit.fit_scale_and_mean(moe, x_TD)
     assert moe.num_active == 2
     y_TD = make_ffn()(x_TD)
 

@@ -15,7 +15,7 @@ import ffn2moe
 from ffn2moe import cli, shrink
 from ffn2moe.data.encode import encode
 from ffn2moe.dense.load import load_dense
-from ffn2moe.moe import checkpoint
+from ffn2moe.moe import checkpoint, fit
 from ffn2moe.moe.describe import spec_of
 from ffn2moe.moe.layer import MoEFFN, moe_layers
 from ffn2moe.shrink import Tokens, most_used, shrink_model, usage
@@ -63,7 +63,7 @@ def test_use_is_the_sum_of_the_gates_where_they_differ() -> None:
 
 def test_a_token_that_uses_fewer_experts_counts_for_fewer() -> None:
     moe, x_TD = make_layer(flat_spec(selection="threshold", max_active=3)), task().inputs[0]
-    moe.calibrate(x_TD)
+    fit.calibrate(moe, x_TD)
     choice = moe.router.choose(moe.router(x_TD), 2)
     assert usage(moe, x_TD).tolist() == choice.load_E(E).tolist()
     assert len(set(choice.count_T().tolist())) > 1
@@ -254,7 +254,7 @@ def test_every_kind_of_mixture_can_be_shrunk(
     if spec.routing == "sequence":
         seen, held = replace(seen, route_TD=seen.inputs[0]), replace(held, route_TD=held.inputs[0])
     for moe in layers:
-        moe.calibrate(seen.inputs[0], seen.route_TD)
+        fit.calibrate(moe, seen.inputs[0], seen.route_TD)
     smaller, reports = shrink_model(model, spec, seen, held, keep=3, method=method)
     assert smaller.num_experts == 3 and smaller.shrunk == method and max(smaller.budgets) <= 3
     assert smaller.max_active is None or smaller.max_active == 3
@@ -270,7 +270,7 @@ def test_the_first_blocks_stay_where_experts_are_in_order() -> None:
     spec = flat_spec(selection="prefix")
     layers = [make_layer(spec, layer, seed=layer) for layer in range(2)]
     for moe in layers:
-        moe.calibrate(task().inputs[0])
+        fit.calibrate(moe, task().inputs[0])
     reports = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(shrink, "install", lambda model, layer, ffn: None)
@@ -376,7 +376,7 @@ def test_an_export_can_be_shrunk_and_what_was_shrunk_again(exported: Path, texts
 def test_a_language_model_without_output_bias_can_be_shrunk(tmp_path: Path, texts: Path) -> None:
     from ffn2moe.dense.locate import read_ffn
     from ffn2moe.moe.experts import neurons_by_expert, slice_experts
-    from ffn2moe.moe.layer import install_moe
+    from ffn2moe.moe.install import install_moe
 
     source = make_tiny_llama(tmp_path / "llama")
     model, tokenizer = load_dense(str(source))

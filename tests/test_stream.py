@@ -22,10 +22,11 @@ from ffn2moe.decompose.reconstruct import refit_outputs
 from ffn2moe.decompose.route import RouterSettings, fit_router
 from ffn2moe.decompose.source import Source, skeleton
 from ffn2moe.decompose.stream import decompose
-from ffn2moe.dense.families import head_of
+from ffn2moe.dense.config import head_of
 from ffn2moe.dense.locate import read_ffn
 from ffn2moe.moe import checkpoint
-from ffn2moe.moe.layer import install_moe, moe_layers
+from ffn2moe.moe.install import install_moe
+from ffn2moe.moe.layer import moe_layers
 from tests.test_families import CASES, tiny
 
 SETTINGS: dict[str, Any] = {

@@ -34,7 +34,8 @@ def test_names_come_from_the_folder_without_importing_a_row(fruits):
 def test_a_row_is_found_in_a_file_and_by_registration(fruits):
     assert fruits["apple"] == "red"
     fruits.register("fig", "blue")
-    assert fruits["fig"] == "blue"
+    assert fruits["fig"] == fruits.get("fig") == "blue"
+    assert fruits.get("kiwi") is None
     assert fruits.names() == ("apple", "fig", "pear")
     fruits.forget("fig")
     assert "fig" not in fruits

@@ -16,7 +16,8 @@ from ffn2moe.distill.objectives import EmbeddingObjective, LogitsObjective
 from ffn2moe.moe import checkpoint
 from ffn2moe.moe.describe import spec_of
 from ffn2moe.moe.experts import neurons_by_expert, slice_experts
-from ffn2moe.moe.layer import MoEFFN, install_moe, moe_layers
+from ffn2moe.moe.install import install_moe
+from ffn2moe.moe.layer import MoEFFN, moe_layers
 from tests.conftest import WORDS, make_tiny_llama
 from tests.test_core import as_mixture, spec_for
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import get_args
 
 import pytest
 import torch
@@ -12,16 +11,16 @@ from torch import Tensor
 
 from benchmarks import gpu, memory, partition, training
 from benchmarks.race import Spread, race
-from ffn2moe.moe import grouped
+from ffn2moe.choices import GATES
+from ffn2moe.moe import fit, grouped
+from ffn2moe.moe.choice import Choice
 from ffn2moe.moe.grouped import LEAST_TILE, TILE, Layout, tile_of
 from ffn2moe.moe.layer import MoEFFN
-from ffn2moe.moe.router import Choice
-from ffn2moe.spec import Gate
 from tests.mixtures import flat_spec
 from tests.texts import make_texts
 
 D, E, M = 16, 4, 8
-WAYS = [(selection, gate) for selection in ("topk", "threshold") for gate in get_args(Gate)] + [("prefix", "unit")]
+WAYS = [(selection, gate) for selection in ("topk", "threshold") for gate in GATES.names()] + [("prefix", "unit")]
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -38,7 +37,7 @@ def make_moe(*, gated: bool = False, shared: int = 0, **changes: object) -> MoEF
             if parameter.dim():
                 parameter.copy_(normal(*parameter.shape, seed=seed) * (1.0 if "router" in name else 0.3))
         moe.set_scale(1.3)
-        moe.calibrate(normal(200, D, seed=99))
+        fit.calibrate(moe, normal(200, D, seed=99))
     return moe
 
 

@@ -89,7 +89,7 @@ def test_variants_are_other_budgets_and_dense_layers():
 def test_names_tell_the_variant_and_the_form(variant, name):
     assert variant.name("ov-dense8") == name
     assert form_of(name) == "ov-dense8"
-    assert Variant.of({"file": "x"} | variant.told()) == variant
+    assert Variant.of({"file": "x"} | variant.metadata()) == variant
 
 
 def test_the_spec_of_a_variant_counts_what_it_computes():

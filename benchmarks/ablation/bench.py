@@ -22,7 +22,7 @@ from ffn2moe import metrics
 from ffn2moe.data.batches import Batch, Batches
 from ffn2moe.data.encode import encode
 from ffn2moe.decompose.inputs import layer_inputs, texts_of
-from ffn2moe.dense.families import head_of
+from ffn2moe.dense.config import head_of
 from ffn2moe.dense.load import load_dense, pooling_of
 from ffn2moe.dense.locate import ffn_layers
 from ffn2moe.moe.describe import spec_of

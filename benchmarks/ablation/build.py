@@ -28,11 +28,13 @@ from ffn2moe.decompose.layer import mixture as one_mixture
 from ffn2moe.decompose.partition import PARTITIONS, Partition
 from ffn2moe.decompose.reconstruct import refit_outputs
 from ffn2moe.decompose.route import RouterSettings, fit_router
-from ffn2moe.dense.ffn import DenseFFN, installed_ffns
+from ffn2moe.dense.blocks import installed_ffns
+from ffn2moe.dense.ffn import DenseFFN
 from ffn2moe.dense.locate import read_ffn
 from ffn2moe.moe import checkpoint
 from ffn2moe.moe.describe import spec_of
-from ffn2moe.moe.layer import MoEFFN, install_moe, moe_layers, set_active
+from ffn2moe.moe.install import install_moe
+from ffn2moe.moe.layer import MoEFFN, moe_layers, set_active
 from ffn2moe.moe.texts import text_means
 from ffn2moe.shrink import Tokens, shrink_model
 from ffn2moe.spec import MoESpec

@@ -73,15 +73,9 @@ def _experts(spec: MoESpec) -> str:
 
 def _choice(spec: MoESpec) -> str:
     """Return how many of its experts each token or text uses."""
-    chooser = "token" if spec.routing == "token" else "text, ahead of all layers"
-    if spec.selection == "prefix":
-        return f"the first {spec.num_active} on average used by each {chooser}"
-    if spec.selection == "threshold":
-        most = f" and at most {spec.max_active}" if spec.max_active else ""
-        return f"{spec.num_active} on average{most} chosen by each {chooser}"
-    if spec.active_per_layer:
-        return f"{', '.join(map(str, spec.active_per_layer))} in the layers in turn chosen by each {chooser}"
-    return f"{spec.num_active} chosen by each {chooser}"
+    from ffn2moe.choices import ROUTINGS, SELECTIONS
+
+    return f"{SELECTIONS[spec.selection].describe(spec)} chosen by each {ROUTINGS[spec.routing].unit}"
 
 
 def _budgets(spec: MoESpec) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ffn2moe.dense.load import require_representable, weight_files
+from ffn2moe.dense.weights import require_representable, weight_files
 
 # The dtypes of a container, each with its name in a safetensors header.
 DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ffn2moe.choices import GATES
 from ffn2moe.containers.container import Container
 from ffn2moe.containers.dense_model import DenseModel
 from ffn2moe.containers.fit import require_fit
 from ffn2moe.containers.table import CONTAINERS
 from ffn2moe.moe.layer import MoEFFN
-from ffn2moe.moe.router import neutral_scale
 from ffn2moe.spec import MoESpec
 
 # A router that is scaled down this much chooses the same experts and weighs them nearly equally, so that every
@@ -97,7 +97,7 @@ def _router(container: Container, spec: MoESpec, moe: MoEFFN) -> tuple[Tensor, T
     scale, bias_E = _float(moe.output_scale), _float(moe.router.balance_bias)
     if spec.gate == container.gate:
         return weight_ED.float(), bias_E, scale
-    scale = scale * neutral_scale(container.unit_gate or container.gate, spec.num_experts, spec.num_active)
+    scale = scale * GATES[container.unit_gate or container.gate].neutral_scale(spec.num_experts, spec.num_active)
     # A choice bias is added to sigmoid(e s), which is 1/2 + e s / 4 to first order: it is scaled by e / 4.
     return NEAR_UNIT * weight_ED.float(), NEAR_UNIT / 4 * bias_E, scale
 

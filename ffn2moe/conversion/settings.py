@@ -6,9 +6,9 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal, get_args
 
+from ffn2moe.choices import GATES, HEADS
 from ffn2moe.containers.table import CONTAINERS
 from ffn2moe.decompose.partition import PARTITIONS
-from ffn2moe.spec import Gate, Head
 from ffn2moe.table import UnknownName, unknown
 
 Scope = Literal["experts", "all"]
@@ -72,7 +72,7 @@ class Settings:
         metadata=_option(
             "--gate",
             "how the chosen experts are weighted (auto: as the container does, else unit)",
-            names=lambda: ("auto", *get_args(Gate)),
+            names=lambda: ("auto", *GATES.names()),
         ),
     )
     partition: str = field(
@@ -81,11 +81,9 @@ class Settings:
             "--partition", "how the neurons of an FFN are assigned to experts (coactivation)", names=PARTITIONS.names
         ),
     )
-    head: Head | None = field(
+    head: str | None = field(
         default=None,
-        metadata=_option(
-            "--head", "what the model computes (default: what its config says)", names=lambda: get_args(Head)
-        ),
+        metadata=_option("--head", "what the model computes (default: what its config says)", names=HEADS.names),
     )
     corpus: str = field(
         default="auto",

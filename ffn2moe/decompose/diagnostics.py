@@ -14,8 +14,8 @@ from torch import Tensor
 
 from ffn2moe import metrics
 from ffn2moe.decompose import oracle
+from ffn2moe.moe.choice import Choice
 from ffn2moe.moe.layer import MoEFFN
-from ffn2moe.moe.router import Choice
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ import torch
 
 from ffn2moe.decompose.inputs import chunk_of
 from ffn2moe.decompose.source import Source, layers_path, skeleton
-from ffn2moe.dense.families import head_of
+from ffn2moe.dense.config import head_of
 from ffn2moe.moe.describe import spec_of
 from ffn2moe.spec import FFNShape
 

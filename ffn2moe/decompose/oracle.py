@@ -23,7 +23,6 @@ from torch import Tensor
 
 from ffn2moe.moe.layer import MoEFFN
 from ffn2moe.numerics import low_precision
-from ffn2moe.spec import Selection
 
 MAX_SUBSETS = 2000  # above this, greedy drop-one instead of enumeration
 BISECTIONS = 60  # of a price
@@ -234,7 +233,7 @@ def grams(moe: MoEFFN, x_TD: Tensor, chunk: int = 4096, text_T: Tensor | None = 
     return Grams(gram_REE, tokens_R, whole)
 
 
-def best_choice(selection: Selection, found: Grams, mean: float, most: int | None = None) -> Tensor:
+def best_choice(selection: str, found: Grams, mean: float, most: int | None = None) -> Tensor:
     """Indicator [R, E] of the best choice that a selection allows, K = `mean` experts a token on average."""
     gram_REE = found.gram_REE
     if selection == "prefix":
@@ -313,7 +312,7 @@ def fit_scales(moe: MoEFFN, found: Grams, read_RD: Tensor) -> None:
     """Set the scale of each budget of a layer without output bias: the best for what its router chooses and weighs.
 
     `found` is what the experts give on the rows [R, D] that the router reads. The same as
-    `MoEFFN.fit_scale_and_mean`, from inner products that are known instead of outputs computed again.
+    `ffn2moe.moe.fit.fit_scale_and_mean`, from inner products that are known instead of outputs computed again.
     """
     scores_RE = moe.scores(read_RD, read_RD)
     in_use = moe.num_active

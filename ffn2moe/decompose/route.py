@@ -16,6 +16,7 @@ from ffn2moe.decompose.inputs import chunk_of
 from ffn2moe.decompose.layer import dense_ffn, outputs
 from ffn2moe.decompose.reconstruct import refit_outputs, relative_error
 from ffn2moe.decompose.router_fit import phases, start_weights, train_router
+from ffn2moe.moe import fit
 from ffn2moe.moe.layer import MoEFFN
 
 
@@ -127,10 +128,10 @@ def _calibrate(
     moe: MoEFFN, x_TD: Tensor, survey: oracle.Survey, read_RD: Tensor, chunk: int, route_TD: Tensor | None
 ) -> None:
     """Set the number of experts, the spread of the gates, the scale and the mean to what the router does."""
-    moe.calibrate(x_TD, route_TD)
+    fit.calibrate(moe, x_TD, route_TD)
     part = slice(chunk)  # one number, so a part of the tokens will do
-    moe.fit_router_scale(x_TD[part], None if route_TD is None else route_TD[part])
+    fit.fit_router_scale(moe, x_TD[part], None if route_TD is None else route_TD[part])
     if moe.b_out is None:
         oracle.fit_scales(moe, survey.grams, read_RD)
     else:
-        moe.fit_scale_and_mean(x_TD, chunk, route_TD)
+        fit.fit_scale_and_mean(moe, x_TD, chunk, route_TD)

@@ -8,9 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ffn2moe.dense.families import FAMILIES, Stack, head_of
-from ffn2moe.dense.load import auto_class, weight_files
+from ffn2moe.dense.config import constructor_options, head_of
+from ffn2moe.dense.families import FAMILIES, Stack
+from ffn2moe.dense.load import auto_class
 from ffn2moe.dense.locate import family_of, stacks_of
+from ffn2moe.dense.weights import weight_files
 from ffn2moe.moe import checkpoint
 from ffn2moe.spec import Head
 
@@ -39,7 +41,7 @@ def skeleton(folder: str | Path, head: Head | None = None) -> Any:
     name = auto_class(head, family.reads if family else "text", family)
     with torch.device("meta"):
         model = getattr(transformers, name).from_config(
-            config, dtype=torch.float32, **(family.options_for(head) if family else {})
+            config, dtype=torch.float32, **(constructor_options(config, head) if family else {})
         )
     for module in model.modules():
         for key in module._non_persistent_buffers_set:

@@ -31,9 +31,9 @@ from ffn2moe.decompose.calls import LayerCall, embed_tokens, run_layers
 from ffn2moe.decompose.layer import decompose_layer, every_expert
 from ffn2moe.decompose.route import RouterSettings, route_layer
 from ffn2moe.decompose.source import BIG_TENSOR, LARGEST_FLOAT16, Source, layers_path, only_stack, skeleton
-from ffn2moe.dense.families import head_of, positions
-from ffn2moe.dense.load import weight_files
+from ffn2moe.dense.config import head_of, positions
 from ffn2moe.dense.locate import ffn_paths, install, read_ffn
+from ffn2moe.dense.weights import weight_files
 from ffn2moe.moe import checkpoint
 from ffn2moe.moe.describe import spec_of
 from ffn2moe.moe.layer import MoEFFN

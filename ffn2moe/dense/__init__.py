@@ -1,1 +1,1 @@
-"""The dense side: model families, their FFNs, and how a teacher is found, probed and loaded."""
+"""The dense model: families, FFNs, and how to locate, probe and load them."""

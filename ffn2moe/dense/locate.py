@@ -1,21 +1,22 @@
-"""Find the FFNs of a model: by the row of its family, or by a probe."""
+"""Locate the FFNs of a model: by the row of its family, or by a probe."""
 
 from __future__ import annotations
 
 from torch import nn
 
-from ffn2moe.dense.families import FAMILIES, Family, Stack, stacks_in, supported
-from ffn2moe.dense.ffn import DenseFFN, activation_in, install_in_block, read_block
+from ffn2moe.dense.blocks import activation_in, install_in_block, read_block, stacks_in
+from ffn2moe.dense.families import FAMILIES, Family, Stack
+from ffn2moe.dense.ffn import DenseFFN
 from ffn2moe.dense.probe import probe
-from ffn2moe.spec import Activation
+from ffn2moe.literals import Activation
 
 
 def family_of(model: nn.Module) -> Family:
-    """The family of a transformers model.
+    """Return the family of a transformers model.
 
-    For a model type without a row the FFNs are looked for, once, while the model is still dense, and what is found
-    counts when K = E proves it; the model then carries its row. ValueError, with the reason and the known types, for
-    any other model.
+    For a model type without a row, a probe searches the FFNs once, while the model is still dense; a find counts when
+    K = E proves it, and the model then carries its row. ValueError, with the reason and the known types, for any other
+    model.
     """
     model_type = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
     if model_type in FAMILIES:
@@ -26,24 +27,24 @@ def family_of(model: nn.Module) -> Family:
         except (ValueError, AttributeError) as error:
             raise ValueError(
                 f"models of type {model_type!r} are not supported, and no FFNs were found in this one that could be "
-                f"proven: {error}. Supported are: {supported()}; a row is added with "
-                "ffn2moe.dense.families.register_family"
+                f"proven: {error}. Supported are: {', '.join(FAMILIES)}; add a row with "
+                "ffn2moe.dense.families.register_family (docs/extend/family.md)"
             ) from error
     return model.probed_family
 
 
 def stacks_of(model: nn.Module) -> list[tuple[Stack, nn.ModuleList]]:
-    """The stacks of layers that this model has, each with its layers, in the order of its family's row."""
+    """Return the stacks that this model has, each with its layers, in the order of its family's row."""
     return stacks_in(model, family_of(model))
 
 
 def ffn_layers(model: nn.Module) -> list[nn.Module]:
-    """The transformer layers that hold the FFNs: all stacks, in order."""
+    """Return the transformer layers that hold the FFNs: all stacks, in order."""
     return [layer for _, layers in stacks_of(model) for layer in layers]
 
 
 def stack_of(model: nn.Module, layer: int) -> Stack:
-    """The stack that a layer belongs to, counted over all stacks in order."""
+    """Return the stack that a layer belongs to, counted over all stacks in order."""
     for stack, layers in stacks_of(model):
         if layer < len(layers):
             return stack
@@ -52,12 +53,12 @@ def stack_of(model: nn.Module, layer: int) -> Stack:
 
 
 def activation_of(model: nn.Module, layer: int = 0) -> Activation:
-    """The activation of a layer's FFN; ValueError for one that the experts do not implement."""
+    """Return the activation of a layer's FFN; ValueError for one that the experts do not implement."""
     return activation_in(model.config, stack_of(model, layer))
 
 
 def ffn_modules(model: nn.Module) -> list[nn.Module]:
-    """The module of each layer that takes the FFN's input [..., D]: where a mixture would be installed.
+    """Return the module of each layer that takes the FFN's input [..., D]: a mixture would be installed there.
 
     Its output is the FFN's only where the FFN is a module of its own.
     """
@@ -65,7 +66,7 @@ def ffn_modules(model: nn.Module) -> list[nn.Module]:
 
 
 def ffn_paths(model: nn.Module) -> list[str]:
-    """The full path in `model` of where each layer's mixture is installed, e.g. "model.layers.0.mlp"."""
+    """Return the full path in `model` of the place of each layer's mixture, e.g. "model.layers.0.mlp"."""
     name_of = {id(module): name for name, module in model.named_modules()}
     prefix = name_of[id(model.base_model)]
     start = f"{prefix}." if prefix else ""
@@ -77,7 +78,7 @@ def ffn_paths(model: nn.Module) -> list[str]:
 
 
 def read_ffn(model: nn.Module, layer: int) -> DenseFFN:
-    """The weights of the FFN of one layer, as float32 copies."""
+    """Return the weights of the FFN of one layer, as float32 copies."""
     return read_block(ffn_layers(model)[layer], stack_of(model, layer), activation_of(model, layer))
 
 
@@ -87,7 +88,7 @@ def install(model: nn.Module, layer: int, ffn: nn.Module) -> None:
 
 
 def require_untied(model: nn.Module) -> None:
-    """ValueError if a weight of an FFN has a second place in the model: a mixture in one would be lost on the other."""
+    """Raise ValueError if a weight of an FFN has a second place in the model: a mixture here would change it there."""
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
@@ -99,5 +100,5 @@ def require_untied(model: nn.Module) -> None:
                 if len(places) > 1:
                     raise ValueError(
                         f"{places[0]} and {places[1]} are one tensor (tied weights): FFNs that share weights cannot be "
-                        "factorised apart; untie them by saving the model with a copy in each place"
+                        "decomposed apart; untie them by saving the model with a copy in each place"
                     )

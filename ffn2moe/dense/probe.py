@@ -1,8 +1,8 @@
-"""Find the FFNs of a model whose type has no row in `dense.FAMILIES`, and prove the find.
+"""Find the FFNs of a model whose type has no row in `FAMILIES`, and prove the find.
 
-The search knows only what every FFN is: in each layer of a stack, a linear map D -> F and one back (or a gated pair).
-What it finds is believed when numbers say so: on random input the output of the second map is what an FFN of those
-weights gives, and the model with all experts chosen (K = E) gives the outputs of the dense model.
+The search knows only the structure of an FFN: in each layer of a stack, a linear map D -> F and one back (or a gated
+pair). Two numbers prove a find: on random input the output of the second map equals that of an FFN with those weights,
+and the model with all experts chosen (K = E) gives the outputs of the dense model.
 """
 
 from __future__ import annotations
@@ -17,22 +17,26 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ffn2moe.dense.families import Family, Stack, constructor_options, head_of_class, positions, stacks_in
-from ffn2moe.dense.ffn import ACTIVATIONS, DenseFFN, activation_in, install_in_block, read_block
-from ffn2moe.spec import Head
+from ffn2moe.dense.blocks import activation_in, install_in_block, read_block, stacks_in
+from ffn2moe.dense.config import constructor_options, head_of_class, positions
+from ffn2moe.dense.families import Family, Stack
+from ffn2moe.dense.ffn import ACTIVATIONS, DenseFFN
+from ffn2moe.literals import Reads
 
-# Relative to the largest value of the output, in float32. Activations that are nearly one (gelu and its tanh form)
-# differ by ten times as much at the preactivations that are tried.
+# Relative to the largest value of the output, in float32. The two activations that are most alike (gelu and its tanh
+# form) differ by ten times as much at the preactivations of a trial.
 FFN_TOLERANCE = 3e-5
 MODEL_TOLERANCE = 1e-4
 _PREACTIVATION = 2.0  # standard deviation
-_EXPERTS = 3  # of a proof
+_READS: dict[str, Reads] = {"pixel_values": "images", "input_features": "speech"}
+_EXPERTS = 3  # in a proof
 
 
 def probe(model: nn.Module) -> Family:
-    """The row of this model's type, found by structure and proven; ValueError, with the reason, if there is none.
+    """Return the row of this model's type, found by structure and proven.
 
-    Nothing is registered. The model must be dense and float32; it is run a few times on a few random tokens.
+    ValueError, with the reason, if there is none. This registers nothing. The model must be dense and float32; it runs
+    a few times on a few random tokens.
     """
     with _evaluation(model):
         trial = _Trial(model)
@@ -40,13 +44,13 @@ def probe(model: nn.Module) -> Family:
         found = [stack for path, layers in _lists(model.base_model) if (stack := _find(trial, path, layers))]
         if not found:
             raise ValueError("no list of layers holds a linear map D -> F and one F -> D with F > D, or a gated pair")
-        reads = {"pixel_values": "images", "input_features": "speech"}.get(model.main_input_name, "text")
-        head: Head = head_of_class(type(model).__name__) or ("embedding" if reads == "text" else "features")
+        reads = _READS.get(model.main_input_name, "text")
+        head = head_of_class(type(model).__name__) or ("embedding" if reads == "text" else "features")
         family = Family(
             name=model.config.model_type,
             stacks=tuple(found),
             heads=(head,),
-            reads=reads,  # type: ignore[arg-type]
+            reads=reads,
             options=tuple(constructor_options(model.config, head).items()),
         )
     prove(model, family)
@@ -54,10 +58,10 @@ def probe(model: nn.Module) -> Family:
 
 
 def prove(model: nn.Module, family: Family) -> float:
-    """Check a row against a dense model: the largest relative difference of its outputs with K = E, over the layers.
+    """Check a row against a dense model; return the largest relative difference of its outputs with K = E.
 
-    ValueError, with the reason, where the row is wrong. One layer at a time is replaced and put back, so the memory
-    used is that of the model and one layer.
+    ValueError, with the reason, where the row is wrong. It replaces one layer at a time and puts it back, so that it
+    takes the memory of the model and one layer.
     """
     worst = 0.0
     with _evaluation(model):
@@ -91,7 +95,7 @@ def prove(model: nn.Module, family: Family) -> float:
 
 
 def example_inputs(model: nn.Module, *, batch: int = 2, length: int = 8) -> dict[str, Tensor]:
-    """Random inputs that a model of text, images or speech runs on: tokens [B, L], pixels, mel features.
+    """Return random inputs for a model of text, images or speech: tokens [B, L], pixels, mel features.
 
     ValueError for a model that asks for something else.
     """
@@ -130,7 +134,7 @@ def example_inputs(model: nn.Module, *, batch: int = 2, length: int = 8) -> dict
 
 
 class _Trial:
-    """A model and one random input that it is run on."""
+    """A model and one random input that it runs on."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
@@ -138,7 +142,7 @@ class _Trial:
 
     @torch.no_grad()
     def outputs(self) -> list[Tensor]:
-        """All that the model gives for the input, caches aside; the same each time, even if it draws random numbers."""
+        """Return all outputs of the model for the input, without caches; the same each time, even if it is random."""
         more = {"use_cache": False} if "use_cache" in inspect.signature(self.model.forward).parameters else {}
         try:
             with torch.random.fork_rng(devices=[]):
@@ -148,7 +152,7 @@ class _Trial:
             raise ValueError(f"the model does not run on a random input: {error}") from error
 
     def misfit(self, block: nn.Module, stack: Stack, ffn: DenseFFN) -> float:
-        """How far, relative to its size, the output of `w_out` is from the FFN's, on random input to `w_in`.
+        """Return how far, relative to its size, the output of `w_out` is from the FFN's, on random input to `w_in`.
 
         ValueError for a layer that runs more than once in a pass; infinity for one that does not run.
         """
@@ -156,9 +160,9 @@ class _Trial:
         return float("inf") if answer is None else _difference(ffn(answer[0]), answer[1])
 
     def response(self, block: nn.Module, sources: set[str], sink: str, ffn: DenseFFN) -> tuple[Tensor, Tensor] | None:
-        """Random input [..., D] that is put into the modules at `sources`, and the output of the one at `sink`.
+        """Feed random input [..., D] to the modules at `sources`; return it and the output of the module at `sink`.
 
-        The input is so large that activations can be told apart. None where the two do not belong together.
+        The input is large enough to distinguish the activations. None where the modules do not belong together.
         """
         rows_FD = ffn.w_in_FD if ffn.w_gate_FD is None else ffn.w_gate_FD
         size = _PREACTIVATION / rows_FD.norm(dim=1).median().clamp(min=1e-12)
@@ -181,7 +185,7 @@ class _Trial:
             hooks.enter_context(_removed(block.get_submodule(sink).register_forward_hook(take)))
             try:
                 self.outputs()
-            except ValueError:  # of a module that does not take one tensor
+            except ValueError:  # a module that does not take one tensor
                 return None
         if len(taken) > 1:
             raise ValueError(
@@ -196,7 +200,7 @@ class _Trial:
         return x, taken[0]
 
     def place(self, block: nn.Module, stack: Stack, ffn: DenseFFN) -> Stack:
-        """The row with where the mixture goes: in the place of the FFN's module, else of its first step."""
+        """Return the row with the place of the mixture: the FFN's module, else its first step."""
         paths = [path for path in (stack.w_in, stack.w_out, stack.w_gate) if path]
         parent = _common(paths)
         if parent:
@@ -217,7 +221,7 @@ class _Trial:
         return replace(stack, install=stack.w_in, bypass=(*between, stack.w_out))
 
     def _between(self, block: nn.Module, stack: Stack) -> list[str]:
-        """The modules without weights that run between `w_in` and `w_out`, dropout aside."""
+        """Return the modules without weights that run between `w_in` and `w_out`, without dropout."""
         order: list[str] = []
         with ExitStack() as hooks:
             for path, module in block.named_modules():
@@ -236,7 +240,7 @@ class _Trial:
 
 
 def _lists(base: nn.Module) -> Iterator[tuple[str, nn.ModuleList]]:
-    """The outermost lists of modules of a model."""
+    """Yield the outermost lists of modules of a model."""
     seen: list[str] = []
     for path, module in base.named_modules():
         if isinstance(module, nn.ModuleList) and len(module) and not any(path.startswith(f"{p}.") for p in seen):
@@ -245,7 +249,7 @@ def _lists(base: nn.Module) -> Iterator[tuple[str, nn.ModuleList]]:
 
 
 def _find(trial: _Trial, path: str, layers: nn.ModuleList) -> Stack | None:
-    """Where the layers of one list keep their FFNs; None for a list that can have none."""
+    """Return where the layers of one list keep their FFNs; None for a list that can have none."""
     shapes = [_linears(layer) for layer in layers]
     candidates = list(_candidates(path, shapes[0]))
     if not candidates and not any(True for shape in shapes for _ in _candidates(path, shape)):
@@ -276,7 +280,7 @@ def _find(trial: _Trial, path: str, layers: nn.ModuleList) -> Stack | None:
 
 
 def _linears(layer: nn.Module) -> dict[str, tuple[int, int]]:
-    """Inputs and outputs of every linear map of a layer, by its path."""
+    """Return the numbers of inputs and outputs of every linear map of a layer, by its path."""
     from transformers.pytorch_utils import Conv1D
 
     return {
@@ -301,7 +305,7 @@ def _candidates(path: str, shapes: dict[str, tuple[int, int]]) -> Iterator[Stack
 
 
 def _common(paths: list[str]) -> str:
-    """The path of the innermost module that holds all of these."""
+    """Return the path of the innermost module that holds all of these."""
     shared: list[str] = []
     for parts in zip(*(path.split(".")[:-1] for path in paths), strict=False):
         if len(set(parts)) > 1:
@@ -311,7 +315,7 @@ def _common(paths: list[str]) -> str:
 
 
 class _AllSlices(nn.Module):
-    """The sum over `_EXPERTS` slices of a dense FFN, each once: what a mixture with K = E computes."""
+    """The sum over `_EXPERTS` slices of a dense FFN, each once: the output of a mixture with K = E."""
 
     def __init__(self, ffn: DenseFFN) -> None:
         super().__init__()
@@ -338,7 +342,7 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 
 def _difference(a: Tensor, b: Tensor) -> float:
-    """The largest difference, relative to the largest value of `b`; infinity where `b` says nothing."""
+    """Return the largest difference, relative to the largest value of `b`; infinity where `b` is zero."""
     size = b.abs().max()
     return ((a - b).abs().max() / size).item() if size > 0 else float("inf")
 
@@ -353,7 +357,7 @@ def _removed(handle: Any) -> Iterator[None]:
 
 @contextmanager
 def _kept(block: nn.Module, paths: Sequence[str]) -> Iterator[None]:
-    """Puts the modules at these paths back."""
+    """Put the modules at these paths back on exit."""
     modules = [block.get_submodule(path) for path in paths]
     try:
         yield

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ffn2moe.data.batches import Batch, BatchSource
 from ffn2moe.data.ranks import ALONE, Ranks
-from ffn2moe.dense.ffn import installed_ffns
+from ffn2moe.dense.blocks import installed_ffns
 from ffn2moe.distill.objectives import Objective
 from ffn2moe.distill.parallel import COMPARED_EVERY, require_same_weights, sum_gradients
 from ffn2moe.distill.precision import bf16_copies, use_float32_attention, weights_in_bf16

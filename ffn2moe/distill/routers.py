@@ -13,8 +13,8 @@ from torch import Tensor
 from ffn2moe.data.batches import Batch, BatchSource
 from ffn2moe.data.ranks import Ranks
 from ffn2moe.distill.steps import FOLLOW_RATE, FOLLOWED_TOKENS
+from ffn2moe.moe.choice import Choice
 from ffn2moe.moe.layer import MoEFFN
-from ffn2moe.moe.router import Choice
 
 SETTLING_BATCHES = 8  # batches on which `settle` sets the mean number of experts
 
@@ -90,7 +90,7 @@ class RouterState:
 
 def _fixed(layer: MoEFFN) -> bool:
     """Return whether every token uses exactly K experts."""
-    return layer.router.selection == "topk"
+    return layer.router.rule.fixed
 
 
 def _of_real_tokens(rows_TE: Tensor, batch: Batch) -> Tensor:

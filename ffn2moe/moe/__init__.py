@@ -1,1 +1,1 @@
-"""The mixture of experts: weights cut into experts, the router, the layer and its checkpoint."""
+"""The mixture of experts: weights sliced into experts, the router, the layer and its checkpoint."""

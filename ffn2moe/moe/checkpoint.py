@@ -1,6 +1,6 @@
-"""A factorised model on disk: a Hugging Face folder whose weights hold mixtures, and `ffn2moe.json`.
+"""Save and load a decomposed model: a Hugging Face folder whose weights hold mixtures, and `ffn2moe.json`.
 
-This is the only file of the package that knows names on disk.
+Only this file of the package knows names on disk.
 """
 
 from __future__ import annotations
@@ -14,17 +14,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from ffn2moe.dense.families import constructor_options
-from ffn2moe.dense.load import require_finite, weight_files
+from ffn2moe.dense.config import constructor_options
 from ffn2moe.dense.locate import family_of, ffn_layers, ffn_paths, install
+from ffn2moe.dense.weights import require_finite, weight_files
 from ffn2moe.moe.layer import MoEFFN, connect
 from ffn2moe.spec import MoESpec
+from ffn2moe.table import UnknownName
 
 SPEC_FILE = "ffn2moe.json"
 WEIGHTS_FILE = "model.safetensors"
 FORMAT = 1
-# What stands beside config and weights in a model's folder and goes with what is made of it: what opens its text or
-# images, how it pools and generates, and what a licence asks to be passed on.
+# Files beside config and weights that are copied with a model: its tokenizer or image processor, how it pools and
+# generates, and the texts that a licence asks to pass on.
 ASSETS = (
     *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model", "*.tiktoken"),
     *("tekken.json", "chat_template*", "additional_chat_templates", "generation_config.json", "1_Pooling"),
@@ -33,9 +34,9 @@ ASSETS = (
 
 
 def save(model: nn.Module, tokenizer: Any, spec: MoESpec, folder: str | Path) -> None:
-    """Write a model whose FFNs are mixtures; `load` gives it back bit for bit.
+    """Write a model whose FFNs are mixtures; `load` returns it bit for bit.
 
-    The bytes depend on the weights alone: same model, same file.
+    The bytes depend on the weights alone: the same model gives the same file.
     """
     from safetensors.torch import save_file
 
@@ -52,7 +53,7 @@ def save(model: nn.Module, tokenizer: Any, spec: MoESpec, folder: str | Path) ->
 
 
 def describe(model: Any, spec: MoESpec, folder: Path) -> None:
-    """Write what a saved model is: all but its weights and its tokenizer."""
+    """Write the config, the spec and the generation config of a model: everything except weights and tokenizer."""
     config = model.config.to_dict()
     config.pop("_name_or_path", None)  # a path of this machine
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
@@ -64,7 +65,7 @@ def describe(model: Any, spec: MoESpec, folder: Path) -> None:
 
 
 def tied(model: nn.Module) -> dict[str, str]:
-    """Names of tensors that are another's second name, with the first: only that one is on disk."""
+    """Return second names of tensors, each with the first name: only the first is on disk."""
     first: dict[int, str] = {}
     aliases: dict[str, str] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -75,7 +76,7 @@ def tied(model: nn.Module) -> dict[str, str]:
 
 
 def load_spec(folder: str | Path, active: int | None = None) -> MoESpec:
-    """The spec of a saved model, or of its budget of `active` experts.
+    """Return the spec of a saved model, or of its budget of `active` experts.
 
     FileNotFoundError or ValueError, with the remedy, for anything else.
     """
@@ -89,25 +90,44 @@ def load_spec(folder: str | Path, active: int | None = None) -> MoESpec:
         if content["format"] != FORMAT:
             raise ValueError(f"format {content['format']} is not the {FORMAT} this version reads")
         spec = MoESpec.from_dict(content["spec"])
+    except UnknownName as error:
+        raise ValueError(
+            f"{path} names a method that this version of ffn2moe does not have ({error}): a version up to 0.1.0 or the "
+            "ablation wrote it. Import benchmarks.ablation.methods of the repository first, or convert the model again"
+        ) from error
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} cannot be read ({error}): restore it, or make the export again") from error
     return spec if active is None else spec.at(active)
 
 
 def load(folder: str | Path, active: int | None = None) -> Any:
-    """The saved model as an ordinary transformers model, float32, in eval mode; its FFNs are `MoEFFN`.
+    """Return the saved model as an ordinary transformers model, float32, in eval mode; its FFNs are `MoEFFN`.
 
-    Of an elastic model, `active` opens one budget alone; without it the model is at its own, and
-    `ffn2moe.moe.layer.set_active` changes between them.
-    The weights are in one file or in shards with an index. Every tensor of the files must be used and every tensor of
-    the model must be in them.
+    For an elastic model, `active` opens one budget alone; without it the model uses its own K, and
+    `ffn2moe.moe.layer.set_active` switches between its budgets. The weights are in one file or in shards with an index.
+    ValueError unless every tensor of the files is in the model and every tensor of the model is in the files.
     """
-    import transformers
+    folder = Path(folder)
+    saved, spec = load_spec(folder), load_spec(folder, active)
+    tensors = _read_tensors(folder)
+    model = _empty_model(folder, spec, tensors)
+    if active is not None:
+        tensors = _of_budget(tensors, saved, active)
+    missing, unexpected = model.load_state_dict(tensors, strict=False)
+    aliases = tied(model)
+    missing = [name for name in missing if aliases.get(name) not in tensors]
+    if missing or unexpected:
+        raise ValueError(
+            f"the weights of {folder} do not fit its {SPEC_FILE}: missing {missing[:3]}, unexpected {unexpected[:3]}"
+        )
+    require_finite(model, str(folder))
+    return model.to(torch.float32).eval()
+
+
+def _read_tensors(folder: Path) -> dict[str, torch.Tensor]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    folder = Path(folder)
-    saved, spec = load_spec(folder), load_spec(folder, active)
     tensors: dict[str, torch.Tensor] = {}
     try:
         for path in sorted(set(weight_files(folder).values())):
@@ -116,6 +136,13 @@ def load(folder: str | Path, active: int | None = None) -> Any:
         raise ValueError(
             f"the weights of {folder} cannot be read ({error}): copy them again, or make the export again"
         ) from error
+    return tensors
+
+
+def _empty_model(folder: Path, spec: MoESpec, tensors: dict[str, torch.Tensor]) -> Any:
+    """Return the model of a folder's config with mixtures of the spec, before the tensors are loaded."""
+    import transformers
+
     config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
     if config.model_type == spec.container:
         raise ValueError(
@@ -134,21 +161,11 @@ def load(folder: str | Path, active: int | None = None) -> Any:
         )
         install(model, index, moe)
     connect(model)
-    if active is not None:
-        tensors = _of_budget(tensors, saved, active)
-    missing, unexpected = model.load_state_dict(tensors, strict=False)
-    aliases = tied(model)
-    missing = [name for name in missing if aliases.get(name) not in tensors]
-    if missing or unexpected:
-        raise ValueError(
-            f"the weights of {folder} do not fit its {SPEC_FILE}: missing {missing[:3]}, unexpected {unexpected[:3]}"
-        )
-    require_finite(model, str(folder))
-    return model.to(torch.float32).eval()
+    return model
 
 
 def _of_budget(tensors: dict[str, torch.Tensor], spec: MoESpec, active: int) -> dict[str, torch.Tensor]:
-    """The tensors of an elastic model as one budget of it has them: that one's scale, and no other."""
+    """Return the tensors of an elastic model at one budget: with the scale of that budget and no other."""
     budget = f"elastic_scale.{active}"
     found = {}
     for name, tensor in tensors.items():
@@ -162,9 +179,9 @@ def _of_budget(tensors: dict[str, torch.Tensor], spec: MoESpec, active: int) -> 
 
 
 def save_progress(path: str | Path, tensors: dict[str, torch.Tensor], *, step: int, fingerprint: str) -> None:
-    """Write a training state in one piece: a reader finds the old file or the new one, never half of one.
+    """Write a training state atomically: a reader finds the old file or the new one, never a part of one.
 
-    `fingerprint` names what the state belongs to; `load_progress` gives it to nobody else.
+    `fingerprint` names the training that the state belongs to; `load_progress` returns it for that training only.
     """
     from safetensors.torch import save_file
 
@@ -182,7 +199,7 @@ def save_progress(path: str | Path, tensors: dict[str, torch.Tensor], *, step: i
 
 
 def load_progress(path: str | Path, *, fingerprint: str) -> tuple[int, dict[str, torch.Tensor]] | None:
-    """The step and tensors of a state of this very training, or None: no file, a damaged one, or another's."""
+    """Return step and tensors of a state of this training; None for no file, a damaged one, or another training's."""
     from safetensors import SafetensorError, safe_open
 
     if not Path(path).is_file():
@@ -198,7 +215,7 @@ def load_progress(path: str | Path, *, fingerprint: str) -> tuple[int, dict[str,
 
 
 def copy_assets(source: str | Path, folder: str | Path) -> None:
-    """Copy what stands beside config and weights in a model's folder, as it is."""
+    """Copy the files of `ASSETS` from a model's folder."""
     for pattern in ASSETS:
         for asset in sorted(Path(source).glob(pattern)):
             if asset.is_dir():

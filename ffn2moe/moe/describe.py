@@ -6,35 +6,30 @@ from dataclasses import replace
 from typing import Any
 
 from ffn2moe.dense.locate import family_of, ffn_layers, read_ffn, stack_of
-from ffn2moe.spec import FFNShape, Gate, Head, MoESpec, Pooling, Routing, Selection
+from ffn2moe.spec import FFNShape, MoESpec
+
+_DEFAULTS: dict[str, Any] = {"gate": "unit", "router_bias": True, "container": None, "pooling": None}
 
 
 def spec_of(
-    model: Any,
-    *,
-    head: Head,
-    num_experts: int,
-    num_active: int,
-    partition: str,
-    teacher: str,
-    max_length: int,
-    shared_width: int = 0,
-    gate: Gate = "unit",
-    router_bias: bool = True,
-    container: str | None = None,
-    width_multiple: int = 1,
-    pooling: Pooling | None = None,
-    selection: Selection = "topk",
-    routing: Routing = "token",
-    active_per_layer: tuple[int, ...] = (),
-    max_active: int | None = None,
-    elastic: tuple[int, ...] = (),
+    model: Any, *, num_experts: int, shared_width: int = 0, width_multiple: int = 1, **settings: Any
 ) -> MoESpec:
-    """The spec of the mixture that is to be made of a dense model.
+    """Return the spec of the mixture that a dense model is to become.
 
-    Experts are as wide as an even division needs, rounded up to `width_multiple`; ValueError where E, K or S do not
-    fit the model.
+    Experts are as wide as an even partition needs, rounded up to `width_multiple`. `settings` are the fields of
+    `MoESpec` that the model does not determine, such as head, num_active, partition, teacher and max_length; by default
+    the gate is unit, the router has a bias and there is no container. ValueError where E, K or S do not fit the model.
     """
+    return MoESpec(
+        family=family_of(model).name,
+        model_class=type(model).__name__,
+        stacks=tuple(_shapes(model, num_experts, shared_width, width_multiple)),
+        num_experts=num_experts,
+        **(_DEFAULTS | settings),
+    )
+
+
+def _shapes(model: Any, num_experts: int, shared_width: int, width_multiple: int) -> list[FFNShape]:
     shapes: list[FFNShape] = []
     for layer in range(len(ffn_layers(model))):
         path = stack_of(model, layer).layers
@@ -55,23 +50,4 @@ def spec_of(
                 activation=ffn.activation,
             )
         )
-    return MoESpec(
-        family=family_of(model).name,
-        model_class=type(model).__name__,
-        head=head,
-        stacks=tuple(shapes),
-        num_experts=num_experts,
-        num_active=num_active,
-        gate=gate,
-        router_bias=router_bias,
-        container=container,
-        partition=partition,
-        teacher=teacher,
-        pooling=pooling,
-        max_length=max_length,
-        selection=selection,
-        routing=routing,
-        active_per_layer=active_per_layer,
-        max_active=max_active,
-        elastic=elastic,
-    )
+    return shapes

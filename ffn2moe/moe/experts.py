@@ -1,6 +1,6 @@
-"""Slice the weights of a dense FFN into experts by a partition, and put them back.
+"""Slice the weights of a dense FFN into experts by a partition, and merge them again.
 
-A partition is kept as `neurons_EM` [E, M]: the neuron at each place of each expert, -1 where an expert is
+A partition is stored as `neurons_EM` [E, M]: the neuron at each place of each expert, -1 where an expert is
 shorter than the widest. Padding is a zero neuron: act(0) * 0 = 0 for every activation here, exactly.
 """
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ffn2moe.dense.ffn import DenseFFN
-from ffn2moe.spec import Activation
+from ffn2moe.literals import Activation
 
 
 @dataclass(frozen=True)
@@ -32,9 +32,9 @@ class ExpertWeights:
 
 
 def neurons_by_expert(expert_of_neuron_F: Tensor, num_experts: int, multiple: int = 1) -> Tensor:
-    """The index matrix [E, M] of an assignment [F] of neurons to experts; neurons stay in order.
+    """Return the index matrix [E, M] of an assignment [F] of neurons to experts; neurons stay in order.
 
-    M is the width of the widest expert, rounded up to a `multiple` that kernels may ask for. A neuron assigned to -1
+    M is the width of the widest expert, rounded up to a `multiple` that a kernel needs. A neuron assigned to -1
     is in no expert: it belongs to the shared one. ValueError if an expert is empty or an index is out of range.
     """
     if expert_of_neuron_F.min() < -1 or expert_of_neuron_F.max() >= num_experts:
@@ -50,12 +50,15 @@ def neurons_by_expert(expert_of_neuron_F: Tensor, num_experts: int, multiple: in
 
 
 def shared_neurons(expert_of_neuron_F: Tensor) -> Tensor:
-    """The neurons [S] that an assignment leaves to the shared expert; neurons stay in order."""
+    """Return the neurons [S] that an assignment leaves to the shared expert; neurons stay in order."""
     return torch.nonzero(expert_of_neuron_F == -1).flatten()
 
 
 def slice_experts(ffn: DenseFFN, neurons_EM: Tensor, shared_S: Tensor | None = None) -> ExpertWeights:
-    """The experts of `ffn` under a partition: each neuron's rows and column, copied to its place."""
+    """Return the experts of `ffn` under a partition: each neuron's rows and column, copied to its place.
+
+    ValueError unless the partition holds each neuron once.
+    """
     shared_S = torch.empty(0, dtype=torch.int64) if shared_S is None else shared_S
     covered = torch.cat([neurons_EM[neurons_EM >= 0], shared_S]).sort().values
     if not torch.equal(covered, torch.arange(ffn.ffn_width)):
@@ -85,7 +88,7 @@ def slice_experts(ffn: DenseFFN, neurons_EM: Tensor, shared_S: Tensor | None = N
 def merge_experts(
     weights: ExpertWeights, neurons_EM: Tensor, activation: Activation, shared_S: Tensor | None = None
 ) -> DenseFFN:
-    """The dense FFN that the experts were sliced from: the exact inverse of `slice_experts`."""
+    """Return the dense FFN that the experts were sliced from: the exact inverse of `slice_experts`."""
     present_EM = neurons_EM >= 0
     neurons = neurons_EM[present_EM]
     order = (neurons if shared_S is None else torch.cat([neurons, shared_S])).argsort()

@@ -1,12 +1,12 @@
-"""Tokens sorted by the experts that they use, and products with those experts' weights alone, forward and backward.
+"""Sort tokens by the experts that they use and multiply by those experts' weights alone, forward and backward.
 
-`Layout` says where each used (token, expert) pair lies. Its methods are the three steps of a routed layer: copy tokens
-to their slots, multiply each expert's run of slots by that expert's weights, and add each token's slots up. Each is
-linear and is written with its gradient: every product goes straight into its place in one buffer, weights are cast to
-the dtype of the tokens all experts at once, the gradient of a copy is a sum and that of a sum a copy. There are no
-atomic additions, so that results are the same every time.
+A `Layout` holds the place of each used (token, expert) pair. Its methods are the three steps of a routed layer: copy
+tokens to their slots, multiply each expert's run of slots by that expert's weights, and add up the slots of each token.
+Each step is linear and has a gradient written by hand: every product goes straight into its place in one buffer, one
+cast brings the weights of all experts to the dtype of the tokens, the gradient of a copy is a sum and the gradient of a
+sum is a copy. No addition is atomic, so that results are the same every time.
 
-Letters beside those of `ffn2moe.spec`: P used pairs, S slots (pairs and padding), I and O widths of a product.
+Letters in addition to those of `ffn2moe.spec`: P used pairs, S slots (pairs and padding), I and O widths of a product.
 """
 
 from __future__ import annotations
@@ -20,25 +20,24 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from ffn2moe.moe.router import Choice
+from ffn2moe.moe.choice import Choice
 
 # Runs are rounded up to this, or to less where they are short: oneDNN compiles a kernel for every new shape, which
-# costs more than the padding (measured: 2.0 ms a product against 0.1).
+# costs more than the padding (measured: 2.0 ms a product, not 0.1 ms).
 TILE = 128
-LEAST_TILE = 16  # also what the grouped products of accelerators want runs to be aligned to
-TILES = 4  # at least so many tiles make an average run, so that padding adds an eighth
+LEAST_TILE = 16  # the grouped products of accelerators need runs aligned to this
+TILES = 4  # an average run has at least so many tiles, so that padding adds an eighth
 
-
-# Operations that a processor makes in the time by which a bfloat16 product of its own is slower than one of a batch:
-# 15 us at 1e12 a second, measured by `torch.mm` and `torch.bmm` on 16 to 256 slots an expert with AMX.
+# A separate bfloat16 product takes longer than one in a batch, by the time of so many operations: 15 us at 1e12 a
+# second, measured with `torch.mm` and `torch.bmm` on 16 to 256 slots an expert with AMX.
 OVERHEAD = 1.5e7
 
 
 def most_padding(x_TD: Tensor, weight_EMD: Tensor) -> int:
-    """How many slots may be added so that all runs are equally long and one batched product computes all experts.
+    """Return how many slots may be added to make all runs equally long, for one batched product of all experts.
 
-    So many that they take no longer than it saves. Only bfloat16 on a CPU gains: in float32 products have hardly any
-    overhead, and accelerators multiply groups of any length at once.
+    So many slots take no longer than the batched product saves. Only bfloat16 on a CPU gains: in float32 a product has
+    hardly any overhead, and accelerators multiply groups of any length at once.
     """
     E, M, D = weight_EMD.shape
     gains = x_TD.device.type == "cpu" and x_TD.dtype == torch.bfloat16
@@ -46,7 +45,7 @@ def most_padding(x_TD: Tensor, weight_EMD: Tensor) -> int:
 
 
 def tile_of(pairs: int, num_experts: int) -> int:
-    """What runs are rounded up to: the same for numbers of pairs that are near each other."""
+    """Return the multiple that runs are rounded up to: the same for numbers of pairs that are near each other."""
     tile = TILE
     while tile > LEAST_TILE and tile * TILES * num_experts > pairs:
         tile //= 2
@@ -57,7 +56,7 @@ def tile_of(pairs: int, num_experts: int) -> int:
 class Layout:
     """The used (token, expert) pairs sorted by expert, each expert's run rounded up to whole tiles or to the longest.
 
-    Padding slots name token 0; nobody reads them, and no gradient comes from them.
+    Padding slots hold token 0; nothing reads them, and they give no gradient.
     """
 
     token_S: Tensor  # int64: the token of every slot
@@ -68,9 +67,9 @@ class Layout:
 
     @classmethod
     def of(cls, choice: Choice, num_experts: int, tile: int = 1, most_padding: int = 0) -> Layout:
-        """The layout of a choice, runs rounded up to multiples of `tile`.
+        """Return the layout of a choice, with runs rounded up to multiples of `tile`.
 
-        To the longest run where that adds no more than `most_padding` slots to all of them.
+        Runs are rounded up to the longest run where that adds at most `most_padding` slots in all.
         """
         token_P, expert_P = choice.pairs()
         count_E = torch.bincount(expert_P, minlength=num_experts)
@@ -88,22 +87,22 @@ class Layout:
         return cls(token_S, slot_P, used_T.cumsum(0) - used_T, counts, widths)
 
     def gather(self, x_TD: Tensor) -> Tensor:
-        """The row of every slot's token, [S, D]."""
+        """Return the row of every slot's token, [S, D]."""
         found: Tensor = _Gather.apply(x_TD, self)
         return found
 
     def add_up(self, y_SD: Tensor) -> Tensor:
-        """The sum over the slots of every token, [T, D]; 0 for a token that uses no expert."""
+        """Return the sum over the slots of every token, [T, D]; 0 for a token that uses no expert."""
         found: Tensor = _AddUp.apply(y_SD, self)
         return found
 
     def linear(self, x_SI: Tensor, weight_EOI: Tensor, bias_EO: Tensor | None = None) -> Tensor:
-        """Each slot's row times the weights of its expert, plus its bias, [S, O], in the dtype of the rows."""
+        """Return each slot's row times the weights of its expert, plus its bias, [S, O], in the dtype of the rows."""
         found: Tensor = _Linear.apply(x_SI, weight_EOI, bias_EO, self.counts, self.widths)
         return found
 
     def spread(self, value_P: Tensor) -> Tensor:
-        """A number of each pair at its slot, [S]; 0 in the padding."""
+        """Return a number of each pair at its slot, [S]; 0 in the padding."""
         return value_P.new_zeros(len(self.token_S)).index_copy(0, self.slot_P, value_P)
 
 
@@ -135,7 +134,7 @@ class _AddUp(torch.autograd.Function):
 
 
 def _sum_of_slots(y_SD: Tensor, layout: Layout) -> Tensor:
-    """An `embedding_bag` is a gather and a sum in one pass, in order, without atomic additions."""
+    """Add up the slots of each token, [T, D]: an `embedding_bag` gathers and sums in one pass, in order."""
     return F.embedding_bag(layout.slot_P, y_SD, layout.start_T, mode="sum")
 
 
@@ -205,17 +204,17 @@ class _Linear(torch.autograd.Function):
 
 
 def _in_one_batch(x_SI: Tensor, widths: list[int]) -> bool:
-    """Whether runs that are equally long make one batched product: see `most_padding`."""
+    """Return whether equally long runs make one batched product (`most_padding`)."""
     return x_SI.device.type == "cpu" and x_SI.dtype == torch.bfloat16 and 0 < min(widths) == max(widths)
 
 
 def _ends(widths: list[int], like: Tensor) -> Tensor:
-    """Where each run ends, [E] int32."""
+    """Return where each run ends, [E] int32."""
     return torch.tensor(list(accumulate(widths)), dtype=torch.int32, device=like.device)
 
 
 def _grouped_in_hardware(x_SI: Tensor, weight_EOI: Tensor) -> bool:
-    """Whether one call multiplies all groups on this device: accelerators that have it, in bfloat16, rows aligned."""
+    """Return whether one call multiplies all groups on this device: an accelerator, bfloat16, aligned rows."""
     kind = x_SI.device.type
     return (
         kind != "cpu"

@@ -1,4 +1,4 @@
-"""What the routers of a model with routing `sequence` read: each text as a whole, before the first mixture.
+"""Give the routers of a model with routing `sequence` each text as a whole, before the first mixture.
 
 One choice of experts for a text and layer, known before the first of these layers runs, lets whoever serves the model
 fetch the experts ahead of their use (Read-ME, arXiv 2410.19123, which decouples the router from the layers; it reads

@@ -1,8 +1,8 @@
-"""Variants of a mixture: the same weights with another number of experts, or with some layers left dense.
+"""Make variants of a mixture: the same weights with another number of experts, or with some layers left dense.
 
-Each is exported as plans of its own, with a quality and a time of its own: `sorted-k1` runs one expert a token,
-`sorted-d0-2.5` has the teacher's own FFN in layers 0 to 2 and 5. Which is best on a machine is measured, as of all
-plans (`ffn2moe.planning.autoplan`): so a layer that gains nothing as a mixture there stays dense.
+Each variant is exported as plans with their own quality and time: `sorted-k1` runs one expert a token,
+`sorted-d0-2.5` has the teacher's own FFN in layers 0 to 2 and 5. `ffn2moe.planning.autoplan` measures all plans on a
+machine, so that a layer which gains nothing as a mixture there stays dense.
 """
 
 from __future__ import annotations
@@ -16,41 +16,43 @@ from typing import Any
 import torch
 from torch import nn
 
-from ffn2moe.dense.ffn import DenseFFN, installed_ffns
+from ffn2moe.choices import GATES, SELECTIONS
+from ffn2moe.dense.blocks import installed_ffns
+from ffn2moe.dense.ffn import DenseFFN
 from ffn2moe.dense.locate import install, read_ffn
 from ffn2moe.moe.experts import slice_experts
 from ffn2moe.moe.layer import MoEFFN, set_active
 from ffn2moe.spec import MoESpec
 
-LARGE_SHARE = 0.5  # of its FFN that a token runs: layers below gain whenever the others do
+LARGE_SHARE = 0.5  # a layer in which a token runs a smaller share of the FFN gains whenever the others do
 
 
 @dataclass(frozen=True)
 class Variant:
-    """What is another than in the spec; nothing by default."""
+    """The settings that differ from the spec; none by default."""
 
     num_active: int | None = None  # K, one of `spec.elastic`
     dense_layers: tuple[int, ...] = ()  # over all stacks, ascending
 
     def name(self, plan: str) -> str:
-        """The name of a plan of this variant; `ffn2moe.runtime.plans.form_of` is the inverse."""
+        """Return the name of a plan of this variant; `ffn2moe.runtime.plans.form_of` is the inverse."""
         if self.num_active is not None:
             return f"{plan}-k{self.num_active}"
         return f"{plan}-d{_ranges(self.dense_layers)}" if self.dense_layers else plan
 
-    def told(self) -> dict[str, Any]:
-        """What the manifest says of a plan of this variant."""
+    def metadata(self) -> dict[str, Any]:
+        """Return the manifest's fields for a plan of this variant."""
         if self.num_active is not None:
             return {"num_active": self.num_active}
         return {"dense_layers": list(self.dense_layers)} if self.dense_layers else {}
 
     @classmethod
     def of(cls, entry: Mapping[str, Any]) -> Variant:
-        """The inverse of `told`, from a plan's entry in the manifest."""
+        """Return the variant of a plan's entry in the manifest: the inverse of `metadata`."""
         return cls(entry.get("num_active"), tuple(entry.get("dense_layers", ())))
 
     def spec(self, spec: MoESpec) -> MoESpec:
-        """The spec of this variant alone: a dense layer is one of which a token runs all experts."""
+        """Return the spec of this variant alone: in a dense layer a token runs all experts."""
         if self.num_active is not None:
             return spec.at(self.num_active)
         if not self.dense_layers:
@@ -63,7 +65,7 @@ class Variant:
 
     @contextmanager
     def of_model(self, student: nn.Module, spec: MoESpec, teacher: nn.Module | None) -> Iterator[None]:
-        """For a while, `student` is this variant. ValueError where layers are to be dense and there is no teacher."""
+        """Make `student` this variant inside the context. ValueError for dense layers without a teacher."""
         with ExitStack() as undo:
             if self.num_active is not None:
                 undo.callback(set_active, student, spec.num_active)
@@ -79,19 +81,20 @@ class Variant:
 
 
 def variants_of(spec: MoESpec, *, with_teacher: bool = True) -> list[Variant]:
-    """The variants that may be worth a plan, but for the spec itself."""
+    """Return the variants that may be worth a plan, without the spec itself."""
     found = [Variant(num_active=other) for other in spec.elastic]
-    if with_teacher and spec.selection == "topk":
+    if with_teacher and SELECTIONS[spec.selection].fixed:
         found += [Variant(dense_layers=layers) for layers in may_stay_dense(spec)]
     return found
 
 
 def may_stay_dense(spec: MoESpec) -> list[tuple[int, ...]]:
-    """Sets of layers that may be faster dense while the others are faster as mixtures.
+    """Return sets of layers that may be faster dense while the others are faster as mixtures.
 
-    Layers of a stack with the same K do the same work, so they are chosen together; and if one gains, so does any with
-    a smaller share. So there are few sets: the layers of the largest share, those with the next one and so on, down
-    to `LARGE_SHARE`, and each stack as a whole, as the two of a seq2seq model read batches of other sizes.
+    Layers of a stack with the same K do the same work, so they are chosen together; and if one gains, so does any layer
+    with a smaller share. So there are few sets: the layers of the largest share, then also those of the next share and
+    so on, down to `LARGE_SHARE`; and each stack as a whole, as the stacks of a seq2seq model read batches of different
+    sizes.
     """
     mixed = [layer for layer in range(spec.num_layers) if not _is_dense(spec, layer)]
     sets = []
@@ -106,7 +109,7 @@ def may_stay_dense(spec: MoESpec) -> list[tuple[int, ...]]:
 
 
 def whole(spec: MoESpec, layer: int, ffn: DenseFFN) -> MoEFFN:
-    """A dense FFN as a mixture of one expert, which every token runs."""
+    """Return a dense FFN as a mixture of one expert, which every token runs."""
     shape = spec.shape_of(layer)
     alone = replace(
         spec,
@@ -115,10 +118,7 @@ def whole(spec: MoESpec, layer: int, ffn: DenseFFN) -> MoEFFN:
         num_active=1,
         gate="unit",
         container=None,
-        selection="topk",
-        routing="token",
         active_per_layer=(),
-        max_active=None,
         elastic=(),
         shrunk=None,
     )
@@ -127,17 +127,17 @@ def whole(spec: MoESpec, layer: int, ffn: DenseFFN) -> MoEFFN:
 
 
 def _is_dense(spec: MoESpec, layer: int) -> bool:
-    return spec.active_of(layer) == spec.num_experts and spec.gate == "unit"
+    return spec.active_of(layer) == spec.num_experts and GATES[spec.gate].constant == "always"
 
 
 def _share(spec: MoESpec, layer: int) -> float:
-    """Of a layer's FFN that a token runs."""
+    """Return the share of a layer's FFN that a token runs."""
     shape = spec.shape_of(layer)
     return (shape.shared_width + spec.active_of(layer) * shape.expert_width) / shape.ffn_width
 
 
 def _ranges(numbers: Sequence[int]) -> str:
-    """Ascending numbers as `0-2.5`."""
+    """Return ascending numbers as text such as `0-2.5`."""
     starts = [numbers[0], *(number for before, number in pairwise(numbers) if number > before + 1)]
     ends = [*(before for before, number in pairwise(numbers) if number > before + 1), numbers[-1]]
     return ".".join(str(one) if one == last else f"{one}-{last}" for one, last in zip(starts, ends, strict=True))

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ffn2moe.dense.families import positions
+from ffn2moe.dense.config import positions
 from ffn2moe.dense.locate import family_of
 from ffn2moe.moe import checkpoint
 from ffn2moe.moe.variants import Variant, variants_of
@@ -187,7 +187,7 @@ def _write_plans(
                 manifest["refused"][name] = str(refusal)
                 continue
             written[graph] = _write(graphs, graph, folder, largest_file)
-        manifest["plans"][name] = {"engine": plan.engine} | written[graph] | variant.told()
+        manifest["plans"][name] = {"engine": plan.engine} | written[graph] | variant.metadata()
 
 
 def _lacking(plan: Plan, models: _Models) -> str | None:

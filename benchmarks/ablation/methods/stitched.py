@@ -20,7 +20,7 @@ from benchmarks.ablation.grid import Cell
 from benchmarks.ablation.method import Method, add
 from benchmarks.ablation.recipes import RECIPES, Made, Recipe, end_to_end, exhaust, steps_apart, training
 from ffn2moe.data.batches import BatchSource
-from ffn2moe.dense.ffn import install_in_block
+from ffn2moe.dense.blocks import install_in_block
 from ffn2moe.dense.locate import ffn_layers, read_ffn, stack_of
 from ffn2moe.distill.distiller import Distiller, Training
 from ffn2moe.distill.layerwise import LayerCurve, modules_for_ffns

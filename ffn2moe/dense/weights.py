@@ -1,0 +1,72 @@
+"""Find the weight files of a Hugging Face folder, and refuse damaged weights."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+
+def weight_files(folder: str | Path) -> dict[str, Path]:
+    """Return the file of every tensor of a Hugging Face folder, by the tensor's name; read the files' headers only.
+
+    FileNotFoundError for a missing file. ValueError for a tensor that the index names and its file lacks, and for
+    one that is in two files, as one of the copies would be ignored.
+    """
+    folder = Path(folder)
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        promised: dict[str, str] = json.loads(index.read_text())["weight_map"]
+        shards = sorted(set(promised.values()))
+    else:
+        promised, shards = {}, ["model.safetensors"]
+    missing = [shard for shard in shards if not (folder / shard).is_file()]
+    if missing:
+        named = f", which {index.name} names," if promised else ""
+        raise FileNotFoundError(
+            f"{', '.join(missing[:3])}{named} is not in {folder} ({len(missing)} of {len(shards)} files are missing)"
+        )
+    found = _files_of_tensors(folder, shards)
+    lost = [name for name, shard in promised.items() if name not in found or found[name].name != shard]
+    if lost:
+        raise ValueError(
+            f"{promised[lost[0]]} in {folder} lacks {', '.join(lost[:3])}, which {index.name} says it holds "
+            f"({len(lost)} tensors in all): fetch the folder again"
+        )
+    return found
+
+
+def _files_of_tensors(folder: Path, shards: list[str]) -> dict[str, Path]:
+    from safetensors import safe_open
+
+    found: dict[str, Path] = {}
+    for shard in shards:
+        with safe_open(folder / shard, framework="pt") as file:
+            names = list(file.keys())
+        for name in names:
+            if name in found:
+                raise ValueError(
+                    f"the tensor {name} stands in two files of {folder}, {found[name].name} and {shard}: one of them "
+                    "belongs to another checkpoint; fetch the folder again"
+                )
+            found[name] = folder / shard
+    return found
+
+
+def require_finite(model: nn.Module, what: str) -> None:
+    """Raise ValueError that names the first tensor of `model` with a NaN or an infinity."""
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise ValueError(f"{what} has NaN or infinite values in {name}: the weights are damaged, fetch them again")
+
+
+def require_representable(tensor: Tensor, dtype: torch.dtype, what: str) -> None:
+    """Raise ValueError if a value of the tensor called `what` is beyond the range of `dtype`, in which it is stored."""
+    largest = tensor.abs().max().item() if tensor.numel() else 0.0
+    if largest > torch.finfo(dtype).max:
+        raise ValueError(
+            f"{what} holds {largest:.3g}, more than the {torch.finfo(dtype).max:.3g} that {dtype} can: "
+            "keep the model in bfloat16 or float32"
+        )
