@@ -55,7 +55,7 @@ def test_info_shows_experts_plans_and_quality(export, capsys):
     ("changes", "words"),
     [
         ({"selection": "threshold", "max_active": 3}, ["2 on average and at most 3 chosen by each token"]),
-        ({"selection": "prefix"}, ["the first 2 on average used by each token"]),
+        ({"selection": "prefix"}, ["the first 2 on average chosen by each token"]),
         ({"routing": "sequence"}, ["2 chosen by each text, ahead of all layers"]),
         ({"active_per_layer": [1, 3]}, ["1, 3 in the layers in turn chosen by each token: 50 %"]),
         ({"elastic": [1, 4]}, ["budgets", "1 (25 %), 2 (50 %), 4 (100 %) of the experts active"]),
