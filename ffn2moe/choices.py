@@ -18,8 +18,6 @@ from ffn2moe.table import Table
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ffn2moe.spec import MoESpec
-
 
 # --- heads ------------------------------------------------------------------------------------------------------------
 
@@ -124,8 +122,8 @@ GATES: Table[Gate] = Table("gate", package="ffn2moe.moe.gates")
 class Selection(ABC):
     """A rule that chooses the experts of each token by its ranked scores.
 
-    The router (`ffn2moe.moe.router.Router`) calls the methods with itself. This class has what most rules share; a rule
-    overrides what differs.
+    The router (`ffn2moe.moe.router.Router`) calls the methods with itself; a spec is a `ffn2moe.spec.MoESpec`. This
+    class has what most rules share; a rule overrides what differs.
     """
 
     name: str
@@ -141,7 +139,7 @@ class Selection(ABC):
         """Whether each token uses exactly K experts."""
         return self.calibrated is None
 
-    def check(self, spec: MoESpec) -> None:
+    def check(self, spec: Any) -> None:
         """Raise ValueError where a spec asks for what this rule cannot do."""
         if spec.max_active is not None and not self.limited:
             raise ValueError(
@@ -154,7 +152,7 @@ class Selection(ABC):
                     f"router: use selection topk, or leave {name} out"
                 )
 
-    def describe(self, spec: MoESpec) -> str:
+    def describe(self, spec: Any) -> str:
         """Return how many of the experts are chosen, in words."""
         if spec.active_per_layer:
             return f"{', '.join(map(str, spec.active_per_layer))} in the layers in turn"
@@ -195,7 +193,7 @@ class Routing:
     unit: str  # what one choice of experts is made for, in words
     own_input: bool  # whether each layer's router reads that layer's own input
 
-    def check(self, spec: MoESpec) -> None:
+    def check(self, spec: Any) -> None:
         """Raise ValueError where a spec asks for what this rule cannot do."""
 
     def tokens_per_choice(self, length: int) -> int:
