@@ -14,9 +14,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from benchmarks.ablation import compressors as rivals
+from benchmarks.ablation import compressors
 from benchmarks.ablation.bench import Bench
 from benchmarks.ablation.grid import Cell, Store
+from benchmarks.ablation.linear_maps import CompressedFFN
 from benchmarks.ablation.method import DEFAULT, elastic_budgets, kept_experts
 from benchmarks.ablation.methods import gradient, guard
 from benchmarks.ablation.recipes import RECIPES, Made, distil
@@ -95,7 +96,7 @@ def kept(bench: Bench, cell: Cell) -> Made:
 
 def trained(bench: Bench, cell: Cell) -> Made:
     """The model of a cell up to its stage."""
-    made = rival(bench, cell) if cell.method.compressor else mixture(bench, cell)
+    made = compressed(bench, cell) if cell.method.compressor else mixture(bench, cell)
     if cell.stage == "distilled":
         distil(bench, made, cell)
     return made
@@ -104,12 +105,12 @@ def trained(bench: Bench, cell: Cell) -> Made:
 # --- without training ---------------------------------------------------------------------------------
 
 
-def rival(bench: Bench, cell: Cell) -> Made:
+def compressed(bench: Bench, cell: Cell) -> Made:
     """Another compressor at the FLOPs of the default's FFN and router."""
     assert cell.method.compressor is not None
     model, experts = bench.model(), bench.budget.experts
     inputs = [bench.inputs("calibration", index) for index in range(bench.num_layers)]
-    rivals.compress(model, cell.method.compressor, inputs, cell.share(experts), num_experts=experts)
+    compressors.compress(model, cell.method.compressor, inputs, cell.share(experts), num_experts=experts)
     return Made(model.eval(), None)
 
 
@@ -321,7 +322,7 @@ def cost_of(bench: Bench, made: Made, errors: dict[str, float]) -> dict[str, flo
     config, length = bench.teacher.config, bench.budget.max_length
     if made.spec is None:
         dense, _ = metrics.flops_per_token(bench.dense_spec, config, length)
-        ours = sum(one.flops() for one in made.model.modules() if isinstance(one, rivals.CompressedFFN))
+        ours = sum(one.flops() for one in made.model.modules() if isinstance(one, CompressedFFN))
         return {
             "active_share": ours / dense.ffn,
             "ffn_flops": ours / dense.ffn,

@@ -1,4 +1,4 @@
-"""Rival compressors: what they may cost, what they must keep, and that they can be trained like mixtures."""
+"""Other FFN compressors: their cost, what they must keep, and that they train like mixtures."""
 
 from __future__ import annotations
 
@@ -8,8 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.ablation import compressors as rivals
-from benchmarks.ablation.compressors import RIVALS, CompressedFFN, build, compress, mixture_flops
+from benchmarks.ablation.compressors import COMPRESSORS, build, compress, mixture_flops
+from benchmarks.ablation.least_squares import Moments
+from benchmarks.ablation.linear_maps import CompressedFFN
+from benchmarks.ablation.methods import block_diagonal
+from benchmarks.ablation.methods.pruned import pruned
+from benchmarks.ablation.methods.sparse_factors import DenseSparse, sparse_basis
 from ffn2moe.data.batches import Batch, Batches
 from ffn2moe.decompose.inputs import layer_inputs
 from ffn2moe.dense.ffn import DenseFFN
@@ -47,61 +51,61 @@ def make_inputs(tokens: int = TOKENS, seed: int = 1) -> Tensor:
     return (torch.randn(tokens, D, generator=generator) * torch.linspace(0.1, 2, D) + 0.3) @ turn
 
 
-def error(rival: torch.nn.Module, ffn: DenseFFN, x_TD: Tensor) -> float:
+def error(made: torch.nn.Module, ffn: DenseFFN, x_TD: Tensor) -> float:
     with torch.no_grad():
-        return ((rival(x_TD) - ffn(x_TD)).norm() / ffn(x_TD).norm()).item()
+        return ((made(x_TD) - ffn(x_TD)).norm() / ffn(x_TD).norm()).item()
 
 
-@pytest.mark.parametrize("name", RIVALS)
+@pytest.mark.parametrize("name", COMPRESSORS.names())
 @pytest.mark.parametrize(("gated", "bias"), KINDS)
 @pytest.mark.parametrize("share", [0.75, 0.5])
-def test_a_rival_costs_what_the_mixture_costs_and_not_more(name: str, gated: bool, bias: bool, share: float) -> None:
-    rival = build(name, make_ffn(gated=gated, bias=bias), make_inputs(), share, num_experts=4)
+def test_a_compressor_costs_at_most_the_mixture(name: str, gated: bool, bias: bool, share: float) -> None:
+    made = build(name, make_ffn(gated=gated, bias=bias), make_inputs(), share, num_experts=4)
     limit = mixture_flops(D, WIDTH, gated=gated, active_share=share, num_experts=4)
     one_rank = 2 * 4 * (D + WIDTH)  # four blocks of one rank each: the coarsest step there is
-    assert limit - one_rank < rival.flops() <= limit
+    assert limit - one_rank < made.flops() <= limit
 
 
 def test_flops_are_those_of_the_matrix_products() -> None:
     """Counted by torch itself, which sees the sparse factor with its zeros filled in."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    for name in RIVALS:
-        rival, x_TD = build(name, make_ffn(gated=True), make_inputs(), 0.6), make_inputs(tokens=10)
+    for name in COMPRESSORS:
+        made, x_TD = build(name, make_ffn(gated=True), make_inputs(), 0.6), make_inputs(tokens=10)
         with FlopCounterMode(display=False) as counter:
-            rival(x_TD)
+            made(x_TD)
         zeros = 0
-        for part in rival.modules():
-            if isinstance(part, rivals.DenseSparse):
+        for part in made.modules():
+            if isinstance(part, DenseSparse):
                 zeros += 2 * (
                     len(part.values) * min(part.basis.shape[0 if part.into else 1], WIDTH) - part.values.numel()
                 )
-        assert counter.get_total_flops() == 10 * (rival.flops() + zeros), name
+        assert counter.get_total_flops() == 10 * (made.flops() + zeros), name
 
 
-def test_the_mixture_that_rivals_are_measured_by_includes_its_router() -> None:
+def test_the_mixture_that_compressors_are_measured_by_includes_its_router() -> None:
     dense = ffn_flops(D, WIDTH, gated=False)
     assert mixture_flops(D, WIDTH, gated=False, active_share=0.25, num_experts=8) == dense // 4 + 2 * D * 8
 
 
-@pytest.mark.parametrize("name", RIVALS)
+@pytest.mark.parametrize("name", COMPRESSORS.names())
 @pytest.mark.parametrize(("gated", "bias"), KINDS)
 def test_the_whole_budget_reproduces_the_dense_ffn(name: str, gated: bool, bias: bool) -> None:
     ffn = make_ffn(gated=gated, bias=bias)
-    rival = build(name, ffn, make_inputs(), 1.0)
-    torch.testing.assert_close(rival(make_inputs(seed=5)), ffn(make_inputs(seed=5)), atol=1e-5, rtol=1e-5)
-    assert rival.flops() == ffn_flops(D, WIDTH, gated=gated)
+    made = build(name, ffn, make_inputs(), 1.0)
+    torch.testing.assert_close(made(make_inputs(seed=5)), ffn(make_inputs(seed=5)), atol=1e-5, rtol=1e-5)
+    assert made.flops() == ffn_flops(D, WIDTH, gated=gated)
 
 
 def test_pruning_that_can_keep_every_neuron_changes_nothing() -> None:
     ffn = make_ffn()
-    rival = rivals.pruned(ffn, make_inputs(), ffn_flops(D, WIDTH, gated=False))
-    assert error(rival, ffn, make_inputs(seed=5)) < 1e-4
+    made = pruned(ffn, make_inputs(), ffn_flops(D, WIDTH, gated=False))
+    assert error(made, ffn, make_inputs(seed=5)) < 1e-4
 
 
 def test_a_matrix_of_full_rank_is_reproduced_by_its_factors() -> None:
     ffn, x_TD = make_ffn(), make_inputs()
-    moments = rivals.Moments.of_matrix(x_TD, ffn.w_in_FD, ffn.b_in_F, torch.rand(WIDTH) + 0.5)
+    moments = Moments.of_matrix(x_TD, ffn.w_in_FD, ffn.b_in_F, torch.rand(WIDTH) + 0.5)
     left_OR, right_RI = moments.low_rank(D)
     torch.testing.assert_close((left_OR @ right_RI).float(), ffn.w_in_FD, atol=1e-5, rtol=1e-5)
 
@@ -110,20 +114,20 @@ def test_a_matrix_of_full_rank_is_reproduced_by_its_factors() -> None:
 @pytest.mark.parametrize("share", [0.25, 0.5])
 def test_refitted_pruning_is_no_worse_than_plain_pruning(gated: bool, bias: bool, share: float) -> None:
     ffn, x_TD = make_ffn(gated=gated, bias=bias), make_inputs()
-    rival = build("pruned", ffn, x_TD, share)
-    width = rival.w_in.flops() // (2 * D)
+    made = build("pruned", ffn, x_TD, share)
+    width = made.w_in.flops() // (2 * D)
     energy_F = ffn.neurons(x_TD).square().mean(0) * ffn.w_out_DF.square().sum(0)
     plain_TD = ffn.narrow(energy_F.topk(width).indices)(x_TD)
     if ffn.b_out_D is not None:
         plain_TD = plain_TD + ffn.b_out_D
     plain_error = ((plain_TD - ffn(x_TD)).norm() / ffn(x_TD).norm()).item()
-    assert error(rival, ffn, x_TD) <= plain_error
+    assert error(made, ffn, x_TD) <= plain_error
 
 
 @pytest.mark.parametrize(("gated", "bias"), KINDS)
 def test_the_weighted_factors_are_no_worse_than_the_plain_svd(gated: bool, bias: bool) -> None:
     ffn, x_TD = make_ffn(gated=gated, bias=bias), make_inputs()
-    rival = build("low_rank", ffn, x_TD, 0.5)
+    made = build("low_rank", ffn, x_TD, 0.5)
 
     def cut(matrix: Tensor, rank: int) -> Tensor:
         u, s, v = torch.linalg.svd(matrix, full_matrices=False)
@@ -140,63 +144,64 @@ def test_the_weighted_factors_are_no_worse_than_the_plain_svd(gated: bool, bias:
         ffn.b_gate_F,
     )
     plain_error = ((plain(x_TD) - ffn(x_TD)).norm() / ffn(x_TD).norm()).item()
-    assert error(rival, ffn, x_TD) <= plain_error
+    assert error(made, ffn, x_TD) <= plain_error
 
 
 def test_idle_neurons_fitted_by_a_linear_map_are_no_worse_than_neurons_let_through() -> None:
     """RePaViT's own start: the idle neurons' activation is left out."""
     ffn, x_TD = make_ffn(), make_inputs()
-    rival = build("idle_linear", ffn, x_TD, 0.5)
-    width = rival.w_in.flops() // (2 * D)
+    made = build("idle_linear", ffn, x_TD, 0.5)
+    width = made.w_in.flops() // (2 * D)
     pre_TF = torch.nn.functional.linear(x_TD, ffn.w_in_FD, ffn.b_in_F)
     through_TF = torch.cat([torch.nn.functional.gelu(pre_TF[:, :width]), pre_TF[:, width:]], dim=1)
     plain_TD = torch.nn.functional.linear(through_TF, ffn.w_out_DF, ffn.b_out_D)
-    assert error(rival, ffn, x_TD) <= ((plain_TD - ffn(x_TD)).norm() / ffn(x_TD).norm()).item()
+    assert error(made, ffn, x_TD) <= ((plain_TD - ffn(x_TD)).norm() / ffn(x_TD).norm()).item()
 
 
 def test_block_sweeps_lower_the_error_of_block_by_block_fits(monkeypatch: pytest.MonkeyPatch) -> None:
     ffn, x_TD = make_ffn(), make_inputs()
-    moments = rivals.Moments.of_matrix(x_TD, ffn.w_in_FD, ffn.b_in_F, torch.ones(WIDTH))
+    moments = Moments.of_matrix(x_TD, ffn.w_in_FD, ffn.b_in_F, torch.ones(WIDTH))
     wanted_TF = torch.nn.functional.linear(x_TD, ffn.w_in_FD, ffn.b_in_F)
     found = []
     for sweeps in (0, 1, 4):
-        monkeypatch.setattr(rivals, "BLOCK_SWEEPS", sweeps)
-        found.append((rivals._BlockDenseStructure(4).into(moments, 1600)(x_TD) - wanted_TF).square().sum().item())
+        monkeypatch.setattr(block_diagonal, "BLOCK_SWEEPS", sweeps)
+        fitted = block_diagonal.BlockDenseStructure(4).into(moments, 1600)
+        found.append((fitted(x_TD) - wanted_TF).square().sum().item())
     assert found[0] > found[1] > found[2]
 
 
 def test_a_sparse_basis_with_all_coefficients_is_the_best_matrix_of_its_rank() -> None:
     signals_FD = torch.randn(WIDTH, D, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    basis_RD, values_FN, places_FN = rivals.sparse_basis(signals_FD, 6, 6)
+    basis_RD, values_FN, places_FN = sparse_basis(signals_FD, 6, 6)
     mixed_FD = torch.zeros(WIDTH, 6, dtype=torch.float64).scatter(1, places_FN, values_FN) @ basis_RD
     best = torch.linalg.svdvals(signals_FD)[6:].square().sum()
     torch.testing.assert_close((mixed_FD - signals_FD).square().sum(), best)
 
 
 def test_a_sparse_factor_has_so_many_non_zeros_a_neuron() -> None:
-    rival = build("sparse_factors", make_ffn(), make_inputs(), 0.4)
-    for part in (rival.w_in, rival.w_out):
-        assert isinstance(part, rivals.DenseSparse)
+    made = build("sparse_factors", make_ffn(), make_inputs(), 0.4)
+    for part in (made.w_in, made.w_out):
+        assert isinstance(part, DenseSparse)
         assert part.flops() == 2 * (part.basis.numel() + part.values.numel())
         assert all(len(set(row)) == len(row) for row in part.places.tolist())
 
 
-@pytest.mark.parametrize("name", RIVALS)
+@pytest.mark.parametrize("name", COMPRESSORS.names())
 @pytest.mark.parametrize("gated", [False, True])
-def test_every_parameter_of_a_rival_gets_a_gradient(name: str, gated: bool) -> None:
-    rival = build(name, make_ffn(gated=gated), make_inputs(), 0.6)
-    rival(make_inputs(tokens=50).reshape(5, 10, D)).square().sum().backward()
-    for parameter_name, parameter in rival.named_parameters():
+def test_every_parameter_of_a_compressor_gets_a_gradient(name: str, gated: bool) -> None:
+    made = build(name, make_ffn(gated=gated), make_inputs(), 0.6)
+    made(make_inputs(tokens=50).reshape(5, 10, D)).square().sum().backward()
+    for parameter_name, parameter in made.named_parameters():
         assert parameter.grad is not None and parameter.grad.abs().sum() > 0, parameter_name
 
 
-@pytest.mark.parametrize("name", RIVALS)
-def test_the_same_inputs_give_the_same_rival(name: str) -> None:
+@pytest.mark.parametrize("name", COMPRESSORS.names())
+def test_the_same_inputs_give_the_same_FFN(name: str) -> None:
     first, second = (build(name, make_ffn(), make_inputs(), 0.6).state_dict() for _ in range(2))
     assert all(torch.equal(first[key], second[key]) for key in first)
 
 
-@pytest.mark.parametrize("name", RIVALS)
+@pytest.mark.parametrize("name", COMPRESSORS.names())
 def test_neurons_and_inputs_that_never_move_break_nothing(name: str) -> None:
     ffn, x_TD = make_ffn(), make_inputs()
     x_TD[:, 3] = 0.5
@@ -207,7 +212,7 @@ def test_neurons_and_inputs_that_never_move_break_nothing(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["low_rank", "block_diagonal", "sparse_factors", "idle_linear", "pruned"])
 def test_a_share_too_small_for_the_method_is_refused_with_the_reason(name: str) -> None:
-    with pytest.raises(ValueError, match=rf"the rival {name} at an active share of 0.001: .*raise the active share"):
+    with pytest.raises(ValueError, match=rf"the compressor {name} at an active share of 0.001.*raise the active share"):
         build(name, make_ffn(gated=True), make_inputs(), 0.001, num_experts=0)
 
 
@@ -222,8 +227,8 @@ def test_an_active_share_is_a_share(share: float) -> None:
         build("pruned", make_ffn(), make_inputs(), share)
 
 
-def test_an_unknown_rival_is_refused_with_the_known_ones() -> None:
-    with pytest.raises(ValueError, match="no rival 'magic'; there are: pruned, low_rank"):
+def test_an_unknown_compressor_is_refused_with_the_known_ones() -> None:
+    with pytest.raises(ValueError, match="unknown compressor 'magic'; known: block_diagonal, idle_linear"):
         build("magic", make_ffn(), make_inputs(), 0.5)
 
 
@@ -233,9 +238,9 @@ def batches_of(tokens: int = 8) -> list[Batch]:
     return [Batch({"input_ids": ids_BL, "attention_mask": torch.ones_like(ids_BL)}, torch.ones_like(ids_BL))]
 
 
-@pytest.mark.parametrize("name", RIVALS)
+@pytest.mark.parametrize("name", COMPRESSORS.names())
 @pytest.mark.parametrize("kind", ["bert", "llama"])
-def test_a_rival_works_and_learns_inside_a_model(
+def test_a_compressor_works_and_learns_inside_a_model(
     name: str, kind: str, tiny_teacher: Path, tiny_teacher_gated: Path
 ) -> None:
     source = str(tiny_teacher if kind == "bert" else tiny_teacher_gated)
