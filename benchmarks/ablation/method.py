@@ -50,7 +50,6 @@ class Method:
     heads: tuple[str, ...] = ("embedding",)  # the models that the grid runs it on
     partition: str = "coactivation"
     shared: bool = False  # a shared expert beside K - 1 routed ones, as wide as makes the active share the same
-    guard: bool = False
     gate: str = "unit"
     selection: str = "topk"
     routing: str = "token"

@@ -1,13 +1,17 @@
-"""Recipes: how a method spends the steps of distillation, and whether its routers are fitted before."""
+"""Recipes: what a method does that no option of the core does, and how it spends the steps of distillation."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
+
 from benchmarks.ablation.bench import Bench
 from benchmarks.ablation.grid import Cell
+from ffn2moe.decompose.partition import Partition
+from ffn2moe.dense.ffn import DenseFFN
 from ffn2moe.distill.distiller import Distiller, Training
 from ffn2moe.distill.layerwise import LayerTraining, distil_layers
 from ffn2moe.distill.objectives import LossWeights, Objective, objective_for
@@ -30,15 +34,27 @@ class Made:
 
 
 @dataclass(frozen=True)
+class Guard:
+    """Neurons that always belong to the shared expert."""
+
+    neurons: Callable[[Sequence[DenseFFN], Sequence[Tensor]], list[Tensor]]  # the guarded neurons of every layer
+    # FFN, inputs [T, D], partition, width S and guarded neurons of a layer -> the neurons of its shared expert, [S]
+    shared: Callable[[DenseFFN, Tensor, Partition, int, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
 class Recipe:
     """What a method does differently from ours.
 
     `train` spends the steps of distillation on a model, from a teacher and the cell's objective. `set_router` replaces
-    the fit of each router and of the experts' outputs.
+    the fit of each router and of the experts' outputs. `partitions` binds the partition to each layer, from the inputs
+    [T, D] of all layers. `guard` keeps some neurons in the shared expert.
     """
 
     train: Callable[[Bench, Cell, Made, Any, Objective], None]
     set_router: Callable[[MoEFFN], None] | None = None
+    partitions: Callable[[Bench, Cell, Sequence[Tensor]], list[Partition]] | None = None
+    guard: Guard | None = None
 
 
 RECIPES: Table[Recipe] = Table("recipe")

@@ -15,7 +15,8 @@ from benchmarks.ablation import build, page
 from benchmarks.ablation.bench import Bench, Setup
 from benchmarks.ablation.grid import Budget, Cell, Store, cells
 from benchmarks.ablation.method import DEFAULT, GROUPS, METHODS, STAGES
-from benchmarks.ablation.methods import methods_of
+from benchmarks.ablation.methods import CHOICES, methods_of
+from benchmarks.ablation.mixture import mixture
 from benchmarks.ablation.run import finish
 from ffn2moe.moe.layer import moe_layers
 from tasks import prepare
@@ -127,19 +128,17 @@ def test_the_dense_model_keeps_everything(bench, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["pruned", "low_rank"])
-def test_a_rival_costs_no_more_than_the_default(bench, name):
+def test_a_compressor_costs_no_more_than_the_default(bench, name):
     method = METHODS[name]
-    default, rival = (build.measure(bench, Cell(one, 1, "free", seed=0)) for one in (DEFAULT, method))
-    assert 0.8 * default["cost"]["ffn_flops"] < rival["cost"]["ffn_flops"] <= default["cost"]["ffn_flops"]
+    default, other = (build.measure(bench, Cell(one, 1, "free", seed=0)) for one in (DEFAULT, method))
+    assert 0.8 * default["cost"]["ffn_flops"] < other["cost"]["ffn_flops"] <= default["cost"]["ffn_flops"]
 
 
 def test_factorllms_router_gets_no_gradient_as_released_and_some_as_published(bench):
     for name, moved in (("factorllm-released", False), ("factorllm-published", True)):
         method = METHODS[name]
         torch.manual_seed(0)
-        before = [
-            moe.router.weight.clone() for moe in moe_layers(build.mixture(bench, Cell(method, 1, "free", 0)).model)
-        ]
+        before = [moe.router.weight.clone() for moe in moe_layers(mixture(bench, Cell(method, 1, "free", 0)).model)]
         made = build.make(bench, Cell(method, 1, "distilled", 0))
         after = [moe.router.weight for moe in moe_layers(made.model)]
         assert all(torch.equal(a, b) != moved for a, b in zip(before, after, strict=True))
@@ -285,3 +284,14 @@ def test_a_page_of_the_first_version_reads_as_the_present_one(tmp_path):
     (tmp_path / "new/ablation.jsonl").write_text("".join(f"{line}\n" for line in page.lines_of({"tiny": grid})))
     assert page.read(tmp_path / "old.md") == page.read(tmp_path / "new.md") == {"tiny": grid}
     assert len((tmp_path / "new/ablation.jsonl").read_text().splitlines()) == 3
+
+
+@pytest.mark.parametrize("choice", CHOICES, ids=lambda choice: choice.field)
+def test_a_new_row_of_a_table_of_the_core_is_a_method_of_the_grid(choice):
+    choice.table.register("brand_new", replace(choice.table[getattr(DEFAULT, choice.field)], reference="here"))
+    try:
+        found = methods_of(choice.heads[0])["brand_new"]
+        assert (getattr(found, choice.field), found.group, found.source) == ("brand_new", choice.group, "here")
+    finally:
+        choice.table.forget("brand_new")
+    assert "brand_new" not in methods_of(choice.heads[0])

@@ -14,6 +14,7 @@ from importlib import import_module
 from typing import Any
 
 from benchmarks.ablation.method import GROUPS, METHODS, STAGES, Group, Method, Stage
+from ffn2moe.decompose.partition import PARTITIONS
 from ffn2moe.distill.divergences import DIVERGENCES
 from ffn2moe.table import Table
 
@@ -41,7 +42,10 @@ class Choice:
                 yield Method(name, title, self.group, source, self.stages, heads, **{self.field: name})
 
 
-CHOICES = (Choice("divergence", DIVERGENCES, "distillation", ("distilled",), ("causal",)),)
+CHOICES = (
+    Choice("partition", PARTITIONS, "partition"),
+    Choice("divergence", DIVERGENCES, "distillation", ("distilled",), ("causal",)),
+)
 
 
 def methods_of(head: str) -> dict[str, Method]:

@@ -15,7 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from benchmarks.ablation.bench import Bench
+from benchmarks.ablation.grid import Cell
 from benchmarks.ablation.method import Method, add
+from benchmarks.ablation.recipes import RECIPES, Recipe, train_ours
 from ffn2moe.data.batches import Batch
 from ffn2moe.decompose.clustering import balanced_kmeans
 from ffn2moe.decompose.inputs import chunk_of, real_tokens
@@ -179,4 +182,18 @@ def _loss(model: Any, batch: Batch, head: str, pooling: Any, generator: torch.Ge
     return (output * direction).sum()
 
 
-add(Method("gradient", "gradient", "partition", "LLaMA-MoE, arXiv 2406.16554", partition="gradient"))
+def partitions(bench: Bench, cell: Cell, inputs: Sequence[Tensor]) -> list[Partition]:
+    """Return the row for each layer, bound to the gradients of the whole model on the calibration texts."""
+    gradients = output_gradients(
+        bench.model(),
+        bench.calibration(),
+        head=bench.head,
+        pooling=bench.pooling,
+        max_tokens=bench.budget.calibration_tokens,
+        seed=cell.seed,
+    )
+    return for_layers(inputs, gradients)
+
+
+RECIPES.register("gradient", Recipe(train_ours, partitions=partitions))
+add(Method("gradient", "gradient", "partition", "LLaMA-MoE, arXiv 2406.16554", partition="gradient", recipe="gradient"))

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.ablation.method import Method, add
+from benchmarks.ablation.recipes import RECIPES, Guard, Recipe, train_ours
 from ffn2moe.decompose.inputs import chunk_of
 from ffn2moe.decompose.layer import neuron_statistics
 from ffn2moe.decompose.partition import Partition
@@ -57,6 +58,7 @@ def shared_with_guard(ffn: DenseFFN, x_TD: Tensor, partition: Partition, width: 
     return energy_F.topk(width).indices.sort().values
 
 
+RECIPES.register("guard", Recipe(train_ours, guard=Guard(guarded_neurons, shared_with_guard)))
 add(
     Method(
         "guard",
@@ -64,6 +66,6 @@ add(
         "partition",
         "Super Experts, arXiv 2507.23279",
         shared=True,
-        guard=True,
+        recipe="guard",
     )
 )
