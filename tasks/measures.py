@@ -6,6 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from ffn2moe.table import Table
+
 
 @dataclass(frozen=True)
 class Headline:
@@ -15,6 +17,10 @@ class Headline:
     key: str  # name in a plan's entry of the manifest
     label: str
     better: Literal["higher", "lower"]
+    # The report's words: what is kept of the teacher, what distillation compares, and what the examples show.
+    kept: str
+    learnt: str
+    examples: str
 
     def retention(self, figure: float, teacher_figure: float) -> float:
         """Return the share of the teacher's figure that is kept; 1 where nothing is lost."""
@@ -22,13 +28,55 @@ class Headline:
         return over / under if under else 0.0
 
 
-_AGREEMENT = Headline(("to_teacher", "agreement"), "top1_agreement", "agreement with the teacher", "higher")
-HEADLINES: dict[str, Headline] = {
-    "embedding": Headline(("retrieval", "ndcg_at_10"), "retrieval_ndcg_at_10", "nDCG@10", "higher"),
-    "causal": Headline(("language", "perplexity"), "perplexity", "perplexity", "lower"),
-    "classification": _AGREEMENT,
-    "seq2seq": _AGREEMENT,
-}
+HEADLINES: Table[Headline] = Table("head")
+HEADLINES.register(
+    "embedding",
+    Headline(
+        ("retrieval", "ndcg_at_10"),
+        "retrieval_ndcg_at_10",
+        "nDCG@10",
+        "higher",
+        kept="retrieval quality",
+        learnt="Hidden states and embeddings against the dense teacher’s",
+        examples="What held-out queries find",
+    ),
+)
+HEADLINES.register(
+    "causal",
+    Headline(
+        ("language", "perplexity"),
+        "perplexity",
+        "perplexity",
+        "lower",
+        kept="perplexity",
+        learnt="The distribution of the next token against the dense teacher’s",
+        examples="How each model continues the beginning of a held-out text, always with its most probable token.",
+    ),
+)
+HEADLINES.register(
+    "seq2seq",
+    Headline(
+        ("to_teacher", "agreement"),
+        "top1_agreement",
+        "agreement with the teacher",
+        "higher",
+        kept="choice of tokens",
+        learnt="The distribution of the next token against the dense teacher’s, in the teacher’s own answers",
+        examples="How each model answers a held-out text, always with its most probable token.",
+    ),
+)
+HEADLINES.register(
+    "classification",
+    Headline(
+        ("to_teacher", "agreement"),
+        "top1_agreement",
+        "agreement with the teacher",
+        "higher",
+        kept="choice of classes",
+        learnt="The distribution over the classes against the dense teacher’s",
+        examples="The most probable class of held-out texts.",
+    ),
+)
 
 
 def headline(quality: Mapping[str, Any]) -> Headline:
