@@ -585,12 +585,29 @@ def test_a_library_that_is_not_there_is_named_with_its_remedy(tmp_path: Path, mo
 def test_a_library_for_another_openvino_is_to_be_built_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("openvino")
     current = native.compiler._library(tmp_path).name
-    version = native.importlib.metadata.version("openvino")
+    version = native.compiler.importlib.metadata.version("openvino")
     (tmp_path / current.replace(version, "2020.1.0")).touch()
     monkeypatch.setattr(native.compiler, "FOLDER", tmp_path)
     assert not native.is_built()
     with pytest.raises(FileNotFoundError, match=r"built for openvino 2020.1.0, and .* is installed"):
         native.library()
+
+
+@pytest.mark.parametrize("in_checkout", [True, False])
+def test_a_library_from_other_sources_serves_only_outside_a_checkout(in_checkout, tmp_path, monkeypatch) -> None:
+    pytest.importorskip("openvino")
+    built = tmp_path / native.compiler._library(tmp_path).name
+    other = built.with_name(f"{built.stem.rpartition('-')[0]}-01234567.so")
+    other.touch()
+    monkeypatch.setattr(native.compiler, "FOLDER", tmp_path)
+    monkeypatch.setattr(native.compiler, "_in_checkout", lambda: in_checkout)
+    if in_checkout:
+        with pytest.raises(FileNotFoundError, match="its sources have changed since it was built"):
+            native.library()
+    else:
+        assert native.library() == other
+    built.touch()
+    assert native.library() == built
 
 
 def test_without_a_compiler_the_build_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

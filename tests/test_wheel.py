@@ -20,6 +20,7 @@ from packaging.utils import canonicalize_name
 import ffn2moe
 
 PROJECT = Path(__file__).parent.parent
+CORE = PROJECT / "ffn2moe"
 ONNX_RUNTIMES = ("onnxruntime", "onnxruntime-gpu")  # the user installs one of them
 
 
@@ -29,7 +30,7 @@ def wheel(tmp_path_factory) -> Path:
     source = tmp_path_factory.mktemp("source")
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(PROJECT / name, source)
-    shutil.copytree(PROJECT / "ffn2moe", source / "ffn2moe", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(CORE, source / "ffn2moe", ignore=shutil.ignore_patterns("__pycache__"))
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--no-index", "."]
     subprocess.run([*command, "--wheel-dir", "dist"], cwd=source, check=True, capture_output=True, text=True)
     return next((source / "dist").glob("*.whl"))
@@ -87,8 +88,8 @@ def test_the_wheel_holds_the_core_its_licence_and_its_types(wheel):
     tops = {name.split("/")[0] for name in names}
     assert tops == {"ffn2moe", f"ffn2moe-{ffn2moe.__version__}.dist-info"}
     assert "ffn2moe/py.typed" in names and any(name.endswith("licenses/LICENSE") for name in names)
-    sources = {str(path.relative_to(PROJECT)) for path in (PROJECT / "ffn2moe").rglob("*.py")}
-    assert sources <= set(names)
+    sources = {str(path.relative_to(PROJECT)) for kind in ("py", "cpp", "h") for path in CORE.rglob(f"*.{kind}")}
+    assert sources <= set(names) and "ffn2moe/runtime/native/kernels/experts.cpp" in sources
 
 
 def test_the_wheel_requires_no_torch_and_pins_nothing(wheel):

@@ -15,7 +15,7 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-SOURCES = Path(__file__).resolve().parents[3] / "native"  # in a checkout; an installed package has none
+SOURCES = Path(__file__).resolve().parent / "kernels"
 FOLDER = Path(sys.prefix) / "share" / "ffn2moe"  # of the environment: copies of the package in workspaces share it
 REMEDY = "build it: make native (or python -m ffn2moe.runtime.native)"
 
@@ -43,17 +43,16 @@ def is_built() -> bool:
 def library() -> Path:
     """Return the extension library for `openvino.Core().add_extension`, built for the installed openvino and sources.
 
-    A package without sources, such as the copy beside a registered model, takes a library built for this openvino.
-    FileNotFoundError, with the remedy, if there is none.
+    Outside a checkout, such as in the copy of the package beside a registered model, a library built from other
+    sources serves as well: it must pass the self-test. FileNotFoundError, with the remedy, if there is none.
     """
     _openvino()
-    if any(SOURCES.glob("*.cpp")):
-        path = _library(FOLDER)
-    else:
-        built = sorted(FOLDER.glob(f"{_stem()}-openvino{importlib.metadata.version('openvino')}-*.so"))
-        path = built[0] if built else FOLDER / "none"
+    path = _library(FOLDER)
     if path.is_file():
         return path
+    built = sorted(FOLDER.glob(f"{_stem()}-openvino{importlib.metadata.version('openvino')}-*.so"))
+    if built and not _in_checkout():
+        return built[0]
     others = sorted(FOLDER.glob(f"{_stem()}-*")) if FOLDER.is_dir() else []
     if others:
         built_for = {other.name.split("-openvino")[1].rsplit("-", 1)[0] for other in others}
@@ -121,8 +120,13 @@ def _library(folder: Path) -> Path:
 def _sources() -> list[Path]:
     files = sorted([*SOURCES.glob("*.cpp"), *SOURCES.glob("*.h")])
     if not files:
-        raise FileNotFoundError(f"the operator's sources are not in {SOURCES}: build it in a checkout of ffn2moe")
+        raise FileNotFoundError(f"the operator's sources are not in {SOURCES}: install ffn2moe again")
     return files
+
+
+def _in_checkout() -> bool:
+    """Return whether this package lies in a checkout, where a library must be rebuilt after its sources changed."""
+    return (Path(__file__).resolve().parents[3] / "pyproject.toml").is_file()
 
 
 def _openvino() -> Path:
