@@ -117,13 +117,25 @@ def run(folder: Path, out: Path, tokens: int, threads: int) -> dict[str, Any]:
 
     from ffn2moe.data.batches import in_order
     from ffn2moe.decompose.memory import estimate
-    from ffn2moe.decompose.stream import decompose
+    from ffn2moe.decompose.route import RouterSettings
+    from ffn2moe.decompose.source import skeleton
+    from ffn2moe.decompose.stream import StreamSettings, decompose
+    from ffn2moe.moe.describe import spec_of
 
     torch.set_num_threads(threads)
     length, batch_tokens = 512, 1024
     ids = torch.randint(SHAPE["vocab_size"], (tokens // length, length), generator=torch.Generator().manual_seed(0))
     before = status("VmRSS")
-    estimated = estimate(folder, num_experts=EXPERTS, calibration_tokens=tokens, batch_tokens=batch_tokens)
+    spec = spec_of(
+        skeleton(folder),
+        head="causal",
+        num_experts=EXPERTS,
+        num_active=ACTIVE,
+        partition="coactivation",
+        teacher="random weights",
+        max_length=length,
+    )
+    estimated = estimate(folder, spec, calibration_tokens=tokens, batch_tokens=batch_tokens)
     start = time.perf_counter()
 
     def track(items: Any, total: int, label: str) -> Iterator[Any]:
@@ -135,10 +147,7 @@ def run(folder: Path, out: Path, tokens: int, threads: int) -> dict[str, Any]:
         folder,
         out,
         list(in_order("causal", ids.tolist(), batch_texts=batch_tokens // length)),
-        num_experts=EXPERTS,
-        num_active=ACTIVE,
-        max_length=length,
-        teacher="random weights",
+        StreamSettings(spec, RouterSettings(steps=200, batch_tokens=1024, seed=0)),
         track=track,
     )
     return {

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import time
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -159,9 +160,22 @@ def test_an_unknown_name_suggests_the_nearest(arguments, message, capsys):
 def test_every_setting_of_a_conversion_is_an_option_with_the_same_default():
     options = cli._parse(["convert", "model", "out"])
     assert Settings(**{name: getattr(options, name) for name in OPTIONS}) == Settings()
-    options = cli._parse(["convert", "model", "out", "--experts", "4", "--train", "all", "--no-onnx"])
+    arguments = ["--experts", "4", "--train", "all", "--max-length", "8", "--calibration-tokens", "9", "--no-onnx"]
+    options = cli._parse(["convert", "model", "out", *arguments, "--learning-rate", "1e-3", "--distill-minutes", "2"])
     changed = Settings(**{name: getattr(options, name) for name in OPTIONS})
-    assert changed == Settings(num_experts=4, scope="all", onnx=False)
+    assert changed == Settings(
+        num_experts=4,
+        scope="all",
+        max_length=8,
+        calibration_tokens=9,
+        onnx=False,
+        learning_rate=1e-3,
+        distill_minutes=2.0,
+    )
+    kinds = {"int": int, "float": float, "bool": str}
+    for one in fields(Settings):
+        kind = kinds.get(one.type.split(" ")[0], str)
+        assert OPTIONS[one.name].kind is kind, one.name
 
 
 def test_brackets_and_colons_in_paths_are_printed_as_they_are(export, tmp_path, capsys):

@@ -17,12 +17,14 @@ from PIL import Image
 
 import ffn2moe
 from ffn2moe import cli
-from ffn2moe import convert as module
+from ffn2moe.conversion import distillation, preflight, write
+from ffn2moe.conversion import images as image_data
 from ffn2moe.conversion.settings import Settings
 from ffn2moe.convert import convert, judge
 from ffn2moe.data.batches import in_order
 from ffn2moe.dense.load import load_dense
 from ffn2moe.moe import checkpoint
+from ffn2moe.moe.describe import spec_of
 from ffn2moe.moe.layer import moe_layers
 from ffn2moe.runtime.files import read_manifest
 from tests.conftest import make_tiny_bert, make_tiny_classifier, make_tiny_llama, make_tiny_t5, make_tokenizer
@@ -59,7 +61,9 @@ def test_a_language_model_is_converted_without_any_data(llama, tmp_path):
     assert quality["distilled"]["divergence"] < quality["routed"]["divergence"]
     assert quality["distilled"]["perplexity"] > 0 and 0 < quality["distilled"]["agreement"] <= 1
     assert manifest["convert"]["data"]["corpus"] == "generated"
-    assert manifest["container"]["folder"] == "mixtral" and any("mixtral, as the model is a llama" in s for s in said)
+    assert manifest["container"]["folder"] == "mixtral" and any(
+        "mixtral, because the model is a llama" in s for s in said
+    )
 
     student = ffn2moe.load(tmp_path / "out/checkpoint")
     native = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out/mixtral").eval()
@@ -84,7 +88,7 @@ class Stop(Exception):
 @pytest.mark.parametrize("place", ["sampling texts", "decomposing and routing layers", "distilling", "container"])
 def test_a_conversion_that_was_stopped_goes_on_and_ends_the_same(place, llama, tmp_path, monkeypatch):
     convert(llama, tmp_path / "whole", QUICK)
-    monkeypatch.setattr(module, "CHECKPOINT_SECONDS", -1)
+    monkeypatch.setattr(distillation, "CHECKPOINT_SECONDS", -1)
 
     def stopping(items: Any, total: int, what: str) -> Any:
         for count, item in enumerate(items):
@@ -97,7 +101,7 @@ def test_a_conversion_that_was_stopped_goes_on_and_ends_the_same(place, llama, t
 
     with monkeypatch.context() as patch:
         if place == "container":
-            patch.setattr(module, "write", no_container)
+            patch.setattr(write.containers, "write", no_container)
         with pytest.raises(Stop):
             convert(llama, tmp_path / "out", QUICK, track=stopping)
     assert not (tmp_path / "out").exists()
@@ -111,12 +115,12 @@ def test_a_conversion_that_was_stopped_goes_on_and_ends_the_same(place, llama, t
 
     said: list[str] = []
     convert(llama, tmp_path / "out", QUICK, track=watching, say=said.append)
-    assert any("going on with what is in" in line for line in said)
+    assert any("resuming from" in line for line in said)
     order = ["sampling texts", "decomposing and routing layers", "distilling", "container"]
     for done in order[: order.index(place)]:
         assert done not in seen or done == "distilling"
     if place == "distilling":
-        assert any("going on at step 2" in line for line in said)
+        assert any("resuming at step 2" in line for line in said)
     for name in ("checkpoint", "mixtral"):
         one, two = ((tmp_path / root / name / "model.safetensors").read_bytes() for root in ("whole", "out"))
         assert one == two
@@ -127,13 +131,24 @@ def test_another_conversion_does_not_go_on_with_what_is_there(llama, tmp_path):
     (tmp_path / "out.partial/fingerprint").write_text("of another")
     said: list[str] = []
     convert(llama, tmp_path / "out", QUICK, say=said.append)
-    assert any("begun anew" in line for line in said)
+    assert any("discarding" in line and "belongs to another conversion" in line for line in said)
+
+
+def test_a_discarded_conversion_is_named_by_what_differs(llama, tmp_path):
+    def stop(items: Any, total: int, what: str) -> Any:
+        raise Stop
+
+    for changes, difference in (({}, None), ({"seed": 1, "num_experts": 8}, "different --experts, --seed")):
+        said: list[str] = []
+        with pytest.raises(Stop):
+            convert(llama, tmp_path / "out", replace(QUICK, **changes), say=said.append, track=stop)
+        assert difference is None or any(difference in line for line in said)
 
 
 def test_minutes_become_steps_that_are_said_and_the_trial_leaves_no_trace(llama, tmp_path, monkeypatch):
     said: list[str] = []
     settings = replace(QUICK, distill_steps=None, distill_minutes=1e-9)
-    monkeypatch.setattr(module._Conversion, "_steps", timed(module._Conversion._steps))
+    monkeypatch.setattr(distillation, "_steps", timed(distillation._steps))
     manifest = convert(llama, tmp_path / "timed", settings, say=said.append)
     assert manifest["convert"]["distillation"]["steps"] == 1
     assert any("1 of them fill" in line for line in said) and any("--distill-steps 1" in line for line in said)
@@ -146,9 +161,9 @@ def test_minutes_become_steps_that_are_said_and_the_trial_leaves_no_trace(llama,
 def timed(steps: Any) -> Any:
     """`_steps`, after which nothing of the trial may be left."""
 
-    def checked(self: Any, distiller: Any, minutes: float) -> int:
+    def checked(task: Any, distiller: Any) -> int:
         before = {name: tensor.clone() for name, tensor in distiller.state().items()}
-        count = steps(self, distiller, minutes)
+        count = steps(task, distiller)
         after = distiller.state()
         assert set(before) == set(after) and all(torch.equal(before[name], after[name]) for name in before)
         return count
@@ -169,7 +184,7 @@ def test_without_distillation_the_experts_are_as_they_were_cut(llama, tmp_path):
 def test_a_model_too_large_for_memory_is_written_a_layer_at_a_time(llama, tmp_path, monkeypatch):
     settings = replace(QUICK, distill_steps=0, shared_width=8, container="glm4_moe")
     convert(llama, tmp_path / "whole", settings)
-    monkeypatch.setattr(module, "available_memory", lambda: 0)
+    monkeypatch.setattr(preflight, "available_memory", lambda: 0)
     monkeypatch.setattr(checkpoint, "load", None)
     said: list[str] = []
     manifest = convert(llama, tmp_path / "out", settings, say=said.append)
@@ -230,7 +245,7 @@ def test_a_model_of_two_towers_is_carved_and_routed(images, tmp_path, monkeypatc
     torch.manual_seed(0)
     transformers.CLIPModel(transformers.CLIPConfig(**towers)).save_pretrained(tmp_path / "dense")
     transformers.CLIPProcessor(pixels, words).save_pretrained(tmp_path / "dense")
-    monkeypatch.setattr(module, "docstrings", lambda track=None: ["a cat", "the red dog"])
+    monkeypatch.setattr(image_data, "docstrings", lambda track=None: ["a cat", "the red dog"])
     said: list[str] = []
     manifest = convert(str(tmp_path / "dense"), tmp_path / "out", replace(QUICK, corpus=str(images)), say=said.append)
     assert len(manifest["spec"]["stacks"]) == 2 and any("not distilled" in line for line in said)
@@ -245,9 +260,7 @@ def test_the_graphs_are_written_too_and_the_folder_is_an_export(llama, tmp_path)
 
 def test_the_judge_finds_nothing_lost_where_nothing_is_lost(llama):
     teacher, _ = load_dense(llama)
-    spec = module.spec_of(
-        teacher, head="causal", num_experts=4, num_active=2, partition="random", teacher="", max_length=8
-    )
+    spec = spec_of(teacher, head="causal", num_experts=4, num_active=2, partition="random", teacher="", max_length=8)
     ids = [[5, 6, 7, 8], [9, 10, 11], [12, 13, 14, 15]]
     batches = list(in_order("causal", ids, batch_texts=2))
     found = judge(teacher, teacher, batches, spec)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,23 +21,20 @@ from ffn2moe.decompose.layer import decompose_layer, output_of, outputs
 from ffn2moe.decompose.memory import estimate, require_room
 from ffn2moe.decompose.reconstruct import refit_outputs
 from ffn2moe.decompose.route import RouterSettings, fit_router
+from ffn2moe.decompose.shards import UnfinishedCheckpoint
 from ffn2moe.decompose.source import Source, skeleton
-from ffn2moe.decompose.stream import decompose
+from ffn2moe.decompose.stream import StreamSettings
 from ffn2moe.dense.config import head_of
 from ffn2moe.dense.locate import read_ffn
 from ffn2moe.moe import checkpoint
+from ffn2moe.moe.describe import spec_of
 from ffn2moe.moe.install import install_moe
 from ffn2moe.moe.layer import moe_layers
+from ffn2moe.progress import Track, untracked
+from ffn2moe.spec import MoESpec
 from tests.test_families import CASES, tiny
 
-SETTINGS: dict[str, Any] = {
-    "num_experts": 4,
-    "num_active": 2,
-    "max_length": 8,
-    "teacher": "tiny",
-    "router_steps": 5,
-    "router_batch_tokens": 64,
-}
+ROUTER = RouterSettings(steps=5, batch_tokens=64, seed=0)
 NOT_ONE_STACK = ("t5", "mt5", "umt5", "bart", "mbart", "marian", "pegasus", "m2m_100", "whisper", "clip", "siglip")
 IMAGES = ("vit", "deit", "dinov2", "clip_vision", "siglip_vision")
 NO_AUTO_CLASS = ("clip_text_model, projected", "siglip_text_model")  # that gives the class of the case
@@ -55,11 +53,31 @@ def make(folder: Path, case: str = "llama", **options: Any) -> Path:
     return folder
 
 
+def spec_for(folder: Path, **changes: Any) -> MoESpec:
+    model = skeleton(folder)
+    options = {"num_experts": 4, "num_active": 2, "max_length": 8, "teacher": "tiny", "partition": "coactivation"}
+    return spec_of(model, head=head_of(model.config), **options | changes)
+
+
+def decompose(
+    folder: Path,
+    out: Path,
+    batches: list[Batch],
+    *,
+    seed: int = 0,
+    dtype: torch.dtype | None = None,
+    track: Track = untracked,
+    **changes: Any,
+) -> list[dict[str, Any]]:
+    settings = StreamSettings(spec_for(folder, **changes), replace(ROUTER, seed=seed), dtype)
+    return stream.decompose(folder, out, batches, settings, track=track)
+
+
 @pytest.mark.parametrize("case", STREAMED)
 def test_layer_by_layer_gives_what_the_model_in_memory_gives(case, tmp_path):
     make(tmp_path / "dense", case)
     batches = blocks()
-    rows = decompose(tmp_path / "dense", tmp_path / "out", batches, **SETTINGS)
+    rows = decompose(tmp_path / "dense", tmp_path / "out", batches)
     assert [row["layer"] for row in rows] == list(range(len(rows)))
 
     student = checkpoint.load(tmp_path / "out")
@@ -83,7 +101,7 @@ def test_layer_by_layer_gives_what_the_model_in_memory_gives(case, tmp_path):
 def test_a_model_of_several_stacks_is_refused(case, tmp_path):
     make(tmp_path / "dense", case)
     with pytest.raises(ValueError, match=r"2 stacks of layers.*convert this one in memory"):
-        decompose(tmp_path / "dense", tmp_path / "out", blocks(), **SETTINGS)
+        decompose(tmp_path / "dense", tmp_path / "out", blocks())
 
 
 def test_padding_is_neither_seen_nor_counted(tmp_path):
@@ -91,7 +109,7 @@ def test_padding_is_neither_seen_nor_counted(tmp_path):
     texts = [list(range(4, 4 + length)) for length in (5, 8, 8, 3, 7, 6)]
     for name, pad_id in (("a", 1), ("b", 50)):
         batches = list(in_order("embedding", texts, batch_texts=2, pad_id=pad_id))
-        decompose(tmp_path / "dense", tmp_path / name, batches, **SETTINGS)
+        decompose(tmp_path / "dense", tmp_path / name, batches)
     for name in sorted(path.name for path in (tmp_path / "a").glob("*.safetensors")):
         one, two = (load_file(tmp_path / side / name) for side in "ab")
         for key in one:
@@ -104,8 +122,8 @@ class Stop(Exception):
 
 def test_a_run_that_was_stopped_goes_on_where_it_was_and_ends_in_the_same_bytes(tmp_path, monkeypatch):
     make(tmp_path / "dense")
-    decompose(tmp_path / "dense", tmp_path / "whole", blocks(), **SETTINGS)
-    write, finished = stream._Work.write, []
+    decompose(tmp_path / "dense", tmp_path / "whole", blocks())
+    write, finished = UnfinishedCheckpoint.write, []
 
     def stopping(self, shard, tensors):
         if len(finished) == 1:
@@ -113,15 +131,20 @@ def test_a_run_that_was_stopped_goes_on_where_it_was_and_ends_in_the_same_bytes(
         finished.append(shard)
         write(self, shard, tensors)
 
-    monkeypatch.setattr(stream._Work, "write", stopping)
+    monkeypatch.setattr(UnfinishedCheckpoint, "write", stopping)
     with pytest.raises(Stop):
-        decompose(tmp_path / "dense", tmp_path / "out", blocks(), **SETTINGS)
+        decompose(tmp_path / "dense", tmp_path / "out", blocks())
     assert not (tmp_path / "out").exists()
     assert not (tmp_path / "out.partial/config.json").exists(), "nothing would take it for a model"
 
     monkeypatch.undo()
-    monkeypatch.setattr(stream._Work, "write", lambda self, *args: (finished.append(args[0]), write(self, *args)))
-    rows = decompose(tmp_path / "dense", tmp_path / "out", blocks(), **SETTINGS)
+
+    def watching(self, shard, tensors):
+        finished.append(shard)
+        write(self, shard, tensors)
+
+    monkeypatch.setattr(UnfinishedCheckpoint, "write", watching)
+    rows = decompose(tmp_path / "dense", tmp_path / "out", blocks())
     assert len(rows) == 2 and len(finished) == len(set(finished)), "no shard is made twice"
     assert not (tmp_path / "out.partial").exists()
     for path in (tmp_path / "whole").iterdir():
@@ -131,15 +154,15 @@ def test_a_run_that_was_stopped_goes_on_where_it_was_and_ends_in_the_same_bytes(
 
 def test_a_run_with_other_settings_does_not_go_on_with_what_is_there(tmp_path, monkeypatch):
     make(tmp_path / "dense")
-    keep = stream._Work.keep
+    keep = UnfinishedCheckpoint.keep
 
     def stopping(self, rows, hidden):
         keep(self, rows, hidden)
         raise Stop
 
-    monkeypatch.setattr(stream._Work, "keep", stopping)
+    monkeypatch.setattr(UnfinishedCheckpoint, "keep", stopping)
     with pytest.raises(Stop):
-        decompose(tmp_path / "dense", tmp_path / "out", blocks(), **SETTINGS)
+        decompose(tmp_path / "dense", tmp_path / "out", blocks())
     monkeypatch.undo()
     tracked: list[int] = []
 
@@ -147,7 +170,7 @@ def test_a_run_with_other_settings_does_not_go_on_with_what_is_there(tmp_path, m
         tracked.append(total)
         return items
 
-    decompose(tmp_path / "dense", tmp_path / "out", blocks(), **SETTINGS | {"seed": 1}, track=track)
+    decompose(tmp_path / "dense", tmp_path / "out", blocks(), seed=1, track=track)
     assert tracked == [2]
 
 
@@ -155,14 +178,14 @@ def test_what_exists_is_not_written_over(tmp_path):
     make(tmp_path / "dense")
     (tmp_path / "out").mkdir()
     with pytest.raises(ValueError, match="out exists: remove it"):
-        decompose(tmp_path / "dense", tmp_path / "out", blocks(), **SETTINGS)
+        decompose(tmp_path / "dense", tmp_path / "out", blocks())
 
 
 def test_weights_keep_their_dtype_unless_another_is_wanted_and_routers_stay_float32(tmp_path):
     tiny("llama").to(torch.bfloat16).save_pretrained(tmp_path / "dense", max_shard_size="20KB")
     assert len(list((tmp_path / "dense").glob("*.safetensors"))) > 2
-    decompose(tmp_path / "dense", tmp_path / "same", blocks(), **SETTINGS)
-    decompose(tmp_path / "dense", tmp_path / "wide", blocks(), **SETTINGS, dtype=torch.float32)
+    decompose(tmp_path / "dense", tmp_path / "same", blocks())
+    decompose(tmp_path / "dense", tmp_path / "wide", blocks(), dtype=torch.float32)
     for folder, dtype in (("same", torch.bfloat16), ("wide", torch.float32)):
         found = {}
         for path in (tmp_path / folder).glob("*.safetensors"):
@@ -181,7 +204,7 @@ def test_tied_weights_are_written_once_and_opened_as_one(tie, tmp_path):
     if tie:
         model.tie_weights()
     model.save_pretrained(tmp_path / "dense")
-    decompose(tmp_path / "dense", tmp_path / "out", blocks(), **SETTINGS)
+    decompose(tmp_path / "dense", tmp_path / "out", blocks())
     student = checkpoint.load(tmp_path / "out")
     assert (student.lm_head.weight is student.model.embed_tokens.weight) == tie
     index = json.loads((tmp_path / "out/model.safetensors.index.json").read_text())
@@ -199,7 +222,7 @@ def test_damaged_and_incomplete_sources_are_refused_with_the_cause(tmp_path):
         folder = make(tmp_path / name)
         rewrite(folder, change)
         with pytest.raises(ValueError, match=message):
-            decompose(folder, tmp_path / f"{name}.out", blocks(), **SETTINGS | settings)
+            decompose(folder, tmp_path / f"{name}.out", blocks(), **settings)
         assert not (tmp_path / f"{name}.out").exists()
 
     def poison(name: str, value: float) -> Any:
@@ -228,7 +251,7 @@ def test_a_missing_shard_is_named(tmp_path):
     make(tmp_path / "dense", max_shard_size="40KB")
     next((tmp_path / "dense").glob("model-00002-*.safetensors")).unlink()
     with pytest.raises(FileNotFoundError, match=r"model-00002-of"):
-        decompose(tmp_path / "dense", tmp_path / "out", blocks(), **SETTINGS)
+        decompose(tmp_path / "dense", tmp_path / "out", blocks())
 
 
 def test_two_different_tensors_under_tied_names_are_refused(tmp_path):
@@ -237,17 +260,17 @@ def test_two_different_tensors_under_tied_names_are_refused(tmp_path):
     config = json.loads((tmp_path / "dense/config.json").read_text())
     (tmp_path / "dense/config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
     with pytest.raises(ValueError, match="set tie_word_embeddings to false"):
-        decompose(tmp_path / "dense", tmp_path / "out", blocks(), **SETTINGS)
+        decompose(tmp_path / "dense", tmp_path / "out", blocks())
 
 
 def test_texts_that_the_model_cannot_read_are_refused(tmp_path):
     make(tmp_path / "dense")
     with pytest.raises(ValueError, match="41 tokens are longer than the model's context, 40"):
-        decompose(tmp_path / "dense", tmp_path / "out", blocks(2, 41), **SETTINGS)
+        decompose(tmp_path / "dense", tmp_path / "out", blocks(2, 41))
     with pytest.raises(ValueError, match="token 60 and the model knows 60"):
-        decompose(tmp_path / "dense", tmp_path / "out", [Batch({"input_ids": torch.tensor([[60]])}, None)], **SETTINGS)
+        decompose(tmp_path / "dense", tmp_path / "out", [Batch({"input_ids": torch.tensor([[60]])}, None)])
     with pytest.raises(ValueError, match="no calibration tokens"):
-        decompose(tmp_path / "dense", tmp_path / "out", [], **SETTINGS)
+        decompose(tmp_path / "dense", tmp_path / "out", [])
 
 
 def test_an_unknown_activation_is_refused_before_any_work(tmp_path):
@@ -255,7 +278,7 @@ def test_an_unknown_activation_is_refused_before_any_work(tmp_path):
     config = json.loads((tmp_path / "dense/config.json").read_text())
     (tmp_path / "dense/config.json").write_text(json.dumps(config | {"hidden_act": "mish"}))
     with pytest.raises(ValueError, match="'mish' is not supported"):
-        decompose(tmp_path / "dense", tmp_path / "out", blocks(), **SETTINGS)
+        decompose(tmp_path / "dense", tmp_path / "out", blocks())
 
 
 def test_no_weight_is_read_for_the_estimate_and_layers_add_nothing_to_memory(tmp_path, monkeypatch):
@@ -263,14 +286,15 @@ def test_no_weight_is_read_for_the_estimate_and_layers_add_nothing_to_memory(tmp
 
     found = {}
     for layers in (2, 6):
+        folder = tmp_path / str(layers)
         config = transformers.LlamaConfig(
             hidden_size=64, intermediate_size=256, num_hidden_layers=layers, num_attention_heads=4, vocab_size=60
         )
-        transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / str(layers))
+        transformers.LlamaForCausalLM(config).save_pretrained(folder)
         monkeypatch.setattr(memory, "_resident", lambda: 0)
         with monkeypatch.context() as patch:
             patch.setattr(Source, "read", None)
-            found[layers] = estimate(tmp_path / str(layers), num_experts=4, calibration_tokens=64, batch_tokens=32)
+            found[layers] = estimate(folder, spec_for(folder), calibration_tokens=64, batch_tokens=32)
     assert found[2].memory == found[6].memory > 0
     assert found[6].disk > 2.5 * found[2].disk - 60 * 64 * 8 * 2
     assert found[2].layer == 4 * (4 * 64 * 64 + 3 * 64 * 256 + 2 * 64)
@@ -279,7 +303,7 @@ def test_no_weight_is_read_for_the_estimate_and_layers_add_nothing_to_memory(tmp
 
 def test_too_little_disk_is_refused_with_numbers_and_too_little_memory_is_said(tmp_path, monkeypatch):
     make(tmp_path / "dense")
-    found = estimate(tmp_path / "dense", num_experts=4, calibration_tokens=64, batch_tokens=32)
+    found = estimate(tmp_path / "dense", spec_for(tmp_path / "dense"), calibration_tokens=64, batch_tokens=32)
     assert require_room(found, tmp_path / "new" / "out") is None
     monkeypatch.setattr(memory, "available_memory", lambda: 0)
     large = memory.Estimate(2, 0, 0, 2**40, 10)
@@ -321,7 +345,7 @@ def test_wide_ffns_are_partitioned_as_narrow_ones_are(monkeypatch):
 def test_the_finished_folder_says_what_it_is(tmp_path):
     make(tmp_path / "dense")
     (tmp_path / "dense/tokenizer_config.json").write_text("{}")
-    decompose(tmp_path / "dense", tmp_path / "out", blocks(), **SETTINGS, shared_width=12, gate="softmax_topk")
+    decompose(tmp_path / "dense", tmp_path / "out", blocks(), shared_width=12, gate="softmax_topk")
     spec = checkpoint.load_spec(tmp_path / "out")
     assert (spec.num_experts, spec.shared_width, spec.gate, spec.head) == (4, 12, "softmax_topk", "causal")
     assert (tmp_path / "out/tokenizer_config.json").is_file()

@@ -25,9 +25,7 @@ class Option:
     kind: Callable[[str], Any] = str  # reads the value from the command line; int: a whole number
     minimum: int = 1  # of a whole number
     names: Callable[[], tuple[str, ...]] | None = None  # known values; None: any
-    fingerprint: bool = (
-        True  # whether it belongs to what a stopped conversion has to share with the one that resumes it
-    )
+    fingerprint: bool = True  # whether a conversion that was stopped resumes with the same value only
 
     def require(self, name: str, value: Any) -> None:
         """Raise ValueError for a value that this setting cannot have; `name` is what the message calls it."""
@@ -101,13 +99,13 @@ class Settings:
     texts: int | None = field(
         default=None,
         metadata=_option(
-            "--texts", "use at most N texts or images (generated: 4000, others: 40000)", metavar="N", minimum=1
+            "--texts", "use at most N texts or images (generated: 4000, others: 40000)", metavar="N", kind=int
         ),
     )
     max_length: int | None = field(
         default=None,
         metadata=_option(
-            "--max-length", "truncate texts to L tokens (128; language models: 256)", metavar="L", minimum=1
+            "--max-length", "truncate texts to L tokens (128; language models: 256)", metavar="L", kind=int
         ),
     )
     distill_minutes: float = field(
@@ -143,7 +141,7 @@ class Settings:
     batch_tokens: int | None = field(
         default=None,
         metadata=_option(
-            "--batch-tokens", "tokens of a step (4096; fewer for small language models)", metavar="N", minimum=1
+            "--batch-tokens", "tokens of a step (4096; fewer for small language models)", metavar="N", kind=int
         ),
     )
     scope: Scope = field(
@@ -155,7 +153,7 @@ class Settings:
     calibration_tokens: int = field(
         default=16384,
         metadata=_option(
-            "--calibration-tokens", "tokens whose activations are recorded (16384)", metavar="N", minimum=1
+            "--calibration-tokens", "tokens whose activations are recorded (16384)", metavar="N", kind=int
         ),
     )
     dtype: Dtype = field(

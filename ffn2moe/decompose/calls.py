@@ -14,9 +14,6 @@ from ffn2moe.decompose.inputs import real_tokens
 from ffn2moe.decompose.source import NotStreamable, Source, layers_path
 from ffn2moe.dense.families import Stack
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The work
-
 
 @dataclass
 class LayerCall:
@@ -26,18 +23,19 @@ class LayerCall:
     kwargs: dict[str, Any]
 
     def run(self, layer: nn.Module, hidden: Tensor) -> Tensor:
+        """Return the hidden states after the layer."""
         output = layer(hidden, *self.args, **self.kwargs)
         return output[0] if isinstance(output, tuple) else output
 
 
 class _Unusable(Exception):
-    """The layers of this model give something else than was tried."""
+    """The layers of this model return something else than was tried."""
 
 
 def record_calls(model: Any, layers: nn.ModuleList, batch: Batch) -> tuple[Tensor, list[LayerCall]]:
-    """What the model sends into its first layer for a batch, and how it calls each layer; no layer is computed.
+    """Return the input of the first layer for a batch, and how the model calls each layer; no layer is computed.
 
-    Whatever is outside the layers must be there. ValueError where the model does more between its layers than to pass
+    The weights outside the layers must be loaded. NotStreamable where the model does more between its layers than pass
     hidden states on.
     """
     for rest in (None, (), (None,)):  # what the layers of this model return: a tensor, or a tuple that begins with it
@@ -46,7 +44,7 @@ def record_calls(model: Any, layers: nn.ModuleList, batch: Batch) -> tuple[Tenso
         except (_Unusable, TypeError, IndexError, AttributeError, ValueError, RuntimeError) as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
     raise NotStreamable(
-        f"{type(model).__name__} does not just pass hidden states from layer to layer ({reason}), so it is not "
+        f"{type(model).__name__} does more between its layers than pass hidden states on ({reason}), so it cannot be "
         "decomposed layer by layer: convert it in memory"
     )
 
@@ -78,15 +76,15 @@ def _record_calls(
 
 
 @dataclass
-class _Calls:
+class Calls:
     """The embedded calibration tokens, and how the model calls each layer, by batch."""
 
     hidden: list[Tensor]
     calls: list[list[LayerCall]]
 
 
-def embed_tokens(model: Any, source: Source, layers: nn.ModuleList, batches: Sequence[Batch]) -> _Calls:
-    """What goes into the first layer. All that is outside the layers is read for it and given back."""
+def embed_tokens(model: Any, source: Source, layers: nn.ModuleList, batches: Sequence[Batch]) -> Calls:
+    """Return the inputs of the first layer and the calls of all layers. Weights outside are read for it and dropped."""
     path, base = layers_path(model), model.base_model
     prefix = next(f"{name}." if name else "" for name, module in model.named_modules() if module is base)
     outer = [name for name in base.state_dict() if not f"{prefix}{name}".startswith(path)]
@@ -97,7 +95,7 @@ def embed_tokens(model: Any, source: Source, layers: nn.ModuleList, batches: Seq
         needed = rows if dict(base.named_parameters()).get(name) is embedding else None
         tensors[name] = source.read(prefix + name, rows=needed)
     base.load_state_dict(tensors, strict=False, assign=True)
-    found = _Calls([], [])
+    found = Calls([], [])
     for batch in batches:
         hidden, calls = record_calls(model, layers, batch)
         found.hidden.append(hidden)
@@ -109,7 +107,7 @@ def embed_tokens(model: Any, source: Source, layers: nn.ModuleList, batches: Seq
 def run_layers(
     layer: nn.Module, stack: Stack, batches: Sequence[Batch], hidden: Sequence[Tensor], calls: Sequence[LayerCall]
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """The hidden states after a dense layer, and what its FFN saw [T, D], of each batch."""
+    """Return, for each batch, the hidden states after a dense layer, and the inputs [T, D] of its FFN."""
     seen: list[Tensor] = []
     hook = layer.get_submodule(stack.install).register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
     try:

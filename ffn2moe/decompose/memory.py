@@ -11,20 +11,14 @@ import torch
 
 from ffn2moe.decompose.inputs import chunk_of
 from ffn2moe.decompose.source import Source, layers_path, skeleton
-from ffn2moe.dense.config import head_of
-from ffn2moe.moe.describe import spec_of
-from ffn2moe.spec import FFNShape
+from ffn2moe.spec import FFNShape, MoESpec
 
-OVERHEAD = 2**28  # bytes: what is imported on the way, and what allocators and kernels keep (measured)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Before the work: what it will take
+OVERHEAD = 2**28  # bytes of later imports, and of what allocators and kernels keep (measured)
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a run will take, in bytes, from config and headers alone; memory is that of the whole process."""
+    """What a run takes, in bytes, from config and headers alone; memory is that of the whole process."""
 
     layers: int
     layer: int  # one layer's weights, float32
@@ -43,49 +37,39 @@ class Estimate:
 
 def estimate(
     folder: str | Path,
+    spec: MoESpec,
     *,
-    num_experts: int,
     calibration_tokens: int,
     batch_tokens: int,
-    shared_width: int = 0,
     dtype: torch.dtype | None = None,
     copies: int = 1,
 ) -> Estimate:
-    """What decomposing the model in `folder` will take; no weight is read.
+    """Return what decomposing the model in `folder` into the mixture of `spec` takes; no weight is read.
 
-    `calibration_tokens` go through a layer in batches of `batch_tokens`; `dtype` is what is written (None: what the
-    source has); `copies` is how many forms of the model are written, such as a container beside the checkpoint. The
-    errors are those of `Source`.
+    `calibration_tokens` pass through a layer in batches of `batch_tokens`; `dtype` is that of the written weights
+    (None: as in the source); `copies` is how many forms of the model are written, such as a container beside the
+    checkpoint. The errors are those of `Source`.
     """
-    model = skeleton(folder)
+    model = skeleton(folder, spec.head)
     path = layers_path(model)
     source = Source(folder, model)
-    spec = spec_of(
-        model,
-        head=head_of(model.config),
-        num_experts=num_experts,
-        num_active=1,
-        partition="coactivation",
-        teacher="",
-        max_length=1,
-        shared_width=shared_width,
-    )
     shape = spec.stacks[0]
     layer = sum(source.bytes_of(name, torch.float32) for name in model.state_dict() if name.startswith(f"{path}0."))
     written = sum(source.bytes_of(name, dtype) for name in model.state_dict() if name not in source.aliases)
-    padded = (shape.shared_width + num_experts * shape.expert_width) / shape.ffn_width
+    padded = (shape.shared_width + spec.num_experts * shape.expert_width) / shape.ffn_width
     states = 4 * 3 * shape.width * calibration_tokens
+    work = _work(shape, spec.num_experts, calibration_tokens, batch_tokens)
     return Estimate(
         layers=shape.num_layers,
         layer=layer,
         states=states,
-        memory=_resident() + OVERHEAD + states + layer + _work(shape, num_experts, calibration_tokens, batch_tokens),
+        memory=_resident() + OVERHEAD + states + layer + work,
         disk=int(copies * written * padded) + states,
     )
 
 
 def _work(shape: FFNShape, num_experts: int, calibration_tokens: int, batch_tokens: int) -> int:
-    """The most that a layer's steps take beside its weights and the calibration states, in bytes."""
+    """Return the most that a layer's steps take beside its weights and the calibration states, in bytes."""
     from ffn2moe.decompose.statistics import MOST_KEPT_TOKENS
     from ffn2moe.numerics import WIDEST_MOMENTS
 
@@ -94,17 +78,17 @@ def _work(shape: FFNShape, num_experts: int, calibration_tokens: int, batch_toke
     forward = 4 * batch_tokens * (4 * F + 8 * D)
     wide = F > WIDEST_MOMENTS
     statistics = 2 * min(calibration_tokens, MOST_KEPT_TOKENS) * F if wide else 5 * 8 * F * F
-    dividing = 4 * 4 * chunk_of(F) * F + statistics
+    partitioning = 4 * 4 * chunk_of(F) * F + statistics
     slicing = 3 * ffn  # the dense weights, their slices, the mixture's
     outputs = 4 * 3 * chunk_of(num_experts * D) * num_experts * D
     fitting = ffn + max(outputs, 4 * 6 * calibration_tokens * D)
     # In float64: H'H and its factor; what is solved for and its copies. In float32: activations, tokens and outputs.
     refitting = 2 * 8 * F * F + 4 * 8 * F * D + 2 * 4 * chunk_of(F) * F + 4 * 3 * calibration_tokens * D
-    return max(forward, ffn + dividing, slicing, fitting, refitting)
+    return max(forward, ffn + partitioning, slicing, fitting, refitting)
 
 
 def _resident() -> int:
-    """Memory of this process now, in bytes; half a GiB where the system does not say."""
+    """Return the memory of this process now, in bytes; half a GiB where the system does not tell."""
     try:
         pages = int(Path("/proc/self/statm").read_text().split()[1])
     except (OSError, ValueError, IndexError):
@@ -113,7 +97,7 @@ def _resident() -> int:
 
 
 def available_memory() -> int | None:
-    """Memory that can still be had without swapping, in bytes; None where the system does not say."""
+    """Return the memory that is available without swapping, in bytes; None where the system does not tell."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
     except OSError:
@@ -122,7 +106,7 @@ def available_memory() -> int | None:
 
 
 def require_room(found: Estimate, out: str | Path) -> str | None:
-    """ValueError, with the numbers, where the disk of `out` is too small; a warning where memory may be, else None."""
+    """Raise ValueError, with the numbers, if the disk of `out` is too small; return a warning if memory may be."""
     folder = Path(out).absolute()
     while not folder.exists():
         folder = folder.parent

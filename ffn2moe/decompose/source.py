@@ -12,8 +12,7 @@ from ffn2moe.dense.config import constructor_options, head_of
 from ffn2moe.dense.families import FAMILIES, Stack
 from ffn2moe.dense.load import auto_class
 from ffn2moe.dense.locate import family_of, stacks_of
-from ffn2moe.dense.weights import weight_files
-from ffn2moe.moe import checkpoint
+from ffn2moe.dense.weights import tied, weight_files
 from ffn2moe.spec import Head
 
 BIG_TENSOR = 64 * 2**20  # bytes of a tensor outside the layers that gets a shard of its own
@@ -21,17 +20,13 @@ LARGEST_FLOAT16 = 65504.0
 
 
 class NotStreamable(ValueError):
-    """This model cannot be worked through layer by layer, though it may be in memory."""
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The model without its weights, and the weights by their names in it
+    """The model cannot be decomposed layer by layer, but may be in memory."""
 
 
 def skeleton(folder: str | Path, head: Head | None = None) -> Any:
-    """The transformers model of a folder on the meta device, in eval mode; what it computes itself is there.
+    """Return the transformers model of a folder on the meta device, in eval mode; buffers that it computes are filled.
 
-    ValueError where its type is unknown to transformers.
+    ValueError where transformers does not know its type.
     """
     import transformers
 
@@ -54,7 +49,7 @@ def skeleton(folder: str | Path, head: Head | None = None) -> Any:
 
 
 def only_stack(model: Any) -> tuple[Stack, nn.ModuleList]:
-    """The one stack of layers of a model. ValueError where there are several: what passes between them is unknown."""
+    """Return the one stack of layers of a model. NotStreamable where it has several: what passes between is unknown."""
     found = stacks_of(model)
     if len(found) != 1:
         raise NotStreamable(
@@ -65,16 +60,16 @@ def only_stack(model: Any) -> tuple[Stack, nn.ModuleList]:
 
 
 def layers_path(model: Any) -> str:
-    """The full name of the stack's list of layers in the model, with a dot at the end."""
+    """Return the full name of the stack's list of layers in the model, with a dot at the end."""
     _, layers = only_stack(model)
     return next(name for name, module in model.named_modules() if module is layers) + "."
 
 
 class Source:
-    """The weights of a folder, by their names in the model that transformers makes of it; read when asked for.
+    """The weights of a folder, by their names in the transformers model; each is read when it is asked for.
 
-    FileNotFoundError for a missing shard; ValueError for tensors that are missing, doubled or of another shape, and
-    for names that transformers would merge or split.
+    FileNotFoundError for a missing shard; ValueError for tensors that are missing, doubled or of another shape;
+    NotStreamable for tensors that transformers merges or splits.
     """
 
     def __init__(self, folder: str | Path, model: Any) -> None:
@@ -91,14 +86,14 @@ class Source:
             name, converted = rename_source_key(source, renamings, converters, model.base_model_prefix, wanted)
             if converted is not None:
                 raise NotStreamable(
-                    f"transformers makes the tensor {name} of others (such as {source}), which is not done layer by "
+                    f"transformers makes the tensor {name} of others (such as {source}), which needs more than one "
                     "layer: convert this model in memory"
                 )
             if name in self.place:
                 raise ValueError(f"{folder} holds {name} twice, as {self.place[name][1]} and as {source}: remove one")
             if name in wanted:
                 self.place[name] = path, source
-        self.aliases = checkpoint.tied(model)
+        self.aliases = tied(model)
         self._require_whole(wanted)
 
     def _require_whole(self, wanted: dict[str, Tensor]) -> None:
@@ -128,7 +123,7 @@ class Source:
                 )
 
     def layout(self, name: str) -> tuple[tuple[int, ...], torch.dtype]:
-        """Shape and dtype of a tensor, from its file's header."""
+        """Return the shape and dtype of a tensor, from its file's header."""
         from safetensors import safe_open
         from safetensors.torch import _TYPES
 
@@ -138,9 +133,9 @@ class Source:
             return tuple(view.get_shape()), _TYPES[view.get_dtype()]
 
     def read(self, name: str, dtype: torch.dtype | None = torch.float32, rows: Tensor | None = None) -> Tensor:
-        """A copy of a tensor (None: in the dtype it has), or one in which only these rows are filled in.
+        """Return a copy of a tensor in `dtype` (None: its own); with `rows`, only these rows are filled.
 
-        Rows that are not filled cost no memory until they are touched. The file is mapped no longer than this takes.
+        Rows that are not filled cost no memory until they are touched. The file is unmapped before this returns.
         ValueError for NaN or infinite values.
         """
         from safetensors import SafetensorError, safe_open
@@ -157,12 +152,12 @@ class Source:
                     tensor[rows] = checked
                 del mapped
         except (OSError, SafetensorError) as error:
-            raise ValueError(f"{path} cannot be read ({error}): fetch it again") from error
+            raise ValueError(f"{path} cannot be read ({error}): download it again") from error
         if checked.is_floating_point() and not torch.isfinite(checked).all():
             raise ValueError(f"{self.folder} has NaN or infinite values in {name}: the weights are damaged")
         return tensor
 
     def bytes_of(self, name: str, dtype: torch.dtype | None) -> int:
-        """What a tensor takes in this dtype (None: in the one it has)."""
+        """Return the bytes of a tensor in this dtype (None: its own)."""
         shape, own = self.layout(name)
         return torch.Size(shape).numel() * (dtype or own).itemsize

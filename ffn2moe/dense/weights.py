@@ -70,3 +70,14 @@ def require_representable(tensor: Tensor, dtype: torch.dtype, what: str) -> None
             f"{what} holds {largest:.3g}, more than the {torch.finfo(dtype).max:.3g} that {dtype} can: "
             "keep the model in bfloat16 or float32"
         )
+
+
+def tied(model: nn.Module) -> dict[str, str]:
+    """Return second names of tensors, each with the first name: only the first is on disk."""
+    first: dict[int, str] = {}
+    aliases: dict[str, str] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        other = first.setdefault(id(parameter), name)
+        if other != name:
+            aliases[name] = other
+    return aliases

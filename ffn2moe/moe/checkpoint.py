@@ -16,7 +16,7 @@ from torch import nn
 
 from ffn2moe.dense.config import constructor_options
 from ffn2moe.dense.locate import family_of, ffn_layers, ffn_paths, install
-from ffn2moe.dense.weights import require_finite, weight_files
+from ffn2moe.dense.weights import require_finite, tied, weight_files
 from ffn2moe.moe.layer import MoEFFN, connect
 from ffn2moe.spec import MoESpec
 from ffn2moe.table import UnknownName
@@ -62,17 +62,6 @@ def describe(model: Any, spec: MoESpec, folder: Path) -> None:
     )
     if model.can_generate():
         model.generation_config.save_pretrained(folder)
-
-
-def tied(model: nn.Module) -> dict[str, str]:
-    """Return second names of tensors, each with the first name: only the first is on disk."""
-    first: dict[int, str] = {}
-    aliases: dict[str, str] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        other = first.setdefault(id(parameter), name)
-        if other != name:
-            aliases[name] = other
-    return aliases
 
 
 def load_spec(folder: str | Path, active: int | None = None) -> MoESpec:

@@ -1,0 +1,160 @@
+"""Prepare the data of a conversion: batches to calibrate on, to judge by, and to train on."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ffn2moe.conversion.task import Task
+from ffn2moe.data.batches import Batch, Batches, BatchSource, in_order, pack
+from ffn2moe.data.corpus import docstrings, read_corpus
+from ffn2moe.data.generate import greedy_answers, sample_tokens
+
+GENERATED_TEXTS, MOST_TEXTS = 4000, 40000  # texts by default: that the model writes, that are taken from a corpus
+EVALUATION_SHARE, MOST_EVALUATED = 0.05, 200  # of the texts are held out to judge by
+MOST_BATCH_TOKENS, FEWEST_BATCH_TOKENS = 4096, 512  # of a step: a small language model learns more from small ones
+TOKENS_BY_WIDTH = 8  # tokens of a step, for each dimension of a language model
+AT_ONCE = 64  # texts that the model writes together, or answers, ...
+CACHED_NUMBERS = 2**28  # ... unless their keys and values are more numbers than this
+CALIBRATION_BATCH = 16  # texts
+
+Ids = list[list[int]]
+
+
+@dataclass(frozen=True)
+class Data:
+    """The batches of a conversion, and a summary of them for the manifest."""
+
+    calibration: list[Batch]
+    evaluation: list[Batch]
+    train: Callable[[], BatchSource]
+    summary: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Token ids of texts, and for encoder-decoders those of each answer."""
+
+    ids: Ids
+    decoder_ids: Ids | None
+
+    def part(self, start: int, stop: int | None = None) -> Tokens:
+        """Return the texts from `start` to `stop`."""
+        return Tokens(self.ids[start:stop], self.decoder_ids[start:stop] if self.decoder_ids else None)
+
+
+def text_data(task: Task) -> Data:
+    """Return the batches of a model that reads text. The tokens are kept in the unfinished folder."""
+    head, pad_id = task.dense.head, task.dense.reader.pad_token_id or 0
+    tokens = _kept_tokens(task)
+    count = held_out(len(tokens.ids))
+    train, judged = tokens.part(count), tokens.part(0, count)
+    calibrated = train.part(0, _calibration_texts(train.ids, task.settings.calibration_tokens))
+    train_tokens = sum(map(len, train.ids))
+
+    def batches(some: Tokens) -> list[Batch]:
+        return list(in_order(head, some.ids, some.decoder_ids, batch_texts=CALIBRATION_BATCH, pad_id=pad_id))
+
+    return Data(
+        calibration=batches(calibrated),
+        evaluation=batches(judged),
+        train=lambda: Batches(
+            train.ids,
+            batch_tokens=max(task.max_length, min(_batch_tokens(task), train_tokens // 4)),
+            seed=task.settings.seed,
+            pad_id=pad_id,
+            head=head,
+            decoder_ids=train.decoder_ids,
+        ),
+        summary={
+            "corpus": task.corpus,
+            "texts": len(tokens.ids),
+            "train_tokens": train_tokens,
+            "evaluation_texts": count,
+        },
+    )
+
+
+def held_out(count: int) -> int:
+    """Return how many of `count` texts are held out to judge by."""
+    return max(1, min(MOST_EVALUATED, int(EVALUATION_SHARE * count)))
+
+
+def _batch_tokens(task: Task) -> int:
+    """Return the tokens of a training step."""
+    if task.settings.batch_tokens:
+        return task.settings.batch_tokens
+    if task.dense.head != "causal":
+        return MOST_BATCH_TOKENS
+    width = task.dense.config.get_text_config().hidden_size
+    return max(FEWEST_BATCH_TOKENS, min(MOST_BATCH_TOKENS, TOKENS_BY_WIDTH * width))
+
+
+def _calibration_texts(ids: Sequence[Sequence[int]], wanted: int) -> int:
+    """Return how many of the first texts have the wanted number of tokens together."""
+    total = 0
+    for count, text in enumerate(ids, 1):
+        total += len(text)
+        if total >= wanted:
+            return count
+    return len(ids)
+
+
+def _kept_tokens(task: Task) -> Tokens:
+    """Return the tokens that a stopped conversion left; else make and keep them."""
+    kept = task.work / "tokens.json"
+    if not kept.is_file():
+        made = _generated(task) if task.corpus == "generated" else _of_corpus(task)
+        fresh = kept.with_suffix(".fresh")
+        fresh.write_text(json.dumps({"ids": made.ids, "decoder_ids": made.decoder_ids}))
+        os.replace(fresh, kept)
+    return Tokens(**json.loads(kept.read_text()))
+
+
+def _generated(task: Task) -> Tokens:
+    """Have a language model write texts, and return them as blocks of tokens."""
+    teacher, bos = task.dense.model.to(task.device), task.dense.reader.bos_token_id
+    config = task.dense.config.get_text_config()
+    cached = 2 * config.num_hidden_layers * config.hidden_size * task.max_length  # numbers for one text, at most
+    drawn = sample_tokens(
+        teacher,
+        count=task.settings.texts or GENERATED_TEXTS,
+        length=task.max_length,
+        seed=task.settings.seed,
+        bos=teacher.generation_config.bos_token_id if bos is None else bos,
+        batch=max(1, min(AT_ONCE, CACHED_NUMBERS // cached)),
+        track=task.track,
+    )
+    return Tokens(pack(drawn, task.max_length, None), None)
+
+
+def _of_corpus(task: Task) -> Tokens:
+    """Return the distinct texts of the corpus in a seeded order: as blocks for language models, else truncated."""
+    settings, tokenizer, length = task.settings, task.dense.reader, task.max_length
+    if task.corpus == "docstrings":
+        texts = docstrings(track=task.track)
+    else:
+        texts = read_corpus(task.corpus, settings.text_column, track=task.track)
+    texts = list(dict.fromkeys(texts))
+    random.Random(settings.seed).shuffle(texts)
+    texts = texts[: settings.texts or MOST_TEXTS]
+    if task.dense.head == "causal":
+        whole = tokenizer(texts)["input_ids"]
+        begins = whole[0][:1] == [tokenizer.bos_token_id]  # then texts need nothing between them
+        return Tokens(pack(whole, length, None if begins else tokenizer.eos_token_id), None)
+    ids = tokenizer(texts, truncation=True, max_length=length)["input_ids"]
+    if task.dense.head != "seq2seq":
+        return Tokens(ids, None)
+    answers = greedy_answers(
+        task.dense.model.to(task.device),
+        ids,
+        length=length,
+        batch=AT_ONCE,
+        pad_id=tokenizer.pad_token_id or 0,
+        track=task.track,
+    )
+    return Tokens(ids, answers)

@@ -1,0 +1,128 @@
+"""Judge how near a student is to its teacher, on texts that neither calibration nor training has seen."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ffn2moe import metrics
+from ffn2moe.data.batches import Batch
+from ffn2moe.decompose.layer import output_of
+from ffn2moe.numerics import pool
+from ffn2moe.spec import MoESpec
+from ffn2moe.table import Table
+
+Sums = dict[str, float]
+
+
+@dataclass(frozen=True)
+class Measure:
+    """The measure of a head: sums over a batch of the two models, and figures made of the sums over all batches."""
+
+    sums: Callable[[Any, Any, Batch, MoESpec], Sums]
+    figures: Callable[[Sums], dict[str, float]]
+
+
+@torch.no_grad()
+def judge(
+    teacher: Any, student: Any, batches: Sequence[Batch], spec: MoESpec, device: str | torch.device = "cpu"
+) -> dict[str, float]:
+    """Return how near the student is to the teacher. Both models are moved to `device` and left in eval mode.
+
+    Models with logits: `divergence` in nats and `agreement` of the most probable token or class, both a position;
+    language models also `perplexity` and `teacher_perplexity`. Embeddings: their mean `cosine`. Hidden states: the
+    `relative_error`.
+    """
+    device, measure = torch.device(device), MEASURES[spec.head]
+    teacher, student = teacher.to(device).eval(), student.to(device).eval()
+    sums: Sums = {}
+    for batch in batches:
+        for name, value in measure.sums(teacher, student, batch.to(device), spec).items():
+            sums[name] = sums.get(name, 0.0) + value
+    return measure.figures(sums)
+
+
+def summary(quality: dict[str, float]) -> str:
+    """Return the figures of `judge` in words."""
+    if "cosine" in quality:
+        return f"cosine {quality['cosine']:.4f} with the embeddings of the dense model"
+    if "relative_error" in quality:
+        return f"relative error {quality['relative_error']:.3f} of the hidden states"
+    near = f"{quality['divergence']:.4f} nats from the dense model, {100 * quality['agreement']:.1f} % agreement"
+    if "perplexity" in quality:
+        return f"perplexity {quality['perplexity']:.3f} (dense {quality['teacher_perplexity']:.3f}), {near}"
+    return near
+
+
+def _embedding_sums(teacher: Any, student: Any, batch: Batch, spec: MoESpec) -> Sums:
+    mask, pooling = batch.mask, spec.pooling
+    assert mask is not None and pooling is not None
+    first, second = (
+        pool(model(**batch.inputs).last_hidden_state.float(), mask, pooling) for model in (teacher, student)
+    )
+    return {"count": len(first), "cosine": (first * second).sum().item()}
+
+
+def _feature_sums(teacher: Any, student: Any, batch: Batch, spec: MoESpec) -> Sums:
+    first, second = (output_of(model, batch).float() for model in (teacher, student))
+    return {
+        "count": first.double().square().sum().item(),
+        "error": (first - second).double().square().sum().item(),
+    }
+
+
+def _logits(teacher: Any, student: Any, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Return the logits [N, V] of both models at the positions that count."""
+    return (
+        output_of(teacher, batch).float().flatten(0, -2),
+        output_of(student, batch).float().flatten(0, -2),
+    )
+
+
+def _near(first_NV: Tensor, second_NV: Tensor) -> Sums:
+    agreed = (first_NV.argmax(-1) == second_NV.argmax(-1)).sum().item()
+    divergence = metrics.divergence(first_NV, second_NV).sum().item()
+    return {"count": len(first_NV), "divergence": divergence, "agreement": agreed}
+
+
+def _logit_sums(teacher: Any, student: Any, batch: Batch, spec: MoESpec) -> Sums:
+    return _near(*_logits(teacher, student, batch))
+
+
+def _causal_sums(teacher: Any, student: Any, batch: Batch, spec: MoESpec) -> Sums:
+    first_NV, second_NV = _logits(teacher, student, batch)
+    mask_BL = batch.inputs["attention_mask"].bool()
+    row_P, place_P = torch.nonzero(mask_BL[:, 1:] & mask_BL[:, :-1], as_tuple=True)
+    target_P = batch.inputs["input_ids"][row_P, place_P + 1]
+    index_P = mask_BL.flatten().cumsum(0).sub(1).view_as(mask_BL)[row_P, place_P]
+    return {
+        **_near(first_NV, second_NV),
+        "predicted": len(target_P),
+        "teacher_nats": metrics.nats(first_NV[index_P], target_P).sum().item(),
+        "nats": metrics.nats(second_NV[index_P], target_P).sum().item(),
+    }
+
+
+def _logit_figures(sums: Sums) -> dict[str, float]:
+    return {name: sums[name] / sums["count"] for name in ("divergence", "agreement")}
+
+
+def _causal_figures(sums: Sums) -> dict[str, float]:
+    found = _logit_figures(sums)
+    for name, nats in (("perplexity", "nats"), ("teacher_perplexity", "teacher_nats")):
+        found[name] = float(torch.tensor(sums[nats] / sums["predicted"], dtype=torch.float64).exp())
+    return found
+
+
+MEASURES: Table[Measure] = Table("head")
+MEASURES.register("causal", Measure(_causal_sums, _causal_figures))
+MEASURES.register("classification", Measure(_logit_sums, _logit_figures))
+MEASURES.register("seq2seq", Measure(_logit_sums, _logit_figures))
+MEASURES.register("embedding", Measure(_embedding_sums, lambda sums: {"cosine": sums["cosine"] / sums["count"]}))
+MEASURES.register(
+    "features", Measure(_feature_sums, lambda sums: {"relative_error": (sums["error"] / sums["count"]) ** 0.5})
+)

@@ -1,0 +1,84 @@
+"""Decompose and route every layer of the dense model, from its shards or in memory."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from typing import Any
+
+import torch
+
+from ffn2moe.conversion.data import Data
+from ffn2moe.conversion.task import Task
+from ffn2moe.decompose.inputs import layer_inputs
+from ffn2moe.decompose.layer import decompose_layer, output_of, require_identity
+from ffn2moe.decompose.route import RouterSettings, route_layer
+from ffn2moe.decompose.source import NotStreamable, skeleton
+from ffn2moe.decompose.stream import HELD_OUT_SHARE, StreamSettings, decompose
+from ffn2moe.dense.load import load_dense
+from ffn2moe.dense.locate import read_ffn
+from ffn2moe.moe import checkpoint
+from ffn2moe.moe.install import install_moe
+from ffn2moe.moe.layer import MoEFFN
+from ffn2moe.spec import MoESpec
+
+STEPS, BATCH_TOKENS = 200, 1024  # of a router's fit
+
+
+def route(task: Task, data: Data) -> None:
+    """Make the checkpoint `task.routed`: every FFN a mixture whose router alone is trained. Keep one that is there."""
+    if task.routed.is_dir():
+        return
+    router = RouterSettings(steps=STEPS, batch_tokens=BATCH_TOKENS, seed=task.settings.seed)
+    try:
+        rows = _streamed(task, data, router)
+    except NotStreamable:
+        rows = _in_memory(task, data, router)
+    recall = sum(row["router_recall"] for row in rows) / len(rows)
+    error = sum(row["router_error"] for row in rows) / len(rows)
+    task.say(
+        f"{len(rows)} layers: the routers find {100 * recall:.0f} % of the experts that the oracle chooses; the "
+        f"relative error is {error:.2f}"
+    )
+
+
+def _streamed(task: Task, data: Data, router: RouterSettings) -> list[dict[str, Any]]:
+    dense = task.dense
+    if dense.family is None or dense.reads != "text":
+        raise NotStreamable("the model reads images, or its family is unknown")
+    spec = task.spec(skeleton(dense.folder, dense.head))
+    settings = StreamSettings(spec, router, torch.float32)
+    return decompose(dense.folder, task.routed, data.calibration, settings, track=task.track)
+
+
+def _in_memory(task: Task, data: Data, router: RouterSettings) -> list[dict[str, Any]]:
+    teacher = task.dense.model
+    spec = task.spec(teacher)
+    inputs = layer_inputs(teacher, data.calibration, max_tokens=task.settings.calibration_tokens, device=task.device)
+    teacher.to("cpu")
+    student, _ = load_dense(str(task.dense.folder), head=task.dense.head)
+    layers = [
+        decompose_layer(read_ffn(student, index), x_TD, spec, index, seed=task.settings.seed)
+        for index, x_TD in task.track(enumerate(inputs), len(inputs), "decomposing layers")
+    ]
+    _install(student, layers, data, spec)
+    rows = []
+    for index, moe in task.track(list(enumerate(layers)), len(layers), "routing layers"):
+        kept = max(1, len(inputs[index]) - len(inputs[index]) // HELD_OUT_SHARE)
+        x_TD, held_out_TD = inputs[index][:kept], inputs[index][kept:]
+        found = route_layer(moe, x_TD, router.for_layer(index), held_out_TD=held_out_TD if len(held_out_TD) else None)
+        rows.append({"layer": index, **found.row})
+    partial = task.routed.with_name("routed.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    checkpoint.save(student, None, spec, partial)
+    os.replace(partial, task.routed)
+    return rows
+
+
+@torch.no_grad()
+def _install(student: Any, layers: list[MoEFFN], data: Data, spec: MoESpec) -> None:
+    """Install the mixtures; ValueError unless the model with all experts computes what it computed before."""
+    batch = data.calibration[0]
+    dense = output_of(student, batch)
+    install_moe(student, layers)
+    require_identity(layers, dense, lambda: output_of(student, batch), name=spec.teacher, family=spec.family)
