@@ -1,7 +1,8 @@
-"""Stage 4: the mixtures learn, layer by layer and then end to end, to do what the dense teacher does.
+"""Stage 4: distil the dense teacher into the mixtures, layer by layer if params.yaml asks for it, then end to end.
 
-Killed at any moment, it continues from the last layer or checkpoint in .cache and ends in the same bytes. In several
-processes (`distill.processes`) each works on its part of every batch; the first alone reads and writes .cache and outs.
+A run that is killed at any moment resumes from the last layer or checkpoint in .cache and ends in the same bytes. With
+several processes (`distill.processes`) each works on its part of every batch; only the first reads and writes .cache
+and outs.
 """
 
 from __future__ import annotations
@@ -22,21 +23,22 @@ from tasks.tokens import read_tokens
 if TYPE_CHECKING:
     from ffn2moe.data.batches import BatchSource
     from ffn2moe.data.ranks import Ranks
-    from ffn2moe.distill.distiller import Distiller, StepMetrics
+    from ffn2moe.distill.distiller import Distiller, StepMetrics, Training
     from ffn2moe.distill.objectives import Objective
     from ffn2moe.spec import MoESpec
 
 REPORTED_EVERY = 10  # steps between the rows of the loss curve
-LAYERS = ".cache/layerwise"  # the layers that are done, until the stage is
+LAYERS = ".cache/layerwise"  # finished layers, until the stage is finished
 
 
 def run(stage: StageRun) -> None:
+    """Run the stage: in this process, in processes of its own, or as one of those that torchrun started."""
     from ffn2moe.data.ranks import ALONE
     from ffn2moe.numerics import choose_device
 
     settings = stage.params.distill
     if launched():
-        # The first trains layer by layer alone, for as long as that takes.
+        # The others wait while the first process trains layer by layer.
         patience = timedelta(days=30) if settings.layerwise_steps else PATIENCE
         take_part(stage, distil, device=choose_device(stage.params.compute.device), patience=patience)
     elif settings.processes > 1:
@@ -46,61 +48,55 @@ def run(stage: StageRun) -> None:
 
 
 def distil(stage: StageRun, ranks: Ranks) -> None:
-    """The stage as one of the processes that share its batches."""
+    """Run the stage in one of the processes that share its batches."""
     from ffn2moe.dense.load import load_dense
-    from ffn2moe.distill.distiller import Distiller, Training
+    from ffn2moe.distill.distiller import Distiller
     from ffn2moe.moe import checkpoint
-    from ffn2moe.numerics import bf16_supported, choose_device
 
     if ranks.size != stage.params.distill.processes:
         raise ValueError(
             f"torchrun started {ranks.size} processes and distill.processes = {stage.params.distill.processes}: make "
-            "the two agree (the result depends on their number in its last bits, so that it is a parameter)"
+            "the two agree (their number changes the last bits of the result, so it is a parameter)"
         )
     params, root, settings = stage.params, stage.root, stage.params.distill
     student = checkpoint.load(root / "models/routed")
     spec = checkpoint.load_spec(root / "models/routed")
     teacher, tokenizer = load_dense(str(root / "data/teacher"), head=spec.head)
-    device = choose_device(params.compute.device)
-    bf16 = bf16_supported(device) if params.compute.bf16 == "auto" else params.compute.bf16 == "on"
+    training = training_of(stage, spec)
     tokens = read_tokens(root / "data/corpus/train.jsonl", spec.head, tokenizer, params.teacher.max_length)
     batches = tokens.shuffled(batch_tokens=settings.batch_tokens, seed=params.seed)
+    epochs = settings.steps / batches.per_epoch
     stage.say(
         f"{len(tokens.ids)} {'blocks' if spec.head == 'causal' else 'texts'}, {settings.steps} steps of "
-        f"{settings.batch_tokens} tokens ({settings.steps / batches.per_epoch:.1f} epochs), "
-        f"{'bfloat16' if bf16 else 'float32'} on {device}"
+        f"{settings.batch_tokens} tokens ({epochs:.1f} epochs), "
+        f"{'bfloat16' if training.bf16 else 'float32'} on {training.device}"
     )
     objective = objective_of(stage, spec)
     fingerprint = run_fingerprint(stage)
     require_same(fingerprint, ranks)
     curve = []
-    if ranks.first:  # the others get its state when they start together
-        curve = train_layers(stage, teacher, student, batches, spec, bf16=bf16, fingerprint=fingerprint)
-    distiller = Distiller(
-        teacher,
-        student,
-        batches,
-        objective,
-        Training(
-            steps=settings.steps,
-            learning_rate=settings.learning_rate,
-            balance_step=balance_step_of(stage, spec),
-            scope=settings.scope,
-            elastic=spec.elastic,
-            seed=params.seed,
-            device=device,
-            bf16=bf16,
-        ),
-        ranks,
-    )
+    if ranks.first:  # the other processes get its state when they all start
+        curve = train_layers(stage, teacher, student, batches, spec, training, fingerprint)
+    distiller = Distiller(teacher, student, batches, objective, training, ranks)
     if not ranks.first:
         for _ in distiller.run():
             pass
         return
     progress = Progress(root / ".cache" / "distill.safetensors", fingerprint)
+    train(stage, distiller, progress)
+    with stage.out("models/distilled") as out:
+        checkpoint.save(student, tokenizer, spec, out)
+    report(stage, progress.rows, curve, epochs=epochs, bf16=training.bf16)
+    progress.discard()
+    shutil.rmtree(root / LAYERS, ignore_errors=True)
+
+
+def train(stage: StageRun, distiller: Distiller, progress: Progress) -> None:
+    """Run the distiller from its last checkpoint to its last step; log metrics and write checkpoints."""
+    settings = stage.params.distill
     progress.resume(distiller)
     if distiller.step:
-        stage.say(f"continuing from the checkpoint at step {distiller.step}")
+        stage.say(f"resuming from the checkpoint at step {distiller.step}")
     steps = stage.track(distiller.run(), settings.steps, "distilling", completed=distiller.step)
     for metrics in steps:
         progress.add(metrics)
@@ -109,15 +105,17 @@ def distil(stage: StageRun, ranks: Ranks) -> None:
         if distiller.step % settings.checkpoint_every == 0 and distiller.step < settings.steps:
             progress.save(distiller)
 
-    with stage.out("models/distilled") as out:
-        checkpoint.save(student, tokenizer, spec, out)
-    rows = progress.rows
-    last = rows[-50:]
+
+def report(
+    stage: StageRun, rows: list[dict[str, Any]], curve: list[dict[str, Any]], *, epochs: float, bf16: bool
+) -> None:
+    """Write the metrics and the loss curves of the stage."""
+    settings, last = stage.params.distill, rows[-50:]
     stage.write_json(
         "metrics/distill.json",
         {
             "steps": settings.steps,
-            "epochs": settings.steps / batches.per_epoch,
+            "epochs": epochs,
             "tokens": settings.steps * settings.batch_tokens,
             "loss_last_50": sum(row["loss"] for row in last) / max(1, len(last)),
             "bf16": bf16,
@@ -126,8 +124,25 @@ def distil(stage: StageRun, ranks: Ranks) -> None:
     )
     stage.write_csv("metrics/plots/layerwise.csv", curve or [{"layer": 0, "step": 0, "loss": 0.0}])
     stage.write_csv("metrics/plots/distill.csv", rows[::REPORTED_EVERY] or [{"step": 0, "loss": 0.0}])
-    progress.discard()
-    shutil.rmtree(root / LAYERS, ignore_errors=True)
+
+
+def training_of(stage: StageRun, spec: MoESpec) -> Training:
+    """Return the settings of the training from params.yaml."""
+    from ffn2moe.distill.distiller import Training
+    from ffn2moe.numerics import bf16_supported, choose_device
+
+    params, settings = stage.params, stage.params.distill
+    device = choose_device(params.compute.device)
+    return Training(
+        steps=settings.steps,
+        learning_rate=settings.learning_rate,
+        balance_step=balance_step_of(stage, spec),
+        scope=settings.scope,
+        elastic=spec.elastic,
+        seed=params.seed,
+        device=device,
+        bf16=bf16_supported(device) if params.compute.bf16 == "auto" else params.compute.bf16 == "on",
+    )
 
 
 def train_layers(
@@ -136,17 +151,15 @@ def train_layers(
     student: Any,
     batches: BatchSource,
     spec: MoESpec,
-    *,
-    bf16: bool,
+    training: Training,
     fingerprint: str,
 ) -> list[dict[str, Any]]:
-    """Train every layer of the student by itself, if that is asked; gives the curves of their losses."""
+    """Train every layer of the student by itself, if params.yaml asks for it; return the curves of the losses."""
     import torch
 
     from ffn2moe.distill.layerwise import LayerTraining, distil_layers
-    from ffn2moe.numerics import choose_device
 
-    params, settings = stage.params, stage.params.distill
+    settings = stage.params.distill
     if not settings.layerwise_steps:
         return []
     layers = distil_layers(
@@ -156,11 +169,11 @@ def train_layers(
         LayerTraining(
             steps=settings.layerwise_steps,
             batch_tokens=settings.batch_tokens,
-            learning_rate=settings.learning_rate,
-            seed=params.seed,
-            elastic=spec.elastic,
-            device=choose_device(params.compute.device),
-            bf16=bf16,
+            learning_rate=training.learning_rate,
+            seed=training.seed,
+            elastic=training.elastic,
+            device=str(training.device),
+            bf16=training.bf16,
         ),
         workers=torch.get_num_threads() * int(os.environ.get("LOCAL_WORLD_SIZE", "1")),  # the others wait
         folder=stage.root / LAYERS,
@@ -174,7 +187,7 @@ def train_layers(
         for step, loss in enumerate(found.losses)
         if step % REPORTED_EVERY == 0
     ]
-    return sorted(rows, key=lambda row: (row["layer"], row["step"]))  # layers are done in any order
+    return sorted(rows, key=lambda row: (row["layer"], row["step"]))  # layers finish in any order
 
 
 def objective_of(stage: StageRun, spec: MoESpec) -> Objective:
@@ -193,7 +206,7 @@ def objective_of(stage: StageRun, spec: MoESpec) -> Objective:
 
 
 def balance_step_of(stage: StageRun, spec: MoESpec) -> float:
-    """The step of the balance bias; 0 where the container has no bias that shifts the choice."""
+    """Return the step of the balance bias; 0 if the container has no bias that shifts the choice."""
     from ffn2moe.containers.table import CONTAINERS
 
     step = stage.params.distill.balance_step
@@ -204,9 +217,9 @@ def balance_step_of(stage: StageRun, spec: MoESpec) -> float:
 
 
 class Progress:
-    """The checkpoint that a stopped distillation continues from, with the metrics of the steps behind it.
+    """The checkpoint that a stopped distillation resumes from, with the metrics of the steps before it.
 
-    It lies outside the stage's outs, which DVC removes before the stage starts.
+    Its file is not one of the stage's outs, because DVC removes those before the stage starts.
     """
 
     def __init__(self, path: Path, fingerprint: str) -> None:
@@ -215,9 +228,11 @@ class Progress:
         self.rows: list[dict[str, Any]] = []
 
     def add(self, metrics: StepMetrics) -> None:
+        """Keep the metrics of a step."""
         self.rows.append(metrics.row())
 
     def save(self, distiller: Distiller) -> None:
+        """Write the checkpoint."""
         import torch
 
         from ffn2moe.moe.checkpoint import save_progress
@@ -231,7 +246,7 @@ class Progress:
         )
 
     def resume(self, distiller: Distiller) -> None:
-        """Puts the distiller where it was stopped, if it was."""
+        """Restore the distiller and the metrics from the checkpoint, if there is one of this distillation."""
         from ffn2moe.moe.checkpoint import load_progress
 
         found = load_progress(self.path, fingerprint=self.fingerprint)
@@ -245,11 +260,12 @@ class Progress:
         distiller.restore(step, tensors)
 
     def discard(self) -> None:
+        """Delete the checkpoint."""
         self.path.unlink(missing_ok=True)
 
 
 def require_same(fingerprint: str, ranks: Ranks) -> None:
-    """ValueError when another of the processes has a fingerprint of its own."""
+    """Raise ValueError if the processes have different fingerprints."""
     import torch
 
     if not ranks.same(torch.tensor(list(bytes.fromhex(fingerprint)))):
@@ -260,7 +276,7 @@ def require_same(fingerprint: str, ranks: Ranks) -> None:
 
 
 def run_fingerprint(stage: StageRun) -> str:
-    """Names this very distillation: its parameters and the content of what it reads."""
+    """Return a digest of this distillation: its parameters and the content of its inputs."""
     params = stage.params
     digest = hashlib.sha256()
     settings = [

@@ -1,4 +1,4 @@
-"""A stage in several processes: it starts them by torchrun's own launcher, or is one of those that torchrun started."""
+"""Run a stage in several processes: start them with torchrun's launcher, or be one that torchrun started."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from datetime import timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tasks.record import STAGE_RUN
 from tasks.stage import USER_ERROR, StageRun, explain
@@ -18,25 +18,25 @@ from tasks.stage import USER_ERROR, StageRun, explain
 if TYPE_CHECKING:
     from ffn2moe.data.ranks import Ranks
 
-PATIENCE = timedelta(minutes=30)  # before a process that is waited for is taken for lost
-GRACE = 10.0  # seconds that a process which has lost the others leaves them to say why
+PATIENCE = timedelta(minutes=30)  # how long the others wait for a process before they count it as lost
+GRACE = 10.0  # seconds that a process which lost the others waits, so that they can say why
 
 
 def launched() -> bool:
-    """Whether torchrun, or `launch`, started this process."""
+    """Return whether torchrun, or `launch`, started this process."""
     return "TORCHELASTIC_RUN_ID" in os.environ
 
 
 def speaks() -> bool:
-    """Whether this process keeps the record of the run: it is the only one, or the first."""
+    """Return whether this process keeps the record of the run: the only one, or the first."""
     return os.environ.get("RANK", "0") == "0"
 
 
 def launch(stage: StageRun, processes: int, *program: str) -> None:
-    """Runs `python PROGRAM` in so many processes on this machine, which talk over its loopback and share its cores.
+    """Run `python PROGRAM` in several processes on this machine, which talk over its loopback and share its cores.
 
-    ChildProcessError with the first one's reason when one fails or is killed; the others are ended then, as they are
-    when this process is stopped.
+    ChildProcessError, with the first reason, if one fails or is killed. The others end then, and also when this process
+    is stopped.
     """
     import torch
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
@@ -52,7 +52,7 @@ def launch(stage: StageRun, processes: int, *program: str) -> None:
         os.environ[STAGE_RUN] = stage.record.run_id
     for name in list(logging.root.manager.loggerDict):
         if name.startswith("torch.distributed.elastic"):
-            logging.getLogger(name).setLevel(logging.CRITICAL)  # what it would tell of a failure is told below
+            logging.getLogger(name).setLevel(logging.CRITICAL)  # the error below says why a process failed
     stage.say(f"{processes} processes, {threads} thread{'s' if threads > 1 else ''} each")
     with tempfile.TemporaryDirectory() as logs:
         config = LaunchConfig(
@@ -72,23 +72,26 @@ def launch(stage: StageRun, processes: int, *program: str) -> None:
             sys.exit(128 + stop.sigval)
         except ChildFailedError as error:
             rank, failure = error.get_first_failure()
-            if failure.exitcode < 0:
-                name = signal.Signals(-failure.exitcode).name
-                reason = (
-                    f"was killed ({name}; if nobody did it, the memory ran out: dmesg tells); run again: training goes "
-                    "on from its last checkpoint"
-                )
-            elif failure.exitcode == USER_ERROR and isinstance(failure.message, dict):
-                reason = f"stopped: {failure.message['message'].partition(': ')[2]}"
-            else:
-                reason = f"failed with code {failure.exitcode}: what it printed above says why"
-            raise ChildProcessError(f"process {rank} of {processes} {reason}") from None
+            raise ChildProcessError(f"process {rank} of {processes} {_reason(failure)}") from None
+
+
+def _reason(failure: Any) -> str:
+    """Return how a process failed, and what to do, from torchrun's record of it."""
+    if failure.exitcode < 0:
+        name = signal.Signals(-failure.exitcode).name
+        return (
+            f"was killed ({name}; if nobody killed it, the memory ran out: see dmesg); run again: the training resumes "
+            "from its last checkpoint"
+        )
+    if failure.exitcode == USER_ERROR and isinstance(failure.message, dict):
+        return f"stopped: {failure.message['message'].partition(': ')[2]}"
+    return f"failed with code {failure.exitcode}: its output above says why"
 
 
 def take_part(stage: StageRun, work: Callable[[StageRun, Ranks], None], *, device: str, patience: timedelta) -> None:
-    """Does `work` as one of the processes that torchrun started; the first one speaks for all.
+    """Do `work` as one of the processes that torchrun started; only the first one prints.
 
-    What went wrong is left to whoever started the processes to tell, once.
+    An error goes to the process that started them, which reports it once.
     """
     import torch
     from torch.distributed.elastic.multiprocessing.errors import get_error_handler

@@ -283,7 +283,7 @@ def test_a_stage_that_is_terminated_leaves_nobody_and_ends_in_the_bytes_of_one_t
     process = start(workspace, "-m", "tasks.distill")
     output, errors = process.communicate(timeout=240)
     assert (process.returncode, errors) == (0, "")
-    assert output.count("distill: continuing from the checkpoint at step") == 1
+    assert output.count("distill: resuming from the checkpoint at step") == 1
     for name in ("models/distilled/model.safetensors", "metrics/distill.json", "metrics/plots/distill.csv"):
         assert (workspace / name).read_bytes() == (undisturbed / name).read_bytes()
     assert not checkpoint.exists()

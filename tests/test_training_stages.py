@@ -121,7 +121,7 @@ def test_a_distillation_killed_between_checkpoints_ends_in_the_same_bytes(routed
     again = stage(killed, "distill")
     monkeypatch.setattr(again, "say", said.append)
     distill.run(again)
-    assert "continuing from the checkpoint at step 5" in said
+    assert "resuming from the checkpoint at step 5" in said
     assert bytes_of(killed / "models/distilled") == bytes_of(whole / "models/distilled")
     for name in ("metrics/distill.json", "metrics/plots/distill.csv"):
         assert (killed / name).read_bytes() == (whole / name).read_bytes()
@@ -173,7 +173,7 @@ def test_a_checkpoint_of_other_parameters_is_not_continued(routed, tmp_path, mon
     other = stage(root, "distill", "distill.learning_rate=0.002")
     monkeypatch.setattr(other, "say", said.append)
     distill.run(other)
-    assert not any("continuing" in line for line in said)
+    assert not any("resuming" in line for line in said)
 
 
 def test_without_distillation_the_student_is_the_routed_mixture(routed, tmp_path):

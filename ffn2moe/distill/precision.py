@@ -13,9 +13,9 @@ Half = tuple[nn.Module, str, nn.Parameter, nn.Parameter]
 
 
 def bf16_copies(*models: nn.Module) -> list[Half]:
-    """What is frozen in the linear maps of these models, and the same in bfloat16: module, name, weights, weights.
+    """Return the frozen weights of the models' linear maps with bfloat16 copies: module, name, weights, copy.
 
-    Autocast makes the same numbers of them, but anew in every pass.
+    Autocast makes the same copies, but again in every pass.
     """
     from transformers.pytorch_utils import Conv1D
 
@@ -31,7 +31,7 @@ def bf16_copies(*models: nn.Module) -> list[Half]:
 
 @contextmanager
 def weights_in_bf16(halves: Sequence[Half]) -> Iterator[None]:
-    """For a while, the linear maps have their weights in bfloat16."""
+    """Give the linear maps their bfloat16 weights while the block runs."""
     for module, name, _, half in halves:
         module.register_parameter(name, half)
     try:
@@ -42,11 +42,11 @@ def weights_in_bf16(halves: Sequence[Half]) -> Iterator[None]:
 
 
 def use_float32_attention(model: Any) -> Any:
-    """Compute the attention of a model in float32 under autocast, on a CPU, where it has a gradient; returns the model.
+    """Compute a model's attention in float32 under autocast, on a CPU, if it has a gradient; return the model.
 
     On CPUs the backward pass of scaled_dot_product_attention takes 9 times longer in bfloat16 than in float32
-    (torch 2.13, AMX: 168 ms against 18 ms at 32 x 12 x 128 x 32), and the forward pass half as long. Everywhere else it
-    stays as it is.
+    (torch 2.13, AMX: 168 ms against 18 ms at 32 x 12 x 128 x 32), and the forward pass half as long. Attention without
+    a gradient, or on another device, does not change.
     """
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
@@ -73,6 +73,6 @@ def _float32_attention(
     with torch.autocast(kind, enabled=False) if slow else nullcontext():
         if slow:
             query, key, value = query.float(), key.float(), value.float()
-            if options.get("position_bias") is not None:  # as T5 adds to its scores
+            if options.get("position_bias") is not None:  # T5 adds it to its scores
                 options["position_bias"] = options["position_bias"].float()
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)

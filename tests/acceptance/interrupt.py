@@ -163,7 +163,7 @@ def resume(repo: Path, trial: Trial, expected: dict[str, object]) -> None:
     code, output = run(repo)
     trial.seconds = time.monotonic() - started
     trial.cached = output.count(" Cached") + output.count(" Restored")
-    trial.resumed = "continuing from the checkpoint" in output
+    trial.resumed = "resuming from the checkpoint" in output
     if trial.checkpoint != trial.resumed:
         trial.problems.append("training ignored its checkpoint" if trial.checkpoint else "no checkpoint")
     if code:

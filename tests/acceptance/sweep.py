@@ -120,7 +120,7 @@ def resumed(repo: Path) -> list[str]:
         f"cell {int(log.parent.name)}: {line.removeprefix('distill: ')}"
         for log in logs
         for line in log.read_text(encoding="utf-8", errors="replace").splitlines()
-        if "continuing from the checkpoint" in line
+        if "resuming from the checkpoint" in line
     ]
 
 
