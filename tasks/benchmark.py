@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from ffn2moe.planning import autoplan, timing
+from ffn2moe.planning import measure, plan_file, timing
 from ffn2moe.runtime.export import open_export
 from ffn2moe.runtime.files import read_manifest
 from ffn2moe.runtime.workload import Workload
@@ -26,12 +26,12 @@ def run(stage: StageRun) -> None:
     manifest = read_manifest(folder)
     texts = [row["text"] for row in corpus.read_jsonl(root / "data/corpus/evaluation.jsonl")][:TEXTS]
     settings, workload = params.benchmark, workload_of(params.benchmark)
-    keeps_quality = autoplan.quality_of(manifest, params.gate.min_retention)
+    keeps_quality = measure.quality_of(manifest, params.gate.min_retention)
 
     def track(label: str, rounds: range) -> Iterator[int]:
         return stage.track(rounds, len(rounds), label)
 
-    measured = autoplan.measure(
+    measured = measure.measure(
         folder,
         texts,
         workload,
@@ -40,13 +40,13 @@ def run(stage: StageRun) -> None:
         rounds=settings.rounds,
         decode_tokens=settings.decode_tokens,
         track=track,
-        tell=lambda rows: say_times(stage, rows),
+        report=lambda rows: say_times(stage, rows),
     )
     for plan, reason in measured.left_out.items():
         stage.say(f"{plan} does not run here: {reason}")
 
     def planned(max_plans: int | None = None) -> dict[str, Any]:
-        return autoplan.planned(
+        return plan_file.planned(
             folder,
             measured,
             workload,
@@ -67,18 +67,18 @@ def run(stage: StageRun) -> None:
             content = planned(max_plans=1)
         content["mixed_retention"] = round(mixed, 6)
     stage.say(content["reason"])
-    content["bounds"] = autoplan.bounds_of(folder, workload.longest, content["default_plan"])
+    content["bounds"] = plan_file.bounds_of(folder, workload.longest, content["default_plan"])
     stage.write_json(f"exports/{params.name}/plan.json", content)
     stage.write_json(
         "metrics/benchmark.json",
         {
             **{key: content[key] for key in ("default_plan", "speedup_vs_best_dense", "bounds")},
             "memory_mib": content["memory_mib"],
-            "largest_shape": {row.plan: autoplan.row_of(row) for row in largest_shape(measured.timings)},
+            "largest_shape": {row.plan: plan_file.row_of(row) for row in largest_shape(measured.timings)},
         },
     )
     stage.write_csv(
-        "metrics/plots/benchmark.csv", [{"plan": row.plan, **autoplan.row_of(row)} for row in measured.timings]
+        "metrics/plots/benchmark.csv", [{"plan": row.plan, **plan_file.row_of(row)} for row in measured.timings]
     )
 
 

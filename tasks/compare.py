@@ -78,18 +78,25 @@ def cheapest_of(found: Sequence[Point], keeps: float) -> Point | None:
 
 
 def session(job: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Times `exports` (label -> folder and plan; `dense` among them) at one shape; a row each, in the job's order."""
+    """Time `exports` (label -> folder and plan; `dense` among them) at one shape; return a row each, in their order."""
     from ffn2moe.planning import timing
     from ffn2moe.runtime.export import open_export
+    from ffn2moe.runtime.plans import is_dense
 
     lines = Path(job["texts"]).read_text(encoding="utf-8").splitlines()[:TEXTS]
     opened = {label: open_export(folder, plan, job["threads"]) for label, (folder, plan) in job["exports"].items()}
     batch, sequence = job["shape"]
     batches = timing.full_batches(opened["dense"], [json.loads(line)["text"] for line in lines], batch, sequence)
-    rows = timing.interleaved(
-        opened, batches, rounds=job["rounds"], threads=job["threads"], decode_tokens=job["decode_tokens"]
+    race = timing.Race(
+        opened,
+        batches,
+        threads=job["threads"],
+        decode_tokens=job["decode_tokens"],
+        comparable=[label for label, (_, plan) in job["exports"].items() if is_dense(plan)],
     )
-    return [asdict(row) for row in rows if row.phase in timing.DECISIVE]
+    for _ in range(job["rounds"]):
+        race.round()
+    return [asdict(row) for row in race.timings() if row.phase in timing.DECISIVE]
 
 
 def draw(found: Sequence[Point], labels: Mapping[int, str], wanted: float, title: str, path: Path) -> None:

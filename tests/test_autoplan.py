@@ -21,8 +21,9 @@ from ffn2moe.onnx import graph as onnx_graph
 from ffn2moe.onnx import lower as onnx_plans
 from ffn2moe.onnx.verify import Known, plan_parity
 from ffn2moe.onnx.write import export_model, write_manifest
-from ffn2moe.planning import autoplan, timing
-from ffn2moe.planning.autoplan import Cell, choose, run_race
+from ffn2moe.planning import measure, plan_file, timing
+from ffn2moe.planning.choose import Cell, choose
+from ffn2moe.planning.measure import run_race
 from ffn2moe.planning.timing import Race, Timing, median_interval
 from ffn2moe.runtime import switch
 from ffn2moe.runtime.plans import is_dense
@@ -243,13 +244,13 @@ def test_the_best_dense_plan_stays_when_every_mixture_is_faster(clock):
 def test_rounds_end_once_the_ratios_are_known_or_the_time_is_spent(clock):
     quiet = race_of(clock, dense=0.2, sorted=0.1)
     run_race(quiet, KEPT, rounds=50)
-    assert quiet.rounds == autoplan.ENOUGH_ROUNDS
+    assert quiet.rounds == measure.ENOUGH_ROUNDS
     noisy = race_of(clock, noise=0.3, dense=0.2, sorted=0.15)
     run_race(noisy, KEPT, rounds=20)
     assert noisy.rounds == 20
     hurried = race_of(clock, noise=0.3, dense=0.2, sorted=0.15)
     run_race(hurried, KEPT, seconds=0)
-    assert hurried.rounds == autoplan.ENOUGH_ROUNDS
+    assert hurried.rounds == measure.ENOUGH_ROUNDS
 
 
 def test_a_mixture_that_is_as_fast_as_dense_is_taken_for_faster_in_hardly_any_race(clock):
@@ -449,7 +450,7 @@ def test_an_export_is_planned_again_in_one_command(copy, tmp_path, capsys):
 def test_an_export_with_several_plans_gives_each_batch_that_of_its_shape(copy):
     row = {"phase": "whole", "threads": 1}
     chosen = [row | {"batch": 1, "sequence": 4, "plan": "dense"}, row | {"batch": 8, "sequence": 16, "plan": "sorted"}]
-    autoplan.write(copy, {"default_plan": "sorted", "timings": {}, "choices": chosen})
+    plan_file.write(copy, {"default_plan": "sorted", "timings": {}, "choices": chosen})
     opened = ffn2moe.open_export(copy, threads=1)
     assert opened.plan == "sorted"
     small, large = ["a word"], ["many words " * 9] * 12
@@ -509,17 +510,17 @@ def test_a_language_model_reads_and_writes_on_plans_of_its_own(tmp_path):
     kept = {"dense": True, "sorted": True}
     given = {"threads": [1], "keeps_quality": kept, "decode_tokens": 2}
     workload = parse_workload("2x4")
-    measured = autoplan.measure(folder, make_texts(5), workload, rounds=8, **given)
+    measured = measure.measure(folder, make_texts(5), workload, rounds=8, **given)
     assert [row.phase for row in measured.timings if row.plan == "dense"] == ["prefill", "decode", "request"]
-    content = autoplan.planned(folder, measured, workload, min_retention=0.9, **given)
+    content = plan_file.planned(folder, measured, workload, min_retention=0.9, **given)
     assert [(row["phase"], row["weight"]) for row in content["choices"]] == [("prefill", 1), ("decode", 2)]
     for row, plan in zip(content["choices"], ("sorted", "dense"), strict=True):
         row["plan"] = plan
-    autoplan.write(folder, content)
+    plan_file.write(folder, content)
     written = "".join(ffn2moe.open_export(folder, threads=1).generate("a word", max_new_tokens=4, stop_at_end=False))
     assert isinstance(written, str)
     with pytest.raises(ValueError, match="more than the 64 that the model can hold"):
-        autoplan.measure(folder, make_texts(5), parse_workload("1x63"), **given)
+        measure.measure(folder, make_texts(5), parse_workload("1x63"), **given)
 
 
 # --- layers that stay dense -----------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from ffn2moe.onnx import graph as onnx_graph
 from ffn2moe.onnx import lower as onnx_plans
 from ffn2moe.onnx.verify import verify
 from ffn2moe.onnx.write import export_model, write_manifest
-from ffn2moe.planning import autoplan
+from ffn2moe.planning import plan_file
 from ffn2moe.runtime import engines, native
 from ffn2moe.runtime.engines import openvino as openvino_engine
 from ffn2moe.runtime.export import open_export, open_graphs
@@ -151,7 +151,7 @@ def test_plans_are_opened_with_the_shapes_that_they_were_chosen_for(folder, tmp_
     for second in ("ov-dense", "dense"):
         rows = [row | {"batch": 2, "sequence": 8, "plan": "ov-dense"}, row | {"batch": 8, "sequence": 30}]
         rows[1]["plan"] = second
-        autoplan.write(copied, {"default_plan": "ov-dense", "timings": {}, "choices": rows})
+        plan_file.write(copied, {"default_plan": "ov-dense", "timings": {}, "choices": rows})
         graph = open_export(copied, threads=1)._graph
         opened = graph.opened["ov-dense"] if second == "dense" else graph
         assert opened._fixed == (((2, 8),) if second == "dense" else ((2, 8), (8, 30)))
@@ -270,7 +270,7 @@ def test_prefill_and_decoding_may_run_in_two_engines(language_model):
     path, _, student = language_model
     row = {"batch": 1, "sequence": 4, "threads": 1, "weight": 1.0}
     rows = [row | {"phase": "prefill", "plan": "ov-sorted"}, row | {"phase": "decode", "plan": "sorted"}]
-    autoplan.write(path, {"default_plan": "sorted", "timings": {}, "choices": rows})
+    plan_file.write(path, {"default_plan": "sorted", "timings": {}, "choices": rows})
     try:
         export = open_export(path, threads=1, precision="float32")
         assert decoder.check_decoding(student, export, decoder.PROMPTS[1], 6) < 1e-4

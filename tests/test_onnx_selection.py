@@ -21,7 +21,7 @@ from ffn2moe.onnx.names import MIXTURE
 from ffn2moe.onnx.parity import NEAR_TIE, Run, Sample, agreement, parity, random_samples, reference
 from ffn2moe.onnx.verify import Known, plan_parity, verify
 from ffn2moe.onnx.write import write_manifest
-from ffn2moe.planning import autoplan
+from ffn2moe.planning import plan_file
 from ffn2moe.runtime import export as runtime
 from ffn2moe.runtime.files import read_manifest, read_plan, sha256
 from ffn2moe.runtime.plans import PLANS, form_of, is_dense, plans_of
@@ -129,7 +129,7 @@ def test_the_benchmark_times_every_budget_and_knows_what_each_can_gain(elastic, 
     made = {*read_manifest(root / "exports/tiny")["plans"]}
     assert plan is not None and {*plan["timings"]} == made - {"fused", "fused-k1", "fused-k3"}  # no race for these
     plans = ("sorted-k1", "sorted", "sorted-k3")
-    one, own, three = (autoplan.bounds_of(root / "exports/tiny", 16, plan)["flops"] for plan in plans)
+    one, own, three = (plan_file.bounds_of(root / "exports/tiny", 16, plan)["flops"] for plan in plans)
     assert one > own > three
 
 

@@ -14,10 +14,12 @@ from transformers import AutoTokenizer
 
 import ffn2moe
 from ffn2moe.data.encode import encode
-from ffn2moe.planning.timing import interleaved, time_export
+from ffn2moe.planning.measure import measure
+from ffn2moe.planning.timing import Race, Timing
 from ffn2moe.runtime import batching, microsoft, quantise
 from ffn2moe.runtime import export as runtime
 from ffn2moe.runtime.plans import plans_of
+from ffn2moe.runtime.workload import parse_workload
 from tests.texts import make_texts
 
 TEXTS = [*make_texts(30), "a"]
@@ -181,18 +183,22 @@ def test_opening_an_export_needs_no_torch(export):
 # --- timing ---------------------------------------------------------------------------------------------------------
 
 
-def test_every_plan_is_timed_at_every_shape_against_the_dense_ones(export):
-    shapes = [(1, 4), (3, 8)]
-    found = list(time_export(export, TEXTS, shapes=shapes, threads=[1], rounds=3))
-    assert [(rows[0].batch, rows[0].sequence) for rows in found] == shapes
+def test_every_plan_of_the_race_is_timed_at_every_shape_against_the_dense_ones(export):
+    kept = dict.fromkeys(plans_of("embedding"), True)
+    given = {"threads": [1], "keeps_quality": kept, "rounds": 3}
+    found: list[list[Timing]] = []
+    measured = measure(export, TEXTS, parse_workload("1x4,3x8"), report=found.append, **given)
+    assert [(rows[0].batch, rows[0].sequence) for rows in found] == [(1, 4), (3, 8)] and not measured.left_out
     for rows in found:
-        assert [row.plan for row in rows] == list(plans_of("embedding"))
+        assert [row.plan for row in rows] == [plan for plan in kept if plan != "fused"]
         assert all(row.median_ms > 0 and row.speedup_vs_dense > 0 for row in rows)
         dense = rows[0]
         assert dense.speedup_vs_dense == 1
         assert min(row.speedup_vs_best_dense for row in rows[:2]) <= 1 <= max(r.speedup_vs_best_dense for r in rows[:2])
+    named = measure(export, TEXTS, parse_workload("1x4"), plans=("dense", "fused"), **given)
+    assert {row.plan for row in named.timings} == {"dense", "fused"}
     with pytest.raises(ValueError, match="no text"):
-        list(time_export(export, [" "], shapes=shapes, threads=[1], rounds=1))
+        measure(export, [" "], parse_workload("1x4"), **given)
 
 
 def test_the_plans_take_turns_so_that_a_slow_moment_hits_all_of_them(monkeypatch):
@@ -207,6 +213,8 @@ def test_the_plans_take_turns_so_that_a_slow_moment_hits_all_of_them(monkeypatch
 
     monkeypatch.setattr("ffn2moe.planning.timing.SHORTEST_SAMPLE", 0)  # one call a sample
     batch = (np.ones((1, 2)), np.ones((1, 2)))
-    interleaved({"dense": Recorder("dense"), "sorted": Recorder("sorted")}, [batch], rounds=20, threads=1)
+    race = Race({"dense": Recorder("dense"), "sorted": Recorder("sorted")}, [batch], threads=1)
+    for _ in range(20):
+        race.round()
     rounds = [tuple(order[at : at + 2]) for at in range(len(order) - 40, len(order), 2)]
     assert set(rounds) == {("dense", "sorted"), ("sorted", "dense")}

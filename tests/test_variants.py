@@ -18,7 +18,7 @@ from ffn2moe.onnx import lower as onnx_plans
 from ffn2moe.onnx.parity import parity, random_samples, reference
 from ffn2moe.onnx.verify import verify
 from ffn2moe.onnx.write import write_manifest
-from ffn2moe.planning import autoplan
+from ffn2moe.planning import plan_file
 from ffn2moe.runtime.export import open_export
 from ffn2moe.runtime.files import read_manifest, read_plan
 from ffn2moe.runtime.plans import form_of, is_dense, plans_of
@@ -177,7 +177,7 @@ def test_the_benchmark_races_them_and_bounds_count_their_dense_layers(uneven):
     folder = uneven / "exports/tiny"
     plan = read_plan(folder)
     assert plan is not None and {"sorted", "sorted-d1", "sorted8-d1"} <= {*plan["timings"]}
-    whole, mixed = (autoplan.bounds_of(folder, 16, name) for name in ("sorted", "sorted-d1"))
+    whole, mixed = (plan_file.bounds_of(folder, 16, name) for name in ("sorted", "sorted-d1"))
     assert 1 < mixed["flops"] < whole["flops"] and 1 < mixed["amdahl"] < whole["amdahl"]
 
 

@@ -47,7 +47,7 @@ def run(options: argparse.Namespace) -> int:
 def _run(options: argparse.Namespace, screen: Screen) -> int:
     with screen.step("importing what measures"):
         from ffn2moe.data.corpus import docstrings
-        from ffn2moe.planning import autoplan
+        from ffn2moe.planning import measure, plan_file
         from ffn2moe.runtime.engines import cores
         from ffn2moe.runtime.files import read_manifest, read_plan
     path: Path = options.path
@@ -55,23 +55,23 @@ def _run(options: argparse.Namespace, screen: Screen) -> int:
     if not (math.isfinite(options.minutes) and options.minutes > 0):
         raise ValueError(f"--minutes {options.minutes:g} is no time to measure in: give a number above 0")
     plans = None if options.plans is None else [name.strip() for name in options.plans.split(",")]
-    autoplan.require_plans(path, manifest, plans)
+    measure.require_plans(path, manifest, plans)
     decode_tokens = options.decode_tokens or (before.get("workload") or {}).get("decode_tokens") or 16
     with screen.step("reading texts"):
         workload, texts = _workload(options, manifest, before)
-        autoplan.require_readable(workload, manifest, decode_tokens)
+        measure.require_readable(workload, manifest, decode_tokens)
         texts = texts or docstrings(("numpy",), standard_library=False)
     minimum = options.min_retention
-    minimum = before.get("min_retention", autoplan.MIN_RETENTION) if minimum is None else minimum
+    minimum = before.get("min_retention", measure.MIN_RETENTION) if minimum is None else minimum
     threads = options.threads or [cores()]
-    keeps_quality = autoplan.quality_of(manifest, minimum)
+    keeps_quality = measure.quality_of(manifest, minimum)
     screen.say(f"workload ({workload.source}): " + ", ".join(_share(shape) for shape in workload.shapes))
-    for plan, keeps in keeps_quality.items():
-        if not keeps and (plans is None or plan in plans):
+    for plan in measure.plans_to_time(manifest["plans"], plans, providers(options)):
+        if not keeps_quality[plan]:
             screen.say(f"{plan} is timed, but keeps less than {100 * minimum:g} % of the teacher's quality")
 
     with _countdown(screen, 60 * options.minutes, len(threads) * len(workload.shapes)) as track:
-        measured = autoplan.measure(
+        measured = measure.measure(
             path,
             texts,
             workload,
@@ -84,7 +84,7 @@ def _run(options: argparse.Namespace, screen: Screen) -> int:
             track=track,
         )
     with screen.step("measuring the memory of the chosen plans"):
-        content = autoplan.planned(
+        content = plan_file.planned(
             path,
             measured,
             workload,
@@ -97,7 +97,7 @@ def _run(options: argparse.Namespace, screen: Screen) -> int:
         )
     content |= {"bounds": before["bounds"]} if "bounds" in before else {}
     _show(screen, content)
-    screen.say(f"wrote {autoplan.write(path, content)}")
+    screen.say(f"wrote {plan_file.write(path, content)}")
     return 0
 
 

@@ -1,7 +1,7 @@
 """Make variants of a mixture: the same weights with another number of experts, or with some layers left dense.
 
 Each variant is exported as plans with their own quality and time: `sorted-k1` runs one expert a token,
-`sorted-d0-2.5` has the teacher's own FFN in layers 0 to 2 and 5. `ffn2moe.planning.autoplan` measures all plans on a
+`sorted-d0-2.5` has the teacher's own FFN in layers 0 to 2 and 5. `ffn2moe.planning.choose` measures all plans on a
 machine, so that a layer which gains nothing as a mixture there stays dense.
 """
 

@@ -1,12 +1,12 @@
-"""Time the plans of an export side by side. What is chosen by that is in `ffn2moe.planning.autoplan`.
+"""Time the plans of an export side by side.
 
-A model that reads all at once has one time a batch, the `whole`. One that generates has three: `prefill` reads the
-prompts (of a seq2seq model: runs its encoder) and gives a first token, `decode` is each token after that, with the
+A model that reads all at once has one time a batch, `whole`. A model that generates has three: `prefill` reads the
+prompts (a seq2seq model runs its encoder) and gives a first token, `decode` is each token after that, with the
 cache, and `request` is both together.
 
-Plans are timed in turn within each round, on the same texts and threads: what else the machine does falls on all of
-them, and ratios are taken within a round before their median. The order is drawn anew for every round, so that no plan
-always comes after the same other one. Noise is the confidence interval of that median.
+Plans are timed in turn within each round, on the same texts and threads: other load of the machine falls on all of
+them, and ratios are taken within a round before their median. Every round draws its order again, so that no plan always
+comes after the same other one. Noise is the confidence interval of that median.
 """
 
 from __future__ import annotations
@@ -15,9 +15,8 @@ import math
 import platform
 import random
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from importlib import metadata
 from pathlib import Path
 from statistics import median
@@ -27,27 +26,25 @@ import numpy as np
 
 from ffn2moe.runtime.decoders import CausalExport, Seq2SeqExport
 from ffn2moe.runtime.engines import ENGINES, cores, distribution
-from ffn2moe.runtime.export import Export, ModelExport, open_export
-from ffn2moe.runtime.files import read_manifest
+from ffn2moe.runtime.export import Export, ModelExport
 from ffn2moe.runtime.plans import is_dense
 
 AnyExport = Export | CausalExport | Seq2SeqExport | ModelExport
 Batch = tuple[np.ndarray, np.ndarray]  # token ids and mask, int64 [B, L]
 Phase = Literal["whole", "prefill", "decode", "request"]
-DECISIVE: tuple[Phase, ...] = ("whole", "request")  # what a plan is chosen by
+DECISIVE: tuple[Phase, ...] = ("whole", "request")  # the phases that choose a plan
 
 SHORTEST_SAMPLE = 0.02  # seconds; faster plans are run several times for one sample
-BATCHES = 16  # of different texts: no one batch's routing decides, nor do shapes that an engine has seen before
-# Of an interval: high, as it is looked at for several plans, and again and again until it is narrow.
-CONFIDENCE = 0.99
+BATCHES = 16  # of different texts: neither one batch's routing nor shapes that an engine has seen before decide
+CONFIDENCE = 0.99  # of an interval; high, because several plans are compared, repeatedly, until it is narrow
 
 
 @dataclass(frozen=True)
 class Timing:
     """One plan at one shape; speed-ups above 1 are faster.
 
-    Milliseconds a batch: of `decode`, those of one token of each of its texts. `low` and `high` are the interval of
-    `speedup_vs_best_dense`: 0 and infinity where there were too few rounds to tell.
+    Milliseconds are for a batch; those of `decode` are for one token of each of its texts. `low` and `high` are the
+    interval of `speedup_vs_best_dense`: 0 and infinity where there were too few rounds to tell.
     """
 
     plan: str
@@ -65,55 +62,16 @@ class Timing:
 
     @property
     def tokens_per_second(self) -> float:
-        """Tokens read, or of `decode` generated, a second."""
+        """Tokens a second: read, or generated in `decode`."""
         return 1000 * self.batch * (1 if self.phase == "decode" else self.sequence) / self.median_ms
-
-
-# Wraps the rounds of one shape while they are worked through: (what they time, rounds) -> rounds.
-Track = Callable[[str, range], Iterator[int]]
-
-
-def time_export(
-    path: str | Path,
-    texts: Sequence[str],
-    *,
-    shapes: Sequence[tuple[int, int]],
-    threads: Sequence[int],
-    rounds: int,
-    decode_tokens: int = 16,
-    plans: Sequence[str] | None = None,
-    track: Track = lambda _, rounds: iter(rounds),
-) -> Iterator[list[Timing]]:
-    """Times the plans of an export (all by default; `dense` always) on real texts: one list a shape and threads.
-
-    `shapes` are batch x sequence, in tokens; a model that generates goes on for `decode_tokens` after them.
-    """
-    if not any(text.strip() for text in texts):
-        raise ValueError("there is no text to time the plans on")
-    known = read_manifest(Path(path))["plans"]
-    chosen = [plan for plan in known if plans is None or plan in plans or plan == "dense"]
-    for count in threads:
-        exports = {plan: open_export(path, plan, count) for plan in chosen}
-        for batch, sequence in shapes:
-            fix(exports, [(batch, sequence)])
-            batches = full_batches(exports["dense"], texts, batch, sequence)
-            label = f"{batch} x {sequence}, {count} {'thread' if count == 1 else 'threads'}"
-            yield interleaved(
-                exports,
-                batches,
-                rounds=rounds,
-                threads=count,
-                decode_tokens=decode_tokens,
-                track=partial(track, label),
-            )
 
 
 def full_batches(
     export: AnyExport, texts: Sequence[str], batch: int, sequence: int, count: int = BATCHES
 ) -> list[Batch]:
-    """Batches [B, L] of real text without padding: each row runs through the texts until it is full.
+    """Return batches [B, L] of real text without padding: each row runs through the texts until it is full.
 
-    Real text because routing decides the cost of a mixture: random ids would load the experts in another way.
+    Routing decides the cost of a mixture, and random ids would load the experts in another way than real text.
     """
     tokens: list[np.ndarray] = []
     row: list[int] = []
@@ -128,7 +86,7 @@ def full_batches(
 
 
 def fix(exports: Mapping[str, AnyExport], shapes: Iterable[tuple[int, int]]) -> None:
-    """Compile for these batches apart, as plans of OpenVINO are used: dense and mixture alike, in place of others."""
+    """Compile plans of OpenVINO for exactly these batches, as they are used: dense plans and mixtures alike."""
     kept = list(shapes)
     for export in exports.values():
         if isinstance(export, Export | ModelExport):
@@ -147,29 +105,10 @@ def _cycle(export: AnyExport, texts: Sequence[str]) -> Iterator[list[int]]:
                 yield read([text])["input_ids"][0].tolist()
 
 
-def interleaved(
-    exports: Mapping[str, AnyExport],
-    batches: Sequence[Batch],
-    *,
-    rounds: int,
-    threads: int,
-    decode_tokens: int = 16,
-    track: Callable[[range], Iterator[int]] = iter,
-) -> list[Timing]:
-    """Times each plan on the batches, `rounds` samples each, and compares them. `exports` must hold `dense`.
-
-    `threads` is recorded; it is up to the exports to be open on that many.
-    """
-    race = Race(exports, batches, threads=threads, decode_tokens=decode_tokens)
-    for _ in track(range(rounds)):
-        race.round()
-    return race.timings()
-
-
 class Race:
-    """Plans that are timed in turn on the batches of one shape, round by round. One of them at least is dense.
+    """Time plans in turn on the batches of one shape, round by round. At least one of them is dense.
 
-    `comparable` are the dense plans that others are compared with: None means all that are there.
+    `comparable` names the dense ones that others are compared with; None takes all, and then every name is a plan's.
     """
 
     def __init__(
@@ -189,7 +128,7 @@ class Race:
         self._exports = exports
         self._batches = batches
         self._decode_tokens = decode_tokens
-        self._comparable = [plan for plan in exports if is_dense(plan) and (comparable is None or plan in comparable)]
+        self._comparable = [plan for plan in exports if (is_dense(plan) if comparable is None else plan in comparable)]
         assert self._comparable, "something dense to compare with"
         self._order = random.Random(seed)
         self._samples: dict[str, dict[int, dict[Phase, float]]] = {plan: {} for plan in exports}  # by round
@@ -201,7 +140,7 @@ class Race:
             self._calls[plan] = max(1, min(50, int(SHORTEST_SAMPLE / max(seconds, 1e-9))))
 
     def round(self) -> None:
-        """One more sample of every plan that is still running, on the next batch, in an order of its own."""
+        """Take one more sample of every running plan, on the next batch, in a new order."""
         batch = self._batches[self.rounds % len(self._batches)]
         for plan in self._order.sample(self.running, len(self.running)):
             calls = self._calls[plan]
@@ -211,7 +150,7 @@ class Race:
         self.rounds += 1
 
     def drop(self, plan: str) -> None:
-        """Leave a plan out from now on; what is known of it stays. Not the best dense plan: it is what counts."""
+        """Stop timing a plan and keep its samples. The best dense plan must stay: others are compared with it."""
         assert all(plan != self.best_dense(phase) for phase in self.phases)
         self.running.remove(plan)
 
@@ -220,7 +159,7 @@ class Race:
         return list(next(iter(self._samples[self.running[0]].values()), {}))
 
     def best_dense(self, phase: Phase) -> str:
-        """The fastest of the dense plans to compare with."""
+        """Return the fastest of the comparable dense plans."""
         running = [plan for plan in self._comparable if plan in self.running]
         return min(running, key=lambda plan: median(self.seconds(plan, phase)))
 
@@ -228,12 +167,12 @@ class Race:
         return [sample[phase] for sample in self._samples[plan].values()]
 
     def ratios(self, plan: str, over: str, phase: Phase) -> list[float]:
-        """How many times as fast as another plan, in each of the rounds that both took part in."""
+        """Return how many times as fast as another plan this one was, in each round that both took part in."""
         mine, others = self._samples[plan], self._samples[over]
         return [others[index][phase] / mine[index][phase] for index in mine if index in others]
 
     def timings(self) -> list[Timing]:
-        """Every plan beside `dense` (where that is missing, beside the best dense plan) and the best dense plan."""
+        """Return the times of every plan, compared with the best dense plan and with `dense`, if it is in the race."""
         found = []
         for phase in self.phases:
             best = self.best_dense(phase)
@@ -261,11 +200,11 @@ class Race:
 
 
 def median_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> tuple[float, float]:
-    """Confidence interval of the median, by order statistics, which asks nothing of how the values are distributed.
+    """Return the confidence interval of the median, by order statistics: it assumes no distribution of the values.
 
-    Of n values above or below the median like tosses of a coin, the k-th smallest lies above it with the probability
-    of fewer than k tails (Conover, Practical Nonparametric Statistics, 1999, 3.2). (0, infinity) where n is too small
-    for this confidence: 8 are needed for 99 %.
+    Each of n values falls above or below the median like a tossed coin, so the k-th smallest lies above it with the
+    probability of fewer than k tails (Conover, Practical Nonparametric Statistics, 1999, 3.2). The interval is
+    (0, infinity) where n is too small for this confidence: 99 % need 8.
     """
     ordered, n = sorted(values), len(values)
     most = (1 - confidence) / 2 * 2**n
@@ -276,7 +215,7 @@ def median_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> 
 
 
 def sample(export: AnyExport, batch: Batch, decode_tokens: int = 16, calls: int = 1) -> dict[Phase, float]:
-    """Mean seconds of each phase over some calls."""
+    """Return mean seconds of each phase over some calls."""
     ids_BL, mask_BL = batch
     start = time.perf_counter()
     if not isinstance(export, CausalExport | Seq2SeqExport):
@@ -302,7 +241,7 @@ def sample(export: AnyExport, batch: Batch, decode_tokens: int = 16, calls: int 
 
 
 def machine() -> dict[str, Any]:
-    """What was measured on, and with which engines; no name of the host."""
+    """Return what was measured on, and with which engines, without the name of the host."""
     return {
         "cpu": _cpu_name(),
         "cores": cores(),
@@ -322,7 +261,7 @@ _FLAGS = {
 
 
 def _cpu_name() -> str:
-    """The processor's name, and which of the instructions it has that int8 and bfloat16 arithmetic is fast with."""
+    """Return the processor's name and its instructions for fast int8 and bfloat16 arithmetic."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
     fields = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in reversed(lines))}

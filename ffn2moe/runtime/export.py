@@ -14,7 +14,15 @@ import numpy as np
 from ffn2moe.runtime.batching import BATCH_TOKENS, batches_by_length, pad
 from ffn2moe.runtime.decoders import CausalExport, Seq2SeqExport
 from ffn2moe.runtime.engines import CPU, Graph, Precision, cores, open_graph
-from ffn2moe.runtime.files import checked_files, default_plan, load_tokenizer, padding_id, read_manifest, read_plan
+from ffn2moe.runtime.files import (
+    checked_files,
+    default_plan,
+    load_tokenizer,
+    no_such_plan,
+    padding_id,
+    read_manifest,
+    read_plan,
+)
 from ffn2moe.runtime.plans import decodes, plan_of, resolve
 from ffn2moe.runtime.selftest import self_tests
 from ffn2moe.runtime.switch import Switch, places
@@ -108,7 +116,7 @@ def open_export(
     """Open the export in folder `path`: an `Export` of embeddings, or a `CausalExport`, `Seq2SeqExport` or
     `ModelExport`, by the head of the model.
 
-    `plan` None takes what was chosen by measuring (plan.json, `ffn2moe.planning.autoplan`), or `sorted` where nothing
+    `plan` None takes what was chosen by measuring (plan.json, `ffn2moe.planning.plan_file`), or `sorted` where nothing
     was. If several plans were chosen, each batch runs on the one for its shape, opened when it is first needed
     (`ffn2moe.runtime.switch`). What was chosen in OpenVINO is compiled for the shapes that it was chosen for, apart,
     when the first batch of each comes (of a model that reads all at once; for other plans and shapes: `Export.fix`).
@@ -128,9 +136,7 @@ def open_export(
 
     def graphs_of(name: str) -> list[Graph]:
         if name not in plans:
-            refused = manifest.get("refused", {}).get(name)
-            because = f": {refused}" if refused else f"; it has: {', '.join(sorted(plans))}"
-            raise ValueError(f"{path} has no plan {name!r}{because}")
+            raise ValueError(no_such_plan(path, manifest, name))
         files = checked_files(path, plans[name])
         self_tests(name, manifest["spec"], providers)
         return open_graphs(files, name, threads=threads, providers=providers, precision=precision)

@@ -43,6 +43,13 @@ def default_plan(path: Path, plans: Mapping[str, Any]) -> str:
     return str(chosen["default_plan"]) if chosen else UNMEASURED_PLAN if UNMEASURED_PLAN in plans else min(plans)
 
 
+def no_such_plan(path: Path, manifest: Mapping[str, Any], plan: str) -> str:
+    """Return the message for a plan that an export does not have: why it was refused, or which plans it has."""
+    refused = manifest.get("refused", {}).get(plan)
+    because = f": {refused}" if refused else f"; it has: {', '.join(sorted(manifest['plans']))}"
+    return f"{path} has no plan {plan!r}{because}"
+
+
 def checked_files(path: Path, entry: Mapping[str, Any]) -> list[Path]:
     """The graphs of one plan: the main one, then its encoder's, if it has one.
 

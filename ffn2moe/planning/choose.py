@@ -1,0 +1,222 @@
+"""Choose a plan for every shape of a workload from what was measured.
+
+For every shape (and phase) the choice is
+
+- a mixture, only if the whole confidence interval of its ratio to the best dense plan lies above 1;
+- else the best dense plan of all engines, or one whose speed cannot be told apart from it.
+
+So no batch is slower than with the best dense plan, within the noise of the measure. An open plan costs memory: among
+the sets of plans whose time for the whole workload cannot be told apart from the best, the one with the fewest plans is
+kept. A model that writes is judged by its two phases, prefill and decode, each as often as it comes; a model with an
+encoder and a decoder by whole requests, on one plan.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import combinations
+
+from ffn2moe.planning.measure import CLOSE
+from ffn2moe.planning.timing import Phase, Timing
+from ffn2moe.runtime.plans import is_dense
+from ffn2moe.runtime.workload import Workload
+
+WORTH = 0.02  # of the time of the workload: another open plan has to save at least this
+
+
+@dataclass(frozen=True)
+class Cell:
+    """Batches of a shape, or one phase of them, for which a plan is chosen on a number of threads.
+
+    The weight is how often it runs for one batch of the workload; `decode` runs once a token.
+    """
+
+    batch: int
+    sequence: int
+    phase: Phase
+    weight: float
+    rows: Mapping[str, Timing]
+
+    @property
+    def best_dense(self) -> Timing:
+        return self.rows[next(iter(self.rows.values())).best_dense]
+
+    def ms(self, plan: str) -> float:
+        """Return milliseconds of a plan, by its ratio to the best dense one within the same rounds."""
+        return self.best_dense.median_ms / self.rows[plan].speedup_vs_best_dense
+
+    def ms_at_worst(self, plan: str) -> float:
+        row = self.rows[plan]
+        return self.best_dense.median_ms / row.low if row.low > 0 else math.inf
+
+    def ms_at_best(self, plan: str) -> float:
+        return self.best_dense.median_ms / self.rows[plan].high
+
+    def allows(self, plan: str) -> bool:
+        """Return whether a plan is faster here than the best dense one beyond the noise, or is dense and not slower."""
+        row = self.rows[plan]
+        if plan == self.best_dense.plan:
+            return True
+        if is_dense(plan):
+            return row.speedup_vs_best_dense >= CLOSE and 1 <= row.high < math.inf
+        return row.low > 1
+
+    def __str__(self) -> str:
+        return f"{self.batch} x {self.sequence}" + ("" if self.phase in ("whole", "request") else f" {self.phase}")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The plans to use on one number of threads, and why."""
+
+    cells: tuple[Cell, ...]
+    plan_of: tuple[str, ...]  # of each cell
+    speedup: float  # of the whole workload, over the best dense plan of each cell
+    low: float  # if every ratio were at the lower end of its interval, or at the upper
+    high: float
+    reason: str
+
+    @property
+    def plans(self) -> tuple[str, ...]:
+        """The plans in use, by the time spent in them."""
+        spent = {plan: 0.0 for plan in self.plan_of}
+        for cell, plan in zip(self.cells, self.plan_of, strict=True):
+            spent[plan] += cell.weight * cell.ms(plan)
+        return tuple(sorted(spent, key=lambda plan: -spent[plan]))
+
+    @property
+    def best_dense(self) -> str:
+        """The best dense plan of the cell that takes most time."""
+        return max(self.cells, key=lambda cell: cell.weight * cell.best_dense.median_ms).best_dense.plan
+
+
+def cells_of(
+    timings: Sequence[Timing], workload: Workload, *, threads: int, head: str, decode_tokens: int
+) -> list[Cell]:
+    """Return what to choose for on a number of threads: each shape, and each phase where a model writes."""
+    weight_of: dict[Phase, float] = {"whole": 1, "prefill": 1, "decode": decode_tokens}
+    if head == "seq2seq":
+        weight_of = {"request": 1}
+    cells = []
+    for shape in workload.shapes:
+        for phase, times in weight_of.items():
+            rows = {
+                row.plan: row
+                for row in timings
+                if (row.batch, row.sequence, row.threads, row.phase) == (shape.batch, shape.sequence, threads, phase)
+            }
+            if rows:
+                cells.append(Cell(shape.batch, shape.sequence, phase, shape.weight * times, rows))
+    return cells
+
+
+def choose(cells: Sequence[Cell], keeps_quality: Mapping[str, bool], max_plans: int | None = None) -> Choice:
+    """Choose a plan for each cell: never one that is measurably slower than the best dense plan there.
+
+    The fewest plans are kept whose time for all the work is the best or cannot be told apart from it, `max_plans` at
+    most. Where so few cannot be as fast as the best dense plan in every cell, the work as a whole decides: a mixture
+    is taken only if all of it is faster, beyond the noise, than by as few dense plans.
+    """
+    plans = [plan for plan in cells[0].rows if keeps_quality.get(plan, False)]
+    allowed = [[plan for plan in plans if cell.allows(plan)] for cell in cells]
+    free = [min(some, key=cell.ms) for cell, some in zip(cells, allowed, strict=True)]
+    spread = sum(
+        cell.weight * (min(cell.ms_at_worst(plan), 2 * cell.ms(plan)) - cell.ms_at_best(plan)) / 2
+        for cell, plan in zip(cells, free, strict=True)
+    )
+    best = _total(cells, free)
+    enough = best + max(spread, WORTH * best)
+    useful = [plan for plan in plans if any(plan in some for some in allowed)]
+    for count in range(1, min(max_plans or len(cells), len(cells), len(useful)) + 1):
+        found = [
+            _assigned(cells, [[plan for plan in some if plan in kept] for some in allowed])
+            for kept in combinations(useful, count)
+        ]
+        possible = [assigned for assigned in found if assigned is not None]
+        if possible:
+            fastest = min(possible, key=partial(_total, cells))
+            if _total(cells, fastest) <= enough or count == max_plans:
+                return _choice(cells, fastest, keeps_quality)
+    assert max_plans is not None, "with a plan for every cell the time is the best"
+    return _choice(cells, _compromise(cells, plans, max_plans), keeps_quality)
+
+
+def _compromise(cells: Sequence[Cell], plans: Sequence[str], max_plans: int) -> tuple[str, ...]:
+    """Choose with too few plans to be the best everywhere: the fastest for all the work, or dense if that is unsure."""
+
+    def fastest(among: Sequence[str], ms: Callable[[Cell, str], float]) -> tuple[str, ...]:
+        sets = combinations(among, min(max_plans, len(among)))
+        assigned = [tuple(min(kept, key=partial(ms, cell)) for cell in cells) for kept in sets]
+        return min(assigned, key=lambda one: sum(c.weight * ms(c, p) for c, p in zip(cells, one, strict=True)))
+
+    def surely(cell: Cell, plan: str) -> float:
+        return cell.ms(plan) if is_dense(plan) else cell.ms_at_worst(plan)
+
+    dense = fastest([plan for plan in plans if is_dense(plan)], Cell.ms)
+    best = fastest(plans, surely)
+    return (
+        best if sum(c.weight * surely(c, p) for c, p in zip(cells, best, strict=True)) < _total(cells, dense) else dense
+    )
+
+
+def _assigned(cells: Sequence[Cell], options: Sequence[Sequence[str]]) -> tuple[str, ...] | None:
+    """Return the fastest option of each cell; None where a cell has none."""
+    if not all(options):
+        return None
+    return tuple(min(some, key=cell.ms) for cell, some in zip(cells, options, strict=True))
+
+
+def _total(cells: Sequence[Cell], assigned: Sequence[str]) -> float:
+    return sum(cell.weight * cell.ms(plan) for cell, plan in zip(cells, assigned, strict=True))
+
+
+def _choice(cells: Sequence[Cell], assigned: Sequence[str], keeps_quality: Mapping[str, bool]) -> Choice:
+    dense = sum(cell.weight * cell.best_dense.median_ms for cell in cells)
+    pairs = list(zip(cells, assigned, strict=True))
+    worst = sum(cell.weight * cell.ms_at_worst(plan) for cell, plan in pairs)
+    best = sum(cell.weight * cell.ms_at_best(plan) for cell, plan in pairs)
+    speedup = dense / _total(cells, assigned)
+    low, high = dense / worst, dense / best if best else math.inf
+    reason = _reason(cells, assigned, keeps_quality, speedup, low, high)
+    return Choice(tuple(cells), tuple(assigned), speedup, low, high, reason)
+
+
+def _reason(
+    cells: Sequence[Cell],
+    assigned: Sequence[str],
+    keeps_quality: Mapping[str, bool],
+    speedup: float,
+    low: float,
+    high: float,
+) -> str:
+    used = list(dict.fromkeys(assigned))
+    mixtures = [plan for plan in cells[0].rows if not is_dense(plan)]
+    shipped = " and ".join(used)
+    if all(is_dense(plan) for plan in used):
+        able = [plan for plan in mixtures if keeps_quality.get(plan, False)]
+        default = f"{shipped} {'is' if len(used) == 1 else 'are'} the default"
+        if not able:
+            return f"no mixture plan {'keeps the quality' if mixtures else 'was timed'}: {default}"
+        cell, plan = max(
+            ((cell, plan) for cell in cells for plan in able), key=lambda one: one[0].rows[one[1]].speedup_vs_best_dense
+        )
+        row = cell.rows[plan]
+        noise = (
+            f"{row.low:.2f} to {row.high:.2f}" if row.high < math.inf else f"{row.rounds} rounds are too few to tell"
+        )
+        best = " or ".join(dict.fromkeys(cell.best_dense.plan for cell in cells))
+        return (
+            f"no mixture plan beats {best} here beyond the noise ({plan} comes nearest, at {cell} with "
+            f"{row.speedup_vs_best_dense:.2f}x its speed, {noise}): {default}"
+        )
+    baselines = list(dict.fromkeys(cell.best_dense.plan for cell in cells))
+    over = baselines[0] if len(baselines) == 1 else f"the best dense plan of each shape ({', '.join(baselines)})"
+    whole = f"{speedup:.2f}x as fast as {over} ({low:.2f} to {high:.2f})"
+    if len(used) == 1:
+        return f"{used[0]} is {whole}"
+    where = {plan: [str(cell) for cell, one in zip(cells, assigned, strict=True) if one == plan] for plan in used}
+    places = "; ".join(f"{plan} for {', '.join(shapes)}" for plan, shapes in where.items())
+    return f"{places}: {whole}"

@@ -1,0 +1,260 @@
+"""Time all plans of an export side by side at the shapes of a workload, and drop slow ones early.
+
+After 3, 6, 12 rounds the slower half of the plans that came near the best dense plan in no round are dropped
+(successive halving, Jamieson and Talwalkar 2016, with the noise of the measure as a bar).
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from ffn2moe.planning import timing
+from ffn2moe.planning.timing import AnyExport, Race, Timing
+from ffn2moe.runtime.engines import CPU, ENGINES
+from ffn2moe.runtime.export import open_export
+from ffn2moe.runtime.files import no_such_plan, read_manifest
+from ffn2moe.runtime.plans import PLANS, form_of, is_dense, plan_of
+from ffn2moe.runtime.workload import Shape, Workload
+
+ROUNDS = 60  # the most for one shape
+ENOUGH_ROUNDS = 8  # the fewest that give a confidence interval
+RUNGS = (3, 6, 12, 24, 48)  # rounds after which the slower half of the hopeless plans is dropped
+# By this over the rounds a plan may miss the best dense plan's speed before it is hopeless: 20 % after 3.
+SLACK = 0.6
+PRECISION = 0.01  # of a ratio: rounds end when its interval reaches at most this far to either side
+CLOSE = 0.97  # of another plan's speed: a plan this near is measured as precisely, and may stand for it
+MIN_RETENTION = 0.97  # the default share of the teacher's quality that a plan must keep
+
+# Wraps the rounds of one shape while they run: (what is timed, rounds) -> rounds.
+Track = Callable[[str, range], Iterator[int]]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """The timings of a machine, in the order of threads, shapes, phases and plans."""
+
+    timings: list[Timing]
+    left_out: dict[str, str]  # plan -> why it does not run here
+
+
+def measure(
+    path: str | Path,
+    texts: Sequence[str],
+    workload: Workload,
+    *,
+    threads: Sequence[int],
+    keeps_quality: Mapping[str, bool],
+    plans: Sequence[str] | None = None,
+    rounds: int = ROUNDS,
+    seconds: float = math.inf,
+    decode_tokens: int = 16,
+    providers: Sequence[str] = CPU,
+    track: Track = lambda _, rounds: iter(rounds),
+    report: Callable[[list[Timing]], None] = lambda _: None,
+) -> Measured:
+    """Time the plans of an export on real texts, at every shape of a workload and number of threads.
+
+    `plans` None times all but those that cannot win on a CPU (`Plan.raced`). Plans of OpenVINO, dense ones and
+    mixtures, are compiled for the shapes, as `runtime.export.open_export` does for chosen plans. At most `rounds` each,
+    and `seconds` in all, shared out by the tokens of the shapes, but never too few rounds for an interval. A plan that
+    does not run here is left out, with the reason. `report` gets the timings of each shape when it is done.
+
+    ValueError for an unknown plan, a workload that the model cannot read, or an export without a dense plan that runs:
+    nothing could be compared.
+    """
+    path = Path(path)
+    manifest = read_manifest(path)
+    require_plans(path, manifest, plans)
+    require_readable(workload, manifest, decode_tokens)
+    if not any(text.strip() for text in texts):
+        raise ValueError(
+            "there is no text to time the plans on: give real ones, as routing decides the cost of a mixture"
+        )
+    left_out: dict[str, str] = {}
+    timings: list[Timing] = []
+    end = time.monotonic() + seconds
+    tokens_left = len(threads) * sum(shape.tokens for shape in workload.shapes)
+    for count in threads:
+        exports = _opened(path, plans_to_time(manifest["plans"], plans, providers), count, providers, left_out)
+        for shape in workload.shapes:
+            batches = _prepared(exports, texts, shape, workload, decode_tokens, left_out)
+            dense = [plan for plan in exports if is_dense(plan) and keeps_quality.get(plan, False)]
+            if not dense:
+                raise ValueError(_no_dense(path, left_out))
+            race = Race(exports, batches, threads=count, decode_tokens=decode_tokens, comparable=dense)
+            share = (end - time.monotonic()) * shape.tokens / tokens_left
+            label = f"{shape}, {count} {'thread' if count == 1 else 'threads'}"
+            run_race(race, keeps_quality, rounds=rounds, seconds=share, track=partial(track, label))
+            tokens_left -= shape.tokens
+            found = race.timings()
+            report(found)
+            timings += found
+    return Measured([row for row in timings if row.plan not in left_out], left_out)
+
+
+def plans_to_time(known: Iterable[str], plans: Sequence[str] | None, providers: Sequence[str]) -> list[str]:
+    """Return the plans to time: the named ones, else all but those that cannot win on a CPU."""
+    if plans is not None:
+        return [plan for plan in known if plan in plans]
+    on_cpu = tuple(providers) == CPU
+    return [plan for plan in known if form_of(plan) not in PLANS or plan_of(plan).raced or not on_cpu]
+
+
+def _opened(
+    path: Path, plans: Sequence[str], threads: int, providers: Sequence[str], left_out: dict[str, str]
+) -> dict[str, AnyExport]:
+    """Open the plans that run here, and note the others in `left_out`. Only some engines take providers."""
+    exports: dict[str, AnyExport] = {}
+    for plan in plans:
+        if plan not in left_out:
+            with _noting(plan, left_out):
+                takes_providers = ENGINES[plan_of(plan).engine].takes_providers
+                exports[plan] = open_export(path, plan, threads, providers if takes_providers else CPU)
+    return exports
+
+
+def _prepared(
+    exports: dict[str, AnyExport],
+    texts: Sequence[str],
+    shape: Shape,
+    workload: Workload,
+    decode_tokens: int,
+    left_out: dict[str, str],
+) -> list[timing.Batch]:
+    """Return the batches of a shape; compile and run every plan once for it, and close those that fail."""
+    timing.fix(exports, workload.fixed & {(shape.batch, shape.sequence)})
+    batches: list[timing.Batch] = []
+    for plan in list(exports):
+        with _noting(plan, left_out):
+            batches = batches or timing.full_batches(exports[plan], texts, shape.batch, shape.sequence)
+            timing.sample(exports[plan], batches[0], decode_tokens)
+        if plan in left_out:
+            del exports[plan]
+    return batches
+
+
+@contextmanager
+def _noting(plan: str, reasons: dict[str, str]) -> Iterator[None]:
+    """Note why a plan does not run here where the block fails."""
+    try:
+        yield
+    except (ValueError, OSError, RuntimeError) as reason:
+        reasons[plan] = str(reason)
+
+
+def run_race(
+    race: Race,
+    keeps_quality: Mapping[str, bool],
+    *,
+    rounds: int = ROUNDS,
+    seconds: float = math.inf,
+    track: Callable[[range], Iterator[int]] = iter,
+) -> None:
+    """Run rounds until the deciding ratios are known well, there were enough rounds, or the time is spent."""
+    end = time.monotonic() + seconds
+    for _ in track(range(rounds)):
+        race.round()
+        if race.rounds in RUNGS:
+            for plan in hopeless(race, keeps_quality):
+                race.drop(plan)
+        if race.rounds >= ENOUGH_ROUNDS and (time.monotonic() > end or settled(race, keeps_quality)):
+            return
+
+
+def hopeless(race: Race, keeps_quality: Mapping[str, bool]) -> list[str]:
+    """Return the slower half of the running plans that came near the best dense plan's speed in no round and phase.
+
+    A mixture that does not keep the quality can never be chosen, and is dropped once its speed is roughly known. The
+    best dense plan is never among them.
+    """
+    best = {phase: race.best_dense(phase) for phase in race.phases}
+    trailing: dict[str, float] = {}
+    for plan in race.running:
+        if plan in best.values():
+            continue
+        ratios = {phase: race.ratios(plan, best[phase], phase) for phase in race.phases}
+        if max(map(max, ratios.values())) < 1 - SLACK / race.rounds or not keeps_quality.get(plan, False):
+            trailing[plan] = max(map(median, ratios.values()))
+    slowest_first = sorted(trailing, key=lambda plan: (keeps_quality.get(plan, False), trailing[plan]))
+    unfit = sum(not keeps_quality.get(plan, False) for plan in trailing)
+    return slowest_first[: max(unfit, math.ceil(len(trailing) / 2))]
+
+
+def settled(race: Race, keeps_quality: Mapping[str, bool]) -> bool:
+    """Return whether the ratios of the fastest mixture, and of plans close to it, are known to `PRECISION`."""
+    for phase in race.phases:
+        best = race.best_dense(phase)
+        ratios = {
+            plan: race.ratios(plan, best, phase)
+            for plan in race.running
+            if plan != best and keeps_quality.get(plan, False)
+        }
+        leading = max((median(found) for found in ratios.values()), default=0.0)
+        for found in ratios.values():
+            low, high = timing.median_interval(found)
+            middle = median(found)
+            if high < 1:  # surely slower: how much decides nothing
+                continue
+            if middle >= CLOSE * leading and max(high - middle, middle - low) > PRECISION * middle:
+                return False
+    return True
+
+
+def _no_dense(path: Path, left_out: Mapping[str, str]) -> str:
+    failed = "; ".join(f"{plan}: {why}" for plan, why in left_out.items() if form_of(plan) in PLANS and is_dense(plan))
+    remedy = f"those it has do not run ({failed})" if failed else "make it from its teacher again, with dense plans"
+    return f"no dense plan of {path} can be timed here, so there is nothing to compare with: {remedy}"
+
+
+def require_plans(path: Path, manifest: Mapping[str, Any], plans: Sequence[str] | None) -> None:
+    """Raise ValueError where an export does not have these plans, or no dense one."""
+    known = manifest["plans"]
+    for plan in plans or ():
+        if plan not in known:
+            raise ValueError(no_such_plan(path, manifest, plan))
+    dense = [plan for plan in known if form_of(plan) in PLANS and is_dense(plan)]
+    if not dense:
+        raise ValueError(_no_dense(path, {}))
+    if plans is not None and not set(dense) & set(plans):
+        raise ValueError(
+            f"none of the plans {', '.join(plans)} is dense: name one to compare with, of {', '.join(dense)}"
+        )
+
+
+def require_readable(workload: Workload, manifest: Mapping[str, Any], decode_tokens: int) -> None:
+    """Raise ValueError where the workload has texts that the model cannot read, or would truncate."""
+    model, spec = manifest.get("model", {}), manifest["spec"]
+    if model.get("reads", "text") != "text":
+        raise ValueError("plans are timed on texts, and this model reads images: name a plan when you open it")
+    held, longest = model.get("positions"), workload.longest
+    if spec["head"] == "causal":
+        if held is not None and longest + decode_tokens > held:
+            raise ValueError(
+                f"the workload has prompts of {longest} tokens, and with {decode_tokens} decoded after them that is "
+                f"more than the {held} that the model can hold: lower one"
+            )
+    elif spec["head"] != "seq2seq" and longest > spec["max_length"]:
+        raise ValueError(
+            f"the workload has texts of {longest} tokens, and this export cuts them to {spec['max_length']}: "
+            "give shorter ones"
+        )
+
+
+def quality_of(manifest: Mapping[str, Any], min_retention: float) -> dict[str, bool]:
+    """Return which plans keep at least this share of the teacher's quality; `dense` is the teacher.
+
+    The measured share decides (`retention`). Where nobody has measured it, the agreement of a quantised plan's output
+    with PyTorch's stands for it, and a plan that computes what PyTorch does keeps all of it.
+    """
+    return {
+        plan: plan == "dense" or float(entry.get("retention", entry.get("agreement", 1.0))) >= min_retention
+        for plan, entry in manifest["plans"].items()
+    }

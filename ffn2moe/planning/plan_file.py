@@ -1,0 +1,182 @@
+"""Write plan.json: the plan chosen for each shape and number of threads, and the measurements behind the choice."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ffn2moe.planning import timing
+from ffn2moe.planning.choose import Cell, Choice, cells_of, choose
+from ffn2moe.planning.measure import Measured
+from ffn2moe.planning.memory import memory_of
+from ffn2moe.planning.timing import Timing
+from ffn2moe.runtime.export import open_export
+from ffn2moe.runtime.files import PLAN_FILE, read_manifest
+from ffn2moe.runtime.plans import decodes
+from ffn2moe.runtime.workload import Workload
+
+
+def planned(
+    path: str | Path,
+    measured: Measured,
+    workload: Workload,
+    *,
+    threads: Sequence[int],
+    keeps_quality: Mapping[str, bool],
+    min_retention: float,
+    decode_tokens: int = 16,
+    max_plans: int | None = None,
+    texts: Sequence[str] = (),
+) -> dict[str, Any]:
+    """Return the content of plan.json: the choice for each shape and number of threads, and all behind it.
+
+    `default_plan`, `best_dense_plan`, `speedup_vs_best_dense` and `reason` are those of the first number of threads,
+    the speed-up that of the whole workload. `choices` has a row for each shape (and phase), which
+    `ffn2moe.runtime.export` goes by. `memory_mib` is the most memory of a process that opens the plans one after the
+    other, measured; with several plans `agreement` is the least mean cosine of the embeddings that two of them give the
+    same texts.
+    """
+    path = Path(path)
+    head = read_manifest(path)["spec"]["head"]
+    if head == "seq2seq":
+        max_plans = 1
+    choices = {
+        count: choose(
+            cells_of(measured.timings, workload, threads=count, head=head, decode_tokens=decode_tokens),
+            keeps_quality,
+            max_plans,
+        )
+        for count in threads
+    }
+    first = choices[threads[0]]
+    kept = list(dict.fromkeys(plan for choice in choices.values() for plan in choice.plans))
+    plans = list(dict.fromkeys(row.plan for row in measured.timings))
+    content: dict[str, Any] = {
+        "default_plan": first.plans[0],
+        "best_dense_plan": first.best_dense,
+        "speedup_vs_best_dense": _digits(first.speedup),
+        "reason": first.reason,
+        "plans": kept,
+        "choices": [
+            _chosen(cell, plan, count)
+            for count, choice in choices.items()
+            for cell, plan in zip(choice.cells, choice.plan_of, strict=True)
+        ],
+        "by_threads": [_by_threads(count, choice) for count, choice in choices.items()],
+        "workload": _described(workload, decode_tokens if decodes(head) else None),
+        "confidence": timing.CONFIDENCE,
+        "left_out": measured.left_out,
+        "min_retention": min_retention,
+        "keeps_quality": dict(keeps_quality),
+        "memory_mib": memory_of(path, _fixed_shapes(first, kept, workload), workload.largest, threads[0]),
+        "machine": timing.machine(),
+        "timings": {plan: [row_of(row) for row in measured.timings if row.plan == plan] for plan in plans},
+    }
+    if head == "embedding" and len(kept) > 1 and texts:
+        content["agreement"] = _digits(agreement_of(path, kept, texts, threads[0]))
+    return content
+
+
+def _fixed_shapes(choice: Choice, plans: Sequence[str], workload: Workload) -> dict[str, list[tuple[int, int]]]:
+    """Return the shapes (batch, sequence) that each plan is compiled for."""
+    pairs = list(zip(choice.cells, choice.plan_of, strict=True))
+    return {
+        plan: [
+            (cell.batch, cell.sequence)
+            for cell, chosen in pairs
+            if chosen == plan and (cell.batch, cell.sequence) in workload.fixed
+        ]
+        for plan in plans
+    }
+
+
+def _by_threads(threads: int, choice: Choice) -> dict[str, Any]:
+    return {
+        "threads": threads,
+        "plans": list(choice.plans),
+        "speedup_vs_best_dense": _digits(choice.speedup),
+        "low": _digits(choice.low),
+        "high": _digits(choice.high),
+        "reason": choice.reason,
+    }
+
+
+def _described(workload: Workload, decode_tokens: int | None) -> dict[str, Any]:
+    shapes = [{"batch": one.batch, "sequence": one.sequence, "weight": _digits(one.weight)} for one in workload.shapes]
+    return {"source": workload.source, "shapes": shapes, "decode_tokens": decode_tokens}
+
+
+def _chosen(cell: Cell, plan: str, threads: int) -> dict[str, Any]:
+    row = cell.rows[plan]
+    return {
+        "batch": cell.batch,
+        "sequence": cell.sequence,
+        "phase": cell.phase,
+        "threads": threads,
+        "weight": _digits(cell.weight),
+        "plan": plan,
+        "best_dense_plan": cell.best_dense.plan,
+        "median_ms": _digits(row.median_ms),
+        "best_dense_ms": _digits(cell.best_dense.median_ms),
+        "speedup_vs_best_dense": _digits(row.speedup_vs_best_dense),
+        "low": _digits(row.low),
+        "high": _digits(row.high),
+        "rounds": row.rounds,
+    }
+
+
+def row_of(row: Timing) -> dict[str, Any]:
+    """Return one timing for a file, without its plan's name and without meaningless digits; null means unknown."""
+    values = {key: value for key, value in asdict(row).items() if key != "plan"}
+    values["tokens_per_second"] = row.tokens_per_second
+    return {key: _digits(value) if isinstance(value, float) else value for key, value in values.items()}
+
+
+def _digits(value: float) -> float | None:
+    return round(value, 4) if math.isfinite(value) else None
+
+
+def agreement_of(path: Path, plans: Sequence[str], texts: Sequence[str], threads: int) -> float:
+    """Return the least mean cosine between the embeddings of the same texts by two plans."""
+    found = [open_export(path, plan, threads).encode([text for text in texts if text.strip()][:64]) for plan in plans]
+    return min(float(np.mean((one * other).sum(1))) for one, other in combinations(found, 2))
+
+
+def write(path: str | Path, content: Mapping[str, Any]) -> Path:
+    """Write plan.json of an export beside its place and move it there, so that it is never half written."""
+    file = Path(path) / PLAN_FILE
+    partial_file = file.with_name(f".{file.name}.partial")
+    partial_file.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    os.replace(partial_file, file)
+    return file
+
+
+def bounds_of(folder: Path, length: int, plan: str) -> dict[str, float]:
+    """Return how much faster a mixture could be end to end: by its FLOPs, and by Amdahl's law with free routing.
+
+    The bounds are for texts of `length` tokens, with the engine and precision of the dense model. A dense plan stands
+    for the mixture of the spec.
+    """
+    from transformers import AutoConfig
+
+    from ffn2moe import metrics
+    from ffn2moe.moe import checkpoint
+    from ffn2moe.moe.variants import Variant
+
+    entry = read_manifest(folder)["plans"][plan]
+    spec = Variant.of(entry).spec(checkpoint.load_spec(folder / "checkpoint"))
+    config = AutoConfig.from_pretrained(folder / "checkpoint")
+    teacher, student = metrics.flops_per_token(spec, config, length)
+    return {
+        "flops": round(teacher.total / student.total, 4),
+        "amdahl": round(metrics.amdahl_bound(teacher, spec.active_share), 4),
+        "ffn_share": round(teacher.ffn / teacher.total, 4),
+    }
