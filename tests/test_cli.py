@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import benchmarks.ablation.methods  # noqa: F401 - registers selections whose number of experts varies
 import ffn2moe
 from ffn2moe import cli
 from ffn2moe.conversion.settings import OPTIONS, Settings

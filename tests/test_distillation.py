@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+import benchmarks.ablation.methods  # noqa: F401 - registers selections whose number of experts varies
 from ffn2moe.data.batches import Batches
 from ffn2moe.decompose.inputs import layer_inputs
 from ffn2moe.decompose.layer_map import LayerResult, in_processes

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
+import benchmarks.ablation.methods  # noqa: F401 - registers selections whose number of experts varies
 from ffn2moe.decompose import clustering, oracle
 from ffn2moe.decompose import statistics as activations
 from ffn2moe.decompose.layer import assign_neurons, decompose_layer, neuron_statistics

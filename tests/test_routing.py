@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+import benchmarks.ablation.methods  # noqa: F401 - registers selections whose number of experts varies
 from ffn2moe.choices import GATES
 from ffn2moe.decompose import oracle
 from ffn2moe.decompose.layer import dense_ffn, outputs

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from ffn2moe import metrics
+from ffn2moe.choices import GATES
 from ffn2moe.data.batches import Batch, collate
 from ffn2moe.decompose import oracle
 from ffn2moe.decompose.inputs import layer_inputs, texts_of
@@ -30,16 +30,13 @@ from ffn2moe.moe.describe import spec_of
 from ffn2moe.moe.experts import neurons_by_expert, slice_experts
 from ffn2moe.moe.install import install_moe
 from ffn2moe.moe.layer import MoEFFN, moe_layers, set_active
-from ffn2moe.moe.router import Router
 from ffn2moe.moe.texts import text_means
 from ffn2moe.spec import Head, MoESpec
 from tests.conftest import make_tiny_classifier
 from tests.mixtures import flat_spec
 
 D, F, E = 16, 48, 6
-GATES = ("unit", "softmax", "softmax_topk", "sigmoid")
-PREFIX = ("prefix", "unit", 2)  # with 1 its router has nothing to choose, which is refused
-WAYS = [(selection, gate) for selection in ("topk", "threshold") for gate in GATES] + [("prefix", "unit")]
+WAYS = [("topk", gate) for gate in GATES.names()]
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -99,76 +96,6 @@ def test_a_router_that_scores_all_alike_and_all_experts_give_the_dense_ffn(selec
     assert all(torch.equal(tensor, before[name]) for name, tensor in moe.state_dict().items())
 
 
-@settings(deadline=None, max_examples=60)
-@given(
-    selection=st.sampled_from(["threshold", "prefix"]),
-    num_active=st.integers(1, E),
-    most=st.integers(1, E),
-    seed=st.integers(0, 99),
-)
-def test_calibrated_tokens_use_k_experts_on_average(selection, num_active, most, seed):
-    max_active = max(num_active, most) if selection == "threshold" else None
-    router = Router(D, E, selection=selection, max_active=max_active)
-    scores_TE = normal(500, E, seed=seed)
-    router.calibrate(scores_TE, num_active)
-    choice = router.choose(scores_TE, num_active)
-    count_T = choice.count_T()
-    assert abs(count_T.double().mean() - num_active) <= 0.01
-    assert count_T.min() >= 1 and count_T.max() <= (max_active or E)
-
-
-def test_threshold_uses_the_experts_within_the_margin_of_the_best_and_no_others():
-    router = Router(D, E, selection="threshold", max_active=4)
-    scores_TE = normal(200, E, seed=7)
-    router.calibrate(scores_TE, 2)
-    p_TE = scores_TE.softmax(-1)
-    share = math.exp(-router.margin.item())  # 1 - tau of D2DMoE
-    wanted_TE = p_TE >= share * p_TE.amax(1, keepdim=True)
-    few_T = wanted_TE.sum(1) <= 4
-    used_TE = router.choose(scores_TE, 2).indicator_TE(E).bool()
-    assert few_T.any() and torch.equal(used_TE[few_T], wanted_TE[few_T])
-    best_TK = scores_TE.topk(4).indices
-    assert torch.equal(used_TE[~few_T], torch.zeros_like(used_TE).scatter(1, best_TK, True)[~few_T])
-
-
-def test_a_balance_bias_moves_the_choice_of_threshold():
-    router = Router(D, E, selection="threshold")
-    scores_TE = normal(50, E, seed=7)
-    router.balance_bias[3] = 100.0
-    assert router.choose(scores_TE, 2).indicator_TE(E).sum(0).argmax() == 3
-    router.balance(torch.tensor([0, 0, 0, 50, 0, 0]), step=1.0)
-    assert router.balance_bias[3] < 100.0
-
-
-def test_prefix_uses_the_first_experts_up_to_the_number_that_scores_highest():
-    router = Router(D, E, selection="prefix")
-    scores_TE = normal(200, E, seed=8)
-    router.calibrate(scores_TE, 3)
-    price_E = -router.balance_bias
-    torch.testing.assert_close(price_E, price_E[0] * torch.arange(1.0, E + 1))
-    count_T = (scores_TE - price_E).argmax(1) + 1
-    choice = router.choose(scores_TE, 3)
-    assert torch.equal(choice.count_T(), count_T)
-    assert torch.equal(choice.indicator_TE(E), (torch.arange(E) < count_T.unsqueeze(1)).float())
-
-
-def test_balancing_leaves_the_price_of_a_prefix_alone():
-    router = Router(D, E, selection="prefix")
-    router.balance(torch.arange(E), step=1.0)
-    assert not router.balance_bias.any()
-
-
-@pytest.mark.parametrize("selection", ["threshold", "prefix"])
-def test_following_reaches_what_calibration_finds(selection):
-    scores_TE = normal(300, E, seed=9)
-    calibrated, followed = (Router(D, E, selection=selection) for _ in range(2))
-    calibrated.calibrate(scores_TE, 2)
-    for _ in range(200):
-        followed.follow(scores_TE, 2, rate=0.1)
-    for name, buffer in followed.named_buffers():
-        torch.testing.assert_close(buffer, calibrated.get_buffer(name))
-
-
 @settings(deadline=None, max_examples=30)
 @given(data=st.data())
 def test_a_choice_tells_the_same_in_every_form(data):
@@ -184,22 +111,8 @@ def test_a_choice_tells_the_same_in_every_form(data):
     assert torch.equal(choice.load_E(E), indicator_TE.sum(0).long())
 
 
-@pytest.mark.parametrize("gate", GATES)
-def test_a_pair_that_is_not_used_has_gate_0(gate):
-    router = Router(D, E, gate, selection="threshold")
-    scores_TE = normal(100, E, seed=9)
-    router.calibrate(scores_TE, 2)
-    choice = router.choose(scores_TE, 2)
-    assert choice.used_TK is not None and not choice.used_TK.all()
-    for training in (False, True):
-        gate_TK = router.weigh(scores_TE, choice, training)
-        assert not gate_TK[~choice.used_TK].any() and (gate_TK[choice.used_TK] > 0).all()
-
-
 @pytest.mark.parametrize("shared", [0, 6])
-@pytest.mark.parametrize(
-    ("selection", "gate", "num_active"), [*((*way, active) for way in WAYS[:-1] for active in (1, 2, 3)), PREFIX]
-)
+@pytest.mark.parametrize(("selection", "gate", "num_active"), [(*way, active) for way in WAYS for active in (1, 2, 3)])
 def test_every_parameter_learns_from_the_loss(selection, gate, num_active, shared):
     moe = make_moe(num_active, selection=selection, gate=gate, shared=shared)
     x_TD = normal(300, D, seed=6)
@@ -209,42 +122,15 @@ def test_every_parameter_learns_from_the_loss(selection, gate, num_active, share
     assert [name for name, one in moe.named_parameters() if one.grad is None or not one.grad.any()] == []
 
 
-def test_a_prefix_passes_the_probability_that_it_reaches_each_expert_straight_through():
-    router = Router(D, E, selection="prefix")
-    scores_TE = normal(30, E, seed=10).requires_grad_(True)
-    router.calibrate(scores_TE.detach(), 3)
-    choice = router.choose(scores_TE, 3)
-    value_TE = normal(30, E, seed=11)
-    (router.weigh(scores_TE, choice, training=True) * value_TE).sum().backward()
-    found = scores_TE.grad
-    again_TE = scores_TE.detach().requires_grad_(True)
-    p_TE = (again_TE + router.balance_bias).softmax(-1)
-    reached_TE = torch.stack([p_TE[:, n:].sum(1) for n in range(E)], dim=1)
-    (reached_TE * choice.indicator_TE(E) * value_TE).sum().backward()
-    torch.testing.assert_close(found, again_TE.grad)
-
-
-@pytest.mark.parametrize("gate", GATES[1:])
-def test_the_scale_of_the_gates_leaves_the_choice_of_threshold_alone(gate):
-    moe = make_moe(selection="threshold", gate=gate)
-    x_TD = normal(300, D, seed=6)
-    fit.calibrate(moe, x_TD)
-    before = moe.router.choose(moe.router(x_TD), 2)
-    fit.fit_router_scale(moe, x_TD)
-    after = moe.router.choose(moe.router(x_TD), 2)
-    assert moe.router.scale != 1
-    assert torch.equal(before.indicator_TE(E), after.indicator_TE(E))
-
-
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"selection": "prefix", "gate": "softmax"}, "use the gate unit"),
-        ({"selection": "prefix", "num_active": 1}, "the router has nothing to choose"),
+        ({"selection": "topp"}, r"unknown selection 'topp'; did you mean 'topk'\? known: .*topk"),
+        ({"gate": "sigmod"}, r"unknown gate 'sigmod'; did you mean 'sigmoid'\?"),
+        ({"head": "casual"}, r"unknown head 'casual'; did you mean 'causal'\?"),
+        ({"routing": "tokens"}, r"unknown routing 'tokens'; did you mean 'token'\?"),
         ({"max_active": 3}, "max_active = 3 limits nothing with selection topk: leave max_active out"),
-        ({"selection": "threshold", "max_active": 1}, "must be between num_active = 2"),
-        ({"selection": "threshold", "active_per_layer": (1, 3)}, "use selection topk, or leave active_per_layer out"),
-        ({"selection": "threshold", "elastic": (1,)}, "use selection topk, or leave elastic out"),
+        ({"max_active": 1}, "must be between num_active = 2"),
         ({"active_per_layer": (1, 3), "elastic": (1,)}, "use one of the two"),
         ({"active_per_layer": (1, 7)}, "each must be between 1 and num_experts = 6"),
         ({"active_per_layer": (1,)}, "names 1 layers and the model has 2"),
@@ -253,7 +139,6 @@ def test_the_scale_of_the_gates_leaves_the_choice_of_threshold_alone(gate):
         ({"elastic": (7,)}, "each must be between 1 and num_experts"),
         ({"routing": "sequence", "head": "causal"}, "a causal model has not seen the rest: use routing token"),
         ({"routing": "sequence", "head": "seq2seq"}, "more than one stack of layers: use routing token"),
-        ({"container": "mixtral", "selection": "threshold"}, "use container none"),
         ({"container": "mixtral", "head": "embedding", "routing": "sequence"}, "use container none"),
         ({"container": "mixtral", "elastic": (1,)}, "use container none"),
         ({"container": "mixtral", "active_per_layer": (1, 3)}, "use container none"),
@@ -306,11 +191,7 @@ def batch(*lengths: int, padded: int | None = None) -> Batch:
 
 
 KINDS: list[dict[str, Any]] = [
-    {"selection": "threshold", "max_active": 3},
-    {"selection": "threshold", "gate": "softmax"},
-    {"selection": "prefix"},
     {"routing": "sequence"},
-    {"routing": "sequence", "selection": "threshold"},
     {"active_per_layer": (1, 3)},
     {"elastic": (1, 4)},
 ]
@@ -497,15 +378,6 @@ def mean_active(model: Any) -> list[float]:
     for moe, observer in zip(layers, watching, strict=True):
         moe.observer = observer
     return [torch.cat(seen).double().mean().item() for seen in counts]
-
-
-@pytest.mark.parametrize("selection", ["threshold", "prefix"])
-def test_training_keeps_the_mean_number_of_experts_and_ends_at_it(tiny_teacher, selection):
-    model, _ = carve(tiny_teacher, num_experts=8, num_active=3, selection=selection)
-    for step in distiller(tiny_teacher, model, 60, learning_rate=3e-3).run():
-        if step.step == 59:
-            assert mean_active(model) == pytest.approx([3, 3], abs=0.5)
-    assert mean_active(model) == pytest.approx([3, 3], abs=0.1)  # one of these 82 tokens may change by 7 at once
 
 
 # --- several budgets ------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import benchmarks.ablation.methods  # noqa: F401 - registers selections whose number of experts varies
 import ffn2moe
 from ffn2moe import cli, shrink
 from ffn2moe.data.encode import encode

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import benchmarks.ablation.methods  # noqa: F401 - registers selections whose number of experts varies
 from benchmarks import gpu, memory, partition, training
 from benchmarks.race import Spread, race
 from ffn2moe.choices import GATES

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
+from ffn2moe.choices import SELECTIONS
 from ffn2moe.table import Table
 
 Stage = Literal["free", "router", "distilled"]
@@ -78,7 +79,7 @@ class Method:
         """
         if self.elastic:
             return num_active in elastic_budgets(num_experts)
-        if self.shared or self.selection != "topk":
+        if self.shared or not SELECTIONS[self.selection].fixed:
             return num_active > 1
         return not self.after or num_active <= kept_experts(num_experts)
 

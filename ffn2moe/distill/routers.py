@@ -84,8 +84,11 @@ class RouterState:
     def tensors(self) -> dict[str, Tensor]:
         """Return the tensors that `move` changes, by name."""
         routers = enumerate(layer.router for layer in self.layers)
-        kept = ((index, dict(router.named_buffers())) for index, router in routers)
-        return {f"{name}.{i}": held[name] for i, held in kept for name in ("balance_bias", "margin") if name in held}
+        return {
+            f"{name}.{index}": router.get_buffer(name)
+            for index, router in routers
+            for name in ("balance_bias", *router.rule.buffers)
+        }
 
 
 def _fixed(layer: MoEFFN) -> bool:

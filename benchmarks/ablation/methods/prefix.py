@@ -1,15 +1,14 @@
-"""Choose the first n experts, with n by the router: K of them on average. For experts in order of importance."""
+"""The selection `prefix`: the first n experts in order of importance, n by the router, K on average."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from ffn2moe.choices import Selection
+import torch
+from torch import Tensor
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from ffn2moe.spec import MoESpec
+from ffn2moe.choices import SELECTIONS, Selection
+from ffn2moe.spec import MoESpec
 
 BISECTIONS = 60  # for the price of an expert: to the last bit of a float32
 
@@ -47,7 +46,7 @@ class Prefix(Selection):
     def choose(self, router: Any, ranked_TE: Tensor, num_active: int) -> tuple[Tensor, Tensor | None]:
         """Return all experts in order, int64 [T, E], and which of them the prefix reaches, bool."""
         E = ranked_TE.shape[1]
-        experts_TE = (ranked_TE.new_ones(E).cumsum(0) - 1).long().expand(len(ranked_TE), E)
+        experts_TE = torch.arange(E, device=ranked_TE.device).expand(len(ranked_TE), E)
         return experts_TE, None if num_active == E else experts_TE <= ranked_TE.argmax(1, keepdim=True)
 
     def weigh(self, router: Any, scores_TE: Tensor, choice: Any, training: bool) -> Tensor:
@@ -64,14 +63,19 @@ class Prefix(Selection):
 
     def calibration(self, router: Any, scores_TE: Tensor, num_active: int) -> Tensor:
         """Return ``-lambda n`` for n from 1 to E, [E], by bisection: the mean length falls with the price lambda."""
-        length_E = scores_TE.new_ones(scores_TE.shape[1]).cumsum(0)
+        length_E = _lengths(scores_TE)
         high = (scores_TE.amax(1) - scores_TE.amin(1)).max().item() + 1.0  # here each token has one expert
         low = -high  # and here all
         for _ in range(BISECTIONS):
             price = (low + high) / 2
             mean = ((scores_TE - price * length_E).argmax(1) + 1.0).mean().item()
             low, high = (price, high) if mean > num_active else (low, price)
-        return -((low + high) / 2) * router.balance_bias.new_ones(len(length_E)).cumsum(0)
+        return -((low + high) / 2) * _lengths(router.balance_bias)
 
 
-ROW = Prefix()
+def _lengths(like: Tensor) -> Tensor:
+    """Return 1, 2, ..., E: the lengths of the prefixes."""
+    return torch.arange(1, like.shape[-1] + 1, device=like.device, dtype=like.dtype)
+
+
+SELECTIONS.register("prefix", Prefix())

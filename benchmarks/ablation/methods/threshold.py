@@ -1,15 +1,14 @@
-"""Choose the experts whose score is near the best: K of them on average (D2DMoE, arXiv 2310.04361)."""
+"""The selection `threshold`: the experts whose score is near the best, K on average (D2DMoE, arXiv 2310.04361)."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from ffn2moe.choices import Selection
+from torch import Tensor
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from ffn2moe.spec import MoESpec
+from benchmarks.ablation.method import Method, add
+from ffn2moe.choices import SELECTIONS, Selection
+from ffn2moe.spec import MoESpec
 
 
 class Threshold(Selection):
@@ -54,4 +53,13 @@ class Threshold(Selection):
         router.margin *= ratio
 
 
-ROW = Threshold()
+SELECTIONS.register("threshold", Threshold())
+add(
+    Method(
+        "threshold",
+        "threshold, K on average",
+        "selection",
+        "D2DMoE, arXiv 2310.04361",
+        selection="threshold",
+    )
+)
