@@ -12,6 +12,7 @@ from typing import Any
 from pydantic import GetCoreSchemaHandler, GetJsonSchemaHandler
 from pydantic_core import CoreSchema, core_schema
 
+from ffn2moe.choices import GATES as GATES
 from ffn2moe.containers.table import CONTAINERS as CONTAINERS
 from ffn2moe.decompose.partition import PARTITIONS as PARTITIONS
 from ffn2moe.distill.divergences import DIVERGENCES as DIVERGENCES

@@ -145,10 +145,7 @@ def describe(stage: StageRun, model: Any) -> MoESpec:
         router_bias=container is None,
         container=container.name if container else None,
         width_multiple=container.width_multiple if container else 1,
-        selection=settings.selection,
-        routing=settings.routing,
         active_per_layer=settings.active_per_layer if isinstance(settings.active_per_layer, tuple) else (),
-        max_active=settings.max_active,
         elastic=tuple(sorted({*params.distill.elastic} - {settings.num_active})),
     )
     if container:

@@ -17,7 +17,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from ruamel.yaml import YAML  # the parser DVC reads params.yaml with: `1e-3` is a number, `on` a string
 from ruamel.yaml.error import YAMLError
 
-from tasks.choices import CONTAINERS, DIVERGENCES, ENGINES, PARTITIONS, PLANS, OneOf, UnknownName
+from tasks.choices import CONTAINERS, DIVERGENCES, ENGINES, GATES, PARTITIONS, PLANS, OneOf, UnknownName
 
 Count = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0)]
@@ -70,12 +70,9 @@ class Decompose(Section):
     num_active: Count
     partition: Annotated[str, OneOf(PARTITIONS)]
     shared_width: int = Field(ge=0)
-    selection: Literal["topk", "threshold"]
-    max_active: Count | None
     active_per_layer: Literal["same", "budget"] | tuple[Count, ...]
-    routing: Literal["token", "sequence"]
     container: Annotated[str, OneOf(CONTAINERS, ("none", "auto"))]
-    gate: Literal["auto", "unit", "softmax", "softmax_topk", "sigmoid"]
+    gate: Annotated[str, OneOf(GATES, ("auto",))]
     calibration_tokens: Count
 
     @model_validator(mode="after")
@@ -109,25 +106,6 @@ class Decompose(Section):
 
     @model_validator(mode="after")
     def _the_number_of_experts_is_set_once(self) -> Decompose:
-        counted = "decompose.selection = threshold" if self.selection == "threshold" else ""
-        if self.max_active is not None:
-            if self.selection != "threshold":
-                raise ValueError(
-                    f"decompose.max_active = {self.max_active} limits what decompose.selection = threshold lets a "
-                    "token run, which is not set: set decompose.max_active=null, or decompose.selection=threshold"
-                )
-            if not self.num_active <= self.max_active <= self.num_experts:
-                raise ValueError(
-                    f"decompose.max_active = {self.max_active} must be between decompose.num_active = "
-                    f"{self.num_active}, which tokens run on average, and decompose.num_experts = {self.num_experts}"
-                )
-        if self.active_per_layer == "same":
-            return self
-        if counted:
-            raise ValueError(
-                f"decompose.active_per_layer = {self.active_per_layer} sets how many experts a token runs, which "
-                f"{counted} leaves to the router: set decompose.active_per_layer=same, or decompose.selection=topk"
-            )
         if isinstance(self.active_per_layer, tuple):
             over = [active for active in self.active_per_layer if active > self.num_experts]
             if over or not self.active_per_layer:
@@ -142,9 +120,7 @@ class Decompose(Section):
         if self.container == "none":
             return self
         others = {
-            "selection": (self.selection, self.selection != "topk", "decompose.selection=topk"),
             "active_per_layer": (self.active_per_layer, self.active_per_layer != "same", "the same in all layers"),
-            "routing": (self.routing, self.routing != "token", "decompose.routing=token"),
         }
         for key, (value, wanted, remedy) in others.items():
             if wanted:
@@ -330,7 +306,6 @@ class Params(Section):
                 f"{named} must name each other budget once; decompose.num_active = {settings.num_active} is one anyway"
             )
         for key, value, only in (
-            ("selection", settings.selection, settings.selection == "topk"),
             ("active_per_layer", settings.active_per_layer, settings.active_per_layer == "same"),
             ("container", settings.container, settings.container == "none"),
         ):
@@ -340,20 +315,6 @@ class Params(Section):
                     "does not know: set distill.elastic=[], or another decompose." + key
                 )
         return self
-
-    @model_validator(mode="after")
-    def _whole_texts_are_known_to_encoders(self) -> Params:
-        head = self.teacher.head
-        if self.decompose.routing == "token" or head not in ("causal", "seq2seq"):
-            return self
-        why = {
-            "causal": "a language model has not seen the rest of its text when it chooses",
-            "seq2seq": "the layers of encoder and decoder read different texts",
-        }[head]
-        raise ValueError(
-            f"decompose.routing = sequence chooses by the mean of a whole text, and {why} (teacher.head = {head}): "
-            "set decompose.routing=token"
-        )
 
     @property
     def model_name(self) -> str:
