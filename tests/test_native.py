@@ -617,7 +617,7 @@ def test_without_a_compiler_the_build_says_what_to_install(tmp_path: Path, monke
     with pytest.raises(FileNotFoundError, match=r"no C\+\+ compiler was found: install one"):
         native.build(tmp_path)
     monkeypatch.setenv("CXX", "no-such-compiler")
-    with pytest.raises(FileNotFoundError, match="CXX=no-such-compiler is not there"):
+    with pytest.raises(FileNotFoundError, match="CXX=no-such-compiler was not found"):
         native.build(tmp_path)
 
 
