@@ -1,9 +1,9 @@
-"""Exports of several runs side by side: timed in one interleaved session, and drawn as quality against speed.
+"""Compare the exports of several runs: time them in one interleaved session, and draw quality against speed.
 
     python -m tasks.compare SESSION.json TIMINGS.json
 
-No stage of dvc.yaml: what is compared are the results of whole runs. Each run has timed its own plans, but not in the
-same minutes; here all of them are timed in turn within each round, with the dense plans among them.
+This is not a stage of dvc.yaml, because it compares the results of whole runs. Each run timed its own plans at another
+time; here each round times all of them in turn, with the dense plans among them.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from typing import Any
 
 from tasks.stage import explain
 
-TEXTS = 400  # which the batches run through, as in the stage `benchmark`
+TEXTS = 400  # the batches are made of them, as in the stage `benchmark`
 
 
 @dataclass(frozen=True)
 class Point:
-    """One plan of one export, at the shape that decides."""
+    """One plan of one export, at the deciding shape."""
 
     cell: int
     plan: str
@@ -33,7 +33,7 @@ class Point:
 
 
 def points(cell: int, export: Path) -> list[Point]:
-    """Every plan that is a mixture, as the export's own benchmark timed it."""
+    """Return every mixture plan, as the export's own benchmark timed it."""
     from ffn2moe.runtime.plans import is_dense
 
     manifest, timed = _json(export / "manifest.json"), _json(export / "plan.json")["timings"]
@@ -48,7 +48,7 @@ def points(cell: int, export: Path) -> list[Point]:
 
 
 def dense_plans(export: Path, wanted: float) -> list[str]:
-    """`dense` and the other dense plans that keep this share of the quality."""
+    """Return `dense` and the other dense plans that keep the share `wanted` of the quality."""
     from ffn2moe.runtime.plans import PLANS
 
     plans = _json(export / "manifest.json")["plans"]
@@ -57,20 +57,20 @@ def dense_plans(export: Path, wanted: float) -> list[str]:
 
 
 def deciding(rows: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
-    """The timing that a plan is judged by: of all the work, at the most tokens, on the first number of threads."""
+    """Return the timing that judges a plan: all the work, the most tokens, the first number of threads."""
     whole = [row for row in rows if row.get("phase", "whole") in ("whole", "request")]
     return max(whole, key=lambda row: row["batch"] * row["sequence"])
 
 
 def best_of(found: Sequence[Point]) -> list[Point]:
-    """The points that no other beats in both quality and speed, from the most quality to the most speed."""
+    """Return the points that no other point beats in both quality and speed, from best quality to best speed."""
     from ffn2moe.planning import pareto
 
     return [found[place] for place in pareto.front([(point.kept, point.vs_best_dense) for point in found])]
 
 
 def cheapest_of(found: Sequence[Point], keeps: float) -> Point | None:
-    """The fastest point that keeps at least this share of the quality."""
+    """Return the fastest point that keeps at least the share `keeps` of the quality; None if no point does."""
     from ffn2moe.planning import pareto
 
     place = pareto.cheapest([(point.kept, point.vs_best_dense) for point in found], keeps)
@@ -78,7 +78,7 @@ def cheapest_of(found: Sequence[Point], keeps: float) -> Point | None:
 
 
 def session(job: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Time `exports` (label -> folder and plan; `dense` among them) at one shape; return a row each, in their order."""
+    """Time the job's `exports` (label -> folder and plan, with `dense`) at one shape; return a row each, in order."""
     from ffn2moe.planning import timing
     from ffn2moe.runtime.export import open_export
     from ffn2moe.runtime.plans import is_dense
@@ -100,7 +100,7 @@ def session(job: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def draw(found: Sequence[Point], labels: Mapping[int, str], wanted: float, title: str, path: Path) -> None:
-    """Quality against speed of every point, with the front, in the format that the path's name asks for."""
+    """Draw quality against speed of every point, and the front; the ending of `path` sets the format."""
     from matplotlib.figure import Figure
 
     best = best_of(found)
@@ -146,11 +146,11 @@ def draw(found: Sequence[Point], labels: Mapping[int, str], wanted: float, title
         axes.spines[side].set_visible(False)
     axes.legend(frameon=False, fontsize=9, loc="best")
     legend.axis("off")
-    told = [
+    lines = [
         f"{number}  {100 * point.kept:.1f} %  {point.vs_best_dense:.2f}x  {point.plan}, {labels[point.cell]}"
         for number, point in enumerate(best, 1)
     ]
-    legend.text(0, 1, "\n".join(told), fontsize=9, family="monospace", va="top", wrap=True)
+    legend.text(0, 1, "\n".join(lines), fontsize=9, family="monospace", va="top", wrap=True)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
 
@@ -160,7 +160,7 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Times the session of one file and writes the rows to another; the exit code."""
+    """Time the session that one file describes, write the rows to another, and return the exit code."""
     job, out = (Path(argument) for argument in arguments)
     try:
         out.write_text(json.dumps(session(_json(job)), indent=2) + "\n", encoding="utf-8")

@@ -1,9 +1,8 @@
-"""Where texts come from, and how they are split.
+"""Read folders of labelled sets, and split texts into train, calibration and evaluation.
 
-Sources are the docstrings of installed packages, files of text, and folders of labelled sets. A split is a
-function of the content of the texts alone (sha256), so the same texts are split the same way everywhere. No
-text is in two splits, also after whitespace and letter case are normalised, and nothing that is used to judge
-a model (a dev sentence, a query or a document of the retrieval benchmark) is in what it learns from.
+A split depends on the content of the texts alone (sha256), so the same texts are split in the same way everywhere. No
+text is in two splits, even after whitespace and letter case are normalised. No text that judges a model (a dev
+sentence, a query or a document of the retrieval benchmark) is among those that it learns from.
 """
 
 from __future__ import annotations
@@ -24,17 +23,17 @@ from ffn2moe.data.corpus import docstrings as docstrings
 from ffn2moe.data.corpus import read_corpus as read_corpus
 
 SHORTEST_QUERY, SHORTEST_DOCUMENT = 3, 10  # words
-DOCUMENT_KEY = 400  # characters of a document that an encoder surely reads: two that agree there are one text
-FEWEST_OWN_PAIRS = 100  # with fewer pairs than this, a corpus cannot be its own retrieval benchmark
-LARGEST_PAIR_SHARE = 0.25  # of a corpus that is held out for its own retrieval benchmark
+DOCUMENT_KEY = 400  # characters: every encoder reads them, so two documents that agree there are one text
+FEWEST_OWN_PAIRS = 100  # a corpus with fewer pairs cannot be its own retrieval benchmark
+LARGEST_PAIR_SHARE = 0.25  # of a corpus, held out for its own retrieval benchmark
 FEWEST_TRAIN_TEXTS = 32
 AG_NEWS_DEV_SHARE = 0.25
-MOST_CLASSIFIER_TEXTS = 1000  # that a classifier is fitted on: a stable accuracy, quickly embedded
+MOST_CLASSIFIER_TEXTS = 1000  # to fit a classifier on: enough for a stable accuracy, quick to embed
 
 
 @dataclass(frozen=True)
 class Pair:
-    """One question of the retrieval benchmark, and its one right answer."""
+    """One query of the retrieval benchmark, and its one right answer."""
 
     query: str
     document: str
@@ -48,7 +47,7 @@ class LabelledText:
 
 @dataclass(frozen=True)
 class ScoredPair:
-    """Two sentences and how similar people found them (STS-B: 0 to 5)."""
+    """Two sentences and how similar people rate them (STS-B: 0 to 5)."""
 
     score: float
     first: str
@@ -57,15 +56,15 @@ class ScoredPair:
 
 @dataclass(frozen=True)
 class LabelledFolder:
-    """What a data folder holds: texts to learn from, and sets to judge by."""
+    """The content of a data folder: texts to learn from, and sets to judge by."""
 
     texts: list[str]
-    sources: dict[str, str] = field(default_factory=dict)  # of each text: the set that it is of
+    sources: dict[str, str] = field(default_factory=dict)  # text -> the set that it comes from
     stsb: list[ScoredPair] = field(default_factory=list)
     classification: dict[str, tuple[list[LabelledText], list[LabelledText]]] = field(default_factory=dict)
 
     def judged(self) -> list[str]:
-        """Every text of a dev set: none of them may be learnt from."""
+        """Return every text of a dev set, which must not be learnt from."""
         sentences = [side for pair in self.stsb for side in (pair.first, pair.second)]
         return sentences + [row.text for _, dev in self.classification.values() for row in dev]
 
@@ -82,24 +81,24 @@ class Splits:
 
 
 def normalise(text: str) -> str:
-    """Whitespace and letter case removed as differences: two texts with one normal form are one text."""
+    """Return the normal form of a text, without differences in whitespace and letter case."""
     return " ".join(text.split()).casefold()
 
 
 def content_hash(text: str) -> str:
-    """sha256 of the normal form, in hexadecimal."""
+    """Return the sha256 of the normal form, in hexadecimal."""
     return hashlib.sha256(normalise(text).encode()).hexdigest()
 
 
 def document_key(document: str) -> str:
-    """What identifies a document to an encoder: the beginning of its normal form."""
+    """Return the key of a document: the beginning of its normal form, which every encoder reads."""
     return normalise(document)[:DOCUMENT_KEY]
 
 
 def pair_of(text: str) -> Pair | None:
-    """The first line as a query and the rest as its document; None if either is too short to mean anything.
+    """Return the first line as a query and the rest as its document; None if either is too short.
 
-    A text of one line is divided after its first sentence.
+    A text of one line is split after its first sentence.
     """
     query, newline, document = text.partition("\n")
     if not newline:
@@ -117,11 +116,12 @@ def pair_of(text: str) -> Pair | None:
 
 
 def read_folder(folder: Path) -> LabelledFolder:
-    """The sets of a data folder; each may be missing, but not all.
+    """Read the sets of a data folder; some can be missing, but not all.
 
     `stsb/{train,dev}.csv` (tab-separated, no quoting, columns 5 to 7: score, two sentences),
     `ag_news/sample.csv` (class, title, body; split by content), `sst2/{train,dev}.tsv` (sentence, label),
-    `wikitext2/valid.txt`, and any `*.txt` (as a corpus has it) and `*.jsonl` (column `text`) beside them.
+    `wikitext2/valid.txt`, and any `*.txt` (as in a corpus) and `*.jsonl` (column `text`) beside them. FileNotFoundError
+    or ValueError where there is nothing to read.
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"data.folder = {folder} is not a folder; give one, or null for none")
@@ -134,7 +134,7 @@ def read_folder(folder: Path) -> LabelledFolder:
     if (file := folder / "stsb" / "dev.csv").is_file():
         stsb = _read_stsb(file)
     if (file := folder / "ag_news" / "sample.csv").is_file():
-        classification["ag_news"] = _divide(_read_ag_news(file))
+        classification["ag_news"] = _train_and_dev(_read_ag_news(file))
     sst2 = [folder / "sst2" / name for name in ("train.tsv", "dev.tsv")]
     if all(file.is_file() for file in sst2):
         train, dev = map(_read_sst2, sst2)
@@ -203,7 +203,7 @@ def _read_sst2(path: Path) -> list[LabelledText]:
 
 
 def _read_wikitext(path: Path) -> list[str]:
-    """Paragraphs, without headings and the marks of WikiText's tokeniser."""
+    """Return the paragraphs, without headings and the marks of WikiText's tokeniser."""
     paragraphs = (line.strip() for line in read_lines(path))
     texts = []
     for paragraph in paragraphs:
@@ -213,8 +213,8 @@ def _read_wikitext(path: Path) -> list[str]:
     return texts
 
 
-def _divide(rows: Sequence[LabelledText]) -> tuple[list[LabelledText], list[LabelledText]]:
-    """One sample as train and dev, by content."""
+def _train_and_dev(rows: Sequence[LabelledText]) -> tuple[list[LabelledText], list[LabelledText]]:
+    """Split one sample into train and dev, by content."""
     border = int(AG_NEWS_DEV_SHARE * 16**8)
     train: list[LabelledText] = []
     dev: list[LabelledText] = []
@@ -226,7 +226,7 @@ def _divide(rows: Sequence[LabelledText]) -> tuple[list[LabelledText], list[Labe
 def _fit_set(
     train: Sequence[LabelledText], dev: Sequence[LabelledText]
 ) -> tuple[list[LabelledText], list[LabelledText]]:
-    """The examples to fit a classifier on, none of them in dev, and dev without repeats."""
+    """Return the examples to fit a classifier on, without those of dev, and dev without repeats."""
     judged = {normalise(row.text): row for row in dev if row.text}
     fitted = {normalise(row.text): row for row in train if row.text and normalise(row.text) not in judged}
     ordered = sorted(fitted.values(), key=lambda row: content_hash(row.text))
@@ -238,17 +238,17 @@ def _fit_set(
 
 @dataclass(frozen=True)
 class _Unit:
-    """Texts that go to one split together: a text, and its first line as a text of its own."""
+    """Texts that go to one split together: a text, and its first line as another text."""
 
     key: str
     texts: tuple[str, ...]
 
 
 def benchmark_pairs(texts: Sequence[str], count: int, judged: Iterable[str] = ()) -> dict[str, Pair]:
-    """Up to `count` pairs for retrieval, as text -> pair, by content hash.
+    """Return up to `count` pairs for retrieval, as text -> pair, in the order of the content hash.
 
-    Every query and every document in it is the only one of its kind in all of `texts`, so that each query has
-    one right answer. None of `judged` is used.
+    Every query and every document is unique in `texts`, so that each query has one right answer. Texts in `judged` are
+    left out.
     """
     forbidden = {normalise(text) for text in judged}
     candidates = {text: pair for text in texts if (pair := pair_of(text))}
@@ -267,7 +267,7 @@ def benchmark_pairs(texts: Sequence[str], count: int, judged: Iterable[str] = ()
 
 
 def own_pairs(texts: Sequence[str], count: int) -> int:
-    """How many pairs a corpus gives to its own retrieval benchmark; 0 if too few to mean much."""
+    """Return how many pairs a corpus gives to its own retrieval benchmark; 0 if it has too few."""
     most = min(count, int(LARGEST_PAIR_SHARE * len(texts)))
     return most if most >= min(count, FEWEST_OWN_PAIRS) else 0
 
@@ -283,13 +283,12 @@ def split(
     evaluation_texts: int = 0,
     first_lines: bool = True,
 ) -> Splits:
-    """Train, calibration and evaluation texts, in the order of their content hash (a fixed shuffle).
+    """Split texts into train, calibration and evaluation, in the order of their content hash (a fixed shuffle).
 
-    `pairs` (from `benchmark_pairs`, of this corpus or another) are held out with the texts they come from.
-    `joined` are further texts to learn from; they get at most half of `max_texts` where both are large.
-    `evaluation_texts` more texts are held out where the pairs come from another corpus. With `first_lines` the
-    first line of a text is a text of its own too, as queries are short. ValueError if what is left is too small to
-    train on.
+    `pairs` (from `benchmark_pairs`, of this corpus or another) are held out with the texts they come from. `joined` are
+    further texts to learn from; they get at most half of `max_texts` where both are large. `evaluation_texts` more
+    texts are held out where the pairs come from another corpus. With `first_lines` the first line of a text is also a
+    text, because queries are short. ValueError if too few texts are left to train on.
     """
     leaks = _LeakGuard(pairs.values(), judged)
     evaluation = sorted({text for text in texts if text in pairs}, key=content_hash)
@@ -318,7 +317,7 @@ def split(
 
 
 class _LeakGuard:
-    """Knows what a model is judged by, and recognises it in a text."""
+    """Recognise texts that judge a model inside other texts."""
 
     def __init__(self, pairs: Iterable[Pair], judged: Iterable[str]) -> None:
         pairs = list(pairs)
@@ -327,6 +326,7 @@ class _LeakGuard:
         self._documents = {document_key(pair.document) for pair in pairs}
 
     def leaks(self, text: str) -> bool:
+        """Return whether a text holds one that judges a model."""
         if normalise(text) in self._whole or document_key(text) in self._documents:
             return True
         pair = pair_of(text)
@@ -336,7 +336,7 @@ class _LeakGuard:
 
 
 def _units(texts: Iterable[str], leaks: _LeakGuard, seen: set[str], *, with_queries: bool) -> list[_Unit]:
-    """Texts as units in hash order; `seen` holds the normal forms that are taken, and grows."""
+    """Return texts as units in the order of their hash; their normal forms are added to `seen`."""
     units = []
     for key, text in sorted((content_hash(text), text) for text in texts):
         parts = [text]
@@ -354,7 +354,7 @@ def _units(texts: Iterable[str], leaks: _LeakGuard, seen: set[str], *, with_quer
 
 
 def _first(units: Sequence[_Unit], count: int) -> list[_Unit]:
-    """Units from the front whose texts number at most `count`."""
+    """Return the first units that have at most `count` texts together."""
     taken, total = [], 0
     for unit in units:
         total += len(unit.texts)
@@ -364,10 +364,11 @@ def _first(units: Sequence[_Unit], count: int) -> list[_Unit]:
     return taken
 
 
-# --- JSON lines, as the stages hand texts to each other -------------------------------------------
+# --- JSON lines, which carry texts between stages -------------------------------------------
 
 
 def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """Write rows as JSON lines with sorted keys."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", encoding="utf-8", newline="\n") as stream:
         for row in rows:
@@ -375,11 +376,11 @@ def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
 
 
 def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
-    """The rows of a file that `write_jsonl` wrote."""
+    """Read the rows of a file that `write_jsonl` wrote."""
     with open(path, encoding="utf-8") as stream:
         return [json.loads(line) for line in stream]
 
 
 def read_texts(path: str | Path) -> list[str]:
-    """The texts of a split."""
+    """Read the texts of a split."""
     return [row["text"] for row in read_jsonl(path)]

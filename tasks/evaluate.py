@@ -1,4 +1,4 @@
-"""Stage 5: teacher, training-free mixture and distilled mixture, side by side on the same texts.
+"""Stage 5: judge teacher, training-free mixture and distilled mixture on the same texts.
 
 Everything is computed in float32 and nothing is timed, so that the same models give the same bytes.
 """
@@ -17,12 +17,13 @@ from tasks.tokens import read_tokens
 if TYPE_CHECKING:
     from ffn2moe.spec import MoESpec
 
-DIAGNOSED_TOKENS = 8192  # of held-out texts, on which oracle, router and load of each layer are measured
+DIAGNOSED_TOKENS = 8192  # held-out tokens that measure oracle, router and load of each layer
 TRAINING_FREE, STUDENT = "models/routed", "models/distilled"
-ELASTIC = "student_with_"  # and K: the student with another of its budgets, as it is judged
+ELASTIC = "student_with_"  # followed by K: the name of the student with another of its budgets
 
 
 def run(stage: StageRun) -> None:
+    """Write metrics/evaluate.json and the tables of layers and load."""
     from ffn2moe import metrics
     from ffn2moe.dense.load import load_dense
     from ffn2moe.moe import checkpoint
@@ -108,9 +109,9 @@ def diagnose(
 
 
 def agreement(stage: StageRun, student: Any, tokenizer: Any, spec: MoESpec, device: str) -> dict[str, Any] | None:
-    """How far the experts of each layer go with where texts are from; None, saying so, where all are from one place.
+    """Return how far the experts of each layer agree with the sources of texts; None, with a line, for one source.
 
-    On the calibration texts: they are of every source that is trained on, and are not trained on themselves.
+    It uses the calibration texts: they come from every source of the training texts and are not trained on.
     """
     from dataclasses import asdict
 
@@ -125,7 +126,7 @@ def agreement(stage: StageRun, student: Any, tokenizer: Any, spec: MoESpec, devi
     batch_texts = stage.params.evaluate.batch_texts
     if len(spec.stacks) > 1 or len(set(sources)) < 2:
         why = "the model has two stacks" if len(spec.stacks) > 1 else f"all texts are from {sources[0]}"
-        stage.say(f"agreement of experts with the sources of texts is left out: {why}")
+        stage.say(f"agreement of experts with the sources of texts is skipped: {why}")
         return None
     text_T = texts_of(tokens.in_order(batch_texts), DIAGNOSED_TOKENS)
     inputs = layer_inputs(student, tokens.in_order(batch_texts), max_tokens=DIAGNOSED_TOKENS, device=device)
@@ -140,9 +141,9 @@ def agreement(stage: StageRun, student: Any, tokenizer: Any, spec: MoESpec, devi
 
 
 def budgets(payload: dict[str, Any], spec: MoESpec) -> list[dict[str, Any]]:
-    """What is kept with every K that an elastic student serves, most first; its figures leave the payload's top."""
+    """Return what each K of an elastic student keeps, largest K first; remove their figures from the payload."""
     path = headline(payload).path
-    teachers = at(payload["teacher"], path)
+    teacher_figure = at(payload["teacher"], path)
     rows = []
     for active in sorted({*spec.elastic, spec.num_active}, reverse=True):
         figures = payload["student"] if active == spec.num_active else payload.pop(f"{ELASTIC}{active}")
@@ -152,14 +153,14 @@ def budgets(payload: dict[str, Any], spec: MoESpec) -> list[dict[str, Any]]:
                 "num_active": active,
                 "active_ffn_share": replace(spec, num_active=active, elastic=()).active_share,
                 "figure": figure,
-                "retention": figure if teachers is None else headline(payload).retention(figure, teachers),
+                "retention": figure if teacher_figure is None else headline(payload).retention(figure, teacher_figure),
             }
         )
     return rows
 
 
 def rounded(tree: Any) -> Any:
-    """Six decimals: more than a benchmark of this size can tell apart, and readable."""
+    """Round numbers to six decimals: a benchmark of this size resolves no more."""
     if isinstance(tree, dict):
         return {key: rounded(value) for key, value in tree.items()}
     if isinstance(tree, list):

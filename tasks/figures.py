@@ -1,7 +1,7 @@
-"""The drawings of the report, as inline SVG that takes its colours from the page, in light and in dark.
+"""Draw the figures of the report as inline SVG that takes its colours from the page, light or dark.
 
-matplotlib draws with placeholder colours; each becomes a CSS variable (`--teacher`, `--line`, ...), so one
-drawing serves both themes. Figures are narrow, so that their text stays readable on a phone.
+matplotlib draws with placeholder colours; each becomes a CSS variable (`--teacher`, `--line`, ...), so that one drawing
+serves both themes. Figures are narrow, so that their text stays readable on a phone.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-# What a colour stands for -> the placeholder matplotlib draws it with.
+# Name of a colour -> the placeholder that matplotlib draws it with.
 _PLACEHOLDERS = {
     "ink": "#010203",
     "line": "#040506",
@@ -27,7 +27,7 @@ _WIDTH = 4.9  # inches
 
 @contextmanager
 def _canvas(height: float, rows: int = 1) -> Iterator[tuple[Any, Any, list[str]]]:
-    """Figure, axes, and a list that holds the SVG at the end."""
+    """Give a figure, its axes, and a list that holds the SVG at the end."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure  # not pyplot: no window, no global state
 
@@ -64,7 +64,7 @@ def _canvas(height: float, rows: int = 1) -> Iterator[tuple[Any, Any, list[str]]
 
 
 def _themed(svg: str) -> str:
-    """The drawing without prologue and metadata, as wide as its place, in the colours of the page."""
+    """Return the drawing without prologue and metadata, as wide as its place, in the colours of the page."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r'(<svg [^>]*?)\s(?:width="[^"]*"\s|height="[^"]*"\s)', r"\1 ", svg)
@@ -76,7 +76,7 @@ def _themed(svg: str) -> str:
 
 
 def retention(rows: Sequence[Mapping[str, Any]], wanted: float) -> str:
-    """Dots with 95 % intervals: what each mixture keeps of the teacher, a benchmark a row."""
+    """Draw what each mixture keeps of the teacher: dots with 95 % intervals, a row for each benchmark."""
     with _canvas(1.1 + 0.55 * len(rows)) as (figure, axes, svg):
         lowest = 1.0
         for place, row in enumerate(rows):
@@ -98,7 +98,7 @@ def retention(rows: Sequence[Mapping[str, Any]], wanted: float) -> str:
 
 
 def speed(plans: Sequence[Mapping[str, Any]], shapes: Sequence[str], bound: float) -> str:
-    """Bars: speed over dense float32 of every plan at every shape, and the Amdahl bound."""
+    """Draw the speed of every plan over dense float32 at every shape as bars, and the Amdahl bound as a line."""
     import matplotlib.patches as patches
 
     with _canvas(0.9 + len(shapes) * (0.16 * len(plans) + 0.22)) as (figure, axes, svg):
@@ -126,7 +126,7 @@ def speed(plans: Sequence[Mapping[str, Any]], shapes: Sequence[str], bound: floa
 
 
 def curves(series: Mapping[str, tuple[Sequence[float], Sequence[float]]], label: str) -> str:
-    """Losses over steps, each as it was and as its running mean; several are told apart at their ends."""
+    """Draw losses over steps and their running means; a name marks the end of each of several curves."""
     with _canvas(2.7) as (_, axes, svg):
         everything = [loss for _, losses in series.values() for loss in losses]
         for index, (name, (steps, losses)) in enumerate(series.items()):
@@ -149,7 +149,7 @@ def curves(series: Mapping[str, tuple[Sequence[float], Sequence[float]]], label:
 
 
 def layers(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Bars: relative error of every layer under the oracle, and what the router adds to it."""
+    """Draw the relative error of every layer with the oracle as bars, and what the router adds on top."""
     with _canvas(2.9) as (figure, axes, svg):
         place = range(len(rows))
         oracle = [100 * row["oracle_error"] for row in rows]
@@ -176,7 +176,7 @@ def layers(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def load(shares: Sequence[Sequence[float]], names: Sequence[str] | None = None) -> str:
-    """Heat map: how often each expert is chosen, 1 being its fair share; a row a layer, or what `names` says."""
+    """Draw how often each expert is chosen as a heat map, 1 for an even share; rows are layers, or `names`."""
     experts = len(shares[0])
     with _canvas(0.9 + 0.34 * len(shares)) as (_, axes, svg):
         for layer, row in enumerate(shares):

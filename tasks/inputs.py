@@ -1,8 +1,8 @@
-"""Stage 0: fingerprints what lies outside the workspace, so that DVC notices when it changes.
+"""Stage 0: write fingerprints of the inputs outside the workspace, so that DVC notices when they change.
 
-A teacher, a corpus or a data folder elsewhere on disk, and packages that are read as data, cannot be
-dependencies by path: the path would be in dvc.lock, which is the same on every machine. So this stage always
-runs, is quick (no torch), and writes the same bytes for the same contents; the stages after it stay cached.
+A teacher, a corpus or a data folder elsewhere on disk, and packages that are read as data, cannot be dependencies by
+path: the path would stand in dvc.lock, which is the same on every machine. This stage always runs. It is quick (no
+torch) and writes the same bytes for the same contents, so that the stages after it stay cached.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _DATA_SUFFIXES = {".csv", ".tsv", ".txt", ".jsonl"}
 
 
 def run(stage: StageRun) -> None:
-    """Writes data/inputs.json; FileNotFoundError or ValueError when something that is named is not there."""
+    """Write data/inputs.json. FileNotFoundError or ValueError where a named input is missing."""
     params, root = stage.params, stage.root
     inputs = {
         "teacher": _teacher(params, root),
@@ -51,7 +51,7 @@ def _teacher(params: Params, root: Path) -> dict[str, object]:
         raise FileNotFoundError(
             f"teacher.source = {source} is not a folder; check the path, or give package:NAME or a hub name"
         )
-    # What a hub name stands for is settled once, by `prepare`; give a revision to say which.
+    # `prepare` resolves a hub name once; a revision fixes the version.
     return {"kind": "hub", "name": source, "revision": params.teacher.revision}
 
 
@@ -59,7 +59,7 @@ def _corpus(params: Params, root: Path) -> dict[str, object]:
     source = params.data.corpus
     if source == "generated":
         return {"kind": "generated"}
-    # Files without enough pairs of their own are judged on docstrings, so these matter in every case.
+    # A corpus with too few pairs is judged on docstrings, so their packages matter for every corpus.
     docstrings = {"python": platform.python_version(), **_versions(corpus.PACKAGES.values(), "data.corpus")}
     if source == "docstrings":
         return {"kind": "docstrings", **docstrings}
@@ -95,7 +95,7 @@ def _versions(packages: Iterable[str], key: str) -> dict[str, dict[str, str]]:
     versions = {}
     for package in sorted(packages):
         try:
-            versions[package] = metadata.version(package).split("+")[0]  # the build says nothing of texts
+            versions[package] = metadata.version(package).split("+")[0]  # the build does not change texts
         except metadata.PackageNotFoundError:
             raise ValueError(
                 f"{key} needs the package {package}, which is not installed here; "
@@ -105,7 +105,7 @@ def _versions(packages: Iterable[str], key: str) -> dict[str, dict[str, str]]:
 
 
 def _hashes(folder: Path, suffixes: set[str]) -> dict[str, str]:
-    """Path inside the folder -> sha256, for the files that may be read from it."""
+    """Return path inside the folder -> sha256, for the files that can be read from it."""
     files = sorted(
         path
         for path in folder.rglob("*")

@@ -1,4 +1,4 @@
-"""How embeddings are judged: retrieval, similarity and classification, of each model on the same texts."""
+"""Judge embeddings by retrieval, similarity and classification, each model on the same texts."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ if TYPE_CHECKING:
     from ffn2moe.metrics import Interval
     from ffn2moe.spec import MoESpec
 
-EXAMPLES, NEIGHBOURS, SNIPPET = 3, 3, 160  # queries to look at, documents found for each, characters shown
+EXAMPLES, NEIGHBOURS, SNIPPET = 3, 3, 160  # example queries, documents shown for each, characters of a text
 
 
 def judge(stage: StageRun, models: Mapping[str, Any], tokenizer: Any, spec: MoESpec, device: str) -> dict[str, Any]:
-    """The figures of `teacher`, `training_free` and `student`, what the last two keep, and examples."""
+    """Return the figures of `teacher`, `training_free` and `student`, what the last two keep, and examples."""
     from ffn2moe import metrics
     from ffn2moe.data.encode import encode
 
@@ -61,7 +61,7 @@ def judge(stage: StageRun, models: Mapping[str, Any], tokenizer: Any, spec: MoES
 
 @dataclass(frozen=True)
 class Benchmarks:
-    """What the models are judged by; all but retrieval only where a data folder was given."""
+    """The texts that judge the models; without a data folder only those for retrieval."""
 
     pairs: list[dict[str, Any]]
     stsb: list[dict[str, Any]]
@@ -69,6 +69,7 @@ class Benchmarks:
 
     @classmethod
     def read(cls, folder: Path) -> Benchmarks:
+        """Read data/benchmarks."""
         stsb, sets = folder / "sts" / "stsb.jsonl", folder / "classification"
         return cls(
             pairs=corpus.read_jsonl(folder / "retrieval.jsonl"),
@@ -80,13 +81,13 @@ class Benchmarks:
         )
 
     def scores(self) -> Tensor:
-        """What people said of the pairs of STS-B, [N]."""
+        """Return people's scores of the pairs of STS-B, [N]."""
         import torch
 
         return torch.tensor([row["score"] for row in self.stsb])
 
     def texts(self) -> list[str]:
-        """Every distinct text in them, sorted: each model encodes it once."""
+        """Return every distinct text, sorted; each model encodes it once."""
         found = {row[side] for row in self.pairs for side in ("query", "document")}
         found |= {row[side] for row in self.stsb for side in ("first", "second")}
         found |= {row["text"] for sets in self.classification.values() for part in sets for row in part}
@@ -94,7 +95,7 @@ class Benchmarks:
 
 
 class Judged:
-    """One model's figures on every benchmark, and what they are the means of."""
+    """One model's figures on every benchmark, and the values for each text behind their means."""
 
     def __init__(self, benchmarks: Benchmarks, texts: Sequence[str], embeddings_ND: Tensor, seed: int) -> None:
         from ffn2moe import metrics
@@ -126,7 +127,7 @@ class Judged:
 def retention(
     model: Judged, teacher: Judged, benchmarks: Benchmarks, seed: int
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Each figure of a model as a share of the teacher's, and its 95 % interval; nested as the figures."""
+    """Return each figure of a model as a share of the teacher's, and its 95 % interval; nested as the figures."""
     from ffn2moe import metrics
 
     intervals: dict[tuple[str, ...], Interval] = {}
@@ -148,8 +149,8 @@ def retention(
         whole = _leaf(teacher.figures, path)
         if whole == 0:
             raise ValueError(
-                f"the teacher scores 0 on {'.'.join(path)}, so nothing can be kept of it; is "
-                "teacher.source a model of sentence embeddings?"
+                f"the teacher scores 0 on {'.'.join(path)}, so no share of it can be computed; check that "
+                "teacher.source is a model of sentence embeddings"
             )
         _set_leaf(ratios, path, _leaf(model.figures, path) / whole)
         _set_leaf(limits, path, asdict(interval))
@@ -157,7 +158,7 @@ def retention(
 
 
 def examples(benchmarks: Benchmarks, judged: Mapping[str, Judged]) -> list[dict[str, Any]]:
-    """What the first queries find with the teacher and with the student, to look at."""
+    """Return the documents that the first queries find with the teacher and with the student."""
 
     def snippet(text: str) -> str:
         line = " ".join(text.split())

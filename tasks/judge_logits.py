@@ -1,7 +1,7 @@
-"""How models with logits are judged: by the text itself, and by how near they stay to the teacher.
+"""Judge models with logits by the text itself, and by how close they stay to the teacher.
 
-A language model predicts each token of held-out texts; a seq2seq model is given the teacher's own answers and says
-what it would say next at each place; a classifier gives one distribution a text.
+A language model predicts each token of held-out texts. A seq2seq model reads the teacher's own answers and predicts the
+next token at each position. A classifier gives one distribution for a text.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ if TYPE_CHECKING:
     from ffn2moe.data.batches import Batch
     from ffn2moe.spec import MoESpec
 
-EXAMPLES, SNIPPET = 3, 400  # texts to look at, characters shown of each
-PROMPT_TOKENS = 8  # of a held-out text, which a language model goes on from
+EXAMPLES, SNIPPET = 3, 400  # example texts, characters shown of each
+PROMPT_TOKENS = 8  # of a held-out text, which a language model continues
 
 
 @dataclass(frozen=True)
 class Judged:
     """One model on every text, [N] each: sums over the positions of a text.
 
-    `nats_N` is there where the text says what comes next: of language models.
+    Only language models have `nats_N`, because their text holds the next token.
     """
 
     positions_N: Tensor
@@ -39,9 +39,7 @@ class Judged:
 
 
 def judge(stage: StageRun, models: Mapping[str, Any], tokenizer: Any, spec: MoESpec, device: str) -> dict[str, Any]:
-    """The figures of `teacher`, `training_free` and `student`, what the last two keep, and examples."""
-    from ffn2moe import metrics
-
+    """Return the figures of `teacher`, `training_free` and `student`, what the last two keep, and examples."""
     seed, batch_texts = stage.params.seed, stage.params.evaluate.batch_texts
     for model in models.values():
         model.to(device).eval()
@@ -50,46 +48,16 @@ def judge(stage: StageRun, models: Mapping[str, Any], tokenizer: Any, spec: MoES
     if spec.head == "causal":
         tokens = Tokens(tokens.head, [ids for ids in tokens.ids if len(ids) > 1], None, tokens.pad_id)
     judged, _ = compare(stage, models, tokens, batch_texts, device)
-    found: dict[str, Any] = {}
-    ratios: dict[str, Any] = {}
-    limits: dict[str, Any] = {}
-    for name, model in judged.items():
-        figures: dict[str, Any] = {}
-        ratio, limit = ratios.setdefault(name, {}), limits.setdefault(name, {})
-        if model.nats_N is not None:
-            teacher_N = judged["teacher"].nats_N
-            perplexity = metrics.perplexity(model.nats_N, model.positions_N)
-            interval = metrics.perplexity_interval(model.nats_N, model.positions_N, seed=seed)
-            figures["language"] = {"perplexity": perplexity, "perplexity_interval": asdict(interval)}
-            ratio["language"] = {"perplexity": metrics.perplexity(teacher_N, model.positions_N) / perplexity}
-            kept = metrics.perplexity_ratio_interval(teacher_N, model.nats_N, model.positions_N, seed=seed)
-            limit["language"] = {"perplexity": asdict(kept)}
-        if name != "teacher":
-            near = {}
-            for key, sums_N in (("divergence", model.divergence_N), ("agreement", model.agreed_N)):
-                near[key] = (sums_N.sum() / model.positions_N.sum()).item()
-                interval = metrics.mean_ratio_interval(sums_N, model.positions_N, seed=seed)
-                near[f"{key}_interval"] = asdict(interval)
-            figures["to_teacher"] = near
-            ratio["to_teacher"] = {"agreement": near["agreement"]}
-            limit["to_teacher"] = {"agreement": near["agreement_interval"]}
-        found[name] = figures
-        stage.say(f"{name}: {told(figures)}")
-
-    right = {}
-    if spec.head == "classification":
-        right = accuracies(stage, models, batch_texts, device, tokens.pad_id)
+    scores = {name: Scores.of(model, judged["teacher"], seed, name == "teacher") for name, model in judged.items()}
+    for name, score in scores.items():
+        stage.say(f"{name}: {score.summary()}")
+    right = accuracies(stage, models, batch_texts, device, tokens.pad_id) if spec.head == "classification" else {}
     for set_name, by_model in right.items():
         for name, right_N in by_model.items():
-            accuracy = right_N.double().mean().item()
-            found[name].setdefault("classification", {})[set_name] = {"accuracy": accuracy}
-            whole = by_model["teacher"].double().mean().item()
-            if name != "teacher" and whole:
-                interval = metrics.mean_ratio_interval(right_N, by_model["teacher"], seed=seed)
-                ratios[name].setdefault("classification", {})[set_name] = {"accuracy": accuracy / whole}
-                limits[name].setdefault("classification", {})[set_name] = {"accuracy": asdict(interval)}
+            scores[name].add_accuracy(set_name, right_N, by_model["teacher"], seed, name == "teacher")
+    found: dict[str, Any] = {name: score.figures for name, score in scores.items()}
     for name, suffix in (("student", ""), ("training_free", "_training_free")):
-        found[f"retention{suffix}"], found[f"retention_interval{suffix}"] = ratios[name], limits[name]
+        found[f"retention{suffix}"], found[f"retention_interval{suffix}"] = scores[name].ratios, scores[name].limits
     found["head"] = spec.head
     found["examples"] = examples(stage, models, tokenizer, tokens, device)
     found["evaluated"] = {
@@ -100,21 +68,65 @@ def judge(stage: StageRun, models: Mapping[str, Any], tokenizer: Any, spec: MoES
     return found
 
 
-def told(figures: Mapping[str, Any]) -> str:
-    """A model's figures as a line."""
-    parts = []
-    if "language" in figures:
-        parts.append(f"perplexity {figures['language']['perplexity']:.3f}")
-    if "to_teacher" in figures:
-        near = figures["to_teacher"]
-        parts.append(f"{near['divergence']:.4f} nats from the teacher, {100 * near['agreement']:.1f} % agreement")
-    return ", ".join(parts) or "what the others are compared with"
+@dataclass(frozen=True)
+class Scores:
+    """One model's figures, their shares of the teacher's, and the 95 % intervals of the shares; nested alike."""
+
+    figures: dict[str, Any]
+    ratios: dict[str, Any]
+    limits: dict[str, Any]
+
+    @classmethod
+    def of(cls, model: Judged, teacher: Judged, seed: int, is_teacher: bool) -> Scores:
+        """Return the scores of a model on the held-out texts; the teacher has none beside itself."""
+        from ffn2moe import metrics
+
+        scores = cls({}, {}, {})
+        if model.nats_N is not None and teacher.nats_N is not None:
+            perplexity = metrics.perplexity(model.nats_N, model.positions_N)
+            interval = metrics.perplexity_interval(model.nats_N, model.positions_N, seed=seed)
+            scores.figures["language"] = {"perplexity": perplexity, "perplexity_interval": asdict(interval)}
+            ratio = metrics.perplexity(teacher.nats_N, model.positions_N) / perplexity
+            scores.ratios["language"] = {"perplexity": ratio}
+            kept = metrics.perplexity_ratio_interval(teacher.nats_N, model.nats_N, model.positions_N, seed=seed)
+            scores.limits["language"] = {"perplexity": asdict(kept)}
+        if not is_teacher:
+            near = {}
+            for key, sums_N in (("divergence", model.divergence_N), ("agreement", model.agreed_N)):
+                near[key] = (sums_N.sum() / model.positions_N.sum()).item()
+                interval = metrics.mean_ratio_interval(sums_N, model.positions_N, seed=seed)
+                near[f"{key}_interval"] = asdict(interval)
+            scores.figures["to_teacher"] = near
+            scores.ratios["to_teacher"] = {"agreement": near["agreement"]}
+            scores.limits["to_teacher"] = {"agreement": near["agreement_interval"]}
+        return scores
+
+    def add_accuracy(self, set_name: str, right_N: Tensor, teacher_N: Tensor, seed: int, is_teacher: bool) -> None:
+        """Add the accuracy on a labelled set; `right_N` and `teacher_N` say which texts are right."""
+        from ffn2moe import metrics
+
+        accuracy, whole = right_N.double().mean().item(), teacher_N.double().mean().item()
+        self.figures.setdefault("classification", {})[set_name] = {"accuracy": accuracy}
+        if not is_teacher and whole:
+            interval = metrics.mean_ratio_interval(right_N, teacher_N, seed=seed)
+            self.ratios.setdefault("classification", {})[set_name] = {"accuracy": accuracy / whole}
+            self.limits.setdefault("classification", {})[set_name] = {"accuracy": asdict(interval)}
+
+    def summary(self) -> str:
+        """Return the figures as a line."""
+        parts = []
+        if "language" in self.figures:
+            parts.append(f"perplexity {self.figures['language']['perplexity']:.3f}")
+        if "to_teacher" in self.figures:
+            near = self.figures["to_teacher"]
+            parts.append(f"{near['divergence']:.4f} nats from the teacher, {100 * near['agreement']:.1f} % agreement")
+        return ", ".join(parts) or "the reference of the others"
 
 
 def compare(
     stage: StageRun, models: Mapping[str, Any], tokens: Tokens, batch_texts: int, device: str
 ) -> tuple[dict[str, Judged], dict[str, Tensor]]:
-    """Every model on the same batches, beside the teacher; and the first choice of each at the last position, [N]."""
+    """Run all models on the same batches; return their sums, and the top choice of each at the last position, [N]."""
     import torch
 
     from ffn2moe import metrics
@@ -144,7 +156,7 @@ def compare(
 
 
 def judged_positions(batch: Batch, head: str, row: int) -> tuple[slice, Tensor | None]:
-    """Which positions of a row of logits are judged, and what comes next at each, where the text says it."""
+    """Return which positions of a row of logits are judged, and the next token at each where the text holds it."""
     if batch.mask is None:
         return slice(0, 1), None
     length = int(batch.mask[row].sum())
@@ -156,7 +168,7 @@ def judged_positions(batch: Batch, head: str, row: int) -> tuple[slice, Tensor |
 def accuracies(
     stage: StageRun, models: Mapping[str, Any], batch_texts: int, device: str, pad_id: int
 ) -> dict[str, dict[str, Tensor]]:
-    """Set -> model -> which of the labelled texts it gets right, [N]."""
+    """Return set -> model -> which labelled texts the model gets right, [N]."""
     import torch
 
     folder: Path = stage.root / "data/benchmarks/classification"
@@ -173,7 +185,7 @@ def accuracies(
 def examples(
     stage: StageRun, models: Mapping[str, Any], tokenizer: Any, tokens: Tokens, device: str
 ) -> list[dict[str, Any]]:
-    """What each model makes of the first held-out texts, to look at: a continuation, an answer, or a class."""
+    """Return what each model gives for the first held-out texts: a continuation, an answer, or a class."""
     rows = []
     for ids in tokens.ids[:EXAMPLES]:
         given = ids[: min(PROMPT_TOKENS, len(ids) - 1)] if tokens.head == "causal" else ids
@@ -185,7 +197,7 @@ def examples(
 
 
 def answer(stage: StageRun, model: Any, tokenizer: Any, ids: Sequence[int], head: str, device: str) -> str:
-    """The most probable class, or the greedy continuation or answer."""
+    """Return the most probable class, or the greedy continuation or answer."""
     import torch
 
     from ffn2moe.dense.config import positions
@@ -210,11 +222,11 @@ def answer(stage: StageRun, model: Any, tokenizer: Any, ids: Sequence[int], head
     said = tokenizer.decode(found, skip_special_tokens=True)
     if head == "seq2seq":
         return snippet(said)
-    # What is new in the whole: the first token alone would be decoded without the space before it.
+    # Decode the whole text and remove the prompt: the new tokens alone lose the space before the first.
     return snippet(said.removeprefix(tokenizer.decode(ids, skip_special_tokens=True)))
 
 
 def snippet(text: str) -> str:
-    """A text as one line that is not too long."""
+    """Return a text as one line, shortened to SNIPPET characters."""
     line = " ".join(text.split())
     return line if len(line) <= SNIPPET else line[: SNIPPET - 1].rstrip() + "…"

@@ -1,8 +1,8 @@
-"""Stage 1: the teacher, the texts it is distilled on, and what it is judged by.
+"""Stage 1: write the teacher, the texts to distil on, and the texts to judge by.
 
-Reads the teacher from wherever it lives, a corpus, and a folder of labelled sets if one is named. Everything
-is read and checked before anything is written. Texts for a model with logits are written with their token ids, and
-with what a seq2seq teacher answers: what later stages see does not depend on how it is tokenised or generated again.
+It reads the teacher, a corpus, and a folder of labelled sets if one is named, and checks everything before it writes.
+Texts for a model with logits are written with their token ids, and with a seq2seq teacher's answers, so that later
+stages do not depend on tokenising or generating them again.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from tasks.stage import StageRun, main
 if TYPE_CHECKING:
     from ffn2moe.spec import Head
 
-# What a teacher's folder needs to be opened again, and how its authors pool; not its README, ONNX files, ...
+# The files that open a teacher, and how its authors pool; README, ONNX files and others are not copied.
 TEACHER_FILES = (
     "config.json",
     "*.safetensors",
@@ -37,35 +37,36 @@ TEACHER_FILES = (
     "generation_config.json",
     "chat_template*",
 )
-EVALUATION_SHARE = 0.1  # of a corpus that is not its own benchmark, held out all the same
+EVALUATION_SHARE = 0.1  # of a corpus that is not its own benchmark: held out too
 SPLITS = ("train", "calibration", "evaluation")
 ANSWERED_AT_ONCE = 64  # texts that a seq2seq teacher answers together
-MOST_WRITTEN_AT_ONCE = 256  # texts that a language model writes together, where its cache holds no more than ...
-CACHED_NUMBERS = 2**28  # ... this: 1 GiB
+MOST_WRITTEN_AT_ONCE = 256  # texts that a language model writes together
+CACHED_NUMBERS = 2**28  # largest cache of a language model that writes: 1 GiB
 
 
 @dataclass(frozen=True)
 class Teacher:
-    """The opened teacher: a model, its tokenizer, what it gives, and a description."""
+    """The opened teacher: model, tokenizer, head, and a summary for metrics/prepare.json."""
 
     model: Any
     tokenizer: Any
     head: Head
-    described: dict[str, Any]
+    summary: dict[str, Any]
 
 
 def run(stage: StageRun) -> None:
+    """Write data/teacher, data/corpus, data/benchmarks and metrics/prepare.json."""
     data = stage.params.data
     teacher = open_teacher(stage)
     folder = corpus.read_folder(stage.root / data.folder) if data.folder else corpus.LabelledFolder([])
     if teacher.head == "embedding":
-        splits, benchmark = divide(stage, folder)
+        splits, benchmark = split_corpus(stage, folder)
         rows: dict[str, list[dict[str, Any]]] = {
             name: [{"text": text} for text in getattr(splits, name)] for name in SPLITS
         }
         sets = {name: [list(map(asdict, part)) for part in both] for name, both in folder.classification.items()}
     else:
-        splits, written = divide_for_logits(stage, folder, teacher)
+        splits, written = split_for_logits(stage, folder, teacher)
         rows = {name: tokenised(stage, teacher, getattr(splits, name), written) for name in SPLITS}
         sets = labelled_sets(stage, folder, teacher)
     for row in (row for part in rows.values() for row in part):
@@ -90,7 +91,7 @@ def run(stage: StageRun) -> None:
                 corpus.write_jsonl(out / "classification" / name / f"{part}.jsonl", found)
 
     figures: dict[str, Any] = {
-        "teacher": teacher.described,
+        "teacher": teacher.summary,
         "texts": {name: len(rows[name]) for name in SPLITS},
         "characters": sum(map(len, splits.train)),
         "joined_from_folder": len(folder.texts),
@@ -107,21 +108,21 @@ def run(stage: StageRun) -> None:
 
 
 def open_teacher(stage: StageRun) -> Teacher:
-    """Opens the teacher once, so that a bad one is reported before any work."""
+    """Open the teacher; ValueError for one that the pipeline cannot use, before any work."""
     from ffn2moe.dense.config import head_of, positions
     from ffn2moe.dense.load import load_dense
     from ffn2moe.dense.locate import activation_of, family_of, ffn_layers, read_ffn
 
     settings = stage.params.teacher
-    refuse_other_senses(stage)
+    refuse_other_inputs(stage)
     model, tokenizer = load_dense(
         teacher_source(stage), settings.revision, head=None if settings.head == "auto" else settings.head
     )
     head = head_of(model.config) if settings.head == "auto" else settings.head
     if stage.params.data.corpus == "generated" and head != "causal":
         raise ValueError(
-            f"data.corpus = generated has the teacher write the texts, and {settings.source} is a model with the head "
-            f"{head}, which writes none: name a corpus"
+            f"data.corpus = generated asks the teacher to write the texts, and {settings.source} has the head "
+            f"{head}, which writes no text: name a corpus"
         )
     longest = positions(model.config)
     if longest is not None and settings.max_length > longest:
@@ -136,7 +137,7 @@ def open_teacher(stage: StageRun) -> Teacher:
             f"{vocabulary}: they belong to different models; restore the folder"
         )
     ffn = read_ffn(model, 0)
-    described = {
+    summary = {
         "family": family_of(model).name,
         "layers": len(ffn_layers(model)),
         "width": ffn.w_in_FD.shape[1],
@@ -144,11 +145,11 @@ def open_teacher(stage: StageRun) -> Teacher:
         "activation": activation_of(model),
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
     }
-    return Teacher(model, tokenizer, head, described if head == "embedding" else described | {"head": head})
+    return Teacher(model, tokenizer, head, summary if head == "embedding" else summary | {"head": head})
 
 
-def refuse_other_senses(stage: StageRun) -> None:
-    """ValueError for a model that sees, hears, or gives hidden states only: the corpus is text."""
+def refuse_other_inputs(stage: StageRun) -> None:
+    """ValueError for a model that reads images or sound, or gives hidden states only: the corpus is text."""
     from transformers import PreTrainedConfig
 
     from ffn2moe.dense.families import FAMILIES
@@ -164,19 +165,19 @@ def refuse_other_senses(stage: StageRun) -> None:
         raise ValueError(
             f"teacher.source = {settings.source} is a {family.name} model, which reads {family.reads} and gives "
             f"{' or '.join(family.heads)}; the pipeline distils and judges on text ({', '.join(able)}): convert this "
-            "one without it, by `ffn2moe convert`"
+            "model with `ffn2moe convert` instead"
         )
 
 
 def teacher_source(stage: StageRun) -> str:
-    """The teacher as `load_dense` takes it: a path is relative to the workspace."""
+    """Return the teacher in the form of `load_dense`; a path is relative to the workspace."""
     source = stage.params.teacher.source
     path = stage.root / Path(source).expanduser()
     return str(path) if path.is_dir() else source
 
 
 def copy_teacher(stage: StageRun, out: Path) -> None:
-    """The teacher's own files, byte for byte."""
+    """Copy the teacher's files to `out`, byte for byte."""
     from ffn2moe.dense.load import resolve_source
 
     kind, folder = resolve_source(teacher_source(stage))
@@ -196,7 +197,7 @@ def copy_teacher(stage: StageRun, out: Path) -> None:
 
 
 def corpus_source(stage: StageRun) -> str:
-    """The corpus as `read_corpus` takes it: a path is relative to the workspace."""
+    """Return the corpus in the form of `read_corpus`; a path is relative to the workspace."""
     source = stage.params.data.corpus
     if source == "docstrings" or source.startswith("datasets:"):
         return source
@@ -204,12 +205,12 @@ def corpus_source(stage: StageRun) -> str:
 
 
 def corpus_name(source: str) -> str:
-    """What the texts of a corpus are told by: the name of a file without its ending, else as it is written."""
+    """Return the source name of a corpus's texts: a file's name without its ending, else the name as it is written."""
     return Path(source).stem if Path(source).suffix else source
 
 
-def divide(stage: StageRun, folder: corpus.LabelledFolder) -> tuple[corpus.Splits, str]:
-    """The splits, and where the retrieval pairs come from: the corpus itself, where it has enough to give."""
+def split_corpus(stage: StageRun, folder: corpus.LabelledFolder) -> tuple[corpus.Splits, str]:
+    """Return the splits and the source of the retrieval pairs: the corpus itself if it has enough pairs."""
     data, workers = stage.params.data, stage.params.compute.threads
     is_docstrings = data.corpus == "docstrings"
     texts = corpus.read_corpus(corpus_source(stage), data.text_column, workers=workers, track=stage.track)
@@ -223,8 +224,8 @@ def divide(stage: StageRun, folder: corpus.LabelledFolder) -> tuple[corpus.Split
     own = is_docstrings or len(pairs) >= min(data.evaluation_pairs, corpus.FEWEST_OWN_PAIRS)
     if not own:
         stage.say(
-            f"{data.corpus} has too few texts with a first line or sentence and a rest to be its own "
-            "retrieval benchmark; docstrings are used instead"
+            f"{data.corpus} cannot be its own retrieval benchmark, because too few of its texts have a first line or "
+            "sentence and a rest; using docstrings instead"
         )
         library = corpus.docstrings(workers=workers, track=stage.track)
         pairs = corpus.benchmark_pairs(library, data.evaluation_pairs, [*judged, *texts])
@@ -241,10 +242,10 @@ def divide(stage: StageRun, folder: corpus.LabelledFolder) -> tuple[corpus.Split
     return splits, "the corpus" if own and not is_docstrings else "docstrings"
 
 
-def divide_for_logits(
+def split_for_logits(
     stage: StageRun, folder: corpus.LabelledFolder, teacher: Teacher
 ) -> tuple[corpus.Splits, dict[str, list[int]]]:
-    """The splits for a model with logits, and the ids of the texts that the teacher wrote."""
+    """Return the splits for a model with logits, and the ids of the texts that the teacher wrote."""
     data = stage.params.data
     written: dict[str, list[int]] = {}
     if data.corpus == "generated":
@@ -274,14 +275,14 @@ def divide_for_logits(
 
 
 def write_texts(stage: StageRun, teacher: Teacher) -> dict[str, list[int]]:
-    """Texts that the teacher writes by itself, text -> ids, each once and none empty."""
+    """Return texts that the teacher writes, text -> ids, without repeats and empty texts."""
     from ffn2moe.data.generate import sample_tokens
     from ffn2moe.numerics import choose_device
 
     params = stage.params
     teacher.model.to(choose_device(params.compute.device))
     bos = teacher.tokenizer.bos_token_id
-    cached = 2 * teacher.described["layers"] * teacher.described["width"] * params.teacher.max_length  # a text
+    cached = 2 * teacher.summary["layers"] * teacher.summary["width"] * params.teacher.max_length
     drawn = sample_tokens(
         teacher.model,
         count=params.data.max_texts,
@@ -298,14 +299,14 @@ def write_texts(stage: StageRun, teacher: Teacher) -> dict[str, list[int]]:
 def tokenised(
     stage: StageRun, teacher: Teacher, texts: Sequence[str], written: dict[str, list[int]]
 ) -> list[dict[str, Any]]:
-    """Each text with its ids, whole for a causal model, whose texts are packed; and with a seq2seq teacher's answer."""
+    """Return each text with its ids and a seq2seq teacher's answer; texts of a causal model are not truncated."""
     from ffn2moe.data.generate import greedy_answers
     from ffn2moe.numerics import choose_device
 
     length = stage.params.teacher.max_length
-    cut: dict[str, Any] = {} if teacher.head == "causal" else {"truncation": True, "max_length": length}
+    limit: dict[str, Any] = {} if teacher.head == "causal" else {"truncation": True, "max_length": length}
     new = [text for text in texts if text not in written]
-    found = dict(zip(new, teacher.tokenizer(new, **cut)["input_ids"] if new else [], strict=True)) | written
+    found = dict(zip(new, teacher.tokenizer(new, **limit)["input_ids"] if new else [], strict=True)) | written
     rows: list[dict[str, Any]] = [{"text": text, "ids": list(found[text])} for text in texts]
     if teacher.head == "seq2seq":
         answers = greedy_answers(
@@ -324,14 +325,14 @@ def tokenised(
 def labelled_sets(
     stage: StageRun, folder: corpus.LabelledFolder, teacher: Teacher
 ) -> dict[str, list[list[dict[str, Any]]]]:
-    """The sets of the data folder that a classifier has the classes of, with ids, and labels as indices of classes."""
+    """Return the labelled sets whose labels are the classifier's classes, with ids, and labels as class indices."""
     if teacher.head != "classification":
         return {}
     sets = {}
     for name, both in folder.classification.items():
         place = classes_of({row.label for part in both for row in part}, teacher.model.config)
         if place is None:
-            stage.say(f"{name} is not used to judge: its labels are not the classes of {stage.params.teacher.source}")
+            stage.say(f"{name} is not used: its labels are not the classes of {stage.params.teacher.source}")
             continue
         sets[name] = [
             [
@@ -346,7 +347,7 @@ def labelled_sets(
 
 
 def classes_of(labels: Iterable[str], config: Any) -> dict[str, int] | None:
-    """Label -> index of its class, by name or, where labels are numbers, by number; None where they do not fit."""
+    """Return label -> class index, by name or, where labels are numbers, by number; None where they do not fit."""
     labels = set(labels)
     names = {str(name).casefold(): int(index) for name, index in config.label2id.items()}
     if all(label.casefold() in names for label in labels):

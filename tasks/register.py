@@ -1,7 +1,7 @@
-"""Stage 9: the export as a version of a registered model, with the alias `challenger`.
+"""Stage 9: register the export as a version of a model, with the alias `challenger`.
 
-`challenger` points to the newest version that answers; whether it becomes `champion`, flows/promote.py decides. When
-something fails after the alias was moved, it moves back, and the version goes.
+`challenger` points to the newest version that answers; flows/promote.py decides whether it becomes `champion`. If a
+later step fails, the alias moves back and the version is deleted.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from tasks.registry import CHALLENGER, Registry
 from tasks.stage import StageRun, main
 
 EXAMPLE = ("A mixture of experts runs a part of itself for each token.", "The weather is fine today.")
-# What the served model imports, besides its engines and the package ffn2moe that travels with it.
+# Packages that the served model imports, besides its engines and the package ffn2moe, which is stored with it.
 REQUIREMENTS = ("numpy", "onnx", "pyyaml", "tokenizers")
-SAME = 1e-5  # of components of unit vectors: the same graph, computed twice
+SAME = 1e-5  # largest difference of components of unit vectors: the same graph, computed twice
 
 
 def run(stage: StageRun) -> None:
-    """Registers exports/NAME, writes metrics/register.json; ValueError if the version answers wrongly."""
+    """Register exports/NAME and write metrics/register.json; ValueError if the version answers wrongly."""
     root, params = stage.root, stage.params
     export = root / "exports" / params.name
     plan = _json(export / "plan.json")
@@ -71,9 +71,9 @@ def run(stage: StageRun) -> None:
 
 
 def measured(quality: Mapping[str, Any], plan: Mapping[str, Any], served: Path) -> dict[str, float]:
-    """What a version is judged by: the share of the teacher's quality, the speed-up, and the bytes of what is served.
+    """Return the figures that judge a version: share of the teacher's quality, speed-up, bytes that are served.
 
-    The speed-up is that of the whole workload over the best dense plans, the lowest one over the numbers of threads.
+    The speed-up is that of the whole workload over the best dense plans, the lowest over the numbers of threads.
     """
     return {
         "retention": float(at(quality["retention"], headline(quality).path)),
@@ -90,7 +90,7 @@ def requirements(manifest: Mapping[str, Any]) -> list[str]:
 
 
 def slim_copy(export: Path, target: Path, plan: Mapping[str, Any]) -> Path:
-    """The export with its chosen plans only, and without the checkpoint: what serving needs."""
+    """Copy what serving needs of an export to `target`: the chosen plans, without the checkpoint; return `target`."""
     manifest = _json(export / "manifest.json")
     manifest["plans"] = {name: manifest["plans"][name] for name in plan["plans"]}
     for entry in manifest["plans"].values():
@@ -105,16 +105,16 @@ def slim_copy(export: Path, target: Path, plan: Mapping[str, Any]) -> Path:
 
 
 def check_answers(registry: Registry, version: int, export: Path) -> None:
-    """Asks the registered version itself; ValueError unless it answers as the export does."""
+    """Ask the registered version itself; ValueError unless it answers as the export does."""
     if not same(registry.predict(version, EXAMPLE), answers(export, EXAMPLE)):
         raise ValueError(
             f"version {version} of {registry.model} does not answer as {export} does; "
-            "it was removed again, the aliases are where they were; to try again: dvc repro -s register"
+            "it is removed again and the aliases are unchanged; to retry: dvc repro -s register"
         )
 
 
 def answers(export: Path, texts: Sequence[str]) -> list[Any]:
-    """What a served model should give for texts, from the export itself."""
+    """Return the answers that a served model must give, computed with the export itself."""
     opened = open_export(export)
     if hasattr(opened, "generate"):
         return ["".join(opened.generate(text)) for text in texts]
@@ -128,7 +128,7 @@ def answers(export: Path, texts: Sequence[str]) -> list[Any]:
 
 
 def same(given: Any, expected: Sequence[Any]) -> bool:
-    """Whether answers agree: texts letter by letter, numbers within rounding."""
+    """Return whether answers agree: texts letter by letter, numbers within rounding."""
     if not isinstance(given, list) or len(given) != len(expected):
         return False
     if isinstance(expected[0], str):
@@ -143,7 +143,7 @@ def tags(
     facts: Mapping[str, float],
     plan: Mapping[str, Any],
 ) -> dict[str, str]:
-    """What a version is made of, and how good it is: git, DVC hashes of what was exported, figures."""
+    """Return the tags of a version: its git commit, the DVC hashes of its export, its figures."""
     commit = os.environ.get("FFN2MOE_GIT_COMMIT") or _git(root, "rev-parse", "HEAD")
     dirty = os.environ.get("FFN2MOE_GIT_DIRTY") or str(
         bool(_git(root, "status", "--porcelain", "--untracked-files=no", "--", ".", ":!dvc.lock"))
@@ -170,12 +170,12 @@ def tags(
 
 
 def _judges(path: str) -> bool:
-    """Whether a file that `evaluate` reads is what it judges by; the teacher's files are what it judges against."""
+    """Return whether a file that `evaluate` reads holds texts to judge by; the teacher's files do not."""
     return path.startswith("data/") and Path(path).name != "teacher"
 
 
 def _git(root: Path, *arguments: str) -> str:
-    """What git says; nothing where there is no git, which does not stop a registration."""
+    """Return the output of git; an empty text where there is no git, which does not stop a registration."""
     if shutil.which("git") is None:
         return ""
     done = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=False)

@@ -1,6 +1,6 @@
-"""The model registry: versions of one registered model, their tags, and the aliases that point to them.
+"""Read and write the MLflow model registry: versions of a registered model, their tags and their aliases.
 
-MLflow's, in its own terms. An alias is moved in one write, so that a reader finds the old version or the new one.
+An alias moves in one write, so that a reader finds the old version or the new one.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ CHAMPION, CHALLENGER = "champion", "challenger"
 
 
 class RegistryError(StoreError):
-    """The registry cannot give what is asked; the message holds the cause and the remedy."""
+    """The registry does not have what was asked for; the message gives the cause and the remedy."""
 
 
 class Registry:
-    """Versions and aliases of one registered model. StoreError where there is no registry to be had."""
+    """The versions and aliases of one registered model. StoreError where the registry cannot be used."""
 
     def __init__(self, root: Path, model: str) -> None:
         self.uri = default_tracking_uri(root)
@@ -31,7 +31,7 @@ class Registry:
         self._client = mlflow_client(self.uri)
 
     def holds(self, version: int) -> bool:
-        """Whether a version is there; not so when the database is another one than it was registered in."""
+        """Return whether this registry has a version."""
         from mlflow.exceptions import MlflowException
 
         try:
@@ -52,10 +52,10 @@ class Registry:
         settings: Mapping[str, Any] | None = None,
         options: Mapping[str, Any] | None = None,
     ) -> Iterator[int]:
-        """A new version: a file of code that opens `export`; it is deleted if the block does not end well.
+        """Register a version, a file of code that opens `export`; delete it if the block fails.
 
-        `settings` are the model's config, which who serves it may override; `options` what a request may ask for
-        beside its texts, with their defaults.
+        `settings` are the model's config, which can be overridden where it is served. `options` are the params of a
+        request, with their defaults.
         """
         import mlflow
 
@@ -85,39 +85,40 @@ class Registry:
             raise
 
     def tag(self, version: int, tags: Mapping[str, str]) -> None:
+        """Write tags on a version."""
         for key, value in tags.items():
             self._client.set_model_version_tag(self.model, str(version), key, value)
 
     def tags(self, version: int) -> dict[str, str]:
-        """What is written on a version."""
+        """Return the tags of a version."""
         return dict(self._client.get_model_version(self.model, str(version)).tags)
 
     def predict(self, version: int, texts: Sequence[str]) -> Any:
-        """What the registered version itself answers."""
+        """Return the answers of the registered version itself."""
         return self.load(version).predict(list(texts))
 
     def load(self, version: int) -> Any:
-        """The version in this process, as MLflow's PyFuncModel."""
+        """Load a version into this process, as MLflow's PyFuncModel."""
         import mlflow
 
         return mlflow.pyfunc.load_model(f"models:/{self.model}/{version}")
 
     def export(self, version: int) -> Path:
-        """The export that a version serves, in a folder of this machine."""
+        """Return the folder, on this machine, of the export that a version serves; RegistryError if it is gone."""
         import mlflow
 
         source = self._client.get_model_version_download_uri(self.model, str(version))
         try:
             folder = Path(mlflow.artifacts.download_artifacts(f"{source}/artifacts/export"))
-        except Exception as error:  # as many kinds as there are stores
+        except Exception as error:  # every store raises its own errors
             raise RegistryError(
-                f"the files of {self.model} version {version} cannot be had from {source} ({_line(error)}); put the "
-                "folder back, or register the model again: dvc repro -f -s register"
+                f"the files of {self.model} version {version} cannot be read from {source} ({_line(error)}); restore "
+                "the folder, or register the model again: dvc repro -f -s register"
             ) from error
         return folder
 
     def version_of(self, alias: str) -> int | None:
-        """The version an alias points to; None if there is no such alias."""
+        """Return the version that an alias points to; None if there is no such alias."""
         from mlflow.exceptions import MlflowException
 
         try:
@@ -126,7 +127,7 @@ class Registry:
             return None
 
     def resolve(self, which: str) -> int:
-        """The version that a number or an alias means; RegistryError, with what there is, where it means none."""
+        """Return the version with a number or an alias; RegistryError, with the known ones, where there is none."""
         versions, aliases = self.versions(), self.aliases()
         if not versions:
             others = sorted(model.name for model in self._client.search_registered_models())
@@ -144,19 +145,19 @@ class Registry:
             return aliases[which]
         known = ", ".join(f"{alias} (version {version})" for alias, version in sorted(aliases.items())) or "no alias"
         remedy = (
-            "; promote the newest version (make promote says why if it may not), or name a version by its number"
+            "; promote the newest version (make promote gives the reason if it cannot), or name a version by its number"
             if which == CHAMPION
             else ""
         )
         raise RegistryError(f"{self.model} has no {which}; it has {known}{remedy}")
 
     def versions(self) -> list[int]:
-        """Every version there is, oldest first."""
+        """Return all versions, oldest first."""
         found = self._client.search_model_versions(f"name = '{self.model}'")
         return sorted(int(version.version) for version in found)
 
     def aliases(self) -> dict[str, int]:
-        """Alias -> version."""
+        """Return alias -> version."""
         from mlflow.exceptions import MlflowException
 
         try:
@@ -166,7 +167,7 @@ class Registry:
         return {alias: int(version) for alias, version in model.aliases.items()}
 
     def point(self, alias: str, version: int | None) -> None:
-        """Moves an alias to a version, at once; None removes it."""
+        """Move an alias to a version in one write; None removes it."""
         if version is None:
             self._client.delete_registered_model_alias(self.model, alias)
         else:
@@ -174,7 +175,7 @@ class Registry:
 
     @contextmanager
     def moved(self, alias: str, version: int) -> Iterator[None]:
-        """Points an alias to a version; back to where it was if the block does not end well."""
+        """Move an alias to a version; move it back if the block fails."""
         before = self.version_of(alias)
         try:
             self.point(alias, version)

@@ -1,7 +1,7 @@
-"""The registered model, as code (MLflow's models-from-code): texts in; embeddings, probabilities or texts out.
+"""Serve an export as a registered model (MLflow's models-from-code): texts in; embeddings, probabilities or texts out.
 
 MLflow runs this file where the model is loaded, with the export and the package ffn2moe beside it. It needs numpy, the
-engine of the export's plan and the tokenizer's library; no torch.
+engine of the export's plan and the tokenizer's library, but no torch.
 """
 
 from __future__ import annotations
@@ -20,22 +20,22 @@ from mlflow.pyfunc import PythonModel
 
 
 class Refused(MlflowException):
-    """A request that is not answered: 400. MLflow would repeat it in the answer, however long; this does not."""
+    """Refuse a request with status 400, without repeating it in the answer as MLflow does."""
 
     def __init__(self, message: str) -> None:
         super().__init__(message, error_code=INVALID_PARAMETER_VALUE)
-        self._told = message
+        self._reason = message
 
     def serialize_as_json(self) -> str:
-        return json.dumps({"error_code": self.error_code, "message": self._told})
+        return json.dumps({"error_code": self.error_code, "message": self._reason})
 
 
 class Served(PythonModel):
-    """What the export gives for texts: embeddings of unit length, probabilities of the classes, or what it writes.
+    """Answer texts with embeddings of unit length, probabilities of the classes, or written text.
 
     Classes are in the order of the teacher's config; text is continued or answered greedily. A request with the params
-    {"info": true} is answered with one mapping in place of that: the model's name and version, its plan, the limits,
-    and what it has answered since it was started.
+    {"info": true} returns one mapping instead: the model's name and version, its plan, the limits, and the number of
+    requests, texts and seconds since it started.
     """
 
     def load_context(self, context: Any) -> None:
@@ -50,7 +50,7 @@ class Served(PythonModel):
         self._lock = threading.Lock()
 
     def predict(self, model_input: list[str], params: dict[str, Any] | None = None) -> list[Any]:
-        """An answer for each text. Refused: no text, too many, one that is empty, too long, or no Unicode."""
+        """Return an answer for each text. Refused: no text, too many, or one that is empty, too long or not Unicode."""
         if (params or {}).get("info"):
             return [self._info()]
         self._check(model_input)
@@ -72,11 +72,11 @@ class Served(PythonModel):
             if not text.strip():
                 raise Refused(f"text {index} is empty; leave it out")
             if len(text) > longest:
-                raise Refused(f"text {index} has {len(text)} characters; at most {longest} are taken: cut it")
+                raise Refused(f"text {index} has {len(text)} characters; at most {longest} are accepted: shorten it")
             try:
                 text.encode()
             except UnicodeEncodeError as error:
-                raise Refused(f"text {index} is not Unicode: {error.reason}; leave out half of a pair") from None
+                raise Refused(f"text {index} is not Unicode: {error.reason}; remove the lone surrogate") from None
 
     def _answers(self, texts: list[str]) -> list[Any]:
         if hasattr(self.export, "generate"):
@@ -90,7 +90,7 @@ class Served(PythonModel):
     def _written(self, index: int, text: str) -> str:
         try:
             return "".join(self.export.generate(text))
-        except ValueError as error:  # longer than the model can hold
+        except ValueError as error:  # it is longer than the model's context
             raise Refused(f"text {index}: {error}") from None
 
     def _info(self) -> dict[str, Any]:
@@ -106,11 +106,11 @@ class Served(PythonModel):
 
 
 def _identity(export: Path) -> dict[str, Any]:
-    """Name and version, which MLflow writes beside a model that comes from the registry."""
+    """Return name and version, which MLflow writes beside a model from the registry; None without them."""
     note = export.parents[1] / "registered_model_meta"
-    told = yaml.safe_load(note.read_text(encoding="utf-8")) if note.is_file() else {}
-    version = told.get("model_version")
-    return {"model": told.get("model_name"), "version": None if version is None else int(version)}
+    metadata = yaml.safe_load(note.read_text(encoding="utf-8")) if note.is_file() else {}
+    version = metadata.get("model_version")
+    return {"model": metadata.get("model_name"), "version": None if version is None else int(version)}
 
 
 mlflow.models.set_model(Served())

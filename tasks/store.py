@@ -1,6 +1,6 @@
-"""Where the run record and the registry are kept: a database file, a PostgreSQL database, or an MLflow server.
+"""Find and check the store of run records and registered models: a database file, PostgreSQL, or an MLflow server.
 
-Its address comes from the environment and is checked here. mlflow is imported inside functions, as it takes a second.
+Its address comes from the environment. mlflow is imported inside functions, because its import takes a second.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ SECONDS_TO_ANSWER = 10.0
 
 
 class StoreError(ValueError):
-    """The store of the run record and the registry cannot be used; the message holds the cause and the remedy."""
+    """The store of run records and models cannot be used; the message gives the cause and the remedy."""
 
 
 def default_tracking_uri(root: Path) -> str:
-    """Where runs are recorded: what FFN2MOE_TRACKING_URI says, else mlflow.db in the workspace; absolute.
+    """Return the absolute address of the store: FFN2MOE_TRACKING_URI, else mlflow.db in the workspace.
 
-    StoreError when the variable says what cannot be used.
+    StoreError where the variable holds no usable address.
     """
     uri = os.environ.get(TRACKING_URI)
     if not uri:
@@ -42,14 +42,16 @@ def default_tracking_uri(root: Path) -> str:
     if not re.match(r"(https?|postgresql(\+psycopg2)?)://[^/]|sqlite:///", uri):
         raise StoreError(f"{TRACKING_URI} = {without_password(uri)} is not the address of a store; write {kinds}")
     if uri.startswith("sqlite:") and not uri.startswith("sqlite:////"):
-        raise StoreError(f"{TRACKING_URI} = {uri} is relative, so every workspace would make its own; write {kinds}")
+        raise StoreError(
+            f"{TRACKING_URI} = {uri} is relative, so every workspace would make its own store; write {kinds}"
+        )
     return uri
 
 
 def artifacts_destination(root: Path) -> str:
-    """Where the files of runs and registered versions are kept: what FFN2MOE_ARTIFACTS says, else mlartifacts; a URI.
+    """Return the URI of the files of runs and registered versions: FFN2MOE_ARTIFACTS, else mlartifacts.
 
-    Of a store that this project keeps; a server elsewhere decides for itself. StoreError for a relative folder.
+    An MLflow server uses its own place instead. StoreError for a relative folder.
     """
     place = os.environ.get(ARTIFACTS)
     if not place:
@@ -58,20 +60,20 @@ def artifacts_destination(root: Path) -> str:
         return place
     if not Path(place).is_absolute():
         raise StoreError(
-            f"{ARTIFACTS} = {place} is relative; write an absolute folder or an address, as s3://BUCKET/PATH"
+            f"{ARTIFACTS} = {place} is relative; write an absolute folder or an address, for example s3://BUCKET/PATH"
         )
     return Path(place).as_uri()
 
 
 def without_password(uri: str) -> str:
-    """An address as it may be shown."""
+    """Return an address without its password, for messages."""
     return re.sub(r"(://[^:/@]*):[^@]*@", r"\1:***@", uri)
 
 
 def mlflow_client(uri: str) -> Any:
-    """An MlflowClient on `uri`, quiet; the database is there afterwards, and the experiment of all runs in it.
+    """Return a quiet MlflowClient on `uri`; make the database and the experiment of all runs where they are missing.
 
-    StoreError when the store does not answer or cannot be used.
+    StoreError where the store does not answer or cannot be used.
     """
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("DO_NOT_TRACK", "1")
@@ -81,7 +83,7 @@ def mlflow_client(uri: str) -> Any:
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "5")  # a minute in all
     import mlflow
 
-    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)  # its errors are told where they are caught
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)  # errors are reported where they are caught
     mlflow.set_tracking_uri(uri)
     mlflow.set_registry_uri(uri)
 
@@ -97,47 +99,47 @@ def mlflow_client(uri: str) -> Any:
         elif not uri.startswith("sqlite:"):
             _require_database(uri)
         else:
-            # One at a time: of several processes that find no database each tries to make it, and all but one fail.
+            # One process at a time: several that find no database would all try to make it, and all but one would fail.
             with open(f"{uri.removeprefix('sqlite:///')}.lock", "w") as stream:
                 fcntl.flock(stream, fcntl.LOCK_EX)
                 return patiently(connect)
         return connect()
-    except Exception as error:  # as many kinds as there are stores
+    except Exception as error:  # every store raises its own errors
         if isinstance(error, StoreError) or is_locked(error) or "disk is full" in str(error):
             raise
         raise StoreError(f"{without_password(uri)} cannot be used for the run record: {_cause(uri, error)}") from error
 
 
 def _artifacts_of(uri: str) -> str | None:
-    """Where the experiment's files go, decided when it is made; None where a server decides."""
+    """Return where the experiment's files go, which is fixed when it is made; None where a server decides."""
     if uri.startswith("http"):
         return None
     if uri.startswith("sqlite:"):
         return artifacts_destination(Path(uri.removeprefix("sqlite:///")).parent)
     if ARTIFACTS not in os.environ:
         raise StoreError(
-            f"{without_password(uri)} holds no experiment {EXPERIMENT!r} yet, and a database keeps no files: say where "
-            f"they go with {ARTIFACTS} (an absolute folder that every machine sees, or s3://BUCKET/PATH)"
+            f"{without_password(uri)} holds no experiment {EXPERIMENT!r} yet, and a database keeps no files: set "
+            f"{ARTIFACTS} to their place (an absolute folder that every machine sees, or s3://BUCKET/PATH)"
         )
     return artifacts_destination(Path("/"))
 
 
 def _require_server(uri: str) -> None:
-    """Asks a server once: MLflow's own client would try for minutes."""
+    """Ask a server once, because MLflow's own client tries for minutes. StoreError if it does not answer."""
     remedy = f"start it (make up, or mlflow server), or set {TRACKING_URI} to the right address"
     shown = without_password(uri)
     try:
         with urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=SECONDS_TO_ANSWER):
             return
     except urllib.error.HTTPError as error:
-        raise StoreError(f"{shown} answers with {error.code} and not as an MLflow server does; {remedy}") from None
+        raise StoreError(f"{shown} answers with status {error.code}, so it is not an MLflow server; {remedy}") from None
     except OSError as error:
         cause = getattr(error, "reason", error)
         raise StoreError(f"the MLflow server at {shown} cannot be reached ({cause}); {remedy}") from None
 
 
 def _require_database(uri: str) -> None:
-    """Connects once: MLflow would try for two minutes."""
+    """Connect once, because MLflow tries for two minutes. StoreError if that fails."""
     import sqlalchemy
 
     try:
@@ -158,17 +160,17 @@ def _cause(uri: str, error: Exception) -> str:
     text = f"{error} {error.__cause__ or ''}"
     if "out-of-date database schema" in text or "Can't locate revision" in text:
         return (
-            "the database was made by another version of MLflow than this one; by an older one: make a copy, then "
-            f"`mlflow db upgrade {without_password(uri)}`; by a newer one: install that, or name another database"
+            "another version of MLflow made the database. If it was older: make a copy, then "
+            f"`mlflow db upgrade {without_password(uri)}`. If it was newer: install it, or name another database"
         )
     if "not a database" in text:
-        return "the file is not an SQLite database; put a copy of it back, or remove it (make run makes a new one)"
+        return "the file is not an SQLite database; restore it from a copy, or remove it (make run makes a new one)"
     if "unable to open database" in text or isinstance(error, FileNotFoundError | PermissionError):
         return "the file cannot be opened; check that its folder exists and may be written to"
     if "permission denied" in text:
-        return f"its user may not do that ({_line(error)}); make the user the owner of the database"
+        return f"its user lacks the permission ({_line(error)}); make the user the owner of the database"
     if "401" in text or "not authenticated" in text.lower():
-        return "the server asks who you are; set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
+        return "the server asks for a login; set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
     return _line(error)
 
 
@@ -177,17 +179,17 @@ def _line(error: BaseException) -> str:
 
 
 def experiment_id(client: Any) -> str:
-    """The experiment that all runs are in."""
+    """Return the id of the experiment that holds all runs."""
     return client.get_experiment_by_name(EXPERIMENT).experiment_id
 
 
 def is_locked(error: BaseException) -> bool:
-    """Whether another program holds an SQLite database."""
+    """Return whether an error says that another program has locked an SQLite database."""
     return "database is locked" in str(error)
 
 
 def patiently(action: Callable[[], Item]) -> Item:
-    """What `action` gives; tried again for a minute while another program has locked the database."""
+    """Return what `action` returns; try again for a minute while another program locks the database."""
     deadline = time.monotonic() + SECONDS_FOR_A_LOCK
     while True:
         try:
@@ -198,7 +200,7 @@ def patiently(action: Callable[[], Item]) -> Item:
             time.sleep(1)
 
 
-if __name__ == "__main__":  # `make` does this before anything parallel
+if __name__ == "__main__":  # `make` runs this before anything parallel
     try:
         mlflow_client(default_tracking_uri(Path.cwd()))
     except StoreError as error:

@@ -1,4 +1,4 @@
-"""The texts of a split as token ids, in the form that a model's head learns from."""
+"""Read the texts of a split as token ids, in the form that a model's head learns from."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Tokens:
-    """Token ids of each sequence and, of a seq2seq model, what its decoder is given."""
+    """The token ids of each sequence and, for a seq2seq model, those that its decoder reads."""
 
     head: Head
     ids: list[list[int]]
@@ -24,13 +24,13 @@ class Tokens:
     pad_id: int
 
     def in_order(self, batch_texts: int = 64) -> Iterator[Batch]:
-        """The sequences once, as they come, so many a batch."""
+        """Yield batches of `batch_texts` sequences, in order, once."""
         from ffn2moe.data.batches import in_order
 
         return in_order(self.head, self.ids, self.decoder_ids, batch_texts=batch_texts, pad_id=self.pad_id)
 
     def shuffled(self, *, batch_tokens: int, seed: int) -> Batches:
-        """An endless, seeded order of batches to train on."""
+        """Return endless batches to train on, in a seeded order."""
         from ffn2moe.data.batches import Batches
 
         return Batches(
@@ -44,10 +44,10 @@ class Tokens:
 
 
 def read_tokens(path: Path, head: Head, tokenizer: Any, max_length: int, *, packed: bool = True) -> Tokens:
-    """What `prepare` wrote of a split, as sequences of at most `max_length` tokens.
+    """Read a split that `prepare` wrote, as sequences of at most `max_length` tokens.
 
-    Texts of an embedding model are tokenised here. Those of a causal one are packed into blocks of `max_length`, or
-    else cut to it each.
+    The texts of an embedding model are tokenised here. The texts of a causal model are packed into blocks of
+    `max_length`; with `packed` false each is truncated to it.
     """
     from ffn2moe.data.batches import pack
 
@@ -58,7 +58,7 @@ def read_tokens(path: Path, head: Head, tokenizer: Any, max_length: int, *, pack
         return Tokens(head, tokenizer(texts, truncation=True, max_length=max_length)["input_ids"], None, pad_id)
     ids = [row["ids"] for row in rows]
     if head == "causal" and packed:
-        # Documents that begin with a token of their own need none between them.
+        # Documents that all begin with the same special token need no token between them.
         first = ids[0][:1]
         begun = first[0] in tokenizer.all_special_ids and all(text[:1] == first for text in ids)
         return Tokens(head, pack(ids, max_length, None if begun else tokenizer.eos_token_id), None, pad_id)

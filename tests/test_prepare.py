@@ -194,7 +194,7 @@ def test_a_model_that_sees_is_sent_to_convert(workspace, tmp_path):
     from transformers import ViTConfig
 
     ViTConfig().save_pretrained(tmp_path / "vit")
-    with pytest.raises(ValueError, match=r"is a vit model, which reads images .* by `ffn2moe convert`"):
+    with pytest.raises(ValueError, match=r"is a vit model, which reads images .* with `ffn2moe convert`"):
         run(workspace, tmp_path / "vit")
     assert not (workspace / "data").exists()
 

@@ -279,7 +279,7 @@ def test_a_database_of_another_version_is_told_with_the_way_out(tmp_path):
         database.commit()
     with pytest.raises(Exception) as raised:
         mlflow_client(uri)
-    assert "made by another version of MLflow" in explain(raised.value)
+    assert "another version of MLflow made the database" in explain(raised.value)
 
 
 def test_a_locked_database_is_waited_for_and_then_told(monkeypatch):

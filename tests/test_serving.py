@@ -100,7 +100,7 @@ def test_the_registry_gives_the_folder_of_a_version_and_says_when_its_files_are_
     assert open_export(registry.export(1)).encode(["a house"]).shape == (1, 32)
     lost = "file:///nowhere/at/all"
     monkeypatch.setattr(registry._client, "get_model_version_download_uri", lambda model, version: lost)
-    with pytest.raises(RegistryError, match="files of minilm version 1 cannot be had from file:///nowhere"):
+    with pytest.raises(RegistryError, match="files of minilm version 1 cannot be read from file:///nowhere"):
         registry.export(1)
 
 

@@ -141,7 +141,7 @@ def test_an_address_that_prefect_cannot_use_is_told(address, monkeypatch):
 
 def test_a_database_without_a_place_for_files_and_one_of_another_version_are_refused(tmp_path, database, monkeypatch):
     uri = database.address("record")
-    with pytest.raises(StoreError, match=f"say where they go with {ARTIFACTS}"):
+    with pytest.raises(StoreError, match=f"set {ARTIFACTS} to their place"):
         mlflow_client(uri)
     monkeypatch.setenv(ARTIFACTS, "files")
     with pytest.raises(StoreError, match="is relative; write an absolute folder"):
