@@ -1,7 +1,8 @@
 """The table of plans: every way to execute an export. A plan's graph is the canonical graph, rewritten step by step.
 
 The canonical graph holds one `ffn2moe.Mixture` node a layer (`ffn2moe.onnx.graph`). `dense` and its relatives start
-from the teacher's graph instead, which has no such node. Adding a plan is adding a row: docs/extend/plan.md.
+from the teacher's graph instead, which has no such node. Adding a plan is adding a row here, or a file to this folder:
+docs/extend/plan.md.
 
 A variant of a mixture has plans of its own, named after these rows: `sorted-k1` runs one expert a token, `sorted-d0-2`
 keeps layers 0 to 2 dense (`ffn2moe.moe.variants`).
@@ -68,7 +69,7 @@ class Plan:
         return self.bits < 32
 
 
-PLANS: Table[Plan] = Table("plan")
+PLANS: Table[Plan] = Table("plan", __name__)  # the rows below, and a `ROW` for each further file of this folder
 
 
 def register_plan(plan: Plan) -> Plan:
