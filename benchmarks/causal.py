@@ -1,10 +1,10 @@
-"""FactorLLM's recipe and ours on one small language model: same text, same steps, one table.
+"""Compare FactorLLM's recipe with ours on one small language model: same text, same steps, one table.
 
     python -m benchmarks.causal ../shared/data/stories260k --out docs/results/stories260k.md
 
-Everything is trained on text drawn from the model itself and judged on a text file that nobody here wrote
-(MODEL/sample.txt unless told). A cell that is done is kept in --work: a run that was stopped continues, and two
-processes with different --cells share the work.
+All training uses text drawn from the model itself. The judge is a text file from elsewhere (MODEL/sample.txt, or
+--sample). Finished cells stay in --work, so that a stopped run resumes and two processes with different --cells share
+the work.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ from ffn2moe.moe.layer import MoEFFN
 from ffn2moe.planning.timing import machine
 from ffn2moe.spec import MoESpec
 
-LONGEST_TEXT = 512  # tokens drawn, of a model without a longest
+LONGEST_TEXT = 512  # tokens drawn from a model without a longest text
 PROMPT = "Once upon a time"
 
 
@@ -83,7 +83,7 @@ class TextObjective:
 
 @dataclass(frozen=True)
 class Bench:
-    """What every cell shares."""
+    """The settings that all cells share."""
 
     model: str
     sample: Path
@@ -93,7 +93,7 @@ class Bench:
     batch_tokens: int
     learning_rate: float
     length: int
-    container: str | None  # that our rows are made for
+    container: str | None  # container of our rows
     seed: int
 
     def opened(self) -> tuple[Any, Any]:
@@ -119,7 +119,7 @@ class Bench:
         return Batches(self.texts, batch_tokens=self.batch_tokens, seed=self.seed)
 
     def ours(self, active: int, console: Console, *, steps: int) -> tuple[Any, float]:
-        """Coactivation, router fitted to the oracle, then distilled on the teacher's logits and hidden states."""
+        """Decompose by coactivation, fit the router to the oracle, then distil logits and hidden states."""
         teacher, _ = self.opened()
         student, _ = self.opened()
         begun = time.monotonic()
@@ -144,7 +144,7 @@ class Bench:
         return student.eval(), time.monotonic() - begun
 
     def factorllm(self, active: int, console: Console, *, train_router: bool) -> tuple[Any, float]:
-        """Contiguous experts, scale E/K, a random router; cross entropy on the same text."""
+        """Make contiguous experts with scale E/K and a random router; train by cross entropy on the same text."""
         teacher, _ = self.opened()
         student, _ = self.opened()
         begun = time.monotonic()
@@ -200,7 +200,7 @@ def _follow(run: Distiller, what: str, console: Console) -> None:
 
 @dataclass(frozen=True)
 class Method:
-    """A row's name and what trains it: model and seconds, from the bench, K, the console."""
+    """A row's name, and the function that makes its model and returns it with the seconds."""
 
     title: str
     make: Callable[[Bench, int, Console], tuple[Any, float]]
@@ -216,7 +216,7 @@ METHODS = {
 
 
 def cell(bench: Bench, name: str, console: Console) -> Cell:
-    """The cell of a name such as `ours-2`: a method and K; `dense` is the teacher."""
+    """Return the cell of a name such as `ours-2`: a method and K. `dense` is the teacher."""
     if name == "dense":
         return bench.judged(bench.opened()[0], "dense", bench.experts, 0, 0.0)
     key, _, active = name.partition("-")
@@ -227,23 +227,23 @@ def cell(bench: Bench, name: str, console: Console) -> Cell:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.causal", description=__doc__.splitlines()[0])
-    parser.add_argument("model", help="a folder of a causal language model, small enough to train here")
+    parser.add_argument("model", help="a folder with a causal language model that is small enough to train here")
     parser.add_argument("--sample", type=Path, help="text to judge on, <|endoftext|> or empty lines between documents")
     parser.add_argument("--experts", type=int, default=4)
     parser.add_argument("--active", type=int, nargs="+", default=[2, 1])
-    parser.add_argument("--texts", type=int, default=2000, help="drawn from the model, as long as it can")
+    parser.add_argument("--texts", type=int, default=2000, help="texts drawn from the model, as long as it allows")
     parser.add_argument("--length", type=int, default=128, help="tokens of a training block")
     parser.add_argument("--steps", type=int, default=4000)
     parser.add_argument("--batch-tokens", type=int, default=512)
     parser.add_argument("--learning-rate", type=float, default=3e-3)
-    parser.add_argument("--container", help="the native container that our rows are made for, for example mixtral")
+    parser.add_argument("--container", help="the native container of our rows, for example mixtral")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--cells", nargs="+", help="only those, for example ours-2 published-2")
+    parser.add_argument("--cells", nargs="+", help="run only these, for example ours-2 published-2")
     parser.add_argument("--work", type=Path, default=Path(".cache/causal"))
     parser.add_argument("--out", type=Path, help="also write a page, for example docs/results/stories260k.md")
     options = parser.parse_args(arguments)
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False)
     torch.set_num_threads(options.threads)
     try:
         rows, drawn_seconds = measure(options, console)
@@ -259,7 +259,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def measure(options: argparse.Namespace, console: Console) -> tuple[list[Cell], float]:
-    """Every cell asked for, from --work where it is there, and the seconds that drawing the texts took."""
+    """Return every requested cell, from --work if it is there, and the seconds that the texts took."""
     sample = options.sample or Path(options.model) / "sample.txt"
     if not sample.is_file():
         raise FileNotFoundError(f"{sample} does not exist: name a text file with --sample")
@@ -294,7 +294,7 @@ def measure(options: argparse.Namespace, console: Console) -> tuple[list[Cell], 
     names = ["dense", *(f"{key}-{active}" for active in options.active for key in METHODS)]
     unknown = set(options.cells or ()) - set(names)
     if unknown:
-        raise ValueError(f"there is no cell {sorted(unknown)[0]!r}; there are: {', '.join(names)}")
+        raise ValueError(f"unknown cell {sorted(unknown)[0]!r}; known: {', '.join(names)}")
     rows = []
     for name in names:
         kept = work / f"{name}.json"
@@ -308,7 +308,7 @@ def measure(options: argparse.Namespace, console: Console) -> tuple[list[Cell], 
 
 
 def texts(options: argparse.Namespace, work: Path, console: Console) -> tuple[list[list[int]], float]:
-    """What everything is trained on, drawn from the model once, and kept; and the seconds that it took."""
+    """Return the training blocks, drawn from the model once and kept, and the seconds that this took."""
     kept = work / "texts.json"
     if not kept.is_file():
         model, tokenizer = load_dense(options.model)
@@ -344,7 +344,7 @@ def _cells_of(row: Cell, experts: int) -> tuple[str, ...]:
 
 
 def table(rows: Sequence[Cell], experts: int) -> Table:
-    """The rows, to look at."""
+    """Return the rows as a table for the terminal."""
     shown = Table()
     for column in COLUMNS:
         shown.add_column(column, justify="left" if column == "method" else "right", no_wrap=column == "method")
@@ -354,7 +354,7 @@ def table(rows: Sequence[Cell], experts: int) -> Table:
 
 
 def page(options: argparse.Namespace, rows: Sequence[Cell], drawn_seconds: float) -> str:
-    """The same as Markdown, with the command and the machine."""
+    """Return the rows as Markdown, with the command and the machine."""
     here = machine()
     lines = [
         f"# {Path(options.model).name}: FactorLLM's recipe and ours",
@@ -362,10 +362,10 @@ def page(options: argparse.Namespace, rows: Sequence[Cell], drawn_seconds: float
         f"    python -m benchmarks.causal {' '.join(sys.argv[1:])}",
         "",
         f"{options.experts} experts. {options.texts} texts are drawn from the model itself, which took "
-        f"{drawn_seconds / 60:.1f} minutes, and cut into blocks of {options.length} tokens. Every weight is trained, "
-        f"{options.batch_tokens} tokens a step, in the same order for every row; judged on the model's `sample.txt`, "
+        f"{drawn_seconds / 60:.1f} minutes, and packed into blocks of {options.length} tokens. Every weight is "
+        f"trained, {options.batch_tokens} tokens a step, in the same order for every row; judged on the model's `sample.txt`, "
         f"which is not trained on. {here['cpu']}, {options.threads} thread; "
-        "rows were trained one after another, or two at a time. Ours are weighed by "
+        "rows were trained one after another, or two at a time. Our experts are weighted by "
         f"{CONTAINERS[options.container].gate if options.container else 'unit'} gates.",
         "",
         f"| {' | '.join(COLUMNS)} |",

@@ -57,7 +57,7 @@ PARTS = ("teacher", "student", "losses", "backward", "optimiser", "routers")
 RATIOS = ("ratio", "processors_ratio")
 LIMIT = 1.0  # time of a step over that of the dense step
 ROUTER_STEPS = 50
-LENGTH = 128  # tokens a text is cut to
+LENGTH = 128  # tokens that a text is truncated to
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -97,7 +97,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def measure(options: argparse.Namespace, console: Console) -> dict[str, Any]:
-    """All figures: of a step, and of one FFN at each number of tokens."""
+    """Return all figures: of a step, and of one FFN at each number of tokens."""
     bf16 = bf16_supported(options.device) if options.dtype == "auto" else options.dtype == "bf16"
     with working(console, "making two students"):
         teacher, tokenizer = load_dense(options.model)
@@ -112,7 +112,7 @@ def measure(options: argparse.Namespace, console: Console) -> dict[str, Any]:
         for index in range(len(ffn_layers(teacher))):
             install(students["dense"], index, TrainedFFN(read_ffn(teacher, index)))
         inputs = layer_inputs(teacher, in_order(head, ids[:: max(1, len(ids) // 256)]), max_tokens=4096)
-        layers = carved(teacher, inputs, options)
+        layers = decomposed(teacher, inputs, options)
         install_moe(students["mixture"], layers)
     ffn = of_one_ffn(layers[0], read_ffn(teacher, 0), inputs[0], options, bf16, console)
     steps = {
@@ -133,7 +133,7 @@ def measure(options: argparse.Namespace, console: Console) -> dict[str, Any]:
 
 
 class TrainedFFN(nn.Module):
-    """A dense FFN whose weights are trained as those of experts are: what the mixture is compared with."""
+    """A dense FFN whose weights are trained as those of experts are: the baseline of the mixture."""
 
     def __init__(self, ffn: DenseFFN) -> None:
         super().__init__()
@@ -153,8 +153,8 @@ def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
     return made
 
 
-def carved(teacher: Any, inputs: Sequence[Tensor], options: argparse.Namespace) -> list[MoEFFN]:
-    """The teacher's FFNs as mixtures, with routers that were fitted a little: how even their choices are matters."""
+def decomposed(teacher: Any, inputs: Sequence[Tensor], options: argparse.Namespace) -> list[MoEFFN]:
+    """Return the teacher's FFNs as mixtures, with routers fitted briefly so that their load is realistic."""
     spec = spec_of(
         teacher,
         head=head_of(teacher.config),
@@ -174,7 +174,7 @@ def carved(teacher: Any, inputs: Sequence[Tensor], options: argparse.Namespace) 
 
 
 class Stopwatch:
-    """Distils a student step by step, and tells what each part of a step takes."""
+    """Distil a student step by step and time each part of a step."""
 
     def __init__(
         self,

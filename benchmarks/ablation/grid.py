@@ -1,4 +1,4 @@
-"""The cells of the grid, in the order in which they are worth most, and the files that hold them."""
+"""The cells of the grid, the most informative first, and the files that hold them."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from benchmarks.ablation.method import STAGES, Method, Stage
 
 @dataclass(frozen=True)
 class Budget:
-    """What every cell of a grid has in common, whatever its method."""
+    """The settings that all cells of a grid share."""
 
     experts: int
-    steps: int  # of distillation
+    steps: int  # distillation steps
     batch_tokens: int
     learning_rate: float
     hidden_weight: float
@@ -33,7 +33,7 @@ class Budget:
     router_learning_rate: float
     ridge: float
     refit: float
-    held_out_tokens: int  # on which the FFNs' error is measured
+    held_out_tokens: int  # tokens that the FFNs' error is measured on
     max_length: int
 
 
@@ -42,22 +42,23 @@ class Cell:
     """One method at one active share, up to one stage, with one seed."""
 
     method: Method
-    num_active: int  # K of `Budget.experts`, which the active share is
+    num_active: int  # K; the active share is K over `Budget.experts`
     stage: Stage
     seed: int
 
     def share(self, experts: int) -> float:
-        """The share of the FFN that a token runs."""
+        """Return the share of the FFN that a token runs."""
         return self.num_active / experts
 
     def name(self, experts: int) -> str:
+        """Return the name of the cell for people."""
         return f"{self.method.name} {100 * self.share(experts):g} % {self.stage} seed {self.seed}"
 
 
 def cells(
     methods: Sequence[Method], shares: Sequence[float], stages: Sequence[Stage], seeds: Sequence[int], experts: int
 ) -> list[Cell]:
-    """The grid, first what says most: all of the first seed at the middle share, its other shares, further seeds.
+    """Return the grid: the first seed at the middle share, then its other shares, then further seeds.
 
     ValueError for a share that is not a whole number of experts.
     """
@@ -76,7 +77,7 @@ def cells(
 
 
 def active_of(share: float, experts: int) -> int:
-    """K of a share."""
+    """Return K of a share. ValueError if it is not a whole number of experts."""
     active = share * experts
     if not (0 < share <= 1 and abs(active - round(active)) < 1e-9):
         raise ValueError(
@@ -87,7 +88,7 @@ def active_of(share: float, experts: int) -> int:
 
 
 class Store:
-    """The finished cells of one model, data and budget: a JSON file each, there whole or not at all."""
+    """The finished cells of one model, data and budget: one JSON file each, complete or absent."""
 
     def __init__(self, folder: Path, budget: Budget, data: str) -> None:
         self.folder = folder
@@ -95,7 +96,7 @@ class Store:
         self._common = {"budget": asdict(budget), "data": data}
 
     def path(self, cell: Cell) -> Path:
-        """Where a cell is kept; its settings are in the name, so that a change of them is another cell."""
+        """Return the file of a cell. Its name holds a digest of the settings: other settings are another cell."""
         settings = {**self._common, **cell.method.settings(), "active": cell.num_active}
         settings |= {"stage": cell.stage, "seed": cell.seed}
         digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
@@ -103,21 +104,22 @@ class Store:
         return self.folder / f"{cell.method.name}-{share}-{cell.stage}-{cell.seed}-{digest}.json"
 
     def read(self, cell: Cell) -> dict[str, Any] | None:
-        """What a cell found; None where it is not done."""
+        """Return the results of a cell; None if it is not finished."""
         path = self.path(cell)
         return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
     def write(self, cell: Cell, found: Mapping[str, Any]) -> None:
+        """Write the results of a cell."""
         write_json(self.path(cell), found)
 
 
 def write_json(path: Path, payload: Mapping[str, Any]) -> None:
-    """Write JSON to a file that is there whole or not at all."""
+    """Write JSON to a file, completely or not at all."""
     write_text(path, json.dumps(payload, indent=2, sort_keys=True, allow_nan=False) + "\n")
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file that is there whole or not at all."""
+    """Write a file, completely or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     fresh = path.with_name(f".{path.name}.{os.getpid()}")
     try:

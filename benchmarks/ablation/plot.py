@@ -1,4 +1,4 @@
-"""Quality kept against what a token costs, a panel for each stage, and for each judge once distilled."""
+"""Plot the kept quality against the cost of a token: one panel for each stage, and for each judge once distilled."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 from benchmarks.ablation.method import STAGE_TITLES, STAGES
 from benchmarks.ablation.rows import FIGURES, means
 
-COLOURS = {  # Okabe and Ito's, which the colour-blind can tell apart
+COLOURS = {  # by Okabe and Ito: colour-blind readers can tell them apart
     "default": "#000000",
     "FactorLLM": "#D55E00",
     "partition": "#0072B2",
@@ -43,7 +43,7 @@ class Point:
 
 
 def draw(one: Mapping[str, Any], path: Path) -> None:
-    """The plot of a grid as PNG."""
+    """Draw the plot of a grid to a PNG file."""
     from matplotlib.figure import Figure
 
     rows = means(one)
@@ -71,54 +71,26 @@ def draw(one: Mapping[str, Any], path: Path) -> None:
     ]
     figure.legend(handles=handles, loc="outside lower center", ncols=min(5, len(shown)), frameon=False)
     figure.suptitle(
-        f"{one['model']}: what is kept of the teacher, by the FLOPs of the FFNs that a token runs", fontsize=12
+        f"{one['model']}: share of the teacher that is kept, by the FLOPs of the FFNs that a token runs", fontsize=12
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, metadata={"Software": None})
 
 
 def _panel(axes: Any, title: str, rows: Sequence[Mapping[str, Any]], judge: str | None) -> None:
-    """Each row as a dot with its spread, the default as a line, and the best at each cost as a thin one.
+    """Draw each row as a dot with its spread, the default as a line, and the best at each cost as a thin line.
 
-    The dots of one share stand side by side by group: what they cost is where the middle of their row is.
+    The dots of one share stand side by side, by group; their common cost is at the middle.
     """
-    groups = [group for group in COLOURS if any(row["group"] == group for row in rows)]
-    points = []
-    for row in rows:
-        values = row["quality"] if judge is None else row["kept"][judge]
-        spread = 100 * statistics.stdev(values) if len(values) > 1 else 0.0
-        cost = 100 * statistics.mean(row["cost"]["ffn_flops"])
-        points.append(Point(cost, 100 * statistics.mean(values), spread, row["group"], row["title"], row["share"]))
+    points = [_point(row, judge) for row in rows]
     highest = max(100.0, *(point.y for point in points))
     lowest = min(highest - 1, _lowest([point.y for point in points]))
     height = highest - lowest
-    for group in groups:
+    groups = [group for group in COLOURS if any(point.group == group for point in points)]
+    for place, group in enumerate(groups):
+        dodge = 1.0 if group == "default" else 2 ** (DODGE * (place / max(1, len(groups) - 1) - 0.5))
         own = [point for point in points if point.group == group]
-        default, dodge = group == "default", 2 ** (DODGE * (groups.index(group) / max(1, len(groups) - 1) - 0.5))
-        dodge = 1.0 if default else dodge
-        seen = [point for point in own if point.y >= lowest]
-        style = {"color": COLOURS[group], "markeredgecolor": "black" if default else "white", "markeredgewidth": 0.5}
-        axes.errorbar(
-            [point.x * dodge for point in seen],
-            [point.y for point in seen],
-            yerr=[point.spread for point in seen],
-            fmt=MARKERS.get(group, "o"),
-            markersize=13 if default else 8 if group == "FactorLLM" else 6,
-            elinewidth=1,
-            zorder=5 if default else 3,
-            **style,
-        )
-        for share in sorted({point.share for point in own}):
-            below = [point for point in own if point.share == share and point.y < lowest]
-            if not below:
-                continue
-            x = below[0].x * dodge
-            axes.plot(x, lowest, "v", markersize=6, clip_on=False, zorder=4, **style)
-            if judge is None:
-                named = ", ".join(f"{point.title} {point.y:.0f}" for point in below)
-                told = named if len(below) == 1 else f"{group} {', '.join(f'{point.y:.0f}' for point in below)}"
-                style_of_text = {"rotation": 90, "fontsize": 6.5, "ha": "center", "color": COLOURS[group]}
-                axes.annotate(told, (x, lowest), xytext=(0, 6), textcoords="offset points", **style_of_text)
+        _dots(axes, group, own, dodge, lowest, named=judge is None)
     _line(axes, [(point.x, point.y) for point in points if point.group == "default"], COLOURS["default"])
     _line(axes, _front([(point.x, point.y) for point in points]), "#bbbbbb")
     if judge is None:
@@ -139,13 +111,49 @@ def _panel(axes: Any, title: str, rows: Sequence[Mapping[str, Any]], judge: str 
     axes.tick_params(labelsize=8.5)
 
 
+def _point(row: Mapping[str, Any], judge: str | None) -> Point:
+    """Return a row as a point: the mean over the judges, or one judge."""
+    values = row["quality"] if judge is None else row["kept"][judge]
+    spread = 100 * statistics.stdev(values) if len(values) > 1 else 0.0
+    cost = 100 * statistics.mean(row["cost"]["ffn_flops"])
+    return Point(cost, 100 * statistics.mean(values), spread, row["group"], row["title"], row["share"])
+
+
+def _dots(axes: Any, group: str, own: Sequence[Point], dodge: float, lowest: float, *, named: bool) -> None:
+    """Draw the points of a group; mark those below the axis at its edge, with their names if `named`."""
+    default = group == "default"
+    seen = [point for point in own if point.y >= lowest]
+    style = {"color": COLOURS[group], "markeredgecolor": "black" if default else "white", "markeredgewidth": 0.5}
+    axes.errorbar(
+        [point.x * dodge for point in seen],
+        [point.y for point in seen],
+        yerr=[point.spread for point in seen],
+        fmt=MARKERS.get(group, "o"),
+        markersize=13 if default else 8 if group == "FactorLLM" else 6,
+        elinewidth=1,
+        zorder=5 if default else 3,
+        **style,
+    )
+    for share in sorted({point.share for point in own}):
+        below = [point for point in own if point.share == share and point.y < lowest]
+        if not below:
+            continue
+        x = below[0].x * dodge
+        axes.plot(x, lowest, "v", markersize=6, clip_on=False, zorder=4, **style)
+        if named:
+            values = ", ".join(f"{point.y:.0f}" for point in below)
+            label = f"{below[0].title if len(below) == 1 else group} {values}"
+            style_of_text = {"rotation": 90, "fontsize": 6.5, "ha": "center", "color": COLOURS[group]}
+            axes.annotate(label, (x, lowest), xytext=(0, 6), textcoords="offset points", **style_of_text)
+
+
 def _line(axes: Any, points: Sequence[tuple[float, float]], colour: str) -> None:
     if len(points) > 1:
         axes.plot(*zip(*sorted(points), strict=True), color=colour, linewidth=1.2, zorder=2)
 
 
 def _front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """The points that none is better than at the same or a lower cost, by cost."""
+    """Return the points that no other beats at the same or a lower cost, by cost."""
     front: list[tuple[float, float]] = []
     for x, y in sorted(points, key=lambda point: (point[0], -point[1])):
         if not front or y > front[-1][1]:
@@ -154,7 +162,7 @@ def _front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
 
 
 def _lowest(values: Sequence[float]) -> float:
-    """Where the axis begins: outliers by Tukey's rule are told at the edge, so that all others can be told apart."""
+    """Return the start of the axis. Outliers by Tukey's rule go to its edge, so that the others stay apart."""
     if len(values) < 4:
         return min(values)
     low, _, high = statistics.quantiles(values, n=4)
@@ -162,12 +170,12 @@ def _lowest(values: Sequence[float]) -> float:
 
 
 def _name_the_best(axes: Any, points: Sequence[Point]) -> None:
-    """The best of ours and the best rival of each share by name."""
+    """Name the best of ours and the best other compressor of each share."""
     for share in {point.share for point in points}:
         here = [point for point in points if point.share == share]
         ours = [point for point in here if point.group not in ("baselines", "FactorLLM")]
-        rivals = [point for point in here if point.group == "baselines"]
-        for those, up in ((ours, 1), (rivals, -1)):
+        others = [point for point in here if point.group == "baselines"]
+        for those, up in ((ours, 1), (others, -1)):
             if not those:
                 continue
             best = max(those, key=lambda point: point.y)

@@ -1,4 +1,4 @@
-"""Cells as rows: those that differ in the seed alone, together."""
+"""Turn cells into rows: one row for the cells that differ in their seed alone."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Mapping
 from typing import Any
 
-# Figure -> its heading, and how it is written.
+# figure -> its heading and its format
 FIGURES: dict[str, tuple[str, str]] = {
     "stsb": ("STS-B", "{:.2f}"),
     "retrieval": ("retrieval nDCG@10", "{:.4f}"),
@@ -19,14 +19,14 @@ FIGURES: dict[str, tuple[str, str]] = {
 
 
 def means(one: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The cells of each method, share and stage as one row, which holds the values of every seed."""
+    """Return one row for each method, share and stage, with the values of every seed."""
     together: dict[tuple[str, float, str], list[dict[str, Any]]] = {}
     for cell in one["cells"]:
         together.setdefault((cell["method"], cell["share"], cell["stage"]), []).append(cell)
     rows = []
     for (method, share, stage), seeds in together.items():
         known = one["methods"].get(method)
-        if known is None:  # of an older version of the grid
+        if known is None:  # an older version of the grid had it
             continue
         rows.append(
             {
@@ -46,6 +46,6 @@ def means(one: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def quality(cell: Mapping[str, Any]) -> float:
-    """What is kept of the teacher, mean over the judges; of a language model, of its perplexity."""
+    """Return the share of the teacher that is kept: mean over the judges, or a language model's perplexity."""
     kept = cell["kept"]
     return kept["perplexity"] if "perplexity" in kept else statistics.mean(kept.values())

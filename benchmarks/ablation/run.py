@@ -1,4 +1,4 @@
-"""Runs the cells that are not done yet, so many at a time, each in one thread; what fails is told at the end."""
+"""Run the unfinished cells, several at a time, each in one thread; report the failures at the end."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ from benchmarks.ablation.method import Stage
 from ffn2moe.planning.timing import machine
 from tasks.stage import clock, die_with_parent
 
-# How much longer a cell of a stage takes than a training-free one, until the first of them is done.
+# Time of a cell of a stage over that of a training-free one, until the first such cell is measured.
 WEIGHT: dict[Stage, float] = {"free": 1.0, "router": 1.5, "distilled": 4.0}
 
 
 @dataclass(frozen=True)
 class Finished:
-    """A cell that came to its end, well or not."""
+    """A cell that ended, with its results or its error."""
 
     cell: Cell
     found: dict[str, Any] | None
@@ -40,13 +40,13 @@ class Finished:
 
 
 def run(setup: Setup, store: Store, todo: Sequence[Cell], jobs: int, console: Console) -> list[Finished]:
-    """Works through the cells in their order and writes each; returns those that failed."""
+    """Run the cells in their order and write each; return those that failed."""
     failed: list[Finished] = []
     seconds: dict[Stage, list[float]] = {}
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with (
         Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress,
-        closing(finish(setup, todo, jobs)) as finishing,  # so that Ctrl-C ends the other processes, too
+        closing(finish(setup, todo, jobs)) as finishing,  # Ctrl-C then ends the other processes, too
     ):
         task = progress.add_task("cells", total=len(todo))
         for number, finished in enumerate(finishing, 1):
@@ -58,7 +58,7 @@ def run(setup: Setup, store: Store, todo: Sequence[Cell], jobs: int, console: Co
                 store.write(cell, finished.found)
                 spent = finished.found["seconds"]
                 seconds.setdefault(cell.stage, []).append(spent["made"] + spent["judged"])
-                line = f"{told(finished.found)}, {spent['made']:.0f} + {spent['judged']:.0f} s"
+                line = f"{summary(finished.found)}, {spent['made']:.0f} + {spent['judged']:.0f} s"
             left = estimate(todo[number:], seconds) / jobs
             progress.update(task, completed=number, description=f"cells, {clock(left)} left")
             console.print(f"{number}/{len(todo)} {cell.name(store.budget.experts)}: {line}; {clock(left)} left")
@@ -66,15 +66,15 @@ def run(setup: Setup, store: Store, todo: Sequence[Cell], jobs: int, console: Co
 
 
 def estimate(cells: Sequence[Cell], seconds: dict[Stage, list[float]]) -> float:
-    """Seconds that these cells will take one after another, from those that are done."""
+    """Return the seconds that these cells take one after another, estimated from finished ones."""
     weighted = [(sum(took) / len(took)) / WEIGHT[stage] for stage, took in seconds.items()]
     unit = sum(weighted) / len(weighted) if weighted else 0.0
     known = {stage: sum(took) / len(took) for stage, took in seconds.items()}
     return sum(known.get(cell.stage, unit * WEIGHT[cell.stage]) for cell in cells)
 
 
-def told(found: dict[str, Any]) -> str:
-    """The figures of a cell as a line."""
+def summary(found: dict[str, Any]) -> str:
+    """Return the figures of a cell as one line."""
     return ", ".join(f"{name} {figure:.4g}" for name, figure in found["figures"].items())
 
 
@@ -82,10 +82,10 @@ def told(found: dict[str, Any]) -> str:
 
 
 def finish(setup: Setup, cells: Sequence[Cell], jobs: int) -> Generator[Finished]:
-    """Each cell as it ends, in this process for one job, else in so many others.
+    """Yield each cell when it ends. One job runs in this process, more run in as many others.
 
-    A process that dies takes the cells beside it along, as the pool cannot say whose it was: they count as failed, and
-    the rest goes on in new ones.
+    If a process dies, all running cells count as failed, because the pool cannot say which one it was. The remaining
+    cells run in new processes.
     """
     if jobs == 1:
         bench = Bench(setup)
@@ -109,8 +109,10 @@ def finish(setup: Setup, cells: Sequence[Cell], jobs: int) -> Generator[Finished
                 if future.done() and future.exception() is None:
                     yield future.result()
                 else:
-                    yield Finished(cell, None, "its process, or one beside it, died: out of memory? use fewer --jobs")
-        except BaseException:  # stopped: nobody waits for what the others are at
+                    yield Finished(
+                        cell, None, "its process, or another one, died: if the memory ran out, use fewer --jobs"
+                    )
+        except BaseException:  # stopped: do not wait for the other processes
             for process in active_children():
                 process.terminate()
             raise
@@ -137,7 +139,7 @@ def _in_worker(cell: Cell) -> Finished:
 def _finish(bench: Bench, cell: Cell) -> Finished:
     try:
         found = measure(bench, cell)
-    except Exception as error:  # whatever a method does wrong: the other cells are not to suffer for it
+    except Exception as error:  # any error of a method must not stop the other cells
         where = traceback.extract_tb(error.__traceback__)[-1]
         return Finished(cell, None, f"{type(error).__name__}: {error} ({Path(where.filename).name}:{where.lineno})")
     finally:
@@ -146,7 +148,7 @@ def _finish(bench: Bench, cell: Cell) -> Finished:
 
 
 def about(bench: Bench, cell: Cell) -> dict[str, Any]:
-    """What a cell is, and how it was computed."""
+    """Return what identifies a cell, and how it was computed."""
     return {
         "method": cell.method.name,
         "share": cell.share(bench.budget.experts),
@@ -162,7 +164,7 @@ def about(bench: Bench, cell: Cell) -> dict[str, Any]:
 
 
 def commit() -> str:
-    """The commit that is checked out, with a plus where files differ from it."""
+    """Return the commit that is checked out, with a plus if files differ from it."""
     folder = Path(__file__).parent
 
     def git(*arguments: str) -> str:

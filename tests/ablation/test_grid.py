@@ -166,7 +166,7 @@ def test_a_grid_lists_runs_goes_on_and_makes_its_page_again(workspace, tmp_path,
     assert str(tmp_path) not in text and "±" in text
 
 
-def test_what_fails_is_told_at_the_end_and_the_others_go_on(workspace, tmp_path, capsys, monkeypatch):
+def test_failures_are_reported_at_the_end_and_the_other_cells_run(workspace, tmp_path, capsys, monkeypatch):
     def measure(bench: Bench, cell: Cell) -> dict:
         if cell.method.name == "random":
             raise ValueError("no luck")
@@ -175,8 +175,8 @@ def test_what_fails_is_told_at_the_end_and_the_others_go_on(workspace, tmp_path,
     monkeypatch.setattr("benchmarks.ablation.run.measure", measure)
     grid = arguments(workspace, tmp_path, "--methods", "random", "weights", "--stages", "free")
     assert command.main(grid) == 1
-    told = capsys.readouterr().out
-    assert told.count("failed: random 25 % free seed 0: ValueError: no luck") == 1
+    output = capsys.readouterr().out
+    assert output.count("failed: random 25 % free seed 0: ValueError: no luck") == 1
     assert {path.name.split("-")[0] for path in (tmp_path / "work/cells").iterdir()} == {"weights"}
 
 
@@ -192,7 +192,7 @@ def test_a_grid_that_is_stopped_keeps_what_is_done_and_makes_the_page(workspace,
     monkeypatch.setattr("benchmarks.ablation.run.measure", measure)
     grid = arguments(workspace, tmp_path, "--methods", "default", "random", "--stages", "free")
     assert command.main(grid) == 130
-    assert "goes on from here" in capsys.readouterr().out
+    assert "run the same command again to resume" in capsys.readouterr().out
     assert len(list((tmp_path / "work/cells").iterdir())) == 3 and (tmp_path / "docs/results.md").is_file()
 
 
@@ -237,8 +237,8 @@ def test_a_process_that_dies_costs_the_cells_it_was_at_and_no_more(bench):
 
 def test_a_method_that_is_not_there_is_named_with_those_that_are(workspace, tmp_path, capsys):
     assert command.main(arguments(workspace, tmp_path, "--methods", "magic")) == 2
-    told = capsys.readouterr().err
-    assert "no method or group 'magic'" in told and "coactivation" not in told and "low_rank" in told
+    output = capsys.readouterr().err
+    assert "unknown method or group 'magic'" in output and "coactivation" not in output and "low_rank" in output
 
 
 @pytest.fixture(scope="module")
