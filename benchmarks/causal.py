@@ -363,8 +363,8 @@ def page(options: argparse.Namespace, rows: Sequence[Cell], drawn_seconds: float
         "",
         f"{options.experts} experts. {options.texts} texts are drawn from the model itself, which took "
         f"{drawn_seconds / 60:.1f} minutes, and packed into blocks of {options.length} tokens. Every weight is "
-        f"trained, {options.batch_tokens} tokens a step, in the same order for every row; judged on the model's `sample.txt`, "
-        f"which is not trained on. {here['cpu']}, {options.threads} thread; "
+        f"trained, {options.batch_tokens} tokens a step, in the same order for every row. The judge is the "
+        f"model's `sample.txt`, which no training saw. {here['cpu']}, {options.threads} thread; "
         "rows were trained one after another, or two at a time. Our experts are weighted by "
         f"{CONTAINERS[options.container].gate if options.container else 'unit'} gates.",
         "",
