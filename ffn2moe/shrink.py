@@ -33,7 +33,7 @@ from ffn2moe.data.batches import Batch, in_order
 from ffn2moe.data.corpus import read_corpus
 from ffn2moe.decompose.inputs import chunk_of, layer_inputs, texts_of
 from ffn2moe.decompose.reconstruct import refit_outputs
-from ffn2moe.decompose.router_fit import ridge
+from ffn2moe.decompose.starts.ridge import ridge
 from ffn2moe.dense.ffn import DenseFFN
 from ffn2moe.dense.locate import install
 from ffn2moe.moe import checkpoint

@@ -14,7 +14,9 @@ from pydantic_core import CoreSchema, core_schema
 
 from ffn2moe.choices import GATES as GATES
 from ffn2moe.containers.table import CONTAINERS as CONTAINERS
+from ffn2moe.decompose.objectives import OBJECTIVES as OBJECTIVES
 from ffn2moe.decompose.partition import PARTITIONS as PARTITIONS
+from ffn2moe.decompose.starts import STARTS as STARTS
 from ffn2moe.distill.divergences import DIVERGENCES as DIVERGENCES
 from ffn2moe.runtime.engines import ENGINES as ENGINES
 from ffn2moe.runtime.plans import PLANS as PLANS

@@ -101,12 +101,12 @@ def within_budget(
 
     import torch
 
-    from ffn2moe.decompose import oracle
+    from ffn2moe.decompose import budget
     from ffn2moe.decompose.jobs import judge_job
 
     errors_LE = torch.stack([done.tensors["errors_E"] for done in decomposed])
     parts = errors_LE.split([shape.num_layers for shape in spec.stacks])
-    active = tuple(K for part in parts for K in oracle.allocate(part, spec.num_active))
+    active = tuple(K for part in parts for K in budget.allocate(part, spec.num_active))
     spec = replace(spec, active_per_layer=active)
     stage.say(f"experts a token runs, layer by layer: {', '.join(map(str, active))}")
     jobs = [

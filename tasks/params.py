@@ -17,7 +17,18 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from ruamel.yaml import YAML  # the parser DVC reads params.yaml with: `1e-3` is a number, `on` a string
 from ruamel.yaml.error import YAMLError
 
-from tasks.choices import CONTAINERS, DIVERGENCES, ENGINES, GATES, PARTITIONS, PLANS, OneOf, UnknownName
+from tasks.choices import (
+    CONTAINERS,
+    DIVERGENCES,
+    ENGINES,
+    GATES,
+    OBJECTIVES,
+    PARTITIONS,
+    PLANS,
+    STARTS,
+    OneOf,
+    UnknownName,
+)
 
 Count = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0)]
@@ -137,10 +148,9 @@ class TrainRouter(Section):
     steps: int = Field(ge=0)
     batch_tokens: Count
     learning_rate: Positive
-    start: Literal["ridge", "centroid", "representative", "mean_row", "zeros"]
+    start: Annotated[str, OneOf(STARTS)]
     ridge: Positive
-    objective: Literal["oracle", "factorllm", "mass", "norm"]
-    temperature: Positive
+    objective: Annotated[str, OneOf(OBJECTIVES)]
     refit: NonNegative
 
 

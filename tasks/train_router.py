@@ -60,7 +60,6 @@ def run(stage: StageRun) -> None:
         start=settings.start,
         ridge=settings.ridge,
         objective=settings.objective,
-        temperature=settings.temperature,
         refit=settings.refit,
     )
     jobs = [

@@ -58,8 +58,8 @@ def test_parameters_cannot_be_changed_once_read():
         ("name=../elsewhere", "name = '../elsewhere': should be letters, digits"),
         ("data.max_texts=100", "leaves nothing to train on"),
         ("distill.batch_tokens=64", "less than teacher.max_length"),
-        ("train_router.start=best", "should be 'ridge', 'centroid', 'representative', 'mean_row' or 'zeros'"),
-        ("train_router.temperature=0", "train_router.temperature = 0: input should be greater than 0"),
+        ("train_router.start=best", "unknown router start 'best'; known: "),
+        ("train_router.ridge=0", "train_router.ridge = 0: input should be greater than 0"),
         ("seed=[1", "not valid YAML"),
     ],
 )

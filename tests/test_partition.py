@@ -16,7 +16,9 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 import benchmarks.ablation.methods  # noqa: F401 - registers selections whose number of experts varies
-from ffn2moe.decompose import clustering, oracle
+from benchmarks.ablation.methods.prefix_oracle import prefix_choice, prefix_errors
+from benchmarks.ablation.methods.threshold_oracle import budget_choice
+from ffn2moe.decompose import budget, clustering, oracle
 from ffn2moe.decompose import statistics as activations
 from ffn2moe.decompose.layer import assign_neurons, decompose_layer, neuron_statistics
 from ffn2moe.decompose.partition import PARTITIONS
@@ -104,7 +106,7 @@ def error(gram_TEE: Tensor, chosen_TE: Tensor) -> Tensor:
 @given(count=st.integers(1, 20), num_experts=st.integers(1, 9), seed=st.integers(0, 1000))
 def test_the_error_of_a_prefix_is_that_of_its_experts(count, num_experts, seed):
     gram_TEE = random_gram(count, num_experts, seed)
-    found_TE = oracle.prefix_errors(gram_TEE)
+    found_TE = prefix_errors(gram_TEE)
     for n in range(1, num_experts + 1):
         chosen_TE = (torch.arange(num_experts) < n).expand(count, num_experts)
         torch.testing.assert_close(found_TE[:, n - 1], error(gram_TEE, chosen_TE), rtol=1e-9, atol=1e-9)
@@ -115,9 +117,9 @@ def test_the_error_of_a_prefix_is_that_of_its_experts(count, num_experts, seed):
 def test_no_prefixes_of_the_same_mean_length_have_a_smaller_error(num_experts, data, seed):
     mean = data.draw(st.floats(1, num_experts))
     gram_TEE = random_gram(50, num_experts, seed)
-    count_T = oracle.prefix_choice(gram_TEE, mean)
+    count_T = prefix_choice(gram_TEE, mean)
     assert mean - num_experts / 50 < count_T.double().mean() <= mean + 1e-6
-    errors_TE = oracle.prefix_errors(gram_TEE)
+    errors_TE = prefix_errors(gram_TEE)
     best = errors_TE.gather(1, count_T.unsqueeze(1) - 1).sum()
     generator = torch.Generator().manual_seed(seed)
     for _ in range(20):  # the same numbers, dealt to other tokens; and one expert moved between two tokens
@@ -127,8 +129,8 @@ def test_no_prefixes_of_the_same_mean_length_have_a_smaller_error(num_experts, d
         if moved_T[one] > 1 and moved_T[other] < num_experts:
             moved_T[one] -= 1
             moved_T[other] += 1
-        for rival_T in (dealt_T, moved_T):
-            assert errors_TE.gather(1, rival_T.unsqueeze(1) - 1).sum() >= best - 1e-9
+        for other_T in (dealt_T, moved_T):
+            assert errors_TE.gather(1, other_T.unsqueeze(1) - 1).sum() >= best - 1e-9
 
 
 @settings(deadline=None, max_examples=40)
@@ -137,7 +139,7 @@ def test_no_experts_of_the_same_mean_number_have_a_smaller_error(num_experts, da
     most = data.draw(st.integers(1, num_experts))
     mean = data.draw(st.floats(1, most))
     gram_TEE = random_gram(50, num_experts, seed)
-    chosen_TE, price = oracle.budget_choice(gram_TEE, mean, most)
+    chosen_TE, price = budget_choice(gram_TEE, mean, most)
     number_T = chosen_TE.sum(1)
     assert price >= 0 and number_T.min() >= 1 and number_T.max() <= most
     assert number_T.mean() <= mean + 1e-6
@@ -146,23 +148,23 @@ def test_no_experts_of_the_same_mean_number_have_a_smaller_error(num_experts, da
     generator = torch.Generator().manual_seed(seed)
     for _ in range(20):
         order_TE = torch.rand(50, num_experts, generator=generator).argsort(1).argsort(1)
-        rival_TE = order_TE < number_T[torch.randperm(50, generator=generator)].unsqueeze(1)
-        assert error(gram_TEE, rival_TE).sum() >= best - 1e-9
+        other_TE = order_TE < number_T[torch.randperm(50, generator=generator)].unsqueeze(1)
+        assert error(gram_TEE, other_TE).sum() >= best - 1e-9
 
 
 def test_as_many_experts_for_every_token_are_never_better_than_as_many_on_average():
     gram_TEE = random_gram(200, 6)
     for K in range(1, 7):
         fixed = error(gram_TEE, oracle.oracle(gram_TEE, K).chosen_TE).sum()
-        assert error(gram_TEE, oracle.budget_choice(gram_TEE, K)[0]).sum() <= fixed + 1e-9
+        assert error(gram_TEE, budget_choice(gram_TEE, K)[0]).sum() <= fixed + 1e-9
 
 
 def test_the_greedy_budget_is_close_to_the_exact_one(monkeypatch):
     moe = random_moe(random_ffn(64), 8, 3)
     gram_TEE = oracle.gram(oracle.expert_outputs(moe, tokens(200)))
-    exact, _ = oracle.budget_choice(gram_TEE, 3)
+    exact, _ = budget_choice(gram_TEE, 3)
     monkeypatch.setattr(oracle, "MAX_SUBSETS", 0)
-    greedy, _ = oracle.budget_choice(gram_TEE, 3)
+    greedy, _ = budget_choice(gram_TEE, 3)
     best = error(gram_TEE, exact).sum()
     assert best <= error(gram_TEE, greedy).sum() <= 1.1 * best
 
@@ -174,17 +176,17 @@ def test_no_k_per_layer_within_the_budget_loses_less_than_the_allocated_one(laye
     generator = torch.Generator().manual_seed(seed)
     errors_LE = torch.rand(layers, num_experts, generator=generator, dtype=torch.float64)
     errors_LE = errors_LE.sort(1, descending=True).values
-    active = oracle.allocate(errors_LE, num_active)
+    active = budget.allocate(errors_LE, num_active)
     assert len(active) == layers and sum(active) <= num_active * layers
     assert all(1 <= K <= num_experts for K in active)
 
-    def lost(rival) -> float:
-        return sum(errors_LE[layer, K - 1].item() for layer, K in enumerate(rival))
+    def lost(other) -> float:
+        return sum(errors_LE[layer, K - 1].item() for layer, K in enumerate(other))
 
     assert lost(active) <= lost([num_active] * layers)
     for _ in range(30):
-        rival = torch.randint(1, num_experts + 1, (layers,), generator=generator).tolist()
-        assert sum(rival) > num_active * layers or lost(active) <= lost(rival) + 1e-12
+        other = torch.randint(1, num_experts + 1, (layers,), generator=generator).tolist()
+        assert sum(other) > num_active * layers or lost(active) <= lost(other) + 1e-12
 
 
 # --- a layer, whatever its selection --------------------------------------------------------------
@@ -230,7 +232,7 @@ def test_no_router_beats_the_best_choice_of_as_many_experts(selection):
 
 @pytest.mark.parametrize("selection", SELECTIONS)
 def test_what_a_layer_loses_falls_with_every_expert_down_to_nothing(selection):
-    errors_E = oracle.errors_by_active(layer(selection), tokens(300))
+    errors_E = budget.errors_by_active(layer(selection), tokens(300))
     assert (errors_E.diff() < 0).all() and errors_E[-1] < 1e-6 < errors_E[-2]
     assert errors_E[2].sqrt().item() == pytest.approx(oracle.best_scale(layer(selection), tokens(300)).error)
 

@@ -15,6 +15,7 @@ from benchmarks.ablation.bench import Bench
 from benchmarks.ablation.grid import Cell
 from benchmarks.ablation.method import elastic_budgets
 from benchmarks.ablation.recipes import RECIPES, Made
+from ffn2moe.decompose import budget as layer_budget
 from ffn2moe.decompose import oracle
 from ffn2moe.decompose.layer import decompose_layer, outputs
 from ffn2moe.decompose.layer import mixture as one_mixture
@@ -91,8 +92,8 @@ def decomposed(bench: Bench, cell: Cell, model: Any) -> tuple[MoESpec, list[MoEF
             shared_S = recipe.guard.shared(ffn, x_TD, partitions[index], width, guarded[index])
         layers.append(decomposed_layer(bench, cell, spec, index, ffn, x_TD, partitions[index], shared_S))
     if method.active_per_layer == "budget":
-        errors = [oracle.errors_by_active(moe, x_TD) for moe, x_TD in zip(layers, inputs, strict=True)]
-        spec = replace(spec, active_per_layer=oracle.allocate(torch.stack(errors), spec.num_active))
+        errors = [layer_budget.errors_by_active(moe, x_TD) for moe, x_TD in zip(layers, inputs, strict=True)]
+        spec = replace(spec, active_per_layer=layer_budget.allocate(torch.stack(errors), spec.num_active))
         layers = [
             one_mixture(ffn, moe.neurons, moe.shared_neurons, spec, index)
             for index, (ffn, moe) in enumerate(zip(ffns, layers, strict=True))

@@ -11,6 +11,7 @@ from dataclasses import asdict
 from torch import Tensor
 
 from ffn2moe.decompose import oracle
+from ffn2moe.decompose.budget import errors_by_active
 from ffn2moe.decompose.layer import decompose_layer, mixture
 from ffn2moe.decompose.layer_map import LayerJob, LayerResult, under
 from ffn2moe.decompose.route import RouterSettings, route_layer
@@ -75,7 +76,7 @@ def do_decompose(job: LayerJob) -> LayerResult:
     moe = decompose_layer(ffn, x_TD, MoESpec.from_dict(job.settings["spec"]), job.layer, seed=job.settings["seed"])
     found = {"neurons": moe.neurons, "shared_neurons": moe.shared_neurons}
     if job.settings["every_budget"]:
-        return LayerResult(job.layer, {}, {**found, "errors_E": oracle.errors_by_active(moe, x_TD, text_T=text_T)})
+        return LayerResult(job.layer, {}, {**found, "errors_E": errors_by_active(moe, x_TD, text_T=text_T)})
     return LayerResult(job.layer, _oracle_summary(moe, x_TD, text_T), found)
 
 

@@ -14,8 +14,11 @@ from torch import Tensor
 from ffn2moe.decompose import oracle
 from ffn2moe.decompose.inputs import chunk_of
 from ffn2moe.decompose.layer import dense_ffn, outputs
+from ffn2moe.decompose.objectives import OBJECTIVES, RouterObjective
+from ffn2moe.decompose.oracles import ORACLES
 from ffn2moe.decompose.reconstruct import refit_outputs, relative_error
-from ffn2moe.decompose.router_fit import phases, start_weights, train_router
+from ffn2moe.decompose.router_fit import RouterData, train_router
+from ffn2moe.decompose.starts import STARTS, RouterStart
 from ffn2moe.moe import fit
 from ffn2moe.moe.layer import MoEFFN
 
@@ -28,9 +31,9 @@ class RouterSettings:
     batch_tokens: int  # tokens that a step reads
     seed: int
     learning_rate: float = 1e-2
-    start: str = "ridge"
+    start: str = "ridge"  # a row of STARTS
     ridge: float = 1e-2  # penalty of the start `ridge`, relative to the mean feature variance
-    objective: str = "oracle"  # the loss of the steps
+    objective: str = "oracle"  # a row of OBJECTIVES: the loss of the steps
     temperature: float = 1.0  # divides the scores at the first step; 1 at the last
     refit: float = 1e-2  # penalty of `reconstruct.refit_outputs`; 0 = leave the experts as they are
 
@@ -95,24 +98,29 @@ def fit_router(
 
     With the routing `sequence` the router reads `route_TD`, the means of the tokens' texts
     (`ffn2moe.moe.texts.text_means`), and its labels are sums over the tokens of each text, `text_T` [T] (`texts_of`).
-    ValueError without them, and for a start or an objective of single experts where the selection is `prefix`.
+    ValueError without them, and for a start or an objective that does not fit the selection.
     """
+    start, objective = STARTS[settings.start], OBJECTIVES[settings.objective]
+    _require_fit(moe, settings, start, objective)
     read_RD = x_TD
     if moe.routing == "sequence":
         if text_T is None or route_TD is None:
             raise ValueError("routing 'sequence' fits routers to whole texts: give text_T and route_TD of the tokens")
         read_RD = x_TD.new_zeros(int(text_T.max()) + 1, x_TD.shape[1])
         read_RD[text_T] = route_TD
-    of_texts_T = text_T if moe.routing == "sequence" else None
     chunk = chunk_of(moe.num_experts * x_TD.shape[1])
+    of_texts_T = text_T if moe.routing == "sequence" else None
     survey = oracle.survey(moe, x_TD, chunk, of_texts_T)
-    moe.router.set(*start_weights(settings.start, moe, read_RD, survey, x_TD, penalty=settings.ridge, chunk=chunk))
+    data = RouterData(moe, x_TD, read_RD, survey, chunk, of_texts_T)
+    with torch.no_grad():
+        moe.router.set(*start.weights(data, settings.ridge))
+        phases = objective.phases(data)
     with torch.enable_grad():
         losses = list(
             train_router(
                 moe.router,
                 read_RD,
-                phases(settings.objective, moe, x_TD, survey, text_T=of_texts_T, chunk=chunk),
+                phases,
                 steps=settings.steps,
                 batch_rows=max(1, settings.batch_tokens * len(read_RD) // len(x_TD)),
                 learning_rate=settings.learning_rate,
@@ -122,6 +130,21 @@ def fit_router(
         )
     _calibrate(moe, x_TD, survey, read_RD, chunk, route_TD)
     return losses
+
+
+def _require_fit(moe: MoEFFN, settings: RouterSettings, start: RouterStart, objective: RouterObjective) -> None:
+    if not ORACLES[moe.router.selection].rates_numbers:
+        return
+    for what, name, row, table in (
+        ("start", settings.start, start, STARTS),
+        ("objective", settings.objective, objective, OBJECTIVES),
+    ):
+        if row.single_experts:
+            able = [one for one, other in table.items() if not other.single_experts]
+            raise ValueError(
+                f"{what} {name!r} rates single experts, and with selection {moe.router.selection!r} a score rates a "
+                f"number of experts: use {what} {' or '.join(able)}"
+            )
 
 
 def _calibrate(

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from benchmarks.ablation.methods import gradient, guard, partitions
+from benchmarks.ablation.methods.prefix_oracle import prefix_errors
 from ffn2moe.data.batches import in_order
 from ffn2moe.decompose import oracle
 from ffn2moe.decompose.inputs import layer_inputs
@@ -96,7 +97,7 @@ def test_nested_prefixes_lose_less_than_prefixes_of_any_other_partition():
     def lost(method: str) -> Tensor:
         spec = spec_for(ffn, 8, 2, partition=method)
         moe = decompose_layer(ffn, x_TD, spec, 0, seed=0, partition=row_of(method, x_TD))
-        return oracle.prefix_errors(oracle.grams(moe, x_TD).gram_REE).mean(0)[:-1]
+        return prefix_errors(oracle.grams(moe, x_TD).gram_REE).mean(0)[:-1]
 
     nested = lost("nested")
     for method in METHODS:

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from benchmarks.ablation.bench import Bench
 from benchmarks.ablation.grid import Cell
 from benchmarks.ablation.method import BOTH, Method, add
+from benchmarks.ablation.methods.objectives import prior_approximate_loss
 from benchmarks.ablation.recipes import RECIPES, Made, Recipe, end_to_end, training
 from ffn2moe.data.batches import Batch
 from ffn2moe.decompose.oracle import expert_outputs
-from ffn2moe.decompose.router_fit import prior_approximate_loss
 from ffn2moe.dense.locate import ffn_modules
 from ffn2moe.distill.objectives import Loss, Objective, Outputs
 from ffn2moe.moe.layer import MoEFFN, moe_layers
