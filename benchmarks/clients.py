@@ -1,8 +1,9 @@
-"""Open an export in sentence-transformers, in an environment of its own, and compare the embeddings.
+"""Open an export in sentence-transformers, in a separate environment, and compare the embeddings.
 
     python -m benchmarks.clients exports/minilm
 
-The environment (optimum-onnx wants another version of transformers than this project) is made once, in --environment.
+optimum-onnx needs another version of transformers than this project, so the environment is separate. It is made once,
+in --environment.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from tempfile import TemporaryDirectory
 
 from rich.console import Console
 
+from benchmarks.page import complain, console_of, working
 from ffn2moe.onnx.sentence_transformers import sentence_transformers_folder
 from ffn2moe.runtime.export import open_export
 
@@ -35,7 +37,7 @@ TEXTS = (
     "Stocks fell sharply on Friday as investors feared that interest rates would stay high for longer than hoped.",
     "no",
 )
-TOLERANCE = 1e-5  # of components of unit vectors
+TOLERANCE = 1e-5  # for components of unit vectors
 CLIENT = """
 import json, sys
 from sentence_transformers import SentenceTransformer
@@ -47,17 +49,17 @@ json.dump(model.encode(json.load(sys.stdin)).tolist(), open(sys.argv[2], "w"))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; return the exit code: 1 if the embeddings differ."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.clients", description=__doc__.splitlines()[0])
     parser.add_argument("export", type=Path, help="the export, for example exports/minilm")
-    parser.add_argument("--plan", help="default: the one that the benchmark chose")
+    parser.add_argument("--plan", help="plan (default: the chosen one)")
     parser.add_argument("--environment", type=Path, default=Path(".cache/sentence-transformers"))
     options = parser.parse_args(arguments)
-    console = Console(highlight=False, soft_wrap=True)
+    console = console_of()
     try:
         difference = largest_difference(options.export, options.plan, options.environment, console)
     except (ValueError, OSError, subprocess.CalledProcessError) as error:
-        Console(stderr=True, soft_wrap=True, highlight=False, markup=False).print(f"error: {error}")
-        return 2
+        return complain(error)
     same = difference <= TOLERANCE
     console.print(
         f"{', '.join(PACKAGES[1:])}: embeddings of {len(TEXTS)} texts differ by {difference:.1e} from this project's "
@@ -67,17 +69,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def largest_difference(export: Path, plan: str | None, environment: Path, console: Console) -> float:
-    """Between the embeddings that sentence-transformers makes of the texts and those of the runtime."""
+    """Return the largest difference between the embeddings of sentence-transformers and those of the runtime."""
     python = environment.resolve() / "bin" / "python"
     if not python.exists():
-        console.print(f"making {environment} ({', '.join(PACKAGES)}); some minutes")
-        venv.create(environment, with_pip=True)
-        subprocess.run([python, "-m", "pip", "install", "--quiet", PACKAGES[0]], check=True, stderr=subprocess.DEVNULL)
-        subprocess.run([python, "-m", "pip", "install", "--quiet", *PACKAGES], check=True, stderr=subprocess.DEVNULL)
+        install = [python, "-m", "pip", "install", "--quiet"]
+        with working(console, f"making {environment} ({', '.join(PACKAGES)})"):
+            venv.create(environment, with_pip=True)
+            subprocess.run([*install, PACKAGES[0]], check=True, stderr=subprocess.DEVNULL)
+            subprocess.run([*install, *PACKAGES], check=True, stderr=subprocess.DEVNULL)
     with TemporaryDirectory() as scratch:
         folder = sentence_transformers_folder(export, Path(scratch) / "model", plan)
         answer = Path(scratch) / "answer.json"
-        # Another folder and -I: nothing of this project can be imported.
+        # Another folder and -I keep this project from being imported.
         subprocess.run(
             [python, "-I", "-c", CLIENT, folder, answer], input=json.dumps(TEXTS), text=True, cwd=scratch, check=True
         )

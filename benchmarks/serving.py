@@ -1,9 +1,9 @@
-"""A served model under load: concurrent clients, then malformed requests; errors, times, memory.
+"""Load a served model with concurrent clients, then with malformed requests; measure errors, times and memory.
 
     python -m benchmarks.serving [--model NAME] [--version N | --alias NAME | --url URL]
 
-Of a version of the registry a server of its own is started, and its memory measured; with --url, that of a server on
-this machine whose process is named by --pid.
+It starts a server for a version of the registry and measures its memory. With --url it asks a running server; --pid
+names its process on this machine.
 """
 
 from __future__ import annotations
@@ -25,55 +25,43 @@ from typing import Any
 
 import numpy as np
 import psutil
-from rich.console import Console
-from rich.table import Table
 
-from ffn2moe.planning.timing import machine
-from flows.serve import add_model_options, answers, ask, registry_of, report, served
+from benchmarks.page import (
+    Grid,
+    about,
+    command_of,
+    console_of,
+    load_average,
+    page_of,
+    parser_of,
+    working,
+    write,
+)
+from flows.errors import report
+from flows.serve import add_model_options, answers, ask, registry_of, served
 from flows.workspace import FlowError
 
 REQUESTS, CLIENTS, WARM_UP, MALFORMED = 1000, 8, 400, 200
 TEXT = "a mixture of experts runs only some of its neurons for each token of the text that it is given to read"
 WORDS = TEXT.split()
-BAD: tuple[bytes, ...] = tuple(
-    item if isinstance(item, bytes) else json.dumps(item).encode()
-    for item in (
-        b"",
-        b"{",
-        b'{"inputs": ["a"',
-        b'{"inputs": ["\xff"]}',
-        b'{"inputs": [NaN]}',
-        b'{"inputs": ["\\ud800"]}',
-        None,
-        3,
-        "text",
-        ["text"],
-        {},
-        {"texts": ["a"]},
-        {"inputs": None},
-        {"inputs": "text"},
-        {"inputs": {"text": "a"}},
-        {"inputs": []},
-        {"inputs": [""]},
-        {"inputs": ["a", " "]},
-        {"inputs": [None]},
-        {"inputs": [1, 2]},
-        {"inputs": [["a"]]},
-        {"inputs": [{"text": "a"}]},
-        {"dataframe_split": {"columns": ["text"], "data": [["a"]]}},
-        {"dataframe_records": [{"text": "a"}]},
-        {"inputs": ["a"], "params": {"info": "yes"}},
-        {"inputs": ["a"], "params": "info"},
-        {"inputs": ["word " * 200_000]},
-        {"inputs": ["a"] * 10_000},
-    )
-)
-console = Console(highlight=False, soft_wrap=True, markup=False)
+BAD: list[Any] = [
+    b"",
+    b"{",
+    b'{"inputs": ["a"',
+    b'{"inputs": ["\xff"]}',
+    b'{"inputs": [NaN]}',
+    b'{"inputs": ["\\ud800"]}',
+]
+BAD += [None, 3, "text", ["text"], {}, {"texts": ["a"]}, {"dataframe_split": {"columns": ["text"], "data": [["a"]]}}]
+BAD += [{"dataframe_records": [{"text": "a"}]}, {"inputs": ["a"], "params": {"info": "yes"}}]
+BAD += [{"inputs": ["a"], "params": "info"}]
+BAD += [{"inputs": bad} for bad in (None, "text", {"text": "a"}, [], [""], ["a", " "], [None], [1, 2], [["a"]])]
+BAD += [{"inputs": bad} for bad in ([{"text": "a"}], ["word " * 200_000], ["a"] * 10_000)]
 
 
 @dataclass(frozen=True)
 class Load:
-    """What clients saw: seconds of each request, statuses, seconds in all."""
+    """Hold what the clients saw: seconds of each request, statuses, seconds in all."""
 
     seconds: list[float]
     statuses: Counter[int]
@@ -81,9 +69,9 @@ class Load:
 
 
 def load(url: str, requests: int, clients: int) -> Load:
-    """Requests of 1 to 8 texts of 3 to 60 words from clients that each keep a connection and wait for each answer."""
+    """Send requests of 1 to 8 texts of 3 to 60 words; each client keeps a connection and waits for each answer."""
     host = url.partition("://")[2]
-    numbers = iter(range(requests))  # shared: a client takes the next
+    numbers = iter(range(requests))  # shared: each client takes the next number
 
     def client() -> list[tuple[float, int]]:
         connection = http.client.HTTPConnection(host, timeout=120)
@@ -107,18 +95,18 @@ def load(url: str, requests: int, clients: int) -> Load:
 
 
 def texts(index: int) -> list[str]:
-    """Those of one request: the same for the same index."""
+    """Return the texts of a request: the same for the same index."""
     words = itertools.islice(itertools.cycle(WORDS), index % len(WORDS), None)
     return [" ".join(itertools.islice(words, 3 + (7 * index + 13 * row) % 58)) for row in range(1 + index % 8)]
 
 
 def memory(processes: Sequence[psutil.Process]) -> float:
-    """Resident MiB of the server's processes together."""
+    """Return the resident MiB of the processes together."""
     return sum(process.memory_info().rss for process in processes) / 2**20
 
 
 def measure(url: str, processes: Sequence[psutil.Process], requests: int, clients: int, warm_up: int) -> dict[str, Any]:
-    """Warm-up, the load, the malformed requests, and whether the same processes still answer."""
+    """Run the warm-up, the load and the malformed requests; check that the same processes still answer."""
     alive = [process.pid for process in processes]
     load(url, warm_up, clients)
     before = memory(processes)
@@ -146,7 +134,7 @@ def measure(url: str, processes: Sequence[psutil.Process], requests: int, client
 
 @contextmanager
 def server_of(options: argparse.Namespace) -> Iterator[tuple[str, list[psutil.Process]]]:
-    """The address and the processes of what is measured."""
+    """Give the address and the processes of the served model."""
     if options.url:
         if not answers(options.url):
             raise FlowError(f"no served model answers at {options.url}; start one: make serve")
@@ -159,64 +147,60 @@ def server_of(options: argparse.Namespace) -> Iterator[tuple[str, list[psutil.Pr
         yield server.url, server.processes()
 
 
-def page(found: dict[str, Any], told: dict[str, Any], command: str) -> str:
-    """The figures as a page."""
-    what = (
-        f"{told['model']} version {told['version']}, plan {told['plan']}" if told["model"] else f"plan {told['plan']}"
+def grid_of(found: dict[str, Any]) -> Grid:
+    """Return the figures as a table."""
+    memory_text = (
+        f"{found['memory_before_mib']:.0f} MiB after the warm-up, {found['memory_after_mib']:.0f} MiB at the end"
     )
-    load_average = ", ".join(f"{value:.1f}" for value in psutil.getloadavg())
-    hardware = machine()
+    alive = f"/ping {'answers' if found['answers_after'] else 'does not answer'}"
     rows = [
-        ("errors", f"{found['errors']} of {found['requests']}"),
-        ("p50", f"{found['p50_ms']:.1f} ms"),
-        ("p99", f"{found['p99_ms']:.1f} ms"),
-        ("throughput", f"{found['requests_a_second']:.1f} requests/s, {found['texts_a_second']:.0f} texts/s"),
-        (
-            "memory of the server's processes",
-            f"{found['memory_before_mib']:.0f} MiB after the warm-up, {found['memory_after_mib']:.0f} MiB at the end: "
-            f"{100 * found['memory_growth']:+.2f} %",
-        ),
-        ("malformed requests", f"{found['refused']} of {MALFORMED} refused with 4xx: {found['malformed']}"),
-        (
-            "afterwards",
-            f"/ping {'answers' if found['answers_after'] else 'does not answer'}, "
-            f"{'no' if found['same_processes'] else 'a'} restart",
-        ),
+        ["errors", f"{found['errors']} of {found['requests']}"],
+        ["p50", f"{found['p50_ms']:.1f} ms"],
+        ["p99", f"{found['p99_ms']:.1f} ms"],
+        ["throughput", f"{found['requests_a_second']:.1f} requests/s, {found['texts_a_second']:.0f} texts/s"],
+        ["memory of the server's processes", f"{memory_text}: {100 * found['memory_growth']:+.2f} %"],
+        ["malformed requests", f"{found['refused']} of {MALFORMED} refused with 4xx: {found['malformed']}"],
+        ["afterwards", f"{alive}, {'no' if found['same_processes'] else 'a'} restart"],
     ]
-    return (
-        "# A served model under load\n\n"
-        f"{what}, head {told['head']}: `mlflow models serve`, one worker. {found['clients']} concurrent clients, each\n"
-        "with a connection of its own that waits for each answer; requests of 1 to 8 texts of 3 to 60 words;\n"
-        f"{WARM_UP} requests of warm-up before the memory is measured. Clients and server share the machine.\n"
-        f"{hardware['cpu']}, {hardware['cores']} cores, Python {hardware['python']}; load average {load_average}:\n"
-        "what is more than the clients and the server is other work, which had its share of the times.\n\n"
-        f"```\n{command}\n```\n\n"
-        "| | |\n|---|---|\n" + "".join(f"| {name} | {value} |\n" for name, value in rows)
+    return Grid("A served model under load", ["figure", "value"], rows)
+
+
+def page(grid: Grid, clients: int, info: dict[str, Any], command: str) -> str:
+    """Return the page in Markdown."""
+    name = f"{info['model']} version {info['version']}, " if info["model"] else ""
+    return page_of(
+        "A served model under load",
+        [
+            f"{name}plan {info['plan']}, head {info['head']}: `mlflow models serve`, one worker. {clients} concurrent "
+            "clients, each with its own connection, send requests of 1 to 8 texts of 3 to 60 words and wait for each "
+            f"answer. {WARM_UP} requests of warm-up come before the memory is measured. Clients and server share the "
+            f"machine. {about()}. {load_average()}",
+        ],
+        command,
+        [grid],
     )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.serving", description=__doc__.splitlines()[0])
+    """Run the command line; return the exit code: 1 for errors or a malformed request that was not refused."""
+    parser = parser_of("benchmarks.serving", __doc__)
     add_model_options(parser)
-    parser.add_argument("--url", help="a model that is served already, for example http://127.0.0.1:5001")
-    parser.add_argument("--pid", type=int, help="of --url: the process of `mlflow models serve`, for its memory")
+    parser.add_argument("--url", help="a running served model, for example http://127.0.0.1:5001")
+    parser.add_argument("--pid", type=int, help="process of `mlflow models serve` at --url, to measure its memory")
     parser.add_argument("--requests", type=int, default=REQUESTS)
     parser.add_argument("--clients", type=int, default=CLIENTS)
-    parser.add_argument("--out", type=Path, help="write the page there")
     options = parser.parse_args(arguments)
+    console = console_of()
     try:
-        with server_of(options) as (url, processes):
-            told = ask(url, {"inputs": [], "params": {"info": True}})[1]["predictions"][0]
+        with server_of(options) as (url, processes), working(console, "asking the server"):
+            info = ask(url, {"inputs": [], "params": {"info": True}})[1]["predictions"][0]
             found = measure(url, processes, options.requests, options.clients, WARM_UP)
     except Exception as error:
         return report(error)
-    table = Table(box=None, show_header=False)
-    for key, value in found.items():
-        table.add_row(key, f"{value:.4g}" if isinstance(value, float) else str(value))
-    console.print(table)
+    grid = grid_of(found)
+    console.print(grid.table())
     if options.out:
-        command = "python -m benchmarks.serving " + " ".join(arguments if arguments is not None else sys.argv[1:])
-        options.out.write_text(page(found, told, command), encoding="utf-8")
+        write(options.out, page(grid, options.clients, info, command_of(parser, options)), None, console)
     return 0 if not found["errors"] and found["refused"] == MALFORMED and found["answers_after"] else 1
 
 

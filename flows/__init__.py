@@ -1,1 +1,1 @@
-"""The order of service: flows drive the DVC stages of dvc.yaml under Prefect."""
+"""Drive the DVC stages of dvc.yaml under Prefect: when to run, and when to run again."""

@@ -1,4 +1,4 @@
-"""One cell of a sweep, as a process of its own: what fails, or runs out of memory, costs this cell alone.
+"""Run one cell of a sweep in its own process: an error, or a lack of memory, costs this cell alone.
 
 python -m flows.cell make JOB.json      the stages whose results are the same bytes everywhere
 python -m flows.cell measure JOB.json   the stages with measured times, alone; the results go to exports/NAME
@@ -24,29 +24,29 @@ from flows.workspace import FlowError, Workspace, bring_back, commit, isolate, l
 from tasks.params import load_params
 from tasks.stage import explain
 
-MEASURED = ("benchmark", "report")  # what follows and needs the machine to itself; `register` is for a chosen cell
+MEASURED = ("benchmark", "report")  # they need the machine alone; `register` is for a chosen cell
 
 
 def make(job: dict[str, Any]) -> None:
-    """Brings every stage before `benchmark` up to date in a workspace of the cell's own."""
+    """Bring every stage before `benchmark` up to date in the workspace of the cell."""
     source, record = Path(job["source"]), Path(job["record"])
     workspace = isolate(source, job["settings"], Path(job["called_from"]))
     with lock(workspace.root):
         stages = before_measuring(dvc.stages(workspace.root))
-        # What several cells have in common is done once: the first to come does it, the others find it in the cache.
+        # The first cell does what several have in common; the others find it in the cache.
         for stage, wanted in zip(stages, fingerprints(workspace.root, stages), strict=True):
             with _one_at_a_time(record.parent / "locks" / f"{stage}-{wanted}"):
                 _reproduce(stage, workspace)
 
 
 def measure(job: dict[str, Any]) -> None:
-    """Times the cell's plans, writes its report, and puts all of it in exports/NAME."""
+    """Time the plans of the cell, write its report, and put everything into exports/NAME."""
     source, record = Path(job["source"]), Path(job["record"])
     workspace = isolate(source, job["settings"], Path(job["called_from"]))
     with lock(workspace.root):
         for stage in (stage for stage in dvc.stages(workspace.root) if stage in MEASURED):
             _reproduce(stage, workspace)
-        # The texts that the cells are compared on are those of their own evaluation.
+        # The session that compares the cells reads the texts of their evaluation.
         texts = workspace.root / "data" / "corpus" / "evaluation.jsonl"
         if texts.is_file():
             shutil.copy2(texts, record / "texts.jsonl")
@@ -54,15 +54,15 @@ def measure(job: dict[str, Any]) -> None:
 
 
 def before_measuring(stages: Sequence[str]) -> list[str]:
-    """The stages up to the first that measures times."""
+    """Return the stages before the first that measures times."""
     measured = [stages.index(stage) for stage in MEASURED if stage in stages]
     return list(stages[: min(measured, default=len(stages))])
 
 
 def fingerprints(root: Path, stages: Sequence[str]) -> list[str]:
-    """For each of the first stages, what its result depends on: the same for two cells, the same bytes.
+    """Return a fingerprint for each stage: two cells with the same one get the same bytes.
 
-    That is every parameter that it or a stage before it reads.
+    It covers every parameter that the stage or a stage before it reads.
     """
     values = load_params(root / "params.yaml").flat()
     digest = hashlib.sha256()
@@ -103,7 +103,7 @@ def _terminated(number: int, frame: object) -> None:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """The command line; returns the exit code: 0 done, 2 with a last line that says why not."""
+    """Run the command line; return the exit code: 0 done, 2 with the reason in the last line."""
     signal.signal(signal.SIGTERM, _terminated)
     step, path = arguments
     job = json.loads(Path(path).read_text(encoding="utf-8"))

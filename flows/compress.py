@@ -1,9 +1,9 @@
-"""The whole pipeline: a dense model in; a measured, exported, registered mixture of experts out.
+"""Run the whole pipeline: a dense model in; a measured, exported, registered mixture of experts out.
 
     python -m flows.compress [KEY=VALUE ...]
 
-DVC owns the graph and the cache; this flow decides when and again; MLflow keeps the record. With settings on
-the command line the run happens in a workspace of its own (.workspaces/NAME); the committed one stays clean.
+DVC owns the graph and the cache; this flow decides when to run and when to run again; MLflow keeps the record. A run
+with settings on the command line has its own workspace (.workspaces/NAME); the committed one stays clean.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from flows.environment import check_database, settle
-from flows.service import api
+from flows.processes import api
 
 ROOT = Path(__file__).resolve().parent.parent
 
 settle(ROOT)
-if _address := api(ROOT):  # `make up` has started a server: runs are shown there, and none is started for each
+if _address := api(ROOT):  # `make up` started a server: use it, and start none for each run
     os.environ.setdefault("PREFECT_API_URL", _address)
 
 from prefect import flow, runtime, task  # noqa: E402
@@ -38,6 +38,7 @@ from prefect.states import Completed, State  # noqa: E402
 from rich.console import Console  # noqa: E402
 
 from flows import dvc, summary  # noqa: E402
+from flows.errors import STOPPED, report  # noqa: E402
 from flows.guardian import MARK, guard  # noqa: E402
 from flows.progress import Board  # noqa: E402
 from flows.promote import promote  # noqa: E402
@@ -57,18 +58,17 @@ from tasks.layer_map import DASK  # noqa: E402
 from tasks.params import Settings, load_params  # noqa: E402
 from tasks.record import PipelineRecord  # noqa: E402
 from tasks.registry import Registry  # noqa: E402
-from tasks.stage import explain, remove  # noqa: E402
+from tasks.stage import remove  # noqa: E402
 from tasks.store import default_tracking_uri, mlflow_client  # noqa: E402
 
-_STOPPED = "stopped; what is finished is kept, and the same command goes on from there"
-console = Console(width=None if sys.stdout.isatty() else 110)
+console = Console(width=None if sys.stdout.isatty() else 110, markup=False)
 
 
 def _is_busy(task: Any, run: Any, state: State) -> bool:
     return isinstance(state.data, BusyError)
 
 
-# No Prefect cache and no persisted result: DVC has both, and two caches disagree.
+# Prefect caches nothing and persists no result: DVC does both, and two caches would disagree.
 @task(
     task_run_name="{stage}",
     cache_policy=NO_CACHE,
@@ -78,10 +78,10 @@ def _is_busy(task: Any, run: Any, state: State) -> bool:
     retry_condition_fn=_is_busy,
 )
 def bring_up_to_date(stage: str, workspace: Workspace, environment: dict[str, str], board: Board) -> State:
-    """One stage by DVC; the state is named Cached, Restored or Completed."""
+    """Bring a stage up to date by DVC; the name of the state is Cached, Restored or Completed."""
     logger = get_run_logger()
 
-    def tell(line: str) -> None:
+    def pass_on(line: str) -> None:
         logger.info(line)
         board.line(stage, line)
 
@@ -90,7 +90,7 @@ def bring_up_to_date(stage: str, workspace: Workspace, environment: dict[str, st
         stage,
         workspace.root,
         environment,
-        tell,
+        pass_on,
         on_start=lambda: board.runs(stage),
         force=_left_the_registry(stage, workspace),
     )
@@ -106,34 +106,34 @@ def compress(
     wait_minutes: Annotated[int, Field(ge=0, le=10080)] = 0,
     stage_hours: Annotated[float, Field(gt=0, le=720)] | None = None,
 ) -> State:
-    """Runs every stage in order and records it; ends as Cached if nothing changed, else as Completed.
+    """Run every stage in order and record the run; it ends as Cached if nothing changed, else as Completed.
 
-    The state's data are stage -> Cached, Restored or Completed.
+    The data of the state are stage -> Cached, Restored or Completed.
 
-    settings: of this run only; what is out of range is refused at submission. overrides: the same as KEY=VALUE, as
-    typed at a terminal. called_from: the folder their paths are relative to. wait_minutes: for another run in the
-    same workspace to end; stage_hours: longest that one stage may take (None: as long as it likes).
-    Raises FlowError (also ParamsError) with cause and remedy; what was good before is there afterwards.
+    settings: of this run only; the server refuses values out of range. overrides: the same as KEY=VALUE, as typed at a
+    terminal. called_from: the folder of relative paths. wait_minutes: how long to wait for another run in the same
+    workspace. stage_hours: limit for one stage (None: no limit). FlowError (also ParamsError) with cause and remedy;
+    earlier results survive an error.
     """
     check(ROOT)
-    _guardian = None if MARK in os.environ else guard(ROOT)  # held on to: it acts when this end of its pipe closes
+    _guardian = None if MARK in os.environ else guard(ROOT)  # keep it: it acts when this end of its pipe closes
     chosen = [*(settings.assignments() if settings else ()), *(overrides or ())]
     if chosen:
         workspace = isolate(ROOT, chosen, Path(called_from or ROOT))
-        _tell(f"settings of this run only: a workspace of its own, {workspace.root.relative_to(ROOT)}")
+        _say(f"settings of this run only: it has its own workspace, {workspace.root.relative_to(ROOT)}")
     else:
         workspace = Workspace(ROOT, ROOT, load_params(ROOT / "params.yaml").name)
-    with lock(workspace.root, wait_minutes * 60, _tell):
-        outcomes, told = _run(workspace, stage_hours)
+    with lock(workspace.root, wait_minutes * 60, _say):
+        outcomes, message = _run(workspace, stage_hours)
     unchanged = set(outcomes.values()) == {"Cached"}
-    return Completed(name="Cached" if unchanged else "Completed", message=told, data=outcomes)
+    return Completed(name="Cached" if unchanged else "Completed", message=message, data=outcomes)
 
 
 def _run(workspace: Workspace, stage_hours: float | None) -> tuple[dict[str, str], str]:
-    """Stage -> outcome, and a line on what was found and done."""
+    """Run the stages; return stage -> outcome, and a line on what changed and what ran."""
     head, dirty = commit(workspace.source)
     if dirty:
-        _tell("tracked files differ from the last commit: the run is recorded as git.dirty; commit them to repeat it")
+        _say("tracked files differ from the last commit: the run is recorded as git.dirty; commit them to repeat it")
     settings = " ".join(workspace.overrides)
     tags = {"git.commit": head, "git.dirty": str(dirty).lower(), "settings": settings}
     record = PipelineRecord.start(workspace.source, workspace.name, tags)
@@ -143,7 +143,7 @@ def _run(workspace: Workspace, stage_hours: float | None) -> tuple[dict[str, str
         "FFN2MOE_GIT_COMMIT": head,
         "FFN2MOE_GIT_DIRTY": str(dirty).lower(),
     }
-    if DASK in os.environ:  # one server for all work on layers: workers stay with the first that they tell of it
+    if DASK in os.environ:  # one server for all work on layers: Dask workers keep the first one they see
         with get_client(sync_client=True) as client:
             environment["PREFECT_API_URL"] = str(client.api_url)
     stages = dvc.stages(workspace.root)
@@ -165,15 +165,18 @@ def _run(workspace: Workspace, stage_hours: float | None) -> tuple[dict[str, str
         if workspace.isolated:
             bring_back(workspace)
         params = load_params(workspace.root / "params.yaml")
-        decision = promote(params.model_name, params.gate, anew=False)
+        decision = promote(params.model_name, params.gate, again=False)
         if set(outcomes.values()) == {"Cached"} and runtime.deployment.id:
-            record.discard()  # a schedule that finds nothing to do, hour after hour, is no experiment
+            record.discard()  # a scheduled run that finds nothing to do is not an experiment
         else:
             record.log(
                 workspace.root,
                 params,
                 _datasets(workspace.root),
-                {"promotion": decision.told(), **{f"outcome.{stage}": outcome for stage, outcome in outcomes.items()}},
+                {
+                    "promotion": decision.message(),
+                    **{f"outcome.{stage}": outcome for stage, outcome in outcomes.items()},
+                },
             )
             record.finish("FINISHED")
     except Exception as error:
@@ -182,28 +185,28 @@ def _run(workspace: Workspace, stage_hours: float | None) -> tuple[dict[str, str
     except BaseException:  # Ctrl-C, SIGTERM
         record.finish("KILLED")
         raise
-    told = f"{_verdict(outcomes, before, _inputs(workspace.root))}; {decision.told()}"
-    _publish(workspace.name, outcomes, told)
+    message = f"{_verdict(outcomes, before, _inputs(workspace.root))}; {decision.message()}"
+    _publish(workspace.name, outcomes, message)
     summary.show(workspace, decision, default_tracking_uri(workspace.source), console)
     if workspace.isolated:
-        remove(workspace.root)  # its results are in exports/NAME and, for the next run like it, in the DVC cache
-    return outcomes, told
+        remove(workspace.root)  # its results are in exports/NAME and in the cache of DVC
+    return outcomes, message
 
 
-def _tell(line: str) -> None:
-    """To the terminal, and to the log that the API keeps."""
-    console.print(line, highlight=False, markup=False)
+def _say(line: str) -> None:
+    """Print a line, and put it into the log of the API."""
+    console.print(line, highlight=False)
     get_run_logger().info(line)
 
 
 def _inputs(root: Path) -> dict[str, Any]:
-    """What the stage `inputs` last saw outside the workspace: the teacher, the corpus, the data."""
+    """Return what the stage `inputs` last saw outside the workspace: the teacher, the corpus, the data."""
     path = root / "data" / "inputs.json"
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
 def _verdict(outcomes: dict[str, str], before: dict[str, Any], after: dict[str, Any]) -> str:
-    """One line on what a run found and did."""
+    """Return a line on what changed and what ran."""
     done = [stage for stage, outcome in outcomes.items() if outcome != "Cached"]
     if not done:
         return f"nothing changed: all {len(outcomes)} stages are Cached"
@@ -212,29 +215,29 @@ def _verdict(outcomes: dict[str, str], before: dict[str, Any], after: dict[str, 
     return f"{cause if before else 'a first run'}; {len(done)} of {len(outcomes)} stages ran ({', '.join(done)})"
 
 
-def _publish(name: str, outcomes: dict[str, str], told: str) -> None:
-    """The outcome as an artifact, where the API shows what runs made."""
+def _publish(name: str, outcomes: dict[str, str], message: str) -> None:
+    """Publish the outcome as an artifact of the run."""
     rows = "\n".join(f"| {stage} | {outcome} |" for stage, outcome in outcomes.items())
     create_markdown_artifact(
         key="outcome",
-        description=f"{name}: {told}",
-        markdown=f"**{name}**: {told}\n\n| stage | outcome |\n|---|---|\n{rows}\n",
+        description=f"{name}: {message}",
+        markdown=f"**{name}**: {message}\n\n| stage | outcome |\n|---|---|\n{rows}\n",
     )
 
 
 def _failure(stage: str, state: State) -> BaseException:
-    """The exception that ended a task, or one that says how it ended."""
+    """Return the exception that ended a task, or one that says how it ended."""
     error = state.result(raise_on_failure=False)
     if isinstance(error, TimeoutError):
         return FlowError(
-            f"{stage} took longer than a stage may ({error}); if that is too short, raise stage_hours in prefect.yaml "
-            "and `make up`; the next run goes on from its last checkpoint"
+            f"{stage} took longer than a stage may ({error}); to allow more, raise stage_hours in prefect.yaml and run "
+            "`make up`; the next run resumes from the last checkpoint"
         )
     return error if isinstance(error, BaseException) else FlowError(f"{stage} ended as {state.name}: {state.message}")
 
 
 def _left_the_registry(stage: str, workspace: Workspace) -> bool:
-    """Whether `register` is cached but its version is not in the registry: the database was removed."""
+    """Return whether `register` is cached but the registry lacks its version: the database was removed."""
     path = workspace.root / "metrics" / "register.json"
     if stage != "register" or not path.is_file():
         return False
@@ -247,7 +250,7 @@ def _fingerprint(locked: dict[str, Any]) -> str:
 
 
 def _datasets(root: Path) -> dict[str, tuple[str, dict[str, Any]]]:
-    """The data sets `prepare` made: path -> DVC's hash, and what its metrics say of them."""
+    """Return the data sets of `prepare`: path -> hash of DVC, and their metrics."""
     counts = root / "metrics" / "prepare.json"
     profile = json.loads(counts.read_text(encoding="utf-8")) if counts.is_file() else {}
     outs = dvc.locked(root, "prepare").get("outs", [])
@@ -255,11 +258,11 @@ def _datasets(root: Path) -> dict[str, tuple[str, dict[str, Any]]]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit code."""
+    """Run the command line; return the exit code."""
     parser = argparse.ArgumentParser(
         prog="python -m flows.compress",
-        description="Runs the whole pipeline: a dense model in; an exported, registered mixture out.",
-        epilog="Settings make a run of its own in .workspaces/NAME; its results come back to exports/NAME.",
+        description="Run the whole pipeline: a dense model in; an exported, registered mixture out.",
+        epilog="A run with settings has its own workspace .workspaces/NAME; its results go to exports/NAME.",
     )
     parser.add_argument("settings", nargs="*", metavar="KEY=VALUE", help="for example decompose.num_experts=16")
     settings = parser.parse_args(arguments).settings
@@ -268,24 +271,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         check(ROOT)
         if "PREFECT_API_URL" not in os.environ:
             check_database(ROOT)
-        plan(ROOT, settings, Path.cwd())  # what is wrong with the settings is said before anything starts
-        mlflow_client(default_tracking_uri(ROOT))  # and with the run record
-        _guardian = guard(ROOT)  # held on to: it acts when this end of its pipe closes
+        plan(ROOT, settings, Path.cwd())  # raises for wrong settings before anything starts
+        mlflow_client(default_tracking_uri(ROOT))  # and for a run record that cannot be used
+        _guardian = guard(ROOT)  # keep it: it acts when this end of its pipe closes
         compress(overrides=settings, called_from=str(Path.cwd()))
         return 0
     except KeyboardInterrupt:
-        console.print(_STOPPED)
+        console.print(STOPPED)
         return 130
     except Exception as error:
-        message = str(error) if isinstance(error, FlowError) else _explain_prefect(error) or explain(error)
-        if message is None or os.environ.get("FFN2MOE_DEBUG"):
-            raise
-        print(f"error: {message}", file=sys.stderr)  # noqa: T201
-        return 2
+        return report(error, None if isinstance(error, FlowError) else _explain_prefect(error))
 
 
 def _terminated(number: int, frame: object) -> None:
-    console.print(_STOPPED)
+    console.print(STOPPED)
     sys.exit(128 + number)
 
 
@@ -296,8 +295,8 @@ def _explain_prefect(error: Exception) -> str | None:
         return f"no Prefect server answers at PREFECT_API_URL = {api}; run `prefect server start`, or unset it"
     if "ephemeral" in text.lower() or "subprocess server" in text.lower():
         return (
-            f"Prefect's own server did not start ({error}); if a port is taken or the machine is busy, run "
-            "again, or run the stages without Prefect: make repro"
+            f"the server of Prefect did not start ({error}); if a port is taken or the machine is busy, run again, or "
+            "run the stages without Prefect: make repro"
         )
     return None
 

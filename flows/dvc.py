@@ -1,4 +1,4 @@
-"""DVC as a child process: one stage at a time, its lines passed on, nothing left running when stopped."""
+"""Run DVC as a child process: one stage at a time, pass its lines on, and leave nothing running when stopped."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _NOISE = re.compile(
     r"^$|^> |^Updating lock file|^Generating lock file|^To track the changes|^\s+git add|^To enable auto"
     r"|^\s+dvc config|^Use `dvc push`|^Data and pipelines are up|^Stage '.*'( didn't change| is cached)"
     r"|^Running stage|^Successfully registered model|^Created version|^Registered model '.*' already exists"
-    r"|.*Any type hint is inferred as AnyType|^\s+col_spec_type = _infer"  # MLflow; the model checks itself
+    r"|.*Any type hint is inferred as AnyType|^\s+col_spec_type = _infer"  # MLflow; the model checks its own inputs
 )
 _KILLED = re.compile(r"^ERROR: failed to reproduce .* exited with (-9|137)$")
 _BUSY = re.compile(
@@ -31,17 +31,17 @@ _BUSY = re.compile(
 
 
 def stages(root: Path) -> list[str]:
-    """The stages of dvc.yaml, in order."""
+    """Return the stages of dvc.yaml, in order."""
     return list(_yaml(root / "dvc.yaml")["stages"])
 
 
 def parameters(root: Path, stage: str) -> list[str]:
-    """The keys of params.yaml, or whole sections of it, that a stage reads."""
+    """Return the keys or sections of params.yaml that a stage reads."""
     return list(_yaml(root / "dvc.yaml")["stages"][stage].get("params", []))
 
 
 def locked(root: Path, stage: str) -> dict[str, Any]:
-    """What dvc.lock says of a stage: its command, deps, params and outs with their hashes; {} if nothing."""
+    """Return the entry of a stage in dvc.lock: command, deps, params and outs with their hashes; {} if none."""
     return (locked_stages(root) or {}).get(stage, {})
 
 
@@ -54,21 +54,20 @@ def reproduce(
     on_start: Callable[[], None] = lambda: None,
     force: bool = False,
 ) -> Outcome:
-    """Brings one stage up to date; raises BusyError, or FlowError with what the stage said.
+    """Bring one stage up to date; BusyError, or FlowError with the error of the stage.
 
-    `on_start` is called if the stage is not cached and runs; `on_line` gets each line that says something to
-    a reader. When this is interrupted by any exception, the whole process group of the child is gone before
-    it is passed on.
+    `on_start` is called if the stage is not cached and runs; `on_line` gets each line that a reader needs. An exception
+    ends the whole process group of the child before it is passed on.
     """
     before = locked(root, stage).get("outs")
     always = _yaml(root / "dvc.yaml")["stages"][stage].get("always_changed", False)
-    # --single-item always: without it, DVC walks the graph upwards. --wait-for-lock: else a finished stage
-    # is reported failed when another process holds the lock for more than 3 s.
+    # Without --single-item DVC walks the graph upwards. Without --wait-for-lock it reports a finished stage as failed
+    # when another process holds the lock for more than 3 s.
     command = ["--wait-for-lock", "repro", "--single-item", *(["--force"] if force else []), stage]
     lines: list[str] = []
     started = f"Running stage '{stage}'"
 
-    def heard(line: str) -> None:
+    def on_output(line: str) -> None:
         if line.startswith(started):
             if not always:
                 on_start()
@@ -76,8 +75,8 @@ def reproduce(
             on_line(line)
 
     try:
-        code = _dvc(command, root, environment, lines, heard)
-    except BaseException:  # stopped, or out of time
+        code = _dvc(command, root, environment, lines, on_output)
+    except BaseException:  # stopped, or over its time limit
         _restore(stage, root, environment)
         raise
     text = "\n".join(lines)
@@ -88,12 +87,12 @@ def reproduce(
         raise FlowError(_reason(stage, code, lines))
     if started not in text:
         return "Restored" if "is cached - skipping run" in text else "Cached"
-    # A stage that always runs (inputs) is as good as cached when it wrote what it wrote before.
+    # A stage that always runs (inputs) counts as cached if it wrote the same as before.
     return "Cached" if always and locked(root, stage).get("outs") == before else "Completed"
 
 
 def _restore(stage: str, root: Path, environment: Mapping[str, str]) -> None:
-    """Brings back from the cache the outs dvc.lock knows, as DVC removed them before the stage ran."""
+    """Restore the outs of dvc.lock from the cache: DVC removed them before the stage ran."""
     if locked(root, stage):
         _dvc(["checkout", "--quiet", "--force", stage], root, environment, [], lambda line: None)
 
@@ -114,7 +113,7 @@ def _dvc(
         stderr=subprocess.STDOUT,
         text=True,
         errors="replace",
-        start_new_session=True,  # a group of its own, so that all of it can be stopped, and by us only
+        start_new_session=True,  # its own group: only this module stops it, as a whole
     )
     assert process.stdout is not None
     try:
@@ -129,7 +128,7 @@ def _dvc(
 
 
 def _stop(process: subprocess.Popen[str]) -> None:
-    """Interrupts, terminates, then kills the group until nobody of it is left."""
+    """Interrupt, terminate, then kill the group until it is empty."""
     for number, patience in ((signal.SIGINT, 2.0), (signal.SIGTERM, 2.0), (signal.SIGKILL, 5.0)):
         if not _alive(process):
             return
@@ -140,7 +139,7 @@ def _stop(process: subprocess.Popen[str]) -> None:
 
 
 def _alive(process: subprocess.Popen[str]) -> bool:
-    process.poll()  # reaps the leader, whose group lives on while anyone is in it
+    process.poll()  # reaps the leader; its group may outlive it
     try:
         os.killpg(process.pid, 0)
     except ProcessLookupError:
@@ -149,27 +148,27 @@ def _alive(process: subprocess.Popen[str]) -> bool:
 
 
 def _reason(stage: str, code: int, lines: list[str]) -> str:
-    """The stage's own error line if it has one; else who was killed; else the last lines of what was said."""
+    """Return the error line of the stage, else which process was killed, else the last lines."""
     marker = f"{stage}: error: "
     own = [line.removeprefix(marker) for line in lines if line.startswith(marker)]
     if own:
         return f"{stage} stopped: {own[-1]}"
     if any("No space left on device" in line for line in lines):
-        return f"{stage} stopped: the disk is full; make room (`dvc gc -w`) and run again; the rest is kept"
-    on = "run again: what is finished is kept, and training goes on from its last checkpoint"
+        return f"{stage} stopped: the disk is full; make room (`dvc gc -w`) and run again; finished stages are kept"
+    remedy = "run again: finished stages are kept, and training resumes from its last checkpoint"
     if code < 0:
-        return f"DVC was killed (signal {-code}) at work on {stage}; {on}"
+        return f"DVC was killed (signal {-code}) in stage {stage}; {remedy}"
     if any(_KILLED.search(line) for line in lines):
-        return f"{stage} was killed (signal 9; if nobody did it, the memory ran out: dmesg tells); {on}"
+        return f"{stage} was killed (signal 9; if nobody sent it, memory ran out: see dmesg); {remedy}"
     return f"{stage} failed: {_tail(lines)}"
 
 
 def _tail(lines: list[str]) -> str:
-    """The last thing that was said, and what DVC made of it."""
-    told = [line for line in lines if not _NOISE.match(line)]
-    said = [line for line in told if not line.startswith("ERROR: ")][-1:]
-    errors = [line.removeprefix("ERROR: ") for line in told if line.startswith("ERROR: ")]
-    return "; ".join(dict.fromkeys(said + errors)) or "no reason was given"
+    """Return the last line of the stage, and the errors of DVC."""
+    useful = [line for line in lines if not _NOISE.match(line)]
+    last = [line for line in useful if not line.startswith("ERROR: ")][-1:]
+    errors = [line.removeprefix("ERROR: ") for line in useful if line.startswith("ERROR: ")]
+    return "; ".join(dict.fromkeys(last + errors)) or "no reason was given"
 
 
 def _yaml(path: Path) -> dict[str, Any]:

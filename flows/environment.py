@@ -1,7 +1,7 @@
-"""What Prefect, DVC, MLflow and the libraries read from the environment once, so it is set before they are imported.
+"""Set the environment variables that Prefect, DVC, MLflow and the libraries read when they are imported.
 
-Quiet, nothing sent anywhere, all of it in the project. What the environment says already has precedence, then the file
-.env beside params.yaml, where there is one: addresses and passwords, which git ignores.
+They print little, send nothing anywhere and keep their files in the project. Variables that are set already win, then
+the file .env beside params.yaml, if there is one: it holds addresses and passwords, and git ignores it.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ QUIET = {
     "DVC_NO_ANALYTICS": "1",
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
     "PREFECT_RESULTS_PERSIST_BY_DEFAULT": "false",
-    "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL",  # the API keeps the log, the board shows it
+    "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL",  # the API keeps the log, the Board shows it
     "PREFECT_SERVER_LOGGING_LEVEL": "CRITICAL",
     "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "300",  # it takes 5, on a busy machine much more
-    # On disk: held in memory, the slots of runs that died with the server would stay taken after it starts again.
+    # On disk: from memory, a new server could not free the slots of runs that died with the old one.
     "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # it would leave worker processes behind
@@ -38,23 +38,23 @@ QUIET = {
 
 
 def prefect_home(root: Path) -> Path:
-    """Where Prefect keeps its database, and the services their notes and logs; git ignores it."""
+    """Return the folder of Prefect's database and of the notes and logs of the services; git ignores it."""
     return root / ".prefect"
 
 
 def settle(root: Path) -> None:
-    """Sets all of it for this process and its children."""
+    """Set the variables for this process and its children."""
     load_dotenv(root / ".env")
-    if theirs := os.environ.get("MLFLOW_TRACKING_URI"):  # MLflow's own variable counts where ours is not set
+    if theirs := os.environ.get("MLFLOW_TRACKING_URI"):  # MLflow's own variable counts if ours is not set
         os.environ.setdefault(TRACKING_URI, theirs)
     for key, value in {**QUIET, "PREFECT_HOME": str(prefect_home(root))}.items():
         os.environ.setdefault(key, value)
 
 
 def check_database(root: Path) -> None:
-    """FlowError unless a server of this Prefect could start on its database: else it would try for ever.
+    """Raise FlowError unless this Prefect can use its database: the server would otherwise try forever.
 
-    That is prefect.db, or what PREFECT_SERVER_DATABASE_CONNECTION_URL says.
+    The database is PREFECT_SERVER_DATABASE_CONNECTION_URL, or the file prefect.db.
     """
     url = os.environ.get(DATABASE) or os.environ.get("PREFECT_API_DATABASE_CONNECTION_URL")
     if not url:
@@ -65,8 +65,8 @@ def check_database(root: Path) -> None:
         _check_postgresql(url)
     else:
         raise FlowError(
-            f"{DATABASE} = {without_password(url)} is no database of Prefect's; write "
-            "postgresql+asyncpg://USER:PASSWORD@HOST/DATABASE, or unset it for a file of this project's own"
+            f"{DATABASE} = {without_password(url)} is not a database that Prefect can use; write "
+            "postgresql+asyncpg://USER:PASSWORD@HOST/DATABASE, or unset it to use a file in this project"
         )
 
 
@@ -76,7 +76,7 @@ def _check_file(path: Path) -> None:
     try:
         with closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True, timeout=60)) as database:
             made_by = [revision for (revision,) in database.execute("SELECT version_num FROM alembic_version")]
-    except sqlite3.OperationalError:  # no table yet: it was being made when that was stopped, and is made anew
+    except sqlite3.OperationalError:  # no table yet: its creation was stopped; Prefect creates it again
         return
     except sqlite3.DatabaseError as error:
         raise FlowError(f"{_aside(path)} it is damaged ({error})") from None
@@ -98,7 +98,7 @@ def _check_postgresql(url: str) -> None:
                 return
             made_by = list(database.scalars(sqlalchemy.text("SELECT version_num FROM alembic_version")))
     except ModuleNotFoundError as error:
-        raise FlowError(f"{shown} cannot be looked at without {error.name}: pip install psycopg2-binary") from None
+        raise FlowError(f"{shown} cannot be checked without {error.name}: pip install psycopg2-binary") from None
     except sqlalchemy.exc.SQLAlchemyError as error:
         cause = str(getattr(error, "orig", error)).strip().partition("\n")[0]
         raise FlowError(
@@ -108,13 +108,13 @@ def _check_postgresql(url: str) -> None:
     if unknown := _unknown(made_by, "postgresql"):
         raise FlowError(
             f"Prefect's database {shown} was made by another version of Prefect (revision {unknown}); install "
-            f"that one, or name another database in {DATABASE}: past runs go out of the list, results and the run "
-            "record stay"
+            f"that one, or name another database in {DATABASE}: the list of past runs starts empty, results and the "
+            "run record stay"
         )
 
 
 def _unknown(revisions: list[str], dialect: str) -> str | None:
-    """A revision of a database that this Prefect does not know; None if it knows all of them."""
+    """Return a revision that this Prefect does not know; None if it knows all of them."""
     package = importlib.util.find_spec("prefect")
     assert package is not None and package.origin is not None
     names = (Path(package.origin).parent / f"server/database/_migrations/versions/{dialect}").glob("*.py")
@@ -125,6 +125,6 @@ def _unknown(revisions: list[str], dialect: str) -> str | None:
 def _aside(path: Path) -> str:
     name = os.path.relpath(path)
     return (
-        f"Prefect's database cannot be used; put it aside (mv {name} {name}.other: past runs go out of its list, "
+        f"Prefect's database cannot be used; put it aside (mv {name} {name}.other: the list of past runs starts empty, "
         "results and the run record stay) or install the version that made it:"
     )

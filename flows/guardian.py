@@ -1,7 +1,7 @@
-"""Ends what a flow has started when the flow is killed in a way it cannot see (SIGKILL, a closed terminal).
+"""End the processes of a flow that was killed without notice (SIGKILL, a closed terminal).
 
-Prefect's API server, DVC and a stage's workers would all live on. Every process a flow starts inherits a mark
-in its environment; a small process beside the flow waits for its end, then ends those that carry the mark.
+Otherwise Prefect's API server, DVC and the workers of a stage would survive. Every process of a flow inherits a mark in
+its environment; the guardian, a small process, waits for the end of the flow and then ends all that carry the mark.
 """
 
 from __future__ import annotations
@@ -19,27 +19,27 @@ MARK = "FFN2MOE_FLOW"
 
 
 def guard(root: Path) -> subprocess.Popen[bytes]:
-    """Marks this process and starts its guardian, which leaves on its own; to be held on to until the end."""
+    """Mark this process and start its guardian, which ends by itself; the caller must keep the result."""
     mark = str(os.getpid())
     guardian = subprocess.Popen(
         [sys.executable, "-m", "flows.guardian", mark],
         cwd=root,
-        stdin=subprocess.PIPE,  # closed by the system when this process ends, however it ends
+        stdin=subprocess.PIPE,  # the system closes it when this process ends in any way
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
-        start_new_session=True,  # not in the group a terminal or a supervisor stops
+        start_new_session=True,  # not in the group that a terminal or a supervisor stops
     )
     os.environ[MARK] = mark
     return guardian
 
 
 def carriers(variable: str, value: str) -> list[psutil.Process]:
-    """Every process with this variable in its environment, but for this one."""
+    """Return every other process with this variable in its environment."""
     return [one for one in psutil.process_iter() if one.pid != os.getpid() and _carries(one, variable, value)]
 
 
 def orphaned(pid: int) -> bool:
-    """Whether a process was started by a flow that is no more, so that its guardian is about to end it."""
+    """Return whether the flow of a process is gone, so that its guardian is about to end it."""
     try:
         mark = psutil.Process(pid).environ().get(MARK)
     except psutil.NoSuchProcess:
@@ -50,12 +50,12 @@ def orphaned(pid: int) -> bool:
 
 
 def end(variable: str, value: str) -> int:
-    """Ends every process that carries a mark; how many there were."""
+    """End every process that carries a mark; return their number."""
     return finish(carriers(variable, value))
 
 
 def finish(processes: Sequence[psutil.Process], patience: float = 3) -> int:
-    """Terminates processes, kills those that are still there after `patience` seconds; how many there were."""
+    """Terminate processes, kill those that remain after `patience` seconds; return their number."""
     for process in processes:
         _send(process, "terminate")
     _, alive = psutil.wait_procs(processes, timeout=patience)
@@ -68,7 +68,7 @@ def finish(processes: Sequence[psutil.Process], patience: float = 3) -> int:
 def _carries(process: psutil.Process, variable: str, value: str) -> bool:
     try:
         return process.environ().get(variable) == value
-    except psutil.Error:  # another user's, or gone
+    except psutil.Error:  # of another user, or gone
         return False
 
 

@@ -1,10 +1,10 @@
-"""The work on layers by Dask workers, through Prefect: a task a layer.
+"""Work on layers by Dask workers, through Prefect: one task for each layer.
 
     python -m flows.layers --address tcp://127.0.0.1:8786 FOLDER
 
-A stage starts it when FFN2MOE_DASK names a scheduler (tasks/layer_map.py), with a folder of jobs
-(ffn2moe/decompose/layer_map.py) in which it leaves what came of each. A worker that is lost costs what it was at work
-on: that is done again by another.
+A stage starts it when FFN2MOE_DASK names a scheduler (tasks/layer_map.py). It reads a folder of jobs
+(ffn2moe/decompose/layer_map.py) and writes their results into the same folder. If a worker is lost, another one does
+its jobs again.
 """
 
 from __future__ import annotations
@@ -36,20 +36,20 @@ from tasks.layer_map import DASK  # noqa: E402
 from tasks.stage import die_with_parent  # noqa: E402
 
 SECONDS_TO_ANSWER = 10
-SECONDS_WITHOUT_WORKERS = 60  # before those that are lost are taken to stay away
-TRIES = 3  # of a layer whose workers are lost: Dask gives each of them to 4 workers
+SECONDS_WITHOUT_WORKERS = 60  # until lost workers count as gone
+TRIES = 3  # for a layer that loses its workers; Dask gives each try to 4 workers
 SECONDS_BETWEEN_LOOKS = 0.05
 
 
 @task(task_run_name="layer {layer}", cache_policy=NO_CACHE, persist_result=False)
 def one_layer(layer: int, data: np.ndarray) -> bytes:
-    """Does a job that travels as a safetensors file, uint8 [bytes]; what came of it, as another."""
+    """Do a job, a safetensors file as uint8 [bytes]; return its result as another."""
     return do_bytes(data.tobytes())
 
 
 @flow(name="layers", persist_result=False, validate_parameters=False)
 def layers(folder: str) -> int:
-    """Does every job of the folder by the flow's task runner; the number of layers."""
+    """Do every job of the folder by the task runner of the flow; return the number of layers."""
     from distributed.client import FutureCancelledError
     from distributed.scheduler import KilledWorker
     from prefect.context import FlowRunContext
@@ -68,10 +68,10 @@ def layers(folder: str) -> int:
             seen = time.monotonic()
         elif time.monotonic() - seen > SECONDS_WITHOUT_WORKERS:
             raise ChildProcessError(f"no worker is left at the Dask scheduler: {_start_a_worker(client)}")
-        while waiting and len(running) < 2 * workers:  # not all at once: the scheduler keeps what it is given
+        while waiting and len(running) < 2 * workers:  # not all at once: the scheduler holds them in memory
             layer = min(waiting)
             path = waiting.pop(layer)
-            # An array, which Dask hashes at once: to name the task after bytes it would spell them out, for minutes.
+            # Dask hashes an array at once; to name a task after bytes it would print them, for minutes.
             running[layer] = one_layer.submit(layer, np.fromfile(path, np.uint8))
         for layer, future in list(running.items()):
             if not future.wrapped_future.done():
@@ -83,7 +83,7 @@ def layers(folder: str) -> int:
                 tries[layer] += 1
                 if tries[layer] == TRIES:
                     raise ChildProcessError(
-                        f"layer {layer} took every worker with it that tried: {error}; if memory ran out there, start "
+                        f"layer {layer} ended every worker that tried it: {error}; if memory ran out there, start "
                         "fewer workers on a machine"
                     ) from None
                 waiting[layer] = Path(folder) / f"layer-{layer}.job"
@@ -98,7 +98,7 @@ def _start_a_worker(client: Any) -> str:
 
 
 def run(address: str, folder: str) -> int:
-    """`layers` on the workers of a scheduler; what goes wrong is raised with cause and remedy."""
+    """Run `layers` on the workers of a scheduler; errors have cause and remedy."""
     try:
         from distributed import Client
         from distributed.comm import parse_address
@@ -111,7 +111,9 @@ def run(address: str, folder: str) -> int:
         ) from None
     try:
         parse_address(address, strict=True)
-        security = Security() if address.startswith("tls://") else None  # certificates from Dask's own configuration
+        security = (
+            Security() if address.startswith("tls://") else None
+        )  # certificates come from the configuration of Dask
         client = Client(address, timeout=SECONDS_TO_ANSWER, set_as_default=False, security=security)
     except (OSError, ValueError, TypeError) as error:
         raise ConnectionError(
@@ -128,7 +130,7 @@ def run(address: str, folder: str) -> int:
 
 @contextmanager
 def _server() -> Iterator[None]:
-    """Prefect's API for flow and workers: the server at PREFECT_API_URL, else one on loopback for as long as this."""
+    """Give flow and workers the server at PREFECT_API_URL, else one on loopback while the block runs."""
     if os.environ.get("PREFECT_API_URL"):
         yield
         return
@@ -140,21 +142,21 @@ def _server() -> Iterator[None]:
     with SubprocessASGIServer() as server, temporary_settings({PREFECT_API_URL: server.api_url}):
         try:
             yield
-        finally:  # what is still on its way to the server goes before it does: it would be tried for a minute
+        finally:  # deliver what is queued while the server runs; later it would be retried for a minute
             for worker in (EventsWorker, APILogWorker):
                 worker.drain_all(timeout=SECONDS_TO_ANSWER)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m flows.layers", description="Does a folder of jobs by Dask.")
-    parser.add_argument("--address", required=True, help="of the scheduler, such as tcp://127.0.0.1:8786")
+    """Run the command line; return the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m flows.layers", description="Do a folder of jobs by Dask.")
+    parser.add_argument("--address", required=True, help="address of the scheduler, such as tcp://127.0.0.1:8786")
     parser.add_argument("folder")
     chosen = parser.parse_args(arguments)
     die_with_parent()
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     warnings.filterwarnings("ignore", message="Sending large graph")
-    logging.getLogger("distributed").setLevel(logging.CRITICAL)  # what it would tell is told below
+    logging.getLogger("distributed").setLevel(logging.CRITICAL)  # the errors are printed below
     try:
         run(chosen.address, chosen.folder)
         return 0
@@ -166,6 +168,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    from flows.layers import main as imported  # workers look for the task in this module, and not in __main__
+    from flows.layers import main as imported  # workers look for the task in this module, not in __main__
 
     sys.exit(imported())

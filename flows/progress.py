@@ -1,20 +1,33 @@
-"""What a person sees while the stages run: which one, how far, how long it may still take."""
+"""Show progress: which stage or cell runs, how far it is, and how long it may take."""
 
 from __future__ import annotations
 
 import json
 import re
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+)
 from rich.text import Text
 
+from flows.heartbeat import Heartbeat, beating
+from flows.study import Cell, Study
 from tasks.stage import clock
 
-# Seconds a stage takes on two cores, for the first run; afterwards this machine's own durations are used.
+# Seconds of each stage on two cores, for the first run. Later runs use the durations of this machine.
 FIRST_GUESS = {
     "inputs": 2,
     "prepare": 35,
@@ -32,7 +45,7 @@ _STEP = re.compile(r"\d+/\d+ \(\d+ %\)")
 
 
 class _Left(ProgressColumn):
-    """The time left, as of now."""
+    """Show the time left."""
 
     def __init__(self, board: Board) -> None:
         super().__init__()
@@ -43,7 +56,7 @@ class _Left(ProgressColumn):
 
 
 class Board:
-    """Progress over the stages: a bar on a terminal, plain lines otherwise."""
+    """Show progress over the stages: a bar on a terminal, else lines, at least one every 30 seconds."""
 
     def __init__(self, stages: list[str], memory: Path, console: Console) -> None:
         self._stages = stages
@@ -53,17 +66,20 @@ class Board:
         self._stage = stages[0]
         self._started = 0.0
         self._running = False
-        self._told = (0.0, 0.0)  # when the stage last said how long it still takes, and how long
+        self._estimate = (0.0, 0.0)  # when the stage last printed its time left, and the seconds
         self._bar: Progress | None = None
         self._task: TaskID | None = None
         if console.is_terminal:
-            columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), _Left(self))
+            columns = (TextColumn("{task.description}", markup=False), BarColumn(), TimeElapsedColumn(), _Left(self))
             self._bar = Progress(*columns, console=console, transient=True)
             self._task = self._bar.add_task("starting", total=len(stages))
+        self._heartbeat = None if self._bar else Heartbeat(self._still)
 
     def __enter__(self) -> Board:
         if self._bar:
             self._bar.start()
+        if self._heartbeat:
+            self._heartbeat.__enter__()
         return self
 
     def __exit__(
@@ -71,32 +87,34 @@ class Board:
     ) -> None:
         if self._bar:
             self._bar.stop()
+        if self._heartbeat:
+            self._heartbeat.__exit__()
 
     def begin(self, stage: str) -> None:
-        """A stage is looked at; it may turn out to be cached."""
+        """Begin to check a stage, which may be cached."""
         self._stage = stage
         self._started = time.monotonic()
         self._running = False
-        self._told = (0.0, 0.0)
+        self._estimate = (0.0, 0.0)
         self._describe(stage)
 
     def runs(self, stage: str) -> None:
-        """The stage is not cached; it runs, and so will those after it."""
+        """Say that the stage is not cached: it runs, and so will those after it."""
         self._running = True
         self._print(f"{self._place(stage)} runs; {self.left()}")
 
     def line(self, stage: str, text: str) -> None:
-        """A line of a stage that runs."""
-        if told := _TIME_LEFT.search(text):
-            hours, minutes, seconds = (int(part or 0) for part in told.groups())
-            self._told = (time.monotonic(), 3600 * hours + 60 * minutes + seconds)
-        if self._bar and _STEP.search(text):  # a step counter stays in its place
+        """Show a line that a stage printed."""
+        if estimate := _TIME_LEFT.search(text):
+            hours, minutes, seconds = (int(part or 0) for part in estimate.groups())
+            self._estimate = (time.monotonic(), 3600 * hours + 60 * minutes + seconds)
+        if self._bar and _STEP.search(text):  # a step counter belongs in the bar
             self._describe(stage, text.removeprefix(f"{stage}: "))
         else:
             self._print("        " + text.removeprefix(f"{stage}: "))
 
     def end(self, stage: str, outcome: str) -> None:
-        """A stage is done; how long it took is remembered if it did run."""
+        """Say that a stage is done; remember its duration if it ran."""
         took = time.monotonic() - self._started
         self._print(f"{self._place(stage)} {outcome}" + (f" in {clock(took)}" if outcome == "Completed" else ""))
         if outcome == "Completed":
@@ -108,12 +126,12 @@ class Board:
             self._bar.advance(self._task)
 
     def left(self) -> str:
-        """How long this stage and those after it still take if they all run, as they do after one that ran."""
+        """Return the time left if this stage and all after it run, as they do after one that ran."""
         if not self._running:
             return ""
         now = time.monotonic()
-        told_at, told = self._told
-        own = max(self._seconds[self._stage] - (now - self._started), told - (now - told_at), 0.0)
+        printed, seconds = self._estimate
+        own = max(self._seconds[self._stage] - (now - self._started), seconds - (now - printed), 0.0)
         following = self._stages[self._stages.index(self._stage) + 1 :]
         return f"about {clock(own + sum(self._seconds[name] for name in following))} left in all"
 
@@ -125,11 +143,81 @@ class Board:
             self._bar.update(self._task, description=f"{self._place(stage)} {text}".rstrip())
 
     def _print(self, text: str) -> None:
+        if self._heartbeat:
+            self._heartbeat.heard()
         self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    def _still(self, _: float) -> None:
+        """Say that the stage still runs: it has printed nothing for a while."""
+        if self._running:
+            took = clock(time.monotonic() - self._started)
+            text = f"{self._place(self._stage)} still runs, {took}; {self.left()}"
+            self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+class CellProgress:
+    """Show how far a sweep is: a bar on a terminal, and a line for each event of a cell."""
+
+    def __init__(self, study: Study, console: Console) -> None:
+        self._study = study
+        self._console = console
+        self._seconds: list[float] = []
+        self._began = time.monotonic()
+        self._bar: Progress | None = None
+        if console.is_terminal:
+            text = TextColumn("{task.description}", markup=False)
+            columns = (text, BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+            self._bar = Progress(*columns, console=console, transient=True)
+            self._task = self._bar.add_task("cells", total=None)
+
+    def __enter__(self) -> CellProgress:
+        if self._bar:
+            self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar:
+            self._bar.stop()
+
+    def say(self, cell: Cell, text: str, *, ended: bool = False) -> None:
+        """Print a line about a cell; `ended` if the cell needs no more work."""
+        if ended:
+            self._seconds.append(time.monotonic())
+        left = self._left()
+        self._console.print(
+            f"cell {cell.number:>3}  {cell.label}: {text}" + (f"; {left}" if left else ""),
+            highlight=False,
+            markup=False,
+            soft_wrap=True,
+        )
+        if self._bar:
+            remaining = self._study.remaining()
+            ended_all = len(self._study.finished()) + len(self._study.failed())
+            self._bar.update(self._task, completed=ended_all, total=ended_all + remaining, description=left or "cells")
+
+    def _left(self) -> str:
+        """Estimate the time left from the pace of the cells of this process."""
+        remaining = self._study.remaining()
+        if not self._seconds or not remaining:
+            return ""
+        pace = (self._seconds[-1] - self._began) / len(self._seconds)
+        return f"{remaining} to go, about {clock(pace * remaining)} left"
+
+    @contextmanager
+    def beating(self, cell: Cell | None = None) -> Iterator[None]:
+        """Print a line every 30 seconds while the block runs, where there is no bar."""
+        text = f"cell {cell.number:>3}  measured" if cell else "cells are made"
+
+        def speak(seconds: float) -> None:
+            left = self._left()
+            self._console.print(f"{text} for {clock(seconds)}" + (f"; {left}" if left else ""), markup=False)
+
+        with beating(speak, wanted=self._bar is None):
+            yield
 
 
 def _remembered(path: Path) -> dict[str, float]:
-    """Durations of earlier runs; none if the file is missing or damaged, as they only serve an estimate."""
+    """Return the durations of earlier runs; none if the file is missing or damaged: they are only an estimate."""
     try:
         durations = json.loads(path.read_text(encoding="utf-8"))
         return {str(stage): float(seconds) for stage, seconds in durations.items()}

@@ -1,10 +1,10 @@
-"""Decides whether the challenger becomes champion, and goes back to the champion before.
+"""Decide whether the challenger becomes champion, or go back to the previous champion.
 
     python -m flows.promote [--model NAME] [--version N]
     python -m flows.promote --rollback [--reason TEXT]
 
-What is decided is noted on the version (the tag `promotion`) before the alias `champion` is moved, in one write. So a
-process that is killed between two steps leaves a registry that answers, and a note from which the next one goes on.
+The decision is written to the version (the tag `promotion`) before the alias `champion` moves, which is one write. A
+process that is killed in between leaves a registry that works, and a note from which the next process resumes.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ from rich.console import Console  # noqa: E402
 
 from ffn2moe.planning.timing import median_interval  # noqa: E402
 from ffn2moe.runtime.export import open_export  # noqa: E402
-from flows.serve import Server, report, served, stop_on_terminate  # noqa: E402
+from flows.errors import report, stop_on_terminate  # noqa: E402
+from flows.serve import Server, served  # noqa: E402
 from flows.workspace import FlowError  # noqa: E402
 from tasks.measures import HEADLINES  # noqa: E402
 from tasks.params import Gate, load_params  # noqa: E402
@@ -43,26 +44,26 @@ from tasks.registry import CHALLENGER, CHAMPION, Registry, RegistryError  # noqa
 
 TAG = "promotion"
 ROUNDS = 11  # requests to each server, in turn
-TEXTS = 32  # in each of them
-# Those a request must be refused for, whatever the model.
+TEXTS = 32  # texts in each request
+# Inputs that every model must refuse.
 BAD: tuple[Any, ...] = ([], ["a text", " "], [1, 2], {"text": "a"}, None)
 
-# promoting: noted before the alias is moved. failed: something after that went wrong. unchanged is never noted.
+# promoting: noted before the alias moves. failed: an error came after that. unchanged is never noted.
 State = Literal["promoting", "promoted", "refused", "failed", "rolled back", "unchanged"]
 Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class Check:
-    """One thing that was looked at."""
+    """Hold the result of one check."""
 
     passed: bool
-    told: str
+    message: str
 
 
 @dataclass(frozen=True)
 class Decision:
-    """What was decided about a version, and why. `against` was champion then, and is what a rollback goes back to."""
+    """Hold a decision about a version, and its reasons. `against` was champion then; a rollback goes back to it."""
 
     state: State
     model: str
@@ -74,14 +75,14 @@ class Decision:
 
     @property
     def refused(self) -> tuple[str, ...]:
-        """Why the version is not champion."""
-        return tuple(check.told for check in self.checks if not check.passed)
+        """Return the reasons why the version is not champion."""
+        return tuple(check.message for check in self.checks if not check.passed)
 
-    def told(self) -> str:
-        """In one line."""
+    def message(self) -> str:
+        """Return the decision as one line."""
         beside = f"version {self.against}" if self.against else "no champion"
         return {
-            "promoting": f"{self.model} version {self.version} is being made champion, after {beside}",
+            "promoting": f"{self.model} version {self.version} becomes champion, after {beside}",
             "promoted": f"{self.model} version {self.version} is champion now, after {beside}",
             "refused": f"{self.model} version {self.version} does not become champion; {beside} stays",
             "failed": f"{self.model} version {self.version} was not made champion; {beside} stays",
@@ -90,20 +91,20 @@ class Decision:
         }[self.state]
 
     def becomes(self, state: State, *checks: Check) -> Decision:
-        """The same in another state, with further reasons."""
+        """Return the decision in another state, with more checks."""
         return Decision(state, self.model, self.version, self.against, (*self.checks, *checks), self.gate)
 
 
-# --- what a challenger is judged by -----------------------------------------------------------------------------------
+# --- judge a challenger -----------------------------------------------------------------------------------
 
 
 def judge(
     gate: Gate, version: int, mine: Mapping[str, str], champion: int | None, its: Mapping[str, str]
 ) -> list[Check]:
-    """What the tags of two versions say: quality, speed-up and size. `its` is empty where there is no champion."""
+    """Compare the tags of two versions: quality, speed-up and size. `its` is empty if there is no champion."""
     head = mine.get("head", "")
     if head not in HEADLINES:
-        return [Check(False, f"version {version} carries no figures to judge it by; register it: make run")]
+        return [Check(False, f"version {version} has no figures to judge it by; register it: make run")]
     headline = HEADLINES[head]
     key = ".".join(headline.path)
     retention, speedup = float(mine[f"retention.{key}"]), float(mine["speedup_vs_best_dense"])
@@ -120,22 +121,22 @@ def judge(
     if champion is None:
         return checks
     if "head" not in its:
-        return [*checks, Check(True, f"version {champion}, champion, carries no figures to compare these with")]
+        return [*checks, Check(True, f"version {champion}, champion, has no figures to compare with")]
     if its["head"] != head:
-        told = f"the champion's head is {its['head']}, this one's {head}: who asks for the one must not get the other; "
-        return [*checks, Check(False, f"{told}give it a name of its own, register.model_name")]
+        reason = f"the head of the champion is {its['head']}, of this version {head}: its clients would break"
+        return [*checks, Check(False, f"{reason}; register it under another name, register.model_name")]
     if mine.get("evaluated_on") and mine.get("evaluated_on") == its.get("evaluated_on"):
         kept = headline.retention(float(mine[f"student.{key}"]), float(its[f"student.{key}"]))
-        what = f"{headline.label} on the same data"
+        measure = f"{headline.label} on the same data"
     else:
         kept = retention / float(its[f"retention.{key}"])
-        what = "share of its teacher's quality (the two were judged by other data)"
+        measure = "share of its teacher's quality (the two were judged on different data)"
     growth = float(mine["bytes"]) / float(its["bytes"])
     return [
         *checks,
         Check(
             kept >= 1 - gate.max_quality_loss,
-            f"has {kept:.4f} of the champion's {what}; gate.max_quality_loss = {gate.max_quality_loss}",
+            f"has {kept:.4f} of the champion's {measure}; gate.max_quality_loss = {gate.max_quality_loss}",
         ),
         Check(
             growth <= gate.max_growth,
@@ -145,42 +146,40 @@ def judge(
 
 
 def smoke(server: Server, version: int, export: Path) -> list[Check]:
-    """Asks a served version: what the export gives, its number, and that it refuses and goes on."""
+    """Ask a served version: it must answer as its export, know its number, refuse bad input, and still answer."""
     status, given = server.ask(list(EXAMPLE))
     agrees = status == 200 and same(given.get("predictions"), answers(export, EXAMPLE))
-    status, told = server.ask(list(EXAMPLE), info=True)
-    known = status == 200 and told["predictions"][0]["version"] == version
+    status, info = server.ask(list(EXAMPLE), info=True)
+    known = status == 200 and info["predictions"][0]["version"] == version
     statuses = [server.ask(bad)[0] for bad in BAD]
     refuses = all(400 <= status < 500 for status in statuses)
     status, after = server.ask(list(EXAMPLE))
     return [
-        Check(agrees, f"served over HTTP it {'answers' if agrees else 'does not answer'} as its export does"),
-        Check(known, f"served it {'tells' if known else 'does not tell'} its version"),
-        Check(refuses, f"bad requests get {', '.join(map(str, statuses))}; all must be refused with 4xx"),
-        Check(
-            after == given, "after them it answers as before" if after == given else "after them it answers otherwise"
-        ),
+        Check(agrees, f"over HTTP it {'answers' if agrees else 'does not answer'} as its export does"),
+        Check(known, f"over HTTP it {'knows' if known else 'does not know'} its version"),
+        Check(refuses, f"bad requests get {', '.join(map(str, statuses))}; all must get 4xx"),
+        Check(after == given, f"after them it {'answers' if after == given else 'does not answer'} as before"),
     ]
 
 
 def slowdown(challenger: Server, champion: Server, texts: Sequence[str]) -> list[float]:
-    """The challenger's time for a request over the champion's, asked in turn, round by round."""
+    """Return the time of the challenger over that of the champion, round by round, asked in turn."""
     ratios = []
     for index in range(ROUNDS + 1):
         order = [challenger, champion] if index % 2 else [champion, challenger]
         seconds = {}
         for server in order:
             start = time.perf_counter()
-            status, told = server.ask(list(texts))
+            status, answer = server.ask(list(texts))
             seconds[server.url] = time.perf_counter() - start
             if status != 200:
-                raise FlowError(f"{server.url} answers a plain request with {status}: {told.get('message')}")
+                raise FlowError(f"{server.url} answers a plain request with {status}: {answer.get('message')}")
         ratios.append(seconds[challenger.url] / seconds[champion.url])
-    return ratios[1:]  # the first one also allocates
+    return ratios[1:]  # the first round also allocates
 
 
 def request_texts(head: str) -> list[str]:
-    """Texts of one request, of many lengths; one where the model writes, which takes long."""
+    """Return the texts of a request, of many lengths; a single text for a model that generates, which is slow."""
     words = " ".join(EXAMPLE).split()
     if head in ("causal", "seq2seq"):
         return [" ".join(words)]
@@ -199,12 +198,12 @@ def consider(
     *,
     publish: Callable[[Decision], None],
     say: Say,
-    anew: bool = True,
+    again: bool = True,
 ) -> Decision:
-    """Judges a version, an alias or a number, and makes it champion if it passes.
+    """Judge a version (an alias or a number), and make it champion if it passes.
 
-    Not `anew`, what was refused before is not served again while champion and gate are the same. A challenger that
-    was rolled back is champion again only when it is named by its number.
+    Without `again`, an earlier refusal stands while champion and gate are the same. A challenger that was rolled back
+    becomes champion again only by its number.
     """
     complete(registry, publish)
     version, champion = registry.resolve(which), registry.version_of(CHAMPION)
@@ -214,15 +213,15 @@ def consider(
     its = registry.tags(champion) if champion is not None else {}
     before = noted(registry, version)
     if before and before.state == "rolled back" and not which.isdigit():
-        told = f"it was rolled back at {before.at}; to have it champion all the same: make promote VERSION={version}"
-        return Decision("refused", registry.model, version, champion, (Check(False, told),))
+        reason = f"it was rolled back at {before.at}; to make it champion again: make promote VERSION={version}"
+        return Decision("refused", registry.model, version, champion, (Check(False, reason),))
     thresholds = gate.model_dump()
     same_question = before is not None and (before.against, dict(before.gate)) == (champion, thresholds)
-    if before and before.state == "refused" and same_question and not anew:
+    if before and before.state == "refused" and same_question and not again:
         return before
     checks = judge(gate, version, mine, champion, its)
     if all(check.passed for check in checks):
-        say(f"{registry.model} version {version} passes by its figures; asking it, served as it will be")
+        say(f"{registry.model} version {version} passes by its figures; now serving and asking it")
         checks += _asked(registry, gate, version, champion, mine["head"])
     decision = Decision("refused", registry.model, version, champion, tuple(checks), thresholds)
     if decision.refused:
@@ -244,20 +243,18 @@ def _asked(registry: Registry, gate: Gate, version: int, champion: int | None, h
                 with served(registry, champion, log=log / "champion") as its:
                     ratios = slowdown(server, its, request_texts(head))
         except FlowError as error:
-            return [Check(False, f"it could not be asked: {error}")]
+            return [Check(False, f"it could not be served: {error}")]
     low, high = median_interval(ratios)
-    told = f"takes {median(ratios):.2f} ({low:.2f} to {high:.2f}) times as long as the champion for a request"
-    # Refused when it is surely slower: what else the machine does must not decide.
-    return [*checks, Check(low <= gate.max_slowdown, f"{told}; gate.max_slowdown = {gate.max_slowdown}")]
+    measured = f"takes {median(ratios):.2f} ({low:.2f} to {high:.2f}) times as long as the champion for a request"
+    # Refuse only if it is surely slower: other work on the machine must not decide.
+    return [*checks, Check(low <= gate.max_slowdown, f"{measured}; gate.max_slowdown = {gate.max_slowdown}")]
 
 
 def _move(registry: Registry, decision: Decision, publish: Callable[[Decision], None]) -> Decision:
-    """Makes the version champion. What fails after the alias has moved moves it back."""
+    """Make the version champion. An error after the alias moved moves it back."""
     _note(registry, decision.becomes("promoting"))
     if registry.version_of(CHAMPION) != decision.against:
-        raise FlowError(
-            f"the champion of {registry.model} was changed by somebody else meanwhile; run again: make promote"
-        )
+        raise FlowError(f"the champion of {registry.model} was changed by another process; run again: make promote")
     promoted = decision.becomes("promoted")
     with registry.moved(CHAMPION, decision.version):
         try:
@@ -267,35 +264,34 @@ def _move(registry: Registry, decision: Decision, publish: Callable[[Decision], 
                 )
             _note(registry, promoted)
             publish(promoted)
-        except BaseException as error:  # Ctrl-C too: noted first, so that a kill now is gone on from
+        except BaseException as error:  # Ctrl-C too: note it first, so that a kill now can be resumed
             _note(registry, decision.becomes("failed", Check(False, f"{type(error).__name__}: {error}")))
             raise
     return promoted
 
 
 def roll_back(registry: Registry, reason: str, *, publish: Callable[[Decision], None]) -> Decision:
-    """Makes the champion before the present one champion again. RegistryError where there is none."""
+    """Make the previous champion champion again. RegistryError if there is none."""
     completed = complete(registry, publish)
     if completed and completed.state == "rolled back":
         return completed
     champion = registry.version_of(CHAMPION)
     if champion is None:
-        raise RegistryError(
-            f"{registry.model} has no champion, so there is none to go back from; make one: make promote"
-        )
+        raise RegistryError(f"{registry.model} has no champion, so a rollback is impossible; make one: make promote")
     note = noted(registry, champion)
     if note is None or note.against is None:
         others = ", ".join(str(version) for version in registry.versions() if version != champion) or "none"
         raise RegistryError(
-            f"no champion before version {champion} of {registry.model} is known; other versions: {others}; to have "
+            f"no champion before version {champion} of {registry.model} is known; other versions: {others}; to promote "
             "one of them: make promote VERSION=N"
         )
     back = note.against
     if not registry.holds(back):
         raise RegistryError(
-            f"version {back} of {registry.model}, champion before, was deleted; name another: make promote VERSION=N"
+            f"version {back} of {registry.model}, the previous champion, was deleted; promote another one: "
+            "make promote VERSION=N"
         )
-    open_export(registry.export(back))  # whole, and of this runtime
+    open_export(registry.export(back))  # raises if it is damaged or of another runtime
     decision = Decision("rolled back", registry.model, champion, back, (Check(False, reason),), note.gate)
     _note(registry, decision)
     try:
@@ -308,12 +304,12 @@ def roll_back(registry: Registry, reason: str, *, publish: Callable[[Decision], 
 
 
 def complete(registry: Registry, publish: Callable[[Decision], None]) -> Decision | None:
-    """Goes on from where a killed process stopped, by the note on the champion; None where nothing was left open."""
+    """Finish the work of a killed process, by the note on the champion; None if there is nothing to finish."""
     champion = registry.version_of(CHAMPION)
     note = noted(registry, champion) if champion is not None else None
     if note is None or note.state not in ("promoting", "failed", "rolled back"):
         return None
-    if note.state == "promoting":  # the alias, moved last, is there
+    if note.state == "promoting":  # the alias has moved, which is the last step
         note = note.becomes("promoted")
         _note(registry, note)
     else:
@@ -323,12 +319,14 @@ def complete(registry: Registry, publish: Callable[[Decision], None]) -> Decisio
 
 
 def noted(registry: Registry, version: int) -> Decision | None:
-    """What was decided about a version last."""
+    """Return the last decision about a version."""
     text = registry.tags(version).get(TAG)
     if text is None:
         return None
     content = json.loads(text)
-    return Decision(**{**content, "checks": tuple(Check(**check) for check in content["checks"])})
+    # Older notes name the message `told`.
+    checks = tuple(Check(check["passed"], check.get("message", check.get("told", ""))) for check in content["checks"])
+    return Decision(**{**content, "checks": checks})
 
 
 def _note(registry: Registry, decision: Decision) -> None:
@@ -341,64 +339,66 @@ console = Console(width=None if sys.stdout.isatty() else 110, highlight=False, s
 
 
 @flow(name="promote", persist_result=False)
-def promote(model: str, gate: Gate, which: str = CHALLENGER, anew: bool = True) -> Decision:
-    """Judges a version of a registered model, and makes it champion if it passes. FlowError, RegistryError."""
+def promote(model: str, gate: Gate, which: str = CHALLENGER, again: bool = True) -> Decision:
+    """Judge a version of a registered model, and make it champion if it passes. FlowError, RegistryError."""
     with _alone(model):
-        return consider(Registry(ROOT, model), gate, which, publish=_publish, say=console.print, anew=anew)
+        return consider(Registry(ROOT, model), gate, which, publish=_publish, say=console.print, again=again)
 
 
 @flow(name="rollback", persist_result=False)
 def rollback(model: str, reason: str) -> Decision:
-    """Goes back to the champion before."""
+    """Go back to the previous champion."""
     with _alone(model):
         return roll_back(Registry(ROOT, model), reason, publish=_publish)
 
 
 @contextmanager
 def _alone(model: str) -> Iterator[None]:
-    """One decision about a model at a time on this machine."""
+    """Allow one decision about a model at a time on this machine."""
     path = ROOT / ".cache" / f"promotion-{model}.lock"
     path.parent.mkdir(exist_ok=True)
     with path.open("w") as stream:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise FlowError(f"a promotion of {model} is going on; wait for it, then run again") from None
+            raise FlowError(f"a promotion of {model} runs already; wait for it, then run again") from None
         yield
 
 
 def _publish(decision: Decision) -> None:
-    """The decision as an artifact, where Prefect shows what runs made."""
-    rows = "\n".join(f"| {'yes' if check.passed else 'no'} | {check.told} |" for check in decision.checks)
+    """Publish the decision as an artifact of the run."""
+    rows = "\n".join(f"| {'yes' if check.passed else 'no'} | {check.message} |" for check in decision.checks)
     create_markdown_artifact(
         key="promotion",
-        description=decision.told(),
-        markdown=f"**{decision.told()}**\n\n| | |\n|---|---|\n{rows}\n",
+        description=decision.message(),
+        markdown=f"**{decision.message()}**\n\n| | |\n|---|---|\n{rows}\n",
     )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit code: 0 champion, 1 refused, 2 an error."""
+    """Run the command line; return the exit code: 0 champion, 1 refused, 2 an error."""
     parser = argparse.ArgumentParser(prog="python -m flows.promote", description=__doc__.splitlines()[0])
     parser.add_argument("--model", help="name of the registered model; default: that of params.yaml")
     parser.add_argument("--version", default=CHALLENGER, help="a version by its number; default: the challenger")
-    parser.add_argument("--rollback", action="store_true", help="go back to the champion before")
-    parser.add_argument("--reason", default="asked for", help="of a rollback, for the record")
+    parser.add_argument("--rollback", action="store_true", help="go back to the previous champion")
+    parser.add_argument("--reason", default="asked for", help="reason of a rollback, for the record")
     options = parser.parse_args(arguments)
     stop_on_terminate()
     try:
         params = load_params(ROOT / "params.yaml")
         model = options.model or params.model_name
-        Registry(ROOT, model).resolve(CHAMPION if options.rollback else options.version)  # said before anything starts
+        Registry(ROOT, model).resolve(
+            CHAMPION if options.rollback else options.version
+        )  # raises before anything starts
         decision = rollback(model, options.reason) if options.rollback else promote(model, params.gate, options.version)
     except KeyboardInterrupt:
-        console.print("stopped; the champion is the one it was, or the next promotion goes on from here")
+        console.print("Stopped. The champion has not changed, or the next promotion finishes this one.")
         return 130
     except Exception as error:
         return report(error)
-    console.print(decision.told())
+    console.print(decision.message())
     for check in decision.checks:
-        console.print(f"  {'+' if check.passed else '-'} {check.told}")
+        console.print(f"  {'+' if check.passed else '-'} {check.message}")
     return 1 if decision.state == "refused" else 0
 
 

@@ -1,9 +1,9 @@
-"""Scores a file of texts with a version of the registry: embeddings, probabilities of classes, or written texts.
+"""Score a file of texts with a version of the registry: embeddings, class probabilities, or generated texts.
 
     python -m flows.score INPUT OUTPUT [--model NAME] [--version N | --alias NAME] [--column NAME] [--skip-bad]
 
-INPUT is .txt (a text a line), .jsonl, .csv or .tsv; OUTPUT .jsonl or .parquet (with the number of each text's line), or
-.npy (a row a text). OUTPUT is there whole or not at all.
+INPUT is .txt (one text a line), .jsonl, .csv or .tsv. OUTPUT is .jsonl or .parquet (with the line number of each text),
+or .npy (one row a text). OUTPUT is written whole or not at all.
 """
 
 from __future__ import annotations
@@ -24,15 +24,16 @@ import numpy as np
 from rich.console import Console
 
 from flows.environment import settle
-from flows.serve import ROOT, add_model_options, registry_of, report, stop_on_terminate
+from flows.errors import report, stop_on_terminate
+from flows.serve import ROOT, add_model_options, registry_of
 from flows.workspace import FlowError
 from tasks.params import load_params
 from tasks.stage import StageRun
 
 INPUTS, OUTPUTS = (".txt", ".jsonl", ".csv", ".tsv"), (".jsonl", ".parquet", ".npy")
 RESULTS = {"embedding": "embedding", "classification": "probabilities", "causal": "text", "seq2seq": "text"}
-BATCH = 256  # texts at once, at most: enough of like lengths to batch well, and a step of the progress
-SHOWN = 10  # bad lines that are told
+BATCH = 256  # most texts at once: enough of similar lengths to batch well, and one step of the progress
+SHOWN = 10  # bad lines that a message names
 console = Console(highlight=False, soft_wrap=True, markup=False)
 
 Write = Callable[[list[int], list[Any]], None]
@@ -40,7 +41,7 @@ Write = Callable[[list[int], list[Any]], None]
 
 @dataclass(frozen=True)
 class Line:
-    """A text, or what is wrong with it, and the number of its line in the file, from 1."""
+    """Hold a text or its problem, and its line number from 1."""
 
     number: int
     text: str
@@ -48,9 +49,9 @@ class Line:
 
 
 def read_lines(path: Path, column: str) -> Iterator[Line]:
-    """Every text of a file; FlowError for a file that cannot be read at all."""
+    """Yield every text of a file; FlowError if the file cannot be read."""
     if path.suffix not in INPUTS:
-        raise FlowError(f"{path} is of no kind that is read; name a file that ends in {', '.join(INPUTS)}")
+        raise FlowError(f"{path} cannot be read; name a file that ends in {', '.join(INPUTS)}")
     try:
         with path.open(encoding="utf-8-sig", newline="") as stream:
             if path.suffix == ".txt":
@@ -65,7 +66,7 @@ def read_lines(path: Path, column: str) -> Iterator[Line]:
 
 def _checked(number: int, text: Any) -> Line:
     if not isinstance(text, str):
-        return Line(number, "", f"is {type(text).__name__} and no text")
+        return Line(number, "", f"is {type(text).__name__}, not text")
     return Line(number, text, "" if text.strip() else "is empty")
 
 
@@ -92,12 +93,12 @@ def _from_table(stream: Any, path: Path, column: str) -> Iterator[Line]:
 def score(
     model: Any, source: Path, target: Path, column: str, skip_bad: bool, track: Callable[[Iterator[int], int], Any]
 ) -> tuple[int, int]:
-    """Writes what a loaded model gives for each text of `source`; the numbers of texts scored and left out.
+    """Write the result of a loaded model for each text of `source`; return the numbers of texts scored and left out.
 
-    FlowError, with the first bad lines, unless `skip_bad`; nothing is written then.
+    FlowError with the first bad lines, unless `skip_bad`; then nothing is written.
     """
     served = model.unwrap_python_model()
-    limits = getattr(served, "limits", {})  # versions of earlier code have none
+    limits = getattr(served, "limits", {})  # versions from earlier code have none
     longest, at_once = limits.get("max_characters", sys.maxsize), min(BATCH, limits.get("max_texts", BATCH))
     key = RESULTS[served.export.manifest["spec"]["head"]]
 
@@ -113,15 +114,15 @@ def score(
         bad += bool(line.problem)
         if line.problem and len(first) < SHOWN:
             first.append(f"line {line.number} {line.problem}")
-    told = "\n  ".join([*first, *([f"and {bad - len(first)} more"] if bad > len(first) else [])])
+    lines_shown = "\n  ".join([*first, *([f"and {bad - len(first)} more"] if bad > len(first) else [])])
     if bad and (not skip_bad or target.suffix == ".npy"):
-        remedy = "correct them" if skip_bad else "correct them, or leave them out: --skip-bad"
-        reason = "; rows of .npy tell no line, so that none can be left out" if skip_bad else ""
-        raise FlowError(f"{source}: {bad} of {good + bad} texts cannot be scored{reason}; {remedy}:\n  {told}")
+        remedy = "correct them" if skip_bad else "correct them, or leave them out with --skip-bad"
+        reason = "; rows of .npy have no line numbers, so no text can be left out" if skip_bad else ""
+        raise FlowError(f"{source}: {bad} of {good + bad} texts cannot be scored{reason}; {remedy}:\n  {lines_shown}")
     if not good:
-        raise FlowError(f"{source} holds no text to score")
+        raise FlowError(f"{source} has no text to score")
     if bad:
-        console.print(f"{bad} texts are left out:\n  {told}")
+        console.print(f"leaving out {bad} texts:\n  {lines_shown}")
 
     usable = (line for line in lines() if not line.problem)
     with _writer(target, key, good) as write:
@@ -133,7 +134,7 @@ def score(
 
 @contextmanager
 def _writer(target: Path, key: str, count: int) -> Iterator[Write]:
-    """Writes beside `target`, in the format that its name says, and puts it in place at the end."""
+    """Write a temporary file in the format of the name of `target`, and rename it at the end."""
     partial = target.with_name(f".{target.name}.partial")
     try:
         with {".jsonl": _jsonl, ".parquet": _parquet, ".npy": _npy}[target.suffix](partial, key, count) as write:
@@ -171,7 +172,7 @@ def _parquet(path: Path, key: str, count: int) -> Iterator[Write]:
 def _npy(path: Path, key: str, count: int) -> Iterator[Write]:
     if key == "text":
         raise FlowError(
-            "this model writes texts, and .npy holds numbers; name an OUTPUT that ends in .jsonl or .parquet"
+            "this model generates texts, and .npy holds numbers; name an OUTPUT that ends in .jsonl or .parquet"
         )
     done, rows = 0, None
 
@@ -189,19 +190,19 @@ def _npy(path: Path, key: str, count: int) -> Iterator[Write]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit code."""
+    """Run the command line; return the exit code."""
     parser = argparse.ArgumentParser(prog="python -m flows.score", description=__doc__.splitlines()[0])
     parser.add_argument("input", type=Path, help=f"a file that ends in {', '.join(INPUTS)}")
     parser.add_argument("output", type=Path, help=f"a file that ends in {', '.join(OUTPUTS)}")
     add_model_options(parser)
-    parser.add_argument("--column", default="text", help="of .jsonl, .csv and .tsv: where the text is; default: text")
-    parser.add_argument("--skip-bad", action="store_true", help="leave out what cannot be scored, and tell it")
+    parser.add_argument("--column", default="text", help="field of the text in .jsonl, .csv and .tsv; default: text")
+    parser.add_argument("--skip-bad", action="store_true", help="leave out texts that cannot be scored, and print them")
     options = parser.parse_args(arguments)
     settle(ROOT)
     stop_on_terminate()
     try:
         if options.output.suffix not in OUTPUTS:
-            raise FlowError(f"{options.output} is of no kind that is written; let it end in {', '.join(OUTPUTS)}")
+            raise FlowError(f"{options.output} cannot be written; name a file that ends in {', '.join(OUTPUTS)}")
         if not options.output.resolve().parent.is_dir():
             raise FlowError(f"the folder of {options.output} does not exist; make it first")
         if not options.input.is_file():
@@ -220,7 +221,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         console.print(f"{options.output}: {good} texts by {registry.model} version {version}")
         return 0
     except KeyboardInterrupt:
-        console.print("stopped; nothing was written")
+        console.print("Stopped. Nothing was written.")
         return 130
     except Exception as error:
         return report(error)

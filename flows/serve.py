@@ -1,8 +1,8 @@
-"""Serves a version of the registry over HTTP, by `mlflow models serve` on this environment.
+"""Serve a version of the registry over HTTP, by `mlflow models serve` in this environment.
 
     python -m flows.serve [--model NAME] [--version N | --alias NAME] [--port N]
 
-On loopback unless asked otherwise. What is wrong is said before anything starts.
+It listens on loopback unless --host says otherwise. Errors come before anything starts.
 """
 
 from __future__ import annotations
@@ -27,10 +27,11 @@ import psutil
 from rich.console import Console
 
 from flows.environment import settle
+from flows.errors import report, stop_on_terminate
 from flows.workspace import FlowError
 from tasks.params import load_params
 from tasks.registry import CHAMPION, Registry
-from tasks.stage import die_with_parent, explain
+from tasks.stage import die_with_parent
 
 ROOT = Path(__file__).resolve().parent.parent
 HOST = "127.0.0.1"
@@ -42,23 +43,23 @@ console = Console(highlight=False, soft_wrap=True, markup=False)
 
 @dataclass(frozen=True)
 class Server:
-    """A served version: where it answers, and the process that `mlflow models serve` is."""
+    """Hold the address of a served version, and the process of `mlflow models serve`."""
 
     url: str
     process: subprocess.Popen[bytes]
 
     def ask(self, texts: Any, **params: Any) -> tuple[int, dict[str, Any]]:
-        """HTTP status and answer to a request; see `ask`."""
+        """Return HTTP status and answer to a request; see `ask`."""
         return ask(self.url, {"inputs": texts, **({"params": params} if params else {})})
 
     def processes(self) -> list[psutil.Process]:
-        """MLflow's command and the server that it has started."""
+        """Return the process of MLflow and the server that it started."""
         parent = psutil.Process(self.process.pid)
         return [parent, *parent.children(recursive=True)]
 
 
 def ask(url: str, payload: Any) -> tuple[int, dict[str, Any]]:
-    """Posts a request to a served model: HTTP status and answer. FlowError where nobody answers."""
+    """Post a request to a served model; return HTTP status and answer. FlowError if nothing answers."""
     body = payload if isinstance(payload, bytes) else json.dumps(payload).encode()
     request = urllib.request.Request(f"{url}/invocations", body, headers={"Content-Type": "application/json"})
     try:
@@ -73,7 +74,7 @@ def ask(url: str, payload: Any) -> tuple[int, dict[str, Any]]:
 
 
 def answers(url: str) -> bool:
-    """Whether a served model is up, by MLflow's /ping."""
+    """Return whether a served model answers /ping."""
     try:
         with urllib.request.urlopen(f"{url}/ping", timeout=5) as response:
             return bool(response.status == 200)
@@ -85,9 +86,9 @@ def answers(url: str) -> bool:
 def served(
     registry: Registry, version: int, *, host: str = HOST, port: int | None = None, log: Path | None = None
 ) -> Iterator[Server]:
-    """A version that answers, on a free port unless one is given; it is stopped when the block ends, however it ends.
+    """Serve a version while the block runs, on a free port unless one is given.
 
-    What it prints goes to `log`, or to this terminal. FlowError where it does not come up.
+    Its output goes to `log`, or to this terminal. FlowError if it does not come up.
     """
     port = port or free_port(host)
     require_free(host, port)
@@ -121,17 +122,17 @@ def _wait(server: Server, log: Path | None) -> None:
     while not answers(server.url):
         ended = server.process.poll() is not None
         if ended or time.monotonic() > deadline:
-            said = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-5:] if log else []
+            lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-5:] if log else []
             raise FlowError(
                 f"the model at {server.url} "
                 + ("stopped before it answered" if ended else f"did not answer within {PATIENCE:.0f} s")
-                + (f"; it said: {' | '.join(said)}" if said else "; what it said is above")
+                + (f"; its last lines: {' | '.join(lines)}" if lines else "; see its output above")
             )
         time.sleep(0.1)
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
-    """Ends MLflow's command and the server that it has started, and waits for both."""
+    """End the process of MLflow and the server that it started, and wait for both."""
     with suppress(psutil.NoSuchProcess):
         started = psutil.Process(process.pid).children(recursive=True)
         for number in (signal.SIGTERM, signal.SIGKILL):
@@ -145,57 +146,40 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
 
 
 def free_port(host: str = HOST) -> int:
-    """A port that nobody listens on."""
+    """Return a free port."""
     with socket.socket() as probe:
         probe.bind((host, 0))
         return int(probe.getsockname()[1])
 
 
 def require_free(host: str, port: int) -> None:
-    """FlowError unless the port can be listened on."""
+    """Raise FlowError unless the port is free."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the server does
         try:
             probe.bind((host, port))
         except OSError as error:
             raise FlowError(
-                f"port {port} of {host} cannot be used ({error.strerror}); stop what listens there, or take another: "
+                f"port {port} of {host} cannot be used ({error.strerror}); stop its process, or take another port: "
                 f"make serve PORT={port + 1}"
             ) from None
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """Which registered version is meant."""
-    parser.add_argument("--model", help="name of the registered model; default: that of params.yaml")
+    """Add the options that name a registered version."""
+    parser.add_argument("--model", help="name of the registered model; default: from params.yaml")
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--alias", default=CHAMPION, help="default: champion")
-    which.add_argument("--version", help="a version by its number")
+    which.add_argument("--version", help="number of a version")
 
 
 def registry_of(options: argparse.Namespace) -> Registry:
+    """Return the registry of the model that the options name."""
     return Registry(ROOT, options.model or load_params(ROOT / "params.yaml").model_name)
 
 
-def report(error: Exception) -> int:
-    """Says what a user can act on, and gives the exit code; raises what is a bug."""
-    message = str(error) if isinstance(error, FlowError) else explain(error)
-    if message is None or os.environ.get("FFN2MOE_DEBUG"):
-        raise error
-    print(f"error: {message}", file=sys.stderr)  # noqa: T201
-    return 2
-
-
-def stop_on_terminate() -> None:
-    """SIGTERM ends this process as Ctrl-C does, so that what it has started is stopped."""
-    signal.signal(signal.SIGTERM, _terminated)
-
-
-def _terminated(number: int, frame: object) -> None:
-    sys.exit(128 + number)
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit code."""
+    """Run the command line; return the exit code."""
     parser = argparse.ArgumentParser(prog="python -m flows.serve", description=__doc__.splitlines()[0])
     add_model_options(parser)
     parser.add_argument("--host", default=HOST, help=f"default: {HOST}, this machine alone")
@@ -212,7 +196,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 f"{registry.model} version {version} answers at {server.url}; Ctrl-C stops it\n{_example(server)}"
             )
             server.process.wait()
-        console.print(f"the server has ended with code {server.process.returncode}")
+        console.print(f"the server ended with code {server.process.returncode}")
         return 1
     except KeyboardInterrupt:
         return 130

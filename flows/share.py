@@ -1,7 +1,7 @@
-"""Shares results with other machines through the DVC remote: what one has computed, no other computes again.
+"""Share results with other machines through the DVC remote, so that no machine computes them again.
 
-python -m flows.share push      results of this workspace, and what they were made from, to the remote
-python -m flows.share pull      those that dvc.lock names, from the remote
+python -m flows.share push      results of this workspace and their inputs, to the remote
+python -m flows.share pull      the results that dvc.lock names, from the remote
 """
 
 from __future__ import annotations
@@ -15,33 +15,33 @@ from pathlib import Path
 from typing import Literal
 
 from flows.environment import settle
-from flows.serve import report
+from flows.errors import report
 from flows.workspace import FlowError, check, lock
 from tasks.store import without_password
 
 ROOT = Path(__file__).resolve().parent.parent
 Verb = Literal["push", "pull"]
 
-# What DVC says, the cause that it means, and the remedy.
+# Pattern of DVC's output, its cause, and the remedy.
 _CAUSES = (
     (
         r"requires '(?P<package>[\w-]+)' to be installed",
-        "this kind of remote needs a package more",
+        "this kind of remote needs another package",
         "pip install {package}, in the environment that runs this",
     ),
     (
         r"Permission denied|Operation not permitted|Read-only file system|Forbidden|AccessDenied|Unauthorized",
         "this user has no rights there",
-        "ask its owner for them, or give other credentials: dvc remote modify --local {remote} user NAME",
+        "ask its owner for rights, or give other credentials: dvc remote modify --local {remote} user NAME",
     ),
     (
         r"Cannot connect|Connection refused|Name or service not known|timed out|No route to host|Could not connect",
-        "nobody answers there",
+        "no server answers there",
         "start it, or correct its address: dvc remote modify --local {remote} url ADDRESS",
     ),
     (
         r"Not a directory|No such file or directory: '(?!.*\.dvc/cache)",
-        "it is no folder that can be made",
+        "the folder cannot be made",
         "correct its address: dvc remote modify --local {remote} url ADDRESS",
     ),
     (
@@ -53,8 +53,9 @@ _CAUSES = (
 
 
 def share(root: Path, verb: Verb) -> str:
-    """Pushes or pulls; what DVC says of it in a line. FlowError with cause and remedy: then it was done in part or not
-    at all, what is here stays, and once more it goes on from there.
+    """Push or pull; return the last line of DVC.
+
+    FlowError with cause and remedy: nothing here is lost, and the next call resumes the transfer.
     """
     check(root)
     name, address = _remote(root)
@@ -67,11 +68,11 @@ def share(root: Path, verb: Verb) -> str:
 
 
 def _remote(root: Path) -> tuple[str, str]:
-    """Name and address of the remote in use."""
+    """Return name and address of the remote in use."""
     name = _dvc(root, "config", "core.remote").stdout.strip()
     if not name:
         raise FlowError(
-            "no DVC remote is set; name a folder that all machines see, or an address: "
+            "no DVC remote is set; name a shared folder or an address: "
             "dvc remote add --local --default store /srv/ffn2moe (docs/operations.md)"
         )
     return name, without_password(_dvc(root, "config", f"remote.{name}.url").stdout.strip())
@@ -101,7 +102,7 @@ def _dvc(root: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit code."""
+    """Run the command line; return the exit code."""
     parser = argparse.ArgumentParser(prog="python -m flows.share", description=__doc__.splitlines()[0])
     parser.add_argument("verb", choices=("push", "pull"))
     options = parser.parse_args(arguments)

@@ -1,7 +1,7 @@
-"""The cells of a sweep and how far each has come: an Optuna study in SQLite, so that a stopped sweep goes on.
+"""Keep the cells of a sweep and their states in an Optuna study in SQLite, so that a stopped sweep can resume.
 
-A cell is one combination of settings. It waits, is under way, and then has figures, has failed with a reason, or was
-left out because its settings contradict each other.
+A cell is a combination of settings. It waits, runs, and then has figures, or has failed with a reason, or was left out
+because its settings contradict each other.
 """
 
 from __future__ import annotations
@@ -23,22 +23,22 @@ from tasks import params as parameters
 from tasks.params import Params, ParamsError
 
 EXAMPLE = "decompose.num_experts=4,8 decompose.num_active=1,2"
-PROPOSALS = 50  # in a row that may be illegal or known before a search counts as exhausted
+PROPOSALS = 50  # a search is exhausted after so many illegal or known proposals in a row
 _NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?"
 _STATES = {
     "WAITING": "waits",
-    "RUNNING": "under way",
+    "RUNNING": "runs",
     "COMPLETE": "finished",
     "FAIL": "failed",
     "PRUNED": "left out",
 }
-_RAN = re.compile(r"^(?!inputs )(\w+) Completed$", re.MULTILINE)  # flows/cell.py says so; inputs always runs
+_RAN = re.compile(r"^(?!inputs )(\w+) Completed$", re.MULTILINE)  # flows/cell.py prints it; inputs always runs
 _RANGE = re.compile(rf"^({_NUMBER})\.\.({_NUMBER})$")
 
 
 @dataclass(frozen=True)
 class Range:
-    """Numbers a search may choose from; whole ones if both ends are written so."""
+    """Hold the range of a search; `whole` if both ends are whole numbers."""
 
     low: float
     high: float
@@ -46,19 +46,19 @@ class Range:
 
     @property
     def logarithmic(self) -> bool:
-        """Whether it spans so much that factors matter, not differences."""
+        """Return whether the range spans a factor of ten or more, so that factors matter."""
         return self.low > 0 and self.high / self.low >= 10
 
 
-Axis = tuple[str, ...] | Range  # values as they are written in a setting
+Axis = tuple[str, ...] | Range  # values as written in a setting
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One combination of settings; its number is its place in the sweep."""
+    """Hold a combination of settings; its number is its place in the sweep."""
 
     number: int
-    name: str  # of its workspace, its export and its runs
+    name: str  # name of its workspace, its export and its runs
     settings: tuple[str, ...]  # KEY=VALUE
 
     @property
@@ -67,9 +67,9 @@ class Cell:
 
 
 def parse(texts: Sequence[str]) -> dict[str, Axis]:
-    """KEY=VALUE,VALUE,... (or, for a search, KEY=LOW..HIGH) -> the values of each key.
+    """Read KEY=VALUE,VALUE,... (or, for a search, KEY=LOW..HIGH) into the values of each key.
 
-    A comma inside brackets belongs to the value. Raises FlowError for what cannot be read.
+    A comma inside brackets belongs to the value. FlowError if a text cannot be read.
     """
     axes: dict[str, Axis] = {}
     for text in texts:
@@ -79,7 +79,9 @@ def parse(texts: Sequence[str]) -> dict[str, Axis]:
         if key in axes:
             raise FlowError(f"{key} is given twice; write all its values after one {key}=")
         if key == "name":
-            raise FlowError("name is the sweep's own to set, as each cell needs another; the sweep's: --name NAME")
+            raise FlowError(
+                "the sweep sets name itself, because each cell needs another one; to name the sweep: --name NAME"
+            )
         if found := _RANGE.match(values):
             low, high = (float(number) for number in found.groups())
             if low >= high:
@@ -88,15 +90,15 @@ def parse(texts: Sequence[str]) -> dict[str, Axis]:
             continue
         parts = [part.strip() for part in _split(values)]
         if not all(parts):
-            raise FlowError(f"{text!r} holds an empty value; write null for none, or leave the comma out")
+            raise FlowError(f"{text!r} has an empty value; write null for none, or remove the comma")
         if twice := sorted({part for part in parts if parts.count(part) > 1}):
-            raise FlowError(f"{text}: {', '.join(twice)} is there twice, and no cell runs twice; leave one out")
+            raise FlowError(f"{text}: {', '.join(twice)} is there twice, and no cell runs twice; remove one")
         axes[key] = tuple(parts)
     return axes
 
 
 def _split(text: str) -> Iterator[str]:
-    """The parts between the commas that are in no bracket."""
+    """Yield the parts between the commas outside brackets."""
     depth, part = 0, ""
     for sign in text:
         depth += (sign in "[{") - (sign in "]}")
@@ -109,10 +111,12 @@ def _split(text: str) -> Iterator[str]:
 
 
 def combinations(axes: Mapping[str, Axis]) -> list[dict[str, str]]:
-    """Every combination of a grid; FlowError where there is nothing to choose from, or a range."""
+    """Return every combination of a grid; FlowError if there is no choice, or a range."""
     ranges = [key for key, axis in axes.items() if isinstance(axis, Range)]
     if ranges:
-        raise FlowError(f"a grid has no end of values for {', '.join(ranges)}: list them, or search with --search 20")
+        raise FlowError(
+            f"a grid needs a list of values for {', '.join(ranges)}: list them, or search the range with --search 20"
+        )
     values = [axis for axis in axes.values() if not isinstance(axis, Range)]
     if all(len(axis) < 2 for axis in values):
         raise FlowError(f"the grid is empty: give at least one key several values, for example {EXAMPLE}")
@@ -120,15 +124,15 @@ def combinations(axes: Mapping[str, Axis]) -> list[dict[str, str]]:
 
 
 class Study:
-    """Hands out cells that have not run, and keeps what came of each."""
+    """Hand out the cells that have not run, and keep the result of each."""
 
     def __init__(
         self, source: Path, name: str, axes: Mapping[str, Axis], search: int | None, called_from: Path
     ) -> None:
-        """Begins a study in sweeps/NAME, or goes on with it.
+        """Begin or resume a study in sweeps/NAME.
 
-        `search` is how many cells a search may try, None for a grid. FlowError (also ParamsError) if nothing can come
-        of it: an unknown key, an empty grid, only illegal cells, or a study of that name with other values.
+        `search` is the number of cells that a search may try, None for a grid. FlowError (also ParamsError) for an
+        unknown key, an empty grid, only illegal cells, or a study of that name with other values.
         """
         self.folder = source / "sweeps" / name
         self.name = name
@@ -138,13 +142,13 @@ class Study:
         self._params: dict[tuple[str, ...], Params] = {}
         raw = parameters.read(source / "params.yaml")
         committed = parameters.validate(raw)
-        # A key nobody knows is said at once, not for every cell.
+        # An unknown key is an error at once, not once for every cell.
         firsts = [f"{key}={axis[0] if isinstance(axis, tuple) else axis.low}" for key, axis in axes.items()]
         parameters.override(raw, firsts)
         if search is None:
             waiting = combinations(axes)
         elif all(isinstance(axis, tuple) and len(axis) < 2 for axis in axes.values()):
-            raise FlowError("there is nothing to search: give at least one key several values, or a range LOW..HIGH")
+            raise FlowError("a search needs a choice: give at least one key several values, or a range LOW..HIGH")
         definition: dict[str, Any] = {
             "keys": {key: list(axis) if isinstance(axis, tuple) else vars(axis) for key, axis in axes.items()},
             "kind": "grid" if search is None else "search",
@@ -155,39 +159,39 @@ class Study:
         if not known and search is None:
             reasons = [self._illegal(self._cell(number, values)) for number, values in enumerate(waiting)]
             if all(reasons):
-                raise FlowError(f"none of the {len(reasons)} cells is legal; the first, for one: {reasons[0]}")
+                raise FlowError(f"none of the {len(reasons)} cells is legal; the first one: {reasons[0]}")
         self._study = open_study(self.folder, committed.seed, search)
         before = self._study.user_attrs.get("definition")
         if before is None:
             self._study.set_user_attr("called_from", str(called_from))
-            # Before the definition, without which a study that was cut short here is begun again.
+            # The definition comes last: a study that is cut short here has none, and begins again.
             for values in waiting[len(self._study.trials) :] if search is None else ():
                 self._study.enqueue_trial(values)
             self._study.set_user_attr("definition", definition)
         elif before != definition:
             raise FlowError(
                 f"the sweep {name} is there already with {_difference(before, definition)}; take another name "
-                f"(--name), or remove what it found: rm -r {self.folder.relative_to(source)}"
+                f"(--name), or remove its results: rm -r {self.folder.relative_to(source)}"
             )
         self._called_from = Path(self._study.user_attrs["called_from"])
 
     @property
     def called_from(self) -> Path:
-        """The folder that paths among the settings are relative to: where the sweep was begun."""
+        """Return the folder of relative paths in the settings: the one in which the sweep began."""
         return self._called_from
 
     def unfinished(self) -> list[Cell]:
-        """Cells that were under way when the sweep was stopped, even if it was while they were handed out."""
+        """Return the cells that ran when the sweep was stopped, even if it was about to hand them out."""
         found = []
         for trial in self._trials("RUNNING"):
-            # Of a grid all values are known from the start; a search may have been stopped while it chose them.
+            # A grid knows all values from the start; a search may have been stopped while it chose them.
             values = trial.system_attrs.get("fixed_params") or trial.params
             cell = self._admit(trial.number, {key: values[key] for key in self._axes if key in values})
             found += [cell] if cell else []
         return found
 
     def take(self) -> Cell | None:
-        """The next legal cell, from now on under way; None if there is none left."""
+        """Return the next legal cell, which runs from now on; None if there is none left."""
         for _ in range(PROPOSALS if self.search else len(self._study.trials) + 1):
             if self.search is None and not self._trials("WAITING"):
                 return None
@@ -199,7 +203,7 @@ class Study:
         return None
 
     def _admit(self, number: int, values: Mapping[str, Any]) -> Cell | None:
-        """The cell of a trial that is under way; None, and the trial is left out, if it is not to run."""
+        """Return the cell of a running trial; None if it must not run: the trial is then left out."""
         from optuna.trial import TrialState
 
         cell = self._cell(number, {key: _text(value) for key, value in values.items()})
@@ -212,7 +216,7 @@ class Study:
         return None
 
     def note(self, cell: Cell, **attributes: Any) -> None:
-        """Keeps something about a cell that is under way."""
+        """Keep attributes of a running cell."""
         import optuna
 
         trial = optuna.trial.Trial(self._study, self._study.trials[cell.number]._trial_id)
@@ -223,17 +227,17 @@ class Study:
         return self._study.trials[cell.number].user_attrs.get(key)
 
     def begin(self, cell: Cell, step: str) -> None:
-        """Keeps that a step of a cell begins now; once more after each interruption."""
+        """Keep that a step of a cell begins now; it begins again after each interruption."""
         attempts = self.noted(cell, "attempts") or {}
         now = datetime.now(UTC).isoformat(timespec="seconds")
         self.note(cell, attempts={**attempts, step: [*attempts.get(step, []), now]})
 
     def finish(self, cell: Cell, kept: float, speed: float) -> None:
-        """A cell is done: the share of the teacher's quality it keeps, and its speed over the best dense plan."""
+        """Keep the result of a cell: its share of the teacher's quality, and its speed over the best dense plan."""
         self._study.tell(cell.number, [kept, speed])
 
     def fail(self, cell: Cell, reason: str) -> None:
-        """A cell came to nothing; the others go on."""
+        """Keep the reason why a cell failed; the others continue."""
         from optuna.trial import TrialState
 
         self.note(cell, reason=reason)
@@ -243,24 +247,24 @@ class Study:
         return [self._of(trial) for trial in self._trials("COMPLETE")]
 
     def failed(self) -> list[tuple[Cell, str]]:
-        """Cells that came to nothing, with the reason."""
+        """Return the failed cells with their reasons."""
         return [(self._of(trial), trial.user_attrs["reason"]) for trial in self._trials("FAIL")]
 
     def left_out(self) -> list[tuple[Cell, str]]:
-        """Cells whose settings contradict each other, with the reason; not what a search proposed twice."""
+        """Return the cells whose settings contradict each other, with the reasons; without repeated proposals."""
         no_cell = ("the same as", "stopped before")
         trials = [trial for trial in self._trials("PRUNED") if not trial.user_attrs["reason"].startswith(no_cell)]
         return [(self._of(trial), trial.user_attrs["reason"]) for trial in trials]
 
     def remaining(self) -> int:
-        """How many cells are still to be done, those under way among them; of a grid, some may turn out illegal."""
+        """Return how many cells are left, with those that run; some cells of a grid may still turn out illegal."""
         running = len(self._trials("RUNNING"))
         if self.search is None:
             return running + len(self._trials("WAITING"))
         return max(running, self.search - self._tried() + running)
 
     def _exhausted(self) -> bool:
-        """Whether a search has seen every combination there is."""
+        """Return whether a search has seen every combination."""
         values = [len(axis) for axis in self._axes.values() if isinstance(axis, tuple)]
         seen = {tuple(trial.user_attrs.get("settings", [])[1:]) for trial in self._study.get_trials(deepcopy=False)}
         return len(values) == len(self._axes) and len(seen) >= math.prod(values)
@@ -281,7 +285,7 @@ class Study:
         return Cell(number, name, (f"name={name}", *(f"{key}={value}" for key, value in values.items())))
 
     def params(self, cell: Cell) -> Params:
-        """The validated parameters of a cell; ParamsError if they contradict each other."""
+        """Return the validated parameters of a cell; ParamsError if they contradict each other."""
         if cell.settings not in self._params:
             raw = plan(self._source, cell.settings, self._called_from)[0]
             self._params[cell.settings] = parameters.validate(raw, source="the settings")
@@ -295,7 +299,7 @@ class Study:
         return None
 
     def _known(self, cell: Cell) -> str | None:
-        """Why a proposal of the search is none: a cell with the same settings is there."""
+        """Return why a proposal is not new: the cell with the same settings; None if it is new."""
         for trial in self._study.get_trials(deepcopy=False):
             same = trial.user_attrs.get("settings", [])[1:] == list(cell.settings[1:])
             if same and trial.number < cell.number and trial.state.name != "PRUNED":
@@ -317,10 +321,10 @@ class Study:
 
 
 def history(folder: Path) -> list[dict[str, Any]]:
-    """What became of every cell of a study, one under way or not: state, settings, when it began and ended.
+    """Return the history of every cell of a study: state, settings, begin and end.
 
-    `made` and `measured` count how often that step was begun: once, and once more for each interruption in the middle
-    of it. `stages` are those that ran to their end, in that order; those found in DVC's cache are not among them.
+    `made` and `measured` count how often that step began: once, and again after each interruption. `stages` are those
+    that ran to their end, in order; stages from the cache of DVC are not among them.
     """
     rows = []
     for trial in open_study(folder).get_trials(deepcopy=False):
@@ -330,7 +334,7 @@ def history(folder: Path) -> list[dict[str, Any]]:
         attempts = trial.user_attrs.get("attempts", {})
         ended = trial.datetime_complete.astimezone(UTC).isoformat(timespec="seconds") if trial.datetime_complete else ""
         log = folder / f"{trial.number:03}" / "log.txt"
-        said = log.read_text(encoding="utf-8", errors="replace") if log.is_file() else ""
+        text = log.read_text(encoding="utf-8", errors="replace") if log.is_file() else ""
         rows.append(
             {
                 "cell": trial.number,
@@ -340,14 +344,14 @@ def history(folder: Path) -> list[dict[str, Any]]:
                 "measured": len(attempts.get("measure", [])),
                 "began": next(iter(attempts.get("make", [])), ""),
                 "ended": ended if attempts else "",
-                "stages": " ".join(_RAN.findall(said)),
+                "stages": " ".join(_RAN.findall(text)),
             }
         )
     return rows
 
 
 def open_study(folder: Path, seed: int = 0, search: int | None = None) -> Any:
-    """The Optuna study in a folder, made if it is not there; FlowError if the file is none."""
+    """Open or create the Optuna study of a folder; FlowError if its file is not a study."""
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
@@ -359,7 +363,7 @@ def open_study(folder: Path, seed: int = 0, search: int | None = None) -> Any:
         if path.is_file():
             with sqlite3.connect(path) as database:
                 database.execute("pragma schema_version").fetchone()
-        # The lock waits its turn where something else (a viewer) reads the file.
+        # Wait for the lock while another program, such as a viewer, reads the file.
         storage = optuna.storages.RDBStorage(
             f"sqlite:///{path.resolve()}", engine_kwargs={"connect_args": {"timeout": 60}}
         )
@@ -368,20 +372,20 @@ def open_study(folder: Path, seed: int = 0, search: int | None = None) -> Any:
         )
     except sqlite3.DatabaseError as error:
         raise FlowError(f"{path} is not a study ({error}); {remedy}") from None
-    except RuntimeError as error:  # of another version of Optuna
+    except RuntimeError as error:  # made by another version of Optuna
         raise FlowError(f"{path} cannot be used ({error}); use the Optuna of constraints.txt, or {remedy}") from None
     study.set_metric_names(["kept", "speed"])
     study.sampler = optuna.samplers.TPESampler(
-        # Another seed after each resumption: the same one would propose the same cells again.
+        # A resumed search needs another seed: the same one would propose the same cells again.
         seed=seed + len(study.trials),
         n_startup_trials=max(4, (search or 0) // 3),
-        constant_liar=True,  # cells under way count as bad, so that two at a time are not two alike
+        constant_liar=True,  # running cells count as bad, so that two parallel cells differ
     )
     return study
 
 
 def _text(value: Any) -> str:
-    """A value as it is written in a setting; numbers of a search with the digits that matter."""
+    """Write a value as in a setting; numbers of a search have four digits."""
     return f"{value:.4g}" if isinstance(value, float) and math.isfinite(value) else str(value)
 
 

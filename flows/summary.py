@@ -1,4 +1,4 @@
-"""How a run ends for a person: what was kept, what was gained, where things are, how to use them."""
+"""Print the summary of a run: what was kept, what was gained, where things are, how to use them."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _MEASURES = (
 
 
 def show(workspace: Workspace, decision: Decision, uri: str, console: Console) -> None:
-    """Prints the summary of a finished run, from the files it wrote."""
+    """Print the summary of a finished run, from its files."""
     quality = _json(workspace.root / "metrics" / "evaluate.json")
     plan = _json(workspace.root / "exports" / workspace.name / "plan.json")
     manifest = _json(workspace.root / "exports" / workspace.name / "manifest.json")
@@ -53,7 +53,7 @@ def show(workspace: Workspace, decision: Decision, uri: str, console: Console) -
         _where(workspace, decision, manifest, uri),
     )
     console.print(
-        Panel(Group(*parts), title=f"{workspace.name}: done", title_align="left", padding=(1, 2), expand=False)
+        Panel(Group(*parts), title=Text(f"{workspace.name}: done"), title_align="left", padding=(1, 2), expand=False)
     )
     console.print(
         _use(workspace, decision, quality.get("head", "embedding"), uri),
@@ -64,7 +64,7 @@ def show(workspace: Workspace, decision: Decision, uri: str, console: Console) -
 
 
 def kept(quality: dict[str, Any]) -> Table:
-    """Teacher, training-free mixture and student, measure by measure."""
+    """Return a table of teacher, training-free mixture and student, one row for each measure."""
     table = Table(box=None, pad_edge=False)
     table.add_column("")
     for column in ("teacher", "no training", "student", "retention"):
@@ -83,7 +83,7 @@ def kept(quality: dict[str, Any]) -> Table:
 
 
 def gained(plan: dict[str, Any]) -> Table:
-    """The chosen plan of each shape, against dense float32 and, with its noise, against the best dense plan."""
+    """Return a table of the chosen plan of each shape, against dense float32 and the best dense plan with its noise."""
     table = Table(box=None, pad_edge=False)
     table.add_column("batch x sequence, threads")
     table.add_column("plan")
@@ -105,7 +105,7 @@ def gained(plan: dict[str, Any]) -> Table:
 
 
 def _with_noise(row: dict[str, Any]) -> str:
-    noise = f"{row['low']:.2f} to {row['high']:.2f}" if row["high"] is not None else "too few rounds to tell the noise"
+    noise = f"{row['low']:.2f} to {row['high']:.2f}" if row["high"] is not None else "too few rounds to know the noise"
     return f"{row['speedup_vs_best_dense']:.2f}x ({noise})"
 
 
@@ -114,7 +114,7 @@ def _where(workspace: Workspace, decision: Decision, manifest: dict[str, Any], u
     table.add_row("export", _relative(workspace.export))
     if "container" in manifest:
         container = f"{_relative(workspace.export / 'container')} ({manifest['container']['name']})"
-        table.add_row("container", f"{container}: transformers, vLLM and llama.cpp load it as it is")
+        table.add_row("container", f"{container}: transformers, vLLM and llama.cpp can load it")
     table.add_row("report", _relative(workspace.report))
     table.add_row("registry", f"models:/{decision.model}/{decision.version}, alias {' and '.join(_aliases(decision))}")
     for reason in decision.refused:
@@ -153,7 +153,7 @@ def _bin(name: str) -> Path:
 
 
 def _relative(path: Path) -> str:
-    """As a person in the current folder would type it."""
+    """Return a path as a person in the current folder would type it."""
     relative = os.path.relpath(path)
     return relative if len(relative) < len(str(path)) else str(path)
 

@@ -1,4 +1,4 @@
-"""The folder a run happens in: checked, locked, or made apart for a run with settings of its own."""
+"""Check and lock the folder of a run, and make a separate one for a run with its own settings."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ from flows.guardian import orphaned
 from tasks import params as parameters
 from tasks.stage import clock, remove, replace_folder
 
-ROOM_NEEDED = 2**30  # bytes; what the smallest useful run writes
-ORPHANS_END = 15.0  # seconds; a guardian terminates what a killed flow has left, and kills it after 3
+ROOM_NEEDED = 2**30  # bytes that the smallest useful run writes
+ORPHANS_END = 15.0  # seconds; a guardian terminates the processes of a killed flow, and kills them after 3
 
 
 class FlowError(Exception):
-    """A run cannot go on; the message holds the cause and the remedy."""
+    """Say that a run cannot continue; the message has the cause and the remedy."""
 
 
 class BusyError(FlowError):
-    """Something else is at work in the workspace."""
+    """Say that another process uses the workspace."""
 
     def __init__(self, cause: str, remedy: str) -> None:
         super().__init__(f"{cause}; {remedy}")
@@ -42,7 +42,7 @@ class BusyError(FlowError):
 
 @dataclass(frozen=True)
 class Workspace:
-    """Where a run happens; `source` is the repository it belongs to, the same unless settings are given."""
+    """Hold the folder of a run; `source` is its repository, the same folder unless the run has settings."""
 
     root: Path
     source: Path
@@ -55,7 +55,7 @@ class Workspace:
 
     @property
     def export(self) -> Path:
-        """Where a reader finds the export afterwards."""
+        """Return the folder of the finished export."""
         return self.source / "exports" / self.name
 
     @property
@@ -64,11 +64,11 @@ class Workspace:
 
 
 def check(source: Path) -> None:
-    """Raises FlowError unless `source` is a git and DVC repository on a disk with room for a run."""
+    """Raise FlowError unless `source` is a git and DVC repository on a disk with room for a run."""
     if shutil.which("git") is None:
         raise FlowError("git is not installed; install it (Debian, Ubuntu: apt install git) and run again")
     if not (source / ".dvc" / "config").is_file():
-        raise FlowError(f"{source} holds no .dvc folder; restore it (git checkout -- .dvc) or clone again")
+        raise FlowError(f"{source} has no .dvc folder; restore it (git checkout -- .dvc) or clone again")
     inside = _git(source, "rev-parse", "--show-toplevel", check=False)
     if inside.returncode:
         reason = inside.stderr.strip().splitlines()[-1:] or ["no reason given"]
@@ -85,27 +85,27 @@ def check(source: Path) -> None:
     if free < ROOM_NEEDED:
         raise FlowError(
             f"the disk is nearly full: {free / 2**20:.0f} MiB free in {source}, at least 1 GiB is needed; "
-            "make room (for example `dvc gc -w`: results that are in no workspace) and run again"
+            "make room (for example `dvc gc -w`: results that no workspace uses) and run again"
         )
 
 
 def commit(root: Path) -> tuple[str, bool]:
-    """The commit of a repository, and whether tracked files but dvc.lock, which runs write, differ."""
+    """Return the commit of a repository, and whether tracked files differ from it."""
     head = _git(root, "rev-parse", "HEAD").stdout.strip()
     changes = _git(root, "status", "--porcelain", "--untracked-files=no", "--", ".", ":!dvc.lock").stdout
     return head, bool(changes.strip())
 
 
 @contextmanager
-def lock(root: Path, patience: float = 0, tell: Callable[[str], None] = lambda line: None) -> Iterator[None]:
-    """Holds a workspace: one workspace, one run. BusyError when another run or DVC is at work in it.
+def lock(root: Path, patience: float = 0, say: Callable[[str], None] = lambda line: None) -> Iterator[None]:
+    """Hold a workspace: one workspace, one run. BusyError if another run or DVC uses it.
 
-    patience: seconds to wait for that to end; `tell` hears of the wait, once, and of what had to be mended.
+    patience: seconds to wait for that to end. `say` gets a line about the wait, and one about a repair.
     """
     path = root / ".cache" / "run.lock"
     path.parent.mkdir(parents=True, exist_ok=True)
     deadline = time.monotonic() + patience
-    told = False
+    said = False
     with path.open("a+") as stream:
         while True:
             try:
@@ -113,14 +113,15 @@ def lock(root: Path, patience: float = 0, tell: Callable[[str], None] = lambda l
                 _refuse_other_dvc(root)
                 break
             except BusyError as busy:
-                fcntl.flock(stream, fcntl.LOCK_UN)  # so that no two that wait keep each other from it
+                fcntl.flock(stream, fcntl.LOCK_UN)  # so that two waiting runs do not block each other
                 if time.monotonic() >= deadline:
                     raise
-                if not told:
-                    tell(f"{busy.cause}; waiting for up to {clock(patience)}")
-                    told = True
+                if not said:
+                    say(f"{busy.cause}; waiting for up to {clock(patience)}")
+                    said = True
                 time.sleep(1)
-        _mend(root, tell)
+        _mend(root, say)
+        _hide_lock(root)
         try:
             yield
         finally:
@@ -129,9 +130,9 @@ def lock(root: Path, patience: float = 0, tell: Callable[[str], None] = lambda l
 
 
 def locked_stages(root: Path) -> dict[str, Any] | None:
-    """What dvc.lock says of each stage; {} where there is none, None if it is damaged.
+    """Return the stages of dvc.lock; {} if there is no file, None if it is damaged.
 
-    DVC writes into the file that is there. A kill or a full disk in that moment leaves the beginning of it.
+    DVC overwrites the file in place: a kill or a full disk at that moment leaves only its beginning.
     """
     path = root / "dvc.lock"
     if not path.is_file():
@@ -145,7 +146,7 @@ def locked_stages(root: Path) -> dict[str, Any] | None:
 
 
 def _is_whole(stage: Any) -> bool:
-    """Whether what dvc.lock says of a stage has the form that DVC demands."""
+    """Return whether the entry of a stage in dvc.lock has the form that DVC needs."""
     if not isinstance(stage, dict) or not isinstance(stage.get("cmd"), str):
         return False
     params = stage.get("params", {})
@@ -163,14 +164,14 @@ def _names_content(entry: Any) -> bool:
     return isinstance(entry, dict) and all(isinstance(entry.get(key), one) for key, one in types.items())
 
 
-def _mend(root: Path, tell: Callable[[str], None]) -> None:
-    """Puts the committed dvc.lock, or none, in the place of a damaged one.
+def _mend(root: Path, say: Callable[[str], None]) -> None:
+    """Replace a damaged dvc.lock by the committed one, or remove it.
 
-    What is finished is not lost by that: DVC finds it in its cache by command, parameters and dependencies.
+    No finished stage is lost: DVC finds it in its cache by command, parameters and dependencies.
     """
     if locked_stages(root) is not None:
         return
-    tell("dvc.lock was cut short by a kill or a full disk: it is made anew, finished stages come from DVC's cache")
+    say("dvc.lock was cut short by a kill or a full disk: making it again; finished stages come from DVC's cache")
     committed = _git(root, "show", "HEAD:dvc.lock", check=False)
     fresh = root / ".cache" / "dvc.lock.partial"
     fresh.write_text(committed.stdout if committed.returncode == 0 else "", encoding="utf-8")
@@ -181,6 +182,16 @@ def _mend(root: Path, tell: Callable[[str], None]) -> None:
         remove(root / "dvc.lock")
 
 
+def _hide_lock(root: Path) -> None:
+    """Keep what a run writes into dvc.lock out of `git status`, unless the repository has committed results of its own.
+
+    DVC refuses a dvc.lock that git ignores, so the repository has one without stages (docs/decisions/0021).
+    """
+    committed = _git(root, "show", "HEAD:dvc.lock", check=False)
+    if committed.returncode == 0 and not (YAML(typ="safe").load(committed.stdout) or {}).get("stages"):
+        _git(root, "update-index", "--skip-worktree", "dvc.lock", check=False)
+
+
 def _acquire(stream: TextIO, root: Path) -> None:
     try:
         fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -188,9 +199,8 @@ def _acquire(stream: TextIO, root: Path) -> None:
         stream.seek(0)
         holder = stream.read().strip() or "unknown"
         raise BusyError(
-            f"another run is going on in {root} (process {holder})",
-            f"wait for it, stop it (kill {holder}), or run beside it in a workspace of your own: make run "
-            'SET="name=another"',
+            f"another run uses {root} (process {holder})",
+            f'wait for it, stop it (kill {holder}), or run in a workspace of your own: make run SET="name=another"',
         ) from None
     stream.seek(0)
     stream.truncate()
@@ -199,11 +209,11 @@ def _acquire(stream: TextIO, root: Path) -> None:
 
 
 def _refuse_other_dvc(root: Path) -> None:
-    """DVC notes in rwlock who reads and writes what; the note of a killed one would block every later one."""
+    """Refuse if a DVC runs here, and clear rwlock: the note of a killed DVC would block every later one."""
     path = root / ".dvc" / "tmp" / "rwlock"
     deadline = time.monotonic() + ORPHANS_END
     while alive := _at_work(path):
-        # One whose flow was killed ends in a moment: the flow's guardian sees to it.
+        # The guardian of a killed flow ends its DVC in a moment.
         if time.monotonic() > deadline or not all(orphaned(pid) for pid in alive):
             raise BusyError(
                 f"DVC is at work in {root} (process {', '.join(map(str, alive))})",
@@ -214,10 +224,10 @@ def _refuse_other_dvc(root: Path) -> None:
 
 
 def _at_work(path: Path) -> list[int]:
-    """The processes of the DVCs that rwlock names and that are alive."""
+    """Return the living DVC processes that rwlock names."""
     try:
         notes = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):  # cut short by a kill or a full disk
+    except (FileNotFoundError, ValueError):  # a kill or a full disk cut the file
         return []
     writers = list(notes.get("write", {}).values())
     readers = [reader for group in notes.get("read", {}).values() for reader in group]
@@ -227,14 +237,14 @@ def _at_work(path: Path) -> list[int]:
 def _is_dvc(pid: int) -> bool:
     try:
         return any("dvc" in part for part in psutil.Process(pid).cmdline()[:4])
-    except psutil.Error:  # gone, or somebody else's: not a DVC that works in a folder of ours
+    except psutil.Error:  # gone, or of another user: not a DVC in our folder
         return False
 
 
 def plan(source: Path, overrides: Sequence[str], called_from: Path) -> tuple[dict[str, object], str]:
-    """The raw parameters of a run and its name, validated; raises FlowError or ParamsError.
+    """Return the validated raw parameters of a run and its name; FlowError or ParamsError.
 
-    A path among the settings is meant from where the user stands, one in params.yaml from the repository.
+    Paths in the settings are relative to the folder of the user, paths in params.yaml to the repository.
     """
     raw = parameters.read(source / "params.yaml")
     committed = parameters.validate(raw)
@@ -244,7 +254,7 @@ def plan(source: Path, overrides: Sequence[str], called_from: Path) -> tuple[dic
     raw = parameters.with_absolute_paths(raw, source)
     raw = parameters.with_absolute_paths(parameters.override(raw, overrides), called_from, keys)
     if raw["name"] == committed.name:
-        # That name is the committed run's; a name of its own keeps both exports and both model histories.
+        # The committed run has that name. Another name keeps both exports and both model histories.
         raw["name"] = _name_for(committed.name, overrides)
     return raw, parameters.validate(raw, source="the settings").name
 
@@ -258,9 +268,9 @@ def _name_for(name: str, overrides: Sequence[str]) -> str:
 
 
 def isolate(source: Path, overrides: Sequence[str], called_from: Path) -> Workspace:
-    """A clone in .workspaces/NAME: the working state of `source`, the settings on top, the DVC cache shared.
+    """Make a clone in .workspaces/NAME: the working state of `source`, the settings on top, a shared DVC cache.
 
-    A workspace left by a run that was stopped is brought up to date and keeps its resume checkpoints.
+    The workspace of a stopped run is brought up to date and keeps its checkpoints.
     """
     raw, name = plan(source, overrides, called_from)
     root = source / ".workspaces" / name
@@ -270,7 +280,7 @@ def isolate(source: Path, overrides: Sequence[str], called_from: Path) -> Worksp
         partial.parent.mkdir(exist_ok=True)
         _git(source, "clone", "--quiet", "--no-checkout", str(source), str(partial))
         os.replace(partial, root)
-    with lock(root):  # not under the feet of the same run
+    with lock(root):  # not while the same run uses it
         head = _git(source, "rev-parse", "HEAD").stdout.strip()
         _git(root, "fetch", "--quiet", str(source), "HEAD")
         _git(root, "checkout", "--quiet", "--force", "--detach", head)
@@ -284,9 +294,9 @@ def isolate(source: Path, overrides: Sequence[str], called_from: Path) -> Worksp
 
 
 def _copy_changes(source: Path, root: Path) -> None:
-    """What is changed or deleted in `source` and not committed, in `root` too, and new modules of the code."""
+    """Copy uncommitted changes, deletions and new modules of the code from `source` to `root`."""
     changed = _git(source, "diff", "--name-only", "-z", "HEAD").stdout
-    # Other new files are data somebody put there, maybe large; settings that name them are absolute by now.
+    # Other new files are data, perhaps large; settings name them by absolute paths.
     code = ("--", "ffn2moe", "tasks", "flows")
     new = _git(source, "ls-files", "--others", "--exclude-standard", "-z", *code).stdout
     for name in filter(None, (changed + new).split("\0")):
@@ -300,10 +310,10 @@ def _copy_changes(source: Path, root: Path) -> None:
 
 @contextmanager
 def kept(root: Path, name: str) -> Iterator[None]:
-    """exports/NAME is afterwards as the block has made it, or, if that does not end well, as it was before.
+    """Keep exports/NAME whole: the new one if the block ends well, else the old one.
 
-    The stages write it piece by piece, and between two of them it is neither the old one nor the new one. A run
-    that was killed could not put it back: then this does so first, and DVC brings in what was finished since.
+    The stages write the export in parts; between two of them it is neither old nor new. A killed run cannot restore the
+    old one: the next call does so first, and DVC then adds the stages that finished.
     """
     export = root / "exports" / name
     saved = root / ".cache" / "export-before" / name
@@ -324,12 +334,12 @@ def kept(root: Path, name: str) -> Iterator[None]:
 
 
 def _same_file(source: str, target: str) -> None:
-    """A second name for the same bytes: no stage writes into a file that is there, they all replace it."""
+    """Link instead of copy: stages replace files and never write into them."""
     os.link(source, target, follow_symlinks=False)
 
 
 def bring_back(workspace: Workspace) -> None:
-    """Puts the export of an isolated run, metrics and report inside, in exports/NAME of its repository."""
+    """Put the export of an isolated run, with metrics and report, into exports/NAME of its repository."""
     partial = workspace.export.with_name(f".{workspace.name}.partial")
     remove(partial)
     try:

@@ -21,7 +21,7 @@ from flows.guardian import MARK
 from flows.progress import Board
 from flows.workspace import BusyError, FlowError, check, lock, plan
 from tasks.store import EXPERIMENT, mlflow_client
-from tests.toy import compress, environment, git, make_toy, start
+from tests.toy import PROJECT, commit, compress, environment, git, make_toy, start
 
 COMMITTED = ["inputs", "prepare", "distill", "evaluate", "register"]
 
@@ -193,7 +193,7 @@ def test_a_stopped_run_leaves_nothing_running(toy, number, code):
     assert process.returncode == code
     assert "Traceback" not in output
     if number != signal.SIGKILL:
-        assert "stopped; what is finished is kept" in output
+        assert "Stopped. Finished stages are kept" in output
         assert pipelines_of(toy)[-1].info.status == "KILLED"
     deadline = time.monotonic() + 20
     while left := [one for one in psutil.process_iter() if started_by(one, process.pid)]:
@@ -412,3 +412,21 @@ def test_a_workspace_of_its_own_holds_what_is_not_committed_but_no_data(tmp_path
     assert (made.root / "tasks" / "toy_model.py").is_file()
     assert not (made.root / "tasks" / "new.py").exists()
     assert (made.root / ".cache" / "distill.safetensors").is_file()
+
+
+def test_a_run_leaves_git_status_clean_until_results_are_committed(tmp_path):
+    lock_file = tmp_path / "dvc.lock"
+    lock_file.write_text((PROJECT / "dvc.lock").read_text())
+    (tmp_path / ".gitignore").write_text(".cache/\n")
+    commit(tmp_path)
+    stage = {"cmd": "python", "outs": [{"path": "data", "md5": "1", "size": 1}]}
+    with lock(tmp_path):
+        assert workspace.locked_stages(tmp_path) == {}
+        lock_file.write_text(json.dumps({"schema": "2.0", "stages": {"prepare": stage}}))
+    assert git(tmp_path, "status", "--porcelain") == ""
+    assert workspace.locked_stages(tmp_path) == {"prepare": stage}
+    git(tmp_path, "update-index", "--no-skip-worktree", "dvc.lock")
+    git(tmp_path, "commit", "-q", "-a", "-m", "results")
+    with lock(tmp_path):
+        lock_file.write_text(json.dumps({"schema": "2.0", "stages": {}}))
+    assert git(tmp_path, "status", "--porcelain") == " M dvc.lock\n"

@@ -106,16 +106,20 @@ def test_a_version_below_the_gate_is_refused_with_its_reasons_and_is_not_served(
 @pytest.mark.parametrize(
     ("mine", "its", "reason"),
     [
-        ({"student.retrieval.ndcg_at_10": "0.69"}, {}, "the two were judged by other data"),
+        ({"student.retrieval.ndcg_at_10": "0.69"}, {}, "the two were judged on different data"),
         ({"evaluated_on": "a", "student.retrieval.ndcg_at_10": "0.69"}, {"evaluated_on": "a"}, "on the same data"),
         ({"bytes": "1600"}, {}, "1.60 times the champion's bytes"),
-        ({"head": "classification", "retention.to_teacher.agreement": "1"}, {}, "the champion's head is embedding"),
+        (
+            {"head": "classification", "retention.to_teacher.agreement": "1"},
+            {},
+            "the head of the champion is embedding",
+        ),
     ],
 )
 def test_a_challenger_is_compared_with_the_champion(mine, its, reason):
     checks = judge(GATE, 2, FIGURES | mine, 1, FIGURES | its)
-    check = next(check for check in checks if reason in check.told)
-    assert check.passed == ("other data" in reason)  # its student is worse, but on data of its own
+    check = next(check for check in checks if reason in check.message)
+    assert check.passed == ("different data" in reason)  # its student is worse, but on data of its own
 
 
 def test_a_lower_perplexity_is_the_better_one():
@@ -126,7 +130,7 @@ def test_a_lower_perplexity_is_the_better_one():
 
 
 def test_a_version_without_figures_is_refused_and_a_champion_without_them_is_no_obstacle():
-    assert "carries no figures" in judge(GATE, 2, {}, 1, FIGURES)[0].told
+    assert "has no figures" in judge(GATE, 2, {}, 1, FIGURES)[0].message
     assert all(check.passed for check in judge(GATE, 2, FIGURES, 1, {"default_plan": "sorted"}))
 
 
@@ -144,7 +148,7 @@ def test_what_was_refused_is_not_asked_again_until_something_changes(registry, a
     monkeypatch.setattr(promote, "_asked", lambda *arguments: [Check(False, "too slow")])
     refused = decide(registry)
     monkeypatch.setattr(promote, "_asked", lambda *arguments: [Check(True, "fast")])
-    assert decide(registry, anew=False) == refused
+    assert decide(registry, again=False) == refused
     assert decide(registry).state == "promoted"
 
 
@@ -206,6 +210,15 @@ def test_a_promotion_that_is_killed_after_any_write_is_gone_on_from(registry, as
     assert go_back(registry).against == first
 
 
+def test_a_note_of_an_earlier_version_is_read(registry, asked):
+    version = add(registry)
+    decision = decide(registry)
+    old = registry.tags(version)[promote.TAG].replace('"message":', '"told":')
+    assert '"told":' in old
+    registry.tag(version, {promote.TAG: old})
+    assert noted(registry, version) == decision
+
+
 def test_a_rollback_goes_back_and_the_next_run_does_not_undo_it(registry, asked):
     first = add(registry)
     decide(registry)
@@ -214,7 +227,7 @@ def test_a_rollback_goes_back_and_the_next_run_does_not_undo_it(registry, asked)
     decision = go_back(registry)
     assert (decision.state, registry.version_of("champion")) == ("rolled back", first)
     assert noted(registry, second).refused[-1] == "it was slow"
-    again = decide(registry, anew=False)
+    again = decide(registry, again=False)
     assert again.state == "refused"
     assert f"make promote VERSION={second}" in again.refused[0]
     assert decide(registry, str(second)).state == "promoted"
@@ -243,7 +256,7 @@ def test_a_rollback_that_fails_leaves_the_champion_and_its_note(registry, asked)
 
 
 def test_a_rollback_with_nothing_before_says_so(registry, asked):
-    with pytest.raises(RegistryError, match="no champion, so there is none to go back from"):
+    with pytest.raises(RegistryError, match="has no champion, so a rollback is impossible"):
         go_back(registry)
     first = add(registry)
     decide(registry)
@@ -260,7 +273,7 @@ def test_a_champion_that_somebody_else_changed_meanwhile_is_not_overwritten(regi
     add(registry)
     other = add(registry)
     monkeypatch.setattr(promote, "_asked", lambda *arguments: registry.point("champion", 1) or [Check(True, "fine")])
-    with pytest.raises(FlowError, match="changed by somebody else meanwhile"):
+    with pytest.raises(FlowError, match="changed by another process"):
         decide(registry)
     assert registry.version_of("champion") == 1 != other
 

@@ -21,7 +21,7 @@ from typing import ClassVar
 import psutil
 import pytest
 
-from flows import guardian, service
+from flows import guardian, prefect_server, processes
 from flows.compress import _verdict
 from flows.environment import check_database, prefect_home
 from flows.workspace import FlowError, kept, lock
@@ -40,7 +40,7 @@ PATIENCE = 240.0  # seconds; on an idle machine it takes a few
 
 def free_port() -> int:
     with socket.socket() as probe:
-        probe.bind((service.HOST, 0))
+        probe.bind((processes.HOST, 0))
         return probe.getsockname()[1]
 
 
@@ -60,9 +60,9 @@ class Sink(BaseHTTPRequestHandler):
 
 @pytest.fixture(scope="module")
 def sink():
-    server = HTTPServer((service.HOST, 0), Sink)
+    server = HTTPServer((processes.HOST, 0), Sink)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://{service.HOST}:{server.server_port}/failed"
+    yield f"http://{processes.HOST}:{server.server_port}/failed"
     server.shutdown()
 
 
@@ -100,7 +100,7 @@ def client(toy, monkeypatch):
     from prefect.client.orchestration import get_client
     from prefect.settings import PREFECT_API_URL, temporary_settings
 
-    with temporary_settings({PREFECT_API_URL: service.api(toy)}), get_client(sync_client=True) as client:
+    with temporary_settings({PREFECT_API_URL: processes.api(toy)}), get_client(sync_client=True) as client:
         yield client
 
 
@@ -113,7 +113,7 @@ def wait_for(answer, seconds: float = PATIENCE):
 
 
 def test_up_tells_where_everything_is_and_once_more_changes_nothing(toy):
-    before = service.running(toy)
+    before = processes.running(toy)
     assert sorted(before) == ["mlflow", "prefect", "worker"]
     output = (toy / "up.txt").read_text()
     for told in (before["prefect"].address, before["mlflow"].address, "compress/scheduled, 7 * * * *", "make down"):
@@ -121,7 +121,7 @@ def test_up_tells_where_everything_is_and_once_more_changes_nothing(toy):
     code, again = command(toy, "up")
     assert code == 0, again
     assert "everything runs already" in again
-    assert service.running(toy) == before
+    assert processes.running(toy) == before
     code, moved = command(toy, "up", "--mlflow-port", str(free_port()))
     assert code == 2
     assert "make down, then" in moved
@@ -130,7 +130,7 @@ def test_up_tells_where_everything_is_and_once_more_changes_nothing(toy):
 def test_parameters_out_of_range_are_refused_at_submission(client):
     from prefect.exceptions import PrefectHTTPStatusError
 
-    deployment = client.read_deployment_by_name(service.DEPLOYMENT)
+    deployment = client.read_deployment_by_name(prefect_server.DEPLOYMENT)
     for parameters, reason in (
         ({"settings": {"decompose": {"num_experts": 0}}}, "0 is less than the minimum of 1"),
         ({"settings": {"decompose": {"partition": "alphabet"}}}, "settings.decompose.partition"),
@@ -144,19 +144,19 @@ def test_parameters_out_of_range_are_refused_at_submission(client):
 
 
 def test_a_second_workspace_does_not_take_over_the_schedule_of_a_server(toy, client, tmp_path, monkeypatch):
-    monkeypatch.setenv("PREFECT_API_URL", service.api(toy))
-    service._refuse_shared(toy)
+    monkeypatch.setenv("PREFECT_API_URL", processes.api(toy))
+    prefect_server.refuse_shared(toy)
     with pytest.raises(FlowError, match=rf"another workspace already \({toy}\); one server, one schedule"):
-        service._refuse_shared(tmp_path)
-    monkeypatch.setattr(service.socket, "gethostname", lambda: "another")
+        prefect_server.refuse_shared(tmp_path)
+    monkeypatch.setattr(prefect_server.socket, "gethostname", lambda: "another")
     with pytest.raises(FlowError, match=r"another workspace already \(ffn2moe on "):
-        service._refuse_shared(toy)
+        prefect_server.refuse_shared(toy)
 
 
 def test_a_run_fires_by_the_schedule_and_one_behind_it_queues_and_finds_nothing_changed(toy, client):
     from prefect.client.schemas.schedules import IntervalSchedule
 
-    deployment = client.read_deployment_by_name(service.DEPLOYMENT)
+    deployment = client.read_deployment_by_name(prefect_server.DEPLOYMENT)
     soon = IntervalSchedule(interval=timedelta(days=1), anchor_date=datetime.now(UTC) + timedelta(seconds=3))
     client.create_deployment_schedules(deployment.id, [(soon, True)])
 
@@ -179,7 +179,7 @@ def test_a_failed_run_is_told_to_the_webhook_and_changes_nothing(toy, client):
     saved = {path: path.read_bytes() for path in (toy / "exports/minilm").iterdir()}
     params = (toy / "params.yaml").read_text()
     (toy / "params.yaml").write_text(params.replace("seed: 0 ", "seed: 13 "))
-    deployment = client.read_deployment_by_name(service.DEPLOYMENT)
+    deployment = client.read_deployment_by_name(prefect_server.DEPLOYMENT)
     run = client.create_flow_run_from_deployment(deployment.id)
     wait_for(lambda: client.read_flow_run(run.id).state.is_final())
     (toy / "params.yaml").write_text(params)
@@ -193,25 +193,27 @@ def test_after_a_power_cut_up_starts_all_again_and_closes_the_run_that_was_cut_o
     """Everything is killed at once, in the middle of a run; the note of who ran stays, and names the dead."""
     params = (toy / "params.yaml").read_text()
     (toy / "params.yaml").write_text(params.replace("seed: 0 ", "seed: 99 "))
-    deployment = client.read_deployment_by_name(service.DEPLOYMENT)
+    deployment = client.read_deployment_by_name(prefect_server.DEPLOYMENT)
     run = client.create_flow_run_from_deployment(deployment.id)
     wait_for((toy / "alive").exists)
     (toy / "params.yaml").write_text(params)
-    before = service.running(toy)
-    everything = [one for name in service.ORDER for one in guardian.carriers(service.MARK, f"{name} of {toy}")]
+    before = processes.running(toy)
+    everything = [one for name in processes.ORDER for one in guardian.carriers(processes.MARK, f"{name} of {toy}")]
     guardians = [
-        one for one in psutil.process_iter() if service._command(one).endswith("flows.guardian " + guarded(everything))
+        one
+        for one in psutil.process_iter()
+        if processes.command_of(one).endswith("flows.guardian " + guarded(everything))
     ]
     for process in [*guardians, *everything]:
         process.kill()
     psutil.wait_procs(everything, timeout=10)
-    assert service.running(toy) == {}
-    assert sorted(service.noted(toy)) == ["mlflow", "prefect", "worker"]
+    assert processes.running(toy) == {}
+    assert sorted(processes.noted(toy)) == ["mlflow", "prefect", "worker"]
 
     ports = (f"--{name}-port={before[name].port}" for name in ("prefect", "mlflow"))
     code, output = command(toy, "up", *ports)
     assert code == 0, output
-    assert output.count("had ended without `make down`; it is started again") == 3
+    assert output.count("had ended without `make down`: starting it again") == 3
     assert f"the run {run.name} was cut off and is closed" in output
     assert client.read_flow_run(run.id).state_name == "Crashed"
 
@@ -224,16 +226,16 @@ def guarded(processes: list[psutil.Process]) -> str:
 
 
 def test_down_leaves_no_process_no_note_and_no_port(toy):
-    before = service.running(toy)
+    before = processes.running(toy)
     code, output = command(toy, "down")
     assert code == 0, output
     assert output == "stopped: prefect, mlflow, worker\n"
-    marks = {f"{name} of {toy}" for name in service.ORDER}
+    marks = {f"{name} of {toy}" for name in processes.ORDER}
     left = [process for process in psutil.process_iter() if mark_of(process) in marks]
     assert left == []
-    assert not (service.folder(toy) / "state.json").exists()
+    assert not (processes.folder(toy) / "state.json").exists()
     for name in ("prefect", "mlflow"):
-        service._refuse_taken(name, before[name].port)
+        processes.refuse_taken(name, before[name].port)
     assert command(toy, "down") == (0, "nothing runs\n")
     code, output = command(toy, "status")
     assert code == 1
@@ -242,18 +244,18 @@ def test_down_leaves_no_process_no_note_and_no_port(toy):
 
 def mark_of(process: psutil.Process) -> str | None:
     try:
-        return process.environ().get(service.MARK)
+        return process.environ().get(processes.MARK)
     except psutil.Error:
         return None
 
 
 def test_a_taken_port_is_refused_with_who_has_it_and_the_remedy():
     with socket.socket() as taken:
-        taken.bind((service.HOST, 0))
+        taken.bind((processes.HOST, 0))
         taken.listen()
         port = taken.getsockname()[1]
         with pytest.raises(FlowError, match=rf"process {os.getpid()} has it.*make up MLFLOW_PORT={port + 1}"):
-            service._refuse_taken("mlflow", port)
+            processes.refuse_taken("mlflow", port)
 
 
 def test_a_database_of_another_version_is_told_with_the_way_out(tmp_path):
@@ -316,12 +318,12 @@ def test_the_next_run_closes_the_record_of_one_that_was_killed(tmp_path):
 
 
 def test_a_stale_or_damaged_note_names_nobody(tmp_path):
-    notes = service.folder(tmp_path)
+    notes = processes.folder(tmp_path)
     notes.mkdir(parents=True)
     (notes / "state.json").write_text(json.dumps([{"name": "worker", "pid": os.getpid(), "started": 1.0}]))
-    assert service.running(tmp_path) == {}  # the number is another process's now
+    assert processes.running(tmp_path) == {}  # the number is another process's now
     (notes / "state.json").write_text("[{")
-    assert service.running(tmp_path) == {}
+    assert processes.running(tmp_path) == {}
 
 
 def test_what_changed_is_told_in_a_line():

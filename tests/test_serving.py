@@ -85,7 +85,7 @@ def test_a_served_version_passes_the_smoke_test_and_refuses_what_is_none(workspa
 
 def test_a_version_that_cannot_be_served_says_why(registry, tmp_path):
     with (
-        pytest.raises(FlowError, match="stopped before it answered; it said:"),
+        pytest.raises(FlowError, match="stopped before it answered; its last lines:"),
         served(registry, 99, log=tmp_path / "log"),
     ):
         pass
@@ -145,15 +145,15 @@ def test_bad_lines_are_told_one_by_one_and_nothing_is_written(model, tmp_path):
     with pytest.raises(FlowError) as told:
         run(model, source, tmp_path / "out.parquet")
     for line in (
-        "5 of 6 texts cannot be scored; correct them, or leave them out: --skip-bad",
+        "5 of 6 texts cannot be scored; correct them, or leave them out with --skip-bad",
         "line 2 has no 'text'; it has title (--column)",
         "line 3 is not JSON",
-        "line 4 is int and no text",
+        "line 4 is int, not text",
         "line 5 is empty",
         "line 6 has 101 characters, over 100",
     ):
         assert line in str(told.value)
-    with pytest.raises(FlowError, match=r"rows of \.npy tell no line"):
+    with pytest.raises(FlowError, match=r"rows of \.npy have no line numbers"):
         run(model, source, tmp_path / "out.npy", skip_bad=True)
     assert [path.name for path in tmp_path.iterdir()] == ["texts.jsonl"]
 
@@ -177,9 +177,9 @@ def test_what_is_stopped_midway_leaves_the_old_output(model, tmp_path):
     ("name", "content", "message"),
     [
         ("texts.csv", b"title\na\n", "no column 'text'; it has title"),
-        ("texts.docx", b"", "of no kind that is read"),
+        ("texts.docx", b"", "docx cannot be read"),
         ("texts.txt", b"\xff\xfe", "not UTF-8"),
-        ("texts.txt", b"", "holds no text to score"),
+        ("texts.txt", b"", "has no text to score"),
     ],
 )
 def test_a_file_that_cannot_be_read_is_told(model, tmp_path, name, content, message):
@@ -190,6 +190,6 @@ def test_a_file_that_cannot_be_read_is_told(model, tmp_path, name, content, mess
 
 def test_the_command_line_says_what_it_cannot_write_before_it_loads_anything(tmp_path, capsys):
     (tmp_path / "a.txt").write_text("a")
-    for target, message in (("out.xml", "no kind that is written"), ("no/out.npy", "does not exist; make it first")):
+    for target, message in (("out.xml", "xml cannot be written"), ("no/out.npy", "does not exist; make it first")):
         assert score.main([str(tmp_path / "a.txt"), str(tmp_path / target)]) == 2
         assert message in capsys.readouterr().err

@@ -222,7 +222,7 @@ def test_the_cheapest_cell_that_keeps_enough_is_one_command_away(toy, monkeypatc
     assert sweep.main(["best", "eight", "--keeps", "0.99"]) == 2
     assert "no plan of eight keeps 99 %; the most is 98.0 %" in capsys.readouterr().err
     assert sweep.main(["best", "nine"]) == 2
-    assert "there is no sweep nine; there are: eight" in capsys.readouterr().err
+    assert "there is no sweep nine; known sweeps: eight" in capsys.readouterr().err
 
 
 # Of quality and speed. No subnormal numbers: an engine that ran in this process may have made them zeros.
@@ -261,13 +261,13 @@ def test_values_are_read_as_they_are_written():
     [
         (["decompose.num_expert=2,4"], "did you mean 'decompose.num_experts'"),
         (["decompose.num_experts=4"], "the grid is empty: give at least one key several values"),
-        (["decompose.num_active=9,10"], "none of the 2 cells is legal; the first, for one: decompose.num_active = 9"),
+        (["decompose.num_active=9,10"], "none of the 2 cells is legal; the first one: decompose.num_active = 9"),
         (["decompose.num_experts=4,4"], "4 is there twice"),
-        (["decompose.num_experts=4,"], "holds an empty value"),
+        (["decompose.num_experts=4,"], "has an empty value"),
         (["decompose.num_experts"], "write KEY=VALUE,VALUE"),
         (["seed=1,2", "seed=3"], "seed is given twice"),
-        (["name=a,b"], "name is the sweep's own to set"),
-        (["distill.learning_rate=1e-4..1e-3"], "a grid has no end of values for distill.learning_rate"),
+        (["name=a,b"], "the sweep sets name itself"),
+        (["distill.learning_rate=1e-4..1e-3"], "a grid needs a list of values for distill.learning_rate"),
         (["distill.learning_rate=1e-3..1e-4"], "the range is empty"),
     ],
 )

@@ -25,7 +25,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from flows import service
+from flows import prefect_server, processes
 from flows.serve import free_port
 from tests.conftest import make_tiny_bert
 from tests.texts import make_texts, write_corpus
@@ -87,7 +87,7 @@ def services(repo: Path, *arguments: str) -> str:
 
 def fired(after: datetime | None) -> list[Fired]:
     """Return the finished runs that the schedule started after that moment, oldest first."""
-    with service._client() as client:
+    with prefect_server.prefect_client() as client:
         runs = [run for run in client.read_flow_runs(limit=200) if run.auto_scheduled and run.state.is_final()]
     found = [
         Fired(run.expected_start_time, run.start_time, run.end_time, run.state_name, run.state.message or "")
@@ -115,7 +115,7 @@ def champion(repo: Path) -> int | None:
     import mlflow
     from mlflow.exceptions import MlflowException
 
-    client = mlflow.MlflowClient(service.running(repo)["mlflow"].address)
+    client = mlflow.MlflowClient(processes.running(repo)["mlflow"].address)
     try:
         return int(client.get_model_version_by_alias("tiny", "champion").version)
     except MlflowException:
@@ -191,7 +191,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         try:
             ports = (f"--{name}-port={free_port()}" for name in ("prefect", "mlflow"))
             console.print(services(repo, "up", *ports), highlight=False)
-            os.environ["PREFECT_API_URL"] = str(service.api(repo))
+            os.environ["PREFECT_API_URL"] = str(processes.api(repo))
             seen = watch(repo)
         finally:
             services(repo, "down")
