@@ -36,6 +36,7 @@ from rich.console import Console
 
 from benchmarks.ffn import EPSILON, Layers, dense_ffn, one_expert, random_mixture, random_spec
 from benchmarks.inference import KEPT, open_plans, sample_of
+from benchmarks.openvino_weights import COMPRESSED, Run, compressed
 from benchmarks.page import (
     Grid,
     Rounds,
@@ -57,7 +58,6 @@ from ffn2moe.moe.layer import MoEFFN
 from ffn2moe.planning import timing
 from ffn2moe.runtime import plans
 from ffn2moe.runtime.engines import ENGINES
-from ffn2moe.runtime.engines.openvino import import_openvino
 from ffn2moe.runtime.files import read_manifest
 
 TOKENS = [1, 2, 4, 8, 16, 128, 1024]
@@ -69,16 +69,6 @@ LIKE = 1.5  # a dense plan of similar error has at most this times the error of 
 EXACT = 1e-5  # errors below this are rounding of float32
 BITS = {"float32": 32, "bfloat16": 16, "int8": 8, "int4": 4}
 OPERATOR_DENSE = " as dense"  # after the name of a native plan: the operator with one expert of the whole width
-# Dense plans in OpenVINO with weights of few bits: name -> bits, weights that share a scale (None: a row), arithmetic,
-# activations that share a scale (0: they are not quantised).
-COMPRESSED: dict[str, tuple[int, int | None, str, int]] = {
-    "ov-weights8": (8, None, "f32", 32),
-    "ov-weights8-bf16": (8, None, "bf16", 0),
-    "ov-weights4": (4, 128, "f32", 128),
-    "ov-weights4-bf16": (4, 128, "bf16", 0),
-}
-
-Run = Callable[[np.ndarray], np.ndarray]  # x [n, D] -> y [n, D]
 
 
 @dataclass(frozen=True)
@@ -295,74 +285,8 @@ def _openers(
         openers |= {f"{name}{OPERATOR_DENSE}": partial(opener, whole, name, folder / "dense") for name in natives}
     if ENGINES["openvino"].is_installed:
         for name, (bits, group, precision, quantised) in COMPRESSED.items():
-            openers[name] = partial(_compressed, ffns, bits, group, precision, quantised, options.threads)
+            openers[name] = partial(compressed, ffns, bits, group, precision, quantised, options.threads)
     return openers
-
-
-def _compressed(
-    ffns: Sequence[DenseFFN], bits: int, group: int | None, precision: str, quantised: int, threads: int
-) -> tuple[Run, int]:
-    """Open dense FFNs in OpenVINO with symmetric weights of 8 or 4 bits; return how to run them and the bits.
-
-    `group` weights of a row share a scale (None: all of them). Activations are quantised at run time in groups of
-    `quantised`; 0 leaves them. The nodes are those of OpenVINO's own weight compression (NNCF): constant, Convert,
-    Multiply, Reshape, MatMul.
-    """
-    width = ffns[0].w_in_FD.shape[1]
-    if group is not None and (width % group or ffns[0].ffn_width % group):
-        raise ValueError(f"groups of {group} weights do not divide its matrices")
-    ov = import_openvino()
-    import openvino.opset13 as ops
-
-    def linear(x: Any, weight: torch.Tensor | None) -> Any:
-        assert weight is not None
-        N, K = weight.shape
-        blocks_NBg = weight.detach().numpy().reshape(N, -1, group or K)
-        largest = 2 ** (bits - 1) - 1
-        scales_NB1 = np.maximum(np.abs(blocks_NBg).max(-1, keepdims=True) / largest, np.finfo(np.float32).tiny)
-        steps_NBg = np.rint(blocks_NBg / scales_NB1).astype(np.int8)
-        if bits == 4:
-            nibbles = (steps_NBg.view(np.uint8) & 15).reshape(-1)
-            packed = nibbles[0::2] | (nibbles[1::2] << 4)
-            tensor = ov.Tensor(packed, ov.Shape(list(steps_NBg.shape)), ov.Type.i4)
-        else:
-            tensor = ov.Tensor(steps_NBg)
-        constant = ov.op.Constant(tensor, shared_memory=False)
-        scaled = ops.multiply(ops.convert(constant, "f32"), ops.constant(scales_NB1.astype(np.float32)))
-        return ops.matmul(x, ops.reshape(scaled, np.array([N, K]), False), False, True)
-
-    def shifted(x: Any, bias: torch.Tensor | None) -> Any:
-        return x if bias is None else ops.add(x, ops.constant(bias.detach().numpy()))
-
-    def norm(x: Any) -> Any:
-        mean_n1 = ops.reduce_mean(ops.power(x, ops.constant(np.float32(2))), ops.constant([-1]), keep_dims=True)
-        inverse_n1 = ops.power(ops.add(mean_n1, ops.constant(np.float32(EPSILON))), ops.constant(np.float32(-0.5)))
-        return ops.multiply(x, inverse_n1)
-
-    given_nD = y_nD = ops.parameter([-1, width], np.float32)
-    for ffn in ffns:
-        x_nD = norm(y_nD) if len(ffns) > 1 else y_nD
-        up_nF = shifted(linear(x_nD, ffn.w_in_FD), ffn.b_in_F)
-        gated = ffn.w_gate_FD is not None
-        h_nF = ops.multiply(ops.swish(linear(x_nD, ffn.w_gate_FD)), up_nF) if gated else ops.gelu(up_nF, "erf")
-        made_nD = shifted(linear(h_nF, ffn.w_out_DF), ffn.b_out_D)
-        y_nD = ops.add(y_nD, made_nD) if len(ffns) > 1 else made_nD
-    model = ov.Model([ops.result(y_nD)], [given_nD], "ffn")
-    settings = {
-        "PERFORMANCE_HINT": "LATENCY",
-        "NUM_STREAMS": 1,
-        "INFERENCE_NUM_THREADS": threads,
-        "ENABLE_CPU_PINNING": False,
-        "INFERENCE_PRECISION_HINT": precision,
-        "DYNAMIC_QUANTIZATION_GROUP_SIZE": quantised,
-    }
-    request = ov.Core().compile_model(model, "CPU", settings).create_infer_request()
-
-    def run(x_nD: np.ndarray) -> np.ndarray:
-        found: np.ndarray = request.infer([x_nD], share_inputs=True, share_outputs=True)[0].copy()
-        return found
-
-    return run, bits
 
 
 def _rows(

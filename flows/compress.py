@@ -137,15 +137,7 @@ def _run(workspace: Workspace, stage_hours: float | None) -> tuple[dict[str, str
     settings = " ".join(workspace.overrides)
     tags = {"git.commit": head, "git.dirty": str(dirty).lower(), "settings": settings}
     record = PipelineRecord.start(workspace.source, workspace.name, tags)
-    environment = {
-        **record.environment(),
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
-        "FFN2MOE_GIT_COMMIT": head,
-        "FFN2MOE_GIT_DIRTY": str(dirty).lower(),
-    }
-    if DASK in os.environ:  # one server for all work on layers: Dask workers keep the first one they see
-        with get_client(sync_client=True) as client:
-            environment["PREFECT_API_URL"] = str(client.api_url)
+    environment = _environment(record, head, dirty)
     stages = dvc.stages(workspace.root)
     outcomes: dict[str, str] = {}
     stage_task = bring_up_to_date.with_options(timeout_seconds=stage_hours and stage_hours * 3600)
@@ -191,6 +183,20 @@ def _run(workspace: Workspace, stage_hours: float | None) -> tuple[dict[str, str
     if workspace.isolated:
         remove(workspace.root)  # its results are in exports/NAME and in the cache of DVC
     return outcomes, message
+
+
+def _environment(record: PipelineRecord, head: str, dirty: bool) -> dict[str, str]:
+    """Return the environment of the stages."""
+    environment = {
+        **record.environment(),
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
+        "FFN2MOE_GIT_COMMIT": head,
+        "FFN2MOE_GIT_DIRTY": str(dirty).lower(),
+    }
+    if DASK in os.environ:  # one server for all work on layers: Dask workers keep the first one they see
+        with get_client(sync_client=True) as client:
+            environment["PREFECT_API_URL"] = str(client.api_url)
+    return environment
 
 
 def _say(line: str) -> None:

@@ -6,25 +6,23 @@ because its settings contradict each other.
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
 import re
 import sqlite3
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from flows.axes import Axis, combinations, distributions
 from flows.workspace import FlowError, plan
 from tasks import params as parameters
 from tasks.params import Params, ParamsError
 
-EXAMPLE = "decompose.num_experts=4,8 decompose.num_active=1,2"
 PROPOSALS = 50  # a search is exhausted after so many illegal or known proposals in a row
-_NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?"
 _STATES = {
     "WAITING": "waits",
     "RUNNING": "runs",
@@ -33,24 +31,6 @@ _STATES = {
     "PRUNED": "left out",
 }
 _RAN = re.compile(r"^(?!inputs )(\w+) Completed$", re.MULTILINE)  # flows/cell.py prints it; inputs always runs
-_RANGE = re.compile(rf"^({_NUMBER})\.\.({_NUMBER})$")
-
-
-@dataclass(frozen=True)
-class Range:
-    """Hold the range of a search; `whole` if both ends are whole numbers."""
-
-    low: float
-    high: float
-    whole: bool
-
-    @property
-    def logarithmic(self) -> bool:
-        """Return whether the range spans a factor of ten or more, so that factors matter."""
-        return self.low > 0 and self.high / self.low >= 10
-
-
-Axis = tuple[str, ...] | Range  # values as written in a setting
 
 
 @dataclass(frozen=True)
@@ -66,65 +46,68 @@ class Cell:
         return " ".join(setting for setting in self.settings if not setting.startswith("name=")) or "as committed"
 
 
-def parse(texts: Sequence[str]) -> dict[str, Axis]:
-    """Read KEY=VALUE,VALUE,... (or, for a search, KEY=LOW..HIGH) into the values of each key.
+class Ledger:
+    """Keep what happens to the cells of a study."""
 
-    A comma inside brackets belongs to the value. FlowError if a text cannot be read.
-    """
-    axes: dict[str, Axis] = {}
-    for text in texts:
-        key, equals, values = text.partition("=")
-        if not equals or not key:
-            raise FlowError(f"cannot read {text!r}: write KEY=VALUE,VALUE,... for example {EXAMPLE}")
-        if key in axes:
-            raise FlowError(f"{key} is given twice; write all its values after one {key}=")
-        if key == "name":
-            raise FlowError(
-                "the sweep sets name itself, because each cell needs another one; to name the sweep: --name NAME"
-            )
-        if found := _RANGE.match(values):
-            low, high = (float(number) for number in found.groups())
-            if low >= high:
-                raise FlowError(f"{text}: the range is empty; write the lower number first")
-            axes[key] = Range(low, high, all(re.fullmatch(r"[-+]?\d+", number) for number in found.groups()))
-            continue
-        parts = [part.strip() for part in _split(values)]
-        if not all(parts):
-            raise FlowError(f"{text!r} has an empty value; write null for none, or remove the comma")
-        if twice := sorted({part for part in parts if parts.count(part) > 1}):
-            raise FlowError(f"{text}: {', '.join(twice)} is there twice, and no cell runs twice; remove one")
-        axes[key] = tuple(parts)
-    return axes
+    name: str
+    _study: Any  # of Optuna
+
+    def note(self, cell: Cell, **attributes: Any) -> None:
+        """Keep attributes of a running cell."""
+        import optuna
+
+        trial = optuna.trial.Trial(self._study, self._study.trials[cell.number]._trial_id)
+        for key, value in attributes.items():
+            trial.set_user_attr(key, value)
+
+    def noted(self, cell: Cell, key: str) -> Any:
+        return self._study.trials[cell.number].user_attrs.get(key)
+
+    def begin(self, cell: Cell, step: str) -> None:
+        """Keep that a step of a cell begins now; it begins again after each interruption."""
+        attempts = self.noted(cell, "attempts") or {}
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        self.note(cell, attempts={**attempts, step: [*attempts.get(step, []), now]})
+
+    def finish(self, cell: Cell, kept: float, speed: float) -> None:
+        """Keep the result of a cell: its share of the teacher's quality, and its speed over the best dense plan."""
+        self._study.tell(cell.number, [kept, speed])
+
+    def fail(self, cell: Cell, reason: str) -> None:
+        """Keep the reason why a cell failed; the others continue."""
+        from optuna.trial import TrialState
+
+        self.note(cell, reason=reason)
+        self._study.tell(cell.number, state=TrialState.FAIL)
+
+    def finished(self) -> list[Cell]:
+        return [self._of(trial) for trial in self._trials("COMPLETE")]
+
+    def failed(self) -> list[tuple[Cell, str]]:
+        """Return the failed cells with their reasons."""
+        return [(self._of(trial), trial.user_attrs["reason"]) for trial in self._trials("FAIL")]
+
+    def left_out(self) -> list[tuple[Cell, str]]:
+        """Return the cells whose settings contradict each other, with the reasons; without repeated proposals."""
+        no_cell = ("the same as", "stopped before")
+        trials = [trial for trial in self._trials("PRUNED") if not trial.user_attrs["reason"].startswith(no_cell)]
+        return [(self._of(trial), trial.user_attrs["reason"]) for trial in trials]
+
+    def _trials(self, state: str) -> list[Any]:
+        from optuna.trial import TrialState
+
+        return self._study.get_trials(deepcopy=False, states=(TrialState[state],))
+
+    def _of(self, trial: Any) -> Cell:
+        return Cell(trial.number, f"{self.name}-{trial.number:03}", tuple(trial.user_attrs["settings"]))
+
+    def _cell(self, number: int, values: Mapping[str, str]) -> Cell:
+        name = f"{self.name}-{number:03}"
+        return Cell(number, name, (f"name={name}", *(f"{key}={value}" for key, value in values.items())))
 
 
-def _split(text: str) -> Iterator[str]:
-    """Yield the parts between the commas outside brackets."""
-    depth, part = 0, ""
-    for sign in text:
-        depth += (sign in "[{") - (sign in "]}")
-        if sign == "," and depth == 0:
-            yield part
-            part = ""
-        else:
-            part += sign
-    yield part
-
-
-def combinations(axes: Mapping[str, Axis]) -> list[dict[str, str]]:
-    """Return every combination of a grid; FlowError if there is no choice, or a range."""
-    ranges = [key for key, axis in axes.items() if isinstance(axis, Range)]
-    if ranges:
-        raise FlowError(
-            f"a grid needs a list of values for {', '.join(ranges)}: list them, or search the range with --search 20"
-        )
-    values = [axis for axis in axes.values() if not isinstance(axis, Range)]
-    if all(len(axis) < 2 for axis in values):
-        raise FlowError(f"the grid is empty: give at least one key several values, for example {EXAMPLE}")
-    return [dict(zip(axes, combination, strict=True)) for combination in itertools.product(*values)]
-
-
-class Study:
-    """Hand out the cells that have not run, and keep the result of each."""
+class Study(Ledger):
+    """Hand out the cells that have not run."""
 
     def __init__(
         self, source: Path, name: str, axes: Mapping[str, Axis], search: int | None, called_from: Path
@@ -197,7 +180,7 @@ class Study:
                 return None
             if self.search is not None and (self._tried() >= self.search or self._exhausted()):
                 return None
-            trial = self._study.ask(self._distributions())
+            trial = self._study.ask(distributions(self._axes))
             if cell := self._admit(trial.number, trial.params):
                 return cell
         return None
@@ -215,47 +198,6 @@ class Study:
         self._study.tell(number, state=TrialState.PRUNED)
         return None
 
-    def note(self, cell: Cell, **attributes: Any) -> None:
-        """Keep attributes of a running cell."""
-        import optuna
-
-        trial = optuna.trial.Trial(self._study, self._study.trials[cell.number]._trial_id)
-        for key, value in attributes.items():
-            trial.set_user_attr(key, value)
-
-    def noted(self, cell: Cell, key: str) -> Any:
-        return self._study.trials[cell.number].user_attrs.get(key)
-
-    def begin(self, cell: Cell, step: str) -> None:
-        """Keep that a step of a cell begins now; it begins again after each interruption."""
-        attempts = self.noted(cell, "attempts") or {}
-        now = datetime.now(UTC).isoformat(timespec="seconds")
-        self.note(cell, attempts={**attempts, step: [*attempts.get(step, []), now]})
-
-    def finish(self, cell: Cell, kept: float, speed: float) -> None:
-        """Keep the result of a cell: its share of the teacher's quality, and its speed over the best dense plan."""
-        self._study.tell(cell.number, [kept, speed])
-
-    def fail(self, cell: Cell, reason: str) -> None:
-        """Keep the reason why a cell failed; the others continue."""
-        from optuna.trial import TrialState
-
-        self.note(cell, reason=reason)
-        self._study.tell(cell.number, state=TrialState.FAIL)
-
-    def finished(self) -> list[Cell]:
-        return [self._of(trial) for trial in self._trials("COMPLETE")]
-
-    def failed(self) -> list[tuple[Cell, str]]:
-        """Return the failed cells with their reasons."""
-        return [(self._of(trial), trial.user_attrs["reason"]) for trial in self._trials("FAIL")]
-
-    def left_out(self) -> list[tuple[Cell, str]]:
-        """Return the cells whose settings contradict each other, with the reasons; without repeated proposals."""
-        no_cell = ("the same as", "stopped before")
-        trials = [trial for trial in self._trials("PRUNED") if not trial.user_attrs["reason"].startswith(no_cell)]
-        return [(self._of(trial), trial.user_attrs["reason"]) for trial in trials]
-
     def remaining(self) -> int:
         """Return how many cells are left, with those that run; some cells of a grid may still turn out illegal."""
         running = len(self._trials("RUNNING"))
@@ -271,18 +213,6 @@ class Study:
 
     def _tried(self) -> int:
         return len(self._trials("RUNNING")) + len(self._trials("COMPLETE")) + len(self._trials("FAIL"))
-
-    def _trials(self, state: str) -> list[Any]:
-        from optuna.trial import TrialState
-
-        return self._study.get_trials(deepcopy=False, states=(TrialState[state],))
-
-    def _of(self, trial: Any) -> Cell:
-        return Cell(trial.number, f"{self.name}-{trial.number:03}", tuple(trial.user_attrs["settings"]))
-
-    def _cell(self, number: int, values: Mapping[str, str]) -> Cell:
-        name = f"{self.name}-{number:03}"
-        return Cell(number, name, (f"name={name}", *(f"{key}={value}" for key, value in values.items())))
 
     def params(self, cell: Cell) -> Params:
         """Return the validated parameters of a cell; ParamsError if they contradict each other."""
@@ -305,19 +235,6 @@ class Study:
             if same and trial.number < cell.number and trial.state.name != "PRUNED":
                 return f"the same as cell {trial.number}"
         return None
-
-    def _distributions(self) -> dict[str, Any]:
-        from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
-
-        found: dict[str, Any] = {}
-        for key, axis in self._axes.items():
-            if isinstance(axis, tuple):
-                found[key] = CategoricalDistribution(axis)
-            elif axis.whole:
-                found[key] = IntDistribution(round(axis.low), round(axis.high), log=axis.logarithmic)
-            else:
-                found[key] = FloatDistribution(axis.low, axis.high, log=axis.logarithmic)
-        return found
 
 
 def history(folder: Path) -> list[dict[str, Any]]:

@@ -42,12 +42,13 @@ from prefect.states import State
 from prefect.task_runners import ThreadPoolTaskRunner
 
 from flows import sweep_report
+from flows.axes import EXAMPLE, parse
 from flows.crew import Crew
 from flows.errors import STOPPED, report
 from flows.guardian import guard
 from flows.heartbeat import beating
 from flows.progress import CellProgress
-from flows.study import EXAMPLE, Cell, Study, parse
+from flows.study import Cell, Study
 from flows.sweep_compare import compare_cells, log_front
 from flows.workspace import ROOM_NEEDED, FlowError, check, commit
 from tasks import compare

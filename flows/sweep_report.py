@@ -10,7 +10,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from flows.study import EXAMPLE, history
+from flows.axes import EXAMPLE
+from flows.study import history
 from flows.sweep_compare import write_csv
 from flows.workspace import FlowError
 from tasks import compare

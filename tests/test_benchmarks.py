@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import decode, inference, profile
+from benchmarks import decode, inference, openvino_weights, profile
 from benchmarks.ffn import Layers, dense_ffn, one_expert, random_mixture, random_spec
 from benchmarks.race import Spread, race, stopwatch
 from ffn2moe.runtime.files import read_manifest
@@ -211,8 +211,8 @@ def test_weights_of_few_bits_in_openvino_give_the_dense_ffn(gated):
     x_TD = np.random.default_rng(0).standard_normal((9, 128), dtype=np.float32)
     with torch.no_grad():
         exact_TD = ffn(torch.from_numpy(x_TD)).numpy()
-    for name, (bits, *more) in decode.COMPRESSED.items():
-        run, given = decode._compressed([ffn], bits, *more, 1)
+    for name, (bits, *more) in openvino_weights.COMPRESSED.items():
+        run, given = openvino_weights.compressed([ffn], bits, *more, 1)
         error = np.linalg.norm(run(x_TD) - exact_TD) / np.linalg.norm(exact_TD)
         assert given == bits and error < (0.05 if bits == 8 else 0.3), name
 
