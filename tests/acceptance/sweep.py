@@ -124,15 +124,19 @@ def resumed(repo: Path) -> list[str]:
     ]
 
 
+def best(repo: Path, share: str) -> str:
+    """Return the answer of `python -m flows.sweep best` to a share of the quality."""
+    command = [sys.executable, "-m", "flows.sweep", "best", NAME, "--keeps", share]
+    done = subprocess.run(command, cwd=repo, env=environment(), capture_output=True, text=True, check=False)
+    return (done.stdout or done.stderr).strip()
+
+
 def write_page(repo: Path, before: Sequence[Mapping[str, str]], after: Sequence[Mapping[str, str]], path: Path) -> None:
+    """Write the page, and the plot beside it."""
     folder = repo / "sweeps" / NAME
     points = json.loads((folder / "results.json").read_text(encoding="utf-8"))["points"]
     shutil.copy2(folder / "front.png", path.with_suffix(".png"))
-    best = [sys.executable, "-m", "flows.sweep", "best", NAME, "--keeps"]
-    answers = {
-        share: subprocess.run([*best, share], cwd=repo, env=environment(), capture_output=True, text=True, check=False)
-        for share in ("0.99", "0.97")
-    }
+    answers = {share: best(repo, share) for share in ("0.99", "0.97")}
     problems = "; ".join(judge(before, after)) or "No finished cell was made again, no finished stage ran twice"
     interrupted = ", ".join(row["cell"] for row in after if int(row["made"]) > 1) or "none"
     from_checkpoints = "; ".join(resumed(repo)) or "none was in training"
@@ -179,13 +183,13 @@ After the kill:
 `best {NAME} --keeps 0.99`:
 
 ```
-{(answers["0.99"].stdout or answers["0.99"].stderr).strip()}
+{answers["0.99"]}
 ```
 
 `best {NAME} --keeps 0.97`:
 
 ```
-{(answers["0.97"].stdout or answers["0.97"].stderr).strip()}
+{answers["0.97"]}
 ```
 """,
         encoding="utf-8",
