@@ -1,4 +1,4 @@
-"""An export opens in other libraries; `python -m benchmarks.clients` runs the library itself on it."""
+"""An export opens in other libraries; `python -m tests.acceptance.clients` runs the library itself on it."""
 
 from __future__ import annotations
 

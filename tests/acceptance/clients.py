@@ -1,6 +1,6 @@
 """Open an export in sentence-transformers, in a separate environment, and compare the embeddings.
 
-    python -m benchmarks.clients exports/minilm
+    python -m tests.acceptance.clients exports/minilm
 
 optimum-onnx needs another version of transformers than this project, so the environment is separate. It is made once,
 in --environment.
@@ -50,7 +50,7 @@ json.dump(model.encode(json.load(sys.stdin)).tolist(), open(sys.argv[2], "w"))
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit code: 1 if the embeddings differ."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.clients", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m tests.acceptance.clients", description=__doc__.splitlines()[0])
     parser.add_argument("export", type=Path, help="the export, for example exports/minilm")
     parser.add_argument("--plan", help="plan (default: the chosen one)")
     parser.add_argument("--environment", type=Path, default=Path(".cache/sentence-transformers"))
