@@ -209,7 +209,7 @@ def test_settings_are_read_as_dvc_reads_yaml():
 def test_writing_keeps_comments_and_gives_the_same_parameters(tmp_path):
     raw = override(read(FILE), ["decompose.num_experts=16"])
     write(raw, tmp_path / "params.yaml")
-    assert "# E: experts each FFN is cut into" in (tmp_path / "params.yaml").read_text()
+    assert "# E: experts of each FFN" in (tmp_path / "params.yaml").read_text()
     assert load_params(tmp_path / "params.yaml") == load_params(FILE, ["decompose.num_experts=16"])
 
 
