@@ -22,6 +22,8 @@ from typing import Any, TypeVar
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from ffn2moe.progress import Screen
+from ffn2moe.progress import clock as clock
 from tasks.measures import numbers
 from tasks.params import Params, load_params
 from tasks.record import RunRecord
@@ -43,11 +45,16 @@ class StageRun:
         self.params = params
         self.root = root
         self.record = record
-        self._console = Console(highlight=False, soft_wrap=True, markup=False, quiet=quiet)
+        self._console = Console(highlight=False, markup=False, emoji=False, quiet=quiet)
+        self._screen = Screen(self._console)
+
+    def alive(self) -> Screen:
+        """Return a context in which a line says, after each 30 seconds without one, that the stage still works."""
+        return self._screen
 
     def say(self, text: str) -> None:
         """Print one line, prefixed with the name of the stage."""
-        self._console.print(f"{self.name}: {text}")
+        self._screen.say(f"{self.name}: {text}")
 
     def track(self, items: Iterable[Item], total: int, description: str, completed: int = 0) -> Iterator[Item]:
         """Yield the items; show progress and the time left, as a bar on a terminal and as lines elsewhere.
@@ -69,15 +76,18 @@ class StageRun:
             return
         start = last_line = time.monotonic()
         done = completed
-        for item in items:
-            yield item
-            done += 1
-            now = time.monotonic()
-            patience = SECONDS_BETWEEN_LINES * (3 if now - start > 60 else 1)
-            if now - last_line >= patience:
-                last_line = now
-                left = (now - start) / (done - completed) * max(total - done, 0)
-                self.say(f"{description} {done}/{total} ({100 * done / max(total, 1):.0f} %), {clock(left)} left")
+        with self._screen.step(f"{self.name}: {description}", total, estimate=False) as step:
+            step.done = completed
+            for item in items:
+                yield item
+                step.advance()
+                done += 1
+                now = time.monotonic()
+                patience = SECONDS_BETWEEN_LINES * (3 if now - start > 60 else 1)
+                if now - last_line >= patience:
+                    last_line = now
+                    left = (now - start) / (done - completed) * max(total - done, 0)
+                    self.say(f"{description} {done}/{total} ({100 * done / max(total, 1):.0f} %), {clock(left)} left")
 
     def log_metrics(self, values: Mapping[str, float], step: int | None = None) -> None:
         """Add numbers over time to the run record (buffered); do nothing where no record is kept."""
@@ -147,7 +157,9 @@ def main(name: str, function: Callable[[StageRun], None], *, torch: bool = True,
         params = load_params(root / "params.yaml")
         prepare_process(params, torch=torch)
         record = RunRecord.attach(name, params) if recorded else None
-        function(StageRun(name, params, root, record))
+        stage = StageRun(name, params, root, record)
+        with stage.alive():
+            function(stage)
         if record:
             record.finish("FINISHED", root / "metrics" / f"{name}.json")
         sys.exit(0)
@@ -222,13 +234,6 @@ def die_with_parent() -> None:
 def _terminated(number: int, frame: object) -> None:
     signal.signal(number, signal.SIG_IGN)  # Linux can send it once for each thread of the parent
     sys.exit(128 + number)
-
-
-def clock(seconds: float) -> str:
-    """Return a duration in seconds as text: 0:07, 3:05, 1:00:00."""
-    minutes, second = divmod(round(seconds), 60)
-    hours, minute = divmod(minutes, 60)
-    return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"
 
 
 def remove(path: Path) -> None:

@@ -180,6 +180,19 @@ def test_progress_gives_every_item_and_tells_the_time_left(tmp_path, capsys, mon
     assert lines[1].startswith("distill: steps 4/4 (100 %)")
 
 
+def test_a_long_item_is_not_silent(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("ffn2moe.progress.SILENCE", 0.1)
+    stage = make_stage("distill", tmp_path)
+
+    def slow():
+        time.sleep(0.5)
+        yield "a"
+
+    with stage.alive():
+        assert list(stage.track(slow(), 4, "steps", completed=2)) == ["a"]
+    assert "distill: steps 2 of 4: 0:00 so far" in capsys.readouterr().out
+
+
 def test_the_seed_makes_every_generator_repeat(tmp_path):
     params = load_params(PARAMS, ["seed=3"])
 

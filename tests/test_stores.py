@@ -151,7 +151,7 @@ def test_a_database_without_a_place_for_files_and_one_of_another_version_are_ref
     assert location == (tmp_path / "files").as_uri()
     elsewhere = uri.replace("127.0.0.1", "localhost")  # MLflow keeps a store that it has opened
     database.sql("UPDATE alembic_version SET version_num = '451aebb31d03'", "record")
-    with pytest.raises(StoreError, match=r"another version of MLflow .*mlflow db upgrade .*: install that") as refused:
+    with pytest.raises(StoreError, match=r"another version of MLflow .*mlflow db upgrade .*: install it") as refused:
         mlflow_client(elsewhere)
     assert QUOTED not in str(refused.value)
 
