@@ -13,8 +13,11 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
-from benchmarks.ablation.method import GROUPS, METHODS, STAGES, Group, Method, Stage
+from benchmarks.ablation.method import BOTH, GROUPS, METHODS, STAGES, Group, Method, Stage
+from ffn2moe.choices import GATES, SELECTIONS
+from ffn2moe.decompose.objectives import OBJECTIVES
 from ffn2moe.decompose.partition import PARTITIONS
+from ffn2moe.decompose.starts import STARTS
 from ffn2moe.distill.divergences import DIVERGENCES
 from ffn2moe.table import Table
 
@@ -38,12 +41,16 @@ class Choice:
         for name, row in self.table.items():
             if name not in named:
                 heads = tuple(head for head in self.heads if head in getattr(row, "heads", self.heads))
-                title, source = name.replace("_", " "), row.reference
-                yield Method(name, title, self.group, source, self.stages, heads, **{self.field: name})
+                title = getattr(row, "title", name.replace("_", " "))
+                yield Method(name, title, self.group, row.reference, self.stages, heads, **{self.field: name})
 
 
 CHOICES = (
     Choice("partition", PARTITIONS, "partition"),
+    Choice("start", STARTS, "router start", ("free",)),
+    Choice("objective", OBJECTIVES, "router objective", ("router", "distilled")),
+    Choice("gate", GATES, "gates", heads=BOTH),
+    Choice("selection", SELECTIONS, "selection"),
     Choice("divergence", DIVERGENCES, "distillation", ("distilled",), ("causal",)),
 )
 
