@@ -38,7 +38,7 @@ def run(options: argparse.Namespace) -> int:
         top_p=options.top_p,
         seed=options.seed,
     )
-    if export.goes_on:
+    if export.continues_prompt:
         sys.stdout.write(options.prompt)
     for piece in pieces:
         sys.stdout.write(piece)

@@ -1,4 +1,4 @@
-"""Canonical ONNX graphs of models that are not sentence encoders: language models, seq2seq models, classifiers, images.
+"""Make the canonical ONNX graphs of models other than sentence encoders: language models, seq2seq, classifiers, images.
 
 | graph | inputs | outputs |
 |---|---|---|
@@ -34,16 +34,16 @@ from ffn2moe.onnx.graph import canonical_graph, rotary_positions, traced
 from ffn2moe.onnx.parity import input_shape
 from ffn2moe.spec import Head, Pooling
 
-ATTENTION = "onnx_attention"  # our name for it in transformers' registry
+ATTENTION = "onnx_attention"  # its name in transformers' registry
 SOURCE = "source"  # length of what an encoder read, where a decoder looks at it
-# Rotary positions that are computed anew once a text has grown: a graph would hold one of the forms.
+# Rotary positions that change once a text has grown: a graph would hold one of the forms.
 _GROWING_POSITIONS = ("dynamic", "longrope")
 
 
 def canonical_graphs(model: Any, head: Head, pooling: Pooling | None = None) -> dict[str, ir.Model]:
-    """The graphs of a model with this head, dense or factorised: `main`, and `encoder` of a seq2seq model.
+    """Return the graphs of a model with this head, dense or a mixture: `main`, and `encoder` for a seq2seq model.
 
-    As `ffn2moe.onnx.graph` describes them, with the inputs and outputs of the table above.
+    `ffn2moe.onnx.graph` describes them; the table above has their inputs and outputs.
     Raises ValueError for a model that cannot be exported, with the reason.
     """
     if head == "embedding":
@@ -58,9 +58,9 @@ def canonical_graphs(model: Any, head: Head, pooling: Pooling | None = None) -> 
 
 @contextmanager
 def onnx_attention(model: Any) -> Iterator[None]:
-    """Lets the model's attention be the standard ONNX op, with grouped heads and soft caps inside, while it is traced.
+    """Trace the model's attention as the standard ONNX op, with grouped heads and soft caps inside.
 
-    A model that has its attention written out, and knows no registry, keeps it.
+    A model that writes its attention out and does not use the registry keeps it.
     """
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -89,7 +89,7 @@ def _attention(
     position_bias: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """Attention of heads [B, H, L, d] as transformers calls it; gives [B, L, H, d]."""
+    """Return attention [B, L, H, d] of heads [B, H, L, d], as transformers calls it."""
     if position_bias is not None:
         nothing = torch.finfo(query.dtype).min
         attention_mask = (
@@ -100,7 +100,7 @@ def _attention(
 
 
 def _mask(*args: Any, **options: Any) -> Tensor | None:
-    """The mask as booleans, always made: a graph cannot leave it out for the batches that need none."""
+    """Return the mask as booleans, always: a graph cannot leave it out for the batches that need none."""
     from transformers.masking_utils import sdpa_mask
 
     options |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
@@ -108,7 +108,7 @@ def _mask(*args: Any, **options: Any) -> Tensor | None:
 
 
 def _cache(tensors: Sequence[Tensor]) -> Any:
-    """Keys and values of each layer in turn, as transformers keeps them, all of them to the full length."""
+    """Return keys and values of each layer in transformers' cache, to their full length."""
     from transformers.cache_utils import DynamicCache
 
     return DynamicCache(list(zip(tensors[0::2], tensors[1::2], strict=True)))
@@ -145,7 +145,7 @@ class _LanguageModel(nn.Module):
 def _causal(model: Any) -> ir.Model:
     _require_fixed_positions(model)
     ids = torch.ones((2, 5), dtype=torch.int64)
-    with torch.no_grad():  # tells how the model keeps keys and values
+    with torch.no_grad():  # shows how the model keeps keys and values
         past = [torch.zeros_like(tensor)[:, :, :3] for tensor in _tensors(model(ids, use_cache=True).past_key_values)]
     past_axes = [{0: BATCH, 2: "past"}] * len(past)
     with onnx_attention(model):
@@ -182,7 +182,7 @@ def _example_source(model: Any) -> dict[str, Tensor]:
 
 
 class _SourceEncoder(nn.Module):
-    """The encoder, and the keys and values that every layer of the decoder makes of its output."""
+    """Run the encoder, and make the keys and values of its output for every layer of the decoder."""
 
     def __init__(self, model: Any) -> None:
         super().__init__()
@@ -205,7 +205,7 @@ class _SourceEncoder(nn.Module):
 
 
 class _TargetDecoder(nn.Module):
-    """The decoder, which is given the keys and values of the source."""
+    """Run the decoder on given keys and values of the source."""
 
     def __init__(self, model: Any, *, masked: bool) -> None:
         super().__init__()
@@ -220,7 +220,7 @@ class _TargetDecoder(nn.Module):
         cache = EncoderDecoderCache(_cache(past), _cache(cross))
         cache.is_updated = dict.fromkeys(range(len(cross) // 2), True)
         B, _, S, _ = cross[0].shape
-        # Nobody reads the encoder's output any more, but for its length.
+        # Only the length of the encoder's output is still read.
         hidden_BSD = cross[0].new_zeros((B, S, self.model.config.get_text_config(decoder=True).hidden_size))
         options = {"attention_mask": mask} if self.masked else {}
         found = self.model(

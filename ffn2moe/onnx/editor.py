@@ -10,18 +10,16 @@ import onnx_ir as ir
 
 BATCH, SEQUENCE = "batch", "sequence"
 
-# --- editing a graph ------------------------------------------------------------------------------------------------
-
 
 class Editor:
-    """Adds nodes and constants to a graph; what is left without a use goes in `finish`."""
+    """Add nodes and constants to a graph; `finish` removes unused ones."""
 
     def __init__(self, model: ir.Model) -> None:
         self.graph = model.graph
         self.at: ir.Node | None = None  # new nodes come before this one; at the end when None
 
     def constant(self, name: str, array: np.ndarray) -> ir.Value:
-        """An initializer of that name; asked for twice, it is the same one."""
+        """Return the initializer of this name, adding it the first time."""
         if name not in self.graph.initializers:
             value = ir.val(name, const_value=ir.tensor(np.asarray(array, order="C"), name=name))
             self.graph.initializers[name] = value
@@ -37,7 +35,7 @@ class Editor:
         name: str | None = None,
         **attributes: Any,
     ) -> Sequence[ir.Value]:
-        """Adds one node and gives its outputs."""
+        """Add one node and return its outputs."""
         node = ir.node(op, inputs, attributes, domain=domain, num_outputs=outputs, name=name)
         if self.at is None:
             self.graph.append(node)
@@ -48,19 +46,19 @@ class Editor:
     def node(
         self, op: str, *inputs: ir.Value | None, domain: str = "", name: str | None = None, **attributes: Any
     ) -> ir.Value:
-        """Adds one node with one output and gives that."""
+        """Add one node with one output and return that."""
         return self.nodes(op, inputs, domain=domain, name=name, **attributes)[0]
 
 
 def constant_of(value: ir.Value | None) -> np.ndarray | None:
-    """The array behind a constant value, else None."""
+    """Return the array behind a constant value, else None."""
     if value is None or value.const_value is None:
         return None
     return value.const_value.numpy()
 
 
 def replace(old: ir.Value, new: ir.Value) -> None:
-    """Every use of `old`, as an input of a node or an output of the graph, becomes one of `new`."""
+    """Replace every use of `old`, as an input of a node or an output of the graph, by `new`."""
     new.shape, new.type = old.shape, old.type
     if old.is_graph_output():
         new.name, old.name = old.name, None
@@ -68,7 +66,7 @@ def replace(old: ir.Value, new: ir.Value) -> None:
 
 
 def only_use(value: ir.Value) -> ir.Node | None:
-    """The one node that uses the value; None if there are more or fewer, or if the graph gives it out."""
+    """Return the one node that uses the value; None if there are more or fewer, or if the graph outputs it."""
     uses = list(value.uses())
     return uses[0].node if len(uses) == 1 and not value.is_graph_output() else None
 

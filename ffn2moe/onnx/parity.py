@@ -1,6 +1,6 @@
-"""How far a graph is from PyTorch, on batches whose routing rounding cannot decide.
+"""Measure how far a graph is from PyTorch, on batches whose routing is not decided by rounding.
 
-A *sample* is one batch of what a model reads, by name: `input_ids` and `attention_mask` [B, L], with the padding on
+A *sample* is one batch of a model's inputs, by name: `input_ids` and `attention_mask` [B, L], with the padding on
 the left for a language model; `decoder_input_ids` [B, L] beside the source of a seq2seq model; `pixel_values` or
 `input_features`. Letters as in `ffn2moe.spec`.
 """
@@ -27,7 +27,7 @@ Sample = Mapping[str, np.ndarray]
 Run = Callable[[Sample], Mapping[str, np.ndarray]]
 # Two experts closer than this share of the layer's typical score may swap by rounding alone.
 NEAR_TIE = 1e-5
-# What a plan is judged by, of all that a model with this head gives.
+# The output that a plan is judged by, for each head.
 MAIN_OUTPUT: dict[Head, str] = {
     "embedding": "sentence_embedding",
     "causal": "logits",
@@ -41,7 +41,7 @@ LONGEST_ANSWER = 16  # tokens of a seq2seq model's decoder
 
 @dataclass(frozen=True)
 class Reference:
-    """What PyTorch makes of one sample, and how sure its routing is of each row."""
+    """PyTorch's outputs for one sample, and how sure its routing is of each row."""
 
     sample: Sample
     outputs: Mapping[str, np.ndarray]
@@ -49,7 +49,7 @@ class Reference:
     choices: tuple[np.ndarray, ...]  # of each layer, as indicators [B, L, E], false at padding
 
     def counts(self, output: str) -> np.ndarray:
-        """Which rows [B], or tokens [B, L], of an output mean something: not the padding."""
+        """Return which rows [B], or tokens [B, L], of an output are not padding."""
         mask_BL = self.sample.get("attention_mask")
         shape = self.outputs[output].shape
         if len(shape) == 3 and mask_BL is not None and "decoder_input_ids" not in self.sample:
@@ -59,7 +59,7 @@ class Reference:
 
 
 def torch_outputs(model: Any, head: Head, sample: Sample, pooling: Pooling | None) -> dict[str, Tensor]:
-    """What a transformers model with this head makes of a sample, under the names that its graph uses."""
+    """Return the outputs of a transformers model with this head, under the names that its graph uses."""
     inputs = {name: torch.from_numpy(array) for name, array in sample.items()}
     if head == "causal":
         inputs["position_ids"] = (inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0)
@@ -85,7 +85,7 @@ def reference(
     *,
     tanh: bool = False,
 ) -> list[Reference]:
-    """PyTorch's outputs for samples; with `tanh`, plain experts use GELU's tanh form."""
+    """Return PyTorch's outputs for samples; with `tanh`, plain experts use GELU's tanh form."""
     model.eval()
     in_decoder = {
         id(module): head == "seq2seq" and "decoder." in name
@@ -151,12 +151,12 @@ class Parity:
 
     @property
     def relative(self) -> float:
-        """The largest difference, of an output whose numbers are above 1 as a share of their spread."""
+        """The largest difference; where an output spreads by more than 1, as a share of that spread."""
         return float(np.max([value / max(1, self.scales[name]) for name, value in self.by_output.items()]))
 
 
 def parity(run: Run, references: Sequence[Reference], only: Sequence[np.ndarray] | None = None) -> Parity:
-    """Compares a graph with PyTorch on every row whose routing is no near tie, padding left out.
+    """Compare a graph with PyTorch on every row whose routing is not a near tie, without the padding.
 
     `only` names the rows [B] of each sample to compare, where others are known to differ.
 
@@ -192,7 +192,7 @@ def parity(run: Run, references: Sequence[Reference], only: Sequence[np.ndarray]
 
 
 def same_choices(first: Sequence[Reference], second: Sequence[Reference]) -> list[np.ndarray]:
-    """For each sample, the rows [B] all of whose tokens go to the same experts in both."""
+    """Return for each sample the rows [B] whose tokens all go to the same experts in both."""
     return [
         np.all([(a == b).all(axis=(1, 2)) for a, b in zip(one.choices, other.choices, strict=True)], axis=0)
         if one.choices
@@ -202,9 +202,9 @@ def same_choices(first: Sequence[Reference], second: Sequence[Reference]) -> lis
 
 
 def agreement(run: Run, references: Sequence[Reference], output: str) -> float:
-    """How well an output points in PyTorch's direction, at most 1: for graphs that are not meant to be equal.
+    """Return how well an output points in PyTorch's direction, at most 1: for graphs that are not meant to be equal.
 
-    The mean cosine of sentence embeddings; of any other output, one correlation over all its numbers.
+    It is the mean cosine of sentence embeddings, and for any other output one correlation over all its numbers.
     ValueError for an output that is NaN or infinite.
     """
     pairs = []
@@ -224,9 +224,9 @@ def agreement(run: Run, references: Sequence[Reference], output: str) -> float:
 
 
 def text_samples(ids: Sequence[Sequence[int]], head: Head, seed: int) -> Iterator[Sample]:
-    """Texts, as token ids, in batches of random sizes, each cut to a random length of at least one token.
+    """Yield texts, as token ids, in batches of random sizes, each truncated to a random length from one token up.
 
-    Those of a language model are padded on the left; of a seq2seq model's, the next texts are the answers.
+    Texts of a language model are padded on the left; a seq2seq model takes the next texts as answers.
     """
     random = np.random.default_rng(seed)
     start = 0
@@ -245,7 +245,7 @@ def text_samples(ids: Sequence[Sequence[int]], head: Head, seed: int) -> Iterato
 
 
 def random_samples(model: Any, spec: MoESpec, count: int, seed: int = 0) -> list[Sample]:
-    """Samples of `count` rows together, made of random token ids, pixels or sounds, whatever the model reads."""
+    """Return samples of `count` rows in all, of random token ids, pixels or sounds, whatever the model reads."""
     random = np.random.default_rng(seed)
     name = model.main_input_name
     if name == "input_ids":
@@ -268,7 +268,7 @@ def random_samples(model: Any, spec: MoESpec, count: int, seed: int = 0) -> list
 
 
 def input_shape(model: Any) -> tuple[int, ...]:
-    """Shape of one image or sound that the model reads: [channels, H, W] or [mel bins, frames]."""
+    """Return the shape of one image or sound that the model reads: [channels, H, W] or [mel bins, frames]."""
     config = model.config
     if model.main_input_name == "input_features":  # Whisper takes 30 seconds, always: two frames a position
         return config.num_mel_bins, 2 * config.max_source_positions

@@ -1,4 +1,4 @@
-"""An export laid out as other libraries expect to find a model."""
+"""Write an export as a folder that other libraries open."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from pathlib import Path
 
 from ffn2moe.runtime.files import checked_files, default_plan, read_manifest
 
-MODULES = ("Transformer", "Pooling", "Normalize")  # what sentence-transformers chains: our embeddings are unit vectors
+MODULES = ("Transformer", "Pooling", "Normalize")  # the chain of sentence-transformers; the embeddings are unit vectors
 _POOLING = {"mean": "pooling_mode_mean_tokens", "cls": "pooling_mode_cls_token"}
 
 
 def sentence_transformers_folder(export: str | Path, out: str | Path, plan: str | None = None) -> Path:
-    """Write a folder that ``SentenceTransformer(out, backend="onnx")`` opens with no code of ours, and return it.
+    """Write a folder that ``SentenceTransformer(out, backend="onnx")`` opens without this package, and return it.
 
     It holds one plan's graph (by default the one that the benchmark chose) as ``onnx/model.onnx``, the tokenizer and
     the pooling; sentence-transformers reads the graph's output `last_hidden_state` and pools it itself. Written beside

@@ -21,7 +21,7 @@ from ffn2moe.onnx.editor import BATCH, SEQUENCE, Editor, constant_of, only_use, 
 
 
 def finish(model: ir.Model) -> None:
-    """Drops what has no use and makes the bytes depend on the computation alone."""
+    """Drop unused parts and make the bytes depend on the computation alone."""
     for tidy in (
         LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
         DeduplicateInitializersPass(size_limit=16),  # shapes and axes; equal weights keep their own names
@@ -42,7 +42,7 @@ def finish(model: ir.Model) -> None:
 
 
 def _name(graph: ir.Graph) -> None:
-    """Names by content where a parameter gives one, else by position."""
+    """Name values by the parameter they come from, if there is one, else by position."""
     names: dict[ir.Value, str] = {}
     for node in graph:
         bias = node.inputs[2] if node.op_type == "Gemm" and len(node.inputs) > 2 else None
@@ -73,14 +73,14 @@ def _name(graph: ir.Graph) -> None:
                 value.name = f"t{position}" if len(node.outputs) == 1 else f"t{position}_{index}"
 
 
-# --- rewriting what the exporter gives ------------------------------------------------------------------------------
+# --- rewriting the exporter's graph ---------------------------------------------------------------------------------
 
 
 _TRANSPOSED = ".transposed"
 
 
 def fold_transposed_weights(model: ir.Model) -> None:
-    """``x @ weight.T`` with a weight so large that the exporter leaves the transposition to every run."""
+    """Transpose the weight of ``x @ weight.T`` once: the exporter leaves a large one to every run."""
     editor = Editor(model)
     for node in [node for node in model.graph if node.op_type == "Transpose"]:
         weight = constant_of(node.inputs[0])
@@ -89,9 +89,9 @@ def fold_transposed_weights(model: ir.Model) -> None:
 
 
 def attention_without_transposes(model: ir.Model) -> None:
-    """Attention on heads [B, H, L, d], with transposes around it, becomes the same op on [B, L, D].
+    """Put attention on heads [B, H, L, d], with transposes around it, as the same op on [B, L, D].
 
-    The op splits heads itself when it is told their number; one copy fewer of each of its four tensors.
+    The op splits heads itself when it gets their number, which saves a copy of each of its four tensors.
     """
     editor = Editor(model)
     for node in [node for node in model.graph if node.op_type == "Attention"]:
@@ -112,14 +112,14 @@ def attention_without_transposes(model: ir.Model) -> None:
 
 
 def _before_head_split(heads_BHLd: ir.Value | None) -> ir.Value | None:
-    """x [B, L, D] of ``x.view(B, L, H, d).transpose(1, 2)``."""
+    """Return x [B, L, D] of ``x.view(B, L, H, d).transpose(1, 2)``."""
     transpose = produced_by(heads_BHLd, "Transpose")
     reshape = produced_by(transpose.inputs[0], "Reshape") if transpose and _swaps_heads(transpose) else None
     return reshape.inputs[0] if reshape is not None and _is_hidden(reshape.inputs[0]) else None
 
 
 def _after_head_merge(heads_BHLd: ir.Value) -> ir.Value | None:
-    """y [B, L, D] of ``heads.transpose(1, 2).reshape(B, L, D)``."""
+    """Return y [B, L, D] of ``heads.transpose(1, 2).reshape(B, L, D)``."""
     transpose = only_use(heads_BHLd)
     if transpose is None or transpose.op_type != "Transpose" or not _swaps_heads(transpose):
         return None
@@ -133,7 +133,7 @@ def _swaps_heads(transpose: ir.Node) -> bool:
     return list(transpose.attributes["perm"].value) == [0, 2, 1, 3]
 
 
-# Ops that act on each number or on the last axis, and so do not care how tokens are laid out.
+# These ops act on each number or on the last axis, so the layout of tokens does not matter.
 _TOKEN_WISE = frozenset(
     (
         *("Add", "Sub", "Mul", "Div", "Gelu", "Relu", "Tanh", "Sigmoid", "Erf", "MatMul"),
@@ -143,7 +143,7 @@ _TOKEN_WISE = frozenset(
 
 
 def flatten_tokens(model: ir.Model) -> None:
-    """Hidden states [B, L, n] become [T, n] wherever tokens do not see each other."""
+    """Reshape hidden states [B, L, n] to [T, n] wherever tokens do not see each other."""
     graph = model.graph
     editor = Editor(model)
     editor.at = graph[0]
@@ -174,7 +174,7 @@ def flatten_tokens(model: ir.Model) -> None:
 
 
 def _as_tokens(editor: Editor, hidden: ir.Value) -> ir.Value:
-    """The value [B, L, n] as [T, n]: where it came from, if it was that before."""
+    """Return the value [B, L, n] as [T, n]: its source, if that has this shape."""
     width = hidden.shape[2]
     reshape = produced_by(hidden, "Reshape")
     if reshape is not None and _is_tokens(reshape.inputs[0], width):
@@ -185,7 +185,7 @@ def _as_tokens(editor: Editor, hidden: ir.Value) -> ir.Value:
 
 
 def _is_hidden(value: ir.Value | None) -> bool:
-    """Whether the value is [B, L, n] for a fixed n."""
+    """Return whether the value is [B, L, n] for a fixed n."""
     shape = None if value is None else value.shape
     if shape is None or len(shape) != 3:
         return False
@@ -193,7 +193,7 @@ def _is_hidden(value: ir.Value | None) -> bool:
 
 
 def _is_tokens(value: ir.Value, width: int) -> bool:
-    """Whether the value is [anything, width]."""
+    """Return whether the value is [anything, width]."""
     return value.shape is not None and len(value.shape) == 2 and value.shape[1] == width
 
 
@@ -214,7 +214,7 @@ def _is_token_wise(node: ir.Node) -> bool:
 
 
 def linear_maps_as_gemm(model: ir.Model) -> None:
-    """``x @ W + b`` on tokens becomes one Gemm: the bias costs no pass over memory of its own."""
+    """Put ``x @ W + b`` on tokens into one Gemm: the bias costs no pass over memory of its own."""
     editor = Editor(model)
     for node in [node for node in model.graph if node.op_type == "Add"]:
         for product, bias in (node.inputs, reversed(node.inputs)):
@@ -232,7 +232,7 @@ def linear_maps_as_gemm(model: ir.Model) -> None:
 
 
 def share_tied_weights(model: ir.Model) -> None:
-    """A map onto the vocabulary whose weight is the embedding table reads that table: it is in the file once."""
+    """Let a map onto the vocabulary read the embedding table where that is its weight: the file holds it once."""
     editor = Editor(model)
     for node in [node for node in model.graph if node.op_type in ("Gemm", "MatMul")]:
         weight = node.inputs[1]

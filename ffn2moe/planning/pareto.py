@@ -1,14 +1,14 @@
-"""What is worth having where two things are wanted at once: as much quality kept, and as fast, as can be."""
+"""Find the points worth having where two things are wanted at once: quality kept and speed."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-Point = tuple[float, float]  # the quality that is kept, and the speed; of both, more is better
+Point = tuple[float, float]  # quality kept and speed; more is better
 
 
 def front(points: Sequence[Point]) -> list[int]:
-    """Places of the points that no other beats, from the most quality to the most speed (Pareto's optimum).
+    """Return the places of the points that no other beats, from most quality to most speed (Pareto's optimum).
 
     One point beats another if it is no worse in either and better in one; of equal points all are kept.
     """
@@ -21,7 +21,7 @@ def front(points: Sequence[Point]) -> list[int]:
 
 
 def cheapest(points: Sequence[Point], keeps: float) -> int | None:
-    """The place of the fastest point that keeps at least this quality; of equally fast ones, the one that keeps most.
+    """Return the place of the fastest point that keeps at least this quality; a tie goes to the most quality.
 
     None where no point keeps that much.
     """

@@ -17,14 +17,11 @@ if TYPE_CHECKING:
 from ffn2moe.runtime.batching import pad
 from ffn2moe.runtime.files import padding_id
 
-PREFILL_TOKENS = 512  # of a prompt at once: the logits of all of them are in memory together
-
-
-# --- models that generate -------------------------------------------------------------------------------------------
+PREFILL_TOKENS = 512  # read at once from a prompt: the logits of all of them are in memory together
 
 
 class _Decoder:
-    """A graph that decodes with a cache: what language models and the decoders of seq2seq models share."""
+    """Decode with a cache: the part that language models and the decoders of seq2seq models share."""
 
     def __init__(
         self,
@@ -43,7 +40,7 @@ class _Decoder:
         self._model: Mapping[str, Any] = manifest["model"]
         self._pad_id = padding_id(path / "tokenizer", tokenizer)
         self._outputs = list(self._graph.outputs)
-        # Shapes [B, H, tokens, d] of the cached keys and values.
+        # The cached keys and values have shapes [B, H, tokens, d].
         self._cache_shapes = {
             name: shape for name, shape in self._graph.inputs.items() if name.startswith("past_key_values.")
         }
@@ -53,7 +50,7 @@ class _Decoder:
 
     @property
     def longest(self) -> int | None:
-        """Tokens that the model can hold, prompt and answer together; None where nothing limits them."""
+        """The tokens that the model can hold, prompt and answer together; None without a limit."""
         limit = self._model["positions"]
         return None if limit is None else int(limit)
 
@@ -64,7 +61,7 @@ class _Decoder:
         }
 
     def _step(self, ids_BL: np.ndarray, cache: dict[str, Any], others: Mapping[str, Any]) -> np.ndarray:
-        """Logits [B, L, V] of the next tokens; the cache is replaced by the longer one."""
+        """Return logits [B, L, V] after these tokens, and replace the cache by the longer one."""
         found = self._graph.run_values(self._outputs, {"input_ids": ids_BL, **others, **cache})
         by_name = dict(zip(self._outputs, found, strict=True))
         for name in cache:
@@ -76,7 +73,7 @@ class _Decoder:
             raise ValueError(f"{what} has {tokens} tokens, but this model can hold {self.longest}: shorten it")
 
     def _pieces(self, tokens: Iterator[int], before: Sequence[int]) -> Iterator[str]:
-        """Text of tokens as it becomes certain: a character may need several, and a space the token before it."""
+        """Yield text as it becomes certain: a character may need several tokens, and a space the token before it."""
         ids = list(before)
         start, read = max(0, len(ids) - 6), len(ids)
         for token in tokens:
@@ -98,7 +95,7 @@ class _Decoder:
         sampler: Callable[[np.ndarray], np.ndarray],
         stop_at_end: bool,
     ) -> Iterator[np.ndarray]:
-        """Tokens [B] one after the other; -1 for a row that has ended. `proceed` takes them and gives new logits."""
+        """Yield tokens [B] step by step, -1 for a row that has ended. `proceed` takes them and returns new logits."""
         ends = set(self._model["eos_token_ids"]) if stop_at_end else set()
         done_B = np.zeros(len(logits_BV), dtype=bool)
         for step in range(steps):
@@ -115,8 +112,11 @@ class _Decoder:
 
 
 def _sampler(temperature: float, top_p: float, seed: int) -> Callable[[np.ndarray], np.ndarray]:
-    """Draws a token of each row of logits [B, V]: the best at temperature 0, else from the fewest most likely ones
-    that have `top_p` of the probability together."""
+    """Return a function that draws a token for each row of logits [B, V].
+
+    At temperature 0 it takes the likeliest, else it draws from the fewest likeliest that together
+    have `top_p` of the probability.
+    """
     if not (math.isfinite(temperature) and temperature >= 0):
         raise ValueError(f"temperature = {temperature} must be a number from 0 (always the likeliest token) up")
     if not 0 < top_p <= 1:
@@ -143,10 +143,10 @@ def _sampler(temperature: float, top_p: float, seed: int) -> Callable[[np.ndarra
 class CausalExport(_Decoder):
     """An open export of a language model: `generate` text, or ask for `logits`, `score` and `perplexity`."""
 
-    goes_on = True  # what is generated belongs behind the prompt
+    continues_prompt = True  # the generated text belongs behind the prompt
 
     def token_ids(self, prompt: str | Sequence[int]) -> list[int]:
-        """Token ids of a prompt, with what the tokenizer puts before a text; ids are taken as they are."""
+        """Return the token ids of a prompt, with the tokenizer's own first tokens; ids are taken as they are."""
         ids = self._tokenizer.encode(prompt).ids if isinstance(prompt, str) else [int(token) for token in prompt]
         if not ids and self._model["bos_token_id"] is not None:
             ids = [int(self._model["bos_token_id"])]
@@ -167,10 +167,10 @@ class CausalExport(_Decoder):
         seed: int = 0,
         stop_at_end: bool = True,
     ) -> Iterator[str]:
-        """The continuation of a prompt, piece by piece as it is made.
+        """Yield the continuation of a prompt, piece by piece.
 
-        It ends with the model's end token (unless `stop_at_end` is false), after `max_new_tokens`, or where the
-        model can hold no more. ValueError for a prompt that is longer than that, or parameters out of range.
+        It ends with the model's end token (unless `stop_at_end` is false), after `max_new_tokens`, or where the model
+        can hold no more. ValueError for a longer prompt, or parameters out of range.
         """
         ids = self.token_ids(prompt)
         tokens = self.generate_tokens(
@@ -193,7 +193,7 @@ class CausalExport(_Decoder):
         seed: int = 0,
         stop_at_end: bool = True,
     ) -> Iterator[np.ndarray]:
-        """Token ids [B] of each step of a batch of prompts of any lengths, int64; -1 where a text has ended."""
+        """Yield token ids [B], int64, for each step of a batch of prompts of any lengths; -1 where a text has ended."""
         if isinstance(prompts, str):
             raise ValueError("generate_tokens takes a list of prompts: write generate_tokens([prompt])")
         if max_new_tokens < 1:
@@ -223,7 +223,7 @@ class CausalExport(_Decoder):
         return run()
 
     def run(self, ids_BL: np.ndarray, mask_BL: np.ndarray, cuts: Sequence[int] = ()) -> np.ndarray:
-        """Logits [B, L, V] of token ids and their mask, int64 [B, L], padded on either side.
+        """Return logits [B, L, V] of token ids and their mask, int64 [B, L], padded on either side.
 
         The tokens go in at once, or in parts that end before the positions `cuts`, through the cache.
         """
@@ -236,12 +236,12 @@ class CausalExport(_Decoder):
         return np.concatenate(parts, axis=1)
 
     def outputs(self, sample: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Logits of a sample of `ffn2moe.onnx.parity`: half of it read at once, the rest token by token."""
+        """Return logits of a sample of `ffn2moe.onnx.parity`: half of it is read at once, the rest token by token."""
         length = sample["input_ids"].shape[1]
         return {"logits": self.run(sample["input_ids"], sample["attention_mask"], _half_then_each(length))}
 
     def logits(self, prompt: str | Sequence[int]) -> np.ndarray:
-        """Logits [L, V] after each token of a prompt; ValueError for one that is longer than the model can hold."""
+        """Return logits [L, V] after each token of a prompt; ValueError for one longer than the model can hold."""
         ids = self.token_ids(prompt)
         self._require_room(len(ids), "the prompt")
         ids_BL, mask_BL = pad([ids], self._pad_id)
@@ -249,20 +249,20 @@ class CausalExport(_Decoder):
         return logits_LV
 
     def score(self, text: str | Sequence[int]) -> tuple[float, int]:
-        """Minus the logarithm of a text's probability, in nats, and the number of tokens that were foretold.
+        """Return minus the logarithm of a text's probability, in nats, and the number of predicted tokens.
 
-        The first token is given. What is longer than the model can hold is cut.
+        The first token is given. A text longer than the model can hold is truncated.
         """
         ids = self.token_ids(text)[: self.longest]
         if len(ids) < 2:
-            raise ValueError("the text has no second token to foretell: give a longer one")
+            raise ValueError("the text has no second token to predict: give a longer one")
         z_LV = self.logits(ids)[:-1].astype(np.float64)
         z_LV -= z_LV.max(-1, keepdims=True)
         nats_L = np.log(np.exp(z_LV).sum(-1)) - np.take_along_axis(z_LV, np.array(ids[1:])[:, None], axis=1)[:, 0]
         return float(nats_L.sum()), len(nats_L)
 
     def perplexity(self, texts: Sequence[str]) -> float:
-        """exp of the mean nats per token over texts, each cut to what the model can hold."""
+        """Return exp of the mean nats per token over texts, each truncated to the tokens that the model can hold."""
         if isinstance(texts, str):
             raise ValueError("perplexity takes a list of texts: write perplexity([text])")
         nats, tokens = zip(*map(self.score, texts), strict=True)
@@ -272,10 +272,10 @@ class CausalExport(_Decoder):
 class Seq2SeqExport(_Decoder):
     """An open export of an encoder with a decoder: `generate` from a text, or from speech features."""
 
-    goes_on = False
+    continues_prompt = False
 
     def source(self, texts: Sequence[str]) -> dict[str, np.ndarray]:
-        """The encoder's input for texts."""
+        """Return the encoder's input for texts."""
         for index, text in enumerate(texts):
             if not text.strip():
                 raise ValueError(f"text {index} is empty: there is nothing to answer; leave it out")
@@ -283,7 +283,7 @@ class Seq2SeqExport(_Decoder):
         return {"input_ids": ids_BL, "attention_mask": mask_BL}
 
     def encode(self, source: Mapping[str, np.ndarray]) -> dict[str, Any]:
-        """What the decoder reads of a source: keys and values of each of its layers, and the source's mask."""
+        """Return the decoder's input from a source: keys and values for each of its layers, and the source's mask."""
         assert self._encoder is not None
         names = list(self._encoder.outputs)
         found = dict(zip(names, self._encoder.run_values(names, source), strict=True))
@@ -304,10 +304,10 @@ class Seq2SeqExport(_Decoder):
         seed: int = 0,
         stop_at_end: bool = True,
     ) -> Iterator[str]:
-        """The answer to a text, or to the encoder's input (`input_features` [1, mel bins, frames] of speech).
+        """Yield the answer to a text, or to the encoder's input (`input_features` [1, mel bins, frames] for speech).
 
-        `decoder_ids` is what the answer begins with, after the model's start token (language and task, in
-        Whisper). It ends as that of a language model does.
+        `decoder_ids` begin the answer, after the model's start token (language and task, in Whisper). It ends as the
+        answer of a language model does.
         """
         prepared = self.source([source]) if isinstance(source, str) else source
         begin = [int(self._model["decoder_start_token_id"]), *decoder_ids]
@@ -333,7 +333,7 @@ class Seq2SeqExport(_Decoder):
         seed: int = 0,
         stop_at_end: bool = True,
     ) -> Iterator[np.ndarray]:
-        """Token ids [B] of each step of the answers to a batch, int64; -1 where an answer has ended."""
+        """Yield token ids [B], int64, for each step of the answers to a batch; -1 where an answer has ended."""
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens = {max_new_tokens} must be 1 or more")
         begin = [int(self._model["decoder_start_token_id"]), *decoder_ids]
@@ -355,19 +355,19 @@ class Seq2SeqExport(_Decoder):
         return run()
 
     def run(self, source: Mapping[str, np.ndarray], decoder_ids_BL: np.ndarray, cuts: Sequence[int] = ()) -> np.ndarray:
-        """Logits [B, L, V] of the decoder's tokens, int64 [B, L], of which it reads a part after the other."""
+        """Return logits [B, L, V] of the decoder's tokens, int64 [B, L], read in parts that end before `cuts`."""
         read, cache = self.encode(source), self._empty_cache(len(decoder_ids_BL))
         edges = [0, *cuts, decoder_ids_BL.shape[1]]
         parts = [self._step(decoder_ids_BL[:, start:end], cache, read) for start, end in pairwise(edges)]
         return np.concatenate(parts, axis=1)
 
     def outputs(self, sample: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Logits of a sample of `ffn2moe.onnx.parity`: half of the answer read at once, the rest token by token."""
+        """Return logits of a sample of `ffn2moe.onnx.parity`: half the answer at once, the rest token by token."""
         source = {name: array for name, array in sample.items() if name != "decoder_input_ids"}
         ids_BL = sample["decoder_input_ids"]
         return {"logits": self.run(source, ids_BL, _half_then_each(ids_BL.shape[1]))}
 
 
 def _half_then_each(length: int) -> range:
-    """Where to cut a text of so many tokens, to see both ways of reading it."""
+    """Return the positions that split a text into a half read at once and single tokens."""
     return range(max(1, length // 2), length)

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 
 class Export:
-    """An open export of an encoder of texts. `encode` texts, or `run` token ids; `plan` says how it is executed."""
+    """An open export of a text encoder: `encode` texts, or `run` token ids. `plan` says how it is executed."""
 
     def __init__(
         self,
@@ -54,11 +54,11 @@ class Export:
 
     @property
     def width(self) -> int:
-        """Dimensions of an embedding."""
+        """The dimensions of an embedding."""
         return int(self.manifest["spec"]["stacks"][0]["width"])
 
     def token_ids(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of each text, cut to the export's length."""
+        """Return the token ids of each text, truncated to the export's length."""
         if isinstance(texts, str):
             raise ValueError("encode takes a list of texts: write encode([text])")
         for index, text in enumerate(texts):
@@ -67,10 +67,10 @@ class Export:
         return [encoding.ids for encoding in self._tokenizer.encode_batch(list(texts))]
 
     def encode(self, texts: Sequence[str], *, batch_tokens: int = BATCH_TOKENS) -> np.ndarray:
-        """Embeddings of unit length, float32 [N, D], in the order of `texts`; ValueError for an empty text.
+        """Return embeddings of unit length, float32 [N, D], in the order of `texts`; ValueError for an empty text.
 
-        Texts are batched with others of their length, up to `batch_tokens` with padding. In an int8 plan the scale
-        of the activations is that of the batch, so an embedding depends a little on its neighbours.
+        Texts are batched with others of their length, up to `batch_tokens` with padding. In an int8 plan the batch has
+        one scale of the activations, so an embedding depends a little on its neighbours.
         """
         ids = self.token_ids(texts)
         embeddings_ND = np.empty((len(ids), self.width), dtype=np.float32)
@@ -82,26 +82,26 @@ class Export:
         return embeddings_ND
 
     def batch(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """Token ids and mask of the texts as one batch, int64 [B, L] each."""
+        """Return token ids and mask of the texts as one batch, int64 [B, L] each."""
         return pad(self.token_ids(texts), self._pad_id)
 
     def run(self, ids_BL: np.ndarray, mask_BL: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Hidden states [B, L, D] and embeddings [B, D] of token ids and their mask, int64 [B, L]."""
+        """Return hidden states [B, L, D] and embeddings [B, D] of token ids and their mask, int64 [B, L]."""
         hidden_BLD, embedding_BD = self._graph.run(
             ["last_hidden_state", "sentence_embedding"], {"input_ids": ids_BL, "attention_mask": mask_BL}
         )
         return hidden_BLD, embedding_BD
 
     def fix(self, shapes: Iterable[tuple[int, int]]) -> None:
-        """Compile for batches [B, L] of these shapes apart, where the plan's engine is OpenVINO, and for no others.
+        """Compile the graph for exactly these batches [B, L], in place of earlier ones, where the engine is OpenVINO.
 
-        The first batch of each takes longer, and each takes memory (docs/decisions/0015). Batches that are a little
-        smaller are padded to it; all others run as before.
+        The first batch of each shape takes longer, and each takes memory (docs/decisions/0015). Slightly smaller
+        batches are padded to it; all others run as before.
         """
         self._graph.fix(shapes)
 
     def outputs(self, sample: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Every output by name, of a sample of `ffn2moe.onnx.parity`."""
+        """Return every output by name for a sample of `ffn2moe.onnx.parity`."""
         hidden_BLD, embedding_BD = self.run(sample["input_ids"], sample["attention_mask"])
         return {"last_hidden_state": hidden_BLD, "sentence_embedding": embedding_BD}
 
@@ -113,8 +113,7 @@ def open_export(
     providers: Sequence[str] = CPU,
     precision: Precision | None = None,
 ) -> Any:
-    """Open the export in folder `path`: an `Export` of embeddings, or a `CausalExport`, `Seq2SeqExport` or
-    `ModelExport`, by the head of the model.
+    """Open the export in folder `path` as an `Export`, `CausalExport`, `Seq2SeqExport` or `ModelExport`, by its head.
 
     `plan` None takes what was chosen by measuring (plan.json, `ffn2moe.planning.plan_file`), or `sorted` where nothing
     was. If several plans were chosen, each batch runs on the one for its shape, opened when it is first needed
@@ -175,7 +174,7 @@ def open_graphs(
 
 
 def opened(path: Path, plan: str, manifest: Mapping[str, Any], graphs: Sequence[Graph]) -> Any:
-    """The object for the head of the export, over sessions that are open: its graph, and then its encoder's."""
+    """Return the object for the head of the export over open graphs: its own, and then its encoder's."""
     head, spec = manifest["spec"]["head"], manifest["spec"]
     tokenizer = None
     if manifest.get("model", {}).get("reads", "text") != "images":
@@ -189,7 +188,7 @@ def opened(path: Path, plan: str, manifest: Mapping[str, Any], graphs: Sequence[
 
 
 class ModelExport:
-    """An open export of a classifier, or of a model that gives hidden states: `run` it on what it reads."""
+    """An open export of a classifier, or of a model that gives hidden states: `run` it on its inputs."""
 
     def __init__(
         self,
@@ -212,15 +211,15 @@ class ModelExport:
 
     @property
     def inputs(self) -> tuple[str, ...]:
-        """Names of what it reads: `input_ids` and `attention_mask`, or `pixel_values` [B, channels, H, W]."""
+        """The names of its inputs: `input_ids` and `attention_mask`, or `pixel_values` [B, channels, H, W]."""
         return tuple(self._graph.inputs)
 
     def batch(self, texts: Sequence[str]) -> dict[str, np.ndarray]:
-        """Token ids and mask of texts as one batch, int64 [B, L] each."""
+        """Return token ids and mask of texts as one batch, int64 [B, L] each."""
         if self._tokenizer is None:
             raise ValueError("this model reads images: give `run` their pixel_values [B, channels, height, width]")
         if isinstance(texts, str):
-            raise ValueError("a list of texts is wanted: write [text]")
+            raise ValueError("batch takes a list of texts: write [text]")
         for index, text in enumerate(texts):
             if not text.strip():
                 raise ValueError(f"text {index} is empty: leave it out")
@@ -228,17 +227,17 @@ class ModelExport:
         return {"input_ids": ids_BL, "attention_mask": mask_BL}
 
     def run(self, **inputs: np.ndarray) -> dict[str, np.ndarray]:
-        """Outputs by name: `logits` [B, classes] of a classifier, `last_hidden_state` [B, L, D] of the others."""
+        """Return outputs by name: `logits` [B, classes] of a classifier, else `last_hidden_state` [B, L, D]."""
         return dict(zip(self._outputs, self._graph.run(self._outputs, inputs), strict=True))
 
     def fix(self, shapes: Iterable[tuple[int, int]]) -> None:
-        """Compile for batches of texts of these shapes apart, like `Export.fix`."""
+        """Compile the graph for exactly these batches of texts, like `Export.fix`."""
         self._graph.fix(shapes)
 
     def outputs(self, sample: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Every output by name, of a sample of `ffn2moe.onnx.parity`."""
+        """Return every output by name for a sample of `ffn2moe.onnx.parity`."""
         return self.run(**sample)
 
     def classify(self, texts: Sequence[str]) -> np.ndarray:
-        """Logits [N, classes] of texts, in their order."""
+        """Return logits [N, classes] of texts, in their order."""
         return np.concatenate([self.run(**self.batch([text]))["logits"] for text in texts])

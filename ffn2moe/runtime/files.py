@@ -18,7 +18,7 @@ MANIFEST, PLAN_FILE = "manifest.json", "plan.json"
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    """The manifest of the export in folder `path`."""
+    """Return the manifest of the export in folder `path`."""
     file = path / MANIFEST
     if not file.is_file():
         raise FileNotFoundError(
@@ -28,13 +28,13 @@ def read_manifest(path: Path) -> dict[str, Any]:
 
 
 def read_plan(path: Path) -> dict[str, Any] | None:
-    """What the benchmark wrote beside the manifest; None where it has not run."""
+    """Return plan.json, which the benchmark writes beside the manifest; None where it has not run."""
     file = path / PLAN_FILE
     return _read_json(file, ("default_plan", "timings")) if file.is_file() else None
 
 
 def default_plan(path: Path, plans: Mapping[str, Any]) -> str:
-    """The plan that the benchmark chose, or `sorted` where none has run."""
+    """Return the plan that the benchmark chose, or `sorted` where none has run."""
     if not plans:
         raise ValueError(
             f"{path} has no ONNX graphs: make it without --no-onnx, or open {path / 'checkpoint'} with ffn2moe.load"
@@ -51,9 +51,9 @@ def no_such_plan(path: Path, manifest: Mapping[str, Any], plan: str) -> str:
 
 
 def checked_files(path: Path, entry: Mapping[str, Any]) -> list[Path]:
-    """The graphs of one plan: the main one, then its encoder's, if it has one.
+    """Return the graph files of one plan: the main one, then its encoder's, if it has one.
 
-    ValueError if the bytes of any of its files are not those that were exported.
+    ValueError if a file has other bytes than were exported.
     """
     for name, known in {entry["file"]: entry["sha256"], **entry.get("more", {})}.items():
         file = path / name
@@ -68,7 +68,7 @@ def checked_files(path: Path, entry: Mapping[str, Any]) -> list[Path]:
 
 
 def sha256(file: Path) -> str:
-    """The sha256 of a file, in hexadecimal."""
+    """Return the sha256 of a file, in hexadecimal."""
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
@@ -88,7 +88,7 @@ def _read_json(file: Path, keys: Sequence[str]) -> dict[str, Any]:
 
 
 def load_tokenizer(folder: Path, max_length: int | None) -> Tokenizer:
-    """The fast tokenizer saved in `folder`, cutting texts to `max_length` tokens, if any, and padding none."""
+    """Return the fast tokenizer saved in `folder`; it truncates texts to `max_length` tokens, if any, and pads none."""
     from tokenizers import Tokenizer
 
     file = folder / "tokenizer.json"
@@ -104,7 +104,7 @@ def load_tokenizer(folder: Path, max_length: int | None) -> Tokenizer:
 
 
 def padding_id(folder: Path, tokenizer: Tokenizer) -> int:
-    """The id of the padding token; masked positions are never read, so 0 does where there is none."""
+    """Return the id of the padding token, or 0 where there is none: masked positions are never read."""
     config = folder / "tokenizer_config.json"
     token = _read_json(config, ()).get("pad_token") if config.is_file() else None
     name = token["content"] if isinstance(token, dict) else token

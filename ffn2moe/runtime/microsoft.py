@@ -22,7 +22,7 @@ MOE_ACTIVATIONS = {"gelu": "gelu", "gelu_tanh": "gelu", "relu": "relu", "silu": 
 
 
 def swiglu_rows(gate: np.ndarray, up: np.ndarray) -> np.ndarray:
-    """Rows [E, M, ...] of gate and up as the MoE ops take them, [E, 2M, ...]: gate 0, up 0, gate 1, up 1, ..."""
+    """Return rows [E, M, ...] of gate and up as the MoE ops take them, [E, 2M, ...]: gate 0, up 0, gate 1, up 1."""
     E, M, *rest = gate.shape
     return np.stack([gate, up], axis=2).reshape(E, 2 * M, *rest)
 
@@ -33,13 +33,13 @@ def check_plan(plan: Plan, activation: str, gated: bool, providers: Sequence[str
 
 
 def self_test(activation: str, providers: Sequence[str] = CPU, *, gated: bool = False, bits: int = 32) -> float:
-    """Checks that this runtime's `com.microsoft.MoE` routes, weighs and activates as the export expects.
+    """Test that this runtime's `com.microsoft.MoE` routes, weighs and activates as the export expects.
 
     The op changed silently between releases (no softmax in one, hard-coded constants in another), so a tiny layer
     is compared with float64 arithmetic. With 8 or 4 `bits` the op is `com.microsoft.QMoE`, and the layout of its
-    bits, its zero points and its scales are checked too. Gives the largest difference (of QMoE as a share of the
-    largest output); RuntimeError where it is not the op we know. GELU may be the erf or the tanh form: kernels
-    differ, and the manifest says what was measured.
+    bits, its zero points and its scales are checked too. Returns the largest difference (for QMoE as a
+    share of the largest output); RuntimeError where the op computes something else. GELU may be the erf or the tanh
+    form: kernels differ, and the manifest says what was measured.
     """
     op = "com.microsoft.MoE" if bits == 32 else "com.microsoft.QMoE"
     E, K, D, M, T = (4, 2, 8, 8, 6) if bits == 32 else (4, 2, 2 * BLOCK, BLOCK, 6)
@@ -51,7 +51,7 @@ def self_test(activation: str, providers: Sequence[str] = CPU, *, gated: bool = 
     chosen_TK = np.stack([random.permutation(E)[:K] for _ in range(T)])
     logits_TE = np.full((T, E), MASKED_LOGIT, dtype=np.float32)
     weight_TK = np.full((T, K), 1 / K)
-    if gated:  # gates that differ: a plain FFN's gates are equal, as they always were
+    if gated:  # with different gates; a plain FFN's gates are equal
         weight_TK = random.dirichlet(np.ones(K), T)
     np.put_along_axis(logits_TE, chosen_TK, np.log(weight_TK * K).astype(np.float32), axis=1)
     if gated:
@@ -61,7 +61,7 @@ def self_test(activation: str, providers: Sequence[str] = CPU, *, gated: bool = 
     model = _moe_graph(activation, K, gated, bits, w_in_EMD, b_in_EM, w_out_EDM)
     try:
         (y_TD,) = session(model, threads=1, providers=providers).run(None, {"x": x_TD, "logits": logits_TE})
-    except Exception as error:  # whatever the runtime throws: the op is not usable
+    except Exception as error:  # the runtime raises many types; each means that the op cannot be used
         raise RuntimeError(f"this onnxruntime cannot run {op} ({error}); open the export with plan='sorted'") from error
     if bits != 32:
         w_in_EMD, w_out_EDM = (
@@ -114,7 +114,7 @@ def _moe_graph(
     b_in_EM: np.ndarray,
     w_out_EDM: np.ndarray,
 ) -> bytes:
-    """A model of one MoE or QMoE node, as a plan holds it. Of a gated FFN the rows of the gate come first."""
+    """Return a model of one MoE or QMoE node, as a plan holds it. The gate's rows of a gated FFN come first."""
     from onnx import TensorProto, helper, numpy_helper
 
     width, experts = w_in_EMD.shape[2], w_in_EMD.shape[0]

@@ -1,4 +1,4 @@
-"""One export on several plans: each batch runs on the plan that was chosen for its shape."""
+"""Run one export on several plans: each batch runs on the plan that was chosen for its shape."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from ffn2moe.runtime.workload import distance, fixed
 
 @dataclass(frozen=True)
 class Place:
-    """Where a plan was chosen: for batches of a shape, or for one phase of them.
+    """The batches of a shape, or one phase of them, for which a plan was chosen.
 
-    A `fixed` one is among the shapes that plans of OpenVINO are compiled for apart (`ffn2moe.runtime.workload.fixed`).
+    Plans of OpenVINO are compiled for exactly the `fixed` shapes (`ffn2moe.runtime.workload.fixed`).
     """
 
     batch: int
@@ -27,7 +27,7 @@ class Place:
 
 
 def places(plan_json: Mapping[str, Any], threads: int) -> list[Place]:
-    """What plan.json says for so many threads, or for the number measured that is nearest to it; [] if nothing."""
+    """Return the choices of plan.json for the measured number of threads nearest to this one; [] if there are none."""
     choices = plan_json.get("choices", [])
     if not choices:
         return []
@@ -41,7 +41,7 @@ def places(plan_json: Mapping[str, Any], threads: int) -> list[Place]:
 
 
 class Switch:
-    """A graph that is several: it looks at the batch, and runs it on the graph of the plan that was chosen for it.
+    """Run each batch on the graph of the plan that was chosen for its shape, behind the interface of one graph.
 
     A shape that was not measured takes the plan of the one nearest in tokens. A graph is opened when its plan is first
     needed, and then stays open. Values that one engine keeps are handed to another as arrays.
@@ -61,11 +61,11 @@ class Switch:
 
     @property
     def plans(self) -> tuple[str, ...]:
-        """Every plan that may be needed."""
+        """The plans that may be needed."""
         return tuple(dict.fromkeys(place.plan for place in self._places))
 
     def plan_for(self, batch: int, sequence: int) -> str:
-        """The plan for token ids [batch, sequence]; of a model that writes, a sequence of 1 is a decoding step."""
+        """Return the plan for token ids [batch, sequence]; where a model writes, a sequence of 1 is a decoding step."""
         shape = (batch, sequence)
         if shape not in self._shapes:
             decoding = [place for place in self._places if place.phase == "decode"]
@@ -90,7 +90,7 @@ class Switch:
         return value.graph.array(value.value)
 
     def fix(self, shapes: Iterable[tuple[int, ...]]) -> None:
-        """Each plan has the shapes that it was chosen for: they stay."""
+        """Do nothing: each plan keeps the shapes that it was chosen for."""
 
     def _graph(self, inputs: Mapping[str, Any]) -> Graph:
         plan = self.plan_for(*inputs["input_ids"].shape)
@@ -101,14 +101,14 @@ class Switch:
 
 @dataclass(frozen=True)
 class _Held:
-    """A value, and the graph whose engine keeps it."""
+    """A value and the graph whose engine keeps it."""
 
     value: Any
     graph: Graph
 
 
 def _given(value: Any, graph: Graph) -> Any:
-    """A value as a graph takes it: what its own engine keeps as it is, what another keeps as an array."""
+    """Return a value as a graph takes it: as it is if its own engine keeps it, else as an array."""
     if not isinstance(value, _Held):
         return value
     return value.value if type(value.graph) is type(graph) else value.graph.array(value.value)

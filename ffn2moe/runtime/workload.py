@@ -1,6 +1,6 @@
-"""Workloads: which batches a model is asked to run, and how often each.
+"""Describe workloads: which batches a model runs, and how often each.
 
-Said in a word (`1x16:0.5,32x128:0.5`), or read from a file of real requests and put into a handful of shapes.
+A workload is written in a word (`1x16:0.5,32x128:0.5`), or read from a file of real requests, in a handful of shapes.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-HANDFUL = 6  # shapes that real requests are put into, at most
+HANDFUL = 6  # the most shapes that real requests are grouped into
 FILES = (".txt", ".jsonl", ".csv")
 _EXAMPLE = "write batch x sequence with a weight each, for example 1x16:0.5,32x128:0.5"
 
@@ -45,7 +45,7 @@ class Workload:
 
     @classmethod
     def of(cls, weights: Mapping[tuple[int, int], float], source: str = "given") -> Workload:
-        """Of (batch, sequence) -> weight, on any scale. ValueError for a workload of nothing, or an absurd one."""
+        """Make a workload from (batch, sequence) -> weight on any scale. ValueError for an empty or absurd one."""
         for (batch, sequence), weight in weights.items():
             if batch < 1 or sequence < 1:
                 raise ValueError(
@@ -65,17 +65,17 @@ class Workload:
 
     @property
     def fixed(self) -> set[tuple[int, int]]:
-        """The shapes (batch, sequence) that plans of OpenVINO are compiled for apart."""
+        """The shapes (batch, sequence) that plans of OpenVINO are compiled for."""
         return fixed((shape.batch, shape.sequence, shape.weight) for shape in self.shapes)
 
     @property
     def largest(self) -> Shape:
-        """The shape of the most tokens."""
+        """The shape with most tokens."""
         return max(self.shapes, key=lambda shape: shape.tokens)
 
 
 def parse_workload(text: str) -> Workload:
-    """`BATCHxSEQUENCE[:WEIGHT],...`; without a weight it is 1. ValueError for anything else."""
+    """Parse `BATCHxSEQUENCE[:WEIGHT],...`, where a missing weight is 1. ValueError for anything else."""
     weights: dict[tuple[int, int], float] = {}
     for part in filter(None, (part.strip() for part in text.split(","))):
         shape, _, weight = part.partition(":")
@@ -94,12 +94,12 @@ def parse_workload(text: str) -> Workload:
 
 
 def read_requests(file: str | Path, column: str = "text") -> list[list[str]]:
-    """The batches of texts in a file of requests, in its order; texts without a word are left out.
+    """Return the batches of texts in a file of requests, in its order; texts without a word are left out.
 
-    .txt: a text a line, each asked by itself. .jsonl and .csv: a row each. Its text is in `column`, or in .jsonl a
-    list of texts, which came as one batch. Rows with the same `timestamp` came together, as one batch; a row with a
-    `batch_size` stands for a batch of so many texts like its own. FileNotFoundError, or ValueError with the line that
-    cannot be read.
+    .txt holds a text a line, each a batch of one. .jsonl and .csv hold a row each. Its text is in `column`, which in
+    .jsonl may be a list of texts that came as one batch. Rows with the same `timestamp` came together, as one batch; a
+    row with a `batch_size` stands for a batch of so many texts like its own. FileNotFoundError, or ValueError with the
+    line that cannot be read.
     """
     file = Path(file)
     if file.suffix not in FILES:
@@ -120,7 +120,7 @@ def read_requests(file: str | Path, column: str = "text") -> list[list[str]]:
 
 
 def _rows(file: Path, column: str) -> Iterator[tuple[list[str], str | None]]:
-    """The texts of each row, and its time, if it has one."""
+    """Yield the texts of each row, and its time, if it has one."""
     with file.open(encoding="utf-8", newline="" if file.suffix == ".csv" else None) as stream:
         if file.suffix == ".txt":
             for line in stream:
@@ -144,10 +144,10 @@ def _rows(file: Path, column: str) -> Iterator[tuple[list[str], str | None]]:
 def workload_of(
     batches: Sequence[Sequence[str]], lengths: Callable[[Sequence[str]], Sequence[int]], source: str = "requests"
 ) -> Workload:
-    """The shapes of batches of texts. `lengths` gives the tokens of each text, as the model would cut it.
+    """Return the workload of batches of texts. `lengths` gives the tokens of each text after truncation.
 
-    A batch is as long as its longest text. Batches within a factor of 2 in both are one shape, the medians of theirs;
-    of the shapes at most a handful stay, those that most tokens are in, and the others go to the nearest.
+    A batch is as long as its longest text. Batches within a factor of 2 in both are one shape, their medians. At most a
+    handful of shapes stay, those with most tokens, and the others go to the nearest.
     """
     sizes = [(len(batch), max(lengths(batch))) for batch in batches]
     cells: dict[tuple[int, int], list[tuple[int, int]]] = {}
@@ -167,16 +167,16 @@ def _middle(members: Sequence[tuple[int, int]]) -> tuple[int, int]:
 
 
 def fixed(shapes: Iterable[tuple[int, int, float]]) -> set[tuple[int, int]]:
-    """The shapes (batch, sequence) that are worth a compiled model of their own, of those with their weights.
+    """Return the shapes (batch, sequence) that are worth a compiled model of their own: those with most tokens.
 
-    A handful, as each costs memory: those that most tokens are in.
+    There are at most a handful, as each costs memory.
     """
     most = sorted(shapes, key=lambda shape: (-shape[0] * shape[1] * shape[2], shape))
     return {(batch, sequence) for batch, sequence, _ in most[:HANDFUL]}
 
 
 def distance(one: tuple[int, int], other: tuple[int, int]) -> tuple[float, float]:
-    """How unlike two shapes are in what they cost: first by their tokens, which FFNs see, then by their length."""
+    """Return how much the costs of two shapes differ: first by their tokens, which FFNs see, then by their length."""
     return (
         abs(math.log(one[0] * one[1]) - math.log(other[0] * other[1])),
         abs(math.log(one[1]) - math.log(other[1])),

@@ -32,7 +32,7 @@ class EngineMissing(ValueError):
 
 
 class Graph(Protocol):
-    """An open graph. Shapes name their free axes, or have None there."""
+    """An open graph. A free axis of a shape is a name or None."""
 
     @property
     def inputs(self) -> Mapping[str, Sequence[Any]]: ...
@@ -44,16 +44,16 @@ class Graph(Protocol):
     def precision(self) -> Precision: ...
 
     def run(self, outputs: Sequence[str], inputs: Mapping[str, Any]) -> list[np.ndarray]:
-        """Those outputs as arrays. Inputs are arrays, or values of `run_values`."""
+        """Return these outputs as arrays. Inputs are arrays, or values of `run_values`."""
 
     def run_values(self, outputs: Sequence[str], inputs: Mapping[str, Any]) -> list[Any]:
-        """The same as values that stay where the engine has them: to go into another run, or into `array`."""
+        """Return these outputs as values that stay with the engine, for another run or for `array`."""
 
     def array(self, value: Any) -> np.ndarray:
-        """The array behind a value of `run_values`."""
+        """Return the array behind a value of `run_values`."""
 
     def fix(self, shapes: Iterable[tuple[int, ...]]) -> None:
-        """Be fast for inputs of these shapes (their leading axes) in place of those of before; others run as ever."""
+        """Compile for inputs of these shapes (leading axes), in place of earlier ones; other shapes run as before."""
 
 
 @dataclass(frozen=True)

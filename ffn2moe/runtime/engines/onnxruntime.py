@@ -30,10 +30,10 @@ def import_onnxruntime() -> Any:
 def session(
     graph: str | Path | bytes, *, threads: int | None = None, providers: Sequence[str] = CPU
 ) -> onnxruntime.InferenceSession:
-    """An ONNX Runtime session on `threads` threads (None: one a core), on the named execution providers.
+    """Return an ONNX Runtime session on `threads` threads (None: one a core) and the named execution providers.
 
-    Denormal numbers are taken as zero: they are what a masked token's attention comes to, they change nothing,
-    and a CPU multiplies them many times slower. (ONNX Runtime decides this for the process, in its first session.)
+    Denormal numbers count as zero: a masked token's attention yields them, they change nothing, and a CPU multiplies
+    them many times slower. (ONNX Runtime decides this for the process, in its first session.)
     """
     ort = import_onnxruntime()
     available = ort.get_available_providers()
@@ -50,7 +50,7 @@ def session(
     if threads == 1:  # a lone thread need not wait for others
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     content = graph if isinstance(graph, bytes) else str(graph)
-    if tuple(providers) != CPU:  # a provider that cannot start says so below, once; not in red, and twice
+    if tuple(providers) != CPU:  # the error below says it once when a provider cannot start
         ort.set_default_logger_severity(4)
     opened = ort.InferenceSession(content, options, providers=list(providers))
     started = opened.get_providers()
@@ -63,7 +63,7 @@ def session(
 
 
 class OnnxRuntimeGraph:
-    """A graph in ONNX Runtime."""
+    """Run a graph in ONNX Runtime."""
 
     precision: Precision = "float32"
 
@@ -95,7 +95,7 @@ class OnnxRuntimeGraph:
         return found
 
     def fix(self, shapes: Iterable[tuple[int, ...]]) -> None:
-        """Nothing to do: ONNX Runtime runs every shape alike."""
+        """Do nothing: ONNX Runtime runs every shape alike."""
 
 
 def _open(

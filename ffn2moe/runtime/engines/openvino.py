@@ -21,10 +21,10 @@ ROOM = 1.25  # a batch is padded to a fixed shape of at most this many times its
 
 @cache
 def import_openvino() -> Any:
-    """The package openvino, without its telemetry; EngineMissing where it is not installed.
+    """Return the package openvino, without its telemetry; EngineMissing where it is not installed.
 
-    OpenVINO reports each import to its makers where its package openvino-telemetry can be imported. Where it cannot,
-    it goes without: so it is hidden while OpenVINO is imported for the first time.
+    OpenVINO reports each import to its makers if it can import the package openvino-telemetry. So that package is
+    hidden while OpenVINO is imported for the first time.
     """
     hidden = "openvino_telemetry"
     before = sys.modules.get(hidden)
@@ -42,13 +42,13 @@ def import_openvino() -> Any:
 
 
 def openvino_precision() -> Precision:
-    """What OpenVINO multiplies in on this CPU: bfloat16 where it has instructions for that, else float32."""
+    """Return what OpenVINO multiplies in on this CPU: bfloat16 where it has instructions for that, else float32."""
     capabilities = import_openvino().Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
     return "bfloat16" if "BF16" in capabilities else "float32"
 
 
 class OpenVinoGraph:
-    """A graph in OpenVINO, on the CPU, compiled for every shape; new shapes cost what their kernels cost to make.
+    """Run a graph in OpenVINO, on the CPU, compiled for every shape; a new shape costs the making of its kernels.
 
     Fixed shapes (`fix`) are compiled for apart when a batch first needs one, which costs a fraction of a second and
     packed weights once more, and saves what OpenVINO does for a shape that it cannot know: docs/decisions/0015.
@@ -88,7 +88,7 @@ class OpenVinoGraph:
     def fix(self, shapes: Iterable[tuple[int, ...]]) -> None:
         with self._compiling:
             self._fixed = tuple(dict.fromkeys(tuple(shape) for shape in shapes))
-            # That for every shape takes memory, too: it is made again if a batch needs it.
+            # The model for every shape takes memory, too: it is compiled again if a batch needs it.
             kept: set[tuple[int, ...] | None] = {*self._fixed} or {None}
             self._compiled = {shape: compiled for shape, compiled in self._compiled.items() if shape in kept}
             self._requests = threading.local()
@@ -115,7 +115,7 @@ class OpenVinoGraph:
         return found
 
     def _fixed_for(self, inputs: Mapping[str, Any]) -> tuple[int, ...] | None:
-        """The smallest fixed shape that holds these inputs, if one does without too much to fill up."""
+        """Return the smallest fixed shape that holds these inputs without too much padding; None if there is none."""
         able = []
         for fixed in self._fixed:
             sizes = {value.shape[: len(fixed)] for value in inputs.values()}
@@ -127,7 +127,7 @@ class OpenVinoGraph:
         return min(able, key=math.prod, default=None)
 
     def _request(self, fixed: tuple[int, ...] | None) -> Any:
-        """This thread's own request of the model compiled for a shape."""
+        """Return this thread's own request of the model compiled for a shape."""
         own: dict[tuple[int, ...] | None, Any] | None = getattr(self._requests, "own", None)
         if own is None:
             own = self._requests.own = {}
@@ -139,7 +139,7 @@ class OpenVinoGraph:
         return own[fixed]
 
     def _compile(self, fixed: tuple[int, ...] | None) -> Any:
-        model = self._model.clone()  # has its weights in common
+        model = self._model.clone()  # shares the weights
         try:
             if fixed is not None:
                 model.reshape({name: [*fixed, *shape[len(fixed) :]] for name, shape in self.inputs.items()})
@@ -154,15 +154,15 @@ class OpenVinoGraph:
         )
 
     def _part(self, output: str, size: Sequence[int]) -> tuple[slice, ...]:
-        """The part of an output that belongs to inputs of a size, and not to what they were filled up with."""
+        """Return the part of an output that belongs to inputs of a size, without the padding."""
         free = zip(self.outputs[output], size, strict=False)
         return tuple(slice(length) if axis is None else slice(None) for axis, length in free)
 
 
 def _share_weights(model: Any) -> None:
-    """Turn the matrices of products as OpenVINO wants them, [out, in] in float32, here, once.
+    """Transpose the matrices of products once, to [out, in] in float32, as OpenVINO wants them.
 
-    Else it does so whenever it compiles the model, and every compiled one has a copy of its own.
+    Otherwise it does so whenever it compiles the model, and every compiled model has a copy of its own.
     """
     from openvino import opset13
 
@@ -170,7 +170,7 @@ def _share_weights(model: Any) -> None:
         if product.get_type_name() != "MatMul":
             continue
         weight, turned = product.input_value(1).get_node(), product.get_attributes()
-        if weight.get_type_name() == "Convert":  # of a plan that keeps them in float16
+        if weight.get_type_name() == "Convert":  # the plan keeps them in float16
             weight = weight.input_value(0).get_node()
         if weight.get_type_name() != "Constant" or turned["transpose_b"] or len(weight.shape) != 2:
             continue
@@ -181,7 +181,7 @@ def _share_weights(model: Any) -> None:
 
 
 def _plain_attention(model: Any) -> None:
-    """Attention as OpenVINO computes it best, and as it can: the numbers are those of ONNX's operator.
+    """Rewrite attention so that OpenVINO computes it, and fast; the numbers stay those of ONNX's operator.
 
     - Masks are numbers to add, made of booleans once and not in every layer, and finite: so nothing is NaN that ONNX
       wants as 0, and the two nodes that look for NaN go.
@@ -222,9 +222,9 @@ def _plain_attention(model: Any) -> None:
 
 
 def _filled(value: np.ndarray, fixed: Sequence[int]) -> np.ndarray:
-    """An input [B, L, ...] made as large as a fixed shape: texts are filled up with 0 (masked), then the last repeated.
+    """Pad an input [B, L, ...] to a fixed shape: texts with 0 (masked), then the batch by repeating the last text.
 
-    A text of nothing but masked tokens would have attention to nothing.
+    A text of masked tokens only would have nothing to attend to.
     """
     missing = [held - own for own, held in zip(value.shape, fixed, strict=False)]
     rest = [(0, 0)] * (value.ndim - len(missing))
@@ -238,10 +238,10 @@ def _shape(port: Any) -> list[int | None]:
 
 
 def _cause(error: RuntimeError) -> str:
-    """The part of OpenVINO's message that says what is wrong: the last line that is not about its own sources."""
+    """Return the cause in OpenVINO's message: the last line that is not about its own sources."""
     lines = [line.strip() for line in str(error).splitlines()]
-    told = [line for line in lines if line and not line.startswith(("Exception from", "Check '"))]
-    return told[-1] if told else "no reason given"
+    causes = [line for line in lines if line and not line.startswith(("Exception from", "Check '"))]
+    return causes[-1] if causes else "no reason given"
 
 
 def _lacks(config: Any) -> str | None:

@@ -24,9 +24,9 @@ def check_plan(plan: Plan, activation: str, gated: bool, providers: Sequence[str
 
 
 def self_test(activation: str, weights: native.Weights, activations: str | None, *, gated: bool = False) -> float:
-    """Checks that the operator computes a tiny layer as `ffn2moe.runtime.native` defines it, routed or not.
+    """Test that the operator computes a tiny layer as `ffn2moe.runtime.native` defines it, routed or not.
 
-    Gives the largest difference, as a share of the largest output. RuntimeError where it computes something else,
+    Returns the largest difference, as a share of the largest output. RuntimeError where it computes something else,
     EngineMissing or FileNotFoundError where there is no OpenVINO or no operator.
     """
     E, K, D, M, T = 4, 2, 40, 24, 70  # no multiple of what the kernels take at once
@@ -74,7 +74,7 @@ def self_test(activation: str, weights: native.Weights, activations: str | None,
 def _graph(
     attributes: Mapping[str, Any], routed: Mapping[str, Any], experts: np.ndarray, frame: np.ndarray, width: int
 ) -> bytes:
-    """A model of both nodes of the operator, as plans hold them: outputs `y` of Experts, `routed` of RoutedExperts."""
+    """Return a model of both nodes of the operator, as plans hold them: `y` of Experts, `routed` of RoutedExperts."""
     from onnx import TensorProto, helper, numpy_helper
 
     common = {"domain": native.DOMAIN, **attributes}
