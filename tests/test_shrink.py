@@ -19,13 +19,15 @@ from ffn2moe.dense.load import load_dense
 from ffn2moe.moe import checkpoint, fit
 from ffn2moe.moe.describe import spec_of
 from ffn2moe.moe.layer import MoEFFN, moe_layers
-from ffn2moe.shrink import Tokens, most_used, shrink_model, usage
+from ffn2moe.shrinking import fit as shrink_fit
+from ffn2moe.shrinking import model as shrink_layers
+from ffn2moe.shrinking.model import require_shrinkable, shrink_model
+from ffn2moe.shrinking.usage import Tokens, most_used, usage
 from ffn2moe.spec import MoESpec
 from tests.conftest import make_tiny_llama
 from tests.mixtures import carve, flat_spec
 from tests.texts import make_texts
 
-METHODS = ("drop", "regroup", "merge")
 E, D = 4, 32
 
 
@@ -105,100 +107,6 @@ def test_dropping_what_no_token_uses_changes_nothing(tiny_teacher: Path) -> None
         assert report.covered == 1 and report.change < 1e-4
 
 
-def regrouped(moe: MoEFFN, spec: MoESpec, keep: int, x_TD: Tensor) -> MoEFFN:
-    """The layer before anything is fitted."""
-    shape = replace(spec.stacks[0], expert_width=-(-64 // keep))
-    smaller = replace(spec, num_experts=keep, stacks=(shape,), shrunk="regroup")
-    use_E = usage(moe, x_TD)
-    with torch.no_grad():
-        return shrink._regrouped(moe, smaller, 0, most_used(use_E, keep), use_E, x_TD, None).eval()
-
-
-def test_regrouping_loses_no_neuron() -> None:
-    moe, x_TD = make_layer(flat_spec()), task(seed=2).inputs[0]
-    made = regrouped(moe, flat_spec(), 3, x_TD)
-    assert made.w_in.shape[1] == 22  # 64 neurons in 3 experts
-    assert made.neurons[made.neurons >= 0].sort().values.tolist() == list(range(64))
-    torch.testing.assert_close(made.all_experts(x_TD), moe.all_experts(x_TD), atol=1e-4, rtol=1e-4)
-
-
-def test_regrouping_into_as_many_experts_as_a_token_uses_is_the_sum_of_all() -> None:
-    """With every neuron in use nothing is lost."""
-    moe, x_TD = make_layer(flat_spec()), task(seed=2).inputs[0]
-    made = regrouped(moe, flat_spec(), 2, x_TD)
-    made.set_scale(1.0)
-    torch.testing.assert_close(made(x_TD), moe.all_experts(x_TD), atol=1e-4, rtol=1e-4)
-
-
-def test_neurons_go_to_the_expert_that_their_tokens_go_to() -> None:
-    """Tokens of one kind used experts 0 and 2, those of the other 1 and 3: what 2 and 3 did, 0 and 1 do then."""
-    spec = flat_spec(num_active=2)
-    moe = make_layer(spec)
-    kind_T = torch.arange(300) % 2
-    x_TD = torch.randn(300, D, generator=torch.Generator().manual_seed(0)) * 0.1
-    x_TD[:, 0] = 2.0 * kind_T - 1
-    with torch.no_grad():
-        moe.router.weight.zero_()
-        moe.router.weight[:, 0] = torch.tensor([-1.0, 1.0, -1.0, 1.0])
-        moe.router.bias.copy_(torch.tensor([0.1, 0.1, 0.0, 0.0]))
-        moe.router.weight[0, 1] = 1e-3  # the order of 0 and 2 is theirs alone
-    narrow = replace(spec, num_active=1, num_experts=2, stacks=(replace(spec.stacks[0], expert_width=32),))
-    with torch.no_grad():
-        made = shrink._regrouped(
-            moe, replace(narrow, shrunk="regroup"), 0, torch.tensor([0, 1]), usage(moe, x_TD), x_TD, None
-        )
-    assert sorted(made.neurons[0].tolist()) == [*range(16), *range(32, 48)]
-    assert sorted(made.neurons[1].tolist()) == [*range(16, 32), *range(48, 64)]
-
-
-def test_merging_identical_experts_is_exact(tiny_teacher: Path) -> None:
-    """Twins, the neurons of one in another order: a token that would use either uses the one that is left."""
-    model, spec = carve(tiny_teacher, num_active=1)
-    order = torch.randperm(16, generator=torch.Generator().manual_seed(0))
-    for moe in moe_layers(model):
-        with torch.no_grad():
-            for stacked in (moe.w_in, moe.b_in):
-                stacked[3] = stacked[1][order]
-            moe.w_out[3] = moe.w_out[1][:, order]
-            moe.router.weight[3] = moe.router.weight[1]
-            moe.router.bias[3] = moe.router.bias[1]
-            moe.router.balance_bias.zero_()
-            # Twins are used alike, and more than one other is not: so that one of the two goes.
-            moe.router.bias[[0, 2]] += 0.5
-    before, x_TD = moe_layers(model), task(seed=2).inputs[0]
-    with torch.no_grad():
-        for moe in before:
-            moe.router.balance_bias[3] = -1e-6  # of two equal scores the first
-    shrink_model(model, spec, task(), task(seed=1), keep=3, method="merge")
-    for old, new in zip(before, moe_layers(model), strict=True):
-        torch.testing.assert_close(new(x_TD), old(x_TD), atol=1e-4, rtol=1e-4)
-
-
-def test_neurons_are_matched_whatever_their_order() -> None:
-    moe = make_layer(flat_spec())
-    order = torch.randperm(16, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        for stacked in (moe.w_in, moe.b_in):
-            assert stacked is not None
-            stacked[1] = stacked[0][order]
-        moe.w_out[1] = moe.w_out[0][:, order]
-    assert torch.equal(order[shrink.matched(moe, 0, 1)], torch.arange(16))
-
-
-def test_a_merged_expert_is_the_mean_by_use(tiny_teacher: Path) -> None:
-    model, spec = carve(tiny_teacher)
-    old, x_TD = moe_layers(model)[0], task().inputs[0]
-    _, reports = shrink_model(model, spec, task(), task(seed=1), keep=3, method="merge")
-    new, report = moe_layers(model)[0], reports[0]
-    changed = [index for index in range(3) if not torch.equal(new.w_in[index], old.w_in[report.kept[index]])]
-    assert len(changed) == 1
-    kept, gone = report.kept[changed[0]], ({*range(E)} - {*report.kept}).pop()
-    place_M = shrink.matched(old, kept, gone)
-    use_E = usage(old, x_TD)
-    wanted = (use_E[kept] * old.w_in[kept] + use_E[gone] * old.w_in[gone][place_M]) / (use_E[kept] + use_E[gone])
-    torch.testing.assert_close(new.w_in[changed[0]], wanted.float(), atol=1e-5, rtol=1e-5)
-
-
 @pytest.mark.parametrize("b_out", [False, True])
 @pytest.mark.parametrize("gate", ["unit", "softmax"])
 def test_what_follows_the_neurons_is_fitted_to_the_layer_before(b_out: bool, gate: str) -> None:
@@ -207,19 +115,19 @@ def test_what_follows_the_neurons_is_fitted_to_the_layer_before(b_out: bool, gat
     with torch.no_grad():
         made.w_in[3] = 0
     before, start = error(made(x_TD), moe(x_TD)), made.w_out.clone()
-    shrink.imitate(made, moe, x_TD)
+    shrink_fit.imitate(made, moe, x_TD)
     assert error(made(x_TD), moe(x_TD)) < 0.9 * before
     assert not torch.equal(made.w_out, start)
 
 
 def test_a_layer_too_wide_for_moments_has_its_scale_and_bias_fitted_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shrink, "WIDEST_MOMENTS", 63)
+    monkeypatch.setattr(shrink_fit, "WIDEST_MOMENTS", 63)
     spec = flat_spec(num_layers=1)
     moe, made, x_TD = make_layer(spec), make_layer(spec), task().inputs[0]
     with torch.no_grad():
         made.w_out[3] = 0
     start = made.w_out.clone()
-    shrink.imitate(made, moe, x_TD)
+    shrink_fit.imitate(made, moe, x_TD)
     assert torch.equal(made.w_out, start)
     torch.testing.assert_close(made(x_TD).mean(0), moe(x_TD).mean(0), atol=1e-5, rtol=1e-5)
     with torch.no_grad():
@@ -229,28 +137,29 @@ def test_a_layer_too_wide_for_moments_has_its_scale_and_bias_fitted_alone(monkey
             assert (made(x_TD) - moe(x_TD)).square().sum() > best
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"gate": "softmax"},
-        {"gate": "sigmoid", "router_bias": False},
-        {"gate": "softmax_topk", "shared_width": 5, "expert_width": 15},
-        {"selection": "threshold", "max_active": 4},
-        {"elastic": (1, 4)},
-        {"active_per_layer": (1, 3)},
-        {"gated": True, "activation": "silu"},
-        {"routing": "sequence"},
-    ],
-)
-def test_every_kind_of_mixture_can_be_shrunk(
-    method: str, changes: dict[str, Any], tiny_teacher: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+KINDS: list[dict[str, Any]] = [
+    {"gate": "softmax"},
+    {"gate": "sigmoid", "router_bias": False},
+    {"gate": "softmax_topk", "shared_width": 5, "expert_width": 15},
+    {"selection": "threshold", "max_active": 4},
+    {"elastic": (1, 4)},
+    {"active_per_layer": (1, 3)},
+    {"gated": True, "activation": "silu"},
+    {"routing": "sequence"},
+]
+
+
+@pytest.mark.parametrize("changes", KINDS)
+def test_every_kind_of_mixture_can_be_shrunk(changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    check_kind("drop", changes, monkeypatch)
+
+
+def check_kind(method: str, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     spec = flat_spec(**changes)
     layers = [make_layer(spec, layer, seed=layer) for layer in range(2)]
     model = torch.nn.ModuleList(layers)
     placed: dict[int, MoEFFN] = {}
-    monkeypatch.setattr(shrink, "install", lambda model, layer, ffn: placed.update({layer: ffn}))
+    monkeypatch.setattr(shrink_layers, "install", lambda model, layer, ffn: placed.update({layer: ffn}))
     seen, held = task(), task(seed=1)
     if spec.routing == "sequence":
         seen, held = replace(seen, route_TD=seen.inputs[0]), replace(held, route_TD=held.inputs[0])
@@ -274,7 +183,7 @@ def test_the_first_blocks_stay_where_experts_are_in_order() -> None:
         fit.calibrate(moe, task().inputs[0])
     reports = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(shrink, "install", lambda model, layer, ffn: None)
+        patch.setattr(shrink_layers, "install", lambda model, layer, ffn: None)
         _, reports = shrink_model(torch.nn.ModuleList(layers), spec, task(), task(seed=1), keep=3, method="drop")
     assert [report.kept for report in reports] == [(0, 1, 2)] * 2
 
@@ -283,23 +192,21 @@ def test_the_first_blocks_stay_where_experts_are_in_order() -> None:
     ("changes", "keep", "method", "message"),
     [
         ({}, 4, "drop", "leaves nothing to take away, as the model has 4 experts: keep fewer"),
-        ({}, 9, "merge", "keep = 9 leaves nothing to take away"),
+        ({}, 9, "drop", "keep = 9 leaves nothing to take away"),
         ({"num_active": 3}, 2, "drop", "fewer than the 3 experts that a token uses: keep at least 3"),
         ({"active_per_layer": (1, 3)}, 2, "drop", "fewer than the 3 experts that a token uses"),
-        ({"selection": "prefix"}, 3, "regroup", "use drop, which takes the last blocks away"),
-        ({"selection": "prefix"}, 3, "merge", "use drop, which takes the last blocks away"),
-        ({}, 3, "burn", "no method 'burn'; there are: drop, regroup, merge"),
+        ({}, 3, "dropp", "unknown shrink method 'dropp'; did you mean 'drop'"),
     ],
 )
 def test_what_makes_no_sense_is_refused(changes: dict[str, Any], keep: int, method: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        shrink.require_shrinkable(flat_spec(**changes), keep, method)
+        require_shrinkable(flat_spec(**changes), keep, method)
 
 
 def test_models_of_several_stacks_are_refused() -> None:
     spec = flat_spec()
     with pytest.raises(ValueError, match="has 2 stacks of layers, and experts are counted in one"):
-        shrink.require_shrinkable(replace(spec, stacks=spec.stacks * 2), 3, "drop")
+        require_shrinkable(replace(spec, stacks=spec.stacks * 2), 3, "drop")
 
 
 # --- the command ------------------------------------------------------------------------------------------------------
@@ -321,16 +228,20 @@ def saved(tmp_path_factory: pytest.TempPathFactory, tiny_teacher: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("method", METHODS)
 def test_a_checkpoint_becomes_an_export_with_fewer_experts(
-    method: str, saved: Path, texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    saved: Path, texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    check_command("drop", saved, texts, tmp_path, capsys)
+
+
+def check_command(
+    method: str, saved: Path, texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], *, graphs: bool = True
 ) -> None:
     out = tmp_path / "small"
     arguments = [str(saved), str(texts), "--keep", "3", "--method", method, "--out", str(out)]
-    graphs = [] if method == "regroup" else ["--no-onnx"]
-    assert cli.main(["shrink", *arguments, *graphs]) == 0
+    assert cli.main(["shrink", *arguments, *([] if graphs else ["--no-onnx"])]) == 0
     shown = capsys.readouterr().out
-    assert "load covered" in shown and "32 texts tell which experts are used, 8 what is lost" in shown
+    assert "load covered" in shown and "32 texts show which experts are used, 8 what is lost" in shown
     assert {file.name for file in tmp_path.iterdir()} == {"small"}
     spec = checkpoint.load_spec(out / "checkpoint")
     assert (spec.num_experts, spec.num_active, spec.shrunk) == (3, 2, method)
@@ -343,7 +254,7 @@ def test_a_checkpoint_becomes_an_export_with_fewer_experts(
     assert cli.main(["info", str(out)]) == 0
     shown = capsys.readouterr().out
     assert f"3 of {spec.expert_width} neurons" in shown and f"contiguous, then fitted to a task: {method}" in shown
-    if graphs:
+    if not graphs:
         assert "there are no ONNX graphs" in shown
         assert cli.main(["encode", str(out), "a word"]) == 2
         assert "open" in (told := capsys.readouterr().err) and "with ffn2moe.load" in told
@@ -367,7 +278,7 @@ def load_dense_tokenizer(folder: Path) -> Any:
 def test_an_export_can_be_shrunk_and_what_was_shrunk_again(exported: Path, texts: Path, tmp_path: Path) -> None:
     export, half, less = exported / "exports/tiny", tmp_path / "a/half", tmp_path / "b/less"
     before = {file: file.read_bytes() for file in sorted(export.rglob("*")) if file.is_file()}
-    options = ["--method", "merge", "--no-onnx", "--out"]
+    options = ["--no-onnx", "--out"]
     assert cli.main(["shrink", str(export), str(texts), "--keep", "3", *options, str(half)]) == 0
     assert cli.main(["shrink", str(half), str(texts), "--keep", "2", *options, str(less)]) == 0
     assert checkpoint.load_spec(less / "checkpoint").num_experts == 2
@@ -375,6 +286,10 @@ def test_an_export_can_be_shrunk_and_what_was_shrunk_again(exported: Path, texts
 
 
 def test_a_language_model_without_output_bias_can_be_shrunk(tmp_path: Path, texts: Path) -> None:
+    check_language_model("drop", 12, tmp_path, texts)
+
+
+def check_language_model(method: str, width: int, tmp_path: Path, texts: Path) -> None:
     from ffn2moe.dense.locate import read_ffn
     from ffn2moe.moe.experts import neurons_by_expert, slice_experts
     from ffn2moe.moe.install import install_moe
@@ -393,9 +308,9 @@ def test_a_language_model_without_output_bias_can_be_shrunk(tmp_path: Path, text
     install_moe(model, layers)
     checkpoint.save(model, tokenizer, spec, tmp_path / "checkpoint")
     manifest = shrink.shrink(
-        tmp_path / "checkpoint", texts, tmp_path / "out", keep=3, method="regroup", onnx=False, device="cpu"
+        tmp_path / "checkpoint", texts, tmp_path / "out", keep=3, method=method, onnx=False, device="cpu"
     )
-    assert manifest["spec"]["stacks"][0]["expert_width"] == 16
+    assert manifest["spec"]["stacks"][0]["expert_width"] == width
     assert all(moe.b_out is None for moe in moe_layers(ffn2moe.load(tmp_path / "out/checkpoint")))
 
 

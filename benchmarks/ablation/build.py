@@ -18,7 +18,8 @@ from benchmarks.ablation.mixture import mixture
 from benchmarks.ablation.recipes import Made, distil
 from ffn2moe.moe import checkpoint
 from ffn2moe.moe.layer import set_active
-from ffn2moe.shrink import Tokens, shrink_model
+from ffn2moe.shrinking.model import shrink_model
+from ffn2moe.shrinking.usage import Tokens
 
 
 def measure(bench: Bench, cell: Cell) -> dict[str, Any]:

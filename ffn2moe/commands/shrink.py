@@ -6,7 +6,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from ffn2moe.commands._command import Command, add_path, count, silence_transformers
+from ffn2moe.commands._command import Command, add_path, count, one_of, silence_transformers
+from ffn2moe.shrinking import SHRINK_METHODS
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -16,9 +17,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--keep", type=count, required=True, metavar="N", help="experts that each layer keeps")
     add(
         "--method",
-        required=True,
-        choices=("drop", "regroup", "merge"),
-        help="the others go, or give their neurons to those kept, which get wider, or are averaged into them",
+        default="drop",
+        type=one_of("method", SHRINK_METHODS.names),
+        metavar=f"{{{','.join(SHRINK_METHODS.names())}}}",
+        help="what happens to the other experts (drop)",
     )
     add("--out", type=Path, required=True, metavar="PATH", help="the export to make; PATH stays as it is")
     add("--text-column", default="text", metavar="NAME", help="the column of a table that holds the text (text)")
