@@ -17,6 +17,7 @@ class Headline:
     key: str  # name in a plan's entry of the manifest
     label: str
     better: Literal["higher", "lower"]
+    weights: tuple[str, ...]  # keys of the section `distill` that weigh the terms of its loss
     # The report's words: what is kept of the teacher, what distillation compares, and what the examples show.
     kept: str
     learnt: str
@@ -36,6 +37,7 @@ HEADLINES.register(
         "retrieval_ndcg_at_10",
         "nDCG@10",
         "higher",
+        ("hidden_weight", "embedding_weight", "relational_weight"),
         kept="retrieval quality",
         learnt="Hidden states and embeddings against the dense teacher’s",
         examples="What held-out queries find",
@@ -48,6 +50,7 @@ HEADLINES.register(
         "perplexity",
         "perplexity",
         "lower",
+        ("logits_weight", "hidden_weight"),
         kept="perplexity",
         learnt="The distribution of the next token against the dense teacher’s",
         examples="How each model continues the beginning of a held-out text, always with its most probable token.",
@@ -60,6 +63,7 @@ HEADLINES.register(
         "top1_agreement",
         "agreement with the teacher",
         "higher",
+        ("logits_weight", "hidden_weight"),
         kept="choice of tokens",
         learnt="The distribution of the next token against the dense teacher’s, in the teacher’s own answers",
         examples="How each model answers a held-out text, always with its most probable token.",
@@ -72,6 +76,7 @@ HEADLINES.register(
         "top1_agreement",
         "agreement with the teacher",
         "higher",
+        ("logits_weight", "hidden_weight"),
         kept="choice of classes",
         learnt="The distribution over the classes against the dense teacher’s",
         examples="The most probable class of held-out texts.",

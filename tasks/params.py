@@ -1,7 +1,7 @@
-"""params.yaml as typed, frozen, total configuration.
+"""Read and check params.yaml: typed, frozen and total.
 
-Total: every key is in the file, so the file alone says what a run does. An unknown key, a missing key,
-a value of the wrong type and a contradiction each raise ParamsError with the key, the cause and the remedy.
+Total means that the file holds every key, so that the file alone says what a run does. An unknown key, a missing key, a
+value of the wrong type and a contradiction raise ParamsError with the key, the cause and the remedy.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from tasks.choices import (
     OneOf,
     UnknownName,
 )
+from tasks.measures import HEADLINES
 
 Count = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0)]
@@ -36,10 +37,12 @@ NonNegative = Annotated[float, Field(ge=0)]
 
 
 class ParamsError(ValueError):
-    """The parameters cannot be used; the message says which key, why, and what would be legal."""
+    """The parameters cannot be used; the message names the key, the cause and the remedy."""
 
 
 class Section(BaseModel):
+    """A section of params.yaml."""
+
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
@@ -52,7 +55,7 @@ class Compute(Section):
 class Teacher(Section):
     source: str = Field(min_length=1)
     revision: str | None
-    head: Literal["auto", "embedding", "causal", "classification", "seq2seq"]
+    head: Annotated[str, OneOf(HEADLINES, ("auto",))]
     max_length: int = Field(ge=8)
 
 
@@ -70,8 +73,8 @@ class Data(Section):
         held_out = self.calibration_texts + self.evaluation_pairs
         if held_out >= self.max_texts:
             raise ValueError(
-                f"data.calibration_texts + data.evaluation_pairs = {held_out} leaves nothing to train on out "
-                f"of data.max_texts = {self.max_texts}; raise max_texts or lower the other two"
+                f"data.calibration_texts + data.evaluation_pairs = {held_out} leaves nothing to train on of "
+                f"data.max_texts = {self.max_texts}; raise max_texts or lower the other two"
             )
         return self
 
@@ -116,7 +119,7 @@ class Decompose(Section):
         return self
 
     @model_validator(mode="after")
-    def _the_number_of_experts_is_set_once(self) -> Decompose:
+    def _each_layer_has_a_number_of_experts(self) -> Decompose:
         if isinstance(self.active_per_layer, tuple):
             over = [active for active in self.active_per_layer if active > self.num_experts]
             if over or not self.active_per_layer:
@@ -127,19 +130,12 @@ class Decompose(Section):
         return self
 
     @model_validator(mode="after")
-    def _containers_run_the_best_k(self) -> Decompose:
-        if self.container == "none":
-            return self
-        others = {
-            "active_per_layer": (self.active_per_layer, self.active_per_layer != "same", "the same in all layers"),
-        }
-        for key, (value, wanted, remedy) in others.items():
-            if wanted:
-                raise ValueError(
-                    f"decompose.{key} = {value}, but a native container runs the same number of experts for every "
-                    f"token in every layer, those that the layer's own router scores highest: set "
-                    f"decompose.container=none, or {remedy}"
-                )
+    def _containers_have_one_k(self) -> Decompose:
+        if self.container != "none" and self.active_per_layer != "same":
+            raise ValueError(
+                f"decompose.active_per_layer = {self.active_per_layer}, but a native container runs the same number of "
+                "experts in every layer: set decompose.container=none, or decompose.active_per_layer=same"
+            )
         return self
 
 
@@ -187,7 +183,7 @@ class Export(Section):
     def _other_engines_are_measured_beside_onnx_runtime(self) -> Export:
         if "onnxruntime" not in self.engines:
             raise ValueError(
-                "export.engines leaves out onnxruntime, whose plan `dense` every other is measured beside: add it"
+                "export.engines lacks onnxruntime, whose plan `dense` is the reference of all plans: add it"
             )
         return self
 
@@ -213,7 +209,7 @@ def _shape(shape: tuple[int | float, ...]) -> tuple[int | float, ...]:
     return shape
 
 
-# Batch x sequence, and how often it comes among the others (1 where it does not say).
+# [batch, sequence], or [batch, sequence, weight]; the weight is the share among all shapes, 1 by default.
 Shape = Annotated[tuple[int | float, ...], Field(min_length=2, max_length=3), AfterValidator(_shape)]
 
 
@@ -269,11 +265,9 @@ class Params(Section):
 
     @model_validator(mode="after")
     def _something_to_learn_from(self) -> Params:
-        weights = self.distill.model_dump()
-        embedding = ("hidden_weight", "embedding_weight", "relational_weight")
-        logits = ("logits_weight", "hidden_weight")
-        head = self.teacher.head
-        useful = {"auto": embedding + logits[:1], "embedding": embedding}.get(head, logits)
+        weights, head = self.distill.model_dump(), self.teacher.head
+        rows = HEADLINES.rows() if head == "auto" else (HEADLINES[head],)
+        useful = tuple(dict.fromkeys(key for row in rows for key in row.weights))
         if not any(weights[key] for key in useful):
             named = " and ".join(f"distill.{key}" for key in useful)
             of = "" if head == "auto" else f" of a teacher with the head {head}"
@@ -290,8 +284,8 @@ class Params(Section):
             return self
         if self.data.corpus == "generated":
             raise ValueError(
-                f"data.corpus = generated has the teacher write the texts, and a teacher with the head {head} writes "
-                "none: name a corpus, or set teacher.head=causal"
+                f"data.corpus = generated asks the teacher to write the texts, and a teacher with the head {head} "
+                "writes no text: name a corpus, or set teacher.head=causal"
             )
         if self.decompose.container != "none":
             raise ValueError(
@@ -313,7 +307,7 @@ class Params(Section):
             )
         if len({*others, settings.num_active}) <= len(others):
             raise ValueError(
-                f"{named} must name each other budget once; decompose.num_active = {settings.num_active} is one anyway"
+                f"{named} must name each other budget once; decompose.num_active = {settings.num_active} is always one"
             )
         for key, value, only in (
             ("active_per_layer", settings.active_per_layer, settings.active_per_layer == "same"),
@@ -321,23 +315,23 @@ class Params(Section):
         ):
             if not only:
                 raise ValueError(
-                    f"{named} switches all layers between fixed numbers of experts, which decompose.{key} = {value} "
-                    "does not know: set distill.elastic=[], or another decompose." + key
+                    f"{named} switches all layers between fixed numbers of experts, and decompose.{key} = {value} has "
+                    "no such numbers: set distill.elastic=[], or another decompose." + key
                 )
         return self
 
     @property
     def model_name(self) -> str:
-        """The name of the registered model."""
+        """Return the name of the registered model."""
         return self.register_.model_name or self.name
 
     def flat(self) -> dict[str, Any]:
-        """Dotted key -> value, in the order of params.yaml."""
+        """Return dotted key -> value, in the order of params.yaml."""
         return dict(_flatten(self.model_dump(by_alias=True)))
 
 
 def _optional(model: type[BaseModel]) -> type[BaseModel]:
-    """A section with the same keys, bounds and legal values, none of which need be given."""
+    """Return a section with the same keys, bounds and legal values, all of them optional."""
     fields: dict[str, Any] = {}
     for name, field in model.model_fields.items():
         kind: Any = field.annotation
@@ -351,24 +345,24 @@ def _optional(model: type[BaseModel]) -> type[BaseModel]:
 
 
 class Settings(_optional(Params)):  # type: ignore[misc]
-    """Some of the parameters, for one run only. An API knows their bounds by its schema and refuses others."""
+    """Some of the parameters, for one run. An API reads bounds and names from its schema and refuses others."""
 
     def assignments(self) -> list[str]:
-        """As KEY=VALUE, in the order of params.yaml."""
+        """Return the given ones as KEY=VALUE, in the order of params.yaml."""
         given = self.model_dump(mode="json", by_alias=True, exclude_unset=True)
         return [f"{key}={json.dumps(value)}" for key, value in _flatten(given)]
 
 
 def load_params(path: str | os.PathLike[str] = "params.yaml", overrides: Sequence[str] = ()) -> Params:
-    """The validated parameters of a file, with KEY=VALUE overrides on top.
+    """Return the validated parameters of a file, with KEY=VALUE overrides.
 
-    Raises FileNotFoundError (no such file) or ParamsError (anything wrong inside it).
+    FileNotFoundError where there is no such file, ParamsError where its content is wrong.
     """
     return validate(override(read(path), overrides), source=str(path))
 
 
 def read(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The raw mapping of a YAML file (round-trip: comments survive until write)."""
+    """Read the raw mapping of a YAML file; it keeps the comments for `write`."""
     try:
         text = Path(path).read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -388,13 +382,13 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def write(raw: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
-    """Writes a mapping given by `read`, with the comments it came with."""
+    """Write a mapping from `read`, with its comments."""
     with open(path, "w", encoding="utf-8") as stream:
         _yaml().dump(raw, stream)
 
 
 def override(raw: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """Sets each dotted KEY=VALUE (VALUE in YAML) in `raw` and returns it; legal keys only."""
+    """Set each dotted KEY=VALUE (VALUE in YAML) in `raw` and return it; ParamsError for an unknown key."""
     legal = legal_keys()
     for item in overrides:
         key, equals, text = item.partition("=")
@@ -417,7 +411,7 @@ def override(raw: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
 
 
 def validate(raw: Mapping[str, Any], source: str = "params.yaml") -> Params:
-    """The typed parameters of a raw mapping; every problem found is in the one ParamsError raised."""
+    """Return the typed parameters of a raw mapping; one ParamsError names every problem."""
     try:
         return Params.model_validate(_plain(raw))
     except ValidationError as error:
@@ -426,23 +420,23 @@ def validate(raw: Mapping[str, Any], source: str = "params.yaml") -> Params:
 
 
 def with_absolute_paths(raw: dict[str, Any], base: Path, keys: Sequence[str] | None = None) -> dict[str, Any]:
-    """Makes the values that name existing local files absolute, read relative to `base`.
+    """Make values that name existing local files absolute; relative ones start at `base`.
 
-    Of the keys that may hold a path, or of those among `keys`; a hub name or a package stays as it is.
+    Only keys that can hold a path, and are in `keys` if given, are read; a hub name or a package stays as it is.
     """
     for section, key in (("teacher", "source"), ("data", "corpus"), ("data", "evaluation"), ("data", "folder")):
         value = (raw.get(section) or {}).get(key)
         if (keys is not None and f"{section}.{key}" not in keys) or not isinstance(value, str):
             continue
         path = base / Path(value).expanduser()
-        # These two can only be paths, so that a misspelled one is reported with its full name.
+        # These two can only be paths; a misspelled one is then reported with its full name.
         if path.exists() or key in ("folder", "evaluation"):
             raw[section][key] = str(path.resolve())
     return raw
 
 
 def legal_keys() -> list[str]:
-    """Every dotted key that params.yaml may hold."""
+    """Return every dotted key that params.yaml holds."""
     return list(_keys(Params))
 
 
@@ -457,7 +451,7 @@ def _keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
 
 def _unknown(key: str, legal: Sequence[str]) -> str:
     near = difflib.get_close_matches(key, legal, n=1, cutoff=0.5)
-    if not near:  # the right name in the wrong section
+    if not near:  # find the right name in another section
         near = [name for name in legal if name.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1]][:1]
     hint = f"did you mean {near[0]!r}?" if near else f"the keys are {', '.join(legal)}"
     return f"unknown key {key!r}; {hint}"
@@ -491,7 +485,7 @@ def _flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, A
 
 
 def _plain(node: Any) -> Any:
-    """Round-trip YAML nodes as the built-in types strict validation asks for; lists as (frozen) tuples."""
+    """Return round-trip YAML nodes as built-in types, which strict validation needs; lists as tuples."""
     if isinstance(node, Mapping):
         return {str(key): _plain(value) for key, value in node.items()}
     if isinstance(node, list):

@@ -140,7 +140,7 @@ def test_only_language_models_write_texts_and_fill_containers(setting):
         (["active_per_layer=[]"], "must hold, for each layer, a number"),
         (["active_per_layer=[0, 2]"], "greater than or equal to 1"),
         (["active_per_layer=most"], "should be 'same' or 'budget'"),
-        (["active_per_layer=budget", "container=mixtral"], "or the same in all layers"),
+        (["active_per_layer=budget", "container=mixtral"], "or decompose.active_per_layer=same"),
     ],
 )
 def test_what_a_token_may_use_is_said_without_contradiction(settings, message):
@@ -154,7 +154,7 @@ def test_what_a_token_may_use_is_said_without_contradiction(settings, message):
     [
         (["distill.elastic=[2, 5]"], "has more than decompose.num_experts = 4"),
         (["distill.elastic=[2, 2]"], "must name each other budget once"),
-        (["distill.elastic=[1]"], "decompose.num_active = 1 is one anyway"),
+        (["distill.elastic=[1]"], "decompose.num_active = 1 is always one"),
         (["distill.elastic=[0]"], "greater than or equal to 1"),
         (["distill.elastic=[2]", "decompose.container=mixtral"], "another decompose.container"),
         (["distill.elastic=[2]", "decompose.active_per_layer=budget"], "another decompose.active_per_layer"),
