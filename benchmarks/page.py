@@ -16,14 +16,13 @@ from types import TracebackType
 from typing import Any, Self
 
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 from rich.text import Text
 
 from benchmarks.race import Spread
 from ffn2moe.planning.timing import machine
-from flows.heartbeat import SECONDS, beating
+from ffn2moe.progress import SILENCE, Screen
 
 DEFAULT_TEXTS = Path("data/corpus/evaluation.jsonl")
 GIB = 2**30
@@ -104,13 +103,10 @@ def complain(error: Exception) -> int:
 
 @contextmanager
 def working(console: Console, text: str) -> Iterator[None]:
-    """Show what runs: a spinner on a terminal, else a line now and every 30 seconds."""
-    if console.is_terminal:
-        with console.status(escape(text)):
-            yield
-        return
-    console.print(text)
-    with beating(lambda seconds: console.print(f"{text}: {seconds:.0f} s")):
+    """Show what runs: a bar on a terminal, else a line now and after each silence."""
+    with Screen(console) as screen, screen.step(text):
+        if not console.is_terminal:
+            screen.say(text)
         yield
 
 
@@ -141,7 +137,7 @@ class Rounds:
                 now = time.perf_counter()
                 left = f"{(now - self._start) / share * (self._races - share):.0f} s left" if share > 0.2 else ""
                 self._progress.update(self._task, description=label, completed=share, left=left)
-                if not self._console.is_terminal and (place == 0 or now - self._spoke > SECONDS):
+                if not self._console.is_terminal and (place == 0 or now - self._spoke > SILENCE):
                     self._console.print(", ".join(filter(None, (f"{label}: round {place + 1}", left))))
                     self._spoke = now
                 yield index

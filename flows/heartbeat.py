@@ -1,4 +1,4 @@
-"""Say at least every 30 seconds that a long step still runs, where no progress bar can show it."""
+"""Say after each silence that a long step still runs, where no progress bar can show it."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-SECONDS = 30.0
+from ffn2moe.progress import SILENCE
 
 
 class Heartbeat:
     """Call `speak` with the seconds since the start whenever nothing was said for `seconds`."""
 
-    def __init__(self, speak: Callable[[float], None], seconds: float = SECONDS) -> None:
+    def __init__(self, speak: Callable[[float], None], seconds: float = SILENCE) -> None:
         self._speak = speak
         self._seconds = seconds
         self._started = time.monotonic()
@@ -43,7 +43,7 @@ class Heartbeat:
 
 
 @contextmanager
-def beating(speak: Callable[[float], None], *, wanted: bool = True, seconds: float = SECONDS) -> Iterator[None]:
+def beating(speak: Callable[[float], None], *, wanted: bool = True, seconds: float = SILENCE) -> Iterator[None]:
     """Keep a heartbeat while the block runs; without one if it is not `wanted`."""
     if not wanted:
         yield
