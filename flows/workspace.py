@@ -283,6 +283,7 @@ def isolate(source: Path, overrides: Sequence[str], called_from: Path) -> Worksp
     with lock(root):  # not while the same run uses it
         head = _git(source, "rev-parse", "HEAD").stdout.strip()
         _git(root, "fetch", "--quiet", str(source), "HEAD")
+        _git(root, "update-index", "--no-skip-worktree", "dvc.lock", check=False)  # else a changed one stops checkout
         _git(root, "checkout", "--quiet", "--force", "--detach", head)
         _git(root, "clean", "--quiet", "--force", "-d")
         _copy_changes(source, root)

@@ -430,3 +430,17 @@ def test_a_run_leaves_git_status_clean_until_results_are_committed(tmp_path):
     with lock(tmp_path):
         lock_file.write_text(json.dumps({"schema": "2.0", "stages": {}}))
     assert git(tmp_path, "status", "--porcelain") == " M dvc.lock\n"
+
+
+def test_a_stopped_run_with_settings_resumes_after_results_were_committed(tmp_path):
+    source = make_toy(tmp_path / "repo")
+    shutil.copy(PROJECT / "dvc.lock", source)
+    git(source, "add", "dvc.lock")
+    git(source, "commit", "-q", "-m", "no results")
+    made = workspace.isolate(source, ["seed=1"], tmp_path)
+    with lock(made.root):
+        (made.root / "dvc.lock").write_text("schema: '2.0'\nstages: {}\n# what the stopped run wrote\n")
+    (source / "dvc.lock").write_text("schema: '2.0'\nstages: {}\n# results\n")
+    git(source, "commit", "-q", "-a", "-m", "results")
+    workspace.isolate(source, ["seed=1"], tmp_path)
+    assert (made.root / "dvc.lock").read_text() == (source / "dvc.lock").read_text()
