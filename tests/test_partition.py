@@ -35,7 +35,7 @@ from tests.texts import make_stage, make_texts, write_corpus
 
 def test_a_partition_by_statistics_asks_for_text():
     ffn = random_ffn(24)
-    with pytest.raises(ValueError, match="the coactivation partition needs activation statistics: give it calibration"):
+    with pytest.raises(ValueError, match="reads the neurons' activations, and there are none: give it cali"):
         assign_neurons(PARTITIONS["coactivation"], ffn, NeuronStatistics(24), 4, 0, torch.empty(0))
     with pytest.raises(ValueError, match=r"unknown partition 'coactivations'; did you mean 'coactivation'\?"):
         decompose_layer(ffn, tokens(), spec_for(ffn, 4, 2, partition="coactivations"), 0, seed=0)

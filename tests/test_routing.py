@@ -88,7 +88,7 @@ def tokens(count: int = 1500, seed: int = 7) -> Tensor:
 def blank() -> Iterator[str]:
     """The name of a start at zeros, so that what is found is learnt."""
     zeros = (torch.zeros(EXPERTS, WIDTH), torch.zeros(EXPERTS))
-    STARTS.register("blank", RouterStart("blank", "a control", lambda data, penalty: zeros, single_experts=False))
+    STARTS.register("blank", RouterStart("a control", lambda data, penalty: zeros, single_experts=False))
     yield "blank"
     STARTS.forget("blank")
 

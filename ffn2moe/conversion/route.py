@@ -29,7 +29,10 @@ def route(task: Task, data: Data) -> None:
     """Make the checkpoint `task.routed`: every FFN a mixture whose router alone is trained. Keep one that is there."""
     if task.routed.is_dir():
         return
-    router = RouterSettings(steps=STEPS, batch_tokens=BATCH_TOKENS, seed=task.settings.seed)
+    settings = task.settings
+    router = RouterSettings(
+        steps=STEPS, batch_tokens=BATCH_TOKENS, seed=settings.seed, objective=settings.router_objective
+    )
     try:
         rows = _streamed(task, data, router)
     except NotStreamable:

@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args
 
 from ffn2moe.choices import GATES, HEADS
 from ffn2moe.containers.table import CONTAINERS
+from ffn2moe.decompose.objectives import OBJECTIVES
 from ffn2moe.decompose.partition import PARTITIONS
 from ffn2moe.table import UnknownName, unknown
 
@@ -78,6 +79,10 @@ class Settings:
         metadata=_option(
             "--partition", "how the neurons of an FFN are assigned to experts (coactivation)", names=PARTITIONS.names
         ),
+    )
+    router_objective: str = field(
+        default="oracle",
+        metadata=_option("--router-objective", "the loss that routers are trained by (oracle)", names=OBJECTIVES.names),
     )
     head: str | None = field(
         default=None,

@@ -83,7 +83,7 @@ def assign_neurons(
 ) -> Tensor:
     """Return the expert of each neuron, [F] int64; -1 for the neurons `shared_S` of the shared expert."""
     if partition.reads != "weights" and statistics.tokens == 0:
-        raise ValueError(f"the {partition.title} partition needs activation statistics: give it calibration text")
+        raise ValueError("the partition reads the neurons' activations, and there are none: give it calibration text")
     if len(shared_S) == 0:
         return partition.assign(ffn, statistics, num_experts, seed)
     routed_F = torch.ones(ffn.ffn_width, dtype=torch.bool)

@@ -142,7 +142,7 @@ def test_importance_does_not_depend_on_how_the_tokens_are_cut():
 
 def test_a_partition_by_statistics_asks_for_text_and_gradients():
     ffn = random_ffn(24)
-    with pytest.raises(ValueError, match="the nested partition needs activation statistics"):
+    with pytest.raises(ValueError, match="reads the neurons' activations, and there are none"):
         assign_neurons(PARTITIONS["nested"], ffn, NeuronStatistics(24), 4, 0, torch.empty(0))
     spec = spec_for(ffn, 4, 2, partition="gradient")
     with pytest.raises(ValueError, match=r"backward pass through the whole model.* use coactivation"):

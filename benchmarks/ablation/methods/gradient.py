@@ -109,7 +109,7 @@ def _refuse(ffn: DenseFFN, statistics: NeuronStatistics, num_experts: int, seed:
     )
 
 
-ROW = PARTITIONS.register("gradient", Partition("gradient", "LLaMA-MoE, arXiv 2406.16554", _refuse))
+ROW = PARTITIONS.register("gradient", Partition("LLaMA-MoE, arXiv 2406.16554", _refuse))
 
 
 def for_layers(inputs: Sequence[Tensor], gradients: Sequence[Tensor]) -> list[Partition]:

@@ -81,9 +81,9 @@ def activation_mass(moe: MoEFFN, x_TD: Tensor, text_T: Tensor | None = None, chu
     return mass_TE.new_zeros(int(text_T.max()) + 1, moe.num_experts).index_add_(0, text_T, mass_TE)
 
 
-OBJECTIVES.register("factorllm", RouterObjective("FactorLLM's loss", "arXiv 2408.11855", factorllm))
-OBJECTIVES.register("mass", RouterObjective("activation mass", "MoEfication, arXiv 2110.01786", mass))
-OBJECTIVES.register("norm", RouterObjective("norm of the output", "D2DMoE, arXiv 2310.04361", norm))
+OBJECTIVES.register("factorllm", RouterObjective("arXiv 2408.11855", factorllm))
+OBJECTIVES.register("mass", RouterObjective("MoEfication, arXiv 2110.01786", mass))
+OBJECTIVES.register("norm", RouterObjective("D2DMoE, arXiv 2310.04361", norm))
 
 add(
     Method(

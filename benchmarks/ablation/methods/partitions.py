@@ -53,10 +53,10 @@ def nested(ffn: DenseFFN, statistics: NeuronStatistics, num_experts: int, seed: 
     return in_blocks(statistics.energy(ffn).argsort(descending=True, stable=True), num_experts)
 
 
-PARTITIONS.register("contiguous", Partition("contiguous", "FactorLLM, arXiv 2408.11855", contiguous))
-PARTITIONS.register("random", Partition("random", "LLaMA-MoE, arXiv 2406.16554", random))
-PARTITIONS.register("weights", Partition("weights", "MoEfication, arXiv 2110.01786", weights))
-PARTITIONS.register("nested", Partition("nested", "SortedNet, arXiv 2309.00255", nested, reads="sums"))
+PARTITIONS.register("contiguous", Partition("FactorLLM, arXiv 2408.11855", contiguous))
+PARTITIONS.register("random", Partition("LLaMA-MoE, arXiv 2406.16554", random))
+PARTITIONS.register("weights", Partition("MoEfication, arXiv 2110.01786", weights))
+PARTITIONS.register("nested", Partition("SortedNet, arXiv 2309.00255", nested, reads="sums"))
 
 add(
     Method("contiguous", "contiguous", "partition", "arXiv 2408.11855", partition="contiguous"),

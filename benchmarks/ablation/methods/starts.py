@@ -105,12 +105,10 @@ def about_mean(values_RE: Tensor) -> Tensor:
     return values_RE - values_RE.mean(1, keepdim=True)
 
 
-STARTS.register("zeros", RouterStart("zeros", "a control", zeros, single_experts=False))
-STARTS.register("centroid", RouterStart("centroid", "MoEfication, arXiv 2110.01786", from_rows(centroid)))
-STARTS.register(
-    "representative", RouterStart("representative neurons", "CMoE, arXiv 2502.04416", from_rows(representative))
-)
-STARTS.register("mean_row", RouterStart("mean row", "EMoE, arXiv 2310.10908", from_rows(mean_row)))
+STARTS.register("zeros", RouterStart("a control", zeros, single_experts=False))
+STARTS.register("centroid", RouterStart("MoEfication, arXiv 2110.01786", from_rows(centroid)))
+STARTS.register("representative", RouterStart("CMoE, arXiv 2502.04416", from_rows(representative)))
+STARTS.register("mean_row", RouterStart("EMoE, arXiv 2310.10908", from_rows(mean_row)))
 
 add(
     Method("centroid", "centroid", "router start", "MoEfication, arXiv 2110.01786", ("free",), start="centroid"),

@@ -28,7 +28,6 @@ class Phase:
 class RouterObjective:
     """A loss for routers."""
 
-    title: str
     reference: str
     phases: Callable[[RouterData], list[Phase]]  # one phase after the other, on the rows of `data.survey`
     # Whether a score rates a single expert; such a loss does not fit a selection whose scores rate numbers of experts.

@@ -50,4 +50,4 @@ def router_loss(scores_TE: Tensor, target_TE: Tensor) -> Tensor:
     return F.kl_div(scores_TE.log_softmax(-1), target_TE, reduction="batchmean")
 
 
-ROW = RouterObjective("the oracle's choice", "docs/methods.md", phases, single_experts=False)
+ROW = RouterObjective("docs/methods.md", phases, single_experts=False)

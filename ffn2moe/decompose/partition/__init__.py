@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 class Partition:
     """A method that gives each neuron an expert. The widths of two experts differ by one neuron at most."""
 
-    title: str
     reference: str
     # (ffn, statistics, num_experts, seed) -> the expert of each neuron, [F] int64. With a shared expert, FFN and
     # statistics are those of the other neurons.

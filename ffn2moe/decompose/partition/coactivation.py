@@ -21,4 +21,4 @@ def coactivation(ffn: DenseFFN, statistics: NeuronStatistics, num_experts: int, 
     return balanced_kmeans(statistics.profiles(PROFILE_DIRECTIONS, seed), num_experts, seed)
 
 
-ROW = Partition("coactivation", "docs/methods.md", coactivation, reads="profiles")
+ROW = Partition("docs/methods.md", coactivation, reads="profiles")

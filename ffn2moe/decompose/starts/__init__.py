@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 class RouterStart:
     """A way to start a router."""
 
-    title: str
     reference: str
     # (data, penalty of a ridge regression) -> weight [E, D] and bias [E]
     weights: Callable[[RouterData, float], tuple[Tensor, Tensor]]

@@ -42,4 +42,4 @@ def ridge(x_TD: Tensor, target_TE: Tensor, penalty: float, intercept: bool = Tru
     return weight_DE.T.float().contiguous(), bias_E.float()
 
 
-ROW = RouterStart("ridge regression", "docs/methods.md", start, single_experts=False)
+ROW = RouterStart("docs/methods.md", start, single_experts=False)
