@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from ffn2moe.data.batches import BatchSource
 from ffn2moe.decompose.inputs import layer_inputs, texts_of
-from ffn2moe.decompose.jobs import dense_of, dense_parts, mixture_of
 from ffn2moe.decompose.layer_map import LayerJob, LayerMap, LayerResult, here, in_processes, under
+from ffn2moe.decompose.parts import dense_of, dense_parts, mixture_of
 from ffn2moe.dense.blocks import installed_ffns
 from ffn2moe.dense.ffn import DenseFFN
 from ffn2moe.dense.locate import ffn_layers, read_ffn
