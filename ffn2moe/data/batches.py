@@ -15,10 +15,10 @@ from ffn2moe.spec import Head
 
 
 def pack(token_ids: Iterable[Sequence[int]], length: int, eos: int | None) -> list[list[int]]:
-    """Documents joined, in order, and cut into blocks of `length` tokens; what does not fill the last one is left out.
+    """Return documents joined, in order, as full blocks of `length` tokens; the rest is dropped.
 
-    Each document ends in `eos`, which is added where it is missing; None adds nothing. So a block holds `length`
-    real tokens and no padding. ValueError when there are too few tokens for one block.
+    Each document ends in `eos`, which is added where it is missing; None adds nothing. ValueError where the tokens are
+    too few for one block.
     """
     joined: list[int] = []
     for ids in token_ids:
@@ -30,16 +30,16 @@ def pack(token_ids: Iterable[Sequence[int]], length: int, eos: int | None) -> li
     return [joined[start : start + length] for start in range(0, len(joined) - length + 1, length)]
 
 
-# Texts are padded to one of these lengths, in tokens. Few shapes, because oneDNN compiles a kernel for each.
+# Texts are padded to one of these lengths, in tokens. They are few because oneDNN compiles a kernel for each shape.
 BATCH_LENGTHS = (16, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 
 
 @dataclass(frozen=True)
 class Batch:
-    """What a model's forward is called with, and the positions [B, L] of its output that count (None: all).
+    """The arguments of a model's forward, and the positions [B, L] of its output that count (None: all).
 
-    `ranks` are the processes that have the rest of the batch. With `stands_in` this one has nothing of it: its text is
-    another's, for the model to run on, and no row of it counts.
+    `ranks` are the processes that have the rest of the batch. With `stands_in` this process has none of its texts: it
+    runs the model on a text of another process, and no row of it counts.
     """
 
     inputs: dict[str, Tensor]
@@ -48,18 +48,18 @@ class Batch:
     stands_in: bool = False
 
     def to(self, device: torch.device) -> Batch:
-        """The same on another device."""
+        """Return the batch on another device."""
         return self._each(lambda tensor: tensor.to(device))
 
     def part(self, ranks: Ranks) -> Batch:
-        """The texts of this process, padded as before."""
+        """Return the texts of this process, with the same padding."""
         rows = ranks.part(len(next(iter(self.inputs.values()))))
         stands_in = rows.start == rows.stop
         taken = slice(0, 1) if stands_in else rows
         return replace(self._each(lambda tensor: tensor[taken]), ranks=ranks, stands_in=stands_in)
 
     def counted(self) -> Batch:
-        """Without the text that stands in."""
+        """Return the batch without the text that stands in."""
         return self._each(lambda tensor: tensor[:0]) if self.stands_in else self
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
@@ -68,10 +68,10 @@ class Batch:
 
 
 class BatchSource(Protocol):
-    """An endless order of batches that depends on a seed and the step alone."""
+    """Endless batches, whose order depends only on a seed and the step."""
 
     def from_step(self, step: int) -> Iterator[Batch]:
-        """The batches from a step on."""
+        """Yield the batches from a step on."""
         ...
 
 
@@ -83,10 +83,10 @@ def collate(
     pad_id: int = 0,
     length: int | None = None,
 ) -> Batch:
-    """Texts as one batch, padded on the right to `length` tokens, or to the longest.
+    """Return texts as one batch, padded on the right to `length` tokens, or to the longest text.
 
-    `decoder_ids` is what the decoder of a `seq2seq` model is given for each text. What counts in the output are the
-    real tokens, of the decoder where there is one; a classifier gives one row a text, which counts.
+    `decoder_ids` is the input of a `seq2seq` model's decoder for each text. The positions that count are the tokens
+    that are not padding, of the decoder where there is one; a classifier's only row of each text counts.
     """
     ids_BL, mask_BL = padded(token_ids, pad_id, length)
     inputs = {"input_ids": ids_BL, "attention_mask": mask_BL}
@@ -97,6 +97,7 @@ def collate(
 
 
 def padded(token_ids: Sequence[Sequence[int]], pad_id: int, length: int | None) -> tuple[Tensor, Tensor]:
+    """Return token ids [B, L], padded on the right, and the mask [B, L] that is 1 where a token is real."""
     length = length or max(map(len, token_ids))
     ids_BL = torch.full((len(token_ids), length), pad_id)
     mask_BL = torch.zeros(len(token_ids), length, dtype=torch.int64)
@@ -114,18 +115,17 @@ def in_order(
     batch_texts: int = 64,
     pad_id: int = 0,
 ) -> Iterator[Batch]:
-    """The texts once, as they come, so many a batch: what calibration and evaluation run through."""
+    """Yield the texts once, in their order, `batch_texts` at a time, for calibration and evaluation."""
     for start in range(0, len(token_ids), batch_texts):
         part = slice(start, start + batch_texts)
         yield collate(head, token_ids[part], decoder_ids[part] if decoder_ids else None, pad_id=pad_id)
 
 
 class Batches:
-    """An endless, seeded order of batches of about `batch_tokens` tokens, each of one length.
+    """Endless batches of about `batch_tokens` tokens in a seeded order; all texts of a batch have one padded length.
 
-    The batch of a step depends on the seed and the step alone, so that a run that is resumed sees what it would
-    have seen. Blocks that are all of one length (`ffn2moe.data.batches.pack`) are not padded. ValueError when there are
-    too few texts for a single batch.
+    The batch of a step depends only on the seed and the step, so that a resumed run sees the same batches. Blocks of
+    equal length (`pack`) get no padding. ValueError where the texts are too few for one batch.
     """
 
     def __init__(
@@ -170,7 +170,7 @@ class Batches:
         return order
 
     def from_step(self, step: int) -> Iterator[Batch]:
-        """The batches from a step on."""
+        """Yield the batches from a step on."""
         epoch, skip = divmod(step, self.per_epoch)
         while True:
             for length, indices in self._epoch(epoch)[skip:]:

@@ -1,4 +1,4 @@
-"""Texts to calibrate and train on: docstrings of installed packages, files of text, sets of the datasets library."""
+"""Read the texts to calibrate and train on: docstrings of packages, text files, sets of the datasets library."""
 
 from __future__ import annotations
 
@@ -16,9 +16,11 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-# Import name -> distribution name of the packages whose docstrings are the default corpus, beside the
-# standard library. An explicit list, so that the corpus is a function of the Python version and of
-# constraints.txt; large, written for people, and needed by ffn2moe or by torch in any case.
+from ffn2moe.progress import Track, untracked
+
+# Import name -> distribution name of the packages whose docstrings, with those of the standard library, are the default
+# corpus. The list is fixed so that the corpus depends only on the Python version and constraints.txt. The packages are
+# large, their docstrings are written for people, and ffn2moe or torch requires them in any case.
 PACKAGES: dict[str, str] = {
     "numpy": "numpy",
     "scipy": "scipy",
@@ -31,18 +33,16 @@ PACKAGES: dict[str, str] = {
     "transformers": "transformers",
 }
 
-SHORTEST_DOCSTRING = 8  # words; shorter ones ("Return self.") say nothing about themselves
-END_OF_TEXT = "<|endoftext|>"  # a line that divides texts of several lines, as TinyStories and WebText have it
-LONGEST_TEXT = 4000  # characters; far beyond what an encoder reads, and a bound on memory
+SHORTEST_DOCSTRING = 8  # words; shorter ones ("Return self.") carry no information
+END_OF_TEXT = "<|endoftext|>"  # a line between texts of several lines, as in TinyStories and WebText
+LONGEST_TEXT = 4000  # characters; bounds memory, far above what an encoder reads
 
-_SET_COLUMN = "set data.text_column, or --text-column"
+_SET_COLUMN = "set data.text_column, or --text-column"  # the remedy in messages
 _NOT_DOCUMENTATION = {"test", "tests", "testing", "idlelib", "lib2to3", "turtledemo", "__pycache__"}
-
-Track = Callable[[Iterable[Any], int, str], Iterable[Any]]
 
 
 def clean(text: str) -> str:
-    """The text without surrounding space, NUL and lone surrogates (UTF-8 has none), and not too long."""
+    """Return the text without outer space, NUL and lone surrogates (invalid in UTF-8), truncated to LONGEST_TEXT."""
     return text.encode("utf-8", "ignore").decode().replace("\0", "")[:LONGEST_TEXT].strip()
 
 
@@ -54,22 +54,21 @@ def docstrings(
     *,
     standard_library: bool = True,
     workers: int = 0,
-    track: Track | None = None,
+    track: Track = untracked,
 ) -> list[str]:
-    """The distinct docstrings of the standard library and of installed packages, sorted.
+    """Return the distinct docstrings of the standard library and of installed packages, sorted.
 
-    Source files are parsed, never imported. `workers` = 0 takes every core. ValueError if a package is
-    missing.
+    Source files are parsed, never imported. `workers` = 0 takes every core. ValueError if a package is missing.
     """
     files = list(_standard_library_files()) if standard_library else []
     for package in packages:
         files += _package_files(package)
     found: set[str] = set()
-    # Spawned, not forked: the parent may hold threads (progress, BLAS) that a fork would copy in mid-air.
+    # Processes are spawned: a fork would copy the locks of the parent's threads (progress, BLAS).
     count = min(workers or os.cpu_count() or 1, 8)
     with ProcessPoolExecutor(count, get_context("spawn"), initializer=_die_with_parent) as pool:
         parsed: Iterable[list[str]] = pool.map(_docstrings_of_file, files, chunksize=32)
-        for texts in track(parsed, len(files), "reading docstrings") if track else parsed:
+        for texts in track(parsed, len(files), "reading docstrings"):
             found.update(texts)
     return sorted(found)
 
@@ -87,7 +86,7 @@ def _package_files(package: str) -> list[str]:
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
         raise ValueError(
-            f"the corpus of docstrings reads those of {package}, which is not installed here; "
+            f"the corpus of docstrings needs {package}, which is not installed here: "
             f"install it (make setup, or pip install -c constraints.txt {PACKAGES.get(package, package)})"
         )
     return [file for folder in spec.submodule_search_locations for file in _python_files(Path(folder))]
@@ -117,7 +116,7 @@ def _docstrings_of_file(path: str) -> list[str]:
 
 
 def _die_with_parent() -> None:
-    """Linux: a worker ends when the stage is killed, also by SIGKILL. Elsewhere it ends with its pipe."""
+    """End this worker when its parent is killed, also by SIGKILL (Linux; elsewhere it ends with its pipe)."""
     if sys.platform == "linux":
         import ctypes
         import signal
@@ -129,11 +128,11 @@ def _die_with_parent() -> None:
 # --- files ----------------------------------------------------------------------------------------
 
 
-def read_corpus(source: str, column: str = "text", *, workers: int = 0, track: Track | None = None) -> list[str]:
-    """The texts of a corpus, cleaned, without empty ones, in the order of the source.
+def read_corpus(source: str, column: str = "text", *, workers: int = 0, track: Track = untracked) -> list[str]:
+    """Return the texts of a corpus, cleaned, without empty ones, in the order of the source.
 
-    `docstrings`; a .txt (one text a line, or texts divided by lines of <|endoftext|>), .jsonl, .csv or .tsv file
-    (`column` is the one that holds the text); or `datasets:NAME` (also `datasets:NAME:CONFIGURATION`).
+    The source is `docstrings`; a .txt file (one text a line, or texts between lines of <|endoftext|>); a .jsonl, .csv
+    or .tsv file, whose `column` holds the text; or `datasets:NAME` (also `datasets:NAME:CONFIGURATION`).
     FileNotFoundError or ValueError with the remedy.
     """
     if source == "docstrings":
@@ -154,14 +153,14 @@ def _file_texts(path: Path, column: str) -> list[str]:
     }
     if path.suffix.lower() not in readers:
         raise ValueError(
-            f"the corpus {path} is not something texts can be read from; use docstrings, datasets:NAME, "
+            f"the corpus {path} is no file of texts: use docstrings, datasets:NAME, "
             f"or a file that ends in {', '.join(readers)}"
         )
     return readers[path.suffix.lower()](path, column)
 
 
 def read_file(path: Path) -> str:
-    """A UTF-8 file, with the remedy in the error."""
+    """Return the text of a UTF-8 file. FileNotFoundError or ValueError with the remedy."""
     try:
         return path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
@@ -176,11 +175,12 @@ def read_file(path: Path) -> str:
 
 
 def read_lines(path: Path) -> list[str]:
+    """Return the lines of a UTF-8 file."""
     return read_file(path).splitlines()
 
 
 def read_documents(path: Path) -> list[str]:
-    """The texts of a .txt file: one a line or, where lines say <|endoftext|>, what stands between these."""
+    """Return the texts of a .txt file: the lines or, where there are lines of <|endoftext|>, the parts between them."""
     lines = read_lines(path)
     if END_OF_TEXT not in lines:
         return lines
@@ -194,6 +194,7 @@ def read_documents(path: Path) -> list[str]:
 
 
 def read_jsonl_column(path: Path, column: str) -> list[str]:
+    """Return a column of a .jsonl file, with "" where it is null."""
     texts = []
     for number, line in enumerate(read_lines(path), 1):
         if not line.strip():
@@ -220,9 +221,7 @@ def _table_column(path: Path, column: str, delimiter: str) -> list[str]:
 def _cell(row: dict[str, Any], column: str, where: str) -> str:
     if column not in row:
         columns = ", ".join(map(repr, (key for key in row if key is not None)))
-        raise ValueError(
-            f"{where} has no column {column!r}; its columns are {columns}: set data.text_column, or --text-column"
-        )
+        raise ValueError(f"{where} has no column {column!r}; its columns are {columns}: {_SET_COLUMN}")
     value = row[column]
     if value is not None and not isinstance(value, str):
         raise ValueError(f"{where}: {column!r} is not text but {value!r}; {_SET_COLUMN}")
@@ -235,7 +234,7 @@ def _datasets_texts(source: str, column: str) -> list[str]:
     _, name, *configuration = source.split(":")
     try:
         table = datasets.load_dataset(name, *configuration, split="train")
-    except Exception as error:  # the library raises a dozen kinds, of its own and of its dependencies
+    except Exception as error:  # the library and its dependencies raise a dozen kinds
         raise ValueError(
             f"the corpus {source}: the datasets library cannot load the train split of {name} "
             f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no reason given'}); "
@@ -243,7 +242,5 @@ def _datasets_texts(source: str, column: str) -> list[str]:
         ) from None
     if column not in table.column_names:
         names = ", ".join(map(repr, table.column_names))
-        raise ValueError(
-            f"{source} has no column {column!r}; its columns are {names}: set data.text_column, or --text-column"
-        )
+        raise ValueError(f"{source} has no column {column!r}; its columns are {names}: {_SET_COLUMN}")
     return [value if isinstance(value, str) else "" for value in table[column]]

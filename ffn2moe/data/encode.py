@@ -1,8 +1,8 @@
-"""Text in, sentence embeddings out, for a dense model and for a factorised one."""
+"""Encode texts as sentence embeddings, with a dense model or a mixture."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -10,10 +10,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from ffn2moe.numerics import pool
+from ffn2moe.progress import Track, untracked
 from ffn2moe.spec import Pooling
-
-# Wraps the batches while they are worked through: (items, how many, what they are) -> items.
-Track = Callable[[Iterable[Sequence[int]], int, str], Iterable[Sequence[int]]]
 
 
 @torch.no_grad()
@@ -26,11 +24,11 @@ def encode(
     pooling: Pooling = "mean",
     batch_texts: int = 64,
     device: str | torch.device = "cpu",
-    track: Track | None = None,
+    track: Track = untracked,
 ) -> Tensor:
-    """Embeddings of unit length, float32 on the CPU, [N, D], in the order of `texts`.
+    """Return embeddings of unit length, float32 on the CPU, [N, D], in the order of `texts`.
 
-    Texts are cut to `max_length` tokens and batched with others of their length, so that little is padding.
+    Texts are cut to `max_length` tokens and batched with others of similar length, so that batches have little padding.
     The model is moved to `device` and left in eval mode. ValueError for no text, or for an empty one.
     """
     embeddings_ND: Tensor | None = None
@@ -54,19 +52,19 @@ def _batches(
     max_length: int,
     batch_texts: int,
     device: str | torch.device,
-    track: Track | None = None,
+    track: Track = untracked,
 ) -> Iterator[tuple[Sequence[int], Tensor, Tensor]]:
-    """Indices of the texts in a batch, token ids [B, L] and mask [B, L]; puts the model in its place."""
+    """Yield the indices of each batch's texts, token ids [B, L] and mask [B, L]; move the model to the device."""
     if not texts:
         raise ValueError("there is no text to encode")
     empty = next((index for index, text in enumerate(texts) if not text.strip()), None)
     if empty is not None:
-        raise ValueError(f"text {empty} is empty: it has no meaning to encode; leave it out")
+        raise ValueError(f"text {empty} is empty: leave it out")
     ids = tokenizer(list(texts), truncation=True, max_length=max_length)["input_ids"]
     order = sorted(range(len(texts)), key=lambda index: -len(ids[index]))
     batches = [order[start : start + batch_texts] for start in range(0, len(order), batch_texts)]
     model.to(device).eval()
-    for batch in track(batches, len(batches), "encoding") if track else batches:
+    for batch in track(batches, len(batches), "encoding"):
         rows = [torch.tensor(ids[index]) for index in batch]
         ids_BL = pad_sequence(rows, batch_first=True, padding_value=tokenizer.pad_token_id or 0)
         length_B = torch.tensor([len(row) for row in rows])

@@ -1,14 +1,14 @@
-"""Token sequences for language models: documents packed into blocks, and texts drawn from the model itself."""
+"""Have a model write token sequences: texts drawn from a language model, answers of an encoder-decoder."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-Track = Callable[[Iterable[Any], int, str], Iterable[Any]]
+from ffn2moe.progress import Track, untracked
 
 
 @torch.no_grad()
@@ -21,14 +21,14 @@ def sample_tokens(
     bos: int | None,
     batch: int,
     temperature: float = 1.0,
-    track: Track | None = None,
+    track: Track = untracked,
 ) -> list[list[int]]:
-    """`count` texts drawn from a causal language model itself, as token ids: the data of data-free distillation.
+    """Return `count` texts drawn from a causal language model, as token ids: the data of data-free distillation.
 
     Each begins with `bos`, or with a token drawn evenly from the vocabulary where that is None, and ends after
-    `length` tokens or with the model's end-of-text token, which is kept. `batch` texts are drawn at once, with a
-    key-value cache; the same seed and batch give the same texts on the same machine. ValueError where the model
-    cannot be sampled from: non-finite logits, or a `length` beyond its positions.
+    `length` tokens or with the model's end-of-text token, which is kept. `batch` texts are drawn together, with a
+    key-value cache; the same seed and batch give the same texts on the same machine. ValueError for logits that are
+    not finite and for a `length` beyond the model's positions.
     """
     positions = getattr(model.config, "max_position_embeddings", None)
     if positions is not None and length > positions:
@@ -38,7 +38,7 @@ def sample_tokens(
     stop = torch.tensor(sorted(ends), dtype=torch.int64, device=model.device)
     texts: list[list[int]] = []
     starts = range(0, count, batch)
-    for start in track(starts, len(starts), "sampling texts") if track else starts:
+    for start in track(starts, len(starts), "sampling texts"):
         size = min(batch, count - start)
         rows_BL = _sample(model, size, length, bos, stop, temperature, generator)
         for row in rows_BL.tolist():
@@ -55,17 +55,17 @@ def greedy_answers(
     length: int,
     batch: int,
     pad_id: int,
-    track: Track | None = None,
+    track: Track = untracked,
 ) -> list[list[int]]:
-    """What a seq2seq model answers to each text, as the ids [L] that its decoder is given to say it again.
+    """Return a seq2seq model's greedy answer to each text, as the decoder's input ids [L] that reproduce it.
 
-    The answer is the model's own greedy one, of `length` tokens at most: it begins with the decoder's start token,
-    and the last token that was predicted is left out, as nothing is predicted from it.
+    An answer has at most `length` tokens. It begins with the decoder's start token and leaves out the last predicted
+    token, because nothing is predicted from it.
     """
     ends = end_of_text(model)
     answers: list[list[int]] = []
     starts = range(0, len(token_ids), batch)
-    for start in track(starts, len(starts), "answering texts") if track else starts:
+    for start in track(starts, len(starts), "answering texts"):
         rows = [torch.tensor(ids) for ids in token_ids[start : start + batch]]
         ids_BL = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad_id)
         length_B = torch.tensor([len(row) for row in rows])
@@ -85,7 +85,7 @@ def greedy_answers(
 
 
 def end_of_text(model: Any) -> set[int]:
-    """The tokens that end a text, as the generation config says, or else the model's."""
+    """Return the tokens that end a text, from the generation config, or else the model's config."""
     for config in (getattr(model, "generation_config", None), model.config.get_text_config()):
         ids = getattr(config, "eos_token_id", None)
         if ids is not None:
@@ -102,7 +102,7 @@ def _sample(
     temperature: float,
     generator: torch.Generator,
 ) -> Tensor:
-    """Token ids [B, L]; what stands behind an end-of-text token has no meaning."""
+    """Return token ids [B, L]; tokens after an end-of-text token have no meaning."""
     device = model.device
     if bos is None:
         vocabulary = model.config.get_text_config().vocab_size
@@ -118,7 +118,7 @@ def _sample(
         cache = output.past_key_values
         scores_BV = output.logits[:, -1].float() / temperature
         if not torch.isfinite(scores_BV.logsumexp(-1)).all():
-            raise ValueError("the model gives logits that are not finite, so no text can be drawn from it")
+            raise ValueError("the model computes logits that are not finite, so no text can be drawn")
         token_B1 = torch.multinomial(scores_BV.softmax(-1), 1, generator=generator)
         ids_BL[:, place : place + 1] = token_B1
         done_B |= torch.isin(token_B1[:, 0], stop)

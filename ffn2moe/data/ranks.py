@@ -1,8 +1,8 @@
-"""The processes that train one model together, each on its part of every batch.
+"""Let several processes train one model together, each on its part of every batch.
 
-Two conventions make a step of several processes the step of one, up to rounding. A loss is a sum over processes: what
-one of them works out from its texts, divided by what is counted over all. And what compares texts with each other sees
-all of them (`Ranks.gather`), so that it is the same loss however the batch is divided.
+Two conventions make a step of several processes equal to that of one, up to rounding. A loss is a sum over processes:
+each divides the sum over its texts by the count over all texts. A loss that compares texts with each other sees all of
+them (`Ranks.gather`), so that it does not depend on how the batch is split.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from torch import distributed as dist
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process, number `rank` of `size`. Of one process alone (`ALONE`) every method gives what it got.
+    """This process, number `rank` of `size`. With one process (`ALONE`) every method returns its argument.
 
-    All methods but `part` are answered when every process has called them, in the same order. ConnectionError when
-    one of the others is gone.
+    All methods except `part` return when every process has called them, in the same order. ConnectionError if another
+    process has ended.
     """
 
     rank: int = 0
@@ -33,25 +33,25 @@ class Ranks:
 
     @property
     def first(self) -> bool:
-        """Whether this is the process that writes and speaks for all."""
+        """Whether this process writes files and messages for all."""
         return self.rank == 0
 
     def part(self, count: int) -> slice:
-        """Which of `count` things in order are this process's: equal parts, the first ones by one longer."""
+        """Return the slice of `count` items that this process has: equal parts, the first ones longer by one."""
         each, more = divmod(count, self.size)
         start = self.rank * each + min(self.rank, more)
         return slice(start, start + each + (self.rank < more))
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """The sum over the processes, without gradient; the same bits for all of them."""
+        """Return the sum over the processes, without gradient; all of them get the same bits."""
         return tensor if self.size == 1 else self._reduced(tensor.detach().clone(), dist.ReduceOp.SUM)
 
     def total(self, count: int) -> int:
-        """The sum of a number over the processes."""
+        """Return the sum of a number over the processes."""
         return count if self.size == 1 else int(self.sum(torch.tensor(count, device=self.device)).item())
 
     def gather(self, rows: Tensor) -> Tensor:
-        """The rows [n, ...] of all processes, n differing, in the order of the processes: [N, ...], with gradient."""
+        """Return the rows [n, ...] of all processes (n may differ) in their order: [N, ...], with gradient."""
         if self.size == 1:
             return rows
         place, total = self.place(len(rows))
@@ -59,7 +59,7 @@ class Ranks:
         return gathered
 
     def place(self, count: int) -> tuple[slice, int]:
-        """Where this process's `count` rows lie among those that `gather` gives, and how many these are."""
+        """Return the slice of this process's `count` rows in the result of `gather`, and the length of the result."""
         if self.size == 1:
             return slice(0, count), count
         counts = torch.zeros(self.size, dtype=torch.int64, device=self.device)
@@ -69,7 +69,7 @@ class Ranks:
         return slice(start, start + count), sum(found)
 
     def same(self, numbers: Tensor) -> bool:
-        """Whether all processes have these very integers."""
+        """Return whether all processes have the same integers."""
         if self.size == 1:
             return True
         numbers = numbers.to(self.device)
@@ -77,19 +77,19 @@ class Ranks:
         return torch.equal(low, self._reduced(numbers.clone(), dist.ReduceOp.MAX))
 
     def from_first(self, step: int, tensors: Mapping[str, Tensor]) -> tuple[int, dict[str, Tensor]]:
-        """What the first process has: a step, and tensors by name. The others' own are not looked at."""
+        """Return the step and the tensors of the first process; those of the others are ignored."""
         if self.size == 1:
             return step, dict(tensors)
         shapes = {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
-        told: list[Any] = [step, shapes]
+        message: list[Any] = [step, shapes]
         received = {}
         with _together(self):
-            dist.broadcast_object_list(told, src=0, device=self.device)
-            for name, (shape, dtype) in told[1].items():
+            dist.broadcast_object_list(message, src=0, device=self.device)
+            for name, (shape, dtype) in message[1].items():
                 empty = torch.empty(shape, dtype=dtype, device=self.device)
                 received[name] = tensors[name].detach().to(self.device).contiguous() if self.first else empty
                 dist.broadcast(received[name], src=0)
-        return told[0], received
+        return message[0], received
 
     def _reduced(self, tensor: Tensor, operation: Any) -> Tensor:
         with _together(self):
@@ -101,14 +101,14 @@ ALONE = Ranks()
 
 
 class _Gather(torch.autograd.Function):
-    """Rows of all processes; each gets back the sum of the gradients that all of them have for its own."""
+    """Gather the rows of all processes; backward gives each the sum of all gradients of its own rows."""
 
     @staticmethod
     def forward(context: Any, rows: Tensor, ranks: Ranks, place: slice, total: int) -> Tensor:
         context.ranks, context.place = ranks, place
         gathered = rows.new_zeros(total, *rows.shape[1:])
         gathered[place] = rows
-        return ranks.sum(gathered)  # every row is one process's, and 0 for the others: nothing is rounded
+        return ranks.sum(gathered)  # exact: a row is zero in all processes but one
 
     @staticmethod
     def backward(context: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
@@ -117,29 +117,29 @@ class _Gather(torch.autograd.Function):
 
 @contextmanager
 def _together(ranks: Ranks) -> Iterator[None]:
-    """Says plainly that the others are gone, for which each backend has words of its own."""
+    """Raise ConnectionError, with the remedy, instead of the backend's error if another process has ended."""
     try:
         yield
     except RuntimeError as error:
         raise ConnectionError(
-            f"process {ranks.rank} of {ranks.size} has lost the others: one of them failed or was killed, which it "
-            "says itself, or the network between them broke; run again: training goes on from its last checkpoint"
+            f"process {ranks.rank} of {ranks.size} has lost the others: one of them failed (see its own "
+            "message) or was killed, or the network broke. Run again: training resumes from its last checkpoint"
         ) from error
 
 
 @contextmanager
 def joined(device: str, patience: timedelta) -> Iterator[Ranks]:
-    """The processes that torchrun started, of which this is one; each has an accelerator of its own, if not a CPU.
+    """Join the processes that torchrun started. On accelerators each process takes one of its own.
 
-    `patience` is how long a process waits for the others before it takes them for lost. ValueError where there are
-    fewer accelerators on this machine than processes.
+    A process waits `patience` for the others before it takes them for lost. ValueError where this machine has fewer
+    accelerators than processes.
     """
     local, here = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
     if torch.device(device).type != "cpu":
         if here > torch.accelerator.device_count():
             raise ValueError(
-                f"{here} processes on a machine with {torch.accelerator.device_count()} accelerators: each needs one "
-                "of its own; start fewer here, or compute on the cpu"
+                f"{here} processes on a machine with {torch.accelerator.device_count()} accelerators: each process "
+                "needs one: start fewer, or compute on the CPU"
             )
         torch.accelerator.set_device_index(local)
     dist.init_process_group(dist.get_default_backend_for_device(device), timeout=patience)
