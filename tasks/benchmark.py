@@ -1,6 +1,6 @@
-"""Stage 7: every plan of every engine timed beside the dense ones, and the plans that this machine should use.
+"""Stage 7: time every plan of every engine beside the dense ones, and choose the plans for this machine.
 
-What is measured in time is in no stage before this one, so that those are the same bytes everywhere.
+No earlier stage measures time, so that their outs are the same bytes everywhere.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def run(stage: StageRun) -> None:
         mixed = mixed_retention(root, folder, content["plans"], manifest, settings.threads[0])
         stage.say(f"queries on one plan and documents on another keep {100 * mixed:.1f} % of the teacher's at least")
         if mixed < params.gate.min_retention:
-            stage.say("that is too little: one plan for every batch")
+            stage.say("that is less than gate.min_retention: choosing one plan for every batch")
             content = planned(max_plans=1)
         content["mixed_retention"] = round(mixed, 6)
     stage.say(content["reason"])
@@ -83,7 +83,7 @@ def run(stage: StageRun) -> None:
 
 
 def workload_of(settings: Benchmark) -> Workload:
-    """The shapes of params.yaml; each comes as often as the others where it has no weight."""
+    """Return the workload of params.yaml; a shape without a weight comes as often as the others."""
     return Workload.of(
         {(int(batch), int(sequence)): float(*weight or [1]) for batch, sequence, *weight in settings.shapes},
         "params.yaml",
@@ -93,21 +93,21 @@ def workload_of(settings: Benchmark) -> Workload:
 def say_times(stage: StageRun, rows: Sequence[timing.Timing]) -> None:
     what = f"{rows[0].batch} x {rows[0].sequence}, threads {rows[0].threads}"
     for phase in dict.fromkeys(row.phase for row in rows):
-        told = ", ".join(f"{row.plan} {row.median_ms:.2f} ms" for row in rows if row.phase == phase)
-        stage.say(f"{what}{'' if phase == 'whole' else f', {phase}'}: {told}")
+        times = ", ".join(f"{row.plan} {row.median_ms:.2f} ms" for row in rows if row.phase == phase)
+        stage.say(f"{what}{'' if phase == 'whole' else f', {phase}'}: {times}")
 
 
 def largest_shape(timings: Sequence[timing.Timing]) -> list[timing.Timing]:
-    """The timings of all the work, at the most tokens, on the first number of threads."""
+    """Return the timings of whole batches or requests at the most tokens, on the first number of threads."""
     whole = [row for row in timings if row.phase in timing.DECISIVE]
     most = max(whole, key=lambda row: row.batch * row.sequence)
     return [row for row in whole if (row.batch, row.sequence, row.threads) == (most.batch, most.sequence, most.threads)]
 
 
 def mixed_retention(root: Path, folder: Path, plans: Sequence[str], manifest: dict[str, Any], threads: int) -> float:
-    """What the worst pair of plans keeps of the teacher's retrieval, with queries on one and documents on the other.
+    """Return what the worst pair of plans keeps of the teacher's retrieval: queries on one, documents on the other.
 
-    Batches of different shapes meet: a query comes alone, and documents come many at once.
+    A query comes alone and documents come many at once, so the two may run on different plans.
     """
     import torch
 

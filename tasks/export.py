@@ -1,10 +1,10 @@
-"""Stage 6: the student and its teacher as ONNX graphs, one a plan, each checked before any is kept.
+"""Stage 6: write the student and its teacher as ONNX graphs, one a plan, and check each before any is kept.
 
-A float32 graph that is further from PyTorch than its tolerance fails the stage; within it, the graph has the quality
-that stage 5 found. A graph that computes something else on purpose (int8, another form of GELU) is judged anew: by the
-retrieval benchmark, by its perplexity, or by its agreement with the teacher. So is each other budget of an elastic
-mixture (`sorted-k1`). What a plan keeps of the teacher's figure decides later whether it may be chosen. A language
-model that was made for a native container is written as one, too.
+A float32 graph beyond its tolerance from PyTorch fails the stage; within it, the graph has the quality that stage 5
+found. A graph that computes something else on purpose (int8, another form of GELU, another budget of an elastic
+mixture) is judged again: by the retrieval benchmark, by its perplexity, or by its agreement with the teacher. The share
+of the teacher's figure that a plan keeps decides later whether it may be chosen. A language model for a native
+container is also written as one.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ if TYPE_CHECKING:
 
 STUDENT, TEACHER = "models/distilled", "data/teacher"
 PACKAGES = ("onnx", "onnx-ir", "onnxscript", "torch", "transformers")
-# Largest mean difference of a container's logits from the student's, relative: of gates that are those of the
-# container, and of unit gates, which it has nearly.
+# The largest relative mean difference of a container's logits from the student's: with the container's own gates, and
+# with unit gates, which a container can only approximate.
 CONTAINER_TOLERANCE, UNIT_TOLERANCE = 1e-4, 1e-2
 
 
@@ -76,7 +76,7 @@ def run(stage: StageRun) -> None:
             entry |= quality.of(name, entry, manifest, partial)
         for plan, entry in entries.items():
             stage.say(
-                f"{plan}: {entry['parity_max_abs']:.1e} from PyTorch, {quality.told(entry)} "
+                f"{plan}: {entry['parity_max_abs']:.1e} from PyTorch, {quality.summary(entry)} "
                 f"({100 * entry['retention']:.1f} % of the teacher's)"
             )
         for plan, reason in manifest["refused"].items():
@@ -99,7 +99,7 @@ def run(stage: StageRun) -> None:
 
 
 class PlanQuality:
-    """What each plan keeps of the teacher: what stage 5 found, or measured where a plan computes something else."""
+    """Judge each plan: by what stage 5 found, or by measuring it where it computes something else."""
 
     def __init__(self, stage: StageRun, spec: MoESpec, teacher: Any, tokenizer: Any) -> None:
         root = stage.root
@@ -117,11 +117,11 @@ class PlanQuality:
         self.pairs = corpus.read_jsonl(root / "data/benchmarks/retrieval.jsonl") if spec.head == "embedding" else []
         self.choices = self.teachers_choices(teacher) if spec.head in ("classification", "seq2seq") else []
 
-    def told(self, entry: Mapping[str, Any]) -> str:
+    def summary(self, entry: Mapping[str, Any]) -> str:
         return f"{self.headline.label} {entry[self.headline.key]:.4f}"
 
     def of(self, plan: str, entry: Mapping[str, Any], manifest: Mapping[str, Any], folder: Path) -> dict[str, float]:
-        """The figure of one plan, and what it keeps of the teacher's."""
+        """Return the figure of one plan, and the share of the teacher's that it keeps."""
         from ffn2moe.runtime import files as runtime_files
         from ffn2moe.runtime.export import open_graphs, opened
         from ffn2moe.runtime.plans import is_dense
@@ -138,7 +138,7 @@ class PlanQuality:
         return {self.headline.key: round(figure, 6), "retention": round(kept, 6)}
 
     def measured(self, export: Any) -> float:
-        """The figure of an open plan, on the texts that stage 5 judged by."""
+        """Measure the figure of an open plan on the texts of stage 5."""
         import torch
 
         from ffn2moe import metrics
@@ -165,7 +165,7 @@ class PlanQuality:
         return (torch.cat(found) == torch.cat(self.choices)).double().mean().item()
 
     def teachers_choices(self, teacher: Any) -> list[Tensor]:
-        """The teacher's most probable class or token at every judged position, a tensor a batch."""
+        """Return the teacher's most probable class or token at every judged position, a tensor a batch."""
         import torch
 
         found = []
@@ -183,7 +183,7 @@ class PlanQuality:
 def write_container(
     stage: StageRun, student: Any, teacher: Any, spec: MoESpec, folder: Path, ids: Sequence[Sequence[int]]
 ) -> dict[str, Any]:
-    """The student as the native container that it was made for: written, audited, and its logits compared."""
+    """Write the student as its native container, audit it, compare its logits, and return what the manifest says."""
     import torch
 
     from ffn2moe.containers.checks import same_logits
@@ -214,12 +214,12 @@ def write_container(
 
 
 def write_card(folder: Path, spec: MoESpec, manifest: Mapping[str, Any]) -> None:
-    """What the folder of the container holds, or why it holds nothing: it is one of the stage's outs in any case."""
+    """Write what the container's folder holds, or why it is empty: the folder is an out of the stage either way."""
     folder.mkdir(exist_ok=True)
     if spec.container is None:
         text = (
-            "There is no native container here: decompose.container was `none`, or the model is no language model. The "
-            "graphs are in ../onnx, the model for PyTorch in ../checkpoint.\n"
+            "There is no native container here: decompose.container was `none`, or the model is not a language model. "
+            "The graphs are in ../onnx, the model for PyTorch in ../checkpoint.\n"
         )
     else:
         container = manifest["container"]
@@ -227,9 +227,9 @@ def write_card(folder: Path, spec: MoESpec, manifest: Mapping[str, Any]) -> None
         lines = [
             f"# {teacher} as a mixture of experts ({container['name']})",
             "",
-            f"The feed-forward layers of `{teacher}`, each cut into {spec.num_experts} experts of which a token "
-            f"runs {spec.num_active}, distilled from the dense model by ffn2moe. A `{container['name']}` model that "
-            "transformers loads with `AutoModelForCausalLM`, without code of its own.",
+            f"ffn2moe decomposed each feed-forward layer of `{teacher}` into {spec.num_experts} experts and distilled "
+            f"the mixture from the dense model. A token runs {spec.num_active} experts a layer. transformers loads the "
+            f"`{container['name']}` model with `AutoModelForCausalLM`, without further code.",
             "",
             *(f"- {note}" for note in container["notes"]),
         ]
@@ -238,21 +238,21 @@ def write_card(folder: Path, spec: MoESpec, manifest: Mapping[str, Any]) -> None
 
 
 def rounded(value: float) -> float:
-    """Three digits: what a difference is worth telling."""
+    """Return a difference with three digits."""
     return float(f"{value:.3g}")
 
 
 def keep(partial: Path, folder: Path) -> None:
-    """Moves what was made into the export's folder, where the benchmark's plan.json may lie from before."""
+    """Move the new files into the export's folder, and remove plan.json of an earlier benchmark."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "plan.json").unlink(missing_ok=True)  # it speaks of other graphs
+    (folder / "plan.json").unlink(missing_ok=True)  # it describes other graphs
     for made in sorted(partial.iterdir()):
         remove(folder / made.name)
         os.replace(made, folder / made.name)
 
 
 def teacher_weights(folder: Path) -> Path:
-    """The first weight file of the teacher."""
+    """Return the first weight file of the teacher."""
     found = sorted(folder.glob("*.safetensors"))
     if not found:
         raise FileNotFoundError(f"{folder} has no *.safetensors file: run the stage prepare again")
@@ -260,7 +260,7 @@ def teacher_weights(folder: Path) -> Path:
 
 
 def data_sha256(folder: Path) -> str:
-    """One sha256 over the corpus and the benchmarks: names and contents of their files."""
+    """Return one sha256 over the corpus and the benchmarks: names and contents of their files."""
     from ffn2moe.runtime.files import sha256
 
     total = hashlib.sha256()
