@@ -357,7 +357,7 @@ def test_a_text_ends_with_its_end_token_while_others_go_on(export, monkeypatch):
 
 def test_a_long_prompt_is_read_in_parts(export, monkeypatch):
     expected = export.logits(list(range(2, 50)))
-    monkeypatch.setattr(runtime, "PREFILL_TOKENS", 7)
+    monkeypatch.setattr(decoders, "PREFILL_TOKENS", 7)
     np.testing.assert_allclose(export.logits(list(range(2, 50))), expected, atol=1e-5)
     tokens = [int(step[0]) for step in export.generate_tokens([list(range(2, 50))], max_new_tokens=1)]
     assert tokens == [int(expected[-1].argmax())] or tokens == [-1]
@@ -481,7 +481,7 @@ def test_generate_writes_the_prompt_and_what_follows(folder, export, capsys):
 def test_info_tells_what_a_language_model_gives(folder, capsys):
     assert cli.main(["info", str(folder)]) == 0
     shown = " ".join(capsys.readouterr().out.split())
-    for words in ("text that goes on with a prompt, up to 160 tokens", "qmoe4", "4 of 11 neurons", "gate unit"):
+    for words in ("text that continues a prompt, up to 160 tokens", "qmoe4", "4 of 11 neurons", "gate unit"):
         assert words in shown, shown
     assert "nDCG" not in shown
 
