@@ -1,6 +1,6 @@
-"""Where a stage has the work on its layers done: on Dask workers where an address is given, else on this machine.
+"""Choose where a stage works on its layers: on Dask workers if an address is set, else on this machine.
 
-The address comes from the environment and is no parameter: results are the same to the bit wherever they are made.
+The address comes from the environment. It is not a parameter, because the results are the same to the bit everywhere.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from ffn2moe.decompose.layer_map import LayerJob, LayerMap, LayerResult
 
-DASK = "FFN2MOE_DASK"  # the scheduler's address, such as tcp://127.0.0.1:8786
+DASK = "FFN2MOE_DASK"  # the scheduler's address, for example tcp://127.0.0.1:8786
 
 
 def layer_map() -> LayerMap:
-    """Does jobs of layers, each in one thread, and yields results as they come."""
+    """Return a function that runs jobs of layers, each in one thread, and yields results as they arrive."""
     import torch
 
     from ffn2moe.decompose.layer_map import on_this_machine
@@ -27,13 +27,13 @@ def layer_map() -> LayerMap:
 
 
 def dask_map() -> LayerMap | None:
-    """The same on the workers of the scheduler that the environment names, if it names one."""
+    """Return the same for the workers of the scheduler that the environment names; None if it names none."""
     from ffn2moe.decompose.layer_map import by_command
 
     address = os.environ.get(DASK)
 
     def on_workers(jobs: Sequence[LayerJob]) -> Iterator[LayerResult]:
-        # A program of its own, as only flows know Prefect.
+        # It runs as a program of its own, because only flows import Prefect.
         return by_command(
             [sys.executable, "-m", "flows.layers", "--address", str(address)],
             jobs,
@@ -44,5 +44,5 @@ def dask_map() -> LayerMap | None:
 
 
 def in_order(results: Iterable[LayerResult]) -> list[LayerResult]:
-    """Results in the order of their layers."""
+    """Return results in the order of their layers."""
     return sorted(results, key=lambda result: result.layer)

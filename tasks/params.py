@@ -120,13 +120,12 @@ class Decompose(Section):
 
     @model_validator(mode="after")
     def _each_layer_has_a_number_of_experts(self) -> Decompose:
-        if isinstance(self.active_per_layer, tuple):
-            over = [active for active in self.active_per_layer if active > self.num_experts]
-            if over or not self.active_per_layer:
-                raise ValueError(
-                    f"decompose.active_per_layer = {list(self.active_per_layer)} must hold, for each layer, a number "
-                    f"between 1 and decompose.num_experts = {self.num_experts}"
-                )
+        layers = self.active_per_layer
+        if isinstance(layers, tuple) and (not layers or max(layers) > self.num_experts):
+            raise ValueError(
+                f"decompose.active_per_layer = {list(layers)} must hold, for each layer, a number between 1 and "
+                f"decompose.num_experts = {self.num_experts}"
+            )
         return self
 
     @model_validator(mode="after")
@@ -200,8 +199,7 @@ class Export(Section):
 
 
 def _shape(shape: tuple[int | float, ...]) -> tuple[int | float, ...]:
-    counts, weights = shape[:2], shape[2:]
-    if not (all(isinstance(count, int) and count >= 1 for count in counts) and all(weight > 0 for weight in weights)):
+    if not (all(isinstance(count, int) and count >= 1 for count in shape[:2]) and all(one > 0 for one in shape[2:])):
         raise ValueError(
             f"benchmark.shapes has {list(shape)}: write [batch, sequence], or [batch, sequence, weight] with a weight "
             "above 0; a batch holds a text, and a text a token"
@@ -271,10 +269,7 @@ class Params(Section):
         if not any(weights[key] for key in useful):
             named = " and ".join(f"distill.{key}" for key in useful)
             of = "" if head == "auto" else f" of a teacher with the head {head}"
-            raise ValueError(
-                f"{named} are all 0: there is no loss{of}; make one positive, or set "
-                "distill.steps=0 for no distillation"
-            )
+            raise ValueError(f"{named} are all 0: there is no loss{of}; make one positive, or set distill.steps=0")
         return self
 
     @model_validator(mode="after")

@@ -57,27 +57,16 @@ class Registry:
         `settings` are the model's config, which can be overridden where it is served. `options` are the params of a
         request, with their defaults.
         """
-        import mlflow
-
-        experiment = experiment_id(self._client)
-        parent = os.environ.get(PARENT_RUN)
-        tags = {"mlflow.parentRunId": parent} if parent else {}
-        with (
-            warnings.catch_warnings(),
-            mlflow.start_run(experiment_id=experiment, run_name=f"{self.model} model", tags=tags),
-        ):
-            warnings.filterwarnings("ignore", message=".*Any type hint is inferred", category=UserWarning)
-            logged = mlflow.pyfunc.log_model(
-                name="model",
-                python_model=str(code),
-                artifacts={"export": str(export)},
-                code_paths=[str(path) for path in packages],
-                pip_requirements=list(requirements),
-                input_example=(list(example), dict(options)) if options else list(example),
-                model_config=dict(settings) if settings else None,
-                registered_model_name=self.model,
-            )
-        version = int(logged.registered_model_version)
+        version = _log_model(
+            self.model,
+            experiment_id(self._client),
+            python_model=str(code),
+            artifacts={"export": str(export)},
+            code_paths=[str(path) for path in packages],
+            pip_requirements=list(requirements),
+            input_example=(list(example), dict(options)) if options else list(example),
+            model_config=dict(settings) if settings else None,
+        )
         try:
             yield version
         except BaseException:
@@ -183,6 +172,21 @@ class Registry:
         except BaseException:
             self.point(alias, before)
             raise
+
+
+def _log_model(model: str, experiment: str, **options: Any) -> int:
+    """Log a model to MLflow in a run of its own and register it; return its version."""
+    import mlflow
+
+    parent = os.environ.get(PARENT_RUN)
+    tags = {"mlflow.parentRunId": parent} if parent else {}
+    with (
+        warnings.catch_warnings(),
+        mlflow.start_run(experiment_id=experiment, run_name=f"{model} model", tags=tags),
+    ):
+        warnings.filterwarnings("ignore", message=".*Any type hint is inferred", category=UserWarning)
+        logged = mlflow.pyfunc.log_model(name="model", registered_model_name=model, **options)
+    return int(logged.registered_model_version)
 
 
 def _line(error: BaseException) -> str:

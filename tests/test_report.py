@@ -300,7 +300,7 @@ def test_layers_that_differ_are_told_and_so_is_what_stays_dense(tmp_path):
     path.write_text(json.dumps(content))
     report.run(make_stage("report", tmp_path))
     page = (tmp_path / "reports/report.html").read_text(encoding="utf-8")
-    assert "of which a token runs 1, 1" in page and "3 in the layers in turn</h1>" in page
+    assert "experts; a token runs 1, 1" in page and "3 in the layers in turn</h1>" in page
     assert "A plan with <code>-d</code> and layers in its name keeps the teacher’s FFN in those." in page
 
 
