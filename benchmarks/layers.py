@@ -1,4 +1,4 @@
-"""Time the layer map: in one process, in several, with one Dask worker, with two, and with two of which one is killed.
+"""Time the layer map: in one process, in several, with one Dask worker, with two, and with two when one is killed.
 
     python -m benchmarks.layers --layers 12 --tokens 16384 --rounds 3 --out docs/results/layers.md
 

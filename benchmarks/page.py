@@ -150,7 +150,7 @@ class Rounds:
 
 @dataclass(frozen=True)
 class Grid:
-    """A table: rows of cells below a header. Cells that begin with ** are bold."""
+    """Hold a table: rows of cells below a header. Cells that begin with ** are bold."""
 
     title: str
     header: Sequence[str]

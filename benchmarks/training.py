@@ -133,7 +133,7 @@ def measure(options: argparse.Namespace, console: Console) -> dict[str, Any]:
 
 
 class TrainedFFN(nn.Module):
-    """A dense FFN whose weights are trained as those of experts are: the baseline of the mixture."""
+    """Train the weights of a dense FFN as those of experts: the baseline of the mixture."""
 
     def __init__(self, ffn: DenseFFN) -> None:
         super().__init__()
@@ -227,7 +227,7 @@ class Stopwatch:
 
 
 def seconds(device: str) -> float:
-    """The clock, when the device has done what it was given."""
+    """Return the clock after the device has finished its work."""
     if torch.device(device).type != "cpu":
         torch.get_device_module(device).synchronize()
     return time.perf_counter()

@@ -300,7 +300,7 @@ def _require_room(study: Study) -> None:
     if free < ROOM_NEEDED + 2 * taken:  # once in exports, once in the cache of DVC
         raise FlowError(
             f"no room for another cell: it takes about {2 * taken / 2**20:.0f} MiB, {free / 2**20:.0f} MiB are free; "
-            "make room (remove exports you do not need, `dvc gc -w`) and run again: what is finished is kept"
+            "make room (remove exports you do not need, `dvc gc -w`) and run again: finished cells are kept"
         )
 
 
