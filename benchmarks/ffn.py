@@ -183,7 +183,7 @@ class Layers:
     """Hold the canonical graphs of FFNs, dense and as mixtures: one graph each, or one for all if `stacked`."""
 
     def __init__(self, mixtures: Sequence[MoEFFN], ffn_widths: Sequence[int], *, stacked: bool = False) -> None:
-        if any(moe.texts is not None for moe in mixtures):
+        if any(moe.reader is not None for moe in mixtures):
             raise ValueError("the routers read whole texts: an FFN alone has none")
         kinds: dict[str, Sequence[MoEFFN | DenseFFN]] = {
             "mixture": mixtures,

@@ -200,6 +200,10 @@ class Routing:
         """Return for how many tokens of a text of `length` tokens a router runs once."""
         return 1
 
+    def reader(self) -> Callable[[Tensor], Tensor] | None:
+        """Return what gives a layer's router its input for tokens [T, D]; None for the tokens themselves."""
+        return None
+
     def connect(self, model: Any, layers: Sequence[Any]) -> None:
         """Prepare a model whose mixtures `layers` route by this rule; ValueError for a model that it does not fit."""
 

@@ -60,7 +60,6 @@ def shrink(
     task, held_out = (
         see(
             model,
-            spec,
             list(in_order(spec.head, part, batch_texts=BATCH_TEXTS, pad_id=pad_id)),
             calibration_tokens,
             device,

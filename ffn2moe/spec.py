@@ -19,6 +19,7 @@ from typing import Any, get_args
 from ffn2moe.choices import GATES, HEADS, ROUTINGS, SELECTIONS
 from ffn2moe.literals import Activation as Activation
 from ffn2moe.literals import Pooling as Pooling
+from ffn2moe.table import UnknownName
 
 # Names in the tables of `ffn2moe.choices`.
 Gate = str
@@ -182,7 +183,13 @@ class MoESpec(_OneStack):
             _require_keys(shape, FFNShape)
         read: dict[str, Any] = {"stacks": tuple(FFNShape(**shape) for shape in values["stacks"])}
         read |= {name: tuple(values[name]) for name in ("active_per_layer", "elastic") if name in values}
-        return cls(**values | read)
+        try:
+            return cls(**values | read)
+        except UnknownName as error:
+            raise UnknownName(
+                f"{error}. ffn2moe 0.1.0 or the ablation wrote this model: import benchmarks.ablation.methods of the "
+                "repository before you open it, or convert the dense model again"
+            ) from error
 
 
 def _check_names(spec: MoESpec) -> None:

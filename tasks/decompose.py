@@ -21,7 +21,7 @@ CHECKED_TEXTS = 32  # texts on which the mixture with all experts is compared wi
 
 def run(stage: StageRun) -> None:
     from ffn2moe.choices import GATES
-    from ffn2moe.decompose.inputs import layer_inputs, texts_of
+    from ffn2moe.decompose.inputs import layer_inputs
     from ffn2moe.decompose.layer import mixture, output_of, require_identity
     from ffn2moe.dense.load import load_dense
     from ffn2moe.dense.locate import read_ffn
@@ -35,10 +35,9 @@ def run(stage: StageRun) -> None:
     spec = describe(stage, model)
     tokens = read_tokens(root / "data/corpus/calibration.jsonl", spec.head, tokenizer, params.teacher.max_length)
     inputs = layer_inputs(model, tokens.in_order(), max_tokens=most, device=choose_device(params.compute.device))
-    text_T = texts_of(tokens.in_order(), most) if spec.routing == "sequence" else None
     model.to("cpu")
     ffns = [read_ffn(model, index) for index in range(len(inputs))]
-    spec, decomposed, judged = decompose(stage, spec, ffns, inputs, text_T)
+    spec, decomposed, judged = decompose(stage, spec, ffns, inputs)
     layers = [
         mixture(ffn, done.tensors["neurons"], done.tensors["shared_neurons"], spec, done.layer)
         for ffn, done in zip(ffns, decomposed, strict=True)
@@ -68,19 +67,19 @@ def run(stage: StageRun) -> None:
 
 
 def decompose(
-    stage: StageRun, spec: MoESpec, ffns: list[DenseFFN], inputs: list[Tensor], text_T: Tensor | None
+    stage: StageRun, spec: MoESpec, ffns: list[DenseFFN], inputs: list[Tensor]
 ) -> tuple[MoESpec, list[LayerResult], list[dict[str, Any]]]:
     """Partition every layer; return the spec with K of each layer, the partitions, and the oracle's summaries."""
     from ffn2moe.decompose.jobs import decompose_job
 
     by_budget = stage.params.decompose.active_per_layer == "budget"
     jobs = [
-        decompose_job(ffn, x_TD, spec, index, seed=stage.params.seed, every_budget=by_budget, text_T=text_T)
+        decompose_job(ffn, x_TD, spec, index, seed=stage.params.seed, every_budget=by_budget)
         for index, (ffn, x_TD) in enumerate(zip(ffns, inputs, strict=True))
     ]
     decomposed = in_order(stage.track(layer_map()(jobs), len(jobs), "decomposing layers"))
     if by_budget:
-        spec, judged = within_budget(stage, spec, ffns, decomposed, inputs, text_T)
+        spec, judged = within_budget(stage, spec, ffns, decomposed, inputs)
         return spec, decomposed, judged
     return spec, decomposed, [done.summary for done in decomposed]
 
@@ -91,7 +90,6 @@ def within_budget(
     ffns: list[DenseFFN],
     decomposed: list[LayerResult],
     inputs: list[Tensor],
-    text_T: Tensor | None,
 ) -> tuple[MoESpec, list[dict[str, Any]]]:
     """Choose K of each layer by the oracle's errors, K on average in each stack; return the spec and the summaries.
 
@@ -110,7 +108,7 @@ def within_budget(
     spec = replace(spec, active_per_layer=active)
     stage.say(f"experts a token runs, layer by layer: {', '.join(map(str, active))}")
     jobs = [
-        judge_job(ffn, done.tensors["neurons"], done.tensors["shared_neurons"], x_TD, spec, done.layer, text_T=text_T)
+        judge_job(ffn, done.tensors["neurons"], done.tensors["shared_neurons"], x_TD, spec, done.layer)
         for ffn, done, x_TD in zip(ffns, decomposed, inputs, strict=True)
     ]
     return spec, [done.summary for done in in_order(stage.track(layer_map()(jobs), len(jobs), "judging layers"))]

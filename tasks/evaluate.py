@@ -79,9 +79,8 @@ def diagnose(
 ) -> list[dict[str, Any]]:
     """Return the figures of oracle, router and load of every layer of the student, on its own held-out inputs."""
     from ffn2moe.decompose import diagnostics
-    from ffn2moe.decompose.inputs import layer_inputs, texts_of
+    from ffn2moe.decompose.inputs import layer_inputs
     from ffn2moe.moe.layer import moe_layers
-    from ffn2moe.moe.texts import text_means
 
     layers = moe_layers(student)
     tokens = read_tokens(
@@ -93,17 +92,10 @@ def diagnose(
     )
     batch_texts = stage.params.evaluate.batch_texts
     inputs = layer_inputs(student, tokens.in_order(batch_texts), max_tokens=DIAGNOSED_TOKENS, device=device)
-    text_T = route_TD = None
-    if spec.routing == "sequence":
-        text_T = texts_of(tokens.in_order(batch_texts), DIAGNOSED_TOKENS)
-        route_TD = text_means(inputs[0], text_T)
     student.to("cpu")
     teacher.to("cpu")
     return [
-        {
-            "layer": index,
-            **diagnostics.of_layer(layers[index], x_TD, text_T=text_T, route_TD=route_TD),
-        }
+        {"layer": index, **diagnostics.of_layer(layers[index], x_TD)}
         for index, x_TD in stage.track(enumerate(inputs), len(layers), "diagnosing layers")
     ]
 
@@ -118,7 +110,6 @@ def agreement(stage: StageRun, student: Any, tokenizer: Any, spec: MoESpec, devi
     from ffn2moe.decompose import diagnostics
     from ffn2moe.decompose.inputs import layer_inputs, texts_of
     from ffn2moe.moe.layer import moe_layers
-    from ffn2moe.moe.texts import text_means
 
     path = stage.root / "data/corpus/calibration.jsonl"
     sources = [row.get("source", "unknown") for row in read_jsonl(path)]
@@ -131,10 +122,9 @@ def agreement(stage: StageRun, student: Any, tokenizer: Any, spec: MoESpec, devi
     text_T = texts_of(tokens.in_order(batch_texts), DIAGNOSED_TOKENS)
     inputs = layer_inputs(student, tokens.in_order(batch_texts), max_tokens=DIAGNOSED_TOKENS, device=device)
     student.to("cpu")
-    route_TD = text_means(inputs[0], text_T) if spec.routing == "sequence" else None
     rows = []
     for index, (moe, x_TD) in enumerate(zip(moe_layers(student), inputs, strict=True)):
-        choice = diagnostics.chosen(moe, x_TD, route_TD)
+        choice = diagnostics.chosen(moe, x_TD)
         rows.append({"layer": index, **asdict(diagnostics.agreement(choice, text_T, sources, moe.num_experts))})
     seen = [sources[text] for text in text_T.unique().tolist()]
     return {"layers": rows, "texts": {source: seen.count(source) for source in sorted(set(seen))}}

@@ -15,20 +15,17 @@ from tasks.tokens import read_tokens
 if TYPE_CHECKING:
     from torch import Tensor
 
-    Texts = dict[str, Tensor]
-
 REPORTED_EVERY = 10  # steps
 HELD_OUT_TOKENS = 8192  # of the calibration texts, which the routers are not trained on
 
 
 def run(stage: StageRun) -> None:
-    from ffn2moe.decompose.inputs import layer_inputs, texts_of
+    from ffn2moe.decompose.inputs import layer_inputs
     from ffn2moe.decompose.jobs import route_job
     from ffn2moe.decompose.route import RouterSettings
     from ffn2moe.dense.load import load_dense
     from ffn2moe.moe import checkpoint
     from ffn2moe.moe.layer import moe_layers
-    from ffn2moe.moe.texts import text_means
     from ffn2moe.numerics import choose_device
 
     params, root, settings = stage.params, stage.root, stage.params.train_router
@@ -36,19 +33,13 @@ def run(stage: StageRun) -> None:
     spec = checkpoint.load_spec(root / "models/decomposed")
     teacher, tokenizer = load_dense(str(root / "data/teacher"), head=spec.head)
 
-    def inputs_on(split: str, max_tokens: int) -> tuple[list[Tensor], Texts]:
-        """The inputs of every layer and, where routers read whole texts, which text each token is of and its mean."""
+    def inputs_on(split: str, max_tokens: int) -> list[Tensor]:
+        """Return the inputs of every layer on the texts of a split."""
         tokens = read_tokens(root / f"data/corpus/{split}.jsonl", spec.head, tokenizer, params.teacher.max_length)
-        inputs = layer_inputs(
-            teacher, tokens.in_order(), max_tokens=max_tokens, device=choose_device(params.compute.device)
-        )
-        if spec.routing == "token":
-            return inputs, {}
-        text_T = texts_of(tokens.in_order(), max_tokens)
-        return inputs, {"text_T": text_T, "route_TD": text_means(inputs[0], text_T)}
+        device = choose_device(params.compute.device)
+        return layer_inputs(teacher, tokens.in_order(), max_tokens=max_tokens, device=device)
 
-    train, train_texts = inputs_on("train", settings.tokens)
-    held_out, held_out_texts = inputs_on("calibration", HELD_OUT_TOKENS)
+    train, held_out = inputs_on("train", settings.tokens), inputs_on("calibration", HELD_OUT_TOKENS)
     rows: list[dict[str, Any]] = []
     curve: list[dict[str, Any]] = []
     layers = moe_layers(student)
@@ -70,8 +61,6 @@ def run(stage: StageRun) -> None:
             router.for_layer(index),
             x_TD=train[index],
             held_out_TD=held_out[index],
-            texts=train_texts,
-            held_out_texts=held_out_texts,
         )
         for index, moe in enumerate(layers)
     ]

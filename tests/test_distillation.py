@@ -91,8 +91,8 @@ def require_trained(student: Any, before: dict[str, torch.Tensor], curves: list[
 
 @pytest.mark.parametrize(
     "options",
-    [{"elastic": (1, 4)}, {"selection": "threshold"}, {"selection": "prefix"}, {"routing": "sequence"}],
-    ids=["elastic", "threshold", "prefix", "sequence"],
+    [{"elastic": (1, 4)}, {"selection": "threshold"}, {"selection": "prefix"}],
+    ids=["elastic", "threshold", "prefix"],
 )
 def test_layers_learn_alone_whatever_their_routers_choose_by(tiny_teacher: Path, options: dict[str, Any]):
     dense, student, batches = opened(tiny_teacher, **options)

@@ -24,7 +24,6 @@ from ffn2moe.decompose.layer import assign_neurons, decompose_layer, neuron_stat
 from ffn2moe.decompose.partition import PARTITIONS
 from ffn2moe.decompose.statistics import NeuronStatistics
 from ffn2moe.moe import checkpoint, fit
-from ffn2moe.moe.texts import text_means
 from tasks import decompose, prepare
 from tests.conftest import make_tiny_bert
 from tests.test_core import random_ffn, random_moe, spec_for, tokens
@@ -235,24 +234,6 @@ def test_what_a_layer_loses_falls_with_every_expert_down_to_nothing(selection):
     errors_E = budget.errors_by_active(layer(selection), tokens(300))
     assert (errors_E.diff() < 0).all() and errors_E[-1] < 1e-6 < errors_E[-2]
     assert errors_E[2].sqrt().item() == pytest.approx(oracle.best_scale(layer(selection), tokens(300)).error)
-
-
-@pytest.mark.parametrize("selection", ["topk", "threshold"])
-def test_one_choice_for_a_text_is_the_best_one_for_the_sum_of_its_tokens(selection):
-    moe, x_TD = layer(selection, routing="sequence"), tokens(300)
-    text_T = torch.arange(300) // 10
-    route_TD = text_means(x_TD, text_T)
-    fit.calibrate(moe, x_TD, route_TD)
-    found = oracle.diagnose(moe, x_TD, chunk=70, text_T=text_T, route_TD=route_TD)
-    assert 0 < found["oracle_error"] <= found["router_error"]
-    by_token = oracle.best_scale(layer(selection), x_TD).error
-    assert by_token < found["oracle_error"]  # a choice for each token can do no worse
-    survey = oracle.survey(moe, x_TD, chunk=70, text_T=text_T)
-    assert survey.gain_TE.shape == survey.norm_TE.shape == (30, 6)
-    if selection == "topk":
-        outputs_TED = oracle.expert_outputs(moe, x_TD)
-        summed_BEE = oracle.gram(outputs_TED).view(30, 10, 6, 6).sum(1)
-        assert torch.equal(survey.chosen_TE, oracle.oracle(summed_BEE, 3).chosen_TE)
 
 
 # --- the stage ------------------------------------------------------------------------------------

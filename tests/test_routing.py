@@ -29,7 +29,6 @@ from ffn2moe.moe.experts import neurons_by_expert, slice_experts
 from ffn2moe.moe.fit import calibrate
 from ffn2moe.moe.layer import MoEFFN
 from ffn2moe.moe.router import Router
-from ffn2moe.moe.texts import text_means
 from ffn2moe.spec import MoESpec
 from tests.mixtures import flat_spec
 
@@ -232,20 +231,17 @@ def test_experts_that_are_all_alike_have_a_target_where_subnormal_numbers_are_ze
     torch.testing.assert_close(target_TE, torch.full((5, EXPERTS), 1 / EXPERTS))
 
 
-@pytest.mark.parametrize("routing", ["token", "sequence"])
 @pytest.mark.parametrize("selection", SELECTIONS)
-def test_every_selection_is_fitted_and_uses_k_experts_on_average(selection, routing):
-    moe, x_TD = toy(selection=selection, routing=routing), tokens()
-    text_T = torch.arange(len(x_TD)) // 3
-    texts = {"text_T": text_T, "route_TD": text_means(x_TD, text_T)} if routing == "sequence" else {}
-    losses = fit_router(moe, x_TD, RouterSettings(**TRAINING), **texts)
+def test_every_selection_is_fitted_and_uses_k_experts_on_average(selection):
+    moe, x_TD = toy(selection=selection), tokens()
+    losses = fit_router(moe, x_TD, RouterSettings(**TRAINING))
     assert losses[-1] < losses[len(losses) // 3]
-    found = oracle.diagnose(moe, x_TD, **texts)
+    found = oracle.diagnose(moe, x_TD)
     assert found["mean_active"] == pytest.approx(2, abs=0.02)
-    blind = toy(selection=selection, routing=routing)
+    blind = toy(selection=selection)
     blind.router.set(normal(EXPERTS, WIDTH, seed=11), torch.zeros(EXPERTS))
-    calibrate(blind, x_TD, texts.get("route_TD"))
-    assert found["router_error"] < oracle.diagnose(blind, x_TD, **texts)["router_error"]
+    calibrate(blind, x_TD)
+    assert found["router_error"] < oracle.diagnose(blind, x_TD)["router_error"]
 
 
 @pytest.mark.parametrize(
@@ -257,11 +253,6 @@ def test_one_expert_or_all_of_them_are_fitted_too(selection, num_active):
     losses = fit(moe, x_TD)
     assert torch.tensor(losses).isfinite().all() and moe.router.weight.isfinite().all()
     assert oracle.diagnose(moe, x_TD)["mean_active"] == pytest.approx(num_active, abs=0.02)
-
-
-def test_a_router_of_texts_asks_for_the_texts():
-    with pytest.raises(ValueError, match="give text_T and route_TD"):
-        fit(toy(routing="sequence"), tokens())
 
 
 def test_the_last_phase_ends_better_by_the_criterion_than_the_first_alone():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,10 +13,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from ffn2moe import metrics
-from ffn2moe.choices import GATES
+from ffn2moe.choices import GATES, SELECTIONS
 from ffn2moe.data.batches import Batch, collate
 from ffn2moe.decompose import oracle
-from ffn2moe.decompose.inputs import layer_inputs, texts_of
 from ffn2moe.decompose.layer import every_expert, output_of
 from ffn2moe.dense.ffn import DenseFFN
 from ffn2moe.dense.load import load_dense
@@ -30,9 +28,7 @@ from ffn2moe.moe.describe import spec_of
 from ffn2moe.moe.experts import neurons_by_expert, slice_experts
 from ffn2moe.moe.install import install_moe
 from ffn2moe.moe.layer import MoEFFN, moe_layers, set_active
-from ffn2moe.moe.texts import text_means
 from ffn2moe.spec import Head, MoESpec
-from tests.conftest import make_tiny_classifier
 from tests.mixtures import flat_spec
 
 D, F, E = 16, 48, 6
@@ -137,9 +133,6 @@ def test_every_parameter_learns_from_the_loss(selection, gate, num_active, share
         ({"elastic": (2,)}, "must ascend, without num_active = 2"),
         ({"elastic": (4, 1)}, "must ascend"),
         ({"elastic": (7,)}, "each must be between 1 and num_experts"),
-        ({"routing": "sequence", "head": "causal"}, "a causal model has not seen the rest: use routing token"),
-        ({"routing": "sequence", "head": "seq2seq"}, "more than one stack of layers: use routing token"),
-        ({"container": "mixtral", "head": "embedding", "routing": "sequence"}, "use container none"),
         ({"container": "mixtral", "elastic": (1,)}, "use container none"),
         ({"container": "mixtral", "active_per_layer": (1, 3)}, "use container none"),
     ],
@@ -178,7 +171,7 @@ def carve(
             moe.set_scale(1.1)
             for offset, scale in enumerate(moe.elastic_scale.values()):
                 scale.fill_(1.5 + offset)
-        fit.calibrate(moe, x_TD, x_TD)
+        moe.router.calibrate(moe.router(x_TD), moe.num_active)
         layers.append(moe)
     install_moe(model, layers)
     return model.eval(), spec
@@ -191,7 +184,6 @@ def batch(*lengths: int, padded: int | None = None) -> Batch:
 
 
 KINDS: list[dict[str, Any]] = [
-    {"routing": "sequence"},
     {"active_per_layer": (1, 3)},
     {"elastic": (1, 4)},
 ]
@@ -219,6 +211,20 @@ def test_with_every_expert_the_model_is_its_teacher(tiny_teacher, kind):
         torch.testing.assert_close(output_of(model, inputs), output_of(teacher, inputs), rtol=1e-5, atol=1e-5)
 
 
+def test_a_model_with_a_selection_that_left_the_core_names_its_writer_and_the_remedy(
+    tiny_teacher, tmp_path, monkeypatch
+):
+    model, spec = carve(tiny_teacher)
+    checkpoint.save(model, None, spec, tmp_path)
+    written = tmp_path / checkpoint.SPEC_FILE
+    written.write_text(written.read_text().replace('"topk"', '"threshold"'))
+    monkeypatch.setattr(SELECTIONS, "_rows", {})  # none but those of the core
+    with pytest.raises(
+        ValueError, match=r"unknown selection 'threshold'; known: topk.* 0\.1\.0 .* convert the dense model"
+    ):
+        checkpoint.load(tmp_path)
+
+
 def test_each_layer_uses_its_own_number_of_experts(tiny_teacher):
     model, spec = carve(tiny_teacher, active_per_layer=(1, 3))
     counts = []
@@ -232,109 +238,6 @@ def test_each_layer_uses_its_own_number_of_experts(tiny_teacher):
     dense, _ = load_dense(str(tiny_teacher))
     uneven = metrics.parameters(dense, model)
     assert uneven == metrics.parameters(dense, carve(tiny_teacher)[0])
-
-
-# --- whole texts ----------------------------------------------------------------------------------------------------
-
-
-def scores_of(model: Any, inputs: Batch) -> list[Tensor]:
-    """What the router of each layer says, [B, L, E], for a batch."""
-    seen: list[Tensor] = []
-    for moe in moe_layers(model):
-        moe.observer = lambda scores_TE, choice: seen.append(scores_TE)
-    with torch.no_grad():
-        model(**inputs.inputs)
-    for moe in moe_layers(model):
-        moe.observer = None
-    return [scores_TE.reshape(*inputs.inputs["input_ids"].shape, -1) for scores_TE in seen]
-
-
-def test_all_layers_read_the_mean_of_a_text_before_the_first_of_them(tiny_teacher):
-    model, _ = carve(tiny_teacher, routing="sequence")
-    inputs = batch(5, 9)
-    first: list[Tensor] = []
-    hook = moe_layers(model)[0].register_forward_pre_hook(lambda module, given: first.append(given[0]))
-    found = scores_of(model, inputs)
-    hook.remove()
-    mask_BL = inputs.inputs["attention_mask"]
-    mean_BD = torch.stack([x[mask.bool()].mean(0) for x, mask in zip(first[0], mask_BL, strict=True)])
-    for moe, scores_BLE in zip(moe_layers(model), found, strict=True):
-        torch.testing.assert_close(scores_BLE, moe.router(mean_BD).unsqueeze(1).expand_as(scores_BLE))
-
-
-def test_padding_and_neighbours_change_no_texts_choice(tiny_teacher):
-    model, _ = carve(tiny_teacher, routing="sequence")
-    text = batch(6)
-    ids_BL = torch.zeros(2, 20, dtype=torch.int64)
-    ids_BL[0, :6], ids_BL[1] = text.inputs["input_ids"][0], torch.arange(5, 25)
-    mask_BL = torch.ones_like(ids_BL)
-    mask_BL[0, 6:] = 0
-    padded = Batch({"input_ids": ids_BL, "attention_mask": mask_BL}, mask_BL)
-    for alone, among in zip(scores_of(model, text), scores_of(model, padded), strict=True):
-        torch.testing.assert_close(alone[0], among[0, :6], rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(output_of(model, text), output_of(model, padded)[:6], rtol=1e-4, atol=1e-5)
-
-
-def test_collected_tokens_are_routed_as_in_the_model(tiny_teacher):
-    model, _ = carve(tiny_teacher, routing="sequence")
-    batches = [batch(5, 9), batch(3, 12, 7)]
-    masks = [one.inputs["attention_mask"].bool() for one in batches]
-    by_layer = zip(*(scores_of(model, one) for one in batches), strict=True)
-    seen = [torch.cat([scores[mask] for scores, mask in zip(layer, masks, strict=True)]) for layer in by_layer]
-    inputs = layer_inputs(model, batches, max_tokens=1000)
-    route_TD = text_means(inputs[0], texts_of(batches, 1000))
-    for moe, x_TD, scores_TE in zip(moe_layers(model), inputs, seen, strict=True):
-        torch.testing.assert_close(moe.scores(x_TD, route_TD), scores_TE, rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(moe(x_TD, route_TD), moe.reference(x_TD, route_TD), rtol=1e-4, atol=1e-4)
-
-
-def test_a_copy_of_a_model_reads_its_own_texts(tiny_teacher):
-    model, _ = carve(tiny_teacher, routing="sequence")
-    other = copy.deepcopy(model)
-    with torch.no_grad():
-        other.embeddings.word_embeddings.weight.mul_(-1)
-    inputs = batch(5, 9)
-    kept = output_of(model, inputs)
-    assert not torch.allclose(output_of(other, inputs), kept)
-    assert torch.equal(output_of(model, inputs), kept)
-
-
-def test_a_layer_outside_its_model_says_that_it_needs_the_texts(tiny_teacher):
-    model, _ = carve(tiny_teacher, routing="sequence")
-    x_TD = normal(5, 32)
-    with pytest.raises(ValueError, match="run the model, or give the layer route_TD"):
-        moe_layers(model)[0](x_TD)
-    with pytest.raises(ValueError, match="give route_TD"):
-        make_moe(routing="sequence")(normal(5, D))
-
-
-def test_a_mask_that_is_no_mask_of_tokens_is_refused(tiny_teacher):
-    model, _ = carve(tiny_teacher, routing="sequence")
-    with pytest.raises(ValueError, match="an attention_mask"):
-        model(input_ids=torch.ones(2, 6, dtype=torch.int64), attention_mask=torch.ones(2, 1, 6, 6))
-
-
-def test_a_classifier_chooses_by_the_text_too(tmp_path):
-    teacher = make_tiny_classifier(tmp_path / "teacher")
-    model, spec = carve(teacher, head="classification", routing="sequence")
-    checkpoint.save(model, None, spec, tmp_path / "checkpoint")
-    text = batch(6).inputs
-    padded = {name: torch.nn.functional.pad(tensor, (0, 5)) for name, tensor in text.items()}
-    for opened in (model, checkpoint.load(tmp_path / "checkpoint")):
-        with torch.no_grad():
-            torch.testing.assert_close(opened(**text).logits, opened(**padded).logits, rtol=1e-4, atol=1e-5)
-    first, again = metrics.flops_per_token(spec, model.config, 16)[1], replace(spec, routing="token")
-    assert 16 * first.router == metrics.flops_per_token(again, model.config, 16)[1].router
-
-
-def test_a_model_that_reads_no_text_has_none_to_choose_by(tiny_teacher):
-    from transformers import ViTConfig, ViTModel
-
-    sizes = {"num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64, "hidden_size": 32}
-    model = ViTModel(ViTConfig(**sizes, image_size=8, patch_size=4), add_pooling_layer=False)
-    layers = moe_layers(carve(tiny_teacher, routing="sequence")[0])
-    with pytest.raises(ValueError, match="ViTModel reads pixel_values: use routing 'token'"):
-        install_moe(model, layers)
 
 
 # --- training -------------------------------------------------------------------------------------------------------

@@ -10,16 +10,15 @@ from torch import Tensor
 from benchmarks.ablation.bench import Bench
 from benchmarks.ablation.grid import Cell
 from benchmarks.ablation.linear_maps import CompressedFFN
-from benchmarks.ablation.recipes import Made
+from benchmarks.ablation.recipes import RECIPES, Made
 from ffn2moe import metrics
+from ffn2moe.choices import ROUTINGS
 from ffn2moe.decompose import oracle
 from ffn2moe.decompose.inputs import layer_inputs
 from ffn2moe.decompose.layer import outputs
 from ffn2moe.dense.blocks import installed_ffns
 from ffn2moe.dense.locate import read_ffn
 from ffn2moe.moe.layer import moe_layers
-from ffn2moe.moe.texts import text_means
-from ffn2moe.spec import MoESpec
 
 
 def ffn_errors(bench: Bench, made: Made, cell: Cell) -> dict[str, float]:
@@ -32,17 +31,20 @@ def ffn_errors(bench: Bench, made: Made, cell: Cell) -> dict[str, float]:
     found: dict[str, float] = {}
     rows = [*made.routed]
     if cell.stage == "distilled" or not rows:
-        rows = [] if made.spec is None else own_diagnoses(bench, made, made.spec)
-    if cell.stage != "distilled" and (made.spec is None or made.spec.routing == "token"):
+        rows = [] if made.spec is None else own_diagnoses(bench, made, cell)
+    if cell.stage != "distilled" and (made.spec is None or ROUTINGS[made.spec.routing].own_input):
         found["error"] = sum(layer_errors(bench, made.model)) / bench.num_layers
     return found | {key: sum(row[key] for row in rows) / len(rows) for key in (rows[0] if rows else ())}
 
 
-def own_diagnoses(bench: Bench, made: Made, spec: MoESpec) -> list[dict[str, float]]:
+def own_diagnoses(bench: Bench, made: Made, cell: Cell) -> list[dict[str, float]]:
     """Return `oracle.diagnose` of each layer of a mixture on its own inputs."""
     inputs, text_T = own_inputs(bench, made)
-    of_texts = {"text_T": text_T, "route_TD": text_means(inputs[0], text_T)} if spec.routing == "sequence" else {}
-    return [oracle.diagnose(moe, x_TD, **of_texts) for moe, x_TD in zip(moe_layers(made.model), inputs, strict=True)]
+    layers = zip(moe_layers(made.model), inputs, strict=True)
+    judge = RECIPES[cell.method.recipe].diagnose_own
+    if judge is not None:
+        return [judge(moe, x_TD, inputs[0], text_T) for moe, x_TD in layers]
+    return [oracle.diagnose(moe, x_TD) for moe, x_TD in layers]
 
 
 @torch.no_grad()

@@ -27,7 +27,6 @@ from ffn2moe.dense.locate import read_ffn
 from ffn2moe.moe.describe import spec_of
 from ffn2moe.moe.install import install_moe
 from ffn2moe.moe.layer import MoEFFN
-from ffn2moe.moe.texts import text_means
 from ffn2moe.spec import MoESpec
 
 
@@ -37,42 +36,32 @@ def mixture(bench: Bench, cell: Cell) -> Made:
     recipe = RECIPES[method.recipe]
     student = bench.model()
     spec, layers = decomposed(bench, cell, student)
-    of_texts, of_held_out = (
-        texts_of_tokens(bench, kind) if spec.routing == "sequence" else {} for kind in ("router", "calibration")
-    )
     routed = []
     for index, moe in enumerate(layers):
         x_TD, held_out_TD = bench.inputs("router", index), bench.held_out(index)
         if recipe.set_router is None:
-            fit_router(
-                moe,
-                x_TD,
-                RouterSettings(
-                    steps=0 if cell.stage == "free" else budget.router_steps,
-                    batch_tokens=budget.router_batch_tokens,
-                    seed=cell.seed + index,
-                    learning_rate=budget.router_learning_rate,
-                    start=method.start,
-                    ridge=budget.ridge,
-                    objective=method.objective,
-                    temperature=method.temperature,
-                ),
-                **of_texts,
+            settings = RouterSettings(
+                steps=0 if cell.stage == "free" else budget.router_steps,
+                batch_tokens=budget.router_batch_tokens,
+                seed=cell.seed + index,
+                learning_rate=budget.router_learning_rate,
+                start=method.start,
+                ridge=budget.ridge,
+                objective=method.objective,
+                temperature=method.temperature,
             )
+            if recipe.fit is None:
+                fit_router(moe, x_TD, settings)
+            else:
+                recipe.fit(bench, moe, index, settings)
         else:
             recipe.set_router(moe)
-        routed.append(oracle.diagnose(moe, held_out_TD, **{k: v[: len(held_out_TD)] for k, v in of_held_out.items()}))
+        routed.append(recipe.diagnose(bench, moe, index) if recipe.diagnose else oracle.diagnose(moe, held_out_TD))
         if recipe.set_router is None and method.refit and budget.refit:
             wanted_TD = outputs(read_ffn(bench.teacher, index), x_TD)
-            refit_outputs(moe, x_TD, wanted_TD, penalty=budget.refit, route_TD=of_texts.get("route_TD"))
+            refit_outputs(moe, x_TD, wanted_TD, penalty=budget.refit)
     install_moe(student, layers)
     return Made(student.eval(), spec, tuple(routed))
-
-
-def texts_of_tokens(bench: Bench, kind: str) -> dict[str, Tensor]:
-    """Return what routers of whole texts are fitted with: the text of each token, and the mean that it reads."""
-    text_T = bench.text_of_token(kind)
-    return {"text_T": text_T, "route_TD": text_means(bench.inputs(kind, 0), text_T)}
 
 
 def decomposed(bench: Bench, cell: Cell, model: Any) -> tuple[MoESpec, list[MoEFFN]]:

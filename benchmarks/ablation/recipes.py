@@ -11,6 +11,7 @@ from torch import Tensor
 from benchmarks.ablation.bench import Bench
 from benchmarks.ablation.grid import Cell
 from ffn2moe.decompose.partition import Partition
+from ffn2moe.decompose.route import RouterSettings
 from ffn2moe.dense.ffn import DenseFFN
 from ffn2moe.distill.distiller import Distiller, Training
 from ffn2moe.distill.layerwise import LayerTraining, distil_layers
@@ -48,13 +49,18 @@ class Recipe:
 
     `train` spends the steps of distillation on a model, from a teacher and the cell's objective. `set_router` replaces
     the fit of each router and of the experts' outputs. `partitions` binds the partition to each layer, from the inputs
-    [T, D] of all layers. `guard` keeps some neurons in the shared expert.
+    [T, D] of all layers. `guard` keeps some neurons in the shared expert. `fit` fits the router of a layer, `diagnose`
+    judges it on held-out tokens, and `diagnose_own` on its model's own inputs (of the layer, and of the first mixture)
+    with the text of each token.
     """
 
     train: Callable[[Bench, Cell, Made, Any, Objective], None]
     set_router: Callable[[MoEFFN], None] | None = None
     partitions: Callable[[Bench, Cell, Sequence[Tensor]], list[Partition]] | None = None
     guard: Guard | None = None
+    fit: Callable[[Bench, MoEFFN, int, RouterSettings], None] | None = None
+    diagnose: Callable[[Bench, MoEFFN, int], dict[str, float]] | None = None
+    diagnose_own: Callable[[MoEFFN, Tensor, Tensor, Tensor], dict[str, float]] | None = None
 
 
 RECIPES: Table[Recipe] = Table("recipe")

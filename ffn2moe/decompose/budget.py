@@ -12,12 +12,12 @@ from ffn2moe.moe.layer import MoEFFN
 
 
 @torch.no_grad()
-def errors_by_active(moe: MoEFFN, x_TD: Tensor, chunk: int = 4096, text_T: Tensor | None = None) -> Tensor:
+def errors_by_active(moe: MoEFFN, x_TD: Tensor, chunk: int = 4096) -> Tensor:
     """Return the error of a layer with K = 1 to E experts, [E] float64: ``||y - a y_S||^2 / ||y||^2`` on tokens [T, D].
 
     Each K has the best choice that the layer's selection allows, and the best scale a.
     """
-    found = oracle.grams(moe, x_TD, chunk, text_T)
+    found = oracle.grams(moe, x_TD, chunk)
     errors = []
     for K in range(1, moe.num_experts + 1):
         chosen_RE = ORACLES[moe.router.selection].choose(found, K, max(K, moe.router.max_active))

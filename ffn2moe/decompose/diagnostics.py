@@ -19,22 +19,20 @@ from ffn2moe.moe.layer import MoEFFN
 
 
 @torch.no_grad()
-def chosen(moe: MoEFFN, x_TD: Tensor, route_TD: Tensor | None = None) -> Choice:
-    """Return the experts that a layer's tokens [T, D] use; `route_TD` is for routing `sequence`."""
-    return moe.router.choose(moe.scores(x_TD, route_TD), moe.num_active)
+def chosen(moe: MoEFFN, x_TD: Tensor) -> Choice:
+    """Return the experts that a layer's tokens [T, D] use."""
+    return moe.router.choose(moe.scores(x_TD), moe.num_active)
 
 
-def of_layer(
-    moe: MoEFFN, x_TD: Tensor, *, text_T: Tensor | None = None, route_TD: Tensor | None = None
-) -> dict[str, Any]:
+def of_layer(moe: MoEFFN, x_TD: Tensor) -> dict[str, Any]:
     """Return the figures of `oracle.diagnose` for a layer on tokens [T, D], and the load of its experts.
 
     `load` is each expert's share of the used pairs, `max_over_mean_load` how far the largest is from an even load,
     `dead_experts` how many no token uses.
     """
-    load = metrics.load(chosen(moe, x_TD, route_TD).pairs()[1], moe.num_experts)
+    load = metrics.load(chosen(moe, x_TD).pairs()[1], moe.num_experts)
     return {
-        **oracle.diagnose(moe, x_TD, text_T=text_T, route_TD=route_TD),
+        **oracle.diagnose(moe, x_TD),
         "max_over_mean_load": load.max_over_mean,
         "dead_experts": load.dead_experts,
         "load": load.share_E,

@@ -5,7 +5,6 @@ A function `..._job` makes a job; a function `do_...` does it in a worker.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import asdict
 
 from torch import Tensor
@@ -36,25 +35,23 @@ def decompose_job(
     *,
     seed: int,
     every_budget: bool,
-    text_T: Tensor | None = None,
 ) -> LayerJob:
     """Make the job that partitions the neurons of a layer (`decompose_layer`) and judges the partition.
 
     It is judged by the oracle's error with the K experts of the spec, or with `every_budget` for K = 1 to E.
     """
     settings = {"activation": ffn.activation, "spec": spec.to_dict(), "seed": seed, "every_budget": every_budget}
-    more = _present(text_T=text_T)
-    return LayerJob("decompose", layer, settings, {**dense_parts(ffn), "x_TD": x_TD, **more})
+    return LayerJob("decompose", layer, settings, {**dense_parts(ffn), "x_TD": x_TD})
 
 
 def do_decompose(job: LayerJob) -> LayerResult:
     """Return the partition, `neurons` [E, M] and `shared_neurons` [S], with `errors_E` [E] or the oracle's summary."""
-    ffn, x_TD, text_T = dense_of(job), job.tensors["x_TD"], job.tensors.get("text_T")
+    ffn, x_TD = dense_of(job), job.tensors["x_TD"]
     moe = decompose_layer(ffn, x_TD, MoESpec.from_dict(job.settings["spec"]), job.layer, seed=job.settings["seed"])
     found = {"neurons": moe.neurons, "shared_neurons": moe.shared_neurons}
     if job.settings["every_budget"]:
-        return LayerResult(job.layer, {}, {**found, "errors_E": errors_by_active(moe, x_TD, text_T=text_T)})
-    return LayerResult(job.layer, _oracle_summary(moe, x_TD, text_T), found)
+        return LayerResult(job.layer, {}, {**found, "errors_E": errors_by_active(moe, x_TD)})
+    return LayerResult(job.layer, _oracle_summary(moe, x_TD), found)
 
 
 def judge_job(
@@ -64,12 +61,10 @@ def judge_job(
     x_TD: Tensor,
     spec: MoESpec,
     layer: int,
-    *,
-    text_T: Tensor | None = None,
 ) -> LayerJob:
     """Make the job that judges a given partition by the oracle's error with the K of the spec for this layer."""
     settings = {"activation": ffn.activation, "spec": spec.to_dict()}
-    more = _present(neurons=neurons_EM, shared_neurons=shared_S, text_T=text_T)
+    more = _present(neurons=neurons_EM, shared_neurons=shared_S)
     return LayerJob("judge", layer, settings, {**dense_parts(ffn), "x_TD": x_TD, **more})
 
 
@@ -77,11 +72,11 @@ def do_judge(job: LayerJob) -> LayerResult:
     """Return the summary: `oracle_error`, and the best `scale`."""
     spec = MoESpec.from_dict(job.settings["spec"])
     moe = mixture(dense_of(job), job.tensors["neurons"], job.tensors["shared_neurons"], spec, job.layer)
-    return LayerResult(job.layer, _oracle_summary(moe, job.tensors["x_TD"], job.tensors.get("text_T")))
+    return LayerResult(job.layer, _oracle_summary(moe, job.tensors["x_TD"]))
 
 
-def _oracle_summary(moe: MoEFFN, x_TD: Tensor, text_T: Tensor | None) -> dict[str, float]:
-    best = oracle.best_scale(moe, x_TD, text_T=text_T)
+def _oracle_summary(moe: MoEFFN, x_TD: Tensor) -> dict[str, float]:
+    best = oracle.best_scale(moe, x_TD)
     return {"oracle_error": float(best.error), "scale": float(best.scale)}
 
 
@@ -96,13 +91,9 @@ def route_job(
     *,
     x_TD: Tensor,
     held_out_TD: Tensor,
-    texts: Mapping[str, Tensor] | None = None,
-    held_out_texts: Mapping[str, Tensor] | None = None,
 ) -> LayerJob:
     """Make the job of `route_layer` on a decomposed layer; the arguments are its own."""
     tensors = {**mixture_parts(moe), "x_TD": x_TD, "held_out_TD": held_out_TD}
-    tensors |= {f"texts.{name}": tensor for name, tensor in (texts or {}).items()}
-    tensors |= {f"held_out_texts.{name}": tensor for name, tensor in (held_out_texts or {}).items()}
     return LayerJob("route", layer, {"spec": spec.to_dict(), "router": asdict(settings)}, tensors)
 
 
@@ -114,7 +105,5 @@ def do_route(job: LayerJob) -> LayerResult:
         job.tensors["x_TD"],
         RouterSettings(**job.settings["router"]),
         held_out_TD=job.tensors["held_out_TD"],
-        texts=job.under("texts."),
-        held_out_texts=job.under("held_out_texts."),
     )
     return LayerResult(job.layer, {"losses": found.losses, "row": found.row}, dict(moe.state_dict()))

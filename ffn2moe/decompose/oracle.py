@@ -116,7 +116,7 @@ def drop_order(gram_TEE: Tensor, scale: float) -> Tensor:
 
 @dataclass(frozen=True)
 class Grams:
-    """Hold the Gram matrices of a layer's experts on R tokens or texts."""
+    """Hold the Gram matrices of a layer's experts on R rows: tokens, or sums over tokens that share a choice."""
 
     gram_REE: Tensor
     tokens_R: Tensor  # int64; 1 where a row is a token
@@ -124,15 +124,14 @@ class Grams:
 
 
 @torch.no_grad()
-def grams(moe: MoEFFN, x_TD: Tensor, chunk: int = 4096, text_T: Tensor | None = None) -> Grams:
+def grams(moe: MoEFFN, x_TD: Tensor, chunk: int = 4096) -> Grams:
     """Return the Gram matrices of a layer on tokens [T, D]; they take 4 R E^2 bytes.
 
-    A row is a token. With `text_T` [T] int64, the text of each token from 0 on, a row is a text, the sum of its tokens'
-    matrices. The outputs of wide layers are computed in bfloat16 where the hardware has it
+    A row is a token. The outputs of wide layers are computed in bfloat16 where the hardware has it
     (ffn2moe.numerics.low_precision), their inner products in float32.
     """
     E, whole = moe.num_experts, 0.0
-    tokens_R = torch.ones_like(x_TD[:, 0], dtype=torch.int64) if text_T is None else torch.bincount(text_T)
+    tokens_R = torch.ones_like(x_TD[:, 0], dtype=torch.int64)
     gram_REE = torch.zeros(len(tokens_R), E, E, device=x_TD.device)
     for start in range(0, len(x_TD), chunk):
         x = x_TD[start : start + chunk]
@@ -143,10 +142,7 @@ def grams(moe: MoEFFN, x_TD: Tensor, chunk: int = 4096, text_T: Tensor | None = 
             whole += gram_TEE.sum(dtype=torch.float64).item()
         else:
             whole += (shared_TD + outputs_TED.sum(1)).square().sum(dtype=torch.float64).item()
-        if text_T is None:
-            gram_REE[start : start + chunk] = gram_TEE
-        else:
-            gram_REE.index_add_(0, text_T[start : start + chunk], gram_TEE)
+        gram_REE[start : start + chunk] = gram_TEE
     return Grams(gram_REE, tokens_R, whole)
 
 
@@ -161,9 +157,14 @@ class Survey:
 
 
 @torch.no_grad()
-def survey(moe: MoEFFN, x_TD: Tensor, chunk: int = 4096, text_T: Tensor | None = None) -> Survey:
-    """Return norms, gains and best choice of every expert on tokens [T, D], or on their texts [T], from one pass."""
-    found = grams(moe, x_TD, chunk, text_T)
+def survey(moe: MoEFFN, x_TD: Tensor, chunk: int = 4096) -> Survey:
+    """Return norms, gains and best choice of every expert on tokens [T, D], from one pass."""
+    return survey_of(moe, grams(moe, x_TD, chunk))
+
+
+@torch.no_grad()
+def survey_of(moe: MoEFFN, found: Grams) -> Survey:
+    """Return norms, gains and best choice of every expert on rows whose Gram matrices are known."""
     gram_REE = found.gram_REE
     chosen_RE, gain_RE = ORACLES[moe.router.selection].gains(found, moe.num_active, moe.router.max_active)
     energy = gram_REE.sum(dtype=torch.float64).item() / len(gram_REE)
@@ -191,9 +192,9 @@ def fit_scale(found: Grams, chosen_RE: Tensor) -> BestScale:
 
 
 @torch.no_grad()
-def best_scale(moe: MoEFFN, x_TD: Tensor, chunk: int = 4096, text_T: Tensor | None = None) -> BestScale:
+def best_scale(moe: MoEFFN, x_TD: Tensor, chunk: int = 4096) -> BestScale:
     """Return the best single scale of a layer under the oracle's choice, on tokens [T, D]."""
-    found = grams(moe, x_TD, chunk, text_T)
+    found = grams(moe, x_TD, chunk)
     return fit_scale(found, ORACLES[moe.router.selection].choose(found, moe.num_active, moe.router.max_active))
 
 
@@ -204,7 +205,7 @@ def fit_scales(moe: MoEFFN, found: Grams, read_RD: Tensor) -> None:
     `found` belongs to the rows [R, D] that the router reads. The result equals that of
     `ffn2moe.moe.fit.fit_scale_and_mean`, from known inner products instead of outputs computed again.
     """
-    scores_RE = moe.scores(read_RD, read_RD)
+    scores_RE = moe.router(read_RD)
     in_use = moe.num_active
     for budget in moe.budgets:
         moe.set_active(budget)
@@ -215,15 +216,13 @@ def fit_scales(moe: MoEFFN, found: Grams, read_RD: Tensor) -> None:
 
 
 @torch.no_grad()
-def diagnose(
-    moe: MoEFFN,
-    x_TD: Tensor,
-    chunk: int = 4096,
-    *,
-    text_T: Tensor | None = None,
-    route_TD: Tensor | None = None,
-) -> dict[str, float]:
-    """Return how far a layer is from the sum of all its experts, on tokens [T, D].
+def diagnose(moe: MoEFFN, x_TD: Tensor, chunk: int = 4096) -> dict[str, float]:
+    """Return how far a layer is from the sum of all its experts, on tokens [T, D]; see `compare`."""
+    return compare(moe, grams(moe, x_TD, chunk), torch.cat([moe.scores(x) for x in x_TD.split(chunk)]))
+
+
+def compare(moe: MoEFFN, found: Grams, scores_RE: Tensor) -> dict[str, float]:
+    """Return how far the choice by the router's scores [R, E] is from the sum of all experts, and from the best choice.
 
     Errors are relative, ``||y - a y_S|| / ||y||`` over all tokens. Each choice has its own best scale a, and every
     chosen expert counts once, whatever its gate; a shared expert is part of y and of y_S.
@@ -234,19 +233,9 @@ def diagnose(
     - `router_recall`: the share of the oracle's experts that the router finds.
     - `captured_energy`: ``1 - router_error^2``, a share of the output's energy.
     - `mean_active`: the experts that a token uses.
-
-    With routing `sequence`, `text_T` is the text of each token and `route_TD` the mean of its text, which the router
-    reads (ffn2moe.moe.texts.text_means); the best choice is then the best for each text.
     """
-    found = grams(moe, x_TD, chunk, text_T)
-    read_RD = x_TD
-    if text_T is not None and route_TD is not None:
-        read_RD = x_TD.new_zeros(len(found.tokens_R), x_TD.shape[1])
-        read_RD[text_T] = route_TD
-    parts = read_RD.split(chunk)
-    scores_RE = torch.cat([moe.scores(part, None if route_TD is None else part) for part in parts])
     chosen_RE = moe.router.choose(scores_RE, moe.num_active).indicator_TE(moe.num_experts)
-    mean_active = (chosen_RE.sum(1) * found.tokens_R).sum().item() / len(x_TD)
+    mean_active = (chosen_RE.sum(1) * found.tokens_R).sum().item() / int(found.tokens_R.sum())
     best_RE = ORACLES[moe.router.selection].choose(found, mean_active, moe.router.max_active)
     oracle_error, router_error = fit_scale(found, best_RE).error, fit_scale(found, chosen_RE).error
     return {

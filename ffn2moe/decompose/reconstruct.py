@@ -34,14 +34,13 @@ def refit_outputs(
     target_TD: Tensor,
     *,
     penalty: float,
-    route_TD: Tensor | None = None,
     chunk: int = 4096,
 ) -> None:
     """Fit a mixture's output matrices, its shared expert's and its output bias to what it is to give on tokens [T, D].
 
     `target_TD` is the dense FFN's output. `penalty` is relative to the mean energy of an activation and keeps what the
     tokens do not determine as it was; ValueError unless it is positive. Every budget of the layer counts alike, as they
-    share the matrices. `route_TD` is for routing `sequence` (ffn2moe.moe.texts.text_means). Takes O(F^2) memory and
+    share the matrices. Takes O(F^2) memory and
     O(T (F K / E)^2 + F^3) time; the activations of wide layers are taken in bfloat16 where the hardware computes it
     (ffn2moe.numerics.low_precision), what is summed and solved is not. With all experts active the mixture is not
     the dense FFN any more.
@@ -56,7 +55,7 @@ def refit_outputs(
         rows = slice(start, start + chunk)
         for budget in moe.budgets:
             moe.set_active(budget)
-            parts = _inputs(moe, x_TD[rows], None if route_TD is None else route_TD[rows])
+            parts = _inputs(moe, x_TD[rows])
             _add(parts, target_TD[rows], weights_PD, gram_PP, cross_PD)
     moe.set_active(in_use)
     gram_PP.diagonal().add_(penalty * gram_PP.diagonal().mean())
@@ -66,14 +65,12 @@ def refit_outputs(
 
 
 @torch.no_grad()
-def relative_error(
-    moe: MoEFFN, x_TD: Tensor, target_TD: Tensor, route_TD: Tensor | None = None, chunk: int = 4096
-) -> float:
+def relative_error(moe: MoEFFN, x_TD: Tensor, target_TD: Tensor, chunk: int = 4096) -> float:
     """How far a layer as it stands is from what it is to give on tokens [T, D]: ``||moe(x) - y|| / ||y||``."""
     error = energy = 0.0
     for start in range(0, len(x_TD), chunk):
         rows = slice(start, start + chunk)
-        routed_TD = moe(x_TD[rows], None if route_TD is None else route_TD[rows])
+        routed_TD = moe(x_TD[rows])
         error += (routed_TD - target_TD[rows]).square().sum(dtype=torch.float64).item()
         energy += target_TD[rows].square().sum(dtype=torch.float64).item()
     return float((error / energy) ** 0.5) if energy else 0.0
@@ -88,14 +85,14 @@ class _Part:
     h_NM: Tensor
 
 
-def _inputs(moe: MoEFFN, x_TD: Tensor, route_TD: Tensor | None) -> list[_Part]:
+def _inputs(moe: MoEFFN, x_TD: Tensor) -> list[_Part]:
     """What the output matrices are multiplied by: of each expert, of the shared one, and 1 for the output bias."""
     E, M, _ = moe.w_in.shape
 
     def part(stacked: Tensor | None, index: int) -> Tensor | None:
         return None if stacked is None else stacked[index]
 
-    scores_TE = moe.scores(x_TD, route_TD)
+    scores_TE = moe.scores(x_TD)
     choice = moe.router.choose(scores_TE, moe.num_active)
     gate_TK = moe.scale * moe.router.weigh(scores_TE, choice)
     layout = Layout.of(choice, E)

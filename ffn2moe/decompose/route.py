@@ -5,7 +5,6 @@ The stages (through `jobs`), `convert` and `stream` all do this with `route_laye
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -56,62 +55,44 @@ def route_layer(
     settings: RouterSettings,
     *,
     held_out_TD: Tensor | None = None,
-    texts: Mapping[str, Tensor] | None = None,
-    held_out_texts: Mapping[str, Tensor] | None = None,
 ) -> Routing:
     """Fit the router of a decomposed layer in place, judge it, and refit the experts' outputs to the dense FFN.
 
     `moe` comes from `decompose_layer`: its experts are still slices of the dense FFN. The router and the outputs are
-    fitted on tokens `x_TD` [T, D]; `held_out_TD` judges them (None: `x_TD` itself). The texts are `text_T` and
-    `route_TD` of `fit_router`, for the routing `sequence`.
+    fitted on tokens `x_TD` [T, D]; `held_out_TD` judges them (None: `x_TD` itself).
     """
-    fitted_on, judged_on = dict(texts or {}), dict((texts if held_out_TD is None else held_out_texts) or {})
     held_out_TD = x_TD if held_out_TD is None else held_out_TD
     wanted_TD = judged_TD = None
     if settings.refit:
         ffn = dense_ffn(moe)  # before the fit of the router changes the output bias
         wanted_TD, judged_TD = outputs(ffn, x_TD), outputs(ffn, held_out_TD)
         del ffn
-    losses = fit_router(moe, x_TD, settings, **fitted_on)
-    found = oracle.diagnose(moe, held_out_TD, chunk_of(moe.num_experts * x_TD.shape[1]), **judged_on)
+    losses = fit_router(moe, x_TD, settings)
+    found = oracle.diagnose(moe, held_out_TD, chunk_of(moe.num_experts * x_TD.shape[1]))
     row = {name: float(value) for name, value in found.items()} | {"scale": moe.output_scale.item()}
     if wanted_TD is not None and judged_TD is not None:
         chunk = chunk_of(moe.neurons.numel())
-        route_TD = fitted_on.get("route_TD")
-        refit_outputs(moe, x_TD, wanted_TD, penalty=settings.refit, route_TD=route_TD, chunk=chunk)
-        row["refit_error"] = relative_error(moe, held_out_TD, judged_TD, judged_on.get("route_TD"), chunk)
+        refit_outputs(moe, x_TD, wanted_TD, penalty=settings.refit, chunk=chunk)
+        row["refit_error"] = relative_error(moe, held_out_TD, judged_TD, chunk)
     return Routing(losses, row)
 
 
-def fit_router(
-    moe: MoEFFN,
-    x_TD: Tensor,
-    settings: RouterSettings,
-    *,
-    text_T: Tensor | None = None,
-    route_TD: Tensor | None = None,
-) -> list[float]:
+def fit_router(moe: MoEFFN, x_TD: Tensor, settings: RouterSettings) -> list[float]:
     """Fit a layer's router in place on tokens [T, D], then its scale and mean to the router; return each step's loss.
 
     The fit starts from `settings.start` and takes AdamW steps on `settings.objective`. No expert changes. Where the
-    selection leaves the number of experts open, the mean number is calibrated to K.
-
-    With the routing `sequence` the router reads `route_TD`, the means of the tokens' texts
-    (`ffn2moe.moe.texts.text_means`), and its labels are sums over the tokens of each text, `text_T` [T] (`texts_of`).
-    ValueError without them, and for a start or an objective that does not fit the selection.
+    selection leaves the number of experts open, the mean number is calibrated to K. ValueError for a start or an
+    objective that does not fit the selection.
     """
+    chunk = chunk_of(moe.num_experts * x_TD.shape[1])
+    return fit_rows(RouterData(moe, x_TD, x_TD, oracle.survey(moe, x_TD, chunk), chunk), settings)
+
+
+def fit_rows(data: RouterData, settings: RouterSettings) -> list[float]:
+    """Fit a layer's router in place on rows: tokens, or groups of tokens that share a choice. See `fit_router`."""
+    moe, x_TD, read_RD = data.moe, data.x_TD, data.read_RD
     start, objective = STARTS[settings.start], OBJECTIVES[settings.objective]
     _require_fit(moe, settings, start, objective)
-    read_RD = x_TD
-    if moe.routing == "sequence":
-        if text_T is None or route_TD is None:
-            raise ValueError("routing 'sequence' fits routers to whole texts: give text_T and route_TD of the tokens")
-        read_RD = x_TD.new_zeros(int(text_T.max()) + 1, x_TD.shape[1])
-        read_RD[text_T] = route_TD
-    chunk = chunk_of(moe.num_experts * x_TD.shape[1])
-    of_texts_T = text_T if moe.routing == "sequence" else None
-    survey = oracle.survey(moe, x_TD, chunk, of_texts_T)
-    data = RouterData(moe, x_TD, read_RD, survey, chunk, of_texts_T)
     with torch.no_grad():
         moe.router.set(*start.weights(data, settings.ridge))
         phases = objective.phases(data)
@@ -128,7 +109,7 @@ def fit_router(
                 temperature=settings.temperature,
             )
         )
-    _calibrate(moe, x_TD, survey, read_RD, chunk, route_TD)
+    _calibrate(data)
     return losses
 
 
@@ -147,14 +128,12 @@ def _require_fit(moe: MoEFFN, settings: RouterSettings, start: RouterStart, obje
             )
 
 
-def _calibrate(
-    moe: MoEFFN, x_TD: Tensor, survey: oracle.Survey, read_RD: Tensor, chunk: int, route_TD: Tensor | None
-) -> None:
+def _calibrate(data: RouterData) -> None:
     """Set the number of experts, the spread of the gates, the scale and the mean to what the router does."""
-    fit.calibrate(moe, x_TD, route_TD)
-    part = slice(chunk)  # one number, so a part of the tokens will do
-    fit.fit_router_scale(moe, x_TD[part], None if route_TD is None else route_TD[part])
+    moe, x_TD = data.moe, data.x_TD
+    fit.calibrate(moe, x_TD)
+    fit.fit_router_scale(moe, x_TD[: data.chunk])  # one number, so a part of the tokens will do
     if moe.b_out is None:
-        oracle.fit_scales(moe, survey.grams, read_RD)
+        oracle.fit_scales(moe, data.survey.grams, data.read_RD)
     else:
-        fit.fit_scale_and_mean(moe, x_TD, chunk, route_TD)
+        fit.fit_scale_and_mean(moe, x_TD, data.chunk)

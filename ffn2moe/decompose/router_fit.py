@@ -18,14 +18,13 @@ from ffn2moe.numerics import schedule
 
 @dataclass(frozen=True)
 class RouterData:
-    """Hold what a router is fitted on: R rows, which are the T tokens, or the texts that they belong to."""
+    """Hold what a router is fitted on: R rows, which are the T tokens, or groups of tokens that share a choice."""
 
     moe: MoEFFN
     x_TD: Tensor  # the layer's inputs
     read_RD: Tensor  # the rows that the router reads
     survey: Survey  # norms, gains and best choice of every expert on the rows
     chunk: int  # tokens to work on at once
-    text_T: Tensor | None = None  # the row of each token, where rows are texts
 
 
 def train_router(

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ffn2moe.data.batches import BatchSource
-from ffn2moe.decompose.inputs import layer_inputs, texts_of
+from ffn2moe.decompose.inputs import layer_inputs
 from ffn2moe.decompose.layer_map import LayerJob, LayerMap, LayerResult, here, in_processes, under
 from ffn2moe.decompose.parts import dense_of, dense_parts, mixture_of
 from ffn2moe.dense.blocks import installed_ffns
@@ -34,7 +34,6 @@ from ffn2moe.distill.steps import (
 )
 from ffn2moe.moe.checkpoint import load_progress, save_progress
 from ffn2moe.moe.layer import MoEFFN, moe_layers, set_active
-from ffn2moe.moe.texts import text_means
 from ffn2moe.spec import MoESpec
 
 MOST_NUMBERS = 2**28  # elements that the inputs of all layers together may have: 1 GiB
@@ -159,7 +158,6 @@ class LayerDistillation:
     ffn: nn.Module
     dense: DenseFFN
     x_TD: Tensor
-    route_TD: Tensor | None  # the router's input, if it is not x
     training: LayerTraining
 
     def done(self) -> LayerResult:
@@ -170,7 +168,6 @@ class LayerDistillation:
         """Train `ffn` in place; return the loss of each step. FloatingPointError if one is not finite."""
         how, device = self.training, torch.device(self.training.device)
         ffn, x_TD = self.ffn.to(device).train(), self.x_TD.to(device)
-        route_TD = None if self.route_TD is None else self.route_TD.to(device)
         mixtures = moe_layers(ffn)
         budgets = budgets_of(mixtures[0].num_active, how.elastic) if mixtures else ()
         y_TD = self._wanted(x_TD)
@@ -182,9 +179,8 @@ class LayerDistillation:
             rows = torch.randint(len(x_TD), (min(how.batch_tokens, len(x_TD)),), generator=generator).to(device)
             if budgets:
                 set_active(ffn, budget_of_step(budgets, step, how.seed))
-            read = {} if route_TD is None else {"route_TD": route_TD[rows]}
             with torch.autocast(device.type, torch.bfloat16) if how.bf16 else nullcontext():
-                found_TD = ffn(x_TD[rows], **read)
+                found_TD = ffn(x_TD[rows])
             wanted_TD = y_TD[rows]
             loss = (found_TD.float() - wanted_TD).square().sum() / wanted_TD.square().sum()
             named = f"the loss of layer {self.layer}", f"step {step} of its own training"
@@ -195,8 +191,7 @@ class LayerDistillation:
             with torch.no_grad():
                 some = rows[:FOLLOWED_TOKENS]
                 for moe in mixtures:
-                    scores_TE = moe.scores(x_TD[some], None if route_TD is None else route_TD[some])
-                    moe.router.follow(scores_TE, moe.num_active, FOLLOW_RATE)
+                    moe.router.follow(moe.scores(x_TD[some]), moe.num_active, FOLLOW_RATE)
         if budgets:
             set_active(ffn, budgets[0])
         return losses
@@ -214,8 +209,7 @@ class LayerDistillation:
     def parts(self) -> dict[str, Tensor]:
         """Return all tensors of the job by name."""
         found = {f"ffn.{name}": tensor for name, tensor in self.ffn.state_dict().items()}
-        found |= dense_parts(self.dense) | {"x_TD": self.x_TD}
-        return found if self.route_TD is None else found | {"route_TD": self.route_TD}
+        return found | dense_parts(self.dense) | {"x_TD": self.x_TD}
 
     def shell(self) -> LayerDistillation:
         """Return the job without the contents of its tensors."""
@@ -226,7 +220,7 @@ class LayerDistillation:
         ffn = copy.deepcopy(self.ffn)
         ffn.load_state_dict(under("ffn.", tensors), assign=True)
         dense = replace(self.dense, **under("dense.", tensors))
-        return replace(self, ffn=ffn, dense=dense, x_TD=tensors["x_TD"], route_TD=tensors.get("route_TD"))
+        return replace(self, ffn=ffn, dense=dense, x_TD=tensors["x_TD"])
 
     @torch.no_grad()
     def _wanted(self, x_TD: Tensor) -> Tensor:
@@ -239,8 +233,7 @@ def distillation(job: LayerJob) -> LayerResult:
     """Do the job of a layer: return the mixture's tensors and the `losses` of its steps."""
     settings = job.settings["training"]
     training = LayerTraining(**{**settings, "elastic": tuple(settings["elastic"])})
-    route_TD = job.tensors.get("route_TD")
-    return LayerDistillation(job.layer, mixture_of(job), dense_of(job), job.tensors["x_TD"], route_TD, training).done()
+    return LayerDistillation(job.layer, mixture_of(job), dense_of(job), job.tensors["x_TD"], training).done()
 
 
 def layer_jobs(
@@ -251,10 +244,6 @@ def layer_jobs(
     most = MOST_NUMBERS // sum(ffn.w_in_FD.shape[1] for ffn in dense)
     tokens = max(1, min(training.steps * training.batch_tokens, most))
     inputs = layer_inputs(teacher, batches.from_step(0), max_tokens=tokens, device=training.device)
-    route_TD = None
-    if any(moe.routing == "sequence" for ffn in ffns for moe in moe_layers(ffn)):
-        route_TD = text_means(inputs[0], texts_of(batches.from_step(0), tokens))
     return [
-        LayerDistillation(index, copy.deepcopy(ffns[index]), dense[index], inputs[index], route_TD, training)
-        for index in todo
+        LayerDistillation(index, copy.deepcopy(ffns[index]), dense[index], inputs[index], training) for index in todo
     ]

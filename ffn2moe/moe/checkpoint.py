@@ -80,10 +80,7 @@ def load_spec(folder: str | Path, active: int | None = None) -> MoESpec:
             raise ValueError(f"format {content['format']} is not the {FORMAT} this version reads")
         spec = MoESpec.from_dict(content["spec"])
     except UnknownName as error:
-        raise ValueError(
-            f"{path} names a method that this version of ffn2moe does not have ({error}): a version up to 0.1.0 or the "
-            "ablation wrote it. Import benchmarks.ablation.methods of the repository first, or convert the model again"
-        ) from error
+        raise ValueError(f"{path}: {error}") from error
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} cannot be read ({error}): restore it, or make the export again") from error
     return spec if active is None else spec.at(active)

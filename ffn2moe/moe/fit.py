@@ -10,13 +10,13 @@ from ffn2moe.moe.layer import MoEFFN
 
 
 @torch.no_grad()
-def calibrate(moe: MoEFFN, x_TD: Tensor, route_TD: Tensor | None = None) -> None:
+def calibrate(moe: MoEFFN, x_TD: Tensor) -> None:
     """Make the router choose K experts on average on tokens [T, D], where the selection is not fixed."""
-    moe.router.calibrate(moe.scores(x_TD, route_TD), moe.num_active)
+    moe.router.calibrate(moe.scores(x_TD), moe.num_active)
 
 
 @torch.no_grad()
-def fit_router_scale(moe: MoEFFN, x_TD: Tensor, route_TD: Tensor | None = None) -> None:
+def fit_router_scale(moe: MoEFFN, x_TD: Tensor) -> None:
     """Set how far the gates are apart, so that the routed sum fits the dense one on tokens [T, D]; the choice stays.
 
     It tries powers of two from 2^-8 to 2^4, which no dtype rounds. A small scale gives gates that are nearly equal, so
@@ -27,7 +27,7 @@ def fit_router_scale(moe: MoEFFN, x_TD: Tensor, route_TD: Tensor | None = None) 
     outputs_TED = torch.stack([moe.expert(index, x_TD) for index in range(moe.num_experts)], dim=1)
     y_TD = outputs_TED.sum(1)
     moe.router.rescale(1.0)
-    scores_TE = moe.scores(x_TD, route_TD)
+    scores_TE = moe.scores(x_TD)
     choice = moe.router.choose(scores_TE, moe.num_active)
     chosen_TKD = outputs_TED.gather(1, choice.experts_TK.unsqueeze(-1).expand(-1, -1, y_TD.shape[-1]))
     best_left, best_scale = float("inf"), 1.0
@@ -41,7 +41,7 @@ def fit_router_scale(moe: MoEFFN, x_TD: Tensor, route_TD: Tensor | None = None) 
 
 
 @torch.no_grad()
-def fit_scale_and_mean(moe: MoEFFN, x_TD: Tensor, chunk: int = 4096, route_TD: Tensor | None = None) -> None:
+def fit_scale_and_mean(moe: MoEFFN, x_TD: Tensor, chunk: int = 4096) -> None:
     """Set the scale and shift the output bias in closed form, so that the routed output fits the dense one.
 
     On tokens [T, D]: the scale a minimises ``||y - a y_S||^2`` about the means, and the bias takes
@@ -52,7 +52,7 @@ def fit_scale_and_mean(moe: MoEFFN, x_TD: Tensor, chunk: int = 4096, route_TD: T
     for x in x_TD.split(chunk):
         shared = moe.shared(x)
         dense.append(moe.all_experts(x) if shared is None else moe.all_experts(x) - shared)
-    y_TD, y_S_TD = torch.cat(dense), _routed(moe, x_TD, chunk, route_TD)
+    y_TD, y_S_TD = torch.cat(dense), _routed(moe, x_TD, chunk)
     if moe.b_out is not None:
         y_TD = y_TD - moe.b_out
         y_mean, y_S_mean = y_TD.mean(0), y_S_TD.mean(0)
@@ -65,7 +65,7 @@ def fit_scale_and_mean(moe: MoEFFN, x_TD: Tensor, chunk: int = 4096, route_TD: T
     in_use = moe.num_active
     for other in set(moe.budgets) - {in_use}:
         moe.num_active = other
-        moe.set_scale(_best_scale(y_TD, _routed(moe, x_TD, chunk, route_TD)))
+        moe.set_scale(_best_scale(y_TD, _routed(moe, x_TD, chunk)))
     moe.num_active = in_use
 
 
@@ -75,11 +75,10 @@ def _best_scale(y_TD: Tensor, y_S_TD: Tensor) -> float:
     return scale.item()
 
 
-def _routed(moe: MoEFFN, x_TD: Tensor, chunk: int, route_TD: Tensor | None) -> Tensor:
+def _routed(moe: MoEFFN, x_TD: Tensor, chunk: int) -> Tensor:
     """Return the sum of the used experts, without scale, shared expert and output bias, [T, D]."""
     found = []
-    for start in range(0, len(x_TD), chunk):
-        rows = slice(start, start + chunk)
-        scores_TE = moe.scores(x_TD[rows], None if route_TD is None else route_TD[rows])
-        found.append(moe.grouped(x_TD[rows], scores_TE, moe.router.choose(scores_TE, moe.num_active)))
+    for x in x_TD.split(chunk):
+        scores_TE = moe.scores(x)
+        found.append(moe.grouped(x, scores_TE, moe.router.choose(scores_TE, moe.num_active)))
     return torch.cat(found)

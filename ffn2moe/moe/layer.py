@@ -7,7 +7,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import Callable
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -20,9 +21,6 @@ from ffn2moe.moe.experts import ExpertWeights
 from ffn2moe.moe.grouped import Layout, most_padding, tile_of
 from ffn2moe.moe.router import Router
 from ffn2moe.spec import FFNShape, MoESpec
-
-if TYPE_CHECKING:
-    from ffn2moe.moe.texts import Texts
 
 
 class _Experts(nn.Module):
@@ -143,8 +141,8 @@ class MoEFFN(_Experts):
         self.register_buffer("shared_neurons", torch.full((S,), -1, dtype=torch.int64))
         # A callback that watches the routing: it gets scores [T, E] and the choice.
         self.observer: RoutingObserver | None = None
-        # The texts of the model that the layer is in, where the routers read whole texts (`connect`).
-        self.texts: Texts | None = None
+        # Gives the router its input for tokens [T, D], where the routing reads something else than the layer's input.
+        self.reader: Callable[[Tensor], Tensor] | None = ROUTINGS[spec.routing].reader()
 
     @classmethod
     def from_experts(
@@ -201,22 +199,14 @@ class MoEFFN(_Experts):
         self.router.balance_bias.zero_()
         self.set_scale(GATES[self.gate].neutral_scale(self.num_experts, self.num_experts))
 
-    def scores(self, x_TD: Tensor, route_TD: Tensor | None = None) -> Tensor:
-        """Return the router's scores for tokens, [T, E]; with routing `sequence` for `route_TD`, their texts' means."""
-        if ROUTINGS[self.routing].own_input:
-            return self.router(x_TD)
-        if route_TD is None:
-            raise ValueError(
-                f"routing {self.routing!r} reads whole texts: give route_TD [T, D], as texts.text_means makes it"
-            )
-        return self.router(route_TD)
+    def scores(self, x_TD: Tensor) -> Tensor:
+        """Return the router's scores for tokens [T, D], [T, E]."""
+        return self.router(x_TD if self.reader is None else self.reader(x_TD))
 
-    def forward(self, x: Tensor, route_TD: Tensor | None = None) -> Tensor:
-        """Return [..., D] for [..., D]. `route_TD` is for a layer with routing `sequence` outside its model."""
+    def forward(self, x: Tensor) -> Tensor:
+        """Return [..., D] for [..., D]."""
         x_TD = x.reshape(-1, x.shape[-1])
-        if route_TD is None and self.texts is not None:
-            route_TD = self.texts.route(x)
-        scores_TE = self.scores(x_TD, route_TD)
+        scores_TE = self.scores(x_TD)
         choice = self.router.choose(scores_TE, self.num_active)
         if self.observer is not None:
             self.observer(scores_TE, choice)
@@ -226,9 +216,9 @@ class MoEFFN(_Experts):
         """Scale the routed sum and add shared expert and output bias, [T, D]."""
         return self._with_shared(x_TD, self.scale * y_TD)
 
-    def reference(self, x_TD: Tensor, route_TD: Tensor | None = None) -> Tensor:
+    def reference(self, x_TD: Tensor) -> Tensor:
         """Return the layer's output by its definition: every expert in turn, on the tokens that use it. [T, D]."""
-        scores_TE = self.scores(x_TD, route_TD)
+        scores_TE = self.scores(x_TD)
         choice = self.router.choose(scores_TE, self.num_active)
         gate_TK = self.router.weigh(scores_TE, choice)
         used_TK = torch.ones_like(gate_TK, dtype=torch.bool) if choice.used_TK is None else choice.used_TK

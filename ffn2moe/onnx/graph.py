@@ -64,7 +64,7 @@ class ExportedMoE(nn.Module):
         # A selection, routing or gate without a form in ONNX is refused by `ffn2moe.onnx.mixture`, by its name.
         self.attributes = {
             "selection": "topk" if moe.num_active == moe.num_experts else router.selection,
-            "routing": "token" if moe.texts is None else "sequence",
+            "routing": moe.routing,
             "num_active": moe.num_active,
             "gate": moe.gate,
             "activation": moe.activation,

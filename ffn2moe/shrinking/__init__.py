@@ -30,7 +30,6 @@ class Layer:
     kept_K: Tensor  # the experts to keep, in order
     use_E: Tensor  # of each expert on the task's tokens
     x_TD: Tensor  # the task's tokens, as the layer sees them
-    route_TD: Tensor | None  # what the router reads, where it is not the layer's input
 
 
 @dataclass(frozen=True)

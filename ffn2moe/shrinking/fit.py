@@ -14,7 +14,7 @@ PENALTY = 0.1  # of the output matrices' fit: best at 500, 2,000 and 9,000 token
 
 
 @torch.no_grad()
-def imitate(made: MoEFFN, moe: MoEFFN, x_TD: Tensor, route_TD: Tensor | None = None) -> None:
+def imitate(made: MoEFFN, moe: MoEFFN, x_TD: Tensor) -> None:
     """Fit `made` in place, in closed form, to the output of `moe` on tokens [T, D].
 
     First scale and output bias, as `fit_scale_and_mean` fits them to the sum of all experts. Then the output matrices
@@ -25,10 +25,10 @@ def imitate(made: MoEFFN, moe: MoEFFN, x_TD: Tensor, route_TD: Tensor | None = N
         made.set_active(active)
         moe.set_active(active)
         wanted, routed = [], []
-        for x, route in chunks(moe, x_TD, route_TD):
-            scores_TE = made.scores(x, route)
+        for x in chunks(moe, x_TD):
+            scores_TE = made.scores(x)
             routed.append(made.grouped(x, scores_TE, made.router.choose(scores_TE, active)))
-            wanted.append(moe(x, route) - made.finish(x, torch.zeros_like(x)))
+            wanted.append(moe(x) - made.finish(x, torch.zeros_like(x)))
         y_TD, y_S_TD = torch.cat(wanted), torch.cat(routed)
         moves_bias = made.b_out is not None and active == made.budgets[0]
         y_mean = y_TD.mean(0) if moves_bias else torch.zeros_like(y_TD[0])
@@ -42,5 +42,5 @@ def imitate(made: MoEFFN, moe: MoEFFN, x_TD: Tensor, route_TD: Tensor | None = N
     made.set_active(made.budgets[0])
     moe.set_active(moe.budgets[0])
     if len(made.budgets) == 1 and made.w_in.shape[:2].numel() <= WIDEST_MOMENTS:
-        target_TD = torch.cat([moe(x, route) for x, route in chunks(moe, x_TD, route_TD)])
-        refit_outputs(made, x_TD, target_TD, penalty=PENALTY, route_TD=route_TD)
+        target_TD = torch.cat([moe(x) for x in chunks(moe, x_TD)])
+        refit_outputs(made, x_TD, target_TD, penalty=PENALTY)

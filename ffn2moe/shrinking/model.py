@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ffn2moe.choices import SELECTIONS
+from ffn2moe.choices import ROUTINGS, SELECTIONS
 from ffn2moe.dense.locate import install
 from ffn2moe.moe.layer import MoEFFN, moe_layers
 from ffn2moe.progress import Track, untracked
@@ -50,6 +50,11 @@ def require_shrinkable(spec: MoESpec, keep: int, method: str) -> None:
             f"keep = {keep} is fewer than the {most} experts that a token uses: keep at least {most}, or convert with "
             "fewer active experts"
         )
+    if not ROUTINGS[spec.routing].own_input:
+        raise ValueError(
+            f"with routing {spec.routing} routers read something else than their layers' inputs, by which experts are "
+            "counted and fitted here: shrink a model with routing token"
+        )
     if SELECTIONS[spec.selection].ordered and not SHRINK_METHODS[method].keeps_order:
         raise ValueError(
             f"with selection {spec.selection} experts are blocks in order of importance, and {method} would mix the "
@@ -86,13 +91,12 @@ def shrink_model(
     )
     reports = []
     for index, moe in enumerate(track(layers, len(layers), "shrinking layers")):
-        x_TD, route_TD = task.inputs[index], task.route_TD
-        use_E = usage(moe, x_TD, route_TD)
+        x_TD = task.inputs[index]
+        use_E = usage(moe, x_TD)
         kept_K = torch.arange(keep) if SELECTIONS[spec.selection].ordered else most_used(use_E, keep)
-        made = row.make(Layer(moe, smaller, index, kept_K, use_E, x_TD, route_TD)).eval()
-        made.texts = moe.texts
-        imitate(made, moe, x_TD, route_TD)
-        errors = _errors(moe, made, held_out.inputs[index], held_out.route_TD)
+        made = row.make(Layer(moe, smaller, index, kept_K, use_E, x_TD)).eval()
+        imitate(made, moe, x_TD)
+        errors = _errors(moe, made, held_out.inputs[index])
         covered = (use_E[kept_K].sum() / use_E.sum()).item()
         reports.append(LayerReport(index, tuple(use_E.tolist()), tuple(kept_K.tolist()), covered, *errors))
         install(model, index, made)
@@ -104,11 +108,11 @@ def _width(row: ShrinkMethod, layers: Sequence[MoEFFN], keep: int) -> int:
 
 
 @torch.no_grad()
-def _errors(moe: MoEFFN, made: MoEFFN, x_TD: Tensor, route_TD: Tensor | None) -> tuple[float, float, float]:
+def _errors(moe: MoEFFN, made: MoEFFN, x_TD: Tensor) -> tuple[float, float, float]:
     """Return the errors before and after against the sum of all experts, and that of after against before."""
     pieces = []
-    for x, route in chunks(moe, x_TD, route_TD):
-        whole, before, after = moe.all_experts(x), moe(x, route), made(x, route)
+    for x in chunks(moe, x_TD):
+        whole, before, after = moe.all_experts(x), moe(x), made(x)
         differences = (whole, before - whole, after - whole, before, after - before)
         pieces.append(torch.stack([one.double().square().sum() for one in differences]))
     whole, was, now, before, change = torch.stack(pieces).sum(0).sqrt().tolist()

@@ -42,7 +42,7 @@ def regrouped(moe: MoEFFN, spec: MoESpec, keep: int, x_TD: Tensor) -> MoEFFN:
     smaller = replace(spec, num_experts=keep, stacks=(shape,), shrunk="regroup")
     use_E = usage(moe, x_TD)
     with torch.no_grad():
-        return regroup.make(Layer(moe, smaller, 0, most_used(use_E, keep), use_E, x_TD, None)).eval()
+        return regroup.make(Layer(moe, smaller, 0, most_used(use_E, keep), use_E, x_TD)).eval()
 
 
 def test_regrouping_loses_no_neuron() -> None:
@@ -76,7 +76,7 @@ def test_neurons_go_to_the_expert_that_their_tokens_go_to() -> None:
     narrow = replace(spec, num_active=1, num_experts=2, stacks=(replace(spec.stacks[0], expert_width=32),))
     with torch.no_grad():
         kept_K, use_E = torch.tensor([0, 1]), usage(moe, x_TD)
-        made = regroup.make(Layer(moe, replace(narrow, shrunk="regroup"), 0, kept_K, use_E, x_TD, None))
+        made = regroup.make(Layer(moe, replace(narrow, shrunk="regroup"), 0, kept_K, use_E, x_TD))
     assert sorted(made.neurons[0].tolist()) == [*range(16), *range(32, 48)]
     assert sorted(made.neurons[1].tolist()) == [*range(16, 32), *range(48, 64)]
 

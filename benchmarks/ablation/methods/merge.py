@@ -27,8 +27,8 @@ def make(layer: Layer) -> MoEFFN:
     them got.
     """
     moe, kept_K = layer.moe, layer.kept_K
-    read_TD = layer.x_TD if layer.route_TD is None else layer.route_TD
-    scores_TE = torch.cat([moe.router(read) for read in read_TD.split(4096)])
+    x_TD = layer.x_TD
+    scores_TE = torch.cat([moe.router(x) for x in x_TD.split(4096)])
     centred_TE = F.normalize(scores_TE - scores_TE.mean(0), dim=0)
     group_E = (centred_TE.T @ centred_TE[:, kept_K]).argmax(1)
     group_E[kept_K] = torch.arange(len(kept_K))
@@ -49,13 +49,13 @@ def make(layer: Layer) -> MoEFFN:
         biases.append(share.float() @ moe.router.balance_bias[members])
     made.router.balance_bias.copy_(torch.stack(biases))
     # The fit starts from the mean of a group's rows, so that groups of one stay as they are.
-    missing_TK = (torch.stack(targets, dim=1) - made.router(read_TD)) / made.router.scale
+    missing_TK = (torch.stack(targets, dim=1) - made.router(x_TD)) / made.router.scale
     alone_K = torch.bincount(group_E, minlength=len(kept_K)) == 1
     missing_TK[:, alone_K] = 0
-    weight_KD, bias_K = ridge(read_TD, missing_TK, GROUP_RIDGE, intercept=made.router.has_bias)
+    weight_KD, bias_K = ridge(x_TD, missing_TK, GROUP_RIDGE, intercept=made.router.has_bias)
     made.router.weight += weight_KD
     made.router.bias += bias_K
-    calibrate(made, layer.x_TD, layer.route_TD)
+    calibrate(made, x_TD)
     return made
 
 

@@ -24,7 +24,7 @@ def factorllm(data: RouterData) -> list[Phase]:
 
 def mass(data: RouterData) -> list[Phase]:
     """Return the binary cross-entropy to the activation mass of each expert over the largest of all."""
-    mass_RE = activation_mass(data.moe, data.x_TD, data.text_T, data.chunk)
+    mass_RE = activation_mass(data.moe, data.x_TD, data.chunk)
     share_RE = mass_RE / mass_RE.max().clamp(min=TINY)
     return [Phase(1.0, lambda scores_BE, rows: F.binary_cross_entropy_with_logits(scores_BE, share_RE[rows]))]
 
@@ -64,8 +64,8 @@ def prior_approximate_loss(scores_TE: Tensor, outputs_TED: Tensor, num_active: i
 
 
 @torch.no_grad()
-def activation_mass(moe: MoEFFN, x_TD: Tensor, text_T: Tensor | None = None, chunk: int = 4096) -> Tensor:
-    """Return the sum of the activations of each expert's neurons, [R, E], on tokens [T, D] or over their texts [T].
+def activation_mass(moe: MoEFFN, x_TD: Tensor, chunk: int = 4096) -> Tensor:
+    """Return the sum of the activations of each expert's neurons on tokens [T, D], [T, E].
 
     Positive activations count, as MoEfication's ReLU leaves them. Where the FFN is gated their sign means nothing, and
     absolute values count.
@@ -75,10 +75,7 @@ def activation_mass(moe: MoEFFN, x_TD: Tensor, text_T: Tensor | None = None, chu
     for x in x_TD.split(chunk):
         h = [ffn.neurons(x) for ffn in experts]
         parts.append(torch.stack([(h_TM.abs() if moe.w_gate is not None else h_TM.relu()).sum(1) for h_TM in h], dim=1))
-    mass_TE = torch.cat(parts)
-    if text_T is None:
-        return mass_TE
-    return mass_TE.new_zeros(int(text_T.max()) + 1, moe.num_experts).index_add_(0, text_T, mass_TE)
+    return torch.cat(parts)
 
 
 OBJECTIVES.register("factorllm", RouterObjective("arXiv 2408.11855", factorllm))

@@ -44,7 +44,7 @@ def make(layer: Layer) -> MoEFFN:
         places_KM[index, : len(own) + len(new)] = torch.cat([own, new])
     made = gather(moe, layer.spec, layer.index, places_KM)
     take_router(made, moe, kept_K)
-    calibrate(made, layer.x_TD, layer.route_TD)
+    calibrate(made, layer.x_TD)
     return made
 
 
@@ -55,9 +55,9 @@ def _energy(layer: Layer, dropped: Sequence[int]) -> Tensor:
     narrow = replace(layer.spec.stacks[0], expert_width=moe.w_in.shape[1])
     reduced = SHRINK_METHODS["drop"].make(replace(layer, spec=replace(layer.spec, stacks=(narrow,), shrunk="drop")))
     energy_EMK = torch.zeros(len(dropped), moe.neurons.shape[1], len(layer.kept_K), dtype=torch.float64)
-    for x, route in chunks(moe, layer.x_TD, layer.route_TD):
-        before_TE = _used(moe, x, route)
-        after_TK = _used(reduced, x, route)
+    for x in chunks(moe, layer.x_TD):
+        before_TE = _used(moe, x)
+        after_TK = _used(reduced, x)
         for index, expert in enumerate(dropped):
             both_TK = before_TE[:, expert].unsqueeze(1) * after_TK
             energy_EMK[index] += (_neurons(moe, expert, x).square().T @ both_TK).double()
@@ -65,9 +65,9 @@ def _energy(layer: Layer, dropped: Sequence[int]) -> Tensor:
     return energy_EMK
 
 
-def _used(moe: MoEFFN, x_TD: Tensor, route_TD: Tensor | None) -> Tensor:
+def _used(moe: MoEFFN, x_TD: Tensor) -> Tensor:
     """Return 1 where a token uses an expert, [T, E]."""
-    return moe.router.choose(moe.scores(x_TD, route_TD), moe.num_active).indicator_TE(moe.num_experts)
+    return moe.router.choose(moe.scores(x_TD), moe.num_active).indicator_TE(moe.num_experts)
 
 
 def _neurons(moe: MoEFFN, expert: int, x_TD: Tensor) -> Tensor:

@@ -7,5 +7,4 @@ from benchmarks.ablation.method import Method, add
 add(
     Method("budget", "K per layer, one budget", "selection", "docs/methods.md", active_per_layer="budget"),
     Method("elastic", "elastic, all shares at once", "selection", "SortedNet, arXiv 2309.00255", elastic=True),
-    Method("sequence", "one choice per text, ahead", "selection", "Read-ME, arXiv 2410.19123", routing="sequence"),
 )

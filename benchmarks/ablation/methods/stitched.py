@@ -19,6 +19,7 @@ from benchmarks.ablation.bench import Bench
 from benchmarks.ablation.grid import Cell
 from benchmarks.ablation.method import Method, add
 from benchmarks.ablation.recipes import RECIPES, Made, Recipe, end_to_end, exhaust, steps_apart, training
+from ffn2moe.choices import ROUTINGS
 from ffn2moe.data.batches import BatchSource
 from ffn2moe.dense.blocks import install_in_block
 from ffn2moe.dense.locate import ffn_layers, read_ffn, stack_of
@@ -44,7 +45,7 @@ def distil_stitched(
     module for each FFN, or if its routers read whole texts; FloatingPointError if a loss is not finite.
     """
     ffns = modules_for_ffns(teacher, student)
-    if any(moe.routing == "sequence" for moe in moe_layers(student)):
+    if any(not ROUTINGS[moe.routing].own_input for moe in moe_layers(student)):
         raise ValueError(
             "routing 'sequence' reads the input of the model's first mixture, which a layer that stands alone in the "
             "teacher does not see: train the layers alone, or end to end"

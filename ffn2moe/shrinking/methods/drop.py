@@ -12,7 +12,7 @@ def make(layer: Layer) -> MoEFFN:
     """Return the layer with the kept experts alone."""
     made = gather(layer.moe, layer.spec, layer.index, places(layer.moe)[layer.kept_K])
     take_router(made, layer.moe, layer.kept_K)
-    calibrate(made, layer.x_TD, layer.route_TD)
+    calibrate(made, layer.x_TD)
     return made
 
 
