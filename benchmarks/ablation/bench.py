@@ -65,8 +65,8 @@ def prepared(settings: Sequence[str], root: Path) -> Path:
     return workspace
 
 
-class Bench:
-    """The shared parts, each computed once and kept in the cache."""
+class SharedParts:
+    """The model, its texts and the inputs of its FFNs, each computed once and kept in the cache."""
 
     def __init__(self, setup: Setup) -> None:
         self.setup = setup
@@ -120,8 +120,6 @@ class Bench:
             pooling=self.pooling,
         )
 
-    # --- texts -------------------------------------------------------------------------------------
-
     @cached_property
     def data(self) -> str:
         """Return a digest of the model and the texts: of all files that the grid reads."""
@@ -148,8 +146,6 @@ class Bench:
     def calibration(self) -> Iterator[Batch]:
         """Return the texts of the statistics, in order."""
         return self.tokens("calibration").in_order(CALIBRATED_AT_ONCE)
-
-    # --- inputs of the FFNs ------------------------------------------------------------------------
 
     def inputs(self, kind: str, layer: int) -> Tensor:
         """Return the inputs of a layer's dense FFN, [T, D], on the texts for `calibration` or for the `router`."""
@@ -187,7 +183,9 @@ class Bench:
             self._text_of_token[kind] = texts_of(self.tokens(split).in_order(CALIBRATED_AT_ONCE), most)
         return self._text_of_token[kind]
 
-    # --- judging -----------------------------------------------------------------------------------
+
+class Bench(SharedParts):
+    """The shared parts and the judges of a grid."""
 
     def judge(self, model: Any) -> dict[str, float]:
         """Return the figures of a model, by name."""
