@@ -1,4 +1,4 @@
-// The nodes `Experts` and `RoutedExperts` of domain `ffn2moe` for OpenVINO's CPU plugin. ffn2moe/runtime/native.py defines them.
+// The nodes `Experts` and `RoutedExperts` of domain `ffn2moe` for OpenVINO's CPU plugin. ffn2moe/runtime/native defines them.
 //
 // Two orders of work. Many tokens: blocks of tokens, each by one thread, expert after expert, so that a block's vectors
 // stay in the cache and the weights are read once a block. Few tokens: the panels of all experts are shared out among

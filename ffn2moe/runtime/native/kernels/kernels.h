@@ -1,5 +1,5 @@
 // What the operator asks of a path (AMX, AVX-512, AVX2, plain): the layout of packed experts, and three functions.
-// ffn2moe/runtime/native.py packs the weights and is the definition of the layout.
+// ffn2moe/runtime/native/pack.py packs the weights and defines the layout.
 //
 // Letters: D width, M width of an expert, N outputs and K inputs of a matrix. A panel is 16 outputs of a matrix.
 #pragma once
