@@ -138,9 +138,9 @@ def test_verify_notices_a_graph_of_other_weights(copy, capsys):
 def test_a_mistake_is_one_line_and_exit_code_2(export, capsys, arguments, message):
     arguments = [str(export) if argument == "EXPORT" else argument for argument in arguments]
     assert cli.main(arguments) == 2
-    told = capsys.readouterr()
-    assert not told.out and told.err.count("\n") == 1
-    assert told.err.startswith("error: ") and message in told.err
+    printed = capsys.readouterr()
+    assert not printed.out and printed.err.count("\n") == 1
+    assert printed.err.startswith("error: ") and message in printed.err
 
 
 @pytest.mark.parametrize(
@@ -177,6 +177,15 @@ def test_every_setting_of_a_conversion_is_an_option_with_the_same_default():
     for one in fields(Settings):
         kind = kinds.get(one.type.split(" ")[0], str)
         assert OPTIONS[one.name].kind is kind, one.name
+
+
+def test_a_stopped_conversion_says_how_to_resume(monkeypatch, capsys):
+    def stop(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("ffn2moe.convert.convert", stop)
+    assert cli.main(["convert", "model", "out[x]"]) == 130
+    assert "stopped: run the same command again to resume from out[x].partial" in capsys.readouterr().out
 
 
 def test_brackets_and_colons_in_paths_are_printed_as_they_are(export, tmp_path, capsys):

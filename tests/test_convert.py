@@ -171,7 +171,7 @@ def timed(steps: Any) -> Any:
     return checked
 
 
-def test_without_distillation_the_experts_are_as_they_were_cut(llama, tmp_path):
+def test_without_distillation_the_experts_keep_the_dense_weights(llama, tmp_path):
     manifest = convert(llama, tmp_path / "out", replace(QUICK, distill_steps=None, distill_minutes=0))
     assert set(manifest["convert"]["quality"]) == {"routed"}
     teacher, _ = load_dense(llama)
@@ -234,7 +234,7 @@ def test_models_of_images_are_converted_from_a_folder_of_them(case, images, tmp_
         convert(str(tmp_path / "dense"), tmp_path / "other", QUICK)
 
 
-def test_a_model_of_two_towers_is_carved_and_routed(images, tmp_path, monkeypatch):
+def test_a_model_of_two_towers_is_decomposed_and_routed(images, tmp_path, monkeypatch):
     make_tokenizer(tmp_path / "words")
     words = transformers.AutoTokenizer.from_pretrained(tmp_path / "words", model_max_length=16)
     pixels = transformers.CLIPImageProcessor(size={"shortest_edge": 8}, crop_size={"height": 8, "width": 8})
@@ -305,8 +305,8 @@ def test_the_command_converts_and_says_what_is_next(llama, tmp_path, capsys):
     for words in ("2 of 4 and a shared one", "perplexity", "ffn2moe.load", "next:", "transformers, vLLM"):
         assert words in shown, words
     assert cli.main(["convert", *arguments]) == 2
-    told = capsys.readouterr()
-    assert told.err.startswith("error: ") and "exists: remove it" in told.err and told.err.count("\n") == 1
+    printed = capsys.readouterr()
+    assert printed.err.startswith("error: ") and "exists: remove it" in printed.err and printed.err.count("\n") == 1
 
 
 def test_a_killed_conversion_leaves_nothing_that_looks_whole(llama, tmp_path):

@@ -255,7 +255,7 @@ def check_command(
     if not graphs:
         assert "there are no ONNX graphs" in shown
         assert cli.main(["encode", str(out), "a word"]) == 2
-        assert "open" in (told := capsys.readouterr().err) and "with ffn2moe.load" in told
+        assert "open" in (printed := capsys.readouterr().err) and "with ffn2moe.load" in printed
         return
     assert cli.main(["verify", str(out), "--texts", "4", "--threads", "1"]) == 0
     capsys.readouterr()
@@ -336,8 +336,8 @@ def test_a_mistake_is_one_line_and_leaves_nothing(
     ):
         arguments = [str(path), str(file), "--keep", keep, "--method", "drop", "--out", str(tmp_path / out)]
         assert cli.main(["shrink", *arguments]) == 2
-        told = capsys.readouterr()
-        assert message in told.err and told.err.count("\n") == 1, told.err
+        printed = capsys.readouterr()
+        assert message in printed.err and printed.err.count("\n") == 1, printed.err
     assert {file.name for file in tmp_path.iterdir()} == start
 
 
