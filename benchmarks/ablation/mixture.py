@@ -53,7 +53,7 @@ def mixture(bench: Bench, cell: Cell) -> Made:
             if recipe.fit is None:
                 fit_router(moe, x_TD, settings)
             else:
-                recipe.fit(bench, moe, index, settings)
+                recipe.fit(bench, moe, x_TD, settings)
         else:
             recipe.set_router(moe)
         routed.append(recipe.diagnose(bench, moe, index) if recipe.diagnose else oracle.diagnose(moe, held_out_TD))

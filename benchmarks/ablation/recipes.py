@@ -49,16 +49,16 @@ class Recipe:
 
     `train` spends the steps of distillation on a model, from a teacher and the cell's objective. `set_router` replaces
     the fit of each router and of the experts' outputs. `partitions` binds the partition to each layer, from the inputs
-    [T, D] of all layers. `guard` keeps some neurons in the shared expert. `fit` fits the router of a layer, `diagnose`
-    judges it on held-out tokens, and `diagnose_own` on its model's own inputs (of the layer, and of the first mixture)
-    with the text of each token.
+    [T, D] of all layers. `guard` keeps some neurons in the shared expert. `fit` fits the router of a layer to tokens
+    [T, D], `diagnose` judges it on held-out tokens, and `diagnose_own` on its model's own inputs (of the layer, and of
+    the first mixture) with the text of each token.
     """
 
     train: Callable[[Bench, Cell, Made, Any, Objective], None]
     set_router: Callable[[MoEFFN], None] | None = None
     partitions: Callable[[Bench, Cell, Sequence[Tensor]], list[Partition]] | None = None
     guard: Guard | None = None
-    fit: Callable[[Bench, MoEFFN, int, RouterSettings], None] | None = None
+    fit: Callable[[Bench, MoEFFN, Tensor, RouterSettings], None] | None = None
     diagnose: Callable[[Bench, MoEFFN, int], dict[str, float]] | None = None
     diagnose_own: Callable[[MoEFFN, Tensor, Tensor, Tensor], dict[str, float]] | None = None
 

@@ -198,9 +198,9 @@ def _texts(bench: Bench, kind: str) -> tuple[Tensor, Tensor]:
     return text_T, text_means(bench.inputs(kind, 0), text_T)
 
 
-def fit_layer(bench: Bench, moe: MoEFFN, layer: int, settings: RouterSettings) -> None:
+def fit_layer(bench: Bench, moe: MoEFFN, x_TD: Tensor, settings: RouterSettings) -> None:
     """Fit a router of the grid to the texts of its tokens."""
-    fit_router_of_texts(moe, bench.inputs("router", layer), *_texts(bench, "router"), settings)
+    fit_router_of_texts(moe, x_TD, *_texts(bench, "router"), settings)
 
 
 def diagnose_layer(bench: Bench, moe: MoEFFN, layer: int) -> dict[str, float]:
