@@ -14,6 +14,7 @@ from torch.nn import functional as F
 import benchmarks.ablation.methods  # noqa: F401 - registers selections whose number of experts varies
 from ffn2moe.choices import GATES
 from ffn2moe.decompose import oracle
+from ffn2moe.decompose.evidence import RouterData
 from ffn2moe.decompose.layer import dense_ffn, outputs
 from ffn2moe.decompose.objectives import OBJECTIVES, Phase
 from ffn2moe.decompose.objectives.oracle import router_loss, softmax_target
@@ -21,7 +22,7 @@ from ffn2moe.decompose.oracles import ORACLES
 from ffn2moe.decompose.reconstruct import refit_outputs, relative_error
 from ffn2moe.decompose.regret import draw_probabilities, independent_error
 from ffn2moe.decompose.route import RouterSettings, fit_router, route_layer
-from ffn2moe.decompose.router_fit import RouterData, train_router
+from ffn2moe.decompose.router_fit import train_router
 from ffn2moe.decompose.starts import STARTS, RouterStart
 from ffn2moe.decompose.starts.ridge import ridge
 from ffn2moe.dense.ffn import DenseFFN

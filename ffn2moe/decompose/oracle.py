@@ -19,6 +19,7 @@ from math import comb
 import torch
 from torch import Tensor
 
+from ffn2moe.decompose.evidence import Grams, Survey
 from ffn2moe.decompose.oracles import ORACLES
 from ffn2moe.moe.layer import MoEFFN
 from ffn2moe.numerics import low_precision
@@ -114,15 +115,6 @@ def drop_order(gram_TEE: Tensor, scale: float) -> Tensor:
     return order_TE
 
 
-@dataclass(frozen=True)
-class Grams:
-    """Hold the Gram matrices of a layer's experts on R rows: tokens, or sums over tokens that share a choice."""
-
-    gram_REE: Tensor
-    tokens_R: Tensor  # int64; 1 where a row is a token
-    whole: float  # energy of the layer's output, shared expert too
-
-
 @torch.no_grad()
 def grams(moe: MoEFFN, x_TD: Tensor, chunk: int = 4096) -> Grams:
     """Return the Gram matrices of a layer on tokens [T, D]; they take 4 R E^2 bytes.
@@ -144,16 +136,6 @@ def grams(moe: MoEFFN, x_TD: Tensor, chunk: int = 4096) -> Grams:
             whole += (shared_TD + outputs_TED.sum(1)).square().sum(dtype=torch.float64).item()
         gram_REE[start : start + chunk] = gram_TEE
     return Grams(gram_REE, tokens_R, whole)
-
-
-@dataclass(frozen=True)
-class Survey:
-    """Hold what a router is fitted to: norms, gains and best choice of a layer's experts on R tokens or texts."""
-
-    norm_TE: Tensor  # ||E_i(x)||; of a text, the root of the sum of its tokens' squares
-    gain_TE: Tensor  # the scores should rank by it; over the mean energy of the layer's output
-    chosen_TE: Tensor  # indicator of the best choice that the layer's selection allows
-    grams: Grams
 
 
 @torch.no_grad()

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ffn2moe.decompose import oracle
-from ffn2moe.decompose.objectives import Loss
+from ffn2moe.decompose.evidence import Loss, Survey
 from ffn2moe.moe.layer import MoEFFN
 
 BISECTIONS = 30  # for the shift that makes independent draws K on average
@@ -25,7 +25,7 @@ def enumerated_regret(error_RC: Tensor, indicator_CE: Tensor) -> Loss:
     return loss
 
 
-def independent_regret(moe: MoEFFN, survey: oracle.Survey, *, together: bool = False) -> Loss:
+def independent_regret(moe: MoEFFN, survey: Survey, *, together: bool = False) -> Loss:
     """Return the expected regret where experts are drawn independently with ``p_i = sigmoid(s_i + t)``.
 
     The expectation of ``||y - a y_S||^2`` is ``1'G1 - 2a 1'Gp + a^2 (p'Gp + sum_i G_ii p_i (1 - p_i))``; a is the best

@@ -3,28 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from ffn2moe.decompose.objectives import Phase
-from ffn2moe.decompose.oracle import Survey
-from ffn2moe.moe.layer import MoEFFN
 from ffn2moe.moe.router import Router
 from ffn2moe.numerics import schedule
-
-
-@dataclass(frozen=True)
-class RouterData:
-    """Hold what a router is fitted on: R rows, which are the T tokens, or groups of tokens that share a choice."""
-
-    moe: MoEFFN
-    x_TD: Tensor  # the layer's inputs
-    read_RD: Tensor  # the rows that the router reads
-    survey: Survey  # norms, gains and best choice of every expert on the rows
-    chunk: int  # tokens to work on at once
 
 
 def train_router(

@@ -9,8 +9,8 @@ from torch.nn import functional as F
 from benchmarks.ablation.method import Method, add
 from benchmarks.ablation.methods.starts import about_mean, routed_part
 from ffn2moe.decompose import oracle
+from ffn2moe.decompose.evidence import RouterData
 from ffn2moe.decompose.objectives import OBJECTIVES, Phase, RouterObjective
-from ffn2moe.decompose.router_fit import RouterData
 from ffn2moe.moe.layer import MoEFFN
 
 TINY = torch.finfo(torch.float32).tiny

@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.ablation.price import at_one_price
-from ffn2moe.decompose.objectives import Loss
-from ffn2moe.decompose.oracle import Grams, Survey
+from ffn2moe.decompose.evidence import Grams, Loss, Survey
 from ffn2moe.decompose.oracles import ORACLES, SelectionOracle
 from ffn2moe.decompose.regret import enumerated_regret
 from ffn2moe.moe.layer import MoEFFN

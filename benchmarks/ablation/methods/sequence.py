@@ -20,9 +20,9 @@ from benchmarks.ablation.method import Method, add
 from benchmarks.ablation.recipes import RECIPES, Recipe, train_ours
 from ffn2moe.choices import ROUTINGS, Routing
 from ffn2moe.decompose import oracle
+from ffn2moe.decompose.evidence import Grams, RouterData
 from ffn2moe.decompose.inputs import chunk_of
 from ffn2moe.decompose.route import RouterSettings, fit_rows
-from ffn2moe.decompose.router_fit import RouterData
 from ffn2moe.moe.layer import MoEFFN
 from ffn2moe.spec import MoESpec
 
@@ -155,7 +155,7 @@ ROUTINGS.register("sequence", Sequence())
 # --- the fit and its judgement ----------------------------------------------------------------------------------------
 
 
-def grams_of_texts(moe: MoEFFN, x_TD: Tensor, text_T: Tensor, chunk: int = 4096) -> oracle.Grams:
+def grams_of_texts(moe: MoEFFN, x_TD: Tensor, text_T: Tensor, chunk: int = 4096) -> Grams:
     """Return the Gram matrices of a layer on texts, the sums of their tokens' matrices; `text_T` counts from 0."""
     found = oracle.grams(moe, x_TD, chunk)
     tokens_B = torch.bincount(text_T)

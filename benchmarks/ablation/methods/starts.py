@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks.ablation.method import Method, add
-from ffn2moe.decompose.router_fit import RouterData
+from ffn2moe.decompose.evidence import RouterData
 from ffn2moe.decompose.starts import STARTS, RouterStart
 from ffn2moe.dense.ffn import DenseFFN
 from ffn2moe.moe.layer import MoEFFN

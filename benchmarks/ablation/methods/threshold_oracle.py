@@ -9,8 +9,7 @@ from torch import Tensor
 
 from benchmarks.ablation.price import at_one_price
 from ffn2moe.decompose import oracle
-from ffn2moe.decompose.objectives import Loss
-from ffn2moe.decompose.oracle import Grams, Survey
+from ffn2moe.decompose.evidence import Grams, Loss, Survey
 from ffn2moe.decompose.oracles import ORACLES, SelectionOracle
 from ffn2moe.decompose.regret import independent_regret
 from ffn2moe.moe.layer import MoEFFN

@@ -9,11 +9,7 @@ from typing import TYPE_CHECKING
 from ffn2moe.table import Table
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
-    from ffn2moe.decompose.router_fit import RouterData
-
-Loss = Callable[["Tensor", "Tensor"], "Tensor"]  # (scores [B, E] of the rows, rows [B]) -> mean over the rows
+    from ffn2moe.decompose.evidence import Loss, RouterData
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,9 @@ from math import log
 from torch import Tensor
 from torch.nn import functional as F
 
+from ffn2moe.decompose.evidence import RouterData
 from ffn2moe.decompose.objectives import Phase, RouterObjective
 from ffn2moe.decompose.oracles import ORACLES
-from ffn2moe.decompose.router_fit import RouterData
 
 WARM_SHARE = 1 / 3  # share of the steps on the convex loss
 

@@ -10,8 +10,7 @@ from ffn2moe.table import Table
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ffn2moe.decompose.objectives import Loss
-    from ffn2moe.decompose.oracle import Grams, Survey
+    from ffn2moe.decompose.evidence import Grams, Loss, Survey
     from ffn2moe.moe.layer import MoEFFN
 
 

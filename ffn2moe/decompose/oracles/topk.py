@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from ffn2moe.decompose import oracle
-from ffn2moe.decompose.objectives import Loss
-from ffn2moe.decompose.oracle import Grams, Survey
+from ffn2moe.decompose.evidence import Grams, Loss, Survey
 from ffn2moe.decompose.oracles import SelectionOracle
 from ffn2moe.decompose.regret import enumerated_regret, independent_regret
 from ffn2moe.moe.layer import MoEFFN

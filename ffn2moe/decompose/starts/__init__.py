@@ -11,7 +11,7 @@ from ffn2moe.table import Table
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ffn2moe.decompose.router_fit import RouterData
+    from ffn2moe.decompose.evidence import RouterData
 
 
 @dataclass(frozen=True)

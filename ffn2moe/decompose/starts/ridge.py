@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ffn2moe.decompose.evidence import RouterData
 from ffn2moe.decompose.oracles import ORACLES
-from ffn2moe.decompose.router_fit import RouterData
 from ffn2moe.decompose.starts import RouterStart
 
 
