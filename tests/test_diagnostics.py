@@ -136,7 +136,6 @@ def test_texts_of_one_source_leave_agreement_out_and_say_so(workspace, capsys, t
     corpus.write_jsonl(path, ({"text": row["text"], "source": "texts"} for row in corpus.read_jsonl(path)))
     evaluate.run(make_stage("evaluate", tmp_path / "alone", *SMALL))
     assert (
-        "agreement of experts with the sources of texts is skipped: all texts are from texts"
-        in capsys.readouterr().out
+        "agreement of experts with the sources of texts is skipped: all texts are from texts" in capsys.readouterr().out
     )
     assert json.loads((tmp_path / "alone/metrics/evaluate.json").read_text())["agreement"] is None
