@@ -46,7 +46,7 @@ def jobs_of(teacher: Path) -> list[LayerJob]:
         decompose_job(ffn, x_TD, known, 0, seed=0, every_budget=True),
         judge_job(ffn, moe.neurons, moe.shared_neurons, x_TD, spec, 0),
         route_job(moe, spec, 0, router, x_TD=x_TD[:500], held_out_TD=x_TD[500:]),
-        LayerDistillation(0, moe, ffn, x_TD, None, training).to_send(spec),
+        LayerDistillation(0, moe, ffn, x_TD, training).to_send(spec),
     ]
 
 

@@ -1,8 +1,8 @@
-"""Work on layers that know nothing of one another: what a piece of it is, and where it is done.
+"""Run jobs on single layers: in this process, in others, or on other machines.
 
-A job is complete in itself: its kind, its settings as JSON and its tensors, together one safetensors file; what comes
-of it is another. So a job can be done in this process (`here`), in others on this machine (`in_processes`), or wherever
-somebody carries the file (`by_command`). Each is done in one thread, and comes to the same bits in every place.
+A job is complete in itself: its kind, its settings as JSON and its tensors make one safetensors file, and its result is
+another. So a job runs in this process (`here`), in others on this machine (`in_processes`), or wherever a program takes
+the file (`by_command`). Each job runs in one thread and gives the same bits in every place.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ import ffn2moe
 SECONDS_BETWEEN_LOOKS = 0.05
 FEWEST_NUMBERS = 2**24  # of the jobs together: with fewer, processes cost more (3 s each) than they save
 
-# What a worker knows how to do: the functions take a LayerJob and give a LayerResult.
+# Kind of a job -> the function that does it: LayerJob -> LayerResult.
 KINDS = {
     "decompose": "ffn2moe.decompose.jobs:do_decompose",
     "judge": "ffn2moe.decompose.jobs:do_judge",
@@ -51,7 +51,7 @@ class LayerResult:
     tensors: dict[str, Tensor] = field(default_factory=dict)
 
     def to_bytes(self) -> bytes:
-        """A safetensors file."""
+        """Return the result as a safetensors file."""
         return save(_plain(self.tensors), {"layer": str(self.layer), "summary": json.dumps(self.summary)})
 
 
@@ -62,25 +62,25 @@ class Job(Protocol):
     def layer(self) -> int: ...
 
     def parts(self) -> dict[str, Tensor]:
-        """All tensors of the job by name."""
+        """Return all tensors of the job by name."""
         ...
 
     def shell(self) -> Any:
-        """The job without the contents of its tensors."""
+        """Return the job without the contents of its tensors."""
         ...
 
     def filled(self, tensors: Mapping[str, Tensor]) -> Any:
-        """The same job with these tensors."""
+        """Return the same job with these tensors."""
         ...
 
     def done(self) -> LayerResult:
-        """Do it."""
+        """Do the job; return its result."""
         ...
 
 
 @dataclass(frozen=True)
 class LayerJob:
-    """A job of one of the `KINDS`. Settings are what JSON keeps."""
+    """A job of one of the `KINDS`. Settings hold values that JSON keeps."""
 
     kind: str
     layer: int
@@ -89,36 +89,36 @@ class LayerJob:
     deterministic: bool = field(default_factory=torch.are_deterministic_algorithms_enabled)
 
     def under(self, prefix: str) -> dict[str, Tensor]:
-        """The tensors whose names begin so, without that."""
+        """Return the tensors whose names begin with a prefix, named without it."""
         return under(prefix, self.tensors)
 
     def parts(self) -> dict[str, Tensor]:
-        """All tensors of the job by name."""
+        """Return all tensors of the job by name."""
         return self.tensors
 
     def shell(self) -> LayerJob:
-        """The job without its tensors."""
+        """Return the job without its tensors."""
         return replace(self, tensors={})
 
     def filled(self, tensors: Mapping[str, Tensor]) -> LayerJob:
-        """The same job with these tensors."""
+        """Return the same job with these tensors."""
         return replace(self, tensors=dict(tensors))
 
     def done(self) -> LayerResult:
-        """Do it. ValueError for a kind that there is not."""
+        """Do the job; return its result. ValueError for an unknown kind."""
         if self.kind not in KINDS:
             raise ValueError(f"no worker knows the job {self.kind!r}: it is none of {', '.join(KINDS)}")
         module, function = KINDS[self.kind].split(":")
         return getattr(importlib.import_module(module), function)(self)
 
     def save(self, path: str | Path) -> None:
-        """Write it as a safetensors file, which says with what it was made."""
+        """Write the job as a safetensors file, with the versions that made it."""
         about = {name: getattr(self, name) for name in ("kind", "layer", "settings", "deterministic")}
         save_file(_plain(self.tensors), path, {"job": json.dumps(about), "made_with": json.dumps(made_with())})
 
     @classmethod
     def load(cls, path: str | Path) -> LayerJob:
-        """Read what `save` wrote. ValueError where this process would come to something else than who wrote it."""
+        """Read a file of `save`. ValueError where this process would come to another result than the writer."""
         with safe_open(path, framework="pt") as file:
             require_the_same(json.loads(file.metadata()["made_with"]))
             about = json.loads(file.metadata()["job"])
@@ -129,12 +129,12 @@ LayerMap = Callable[[Sequence[LayerJob]], Iterator[LayerResult]]
 
 
 def under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """The tensors whose names begin so, without that."""
+    """Return the tensors whose names begin with a prefix, named without it."""
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
 def _plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """As safetensors keeps them: whole, and none a part of another."""
+    """Return tensors as safetensors keeps them: whole, none a part of another."""
     return {
         name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()
     }
@@ -145,7 +145,7 @@ def _plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 @cache
 def made_with() -> dict[str, str]:
-    """What bits depend on besides the job: this package's code, torch, and the instructions of the processor."""
+    """Return what bits depend on besides the job: this package's code, torch, and the processor's instructions."""
     code = hashlib.sha256()
     for path in sorted(Path(ffn2moe.__file__).parent.rglob("*.py")):
         code.update(path.read_bytes())
@@ -158,19 +158,21 @@ def made_with() -> dict[str, str]:
 
 
 def require_the_same(theirs: Mapping[str, str]) -> None:
-    """ValueError where a job was made with other things than this process has."""
+    """Raise ValueError where a job was made with other versions than this process has."""
     ours = made_with()
     other = [name for name in ours if theirs.get(name) != ours[name]]
     if other:
-        told = "; ".join(f"{name}: {ours[name]} here, {theirs.get(name)} where the job comes from" for name in other)
+        differences = "; ".join(
+            f"{name}: {ours[name]} here, {theirs.get(name)} where the job comes from" for name in other
+        )
         raise ValueError(
-            f"this worker would come to other results ({told}): install the same versions on all machines, or take the "
-            "worker away"
+            f"this worker would come to other results ({differences}): install the same versions on all machines, or "
+            "stop the worker"
         )
 
 
 def do_bytes(data: bytes) -> bytes:
-    """Do the job that a safetensors file holds; what came of it, as another. For workers that get no files."""
+    """Do the job in a safetensors file; return the result as another. For workers that get no files."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "job.safetensors"
         path.write_bytes(data)
@@ -213,18 +215,18 @@ def here(jobs: Iterable[Job]) -> Iterator[LayerResult]:
 
 
 def on_this_machine(jobs: Sequence[LayerJob], workers: int) -> Iterator[LayerResult]:
-    """Do the jobs in so many processes, or here where they are too little work for that."""
+    """Do the jobs in so many processes, or here where they are too little work."""
     numbers = sum(tensor.numel() for job in jobs for tensor in job.tensors.values())
     workers = min(workers, len(jobs))
     return here(jobs) if workers < 2 or numbers < FEWEST_NUMBERS else in_processes(jobs, workers)
 
 
 def in_processes(jobs: Sequence[Job], workers: int, folder: str | Path | None = None) -> Iterator[LayerResult]:
-    """Do the jobs in so many processes at once; yields what came of each when it is done.
+    """Do the jobs in so many processes at once; yield each result when it is done.
 
-    The processes are started anew, not forked, which threads do not survive; each reads its tensors from files (in
-    `folder` for a while), because shared memory is small in containers. They end with this process. ChildProcessError,
-    with the layer, for what goes wrong in one.
+    Processes are spawned, not forked: threads do not survive a fork. Each reads its tensors from files in `folder`,
+    because shared memory is small in containers. They end with this process. ChildProcessError, with the layer, for an
+    error in one of them.
     """
     context = multiprocessing.get_context("spawn")
     deterministic = torch.are_deterministic_algorithms_enabled()
@@ -259,11 +261,11 @@ def in_processes(jobs: Sequence[Job], workers: int, folder: str | Path | None = 
 def by_command(
     command: Sequence[str], jobs: Sequence[LayerJob], *, cwd: str | Path | None = None, folder: str | Path | None = None
 ) -> Iterator[LayerResult]:
-    """Have a program do the jobs; yields what came of each when it is done.
+    """Have a program do the jobs; yield each result when it is done.
 
-    The program gets a folder as its last argument, does every ``layer-N.job`` in it (`do_bytes`) and puts what came of
-    it beside it as ``layer-N.done``, whole at once (`deliver`). ChildProcessError with the last line that it wrote to
-    its standard error, when it ends otherwise. It is stopped when nobody waits any longer.
+    The program gets a folder as its last argument, does every ``layer-N.job`` in it (`do_bytes`) and writes the result
+    beside it as ``layer-N.done``, whole at once (`deliver`). ChildProcessError, with the last line of its standard
+    error, where it ends otherwise. The program is stopped when the caller stops reading results.
     """
     with tempfile.TemporaryDirectory(dir=folder) as orders:
         for job in jobs:
@@ -288,12 +290,12 @@ def by_command(
 
 
 def orders_in(folder: str | Path) -> dict[int, Path]:
-    """Layer -> file of every job in a folder."""
+    """Return layer -> file for every job in a folder."""
     return {int(path.stem.removeprefix("layer-")): path for path in sorted(Path(folder).glob("layer-*.job"))}
 
 
 def deliver(folder: str | Path, layer: int, data: bytes) -> None:
-    """Put what came of a layer where it is waited for."""
+    """Write the result of a layer where `by_command` waits for it, whole at once."""
     final = Path(folder) / f"layer-{layer}.done"
     partial = final.with_suffix(".partial")
     partial.write_bytes(data)
@@ -305,7 +307,7 @@ def _order(orders: str, layer: int) -> Path:
 
 
 def _arrived(orders: str, waiting: set[int]) -> Iterator[LayerResult]:
-    """What is there of the layers that are waited for; they are no longer, then."""
+    """Yield the results that have arrived, and remove their layers from `waiting`."""
     for layer in sorted(waiting):
         path = Path(orders) / f"layer-{layer}.done"
         if path.is_file():
@@ -332,7 +334,7 @@ def _failure(said: Path, layers: Sequence[int], exit_code: int | None) -> ChildP
 
 
 def _work(shells: Sequence[Any], orders: str, worker: int, deterministic: bool, parent: int) -> None:
-    """A process of `in_processes`."""
+    """Do the jobs of one process of `in_processes`."""
     try:
         for shell in shells:
             result = _done(shell.filled(load_file(_order(orders, shell.layer))), deterministic)

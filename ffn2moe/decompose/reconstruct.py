@@ -130,7 +130,7 @@ def _inputs(moe: MoEFFN, x_TD: Tensor) -> list[_Part]:
 
 
 def _add(parts: list[_Part], target_TD: Tensor, weights_PD: Tensor, gram_PP: Tensor, cross_PD: Tensor) -> None:
-    """Add the H'H of some tokens, of which the lower half is kept, and their H'(Y - H W_0)."""
+    """Add the lower half of the H'H of some tokens, and their H'(Y - H W_0)."""
     left_TD = target_TD.clone()
     for part in parts:
         left_TD.index_add_(0, part.tokens_N, part.h_NM @ weights_PD[part.columns], alpha=-1)
@@ -146,12 +146,12 @@ def _add(parts: list[_Part], target_TD: Tensor, weights_PD: Tensor, gram_PP: Ten
 
 
 def _rows(h_NM: Tensor, wanted: Tensor) -> Tensor:
-    """Some of the rows, in ascending order; all of them are not copied."""
+    """Return some of the rows, in ascending order; do not copy them if they are all."""
     return h_NM if len(wanted) == len(h_NM) else h_NM[wanted]
 
 
 def _outputs(moe: MoEFFN) -> Tensor:
-    """The output matrices as one, [P, D], in the order of `_inputs`."""
+    """Return the output matrices as one, [P, D], in the order of `_inputs`."""
     parts = [moe.w_out.transpose(1, 2).flatten(0, 1)]
     if moe.shared_out is not None:
         parts.append(moe.shared_out.T)
@@ -161,7 +161,7 @@ def _outputs(moe: MoEFFN) -> Tensor:
 
 
 def _set_outputs(moe: MoEFFN, weights_PD: Tensor) -> None:
-    """The inverse of `_outputs`."""
+    """Set the output matrices from one matrix: the inverse of `_outputs`."""
     E, _, M = moe.w_out.shape
     shared = 0 if moe.shared_out is None else moe.shared_out.shape[1]
     routed_PD, shared_SD, bias_1D = weights_PD.split([E * M, shared, len(weights_PD) - E * M - shared])
