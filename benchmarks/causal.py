@@ -35,7 +35,7 @@ from ffn2moe.decompose.inputs import layer_inputs
 from ffn2moe.decompose.layer import decompose_layer, outputs
 from ffn2moe.decompose.reconstruct import refit_outputs
 from ffn2moe.decompose.route import RouterSettings, fit_router
-from ffn2moe.dense.config import positions
+from ffn2moe.dense.families import positions
 from ffn2moe.dense.load import load_dense
 from ffn2moe.dense.locate import read_ffn
 from ffn2moe.distill.distiller import Distiller, Training

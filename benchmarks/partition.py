@@ -40,9 +40,9 @@ from benchmarks.page import (
 )
 from ffn2moe.decompose import clustering, oracle, route
 from ffn2moe.decompose import layer as layers
-from ffn2moe.decompose.inputs import chunk_of
 from ffn2moe.decompose.route import RouterSettings
 from ffn2moe.dense.ffn import DenseFFN
+from ffn2moe.numerics import chunk_of
 from ffn2moe.spec import MoESpec
 
 # Step -> the functions whose time it is. The time of a nested function belongs to its own step alone.

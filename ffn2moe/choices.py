@@ -83,6 +83,11 @@ for _head in (
     HEADS.register(_head.name, _head)
 
 
+def head_of_class(name: str) -> str | None:
+    """Return the head of a transformers class by the end of its name; None where the name does not say."""
+    return next((head.name for head in HEADS.rows() if name.endswith(head.class_endings)), None)
+
+
 # --- gates ------------------------------------------------------------------------------------------------------------
 
 

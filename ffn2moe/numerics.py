@@ -12,6 +12,8 @@ from ffn2moe.literals import Pooling
 
 # In wider FFNs the activations themselves are kept, in bfloat16: F x F moments and their eigenvectors cost too much.
 WIDEST_MOMENTS = 4096
+CHUNK = 4096  # most tokens at once
+MOST_NUMBERS = 2**25  # most numbers at once: activations, or outputs of all experts
 
 # --- embeddings ---------------------------------------------------------------------------------------
 
@@ -68,3 +70,8 @@ def bf16_supported(device: str | torch.device = "cpu") -> bool:
         return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
     module = torch.get_device_module(kind)
     return bool(getattr(module, "is_bf16_supported", lambda: False)())
+
+
+def chunk_of(numbers: int) -> int:
+    """Return how many tokens to work on at once, where each token makes so many numbers."""
+    return max(256, min(CHUNK, MOST_NUMBERS // numbers))

@@ -9,11 +9,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ffn2moe.conversion.export import export_or_checkpoint
 from ffn2moe.data.batches import in_order
 from ffn2moe.data.corpus import read_corpus
 from ffn2moe.moe import checkpoint
 from ffn2moe.numerics import choose_device
+from ffn2moe.onnx.write import export_or_checkpoint
 from ffn2moe.progress import Say, Track, silent, untracked
 from ffn2moe.shrinking.model import require_shrinkable, shrink_model
 from ffn2moe.shrinking.usage import see

@@ -43,9 +43,10 @@ class Table(Generic[Row]):
 
     def names(self) -> tuple[str, ...]:
         """Return all names, sorted, without importing a row."""
-        return tuple(sorted({*self._rows, *self._files()}))
+        return tuple(sorted({*self._rows, *self.shipped()}))
 
-    def _files(self) -> Iterator[str]:
+    def shipped(self) -> Iterator[str]:
+        """Yield the names of the rows in the package's folder, without those that other code registered."""
         if self._package is not None:
             path = import_module(self._package).__path__
             yield from (module.name for module in pkgutil.iter_modules(path) if not module.name.startswith("_"))

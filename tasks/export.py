@@ -69,7 +69,7 @@ def run(stage: StageRun) -> None:
             samples=list(text_samples(ids, spec.head, params.seed)),
             float_tolerance=params.export.float_tolerance,
             tanh_tolerance=params.export.tanh_tolerance,
-            track=lambda plans, what: stage.track(plans, len(plans), what),
+            track=stage.track,
         )
         entries: dict[str, dict[str, Any]] = manifest["plans"]
         for name, entry in stage.track(entries.items(), len(entries), "judging plans"):

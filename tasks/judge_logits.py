@@ -200,7 +200,7 @@ def answer(stage: StageRun, model: Any, tokenizer: Any, ids: Sequence[int], head
     """Return the most probable class, or the greedy continuation or answer."""
     import torch
 
-    from ffn2moe.dense.config import positions
+    from ffn2moe.dense.families import positions
 
     ids_1L = torch.tensor([ids], device=device)
     with torch.no_grad():

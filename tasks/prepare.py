@@ -109,7 +109,8 @@ def run(stage: StageRun) -> None:
 
 def open_teacher(stage: StageRun) -> Teacher:
     """Open the teacher; ValueError for one that the pipeline cannot use, before any work."""
-    from ffn2moe.dense.config import head_of, positions
+    from ffn2moe.dense.config import head_of
+    from ffn2moe.dense.families import positions
     from ffn2moe.dense.load import load_dense
     from ffn2moe.dense.locate import activation_of, family_of, ffn_layers, read_ffn
 

@@ -11,9 +11,10 @@ import torch
 import transformers
 from torch import nn
 
+from ffn2moe.choices import head_of_class
 from ffn2moe.dense.blocks import stacks_in
-from ffn2moe.dense.config import constructor_options, head_of, head_of_class, positions
-from ffn2moe.dense.families import FAMILIES, Family, Stack, register_family
+from ffn2moe.dense.config import constructor_options, head_of
+from ffn2moe.dense.families import FAMILIES, Family, Stack, positions, register_family
 from ffn2moe.dense.ffn import ACTIVATIONS
 from ffn2moe.dense.load import load_dense
 from ffn2moe.dense.locate import (

@@ -6,13 +6,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
-from ffn2moe.spec import Gate
-
 if TYPE_CHECKING:
     from torch import Tensor
 
     from ffn2moe.containers.dense_model import DenseModel
-    from ffn2moe.spec import MoESpec
+    from ffn2moe.spec import Gate, MoESpec
 
 
 @dataclass(frozen=True)

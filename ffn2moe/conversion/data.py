@@ -7,12 +7,14 @@ import os
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ffn2moe.conversion.task import Task
 from ffn2moe.data.batches import Batch, Batches, BatchSource, in_order, pack
 from ffn2moe.data.corpus import docstrings, read_corpus
 from ffn2moe.data.generate import greedy_answers, sample_tokens
+
+if TYPE_CHECKING:
+    from ffn2moe.conversion.task import Task
 
 GENERATED_TEXTS, MOST_TEXTS = 4000, 40000  # texts by default: that the model writes, that are taken from a corpus
 EVALUATION_SHARE, MOST_EVALUATED = 0.05, 200  # of the texts are held out to judge by

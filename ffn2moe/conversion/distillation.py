@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ffn2moe.conversion.data import Data
-from ffn2moe.conversion.task import Task
 from ffn2moe.distill.distiller import Distiller, Training
 from ffn2moe.distill.objectives import objective_for
 from ffn2moe.moe import checkpoint
 from ffn2moe.numerics import bf16_supported
 from ffn2moe.spec import MoESpec
+
+if TYPE_CHECKING:
+    from ffn2moe.conversion.task import Task
 
 TIMED_STEPS = 4  # of a trial, whose first step is not timed
 CHECKPOINT_SECONDS = 60  # between the states that a stopped distillation resumes from

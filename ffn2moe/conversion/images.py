@@ -5,12 +5,14 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ffn2moe.conversion.data import Data, held_out
-from ffn2moe.conversion.task import Task
 from ffn2moe.data.batches import Batch
 from ffn2moe.data.corpus import docstrings
+
+if TYPE_CHECKING:
+    from ffn2moe.conversion.task import Task
 
 FORMATS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 MOST_IMAGES = 1000  # where the user names no number

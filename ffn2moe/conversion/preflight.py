@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 
 from ffn2moe.containers.fit import require_fit
 from ffn2moe.conversion.data import CALIBRATION_BATCH
-from ffn2moe.conversion.task import Task
 from ffn2moe.decompose.memory import available_memory, estimate, require_room
 from ffn2moe.decompose.source import NotStreamable, skeleton
+
+if TYPE_CHECKING:
+    from ffn2moe.conversion.task import Task
 
 GIB = 2**30
 FLOAT32 = 4  # bytes

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import os
 import shutil
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ffn2moe.conversion.data import Data
-from ffn2moe.conversion.task import Task
 from ffn2moe.decompose.inputs import layer_inputs
 from ffn2moe.decompose.layer import decompose_layer, output_of, require_identity
 from ffn2moe.decompose.route import RouterSettings, route_layer
@@ -21,6 +20,9 @@ from ffn2moe.moe import checkpoint
 from ffn2moe.moe.install import install_moe
 from ffn2moe.moe.layer import MoEFFN
 from ffn2moe.spec import MoESpec
+
+if TYPE_CHECKING:
+    from ffn2moe.conversion.task import Task
 
 STEPS, BATCH_TOKENS = 200, 1024  # of a router's fit
 

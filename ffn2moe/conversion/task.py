@@ -11,7 +11,7 @@ from ffn2moe.containers.fit import choose, require_fit
 from ffn2moe.containers.table import CONTAINERS
 from ffn2moe.conversion.dense import Dense
 from ffn2moe.conversion.settings import Settings
-from ffn2moe.dense.config import positions
+from ffn2moe.dense.families import positions
 from ffn2moe.dense.load import pooling_of
 from ffn2moe.moe.describe import spec_of
 from ffn2moe.numerics import choose_device

@@ -5,11 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ffn2moe.conversion.settings import OPTIONS
-from ffn2moe.conversion.task import Task
 from ffn2moe.dense.weights import weight_files
+
+if TYPE_CHECKING:
+    from ffn2moe.conversion.task import Task
 
 
 def open_workspace(task: Task) -> str:

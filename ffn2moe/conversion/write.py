@@ -6,20 +6,21 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from ffn2moe.containers import write as containers
 from ffn2moe.containers.tensors import layer_tensors, outer_tensors
-from ffn2moe.conversion.export import bare_manifest, export_or_checkpoint
-from ffn2moe.conversion.task import Task
 from ffn2moe.decompose.shards import mixtures, outside
 from ffn2moe.decompose.source import skeleton
 from ffn2moe.moe.layer import moe_layers
-from ffn2moe.onnx.write import write_manifest
+from ffn2moe.onnx.write import bare_manifest, export_or_checkpoint, write_manifest
 from ffn2moe.spec import MoESpec
+
+if TYPE_CHECKING:
+    from ffn2moe.conversion.task import Task
 
 SHARD_BYTES = 2**30  # of the container's files: as much is in memory while one is written
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from ffn2moe.moe.layer import MoEFFN
+if TYPE_CHECKING:
+    from ffn2moe.moe.layer import MoEFFN
+
 
 Loss = Callable[[Tensor, Tensor], Tensor]  # (scores [B, E] of some rows, their numbers [B]) -> mean over these rows
 

@@ -11,9 +11,6 @@ from torch import Tensor, nn
 from ffn2moe.data.batches import Batch
 from ffn2moe.dense.locate import ffn_modules, stacks_of
 
-CHUNK = 4096  # most tokens at once
-MOST_NUMBERS = 2**25  # most numbers at once: activations, or outputs of all experts
-
 
 @torch.no_grad()
 def layer_inputs(
@@ -78,8 +75,3 @@ def texts_of(batches: Iterable[Batch], max_tokens: int) -> Tensor:
         if sum(map(len, parts)) >= max_tokens:
             break
     return torch.cat(parts)[:max_tokens]
-
-
-def chunk_of(numbers: int) -> int:
-    """Return how many tokens to work on at once, where each token makes so many numbers."""
-    return max(256, min(CHUNK, MOST_NUMBERS // numbers))

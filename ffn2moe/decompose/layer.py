@@ -10,13 +10,12 @@ import torch
 from torch import Tensor
 
 from ffn2moe.data.batches import Batch
-from ffn2moe.decompose.inputs import chunk_of
 from ffn2moe.decompose.partition import PARTITIONS, Partition
 from ffn2moe.decompose.statistics import NeuronStatistics
 from ffn2moe.dense.ffn import DenseFFN
 from ffn2moe.moe.experts import ExpertWeights, merge_experts, neurons_by_expert, shared_neurons, slice_experts
 from ffn2moe.moe.layer import MoEFFN
-from ffn2moe.numerics import low_precision
+from ffn2moe.numerics import chunk_of, low_precision
 from ffn2moe.spec import MoESpec
 
 IDENTITY_TOLERANCE = 1e-5  # largest difference between the dense output and that of all experts

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import torch
 
-from ffn2moe.decompose.inputs import chunk_of
 from ffn2moe.decompose.source import Source, layers_path, skeleton
+from ffn2moe.numerics import chunk_of
 from ffn2moe.spec import FFNShape, MoESpec
 
 OVERHEAD = 2**28  # bytes of later imports, and of what allocators and kernels keep (measured)

@@ -15,14 +15,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from itertools import combinations
 from math import comb
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ffn2moe.decompose.evidence import Grams, Survey
 from ffn2moe.decompose.oracles import ORACLES
-from ffn2moe.moe.layer import MoEFFN
 from ffn2moe.numerics import low_precision
+
+if TYPE_CHECKING:
+    from ffn2moe.moe.layer import MoEFFN
 
 MAX_SUBSETS = 2000  # above this, greedy drop-one instead of enumeration
 ROWS = 4096  # rows ranked at once

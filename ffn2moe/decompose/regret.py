@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
 from ffn2moe.decompose import oracle
 from ffn2moe.decompose.evidence import Loss, Survey
-from ffn2moe.moe.layer import MoEFFN
+
+if TYPE_CHECKING:
+    from ffn2moe.moe.layer import MoEFFN
 
 BISECTIONS = 30  # for the shift that makes independent draws K on average
 TINY = torch.finfo(torch.float32).tiny

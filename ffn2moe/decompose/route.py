@@ -12,7 +12,6 @@ from torch import Tensor
 
 from ffn2moe.decompose import oracle
 from ffn2moe.decompose.evidence import RouterData
-from ffn2moe.decompose.inputs import chunk_of
 from ffn2moe.decompose.layer import dense_ffn, outputs
 from ffn2moe.decompose.objectives import OBJECTIVES, RouterObjective
 from ffn2moe.decompose.oracles import ORACLES
@@ -21,6 +20,7 @@ from ffn2moe.decompose.router_fit import train_router
 from ffn2moe.decompose.starts import STARTS, RouterStart
 from ffn2moe.moe import fit
 from ffn2moe.moe.layer import MoEFFN
+from ffn2moe.numerics import chunk_of
 
 
 @dataclass(frozen=True)

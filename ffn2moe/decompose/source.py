@@ -8,9 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ffn2moe.dense.config import constructor_options, head_of
+from ffn2moe.dense.config import auto_class, constructor_options, head_of
 from ffn2moe.dense.families import FAMILIES, Stack
-from ffn2moe.dense.load import auto_class
 from ffn2moe.dense.locate import family_of, stacks_of
 from ffn2moe.dense.weights import tied, weight_files
 from ffn2moe.spec import Head

@@ -31,7 +31,7 @@ from ffn2moe.decompose.layer import decompose_layer, require_identity
 from ffn2moe.decompose.route import RouterSettings, route_layer
 from ffn2moe.decompose.shards import ShardLayout, UnfinishedCheckpoint
 from ffn2moe.decompose.source import Source, layers_path, only_stack, skeleton
-from ffn2moe.dense.config import positions
+from ffn2moe.dense.families import positions
 from ffn2moe.dense.locate import install, read_ffn
 from ffn2moe.dense.weights import weight_files
 from ffn2moe.progress import Track, untracked

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from ffn2moe.dense.families import Family, Stack
 from ffn2moe.dense.ffn import ACTIVATIONS, DenseFFN
-from ffn2moe.literals import Activation
+
+if TYPE_CHECKING:
+    from ffn2moe.dense.families import Family, Stack
+    from ffn2moe.literals import Activation
 
 # Names that transformers' configs use for the activations (transformers.activations.ACT2FN).
 _ACTIVATION_NAMES: dict[str, Activation] = {

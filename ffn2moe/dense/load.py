@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from ffn2moe.choices import HEADS
-from ffn2moe.dense.config import constructor_options, head_of
-from ffn2moe.dense.families import FAMILIES, Family
+from ffn2moe.dense.config import auto_class, constructor_options, head_of
+from ffn2moe.dense.families import FAMILIES
 from ffn2moe.dense.locate import family_of, require_untied
 from ffn2moe.dense.weights import require_finite, weight_files
 from ffn2moe.literals import Pooling, Reads
@@ -55,12 +55,6 @@ def _packaged_model(distribution: str) -> Path:
                 if any(config.parent.glob("*.safetensors")):
                     return config.parent
     raise FileNotFoundError(f"the package {distribution!r} holds no model folder (config.json beside *.safetensors)")
-
-
-def auto_class(head: str, reads: Reads, family: Family | None) -> str:
-    """Return the name of the transformers class that opens a model with this head, input and family."""
-    encoder_alone = family is not None and "seq2seq" in family.heads
-    return HEADS[head].class_for(reads, encoder_alone=encoder_alone)
 
 
 _AUTO_READER = {"text": "AutoTokenizer", "images": "AutoImageProcessor"}  # else AutoProcessor

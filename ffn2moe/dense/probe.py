@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ffn2moe.choices import HEADS, head_of_class
 from ffn2moe.dense.blocks import activation_in, install_in_block, read_block, stacks_in
-from ffn2moe.dense.config import constructor_options, head_of_class, positions
-from ffn2moe.dense.families import Family, Stack
+from ffn2moe.dense.families import Family, Stack, positions
 from ffn2moe.dense.ffn import ACTIVATIONS, DenseFFN
 from ffn2moe.literals import Reads
 
@@ -51,10 +51,20 @@ def probe(model: nn.Module) -> Family:
             stacks=tuple(found),
             heads=(head,),
             reads=reads,
-            options=tuple(constructor_options(model.config, head).items()),
+            options=options_of_class(model.config) if HEADS[head].bare else (),
         )
     prove(model, family)
     return family
+
+
+def options_of_class(config: Any) -> tuple[tuple[str, object], ...]:
+    """Return the constructor arguments of a config's bare transformers class: no pooler, where it has the choice."""
+    from transformers import MODEL_MAPPING
+
+    if type(config) not in MODEL_MAPPING:
+        return ()
+    known = inspect.signature(MODEL_MAPPING[type(config)]).parameters
+    return (("add_pooling_layer", False),) if "add_pooling_layer" in known else ()
 
 
 def prove(model: nn.Module, family: Family) -> float:

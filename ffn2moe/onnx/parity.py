@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ffn2moe.dense.config import positions
+from ffn2moe.dense.families import positions
 from ffn2moe.moe.choice import Choice
 from ffn2moe.moe.layer import MoEFFN, moe_layers
 from ffn2moe.numerics import pool

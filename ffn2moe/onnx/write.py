@@ -12,11 +12,12 @@ manifest.json           spec, facts of the model, and for each plan its files, t
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ffn2moe.dense.config import positions
+from ffn2moe.dense.families import positions
 from ffn2moe.dense.locate import family_of
 from ffn2moe.moe import checkpoint
 from ffn2moe.moe.variants import Variant, variants_of
@@ -25,6 +26,7 @@ from ffn2moe.onnx.graph import LARGEST_FILE, save_graph
 from ffn2moe.onnx.lower import PlanRefused, lower
 from ffn2moe.onnx.parity import MAIN_OUTPUT, Parity, Sample, agreement, random_samples
 from ffn2moe.onnx.verify import FLOAT_TOLERANCE, TANH_TOLERANCE, Known, plan_parity
+from ffn2moe.progress import Say, Track, untracked
 from ffn2moe.runtime import export as runtime
 from ffn2moe.runtime import files
 from ffn2moe.runtime.engines import ENGINES, installed_engines
@@ -44,7 +46,6 @@ from ffn2moe.spec import MoESpec
 
 GRAPHS = "onnx"
 CHECKED_ROWS = 16  # random samples where the caller has none of its own
-Track = Callable[[Sequence[str], str], Iterable[str]]  # (plans, what is done) -> the plans, one after the other
 
 
 def export_model(
@@ -61,7 +62,7 @@ def export_model(
     float_tolerance: float = FLOAT_TOLERANCE,
     tanh_tolerance: float = TANH_TOLERANCE,
     largest_file: int = LARGEST_FILE,
-    track: Track = lambda plans, _: plans,
+    track: Track = untracked,
 ) -> dict[str, Any]:
     """Write every plan of a model, for any head, and check each against PyTorch; return the manifest.
 
@@ -100,7 +101,7 @@ def export_model(
         samples = random_samples(student, spec, CHECKED_ROWS)
     references: dict[Variant, Known] = {}
     entries: dict[str, dict[str, Any]] = manifest["plans"]
-    for plan in track(tuple(entries), "checking plans"):
+    for plan in track(tuple(entries), len(entries), "checking plans"):
         variant = variant_of[plan]
         if variant not in references:
             references[variant] = models.references(variant, samples)
@@ -171,7 +172,7 @@ def _write_plans(
 ) -> None:
     """Write the graph of each plan, and enter it in the manifest under `plans`, or with the reason under `refused`."""
     written: dict[str, dict[str, Any]] = {}  # files of each graph
-    for name in track(tuple(variant_of), "writing plans"):
+    for name in track(tuple(variant_of), len(variant_of), "writing plans"):
         plan, variant, graph = plan_of(name), variant_of[name], graph_of(name)
         if form_of(name) in manifest["refused"]:
             continue
@@ -288,3 +289,35 @@ def _details(found: Parity) -> dict[str, Any]:
 def _rounded(value: float) -> float:
     """Return a difference with three digits."""
     return float(f"{value:.3g}")
+
+
+def export_or_checkpoint(
+    model: Any,
+    teacher: Any | None,
+    reader: Any,
+    spec: MoESpec,
+    folder: Path,
+    *,
+    onnx: bool,
+    say: Say,
+    track: Track,
+) -> dict[str, Any]:
+    """Write a mixture to the empty `folder` as an export, and return the manifest, whose file is not written.
+
+    Without `onnx`, and where no graphs can be made (`say` tells why), it has the checkpoint and tokenizer alone.
+    """
+    if onnx:
+        try:
+            return export_model(model, teacher, reader, spec, folder, track=track)
+        except ValueError as error:
+            say(f"no ONNX graphs: {error}")
+            shutil.rmtree(folder)
+            folder.mkdir()
+    reader.save_pretrained(folder / "tokenizer")
+    checkpoint.save(model, None, spec, folder / "checkpoint")
+    return bare_manifest(model, spec)
+
+
+def bare_manifest(model: Any, spec: MoESpec) -> dict[str, Any]:
+    """Return the manifest of an export without plans."""
+    return {"spec": spec.to_dict(), "model": facts(model, spec), "plans": {}, "refused": {}}

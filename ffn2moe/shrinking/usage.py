@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from ffn2moe.data.batches import Batch
-from ffn2moe.decompose.inputs import chunk_of, layer_inputs
+from ffn2moe.decompose.inputs import layer_inputs
 from ffn2moe.moe.layer import MoEFFN
+from ffn2moe.numerics import chunk_of
 
 
 @dataclass(frozen=True)

@@ -21,12 +21,12 @@ from benchmarks.ablation.method import Method, add
 from benchmarks.ablation.recipes import RECIPES, Recipe, train_ours
 from ffn2moe.data.batches import Batch
 from ffn2moe.decompose.clustering import balanced_kmeans
-from ffn2moe.decompose.inputs import chunk_of, real_tokens
+from ffn2moe.decompose.inputs import real_tokens
 from ffn2moe.decompose.partition import PARTITIONS, Partition
 from ffn2moe.decompose.statistics import NeuronStatistics
 from ffn2moe.dense.ffn import DenseFFN
 from ffn2moe.dense.locate import stacks_of
-from ffn2moe.numerics import low_precision, pool
+from ffn2moe.numerics import chunk_of, low_precision, pool
 
 GROUP_DIRECTIONS = 64  # principal directions of the tokens that their clustering reads
 

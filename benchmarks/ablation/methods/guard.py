@@ -9,11 +9,10 @@ from torch import Tensor
 
 from benchmarks.ablation.method import Method, add
 from benchmarks.ablation.recipes import RECIPES, Guard, Recipe, train_ours
-from ffn2moe.decompose.inputs import chunk_of
 from ffn2moe.decompose.layer import neuron_statistics
 from ffn2moe.decompose.partition import Partition
 from ffn2moe.dense.ffn import DenseFFN
-from ffn2moe.numerics import low_precision
+from ffn2moe.numerics import chunk_of, low_precision
 
 QUANTILE, SHARE = 0.999, 0.1  # of the largest contributions of all neurons, and of the largest of these
 

@@ -21,9 +21,9 @@ from benchmarks.ablation.recipes import RECIPES, Recipe, train_ours
 from ffn2moe.choices import ROUTINGS, Routing
 from ffn2moe.decompose import oracle
 from ffn2moe.decompose.evidence import Grams, RouterData
-from ffn2moe.decompose.inputs import chunk_of
 from ffn2moe.decompose.route import RouterSettings, fit_rows
 from ffn2moe.moe.layer import MoEFFN
+from ffn2moe.numerics import chunk_of
 from ffn2moe.spec import MoESpec
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from math import comb
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -11,7 +12,9 @@ from ffn2moe.decompose import oracle
 from ffn2moe.decompose.evidence import Grams, Loss, Survey
 from ffn2moe.decompose.oracles import SelectionOracle
 from ffn2moe.decompose.regret import enumerated_regret, independent_regret
-from ffn2moe.moe.layer import MoEFFN
+
+if TYPE_CHECKING:
+    from ffn2moe.moe.layer import MoEFFN
 
 MAX_ENUMERATED = 512  # subsets whose errors are kept for every row; above, experts are drawn independently
 

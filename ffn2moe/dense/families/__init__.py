@@ -10,6 +10,7 @@ from __future__ import annotations
 import pkgutil
 from dataclasses import dataclass
 from importlib import import_module
+from typing import Any
 
 from ffn2moe.literals import Reads
 from ffn2moe.table import Table
@@ -69,6 +70,20 @@ def register_family(family: Family) -> Family:
     if not family.stacks or not family.heads:
         raise ValueError(f"the family {family.name!r} needs at least one stack of layers and one head")
     return FAMILIES.register(family.name, family)
+
+
+def positions(config: Any) -> int | None:
+    """Return the longest text, in tokens, that a model of this config takes; None where nothing limits it.
+
+    For an encoder with a decoder that reads no text (Whisper) it is the longest output.
+    """
+    family = FAMILIES.get(config.model_type)
+    key = family.positions if family else "max_position_embeddings"
+    text = config.get_text_config(decoder=True)
+    limit = getattr(text, key, None) if key else None
+    if not isinstance(limit, int) or limit < 1:
+        return None
+    return limit - text.pad_token_id - 1 if family and family.positions_after_padding else limit
 
 
 def read_folder() -> None:
