@@ -56,7 +56,8 @@ BETWEEN = "between nodes"
 KINDS: dict[str, tuple[str, ...]] = {
     "products": (
         *("Gemm", "MatMul", "FusedMatMul", "FusedGemm", "MatMulNBits", "MatMulInteger", "MatMulIntegerToFloat"),
-        *("DynamicQuantizeMatMul", "FullyConnected", "MoE", "QMoE", "Experts", "Reference"),  # the last: an extension's
+        *("DynamicQuantizeMatMul", "FullyConnected", "MoE", "QMoE", "RoutedExperts"),
+        "Reference",  # an extension's
     ),
     "attention": ("Attention", "MultiHeadAttention", "GroupQueryAttention", "ScaledDotProductAttention", "SDPA"),
     "activations": ("Gelu", "Relu", "Sigmoid", "Silu", "Swish", "QuickGelu", "BiasGelu", "FastGelu", "Tanh", "Erf"),
@@ -257,7 +258,7 @@ def kind_of(node: Node) -> str:
         return kind
     if re.search(r"router", node.name):
         return "routing"
-    if node.op in ("MoE", "QMoE", "Experts", "Reference") or re.search(
+    if node.op in ("MoE", "QMoE", "RoutedExperts", "Reference") or re.search(
         r"experts|\.moe\b|mlp|ffn|intermediate", node.name
     ):
         return "FFN products"

@@ -20,6 +20,7 @@ from ffn2moe.onnx import lower as onnx_plans
 from ffn2moe.onnx.editor import Editor
 from ffn2moe.onnx.names import PARTS
 from ffn2moe.runtime import native
+from ffn2moe.runtime.engines.openvino import OpenVinoGraph
 from ffn2moe.runtime.native import PATHS, WEIGHTS
 
 NUMBERS = [(weights, activations) for weights in WEIGHTS for activations in native.ACTIVATIONS_OF[weights]]
@@ -37,41 +38,6 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pytest.skip(str(why))
 
 
-class RandomExperts:
-    """Random experts, packed, and the attributes of a node of them."""
-
-    def __init__(
-        self,
-        *,
-        weights: str = "int8",
-        activations: str | None = None,
-        activation: str = "gelu",
-        gated: bool = False,
-        biased: bool = True,
-        E: int = 4,
-        M: int = 37,
-        D: int = 45,
-    ) -> None:
-        numbers = np.random.default_rng(0)
-        self.width, self.num_experts = D, E
-        self.parts: dict[str, Any] = {
-            "w_in_EMD": numbers.standard_normal((E, M, D)).astype(np.float32) / np.float32(D**0.5),
-            "w_out_EDM": numbers.standard_normal((E, D, M)).astype(np.float32) / np.float32(M**0.5),
-            "b_in_EM": numbers.standard_normal((E, M)).astype(np.float32) if biased else None,
-            "w_gate_EMD": numbers.standard_normal((E, M, D)).astype(np.float32) / np.float32(D**0.5) if gated else None,
-            "b_gate_EM": numbers.standard_normal((E, M)).astype(np.float32) if gated and biased else None,
-        }
-        self.packed = native.pack_experts(weights, **self.parts)
-        self.rounded = {
-            name: native.round_weights(weights, part) if part is not None and name.startswith("w_") else part
-            for name, part in self.parts.items()
-        }
-        self.activation = activation
-        self.described = native.attributes(
-            D, M, gated=gated, activation=activation, weights=weights, activations=activations
-        )
-
-
 def compiled(library: Path, model: bytes, threads: int) -> Any:
     import openvino as ov
 
@@ -81,43 +47,116 @@ def compiled(library: Path, model: bytes, threads: int) -> Any:
     return core.compile_model(core.read_model(model), "CPU", settings).create_infer_request()
 
 
-class Layer(RandomExperts):
-    """A compiled model of one Experts node."""
+class Layer:
+    """A compiled model of one node with random experts, router, output bias and norms."""
 
-    def __init__(self, library: Path, *, threads: int = 1, **described: Any) -> None:
-        super().__init__(**described)
-        self.request = compiled(library, one_node(self.packed, self.width, self.described), threads)
+    def __init__(
+        self,
+        library: Path,
+        *,
+        weights: str = "int8",
+        activations: str | None = None,
+        activation: str = "gelu",
+        gated: bool = False,
+        biased: bool = True,
+        E: int = 4,
+        M: int = 37,
+        D: int = 45,
+        gate: str = "unit",
+        norm_in: str | None = "layer",
+        norm_out: str | None = "layer",
+        added: str = "x",
+        half: bool = False,
+        K: int = 2,
+        threads: int = 1,
+        parts: dict[str, Any] | None = None,
+        routed: dict[str, Any] | None = None,
+    ) -> None:
+        numbers = np.random.default_rng(0)
+        self.width, self.half = D, half
+        self.parts: dict[str, Any] = {
+            "w_in_EMD": numbers.standard_normal((E, M, D)).astype(np.float32) / np.float32(D**0.5),
+            "w_out_EDM": numbers.standard_normal((E, D, M)).astype(np.float32) / np.float32(M**0.5),
+            "b_in_EM": numbers.standard_normal((E, M)).astype(np.float32) if biased else None,
+            "w_gate_EMD": numbers.standard_normal((E, M, D)).astype(np.float32) / np.float32(D**0.5) if gated else None,
+            "b_gate_EM": numbers.standard_normal((E, M)).astype(np.float32) if gated and biased else None,
+        } | (parts or {})
+        self.packed = native.pack_experts(weights, **self.parts)
+        self.rounded = {
+            name: native.round_weights(weights, part) if part is not None and name.startswith("w_") else part
+            for name, part in self.parts.items()
+        }
+        numbers = np.random.default_rng(2)
 
-    def __call__(self, x_TD: np.ndarray, chosen_TK: np.ndarray, gates_TK: np.ndarray) -> np.ndarray:
+        def norm(kind: str | None) -> native.Norm | None:
+            scale_D, bias_D = numbers.uniform(0.5, 1.5, D), numbers.standard_normal(D)
+            return kind and native.Norm(kind, scale_D, bias_D if kind == "layer" else None, 1e-3)
+
+        self.routed: dict[str, Any] = {
+            "router_ED": numbers.standard_normal((E, D)).astype(np.float32),
+            "router_bias_E": numbers.standard_normal(E).astype(np.float32),
+            "choice_bias_E": 0.3 * numbers.standard_normal(E).astype(np.float32),
+            "b_out_D": numbers.standard_normal(D).astype(np.float32),
+            "norm_in": norm(norm_in),
+            "norm_out": norm(norm_out),
+        } | (routed or {})
+        self.how: dict[str, Any] = {"num_active": K, "gate": gate, "added": added, "activation": activation}
+        norms = {name: self.routed[name] for name in ("norm_in", "norm_out")}
+        self.described = native.experts_attributes(
+            D, M, gated=gated, activation=activation, weights=weights, activations=activations
+        ) | native.frame_attributes(E, K, gate, added=added, output="bf16" if half else "f32", **norms)
+        self.request = compiled(library, self.model(), threads)
+
+    def model(self) -> bytes:
+        return one_node(self.packed, native.frame(**self.routed), self.width, self.described, half=self.half)
+
+    def __call__(self, given_TD: np.ndarray, residual_TD: np.ndarray) -> np.ndarray:
         # Not infer(): with one thread, that of openvino 2026.4 loses the errors of any node.
-        self.request.start_async([x_TD, chosen_TK, gates_TK])
+        self.request.start_async([given_TD, residual_TD] if self.routed["norm_in"] else [given_TD])
         self.request.wait()
         return np.array(self.request.get_output_tensor().data)
 
-    def expected(self, x_TD: np.ndarray, chosen_TK: np.ndarray, gates_TK: np.ndarray) -> np.ndarray:
-        return native.reference(x_TD, chosen_TK, gates_TK, activation=self.activation, **self.rounded)
+    def expected(self, given_TD: np.ndarray, residual_TD: np.ndarray, *, rounded: bool = True) -> np.ndarray:
+        residual = residual_TD if self.routed["norm_in"] else None
+        experts = self.rounded if rounded else self.parts
+        return native.reference(given_TD, residual_TD=residual, **self.routed, **self.how, **experts)
 
-    def tokens(self, T: int, K: int = 2) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def tokens(self, T: int) -> tuple[np.ndarray, np.ndarray]:
         numbers = np.random.default_rng(1)
-        x_TD = numbers.standard_normal((T, self.width)).astype(np.float32)
-        chosen_TK = np.argsort(numbers.random((T, self.num_experts)), axis=1)[:, :K]
-        return x_TD, chosen_TK, numbers.random((T, K)).astype(np.float32)
+        given_TD, residual_TD = numbers.standard_normal((2, T, self.width)).astype(np.float32)
+        return given_TD, residual_TD
 
 
-def one_node(packed: np.ndarray, width: int, attributes: dict[str, Any]) -> bytes:
-    node = helper.make_node(
-        native.OP_TYPE, ["x", "chosen", "gates", "experts"], ["y"], domain=native.DOMAIN, **attributes
-    )
+def experts_alone(library: Path, **described: Any) -> Layer:
+    """A layer without norms, residual and output bias: nothing hides what its experts give."""
+    D = described.get("D", 45)
+    alone: dict[str, Any] = {"norm_in": None, "norm_out": None, "added": "none", "gate": "softmax_topk"}
+    routed = {"b_out_D": np.zeros(D, np.float32)} | described.pop("routed", {})
+    return Layer(library, **alone | described, routed=routed)
+
+
+def one_node(
+    packed: np.ndarray, frame: np.ndarray, width: int, attributes: dict[str, Any], *, half: bool = False
+) -> bytes:
+    """A model of one node; `half`: it is given bfloat16, and gives it."""
+    tokens = ["given", "residual"] if attributes["norm_in"] != "none" else ["given"]
+    short = [f"{name} in bfloat16" if half else name for name in tokens]
+    nodes = [
+        helper.make_node("Cast", [name], [cast], to=TensorProto.BFLOAT16)
+        for name, cast in zip(tokens, short, strict=True)
+        if half
+    ]
+    inputs = [short[0], "experts", "frame", *short[1:]]
+    out = "y in bfloat16" if half else "y"
+    nodes.append(helper.make_node(native.OP_TYPE, inputs, [out], domain=native.DOMAIN, **attributes))
+    if half:
+        nodes.append(helper.make_node("Cast", [out], ["y"], to=TensorProto.FLOAT))
     graph = helper.make_graph(
-        [node],
+        nodes,
         "one_node",
-        [
-            helper.make_tensor_value_info("x", TensorProto.FLOAT, ["tokens", "width"]),
-            helper.make_tensor_value_info("chosen", TensorProto.INT64, ["tokens", "active"]),
-            helper.make_tensor_value_info("gates", TensorProto.FLOAT, ["tokens", "active"]),
-        ],
+        [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["tokens", "width"]) for name in tokens],
         [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["tokens", width])],
-        [numpy_helper.from_array(packed, "experts")],
+        [numpy_helper.from_array(packed, "experts"), numpy_helper.from_array(frame, "frame")],
     )
     opsets = [helper.make_opsetid("", 21), helper.make_opsetid(native.DOMAIN, native.VERSION)]
     return helper.make_model(graph, opset_imports=opsets, ir_version=10).SerializeToString()
@@ -132,7 +171,7 @@ def path(request: pytest.FixtureRequest, library: Path, monkeypatch: pytest.Monk
     """A path of the kernels, forced; skipped where this processor has not got it."""
     monkeypatch.setenv("FFN2MOE_NATIVE", request.param)
     try:
-        Layer(library, D=16, M=16)
+        experts_alone(library, D=16, M=16)
     except RuntimeError as error:
         assert "is not a path of this processor" in str(error)
         pytest.skip(f"this processor has no path {request.param}")
@@ -153,14 +192,15 @@ def path(request: pytest.FixtureRequest, library: Path, monkeypatch: pytest.Monk
 def test_every_path_computes_the_reference(
     library: Path, path: str, weights: str, activations: str, activation: str, gated: bool, biased: bool
 ) -> None:
-    layer = Layer(library, weights=weights, activations=activations, activation=activation, gated=gated, biased=biased)
+    numbers = {"weights": weights, "activations": activations}
+    layer = experts_alone(library, **numbers, activation=activation, gated=gated, biased=biased)
     tokens = layer.tokens(53)
     assert difference(layer(*tokens), layer.expected(*tokens)) < TOLERANCE[activations]
 
 
 @pytest.mark.parametrize(("weights", "activations"), NUMBERS)
 def test_a_path_computes_widths_that_fill_its_tiles(library: Path, path: str, weights: str, activations: str) -> None:
-    layer = Layer(library, weights=weights, activations=activations, D=128, M=64)
+    layer = experts_alone(library, weights=weights, activations=activations, D=128, M=64)
     tokens = layer.tokens(130)
     assert difference(layer(*tokens), layer.expected(*tokens)) < TOLERANCE[activations]
 
@@ -168,19 +208,19 @@ def test_a_path_computes_widths_that_fill_its_tiles(library: Path, path: str, we
 @pytest.mark.parametrize(("weights", "activations"), NUMBERS)
 def test_threads_and_company_do_not_change_a_bit(library: Path, path: str, weights: str, activations: str) -> None:
     one, two = (
-        Layer(library, weights=weights, activations=activations, gated=True, D=64, M=48, threads=threads)
+        experts_alone(library, weights=weights, activations=activations, gated=True, D=64, M=48, threads=threads)
         for threads in (1, 2)
     )
-    x_TD, chosen_TK, gates_TK = one.tokens(600)
-    y_TD = one(x_TD, chosen_TK, gates_TK)
-    assert np.array_equal(y_TD, two(x_TD, chosen_TK, gates_TK))
+    given_TD, residual_TD = one.tokens(600)
+    y_TD = one(given_TD, residual_TD)
+    assert np.array_equal(y_TD, two(given_TD, residual_TD))
     for part in (slice(0, 1), slice(5, 22), slice(100, 400)):  # few tokens are computed in another order
         for layer in (one, two):
-            assert np.array_equal(y_TD[part], layer(x_TD[part], chosen_TK[part], gates_TK[part]))
+            assert np.array_equal(y_TD[part], layer(given_TD[part], residual_TD[part]))
 
 
 def test_no_token_and_one_token(library: Path, path: str) -> None:
-    layer = Layer(library)
+    layer = experts_alone(library)
     for count in (1, 0, 1):
         tokens = layer.tokens(count)
         y_TD = layer(*tokens)
@@ -188,34 +228,37 @@ def test_no_token_and_one_token(library: Path, path: str) -> None:
         assert count == 0 or difference(y_TD, layer.expected(*tokens)) < TOLERANCE["int16"]
 
 
-def test_tokens_may_all_choose_one_expert_or_one_expert_twice(library: Path, path: str) -> None:
-    layer = Layer(library)
-    x_TD, chosen_TK, gates_TK = layer.tokens(40)
-    chosen_TK[:] = 2
-    y_TD = layer(x_TD, chosen_TK, gates_TK)
-    assert difference(y_TD, layer.expected(x_TD, chosen_TK, gates_TK)) < TOLERANCE["int16"]
+def test_tokens_may_all_choose_one_expert(library: Path, path: str) -> None:
+    layer = experts_alone(library, K=1, routed={"choice_bias_E": np.array([0, 0, 1e3, 0], np.float32)})
+    tokens = layer.tokens(40)
+    assert difference(layer(*tokens), layer.expected(*tokens)) < TOLERANCE["int16"]
 
 
 def test_a_pair_of_gate_0_is_not_computed(library: Path, path: str) -> None:
-    """Its expert may be any number, and a token without pairs is exactly 0."""
-    layer = Layer(library)
-    x_TD, chosen_TK, gates_TK = layer.tokens(20)
-    gates_TK[::2, 1] = 0
-    gates_TK[3] = 0
-    expected = layer.expected(x_TD, chosen_TK, gates_TK)
-    chosen_TK[::2, 1] = 99
-    y_TD = layer(x_TD, chosen_TK, gates_TK)
-    assert (y_TD[3] == 0).all()
-    assert difference(y_TD, expected) < TOLERANCE["int16"]
+    """Its expert would give infinity, and a token without pairs is exactly 0."""
+    infinite_EMD = np.random.default_rng(0).standard_normal((2, 37, 45)).astype(np.float32)
+    infinite_EMD[1] *= 1e30
+    infinite_EDM = infinite_EMD.transpose(0, 2, 1).copy()
+    parts = {"w_in_EMD": infinite_EMD, "w_out_EDM": infinite_EDM}
+    for biases_E, gate, pairs in (([0, -1e3], "softmax_topk", 1), ([-1e3, -1e3], "sigmoid", 0)):
+        routed = {"router_bias_E": np.array(biases_E, np.float32), "choice_bias_E": np.zeros(2, np.float32)}
+        layer = experts_alone(library, E=2, gate=gate, parts=parts, routed=routed, activation="relu")
+        tokens = layer.tokens(20)
+        y_TD = layer(*tokens)
+        assert np.isfinite(y_TD).all()
+        if pairs:
+            assert difference(y_TD, layer.expected(*tokens)) < TOLERANCE["int16"]
+        else:
+            assert (y_TD == 0).all()
 
 
 @pytest.mark.parametrize(("weights", "activations"), NUMBERS)
 def test_nan_and_infinity_stay_in_their_token(library: Path, path: str, weights: str, activations: str) -> None:
-    layer = Layer(library, weights=weights, activations=activations)
-    x_TD, chosen_TK, gates_TK = layer.tokens(20)
-    expected = layer(x_TD, chosen_TK, gates_TK)
-    x_TD[4, 7], x_TD[11, 0] = np.nan, np.inf
-    y_TD = layer(x_TD, chosen_TK, gates_TK)
+    layer = experts_alone(library, weights=weights, activations=activations)
+    given_TD, residual_TD = layer.tokens(20)
+    expected = layer(given_TD, residual_TD)
+    given_TD[4, 7], given_TD[11, 0] = np.nan, np.inf
+    y_TD = layer(given_TD, residual_TD)
     assert np.isnan(y_TD[4]).all()
     assert not np.isfinite(y_TD[11]).all()
     others = np.delete(np.arange(20), [4, 11])
@@ -226,53 +269,29 @@ def test_nan_and_infinity_stay_in_their_token(library: Path, path: str, weights:
 def test_a_column_of_heavy_activations_costs_precision_of_8_bits_alone(
     library: Path, path: str, weights: str, activations: str
 ) -> None:
-    layer = Layer(library, weights=weights, activations=activations, D=128, M=64)
-    x_TD, chosen_TK, gates_TK = layer.tokens(64)
-    x_TD[:, 3] *= 30
-    y_TD = layer(x_TD, chosen_TK, gates_TK)
-    exact = native.reference(x_TD, chosen_TK, gates_TK, activation="gelu", **layer.parts)
+    layer = experts_alone(library, weights=weights, activations=activations, D=128, M=64)
+    given_TD, residual_TD = layer.tokens(64)
+    given_TD[:, 3] *= 30
+    exact = layer.expected(given_TD, residual_TD, rounded=False)
     tolerance = {"bf16": 0.01, "int8": 0.015, "int4": 0.2}[weights] + (0.07 if activations == "int8" else 0)
-    assert difference(y_TD, exact) < tolerance
+    assert difference(layer(given_TD, residual_TD), exact) < tolerance
 
 
-def test_an_expert_that_is_not_there_is_refused(library: Path) -> None:
+def test_tokens_of_another_width_are_refused(library: Path) -> None:
     layer = Layer(library)
-    x_TD, chosen_TK, gates_TK = layer.tokens(3)
-    chosen_TK[1, 0] = 4
-    with pytest.raises(RuntimeError, match="token 1 has chosen expert 4, but there are 0 to 3"):
-        layer(x_TD, chosen_TK, gates_TK)
+    given_TD, residual_TD = layer.tokens(3)
+    with pytest.raises(RuntimeError, match="given has shape"):
+        layer(given_TD[:, 1:], residual_TD[:, 1:])
 
 
-@pytest.mark.parametrize(
-    ("wrong", "message"),
-    [
-        ({"expert_width": 999}, "pack them by ffn2moe.runtime.native.pack_experts"),
-        ({"activation": "swish"}, "'swish' is not one of gelu"),
-        ({"weights": "int2"}, "'int2' is not one of bf16, int8, int4"),
-        ({"activations": "bf16"}, "activations 'bf16' do not go with weights 'int8': int16 and int8 do"),
-        ({"width": 0}, "width and expert_width must be 1 to"),
-    ],
-)
-def test_a_node_that_does_not_fit_its_weights_is_refused(library: Path, wrong: dict[str, Any], message: str) -> None:
-    with pytest.raises(RuntimeError, match=message):
-        read_a_node(library, wrong)
-
-
-def read_a_node(library: Path, wrong: dict[str, Any]) -> None:
-    """Reads a model whose node says what `native.attributes` may refuse to write."""
-    import openvino as ov
-
-    attributes = native.attributes(16, 16, gated=False, activation="relu", weights="int8") | wrong
-    core = ov.Core()
-    core.add_extension(library)
-    core.read_model(one_node(np.zeros((2, 64), dtype=np.uint8), 16, attributes))
-
-
-def test_x_of_another_width_is_refused(library: Path) -> None:
-    layer = Layer(library)
-    x_TD, chosen_TK, gates_TK = layer.tokens(3)
-    with pytest.raises(RuntimeError, match="x has shape"):
-        layer(x_TD[:, 1:], chosen_TK, gates_TK)
+def test_an_export_with_the_operator_of_an_older_version_is_refused_by_name(library: Path, tmp_path: Path) -> None:
+    model = onnx.load_from_string(Layer(library).model())
+    model.graph.node[0].op_type = "Experts"
+    onnx.save(model, tmp_path / "ov-native8.onnx")
+    with pytest.raises(
+        ValueError, match=r"ov-native8\.onnx needs the operator ffn2moe\.Experts: ffn2moe 0\.1\.0 wrote it"
+    ):
+        OpenVinoGraph(tmp_path / "ov-native8.onnx", threads=1, precision="float32", extension=library)
 
 
 def test_a_path_that_is_not_known_is_refused_with_those_that_are(library: Path) -> None:
@@ -288,95 +307,9 @@ def test_a_path_that_is_not_known_is_refused_with_those_that_are(library: Path) 
     assert "FFN2MOE_NATIVE=abacus is not a path of this processor; it has " in said and "plain" in said
 
 
-# --- routed ---------------------------------------------------------------------------------------------------------
-
-
-class Routed(RandomExperts):
-    """A compiled model of one RoutedExperts node with random experts, router, output bias and norms."""
-
-    def __init__(
-        self,
-        library: Path,
-        *,
-        gate: str = "unit",
-        norm_in: str | None = "layer",
-        norm_out: str | None = "layer",
-        added: str = "x",
-        half: bool = False,
-        K: int = 2,
-        threads: int = 1,
-        **described: Any,
-    ) -> None:
-        super().__init__(**described)
-        numbers = np.random.default_rng(2)
-        D, E = self.width, self.num_experts
-
-        def norm(kind: str | None) -> native.Norm | None:
-            scale_D, bias_D = numbers.uniform(0.5, 1.5, D), numbers.standard_normal(D)
-            return kind and native.Norm(kind, scale_D, bias_D if kind == "layer" else None, 1e-3)
-
-        self.routed: dict[str, Any] = {
-            "router_ED": numbers.standard_normal((E, D)).astype(np.float32),
-            "router_bias_E": numbers.standard_normal(E).astype(np.float32),
-            "choice_bias_E": 0.3 * numbers.standard_normal(E).astype(np.float32),
-            "b_out_D": numbers.standard_normal(D).astype(np.float32),
-            "norm_in": norm(norm_in),
-            "norm_out": norm(norm_out),
-        }
-        self.how: dict[str, Any] = {"num_active": K, "gate": gate, "added": added}
-        norms = {name: self.routed[name] for name in ("norm_in", "norm_out")}
-        self.described |= native.routed_attributes(E, K, gate, added=added, output="bf16" if half else "f32", **norms)
-        model = routed_node(self.packed, native.frame(**self.routed), D, self.described, half=half)
-        self.request = compiled(library, model, threads)
-
-    def __call__(self, given_TD: np.ndarray, residual_TD: np.ndarray) -> np.ndarray:
-        inputs = [given_TD, residual_TD] if self.routed["norm_in"] else [given_TD]
-        self.request.start_async(inputs)
-        self.request.wait()
-        return np.array(self.request.get_output_tensor().data)
-
-    def expected(self, given_TD: np.ndarray, residual_TD: np.ndarray) -> np.ndarray:
-        residual = residual_TD if self.routed["norm_in"] else None
-        return native.routed_reference(
-            given_TD, residual_TD=residual, activation=self.activation, **self.routed, **self.how, **self.rounded
-        )
-
-    def tokens(self, T: int) -> tuple[np.ndarray, np.ndarray]:
-        numbers = np.random.default_rng(1)
-        given_TD, residual_TD = numbers.standard_normal((2, T, self.width)).astype(np.float32)
-        return given_TD, residual_TD
-
-
-def routed_node(
-    packed: np.ndarray, frame: np.ndarray, width: int, attributes: dict[str, Any], *, half: bool = False
-) -> bytes:
-    """A model of one node; `half`: it is given bfloat16, and gives it."""
-    tokens = ["given", "residual"] if attributes["norm_in"] != "none" else ["given"]
-    short = [f"{name} in bfloat16" if half else name for name in tokens]
-    nodes = [
-        helper.make_node("Cast", [name], [cast], to=TensorProto.BFLOAT16)
-        for name, cast in zip(tokens, short, strict=True)
-        if half
-    ]
-    inputs = [short[0], "experts", "frame", *short[1:]]
-    out = "y in bfloat16" if half else "y"
-    nodes.append(helper.make_node(native.ROUTED_OP_TYPE, inputs, [out], domain=native.DOMAIN, **attributes))
-    if half:
-        nodes.append(helper.make_node("Cast", [out], ["y"], to=TensorProto.FLOAT))
-    graph = helper.make_graph(
-        nodes,
-        "routed_node",
-        [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["tokens", "width"]) for name in tokens],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["tokens", width])],
-        [numpy_helper.from_array(packed, "experts"), numpy_helper.from_array(frame, "frame")],
-    )
-    opsets = [helper.make_opsetid("", 21), helper.make_opsetid(native.DOMAIN, native.VERSION)]
-    return helper.make_model(graph, opset_imports=opsets, ir_version=10).SerializeToString()
-
-
 @pytest.mark.parametrize("gate", ["unit", "softmax", "softmax_topk", "sigmoid"])
 def test_every_gate_is_that_of_the_reference(library: Path, path: str, gate: str) -> None:
-    layer = Routed(library, gate=gate, E=11, K=3)
+    layer = Layer(library, gate=gate, E=11, K=3)
     tokens = layer.tokens(53)
     assert difference(layer(*tokens), layer.expected(*tokens)) < TOLERANCE["int16"]
 
@@ -388,7 +321,7 @@ def test_every_gate_is_that_of_the_reference(library: Path, path: str, gate: str
 def test_norms_and_residuals_are_those_of_the_reference(
     library: Path, path: str, norm_in: str | None, norm_out: str | None, added: str
 ) -> None:
-    layer = Routed(library, norm_in=norm_in, norm_out=norm_out, added=added, gated=True, activation="silu")
+    layer = Layer(library, norm_in=norm_in, norm_out=norm_out, added=added, gated=True, activation="silu")
     tokens = layer.tokens(21)
     assert difference(layer(*tokens), layer.expected(*tokens)) < TOLERANCE["int16"]
 
@@ -403,7 +336,7 @@ def test_the_norms_of_the_reference_are_those_of_pytorch() -> None:
 
 
 def test_a_layer_may_be_given_bfloat16_and_give_it(library: Path, path: str) -> None:
-    layer = Routed(library, half=True)
+    layer = Layer(library, half=True)
     given_TD, residual_TD = layer.tokens(40)
     rounded = [native.round_weights("bf16", array[None])[0].astype(np.float32) for array in (given_TD, residual_TD)]
     y_TD = layer(given_TD, residual_TD)
@@ -412,19 +345,18 @@ def test_a_layer_may_be_given_bfloat16_and_give_it(library: Path, path: str) -> 
 
 
 def test_of_equal_scores_the_first_experts_are_chosen(library: Path, path: str) -> None:
-    layer = Routed(library, norm_in=None, norm_out=None, added="none")
+    layer = Layer(library, norm_in=None, norm_out=None, added="none")
     layer.routed |= {name: 0 * layer.routed[name] for name in ("router_ED", "router_bias_E", "choice_bias_E")}
-    model = routed_node(layer.packed, native.frame(**layer.routed), layer.width, layer.described)
-    layer.request = compiled(library, model, 1)
+    layer.request = compiled(library, layer.model(), 1)
     given_TD, residual_TD = layer.tokens(20)
     chosen_TK = np.tile([0, 1], (20, 1))
-    expected = native.reference(given_TD, chosen_TK, np.ones((20, 2)), activation=layer.activation, **layer.rounded)
+    expected = native.experts_reference(given_TD, chosen_TK, np.ones((20, 2)), activation="gelu", **layer.rounded)
     assert difference(layer(given_TD, residual_TD), expected + layer.routed["b_out_D"]) < TOLERANCE["int16"]
 
 
 @pytest.mark.parametrize("half", [False, True])
-def test_threads_and_company_do_not_change_a_bit_of_routed_experts(library: Path, path: str, half: bool) -> None:
-    one, two = (Routed(library, D=64, M=48, half=half, threads=threads) for threads in (1, 2))
+def test_threads_and_company_do_not_change_a_bit_of_norms_and_router(library: Path, path: str, half: bool) -> None:
+    one, two = (Layer(library, D=64, M=48, half=half, threads=threads) for threads in (1, 2))
     given_TD, residual_TD = one.tokens(1200)
     y_TD = one(given_TD, residual_TD)
     assert np.array_equal(y_TD, two(given_TD, residual_TD))
@@ -433,8 +365,8 @@ def test_threads_and_company_do_not_change_a_bit_of_routed_experts(library: Path
             assert np.array_equal(y_TD[part], layer(given_TD[part], residual_TD[part]))
 
 
-def test_nan_stays_in_its_token_of_routed_experts(library: Path, path: str) -> None:
-    layer = Routed(library)
+def test_nan_stays_in_its_token_of_norms_and_router(library: Path, path: str) -> None:
+    layer = Layer(library)
     given_TD, residual_TD = layer.tokens(20)
     expected = layer(given_TD, residual_TD)
     given_TD[4, 7], residual_TD[11, 0] = np.nan, np.inf
@@ -447,6 +379,11 @@ def test_nan_stays_in_its_token_of_routed_experts(library: Path, path: str) -> N
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
+        ({"expert_width": 999}, "pack them by ffn2moe.runtime.native.pack_experts"),
+        ({"activation": "swish"}, "'swish' is not one of gelu"),
+        ({"weights": "int2"}, "'int2' is not one of bf16, int8, int4"),
+        ({"activations": "bf16"}, "activations 'bf16' do not go with weights 'int8': int16 and int8 do"),
+        ({"width": 0}, "width and expert_width must be 1 to"),
         ({"gate": "hard"}, "gate 'hard' is not one of unit, softmax, softmax_topk, sigmoid"),
         ({"norm_out": "batch"}, "norm_out 'batch' is not one of none, layer, rms"),
         ({"norm_out": "none"}, "make it by ffn2moe.runtime.native.frame"),
@@ -455,10 +392,9 @@ def test_nan_stays_in_its_token_of_routed_experts(library: Path, path: str) -> N
         ({"num_experts": 3}, "num_experts is 3, but experts has shape"),
     ],
 )
-def test_a_routed_node_that_does_not_fit_is_refused(library: Path, wrong: dict[str, Any], message: str) -> None:
-    layer = Routed(library)
-    nodes = routed_node(layer.packed, native.frame(**layer.routed), layer.width, layer.described)
-    model = onnx.load_from_string(nodes)
+def test_a_node_that_does_not_fit_is_refused(library: Path, wrong: dict[str, Any], message: str) -> None:
+    layer = Layer(library)
+    model = onnx.load_from_string(layer.model())
     for attribute in model.graph.node[0].attribute:
         if attribute.name in wrong:
             attribute.CopyFrom(helper.make_attribute(attribute.name, wrong[attribute.name]))
@@ -467,7 +403,7 @@ def test_a_routed_node_that_does_not_fit_is_refused(library: Path, wrong: dict[s
 
 
 def test_a_residual_of_other_tokens_is_refused(library: Path) -> None:
-    layer = Routed(library)
+    layer = Layer(library)
     given_TD, residual_TD = layer.tokens(3)
     with pytest.raises(RuntimeError, match="must have the same shape"):
         layer(given_TD, residual_TD[:2])
@@ -480,9 +416,9 @@ def test_a_residual_of_other_tokens_is_refused(library: Path) -> None:
         ({"added": "sum", "norm_in": None}, "come with norm_in"),
     ],
 )
-def test_what_the_routed_operator_has_not_is_not_written(change: dict[str, Any], message: str) -> None:
+def test_what_the_operator_has_not_is_not_written(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        native.routed_attributes(**{"num_experts": 4, "num_active": 2, "gate": "unit"} | change)
+        native.frame_attributes(**{"num_experts": 4, "num_active": 2, "gate": "unit"} | change)
 
 
 def test_a_frame_whose_parts_do_not_fit_is_refused() -> None:
@@ -493,7 +429,7 @@ def test_a_frame_whose_parts_do_not_fit_is_refused() -> None:
 @pytest.mark.parametrize("order", ["norm after", "norm before", "x is read elsewhere"])
 def test_norms_and_residuals_go_into_the_node_where_nothing_else_reads_them(library: Path, order: str) -> None:
     """The graph of a layer [given, residual] -> y, lowered, computes what it says."""
-    layer = Routed(library, **({"norm_out": None, "added": "sum"} if order == "norm before" else {}))
+    layer = Layer(library, **({"norm_out": None, "added": "sum"} if order == "norm before" else {}))
     model = ir.Model(ir.Graph([], [], nodes=[], opset_imports={"": 23, "ffn2moe": 1}), ir_version=10)
     editor = Editor(model)
     rows = ir.Shape(["tokens", layer.width])
@@ -518,7 +454,13 @@ def test_norms_and_residuals_go_into_the_node_where_nothing_else_reads_them(libr
     parts |= {"router_bias": layer.routed["router_bias_E"], "choice_bias": layer.routed["choice_bias_E"]}
     parts |= {"b_in": layer.parts["b_in_EM"], "b_out": layer.routed["b_out_D"]}
     constants = [editor.constant(f"layer.{name}", parts[name]) if name in parts else None for name in PARTS]
-    how = {"selection": "topk", "routing": "token", "num_active": 2, "gate": "unit", "activation": layer.activation}
+    how = {
+        "selection": "topk",
+        "routing": "token",
+        "num_active": 2,
+        "gate": "unit",
+        "activation": layer.how["activation"],
+    }
     y_TD = row(editor.node("Mixture", x_TD, *constants, domain="ffn2moe", **how))
     y_TD = row(editor.node("Add", sum_TD if order == "norm before" else x_TD, y_TD))
     y_TD = y_TD if order == "norm before" else norm("norm_out", y_TD)

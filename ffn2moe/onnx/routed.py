@@ -68,14 +68,14 @@ def _routed_experts(editor: Editor, mixture: Mixture, weights: native.Weights, a
         **norms,
     )
     y_TD = editor.node(
-        native.ROUTED_OP_TYPE,
+        native.OP_TYPE,
         frame.given_TD,
         _packed_experts(editor, mixture, weights),
         editor.constant(f"{mixture.name}.frame", numbers),
         *([] if frame.residual_TD is None else [frame.residual_TD]),
         domain=native.DOMAIN,
         name=f"{mixture.name}.experts",
-        **native.attributes(
+        **native.experts_attributes(
             D,
             M,
             gated=mixture.w_gate_EMD is not None,
@@ -83,7 +83,7 @@ def _routed_experts(editor: Editor, mixture: Mixture, weights: native.Weights, a
             weights=weights,
             activations=activations,
         ),
-        **native.routed_attributes(
+        **native.frame_attributes(
             mixture.num_experts, mixture.num_active, mixture.gate, added=frame.added, output="f32", **norms
         ),
     )
@@ -97,11 +97,11 @@ def _bfloat16_between_layers(graph: ir.Model) -> None:
     """
     editor = Editor(graph)
     RemoveUnusedNodesPass()(graph)  # a replaced node would still count as a use
-    for node in [node for node in graph.graph if node.op_type == native.ROUTED_OP_TYPE]:
+    for node in [node for node in graph.graph if node.op_type == native.OP_TYPE]:
         y_TD = node.outputs[0]
         uses = list(y_TD.uses())
         products = [use for use in uses if use.node.op_type in ("Gemm", "MatMul") and use.idx == 0]
-        residuals = [use for use in uses if use.node.op_type == native.ROUTED_OP_TYPE]
+        residuals = [use for use in uses if use.node.op_type == native.OP_TYPE]
         if y_TD.is_graph_output() or not products or len(products) + len(residuals) < len(uses):
             continue
         node.attributes.add(ir.AttrString("output", "bf16"))

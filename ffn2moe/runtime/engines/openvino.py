@@ -148,6 +148,11 @@ class OpenVinoGraph:
             raise self._cannot(error) from error
 
     def _cannot(self, error: RuntimeError) -> ValueError:
+        if "ffn2moe.Experts" in str(error):
+            return ValueError(
+                f"{self._name} needs the operator ffn2moe.Experts: ffn2moe 0.1.0 wrote it, and this version does not "
+                "have that operator. Export the model again, or open this export with the plan sorted"
+            )
         return ValueError(
             f"OpenVINO {import_openvino().__version__.partition('-')[0]} cannot run {self._name} on this machine "
             f"({_cause(error)}): take a plan without ov-, or install the versions of constraints.txt"

@@ -1,18 +1,28 @@
 """The fused experts operator for OpenVINO's CPU plugin: its ONNX node, its weights, and how it is built.
 
-One node computes a layer of experts: y_T = sum over k of gates_TK[t, k] * E_chosen[t, k](x_T), with
-E_e(x) = W_out_e act(W_in_e x + b_in_e), or W_out_e (act(W_gate_e x + b_gate_e) * (W_in_e x + b_in_e)) where gated.
+A node, domain `ffn2moe`, op_type `RoutedExperts`, version 1, computes a layer of experts and what stands around them,
+in float32 and while a token's vector is in the cache. An expert is E_e(x) = W_out_e act(W_in_e x + b_in_e), or
+W_out_e (act(W_gate_e x + b_gate_e) * (W_in_e x + b_in_e)) where gated. For each token, with
+x = norm_in(given + residual), or x = given where `norm_in` is "none":
 
-The node, domain `ffn2moe`, op_type `Experts`, version 1:
+    scores_E = router_ED x + router_bias_E
+    chosen_K = the K highest of scores_E + choice_bias_E (where the gate is "sigmoid", of sigmoid(scores_E) +
+               choice_bias_E), the first of equal ones
+    gates_K  = 1 (`unit`), softmax(scores_E) of the chosen (`softmax`), softmax of their scores (`softmax_topk`) or
+               sigmoid(scores_E) of them (`sigmoid`)
+    y = norm_out(added + b_out_D + sum over k of gates[k] * E_chosen[k](x))
+
+where `added` is x ("x": a residual around the experts, as in BERT), given + residual ("sum": norms before each part of
+a layer) or nothing ("none"). An expert whose gate is 0 is not computed.
 
 | input | type | shape | |
 |---|---|---|---|
-| x | float32 | [T, D] | tokens; T may be 0 |
-| chosen | int64 or int32 | [T, K] | experts of each token, 0 to E - 1; one named twice counts twice |
-| gates | float32 | [T, K] | a pair of gate 0 is not computed |
+| given | float32 or bfloat16 | [T, D] | tokens; T may be 0 |
 | experts | uint8 constant | [E, bytes] | what `pack_experts` gives: weights, scales and input biases of each expert |
+| frame | float32 constant | [numbers] | what `frame` gives: router, output bias and norms |
+| residual | float32 or bfloat16 | [T, D] | only with a `norm_in` |
 
-Output: y, float32 [T, D]. An output bias and a scale of the output stay outside.
+Output: y [T, D]. These attributes describe the experts (`experts_attributes` makes them):
 
 | attribute | type | |
 |---|---|---|
@@ -23,29 +33,7 @@ Output: y, float32 [T, D]. An output bias and a scale of the output stay outside
 | weights | string | `bf16`, `int8` or `int4`: what `experts` holds |
 | activations | string | what tokens are rounded to: `bf16` with those weights, `int16` or `int8` with others |
 
-`attributes` makes them.
-
-The node `RoutedExperts` does what stands around the experts of a layer as well, in float32 and while a token's vector
-is in the cache. For each token, with x = norm_in(given + residual), or x = given where `norm_in` is "none":
-
-    scores_E = router_ED x + router_bias_E
-    chosen_K = the K highest of scores_E + choice_bias_E (where the gate is "sigmoid", of sigmoid(scores_E) +
-               choice_bias_E), the first of equal ones
-    gates_K  = 1 (`unit`), softmax(scores_E) of the chosen (`softmax`), softmax of their scores (`softmax_topk`) or
-               sigmoid(scores_E) of them (`sigmoid`)
-    y = norm_out(added + b_out_D + sum over k of gates[k] * E_chosen[k](x))
-
-where `added` is x ("x": a residual around the experts, as in BERT), given + residual ("sum": norms before each part of
-a layer) or nothing ("none").
-
-| input | type | shape | |
-|---|---|---|---|
-| given | float32 or bfloat16 | [T, D] | tokens; T may be 0 |
-| experts | uint8 constant | [E, bytes] | as above |
-| frame | float32 constant | [numbers] | what `frame` gives: router, output bias and norms |
-| residual | float32 or bfloat16 | [T, D] | only with a `norm_in` |
-
-Its attributes are those above and:
+and these what stands around them (`frame_attributes`):
 
 | attribute | type | |
 |---|---|---|
@@ -55,8 +43,6 @@ Its attributes are those above and:
 | epsilon_in, epsilon_out | float | of the norms |
 | added | string | `x`, `sum` or `none` |
 | output | string | what y is in: `f32` or `bf16` |
-
-`routed_attributes` makes them.
 
 The weights stand in the file as the kernels read them, so that nothing is packed or copied when a model is loaded, and
 the file is as small as its bits. Every path of the kernels reads the same layout (`pack_experts`); which one runs is
@@ -73,7 +59,7 @@ The same path gives the same bits whatever the number of threads, and whatever o
 from __future__ import annotations
 
 from ffn2moe.runtime.native.compiler import REMEDY, build, is_built, library
-from ffn2moe.runtime.native.exact import reference, routed_reference
+from ffn2moe.runtime.native.exact import experts_reference, reference
 from ffn2moe.runtime.native.node import (
     ACTIVATIONS,
     ACTIVATIONS_OF,
@@ -81,16 +67,15 @@ from ffn2moe.runtime.native.node import (
     GATES,
     OP_TYPE,
     PATHS,
-    ROUTED_OP_TYPE,
     VERSION,
     WEIGHTS,
     Activations,
     Added,
     Norm,
     Weights,
-    attributes,
+    experts_attributes,
     frame,
-    routed_attributes,
+    frame_attributes,
     weights_of,
 )
 from ffn2moe.runtime.native.pack import pack_experts, round_weights
@@ -103,22 +88,21 @@ __all__ = [
     "OP_TYPE",
     "PATHS",
     "REMEDY",
-    "ROUTED_OP_TYPE",
     "VERSION",
     "WEIGHTS",
     "Activations",
     "Added",
     "Norm",
     "Weights",
-    "attributes",
     "build",
+    "experts_attributes",
+    "experts_reference",
     "frame",
+    "frame_attributes",
     "is_built",
     "library",
     "pack_experts",
     "reference",
     "round_weights",
-    "routed_attributes",
-    "routed_reference",
     "weights_of",
 ]

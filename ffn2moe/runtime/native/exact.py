@@ -1,4 +1,4 @@
-"""Compute in float64 what the nodes of the operator compute."""
+"""Compute in float64 what a node of the operator computes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 from ffn2moe.runtime.native.node import ACTIVATIONS, GATES, Added, Norm, require
 
 
-def reference(
+def experts_reference(
     x_TD: np.ndarray,
     chosen_TK: np.ndarray,
     gates_TK: np.ndarray,
@@ -21,7 +21,7 @@ def reference(
     w_gate_EMD: np.ndarray | None = None,
     b_gate_EM: np.ndarray | None = None,
 ) -> np.ndarray:
-    """Return what an `Experts` node computes, y_TD in float64: one pair of token and expert after the other."""
+    """Return the sum of each token's chosen experts, y_TD in float64: one pair of token and expert after the other."""
     require("activation", activation, ACTIVATIONS)
     act = ACTIVATIONS[activation]
     y_TD = np.zeros(x_TD.shape, dtype=np.float64)
@@ -37,7 +37,7 @@ def reference(
     return y_TD
 
 
-def routed_reference(
+def reference(
     given_TD: np.ndarray,
     router_ED: np.ndarray,
     router_bias_E: np.ndarray,
@@ -52,7 +52,7 @@ def routed_reference(
     b_out_D: np.ndarray | None = None,
     **experts: Any,
 ) -> np.ndarray:
-    """Return what a `RoutedExperts` node computes, y_TD in float64. `experts` are the arguments of `reference`."""
+    """Return what a `RoutedExperts` node computes, y_TD in float64. `experts` go to `experts_reference`."""
     require("gate", gate, GATES)
     sum_TD = given_TD.astype(np.float64) + (0 if residual_TD is None else residual_TD)
     x_TD = sum_TD if norm_in is None else norm_in(sum_TD)
@@ -66,6 +66,6 @@ def routed_reference(
         gates_TK = gates_TK / weight_TE.sum(1, keepdims=True)
     elif gate == "softmax_topk":
         gates_TK = gates_TK / gates_TK.sum(1, keepdims=True)
-    y_TD = reference(x_TD, chosen_TK, gates_TK, **experts) + (0 if b_out_D is None else b_out_D)
+    y_TD = experts_reference(x_TD, chosen_TK, gates_TK, **experts) + (0 if b_out_D is None else b_out_D)
     y_TD = y_TD + {"x": x_TD, "sum": sum_TD, "none": 0}[added]
     return y_TD if norm_out is None else norm_out(y_TD)

@@ -1,4 +1,4 @@
-"""Describe the nodes of the operator: their attributes and the constant `frame`."""
+"""Describe a node of the operator: its attributes and the constant `frame`."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ import numpy as np
 from ffn2moe.table import unknown
 
 DOMAIN = "ffn2moe"
-OP_TYPE = "Experts"
-ROUTED_OP_TYPE = "RoutedExperts"
+OP_TYPE = "RoutedExperts"
 VERSION = 1
 PATHS = ("amx", "avx512", "avx2", "plain")
 
@@ -54,7 +53,7 @@ def weights_of(bits: int) -> Weights:
     return known[bits]
 
 
-def attributes(
+def experts_attributes(
     width: int,
     expert_width: int,
     *,
@@ -63,7 +62,7 @@ def attributes(
     weights: Weights,
     activations: str | None = None,
 ) -> dict[str, Any]:
-    """Return the attributes of both nodes. ValueError for a choice that the operator does not have.
+    """Return the attributes that describe the experts. ValueError for a choice that the operator does not have.
 
     `activations` None takes the first that goes with the weights (`ACTIVATIONS_OF`).
     """
@@ -99,7 +98,7 @@ class Norm:
         return normal_TD if self.bias_D is None else normal_TD + self.bias_D
 
 
-def routed_attributes(
+def frame_attributes(
     num_experts: int,
     num_active: int,
     gate: str,
@@ -109,7 +108,7 @@ def routed_attributes(
     added: Added = "none",
     output: Literal["f32", "bf16"] = "f32",
 ) -> dict[str, Any]:
-    """Return the attributes that only a `RoutedExperts` node has. ValueError for a choice that the operator lacks."""
+    """Return the attributes that describe what stands around the experts. ValueError for a choice it does not have."""
     require("gate", gate, GATES)
     if not 0 < num_active <= num_experts:
         raise ValueError(f"num_active must be 1 to the number of experts, {num_experts}, not {num_active}")

@@ -24,44 +24,30 @@ def check_plan(plan: Plan, activation: str, gated: bool, providers: Sequence[str
 
 
 def self_test(activation: str, weights: native.Weights, activations: str | None, *, gated: bool = False) -> float:
-    """Test that the operator computes a tiny layer as `ffn2moe.runtime.native` defines it, routed or not.
+    """Test that the operator computes a tiny layer as `ffn2moe.runtime.native` defines it.
 
     Returns the largest difference, as a share of the largest output. RuntimeError where it computes something else,
     EngineMissing or FileNotFoundError where there is no OpenVINO or no operator.
     """
     E, K, D, M, T = 4, 2, 40, 24, 70  # no multiple of what the kernels take at once
     random = np.random.default_rng(0)
-    x_TD = random.standard_normal((T, D)).astype(np.float32)
-    chosen_TK = np.stack([random.permutation(E)[:K] for _ in range(T)])
-    gates_TK = random.uniform(0.5, 1.5, (T, K)).astype(np.float32)
-    gates_TK[::3, 1] = 0
+    given_TD = random.standard_normal((T, D)).astype(np.float32)
     shapes = {"w_in_EMD": (E, M, D), "w_out_EDM": (E, D, M)} | ({"w_gate_EMD": (E, M, D)} if gated else {})
     parts = {name: random.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
     names = ("b_in_EM", "b_gate_EM") if gated else ("b_in_EM",)
     biases = {name: random.standard_normal((E, M)).astype(np.float32) for name in names}
     router_ED, norm = random.standard_normal((E, D)).astype(np.float32), native.Norm("layer", np.ones(D))
-    frame = native.frame(router_ED, np.zeros(E), norm_out=norm)
-    graph = OpenVinoGraph(
-        _graph(
-            native.attributes(D, M, gated=gated, activation=activation, weights=weights, activations=activations),
-            native.routed_attributes(E, K, "softmax_topk", added="x", norm_out=norm),
-            native.pack_experts(weights, **parts, **biases),
-            frame,
-            D,
-        ),
-        threads=1,
-        precision="float32",
-        extension=native.library(),
-    )
-    found = graph.run(["y", "routed"], {"x": x_TD, "chosen": chosen_TK, "gates": gates_TK})
+    attributes = native.experts_attributes(
+        D, M, gated=gated, activation=activation, weights=weights, activations=activations
+    ) | native.frame_attributes(E, K, "softmax_topk", added="x", norm_out=norm)
+    packed = native.pack_experts(weights, **parts, **biases)
+    model = _model(attributes, packed, native.frame(router_ED, np.zeros(E), norm_out=norm), D)
+    graph = OpenVinoGraph(model, threads=1, precision="float32", extension=native.library())
+    [found_TD] = graph.run(["y"], {"given": given_TD})
     experts: dict[str, Any] = {name: native.round_weights(weights, part) for name, part in parts.items()} | biases
-    experts["activation"] = activation
-    expected = (
-        native.reference(x_TD, chosen_TK, gates_TK, **experts),
-        native.routed_reference(x_TD, router_ED, np.zeros(E), K, "softmax_topk", added="x", norm_out=norm, **experts),
-    )
-    differences = [np.abs(y - exact).max() / np.abs(exact).max() for y, exact in zip(found, expected, strict=True)]
-    difference = float(max(differences))
+    how: dict[str, Any] = {"activation": activation, "added": "x", "norm_out": norm}
+    exact_TD = native.reference(given_TD, router_ED, np.zeros(E), K, "softmax_topk", **how, **experts)
+    difference = float(np.abs(found_TD - exact_TD).max() / np.abs(exact_TD).max())
     if not difference < TOLERANCE[activations or native.ACTIVATIONS_OF[weights][0]]:
         raise RuntimeError(
             f"the operator of {native.DOMAIN} with weights in {weights}, activations in {activations}, computes "
@@ -71,26 +57,16 @@ def self_test(activation: str, weights: native.Weights, activations: str | None,
     return difference
 
 
-def _graph(
-    attributes: Mapping[str, Any], routed: Mapping[str, Any], experts: np.ndarray, frame: np.ndarray, width: int
-) -> bytes:
-    """Return a model of both nodes of the operator, as plans hold them: `y` of Experts, `routed` of RoutedExperts."""
+def _model(attributes: Mapping[str, Any], experts: np.ndarray, frame: np.ndarray, width: int) -> bytes:
+    """Return a model of one node of the operator, as plans hold it: given -> y."""
     from onnx import TensorProto, helper, numpy_helper
 
-    common = {"domain": native.DOMAIN, **attributes}
-    tokens = ["tokens", "chosen experts"]
+    inputs, rows = ["given", "experts", "frame"], ["tokens", width]
     graph = helper.make_graph(
-        [
-            helper.make_node(native.OP_TYPE, ["x", "chosen", "gates", "experts"], ["y"], **common),
-            helper.make_node(native.ROUTED_OP_TYPE, ["x", "experts", "frame"], ["routed"], **common, **routed),
-        ],
+        [helper.make_node(native.OP_TYPE, inputs, ["y"], domain=native.DOMAIN, **attributes)],
         "self_test",
-        [
-            helper.make_tensor_value_info("x", TensorProto.FLOAT, ["tokens", width]),
-            helper.make_tensor_value_info("chosen", TensorProto.INT64, tokens),
-            helper.make_tensor_value_info("gates", TensorProto.FLOAT, tokens),
-        ],
-        [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["tokens", width]) for name in ("y", "routed")],
+        [helper.make_tensor_value_info("given", TensorProto.FLOAT, rows)],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, rows)],
         [numpy_helper.from_array(experts, "experts"), numpy_helper.from_array(frame, "frame")],
     )
     opsets = [helper.make_opsetid("", 21), helper.make_opsetid(native.DOMAIN, native.VERSION)]

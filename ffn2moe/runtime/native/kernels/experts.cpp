@@ -1,4 +1,4 @@
-// The nodes `Experts` and `RoutedExperts` of domain `ffn2moe` for OpenVINO's CPU plugin. ffn2moe/runtime/native defines them.
+// The node `RoutedExperts` of domain `ffn2moe` for OpenVINO's CPU plugin. ffn2moe/runtime/native defines it.
 //
 // Two orders of work. Many tokens: blocks of tokens, each by one thread, expert after expert, so that a block's vectors
 // stay in the cache and the weights are read once a block. Few tokens: the panels of all experts are shared out among
@@ -26,9 +26,8 @@ namespace ffn2moe {
 namespace {
 
 constexpr int kTokensAtOnce = 256; // of one expert: their vectors stay in the cache
-constexpr int kBlockTokens = 1024; // of a block that a thread works through
-constexpr int kBlockRows = 256;    // of such a block where norms and router are done with it
-constexpr int kFewTokens = 32;     // an expert on average: below, the threads share the panels
+constexpr int kBlockTokens = 256; // of a block that a thread works through, from the router to the last norm
+constexpr int kFewTokens = 32;    // an expert on average: below, the threads share the panels
 
 // --- activations ----------------------------------------------------------------------------------------------------
 
@@ -133,7 +132,7 @@ class Buffer {
 
 struct Scratch {
     Buffer x_tiles, x_scales, h, h_tiles, h_scales;
-    Buffer x, y, chosen, gates; // of RoutedExperts
+    Buffer x, y, chosen, gates;
 };
 
 // Scratch of all layers of all models: as many as threads work at once. Freed with the last layer.
@@ -190,15 +189,11 @@ struct Pairs {
     std::vector<float> gate;
 };
 
-// Of `count` tokens, of which the first is token `from` of all.
-template <class Index>
-Pairs sort_pairs(const Index* chosen_TK, const float* gates_TK, int from, int count, int K, int E) {
+Pairs sort_pairs(const int32_t* chosen_TK, const float* gates_TK, int count, int K, int E) {
     Pairs pairs;
     pairs.start.assign(E + 1, 0);
     for (size_t i = 0; i < size_t(count) * K; ++i) {
         if (gates_TK[i] == 0) continue;
-        OPENVINO_ASSERT(chosen_TK[i] >= 0 && chosen_TK[i] < E, "Experts: token ", from + i / K,
-                        " has chosen expert ", chosen_TK[i], ", but there are 0 to ", E - 1);
         ++pairs.start[chosen_TK[i] + 1];
     }
     for (int e = 0; e < E; ++e) pairs.start[e + 1] += pairs.start[e];
@@ -319,29 +314,8 @@ template <class Body> void in_blocks(int T, int tokens, int threads, const Body&
 
 int threads_here() { return std::max(1, tbb::this_task_arena::max_concurrency()); }
 
-template <class Index>
-void run(const Work& work, const float* x_TD, const Index* chosen_TK, const float* gates_TK, float* y_TD, int T,
-         int K) {
-    const size_t D = work.layer.width;
-    const int threads = threads_here();
-    if (are_few(T, K, work.E, threads)) {
-        std::memset(y_TD, 0, T * D * sizeof(float));
-        work.together(sort_pairs(chosen_TK, gates_TK, 0, T, K, work.E), x_TD, y_TD, threads);
-        return;
-    }
-    in_blocks(T, kBlockTokens, threads, [&](int from, int to) {
-        const Turn turn(work.path, work.pool);
-        const size_t at = from * D;
-        std::memset(y_TD + at, 0, (to - from) * D * sizeof(float));
-        const size_t first = size_t(from) * K;
-        work.block(sort_pairs(chosen_TK + first, gates_TK + first, from, to - from, K, work.E), x_TD + at, y_TD + at,
-                   *turn.scratch);
-    });
-}
-
 // Norms, residuals and router of a block of tokens before and after its experts, while they are in the cache.
-void run_routed(const Work& work, const RowWork& rows, const Frame& frame, Given given, Given residual, Taken out,
-                int T) {
+void run(const Work& work, const RowWork& rows, const Frame& frame, Given given, Given residual, Taken out, int T) {
     const size_t D = frame.width, K = frame.num_active;
     const int threads = threads_here();
     struct Routed {
@@ -353,17 +327,17 @@ void run_routed(const Work& work, const RowWork& rows, const Frame& frame, Given
         return Routed{scratch.x.of<float>(count * D), scratch.y.of<float>(count * D),
                       scratch.chosen.of<int32_t>(count * K), scratch.gates.of<float>(count * K)};
     };
-    const auto pairs = [&](const Routed& routed, int from, int count) {
-        return sort_pairs(routed.chosen, routed.gates, from, count, int(K), work.E);
+    const auto pairs = [&](const Routed& routed, int count) {
+        return sort_pairs(routed.chosen, routed.gates, count, int(K), work.E);
     };
     if (!are_few(T, int(K), work.E, threads)) {
-        in_blocks(T, kBlockRows, threads, [&](int from, int to) {
+        in_blocks(T, kBlockTokens, threads, [&](int from, int to) {
             const Turn turn(work.path, work.pool);
             const int count = to - from;
             const Routed routed = place(*turn.scratch, count);
             rows.before(frame, count, given.from(from * D), residual.from(from * D), routed.x, routed.y, routed.chosen,
                         routed.gates);
-            work.block(pairs(routed, from, count), routed.x, routed.y, *turn.scratch);
+            work.block(pairs(routed, count), routed.x, routed.y, *turn.scratch);
             rows.after(frame, count, routed.y, out.from(from * D));
         });
         return;
@@ -374,7 +348,7 @@ void run_routed(const Work& work, const RowWork& rows, const Frame& frame, Given
         rows.before(frame, to - from, given.from(from * D), residual.from(from * D), routed.x + from * D,
                     routed.y + from * D, routed.chosen + from * K, routed.gates + from * K);
     });
-    work.together(pairs(routed, 0, T), routed.x, routed.y, threads);
+    work.together(pairs(routed, T), routed.x, routed.y, threads);
     in_blocks(T, T, threads,
               [&](int from, int to) { rows.after(frame, to - from, routed.y + from * D, out.from(from * D)); });
 }
@@ -390,10 +364,13 @@ struct Plan {
     std::shared_ptr<Pool> pool = Pool::shared();
 };
 
-struct ExpertsAttributes {
+struct Attributes {
     int64_t width = 0, expert_width = 0;
     bool gated = false;
     std::string activation, weights, activations;
+    int64_t num_experts = 0, num_active = 0;
+    std::string gate, norm_in, norm_out, added, output;
+    float epsilon_in = 0, epsilon_out = 0;
 
     void visit(ov::AttributeVisitor& visitor) {
         visitor.on_attribute("width", width);
@@ -402,14 +379,32 @@ struct ExpertsAttributes {
         visitor.on_attribute("activation", activation);
         visitor.on_attribute("weights", weights);
         visitor.on_attribute("activations", activations);
+        visitor.on_attribute("num_experts", num_experts);
+        visitor.on_attribute("num_active", num_active);
+        visitor.on_attribute("gate", gate);
+        visitor.on_attribute("norm_in", norm_in);
+        visitor.on_attribute("norm_out", norm_out);
+        visitor.on_attribute("added", added);
+        visitor.on_attribute("output", output);
+        visitor.on_attribute("epsilon_in", epsilon_in);
+        visitor.on_attribute("epsilon_out", epsilon_out);
     }
 
-    static ExpertsAttributes of(const ov::frontend::NodeContext& node) {
+    static Attributes of(const ov::frontend::NodeContext& node) {
         const auto weights = node.get_attribute<std::string>("weights");
         const std::string usual = weights == "int8" ? "int16" : weights; // of int4 none: they were stored in another way
         return {node.get_attribute<int64_t>("width"), node.get_attribute<int64_t>("expert_width"),
                 node.get_attribute<int64_t>("gated") != 0, node.get_attribute<std::string>("activation"), weights,
-                node.get_attribute<std::string>("activations", usual)};
+                node.get_attribute<std::string>("activations", usual),
+                node.get_attribute<int64_t>("num_experts"),
+                node.get_attribute<int64_t>("num_active"),
+                node.get_attribute<std::string>("gate"),
+                node.get_attribute<std::string>("norm_in"),
+                node.get_attribute<std::string>("norm_out"),
+                node.get_attribute<std::string>("added"),
+                node.get_attribute<std::string>("output"),
+                node.get_attribute<float>("epsilon_in"),
+                node.get_attribute<float>("epsilon_out")};
     }
 
     Layer layer(const ov::Node* node) const {
@@ -431,152 +426,6 @@ struct ExpertsAttributes {
                                                             : Activations::int8;
         return {kind, tokens, known, gated, int(width), int(expert_width)};
     }
-};
-
-// A node of either kind: its inputs are checked by these.
-class ExpertsNode : public ov::op::Op {
-  public:
-    using Op::Op;
-    bool has_evaluate() const override { return true; }
-
-  protected:
-    void check_type(size_t input, const char* name, ov::element::Type wanted) const {
-        const auto type = get_input_element_type(input);
-        NODE_VALIDATION_CHECK(this, type.is_dynamic() || type == wanted, name, " must be ", wanted, ", not ", type);
-    }
-
-    void check_shape(size_t input, const char* name, int64_t last, const char* meaning) const {
-        const auto& shape = get_input_partial_shape(input);
-        const bool fits = shape.rank().compatible(2) &&
-                          (shape.rank().is_dynamic() || last < 0 || shape[1].compatible(ov::Dimension(last)));
-        NODE_VALIDATION_CHECK(this, fits, name, " has shape ", shape, ", but must be ",
-                              ov::PartialShape{-1, last < 0 ? ov::Dimension() : ov::Dimension(last)}, ": ", meaning);
-    }
-
-    void check_experts(size_t input) const {
-        check_type(input, "experts", ov::element::u8);
-        check_shape(input, "experts", int64_t(plan_->layer.expert_bytes()),
-                    "experts, bytes of each for these attributes: pack them by ffn2moe.runtime.native.pack_experts");
-    }
-
-    void give_tokens(ov::element::Type type) {
-        const auto& x = get_input_partial_shape(0);
-        set_output_type(0, type, x.rank().is_static() ? x : ov::PartialShape{-1, plan_->layer.width});
-    }
-
-    // The number of tokens of this call.
-    int tokens(const ov::Tensor& x, const char* name) const {
-        const ov::Shape& shape = x.get_shape();
-        OPENVINO_ASSERT(shape.size() == 2 && shape[1] == size_t(plan_->layer.width), "Experts: ", name, " has shape ",
-                        shape, ", not [tokens, ", plan_->layer.width, "]");
-        return int(shape[0]);
-    }
-
-    Work work(const ov::Tensor& experts) const {
-        const ov::Shape& shape = experts.get_shape();
-        OPENVINO_ASSERT(shape.size() == 2 && shape[1] == plan_->layer.expert_bytes(),
-                        "Experts: the constant experts is ", shape, ", but has ", plan_->layer.expert_bytes(),
-                        " bytes an expert for these attributes");
-        return {plan_->layer, *plan_->path, *plan_->pool, experts.data<const uint8_t>(), int(shape[0])};
-    }
-
-    std::shared_ptr<const Plan> plan_;
-};
-
-class Experts : public ExpertsNode {
-  public:
-    using Attributes = ExpertsAttributes;
-    OPENVINO_OP("Experts", "ffn2moe");
-
-    Experts() = default;
-    Experts(const ov::OutputVector& inputs, const Attributes& attributes, std::shared_ptr<const Plan> plan = nullptr)
-        : ExpertsNode(inputs), attributes_(attributes) {
-        plan_ = std::move(plan);
-        constructor_validate_and_infer_types();
-    }
-
-    bool visit_attributes(ov::AttributeVisitor& visitor) override {
-        attributes_.visit(visitor);
-        return true;
-    }
-
-    std::shared_ptr<ov::Node> clone_with_new_inputs(const ov::OutputVector& inputs) const override {
-        return std::make_shared<Experts>(inputs, attributes_, plan_);
-    }
-
-    void validate_and_infer_types() override {
-        NODE_VALIDATION_CHECK(this, get_input_size() == 4, "takes x, chosen, gates and experts; ", get_input_size(),
-                              " inputs were given");
-        if (!plan_) {
-            auto plan = std::make_shared<Plan>();
-            plan->layer = attributes_.layer(this);
-            plan_ = plan;
-        }
-        const auto chosen = get_input_element_type(1);
-        check_type(0, "x", ov::element::f32);
-        NODE_VALIDATION_CHECK(this, chosen.is_dynamic() || chosen == ov::element::i64 || chosen == ov::element::i32,
-                              "chosen must be int64 or int32, not ", chosen);
-        check_type(2, "gates", ov::element::f32);
-        check_shape(0, "x", attributes_.width, "tokens, width");
-        check_shape(1, "chosen", -1, "tokens, experts of a token");
-        check_shape(2, "gates", -1, "tokens, experts of a token");
-        check_experts(3);
-        give_tokens(ov::element::f32);
-    }
-
-    bool evaluate(ov::TensorVector& outputs, const ov::TensorVector& inputs) const override {
-        const int T = tokens(inputs[0], "x");
-        const ov::Shape& chosen = inputs[1].get_shape();
-        OPENVINO_ASSERT(chosen.size() == 2 && chosen[0] == size_t(T) && inputs[2].get_shape() == chosen,
-                        "Experts: chosen ", chosen, " and gates ", inputs[2].get_shape(),
-                        " must both be [tokens, experts of a token], with ", T, " tokens");
-        const Work work = this->work(inputs[3]);
-        outputs[0].set_shape(inputs[0].get_shape());
-        if (T == 0) return true;
-        const auto x = inputs[0].data<const float>(), gates = inputs[2].data<const float>();
-        const auto y = outputs[0].data<float>();
-        if (inputs[1].get_element_type() == ov::element::i64)
-            run(work, x, inputs[1].data<const int64_t>(), gates, y, T, int(chosen[1]));
-        else
-            run(work, x, inputs[1].data<const int32_t>(), gates, y, T, int(chosen[1]));
-        return true;
-    }
-
-  private:
-    Attributes attributes_;
-};
-
-struct RoutedAttributes {
-    ExpertsAttributes experts;
-    int64_t num_experts = 0, num_active = 0;
-    std::string gate, norm_in, norm_out, added, output;
-    float epsilon_in = 0, epsilon_out = 0;
-
-    void visit(ov::AttributeVisitor& visitor) {
-        experts.visit(visitor);
-        visitor.on_attribute("num_experts", num_experts);
-        visitor.on_attribute("num_active", num_active);
-        visitor.on_attribute("gate", gate);
-        visitor.on_attribute("norm_in", norm_in);
-        visitor.on_attribute("norm_out", norm_out);
-        visitor.on_attribute("added", added);
-        visitor.on_attribute("output", output);
-        visitor.on_attribute("epsilon_in", epsilon_in);
-        visitor.on_attribute("epsilon_out", epsilon_out);
-    }
-
-    static RoutedAttributes of(const ov::frontend::NodeContext& node) {
-        return {ExpertsAttributes::of(node),
-                node.get_attribute<int64_t>("num_experts"),
-                node.get_attribute<int64_t>("num_active"),
-                node.get_attribute<std::string>("gate"),
-                node.get_attribute<std::string>("norm_in"),
-                node.get_attribute<std::string>("norm_out"),
-                node.get_attribute<std::string>("added"),
-                node.get_attribute<std::string>("output"),
-                node.get_attribute<float>("epsilon_in"),
-                node.get_attribute<float>("epsilon_out")};
-    }
 
     Frame frame(const ov::Node* node) const {
         NODE_VALIDATION_CHECK(node, num_active > 0 && num_active <= num_experts,
@@ -592,7 +441,7 @@ struct RoutedAttributes {
             return Norm{NormKind(one_of(name, value, {"none", "layer", "rms"})), epsilon, nullptr, nullptr};
         };
         Frame frame = {};
-        frame.width = int(experts.width);
+        frame.width = int(width);
         frame.num_experts = int(num_experts);
         frame.num_active = int(num_active);
         frame.gate = Gate(one_of("gate", gate, {"unit", "softmax", "softmax_topk", "sigmoid"}));
@@ -628,16 +477,14 @@ Frame with_numbers(Frame frame, const float* at) {
     return frame;
 }
 
-class RoutedExperts : public ExpertsNode {
+class RoutedExperts : public ov::op::Op {
   public:
-    using Attributes = RoutedAttributes;
     OPENVINO_OP("RoutedExperts", "ffn2moe");
 
     RoutedExperts() = default;
     RoutedExperts(const ov::OutputVector& inputs, const Attributes& attributes,
                   std::shared_ptr<const Plan> plan = nullptr)
-        : ExpertsNode(inputs), attributes_(attributes) {
-        plan_ = std::move(plan);
+        : Op(inputs), attributes_(attributes), plan_(std::move(plan)) {
         constructor_validate_and_infer_types();
     }
 
@@ -653,7 +500,7 @@ class RoutedExperts : public ExpertsNode {
     void validate_and_infer_types() override {
         if (!plan_) {
             auto plan = std::make_shared<Plan>();
-            plan->layer = attributes_.experts.layer(this);
+            plan->layer = attributes_.layer(this);
             plan->frame = attributes_.frame(this);
             plan_ = plan;
         }
@@ -661,10 +508,11 @@ class RoutedExperts : public ExpertsNode {
         NODE_VALIDATION_CHECK(this, get_input_size() == (normal ? 4 : 3), "takes given, experts, frame",
                               normal ? " and residual" : "", "; ", get_input_size(), " inputs were given");
         check_tokens(0, "given");
-        check_experts(1);
+        check_type(1, "experts", ov::element::u8);
+        check_shape(1, "experts", int64_t(plan_->layer.expert_bytes()),
+                    "experts, bytes of each for these attributes: pack them by ffn2moe.runtime.native.pack_experts");
         const auto& experts = get_input_partial_shape(1);
-        NODE_VALIDATION_CHECK(this,
-                              experts.rank().is_dynamic() || experts[0].compatible(attributes_.num_experts),
+        NODE_VALIDATION_CHECK(this, experts.rank().is_dynamic() || experts[0].compatible(attributes_.num_experts),
                               "num_experts is ", attributes_.num_experts, ", but experts has shape ", experts);
         check_type(2, "frame", ov::element::f32);
         const auto& frame = get_input_partial_shape(2);
@@ -672,8 +520,12 @@ class RoutedExperts : public ExpertsNode {
                               frame, ", but these attributes ask for [", frame_size(plan_->frame),
                               "]: make it by ffn2moe.runtime.native.frame");
         if (normal) check_tokens(3, "residual");
-        give_tokens(attributes_.output == "bf16" ? ov::element::bf16 : ov::element::f32);
+        const auto& given = get_input_partial_shape(0);
+        set_output_type(0, attributes_.output == "bf16" ? ov::element::bf16 : ov::element::f32,
+                        given.rank().is_static() ? given : ov::PartialShape{-1, plan_->layer.width});
     }
+
+    bool has_evaluate() const override { return true; }
 
     bool evaluate(ov::TensorVector& outputs, const ov::TensorVector& inputs) const override {
         const int T = tokens(inputs[0], "given");
@@ -684,18 +536,45 @@ class RoutedExperts : public ExpertsNode {
         outputs[0].set_shape(inputs[0].get_shape());
         if (T == 0) return true;
         const Given given = tokens_of(inputs[0]);
-        run_routed(work, *plan_->rows, with_numbers(plan_->frame, inputs[2].data<const float>()), given,
-                   normal ? tokens_of(inputs[3]) : given,
-                   {outputs[0].data(), outputs[0].get_element_type() == ov::element::bf16}, T);
+        run(work, *plan_->rows, with_numbers(plan_->frame, inputs[2].data<const float>()), given,
+            normal ? tokens_of(inputs[3]) : given,
+            {outputs[0].data(), outputs[0].get_element_type() == ov::element::bf16}, T);
         return true;
     }
 
   private:
+    void check_type(size_t input, const char* name, ov::element::Type wanted) const {
+        const auto type = get_input_element_type(input);
+        NODE_VALIDATION_CHECK(this, type.is_dynamic() || type == wanted, name, " must be ", wanted, ", not ", type);
+    }
+
+    void check_shape(size_t input, const char* name, int64_t last, const char* meaning) const {
+        const auto& shape = get_input_partial_shape(input);
+        NODE_VALIDATION_CHECK(this, shape.compatible(ov::PartialShape{-1, last}), name, " has shape ", shape,
+                              ", but must be ", ov::PartialShape{-1, last}, ": ", meaning);
+    }
+
+    // The number of tokens of this call.
+    int tokens(const ov::Tensor& x, const char* name) const {
+        const ov::Shape& shape = x.get_shape();
+        OPENVINO_ASSERT(shape.size() == 2 && shape[1] == size_t(plan_->layer.width), "RoutedExperts: ", name,
+                        " has shape ", shape, ", not [tokens, ", plan_->layer.width, "]");
+        return int(shape[0]);
+    }
+
+    Work work(const ov::Tensor& experts) const {
+        const ov::Shape& shape = experts.get_shape();
+        const ov::Shape wanted = {size_t(attributes_.num_experts), plan_->layer.expert_bytes()};
+        OPENVINO_ASSERT(shape == wanted, "RoutedExperts: the constant experts is ", shape, ", not ", wanted,
+                        ", as these attributes ask for");
+        return {plan_->layer, *plan_->path, *plan_->pool, experts.data<const uint8_t>(), int(shape[0])};
+    }
+
     void check_tokens(size_t input, const char* name) const {
         const auto type = get_input_element_type(input);
         NODE_VALIDATION_CHECK(this, type.is_dynamic() || type == ov::element::f32 || type == ov::element::bf16, name,
                               " must be float32 or bfloat16, not ", type);
-        check_shape(input, name, attributes_.experts.width, "tokens, width");
+        check_shape(input, name, attributes_.width, "tokens, width");
     }
 
     static Given tokens_of(const ov::Tensor& rows) {
@@ -703,12 +582,13 @@ class RoutedExperts : public ExpertsNode {
     }
 
     Attributes attributes_;
+    std::shared_ptr<const Plan> plan_;
 };
 
-template <class Node> ov::OutputVector from_onnx(const ov::frontend::NodeContext& node) {
+ov::OutputVector from_onnx(const ov::frontend::NodeContext& node) {
     ov::OutputVector inputs;
     for (size_t i = 0; i < node.get_input_size(); ++i) inputs.push_back(node.get_input(int(i)));
-    return std::make_shared<Node>(inputs, Node::Attributes::of(node))->outputs();
+    return std::make_shared<RoutedExperts>(inputs, Attributes::of(node))->outputs();
 }
 
 } // namespace
@@ -723,9 +603,5 @@ const RowWork& row_work(const char* path) {
 } // namespace ffn2moe
 
 OPENVINO_CREATE_EXTENSIONS(std::vector<ov::Extension::Ptr>(
-    {std::make_shared<ov::OpExtension<ffn2moe::Experts>>(),
-     std::make_shared<ov::OpExtension<ffn2moe::RoutedExperts>>(),
-     std::make_shared<ov::frontend::onnx::ConversionExtension>("Experts", "ffn2moe",
-                                                               ffn2moe::from_onnx<ffn2moe::Experts>),
-     std::make_shared<ov::frontend::onnx::ConversionExtension>("RoutedExperts", "ffn2moe",
-                                                               ffn2moe::from_onnx<ffn2moe::RoutedExperts>)}));
+    {std::make_shared<ov::OpExtension<ffn2moe::RoutedExperts>>(),
+     std::make_shared<ov::frontend::onnx::ConversionExtension>("RoutedExperts", "ffn2moe", ffn2moe::from_onnx)}));
