@@ -9,8 +9,6 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from types import TracebackType
-
     from rich.console import Console
     from rich.progress import Progress
 
@@ -36,6 +34,35 @@ def clock(seconds: float) -> str:
     return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"
 
 
+class Heartbeat:
+    """Call `speak` with the seconds since the start whenever nothing was heard for `seconds` (None: `SILENCE`)."""
+
+    def __init__(self, speak: Callable[[float], None], seconds: float | None = None) -> None:
+        self._speak = speak
+        self._seconds = SILENCE if seconds is None else seconds
+        self._start = self._last = time.monotonic()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def heard(self) -> None:
+        """Start to count again: a line was printed."""
+        self._last = time.monotonic()
+
+    def __enter__(self) -> Heartbeat:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._stop.wait(max(0.0, self._last + self._seconds - time.monotonic())):
+            if time.monotonic() - self._last >= self._seconds:
+                self.heard()
+                self._speak(time.monotonic() - self._start)
+
+
 class Screen:
     """Print lines and tables of one command, and show how far its long steps are.
 
@@ -47,25 +74,24 @@ class Screen:
         from rich.console import Console
 
         self.console = console or Console(highlight=False, markup=False, emoji=False)
-        self._start = self._last = time.monotonic()
         self._step: Step | None = None
-        self._done = threading.Event()
+        self._heartbeat: Heartbeat | None = None  # while it is used as a context and there is no terminal
 
     def __enter__(self) -> Screen:
         if not self.console.is_terminal:
-            threading.Thread(target=self._repeat, daemon=True).start()
+            self._heartbeat = Heartbeat(self._still).__enter__()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._done.set()
+    def __exit__(self, *_: object) -> None:
+        if self._heartbeat:
+            self._heartbeat.__exit__()
 
     def print(self, *items: Any) -> None:
         """Print lines, tables and styled texts; lines are never broken."""
         from rich.text import Text
 
-        self._last = time.monotonic()
+        if self._heartbeat:
+            self._heartbeat.heard()
         self.console.print(*items, soft_wrap=isinstance(items[0], (str, Text)))
 
     def say(self, line: str) -> None:
@@ -108,11 +134,9 @@ class Screen:
         with Progress(*columns, console=self.console, transient=True, disable=not shown) as bar:
             yield bar
 
-    def _repeat(self) -> None:
-        while not self._done.wait(max(0.05, self._last + SILENCE - time.monotonic())):
-            if time.monotonic() - self._last >= SILENCE:
-                step = self._step
-                self.say(step.state() if step else f"still working after {clock(time.monotonic() - self._start)}")
+    def _still(self, seconds: float) -> None:
+        step = self._step
+        self.say(step.state() if step else f"still working after {clock(seconds)}")
 
 
 class Step:

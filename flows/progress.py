@@ -5,10 +5,8 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from types import TracebackType
 
 from rich.console import Console
 from rich.progress import (
@@ -23,7 +21,7 @@ from rich.progress import (
 )
 from rich.text import Text
 
-from flows.heartbeat import Heartbeat, beating
+from ffn2moe.progress import Heartbeat
 from flows.study import Cell, Study
 from tasks.stage import clock
 
@@ -82,9 +80,7 @@ class Board:
             self._heartbeat.__enter__()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._bar:
             self._bar.stop()
         if self._heartbeat:
@@ -203,8 +199,7 @@ class CellProgress:
         pace = (self._seconds[-1] - self._began) / len(self._seconds)
         return f"{remaining} to go, about {clock(pace * remaining)} left"
 
-    @contextmanager
-    def beating(self, cell: Cell | None = None) -> Iterator[None]:
+    def beating(self, cell: Cell | None = None) -> AbstractContextManager[object]:
         """Print a line every 30 seconds while the block runs, where there is no bar."""
         text = f"cell {cell.number:>3}  measured" if cell else "cells are made"
 
@@ -212,8 +207,7 @@ class CellProgress:
             left = self._left()
             self._console.print(f"{text} for {clock(seconds)}" + (f"; {left}" if left else ""), markup=False)
 
-        with beating(speak, wanted=self._bar is None):
-            yield
+        return nullcontext() if self._bar else Heartbeat(speak)
 
 
 def _remembered(path: Path) -> dict[str, float]:

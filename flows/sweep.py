@@ -24,8 +24,8 @@ import sys
 import threading
 import time
 import zlib
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -41,12 +41,12 @@ from prefect.logging import get_run_logger
 from prefect.states import State
 from prefect.task_runners import ThreadPoolTaskRunner
 
+from ffn2moe.progress import Heartbeat
 from flows import sweep_report
 from flows.axes import EXAMPLE, parse
 from flows.crew import Crew
 from flows.errors import STOPPED, report
 from flows.guardian import guard
-from flows.heartbeat import beating
 from flows.progress import CellProgress
 from flows.study import Cell, Study
 from flows.sweep_compare import compare_cells, log_front
@@ -121,7 +121,7 @@ def sweep(
             with CellProgress(study, console) as progress:
                 _run(study, at_a_time, crew, record, progress)
             console.print("comparing the plans of all cells in one interleaved session")
-            with beating(_still("comparing the plans"), wanted=not console.is_terminal):
+            with nullcontext() if console.is_terminal else Heartbeat(_still):
                 found = compare_cells(study, ROOT, lambda session, out: time_side_by_side(session, out, crew))
             log_front(study, ROOT, found, record)
         except Exception as error:
@@ -137,9 +137,8 @@ def sweep(
     return [row for row in found if row["on_front"]]
 
 
-def _still(text: str) -> Callable[[float], None]:
-    """Return a heartbeat that prints the text and the seconds."""
-    return lambda seconds: console.print(f"{text}: {seconds:.0f} s")
+def _still(seconds: float) -> None:
+    console.print(f"comparing the plans: {seconds:.0f} s")
 
 
 @contextmanager
