@@ -23,10 +23,10 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.progress import track as progress
-from rich.table import Table
 from torch.nn import functional as F
 
 from benchmarks.ablation.methods import factorllm
+from benchmarks.page import Grid, Page, about, parser_of, report, some
 from ffn2moe import metrics
 from ffn2moe.containers.table import CONTAINERS
 from ffn2moe.data.batches import Batch, Batches, pack
@@ -39,20 +39,20 @@ from ffn2moe.dense.families import positions
 from ffn2moe.dense.load import load_dense
 from ffn2moe.dense.locate import read_ffn
 from ffn2moe.distill.distiller import Distiller, Training
-from ffn2moe.distill.objectives import Loss, Outputs, objective_for
+from ffn2moe.distill.objectives import Loss, Objective, Outputs, objective_for
 from ffn2moe.moe.describe import spec_of
 from ffn2moe.moe.install import install_moe
 from ffn2moe.moe.layer import MoEFFN
-from ffn2moe.planning.timing import machine
 from ffn2moe.spec import MoESpec
 
 LONGEST_TEXT = 512  # tokens drawn from a model without a longest text
 PROMPT = "Once upon a time"
+SHARED = ("model", "experts", "steps", "batch_tokens", "learning_rate", "length", "container", "seed")  # as in Bench
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One row of the table."""
+    """Hold one row of the table."""
 
     method: str
     active: int
@@ -115,9 +115,6 @@ class Bench:
             width_multiple=held.width_multiple if held else 1,
         )
 
-    def batches(self) -> Batches:
-        return Batches(self.texts, batch_tokens=self.batch_tokens, seed=self.seed)
-
     def ours(self, active: int, console: Console, *, steps: int) -> tuple[Any, float]:
         """Decompose by coactivation, fit the router to the oracle, then distil logits and hidden states."""
         teacher, _ = self.opened()
@@ -133,15 +130,16 @@ class Bench:
             refit_outputs(layers[-1], x_TD, outputs(ffn, x_TD), penalty=1e-2)
         install_moe(student, layers)
         if steps:
-            run = Distiller(
-                teacher,
-                student,
-                self.batches(),
-                objective_for("causal"),
-                Training(steps=steps, learning_rate=self.learning_rate, scope="all"),
-            )
-            _follow(run, f"ours, {active} of {self.experts}", console)
+            self.train(teacher, student, objective_for("causal"), f"ours, {active} of {self.experts}", console)
         return student.eval(), time.monotonic() - begun
+
+    def train(self, teacher: Any, student: Any, objective: Objective, what: str, console: Console) -> None:
+        """Spend the steps on all weights of a student, and show the progress."""
+        batches = Batches(self.texts, batch_tokens=self.batch_tokens, seed=self.seed)
+        settings = Training(steps=self.steps, learning_rate=self.learning_rate, scope="all")
+        run = Distiller(teacher, student, batches, objective, settings)
+        for _ in progress(run.run(), total=run.steps, description=what, console=console):
+            pass
 
     def factorllm(self, active: int, console: Console, *, train_router: bool) -> tuple[Any, float]:
         """Make contiguous experts with scale E/K and a random router; train by cross entropy on the same text."""
@@ -150,17 +148,14 @@ class Bench:
         begun = time.monotonic()
         spec = self.spec(student, active, "contiguous")
         torch.manual_seed(self.seed)
+        nothing_TD = torch.empty(0, spec.width)
         layers = []
         for index in range(spec.num_layers):
-            layers.append(
-                decompose_layer(read_ffn(student, index), torch.empty(0, spec.width), spec, index, seed=self.seed)
-            )
+            layers.append(decompose_layer(read_ffn(student, index), nothing_TD, spec, index, seed=self.seed))
             factorllm.set_router(layers[-1])
         install_moe(student, layers)
         objective = factorllm.FactorLLMObjective(TextObjective(), teacher, student, train_router=train_router)
-        training = Training(steps=self.steps, learning_rate=self.learning_rate, scope="all")
-        run = Distiller(teacher, student, self.batches(), objective, training)
-        _follow(run, f"FactorLLM, {active} of {self.experts}", console)
+        self.train(teacher, student, objective, f"FactorLLM, {active} of {self.experts}", console)
         return student.eval(), time.monotonic() - begun
 
     def judged(self, model: Any, method: str, active: int, steps: int, seconds: float) -> Cell:
@@ -193,25 +188,12 @@ class Bench:
         )
 
 
-def _follow(run: Distiller, what: str, console: Console) -> None:
-    for _ in progress(run.run(), total=run.steps, description=what, console=console):
-        pass
-
-
-@dataclass(frozen=True)
-class Method:
-    """A row's name, and the function that makes its model and returns it with the seconds."""
-
-    title: str
-    make: Callable[[Bench, int, Console], tuple[Any, float]]
-    trained: bool = True
-
-
-METHODS = {
-    "released": Method("FactorLLM, as released", lambda bench, K, say: bench.factorllm(K, say, train_router=False)),
-    "published": Method("FactorLLM, as published", lambda bench, K, say: bench.factorllm(K, say, train_router=True)),
-    "free": Method("ours, training-free", lambda bench, K, say: bench.ours(K, say, steps=0), trained=False),
-    "ours": Method("ours", lambda bench, K, say: bench.ours(K, say, steps=bench.steps)),
+# name -> the title of its rows, how to make its model with its seconds, and whether it is trained
+METHODS: dict[str, tuple[str, Callable[[Bench, int, Console], tuple[Any, float]], bool]] = {
+    "released": ("FactorLLM, as released", lambda bench, K, say: bench.factorllm(K, say, train_router=False), True),
+    "published": ("FactorLLM, as published", lambda bench, K, say: bench.factorllm(K, say, train_router=True), True),
+    "free": ("ours, training-free", lambda bench, K, say: bench.ours(K, say, steps=0), False),
+    "ours": ("ours", lambda bench, K, say: bench.ours(K, say, steps=bench.steps), True),
 }
 
 
@@ -220,13 +202,14 @@ def cell(bench: Bench, name: str, console: Console) -> Cell:
     if name == "dense":
         return bench.judged(bench.opened()[0], "dense", bench.experts, 0, 0.0)
     key, _, active = name.partition("-")
-    method = METHODS[key]
-    model, seconds = method.make(bench, int(active), console)
-    return bench.judged(model, method.title, int(active), bench.steps if method.trained else 0, seconds)
+    title, make, trained = METHODS[key]
+    model, seconds = make(bench, int(active), console)
+    return bench.judged(model, title, int(active), bench.steps if trained else 0, seconds)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.causal", description=__doc__.splitlines()[0])
+    """Run the command line; return the exit code."""
+    parser = parser_of("benchmarks.causal", __doc__)
     parser.add_argument("model", help="a folder with a causal language model that is small enough to train here")
     parser.add_argument("--sample", type=Path, help="text to judge on, <|endoftext|> or empty lines between documents")
     parser.add_argument("--experts", type=int, default=4)
@@ -241,60 +224,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--cells", nargs="+", help="run only these, for example ours-2 published-2")
     parser.add_argument("--work", type=Path, default=Path(".cache/causal"))
-    parser.add_argument("--out", type=Path, help="also write a page, for example docs/results/stories260k.md")
-    options = parser.parse_args(arguments)
-    console = Console(highlight=False, markup=False)
+    return report(parser, measure, arguments)
+
+
+def measure(options: argparse.Namespace, console: Console) -> Page:
+    """Make every requested cell that --work does not hold; return the page of all of them."""
     torch.set_num_threads(options.threads)
-    try:
-        rows, drawn_seconds = measure(options, console)
-    except (ValueError, OSError) as error:
-        Console(stderr=True, soft_wrap=True, highlight=False, markup=False).print(f"error: {error}")
-        return 2
-    console.print(table(rows, options.experts))
-    if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(page(options, rows, drawn_seconds), encoding="utf-8")
-        console.print(f"written to {options.out}")
-    return 0
-
-
-def measure(options: argparse.Namespace, console: Console) -> tuple[list[Cell], float]:
-    """Return every requested cell, from --work if it is there, and the seconds that the texts took."""
     sample = options.sample or Path(options.model) / "sample.txt"
     if not sample.is_file():
         raise FileNotFoundError(f"{sample} does not exist: name a text file with --sample")
-    work = options.work / "-".join(
-        str(value)
-        for value in (
-            Path(options.model).name,
-            options.experts,
-            options.texts,
-            options.length,
-            options.steps,
-            options.batch_tokens,
-            options.learning_rate,
-            options.container,
-            options.seed,
-        )
-    )
+    shared = {name: getattr(options, name) for name in SHARED}
+    counts = (options.experts, options.texts, options.length, options.steps, options.batch_tokens)
+    more = (options.learning_rate, options.container, options.seed)
+    work = options.work / "-".join(map(str, (Path(options.model).name, *counts, *more)))
     work.mkdir(parents=True, exist_ok=True)
     blocks, drawn_seconds = texts(options, work, console)
-    bench = Bench(
-        model=options.model,
-        sample=sample,
-        experts=options.experts,
-        texts=blocks,
-        steps=options.steps,
-        batch_tokens=options.batch_tokens,
-        learning_rate=options.learning_rate,
-        length=options.length,
-        container=options.container,
-        seed=options.seed,
-    )
+    bench = Bench(sample=sample, texts=blocks, **shared)
     names = ["dense", *(f"{key}-{active}" for active in options.active for key in METHODS)]
-    unknown = set(options.cells or ()) - set(names)
-    if unknown:
-        raise ValueError(f"unknown cell {sorted(unknown)[0]!r}; known: {', '.join(names)}")
+    wrong = set(options.cells or ()) - set(names)
+    if wrong:
+        raise ValueError(f"unknown cell {sorted(wrong)[0]!r}; known: {', '.join(names)}")
     rows = []
     for name in names:
         kept = work / f"{name}.json"
@@ -304,7 +253,7 @@ def measure(options: argparse.Namespace, console: Console) -> tuple[list[Cell], 
             rows.append(cell(bench, name, console))
             kept.write_text(json.dumps(asdict(rows[-1]), indent=2))
             console.print(f"{name}: {rows[-1].ratio:.3f}x the dense perplexity, {rows[-1].seconds:.0f} s")
-    return rows, drawn_seconds
+    return page(options, rows, drawn_seconds)
 
 
 def texts(options: argparse.Namespace, work: Path, console: Console) -> tuple[list[list[int]], float]:
@@ -343,41 +292,24 @@ def _cells_of(row: Cell, experts: int) -> tuple[str, ...]:
     )
 
 
-def table(rows: Sequence[Cell], experts: int) -> Table:
-    """Return the rows as a table for the terminal."""
-    shown = Table()
-    for column in COLUMNS:
-        shown.add_column(column, justify="left" if column == "method" else "right", no_wrap=column == "method")
-    for row, after in zip(rows, [*rows[1:], None], strict=True):
-        shown.add_row(*_cells_of(row, experts), end_section=after is not None and after.active != row.active)
-    return shown
-
-
-def page(options: argparse.Namespace, rows: Sequence[Cell], drawn_seconds: float) -> str:
-    """Return the rows as Markdown, with the command and the machine."""
-    here = machine()
-    lines = [
-        f"# {Path(options.model).name}: FactorLLM's recipe and ours",
-        "",
-        f"    python -m benchmarks.causal {' '.join(sys.argv[1:])}",
-        "",
-        f"{options.experts} experts. {options.texts} texts are drawn from the model itself, which took "
-        f"{drawn_seconds / 60:.1f} minutes, and packed into blocks of {options.length} tokens. Every weight is "
-        f"trained, {options.batch_tokens} tokens a step, in the same order for every row. The judge is the "
-        f"model's `sample.txt`, which no training saw. {here['cpu']}, {options.threads} thread; "
-        "rows were trained one after another, or two at a time. Our experts are weighted by "
-        f"{CONTAINERS[options.container].gate if options.container else 'unit'} gates.",
-        "",
-        f"| {' | '.join(COLUMNS)} |",
-        f"|{'---|' * len(COLUMNS)}",
-        *(f"| {' | '.join(_cells_of(row, options.experts))} |" for row in rows),
-        "",
-        f'## Greedy continuations of "{PROMPT}"',
-        "",
-        *(f"- **{row.method}, {100 * row.active / options.experts:.0f} %**: {row.continuation}" for row in rows),
-        "",
+def page(options: argparse.Namespace, rows: Sequence[Cell], drawn_seconds: float) -> Page:
+    """Return the page: the table and how each row continues the prompt."""
+    continuations = [
+        f"- **{row.method}, {100 * row.active / options.experts:.0f} %**: {row.continuation}" for row in rows
     ]
-    return "\n".join(lines)
+    return Page(
+        f"{Path(options.model).name}: FactorLLM's recipe and ours",
+        [
+            f"{options.experts} experts. {options.texts} texts are drawn from the model itself, which took "
+            f"{drawn_seconds / 60:.1f} minutes, and packed into blocks of {options.length} tokens. Every weight is "
+            f"trained, {options.batch_tokens} tokens a step, in the same order for every row. The judge is the model's "
+            f"`sample.txt`, which no training saw. {about()}, {some(options.threads, 'thread')}; rows were trained one "
+            "after another, or two at a time. Our experts are weighted by "
+            f"{CONTAINERS[options.container].gate if options.container else 'unit'} gates.",
+        ],
+        [Grid("FactorLLM's recipe and ours", COLUMNS, [_cells_of(row, options.experts) for row in rows])],
+        notes="\n".join([f'## Greedy continuations of "{PROMPT}"', "", *continuations]),
+    )
 
 
 if __name__ == "__main__":

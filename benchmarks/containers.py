@@ -11,15 +11,15 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
+from benchmarks.page import Grid, complain, console_of
 from ffn2moe.containers.checks import Agreement, compare, open_native, same_logits
 from ffn2moe.containers.container import Container
 from ffn2moe.containers.fit import obstacle
@@ -97,36 +97,47 @@ def rows(source: str, container: Container, shared_width: int, ids_BL: Tensor, o
     return found
 
 
-def main(arguments: list[str]) -> None:
-    """Print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; return the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.containers", description=(__doc__ or "").splitlines()[0]
+    )
     parser.add_argument("source", help="a dense causal model: a Hugging Face folder")
     parser.add_argument("--text", type=Path, help="text to compare on (default: SOURCE/sample.txt)")
     parser.add_argument("--out", type=Path, required=True, help="where the containers are written; must not exist")
     parser.add_argument("--shared", type=int, default=44, help="neurons of the shared expert, where there is one")
     options = parser.parse_args(arguments)
+    try:
+        console_of().print(measure(options).table())
+    except (ValueError, OSError) as error:
+        return complain(error)
+    return 0
+
+
+def measure(options: argparse.Namespace) -> Grid:
+    """Write every container and return the table of their agreements."""
     dense, tokenizer = load_dense(options.source, head="causal")
     text = (options.text or Path(options.source) / "sample.txt").read_text()
     ids_BL = tokenizer(text, return_tensors="pt").input_ids[:, :512]
     with torch.no_grad():
         rounded = compare(dense.bfloat16()(ids_BL).logits.float(), dense.float()(ids_BL).logits)
-    table = Table(title=f"{options.source}: {ids_BL.shape[1]} tokens; relative difference of logits (largest / mean)")
-    table.add_column("container")
-    table.add_column("shared", justify="right")
-    for column in ("compared", "largest", "mean", "top-1"):
-        table.add_column(column, justify="right")
+    cells = []
     for container in CONTAINERS.rows():
         for shared_width in (0,) if container.shared_expert is None else (0, options.shared):
             reason = obstacle(container, dense.config, shared_width=shared_width)
             if reason is not None:
-                table.add_row(container.name, "", f"not held: {reason}")
+                cells.append([container.name, "", f"not held: {reason}", "", "", ""])
                 continue
             for label, found in rows(options.source, container, shared_width, ids_BL, options.out).items():
-                figures = (f"{found.largest:.1e}", f"{found.mean:.1e}", f"{found.top1:.3f}")
-                table.add_row(container.name, str(shared_width), label, *figures)
-    table.add_row("dense", "", "bfloat16", f"{rounded.largest:.1e}", f"{rounded.mean:.1e}", f"{rounded.top1:.3f}")
-    Console(markup=False, highlight=False).print(table)
+                cells.append([container.name, str(shared_width), label, *_figures(found)])
+    cells.append(["dense", "", "bfloat16", *_figures(rounded)])
+    title = f"{options.source}: {ids_BL.shape[1]} tokens; relative difference of logits (largest / mean)"
+    return Grid(title, ("container", "shared", "compared", "largest", "mean", "top-1"), cells)
+
+
+def _figures(found: Agreement) -> tuple[str, ...]:
+    return f"{found.largest:.1e}", f"{found.mean:.1e}", f"{found.top1:.3f}"
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    sys.exit(main())

@@ -12,8 +12,8 @@ table compares a mixture only with dense plans of similar error.
 
 A single FFN pays for a call of its engine, and its weights may stay in a cache. In a model, all layers share the call
 and each reads its weights from memory: `--layers` puts FFNs in sequence in one graph and reports the time of one.
-`--operator-dense` adds the native operator as a dense FFN: one expert of the whole width. `--export` also times the
-plans of a causal export: a prompt, and the tokens after it.
+`--operator-dense` adds the native operator as a dense FFN: one expert of the whole width. `benchmarks.inference` times
+a whole causal model: a prompt, and the tokens after it.
 """
 
 from __future__ import annotations
@@ -35,30 +35,15 @@ import torch
 from rich.console import Console
 
 from benchmarks.ffn import EPSILON, Layers, dense_ffn, one_expert, random_mixture, random_spec
-from benchmarks.inference import KEPT, open_plans, sample_of
 from benchmarks.openvino_weights import COMPRESSED, Run, compressed
-from benchmarks.page import (
-    Grid,
-    Rounds,
-    about,
-    command_of,
-    complain,
-    console_of,
-    page_of,
-    parser_of,
-    read_texts,
-    verdict,
-    working,
-    write,
-)
+from benchmarks.page import Grid, Page, about, parser_of, report, rounds_of, some, verdict, working
 from benchmarks.plot import bars
-from benchmarks.race import Samples, Spread, race, stopwatch
+from benchmarks.race import Compared, Samples, race, stopwatch
 from ffn2moe.dense.ffn import DenseFFN
 from ffn2moe.moe.layer import MoEFFN
 from ffn2moe.planning import timing
 from ffn2moe.runtime import plans
 from ffn2moe.runtime.engines import ENGINES
-from ffn2moe.runtime.files import read_manifest
 
 TOKENS = [1, 2, 4, 8, 16, 128, 1024]
 TARGETS = {1: 3.2, 4: 1.0, 16: 1.3, 128: 2.2, 1024: 2.6}  # target speeds over the best dense plan
@@ -71,27 +56,17 @@ BITS = {"float32": 32, "bfloat16": 16, "int8": 8, "int4": 4}
 OPERATOR_DENSE = " as dense"  # after the name of a native plan: the operator with one expert of the whole width
 
 
-@dataclass(frozen=True)
-class Row:
-    """Hold one plan at one number of tokens. `speed` is over the best dense plan, with the quartiles of the rounds.
-
-    `like_speed` is over `like_dense`, the best dense plan of similar error.
-    """
+@dataclass(frozen=True, kw_only=True)
+class Row(Compared):
+    """Hold one plan at n tokens. `like_speed` is over `like_dense`, the best dense plan of similar error."""
 
     tokens: int
-    plan: str
-    milliseconds: float
-    speed: float
-    low: float
-    high: float
-    best_dense: str
     like_speed: float
     like_low: float
     like_high: float
     like_dense: str
     gigabytes_per_second: float  # weights read
     gigaflops: float  # necessary products
-    rounds: int
 
 
 @dataclass(frozen=True)
@@ -110,23 +85,6 @@ class Plan:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit code."""
-    parser = _parser()
-    options = parser.parse_args(arguments)
-    console = console_of()
-    try:
-        result = {"command": command_of(parser, options), **measure(options, console)}
-    except (ValueError, OSError, RuntimeError) as error:
-        return complain(error)
-    for grid in grids(result):
-        console.print(grid.table())
-    console.print(about())
-    if options.out:
-        result["image"] = options.out.with_suffix(".png").name
-        write(options.out, page(result), result, console, lambda: figure(result))
-    return 0
-
-
-def _parser() -> argparse.ArgumentParser:
     parser = parser_of("benchmarks.decode", __doc__)
     parser.add_argument("--width", type=int, default=2048, help="D")
     parser.add_argument("--ffn-width", type=int, default=5632, help="F, a multiple of the experts")
@@ -139,9 +97,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--rounds", type=int, default=21)
     parser.add_argument("--seconds", type=float, default=20.0, help="limit for one n, after the first 5 rounds")
     parser.add_argument("--operator-dense", action="store_true", help="also time the native operator as a dense FFN")
-    parser.add_argument("--export", type=Path, help="also time a causal export, prompt and decoding")
-    parser.add_argument("--texts", type=Path, help="prompts for --export: JSON lines with a text each, or plain lines")
-    return parser
+    return report(parser, lambda options, console: page(measure(options, console)), arguments)
 
 
 # --- the FFN ------------------------------------------------------------------------------------------------------
@@ -181,9 +137,6 @@ def measure(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     """Return all figures of the page, ready for JSON."""
     if min(*options.tokens, options.threads, options.layers) < 1:
         raise ValueError("--tokens, --threads and --layers start at 1")
-    if options.export is not None and options.texts is None:
-        raise ValueError("--export needs --texts, a file of prompts")
-    decoder = None if options.export is None else _decoder(options)  # first: it may refuse
     gated = not options.plain
     spec = random_spec(options.width, options.ffn_width, options.experts, options.active, gated=gated)
     moes = [random_mixture(spec, seed=layer) for layer in range(options.layers)]
@@ -194,13 +147,13 @@ def measure(options: argparse.Namespace, console: Console) -> dict[str, Any]:
         opened, missing = _opened(moes, ffns, x_TD, options, Path(folder), console)
     rows: list[Row] = []
     used: dict[int, float] = {}
-    with Rounds(console, len(options.tokens)) as rounds:
+    with rounds_of(console) as track:
         for tokens in options.tokens:
             batches = np.split(x_TD[: tokens * _batches(tokens)], _batches(tokens))
             used[tokens] = sum(_experts_used(moes, x_nD) for x_nD in batches) / len(batches)
             timed = {name: stopwatch(partial(_call, plan.run, cycle(batches))) for name, plan in opened.items()}
             limits = {"rounds": options.rounds, "limit": options.seconds}
-            found = race(timed, **limits, label=f"n = {tokens}", track=rounds.track)["whole"]
+            found = race(timed, **limits, label=f"n = {tokens}", track=track)["whole"]
             rows += _rows(opened, found, tokens, used[tokens], options)
     return {
         "machine": timing.machine(),
@@ -215,7 +168,6 @@ def measure(options: argparse.Namespace, console: Console) -> dict[str, Any]:
         "operator_dense": [name for name, plan in opened.items() if plan.dense and not plan.baseline],
         "missing": missing,
         "rows": [asdict(row) for row in rows],
-        "model": decoder,
     }
 
 
@@ -296,27 +248,21 @@ def _rows(
     best = samples.fastest(dense)
     weights = _matrices(options) * options.width
     for name, plan in opened.items():
-        seconds, speed = samples.median(name) / options.layers, samples.speed(name, best)
+        seconds = samples.median(name) / options.layers
         most = LIKE * max(plan.error, EXACT)
         like = samples.fastest(other for other, error in dense.items() if other == name or error <= most)
         like_speed = samples.speed(name, like)
         read = weights * options.ffn_width * (1.0 if plan.dense else used / options.experts) * plan.bits / 8
         width = options.ffn_width if plan.dense else _active_width(options)
         yield Row(
+            **samples.compared(name, best, options.layers),
             tokens=tokens,
-            plan=name,
-            milliseconds=round(1000 * seconds, 4),
-            speed=round(speed.median, 4),
-            low=round(speed.low, 4),
-            high=round(speed.high, 4),
-            best_dense=best,
             like_speed=round(like_speed.median, 4),
             like_low=round(like_speed.low, 4),
             like_high=round(like_speed.high, 4),
             like_dense=like,
             gigabytes_per_second=round(read / seconds / 1e9, 2),
             gigaflops=round(2 * weights * width * tokens / seconds / 1e9, 1),
-            rounds=samples.rounds,
         )
 
 
@@ -330,37 +276,6 @@ def _copies() -> float:
         np.copyto(target, source)
         best = min(best, time.perf_counter() - start)
     return 2 * source.nbytes / best / 1e9
-
-
-def _decoder(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Time the plans of a causal export: milliseconds of a prompt of 16 tokens and of each token after it."""
-    manifest = read_manifest(options.export)
-    if manifest["spec"]["head"] != "causal":
-        raise ValueError(f"{options.export} does not decode (its head is {manifest['spec']['head']}): name another")
-    exports = open_plans(options.export, list(manifest["plans"]), options.threads, {})
-    batches = timing.full_batches(exports["dense"], read_texts(options.texts), 1, 16)
-    timed = {plan: sample_of(export, batches) for plan, export in exports.items()}
-    found = race(timed, rounds=options.rounds, limit=options.seconds)
-    kept = {plan: float(manifest["plans"][plan]["retention"]) for plan in exports}
-    rows = []
-    for phase in ("prefill", "decode"):
-        samples = found[phase]
-        best = samples.fastest(
-            plan for plan, row in plans.PLANS.items() if row.dense and (plan == "dense" or kept.get(plan, 0.0) >= KEPT)
-        )
-        for plan in samples.seconds:
-            speed = samples.speed(plan, best)
-            rows.append(
-                {
-                    "phase": phase,
-                    "plan": plan,
-                    "kept": kept[plan],
-                    "milliseconds": round(1000 * samples.median(plan), 4),
-                    "best_dense": best,
-                    **{name: round(value, 4) for name, value in asdict(speed).items()},
-                }
-            )
-    return rows
 
 
 # --- report -------------------------------------------------------------------------------------------------------
@@ -407,20 +322,6 @@ def grids(result: Mapping[str, Any]) -> Iterator[Grid]:
     yield Grid("Milliseconds", ["plan", *columns], table(lambda row: f"{row.milliseconds:.3f}"))
     yield Grid("GB/s of weights", ["plan", *columns], table(lambda row: f"{row.gigabytes_per_second:.1f}"))
     yield Grid("GFLOP/s", ["plan", *columns], table(lambda row: f"{row.gigaflops:.0f}"))
-    if result["model"]:
-        header = ["plan", "kept", "phase", "ms", "speed over best dense", "quartiles"]
-        yield Grid("A whole model, batch of one", header, [_model_row(row) for row in result["model"]])
-
-
-def _model_row(row: Mapping[str, Any]) -> list[str]:
-    return [
-        row["plan"],
-        f"{100 * row['kept']:.1f} %",
-        row["phase"],
-        f"{row['milliseconds']:.3f}",
-        "best dense" if row["plan"] == row["best_dense"] else f"{row['median']:.2f}x",
-        f"{row['low']:.2f} to {row['high']:.2f}",
-    ]
 
 
 def _summary(result: Mapping[str, Any]) -> Iterator[list[str]]:
@@ -436,7 +337,7 @@ def _summary(result: Mapping[str, Any]) -> Iterator[list[str]]:
             _percent(result["errors"][best.best_dense]),
             f"{best.speed:.2f}x",
             f"{best.low:.2f} to {best.high:.2f}",
-            "" if target is None else verdict(Spread(best.speed, best.low, best.high), target),
+            "" if target is None else verdict(best.spread, target),
         ]
 
 
@@ -448,15 +349,14 @@ def _kind(result: Mapping[str, Any]) -> str:
     return "SwiGLU" if result.get("gated", True) else "GELU with biases"
 
 
-def page(result: Mapping[str, Any]) -> str:
-    """Return the page in Markdown."""
+def page(result: Mapping[str, Any]) -> Page:
+    """Return the page."""
     shape = result["shape"]
     rounds = [row["rounds"] for row in result["rows"]]
-    threads = f"{result['threads']} {'thread' if result['threads'] == 1 else 'threads'}"
     text = [
         f"{_kind(result)}, D {shape['width']}, F {shape['ffn_width']}; E = {shape['experts']}, K = {shape['active']}; "
-        f"n tokens at once, {threads}. Weights and tokens are random. {about(result['machine'])}. A thread copies "
-        f"memory at {result['copies_gb_per_s']} GB/s, read and written.",
+        f"n tokens at once, {some(result['threads'], 'thread')}. Weights and tokens are random. "
+        f"{about(result['machine'])}. A thread copies memory at {result['copies_gb_per_s']} GB/s, read and written.",
         f"Speeds are over the best dense plan at that n: medians of {min(rounds)} to {max(rounds)} interleaved rounds. "
         f"`error` compares the output with float64 over at most {MOST_TOKENS_JUDGED} tokens. `ov-weights` is the dense "
         "FFN in OpenVINO with weights of 8 or 4 bits. GB/s count the weights of the experts that are used, GFLOP/s the "
@@ -470,27 +370,25 @@ def page(result: Mapping[str, Any]) -> str:
             "so errors of mixtures in sequence say little: see the page of a single FFN."
         )
     of_layers = f", of {shape['layers']}" if shape["layers"] > 1 else ""
-    return page_of(
+    return Page(
         f"Decoding: one FFN of a language model's shape{of_layers}",
         text,
-        result["command"],
         list(grids(result)),
-        image=result["image"],
         notes="\n\n".join(f"Not timed: `{plan}` ({reason})." for plan, reason in result["missing"].items()),
+        result=result,
+        figure=lambda: figure(result),
     )
 
 
 def figure(result: Mapping[str, Any]) -> Any:
     """Draw the speed over the best dense plan with quartiles, a group for each n."""
     groups = {
-        f"n = {tokens}": {plan: Spread(row.speed, row.low, row.high) for plan, row in rows.items() if plan != "dense"}
+        f"n = {tokens}": {plan: row.spread for plan, row in rows.items() if plan != "dense"}
         for tokens, rows in _by_tokens(result).items()
     }
     shape = result["shape"]
-    title = (
-        f"{_kind(result)}, D {shape['width']}, F {shape['ffn_width']}, {shape['active']} of {shape['experts']} experts"
-    )
-    panel = (title, groups, [result["bound"]] * len(groups))
+    sizes = f"D {shape['width']}, F {shape['ffn_width']}, {shape['active']} of {shape['experts']} experts"
+    panel = (f"{_kind(result)}, {sizes}", groups, [result["bound"]] * len(groups))
     return bars([panel], hollow=result["dense"], ylabel="speed over best dense")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,11 @@ import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
+from ffn2moe.data.batches import Batch
+from ffn2moe.decompose.inputs import layer_inputs
 from ffn2moe.dense.ffn import DenseFFN
-from ffn2moe.moe.layer import MoEFFN, moe_layers
+from ffn2moe.moe.experts import slice_experts
+from ffn2moe.moe.layer import MoEFFN
 from ffn2moe.onnx.editor import Editor
 from ffn2moe.onnx.graph import OPSET, ExportedMoE, save_graph
 from ffn2moe.onnx.lower import lower
@@ -77,15 +81,9 @@ def random_mixture(spec: MoESpec, seed: int = 0) -> MoEFFN:
 def one_expert(ffn: DenseFFN) -> MoEFFN:
     """Return a dense FFN as a mixture of one expert, which every token uses."""
     F, D = ffn.w_in_FD.shape
-    moe = random_mixture(random_spec(D, F, 1, 1, gated=ffn.gated))
-    parts = (moe.w_in, ffn.w_in_FD), (moe.w_gate, ffn.w_gate_FD), (moe.b_in, ffn.b_in_F)
-    with torch.no_grad():
-        for target, source in (*parts, (moe.w_out, ffn.w_out_DF)):
-            if target is not None and source is not None:
-                target[0].copy_(source)
-        if moe.b_out is not None and ffn.b_out_D is not None:
-            moe.b_out.copy_(ffn.b_out_D)
-    return moe
+    neurons_1F = torch.arange(F).unsqueeze(0)
+    spec = random_spec(D, F, 1, 1, gated=ffn.gated)
+    return MoEFFN.from_experts(spec, slice_experts(ffn, neurons_1F), neurons_1F).eval()
 
 
 def dense_ffn(moe: MoEFFN, ffn_width: int) -> DenseFFN:
@@ -214,19 +212,23 @@ def runner(graphs: Sequence[Graph], read: Sequence[Sequence[np.ndarray]]) -> Cal
     return run
 
 
-@torch.no_grad()
 def inputs_of(model: nn.Module, ids_BL: np.ndarray, mask_BL: np.ndarray) -> list[np.ndarray]:
     """Return the inputs of the FFN of each layer for these tokens, float32 [T, D]."""
-    read: list[np.ndarray] = []
-    hooks = [
-        moe.register_forward_pre_hook(
-            lambda _, arguments: read.append(arguments[0].reshape(-1, arguments[0].shape[-1]).numpy().copy())
-        )
-        for moe in moe_layers(model)
-    ]
-    try:
-        model(input_ids=torch.from_numpy(ids_BL), attention_mask=torch.from_numpy(mask_BL))
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return read
+    batch = Batch({"input_ids": torch.from_numpy(ids_BL), "attention_mask": torch.from_numpy(mask_BL)}, None)
+    with torch.no_grad():
+        return [x_TD.numpy() for x_TD in layer_inputs(model, [batch], max_tokens=ids_BL.size)]
+
+
+class TrainedFFN(nn.Module):
+    """Train the weights of a dense FFN as those of experts: the baseline of a mixture."""
+
+    def __init__(self, ffn: DenseFFN) -> None:
+        super().__init__()
+        for name, value in vars(ffn).items():
+            if isinstance(value, Tensor):
+                self.register_parameter(name, nn.Parameter(value.detach().clone()))
+        self._ffn = replace(ffn, **dict(self.named_parameters()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = self._ffn(x)
+        return found

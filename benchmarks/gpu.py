@@ -7,8 +7,7 @@ This benchmark never ran on a GPU: its tests run on the CPU only, and docs/resul
 
 Ways to compute the same mixture: `loop` gathers the tokens of each expert and adds its outputs, as models in
 transformers do; `grouped` is the layer of this project, which uses `torch._grouped_mm` on a GPU in bfloat16. Every way
-is compared with a float32 reference first; a wrong way is not timed. `--export` also times the plans `dense` and
-`fused` of an export in ONNX Runtime on the same GPU. Without a GPU nothing is measured: exit code 2.
+is compared with a float32 reference first; a wrong way is not timed. Without a GPU nothing is measured: exit code 2.
 """
 
 from __future__ import annotations
@@ -20,17 +19,16 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
-from pathlib import Path
+from itertools import product
 from typing import Any
 
 import torch
+from rich.console import Console
 from torch import Tensor
-from torch.nn import functional as F
 
-from benchmarks.ffn import random_mixture, random_spec
-from benchmarks.page import Grid, command_of, complain, console_of, page_of, parser_of, write
-from benchmarks.race import Samples, Spread, race, stopwatch
-from ffn2moe.dense.ffn import ACTIVATIONS
+from benchmarks.ffn import TrainedFFN, dense_ffn, random_mixture, random_spec
+from benchmarks.page import Grid, Page, parser_of, report, working
+from benchmarks.race import Spread, race
 from ffn2moe.moe.layer import MoEFFN
 
 TOLERANCE = {torch.bfloat16: 2e-2, torch.float32: 1e-4}  # relative, for an output or a gradient
@@ -42,45 +40,6 @@ Way = Callable[[Tensor], Tensor]
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit code: 1 if a way is wrong, 2 if nothing can be measured."""
-    parser = _parser()
-    options = parser.parse_args(arguments)
-    console = console_of()
-    if options.device != "cpu" and not _there(options.device):
-        console.print(f"no GPU: PyTorch {torch.__version__} finds no device {options.device!r}; nothing is measured")
-        return 2
-    device = torch.device(options.device)
-    if device.index is not None:  # events use the current device
-        torch.get_device_module(device).set_device(device)
-    rows = []
-    try:
-        for width, ffn_width, gated in options.shapes:
-            moe = random_mixture(random_spec(width, ffn_width, options.experts, options.active, gated=gated))
-            moe = moe.to(options.device, getattr(torch, options.dtype))
-            for tokens in options.tokens:
-                for backward in (False, True):
-                    rows.append(measure(moe, tokens, backward, options))
-                    console.print("\n".join("  ".join(cells) for cells in cells_of([rows[-1]])))
-    except ValueError as error:
-        return complain(error)
-    found = {
-        "command": command_of(parser, options),
-        "device": _name(options.device),
-        "torch": torch.__version__,
-        "dtype": options.dtype,
-        "experts": options.experts,
-        "active": options.active,
-        "rows": rows,
-        "onnxruntime": exported(options, console.print) if options.export else [],
-    }
-    if options.out:
-        write(options.out, page(found), found, console)
-    wrong = [f"{row['shape']} {row['tokens']} {way}" for row in rows for way in row["wrong"]]
-    if wrong:
-        console.print(f"wrong, so not timed: {', '.join(wrong)}")
-    return 1 if wrong else 0
-
-
-def _parser() -> argparse.ArgumentParser:
     parser = parser_of("benchmarks.gpu", __doc__)
     parser.add_argument("--device", default="cuda", help="cuda, cuda:1, or another that PyTorch knows; cpu to try it")
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
@@ -90,8 +49,37 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--experts", type=int, default=8)
     parser.add_argument("--active", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--export", type=Path, help="also time the plans of an export in ONNX Runtime")
-    return parser
+    return report(parser, measure, arguments)
+
+
+def measure(options: argparse.Namespace, console: Console) -> Page:
+    """Time every shape and number of tokens, forward alone and with the backward pass."""
+    if options.device != "cpu" and not _there(options.device):
+        raise ValueError(f"no GPU: PyTorch {torch.__version__} finds no device {options.device!r}; nothing is measured")
+    device = torch.device(options.device)
+    if device.index is not None:  # events use the current device
+        torch.get_device_module(device).set_device(device)
+    rows = []
+    for width, ffn_width, gated in options.shapes:
+        moe = random_mixture(random_spec(width, ffn_width, options.experts, options.active, gated=gated))
+        moe = moe.to(options.device, getattr(torch, options.dtype))
+        for tokens, backward in product(options.tokens, (False, True)):
+            with working(console, f"{width} x {ffn_width}, {tokens} tokens"):
+                rows.append(row_of(moe, tokens, backward, options))
+    wrong = [f"{row['shape']} {row['tokens']} {way}" for row in rows for way in row["wrong"]]
+    name = "CPU" if device.type == "cpu" else str(torch.get_device_module(device).get_device_name(device))
+    header = ["D x F", "tokens", "pass", "way", "time", "speed over dense"]
+    return Page(
+        "Dense FFN and mixture on a GPU",
+        [
+            f"{name}, torch {torch.__version__}, {options.dtype}; {options.active} of {options.experts} experts "
+            f"active: the products alone allow {options.experts / options.active:.1f}x. Router and layout are "
+            "included. Medians by the events of the device; speeds within rounds, with quartiles."
+        ],
+        [Grid("In PyTorch", header, cells_of(rows))],
+        result={"device": name, "torch": torch.__version__, "dtype": options.dtype, "rows": rows},
+        failure=f"wrong, so not timed: {', '.join(wrong)}" if wrong else "",
+    )
 
 
 def _shape(text: str) -> tuple[int, int, bool]:
@@ -110,33 +98,11 @@ def _there(device: str) -> bool:
         return False
 
 
-def _name(device: str) -> str:
-    return "CPU" if device == "cpu" else str(torch.get_device_module(device).get_device_name(device))
-
-
 def ways_of(moe: MoEFFN) -> dict[str, Way]:
     """Return the dense FFN and each way to compute the mixture."""
-    found: dict[str, Way] = {"dense": dense(moe), "loop": lambda x_TD: loop(moe, x_TD), "grouped": moe}
+    dense = TrainedFFN(dense_ffn(moe, moe.num_experts * moe.w_in.shape[1]))
+    found: dict[str, Way] = {"dense": dense, "loop": lambda x_TD: loop(moe, x_TD), "grouped": moe}
     return found
-
-
-def dense(moe: MoEFFN) -> Way:
-    """Return the dense FFN of the same neurons, with its own weights."""
-
-    def flat(stacked: Tensor | None) -> Tensor | None:
-        return None if stacked is None else stacked.detach().flatten(0, 1).clone().requires_grad_(True)
-
-    w_in, b_in, w_gate = flat(moe.w_in), flat(moe.b_in), flat(moe.w_gate)
-    w_out = moe.w_out.detach().transpose(0, 1).flatten(1).contiguous().requires_grad_(True)
-    b_out = None if moe.b_out is None else moe.b_out.detach().clone().requires_grad_(True)
-    act = ACTIVATIONS[moe.activation]
-    assert w_in is not None
-
-    def work(x_TD: Tensor) -> Tensor:
-        h_TF = F.linear(x_TD, w_in, b_in)
-        return F.linear(act(h_TF) if w_gate is None else act(F.linear(x_TD, w_gate)) * h_TF, w_out, b_out)
-
-    return work
 
 
 def loop(moe: MoEFFN, x_TD: Tensor) -> Tensor:
@@ -150,7 +116,7 @@ def loop(moe: MoEFFN, x_TD: Tensor) -> Tensor:
     return moe.finish(x_TD, y_TD)
 
 
-def measure(moe: MoEFFN, tokens: int, backward: bool, options: argparse.Namespace) -> dict[str, Any]:
+def row_of(moe: MoEFFN, tokens: int, backward: bool, options: argparse.Namespace) -> dict[str, Any]:
     """Return the median milliseconds of each way, its speed over the dense FFN, and the errors of wrong ways."""
     width, dtype = moe.w_in.shape[2], moe.w_in.dtype
     generator = torch.Generator().manual_seed(tokens)
@@ -185,16 +151,9 @@ def measure(moe: MoEFFN, tokens: int, backward: bool, options: argparse.Namespac
         "shape": f"{width} x {moe.num_experts * moe.w_in.shape[1]}",
         "tokens": tokens,
         "pass": "forward + backward" if backward else "forward",
-        **_figures(samples),
-        "wrong": wrong,
-    }
-
-
-def _figures(samples: Samples) -> dict[str, Any]:
-    """Return the milliseconds of each way, and its speed over `dense` within rounds."""
-    return {
         "milliseconds": {name: 1000 * samples.median(name) for name in samples.seconds},
         "speedup": {name: asdict(samples.speed(name, "dense")) for name in samples.seconds},
+        "wrong": wrong,
     }
 
 
@@ -248,61 +207,13 @@ def elapsed(work: Callable[[], None], calls: int, device: str) -> float:
     return float(first.elapsed_time(last)) / 1000
 
 
-def exported(options: argparse.Namespace, say: Callable[[str], None]) -> list[dict[str, Any]]:
-    """Time the plans `dense` and `fused` of an export in ONNX Runtime on the GPU: a batch, end to end."""
-    import numpy as np
-    import onnxruntime
-
-    from ffn2moe.runtime.export import open_export
-
-    provider = "CPUExecutionProvider" if options.device == "cpu" else "CUDAExecutionProvider"
-    if provider not in onnxruntime.get_available_providers():
-        say(f"ONNX Runtime has no {provider} here: it has {', '.join(onnxruntime.get_available_providers())}")
-        return []
-    try:
-        exports = {plan: open_export(options.export, plan, 1, [provider]) for plan in ("dense", "fused")}
-    except (ValueError, RuntimeError) as reason:  # the provider does not start, or its operator fails its test
-        say(f"not timed in ONNX Runtime: {reason}")
-        return []
-    rows = []
-    for batch, sequence in ((1, 16), (1, 128), (32, 128)):
-        ids = np.random.default_rng(0).integers(1000, 20000, (batch, sequence))
-        mask = np.ones_like(ids)
-        timed = {
-            plan: stopwatch(lambda _, export=export, ids=ids, mask=mask: export.run(ids, mask), shortest=0)
-            for plan, export in exports.items()
-        }
-        samples = race(timed, rounds=options.rounds, fewest=1)["whole"]
-        rows.append({"batch": batch, "sequence": sequence, **_figures(samples)})
-    return rows
-
-
-def cells_of(rows: Sequence[Mapping[str, Any]], keys: Sequence[str] = ("shape", "tokens", "pass")) -> list[list[str]]:
+def cells_of(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     """Return a row for each way: milliseconds, and the speed over the dense FFN."""
     return [
-        [*(str(row[key]) for key in keys), name, f"{milliseconds:.3f} ms", str(Spread(**row["speedup"][name]))]
+        [row["shape"], str(row["tokens"]), row["pass"], name, f"{time:.3f} ms", str(Spread(**row["speedup"][name]))]
         for row in rows
-        for name, milliseconds in row["milliseconds"].items()
+        for name, time in row["milliseconds"].items()
     ]
-
-
-def page(found: Mapping[str, Any]) -> str:
-    """Return the page in Markdown."""
-    header = ["D x F", "tokens", "pass", "way", "time", "speed over dense"]
-    grids = [Grid("In PyTorch", header, cells_of(found["rows"]))]
-    if found["onnxruntime"]:
-        header = ["batch", "length", "plan", "time", "speed over dense"]
-        grids.append(Grid("In ONNX Runtime", header, cells_of(found["onnxruntime"], ("batch", "sequence"))))
-    return page_of(
-        "Dense FFN and mixture on a GPU",
-        [
-            f"{found['device']}, torch {found['torch']}, {found['dtype']}; {found['active']} of {found['experts']} "
-            f"experts active: the products alone allow {found['experts'] / found['active']:.1f}x. Router and layout "
-            "are included. Medians by the events of the device; speeds within rounds, with quartiles."
-        ],
-        found["command"],
-        grids,
-    )
 
 
 if __name__ == "__main__":

@@ -17,27 +17,25 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
 from benchmarks.page import (
     Grid,
-    Rounds,
+    Page,
     about,
     add_texts,
-    command_of,
-    complain,
-    console_of,
-    page_of,
     parser_of,
     read_texts,
+    report,
+    rounds_of,
     shape_of,
+    some,
     verdict,
-    write,
 )
 from benchmarks.plot import bars
-from benchmarks.race import Sample, Samples, Spread, Track, race, stopwatch
+from benchmarks.race import Compared, Sample, Samples, Track, race, stopwatch
 from ffn2moe import metrics
 from ffn2moe.planning import timing
 from ffn2moe.runtime.engines import Graph
@@ -45,54 +43,28 @@ from ffn2moe.runtime.export import open_export
 from ffn2moe.runtime.files import read_manifest
 from ffn2moe.runtime.plans import PLANS, form_of, is_dense, plan_of
 
+if TYPE_CHECKING:
+    from benchmarks.ffn import Layers
+
 SHAPES = [(1, 16), (1, 128), (32, 32), (32, 128)]
 MODEL, FFN = "model", "ffn"
 KEPT = 0.97  # least retention of a plan that keeps its quality
 TARGETS = {(1, 16): 1.0, (1, 128): 1.2, (32, 128): 1.4}  # target speeds over the best dense plan
 
 
-@dataclass(frozen=True)
-class Row:
-    """Hold one plan at one shape. `speed` is over the best dense plan, with the quartiles of the rounds."""
+@dataclass(frozen=True, kw_only=True)
+class Row(Compared):
+    """Hold one plan at one shape."""
 
     part: str  # MODEL or FFN
     phase: str
     batch: int
     sequence: int
     threads: int
-    plan: str
-    milliseconds: float
-    speed: float
-    low: float
-    high: float
-    best_dense: str
-    rounds: int
-
-    @property
-    def spread(self) -> Spread:
-        """Return the speed with its quartiles."""
-        return Spread(self.speed, self.low, self.high)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit code."""
-    parser = _parser()
-    options = parser.parse_args(arguments)
-    console = console_of()
-    try:
-        result = {"command": command_of(parser, options), **measure(options, console)}
-    except (ValueError, OSError, RuntimeError) as error:
-        return complain(error)
-    for grid in grids(result):
-        console.print(grid.table())
-    console.print(about())
-    if options.out:
-        result["image"] = options.out.with_suffix(".png").name
-        write(options.out, page(result), result, console, lambda: figure(result))
-    return 0
-
-
-def _parser() -> argparse.ArgumentParser:
     parser = parser_of("benchmarks.inference", __doc__)
     parser.add_argument("export", type=Path, help="the export, for example exports/minilm")
     parser.add_argument("--shapes", nargs="+", type=shape_of, default=SHAPES, help="batch x sequence: 1x16 32x128")
@@ -102,7 +74,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--plans", nargs="+", help="only these plans, and dense")
     parser.add_argument("--min-retention", type=float, default=KEPT, help="least retention of a plan in bold")
     add_texts(parser)
-    return parser
+    return report(parser, lambda options, console: page(measure(options, console)), arguments)
 
 
 # --- measure ------------------------------------------------------------------------------------------------------
@@ -114,27 +86,29 @@ def measure(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     texts = read_texts(options.texts)
     if min(options.threads) < 1:
         raise ValueError(f"--threads {min(options.threads)}: a plan needs at least one thread")
-    plans = _chosen(manifest["plans"], options.plans)
+    plans = chosen(manifest["plans"], options.plans)
     retention = {plan: float(manifest["plans"][plan]["retention"]) for plan in plans}
     kept = [plan for plan in plans if plan == "dense" or retention[plan] >= options.min_retention]
     rows: list[Row] = []
     missing: dict[str, str] = {}
-    alone = _Alone(options.export, manifest)
-    races = len(options.threads) * len(options.shapes) * (1 if alone.refused else 2)
-    with Rounds(console, races) as rounds, tempfile.TemporaryDirectory() as folder:
+    refused = None
+    try:
+        model, layers = ffns_of(options.export, manifest)
+    except ValueError as error:
+        refused = str(error)
+    with rounds_of(console) as track, tempfile.TemporaryDirectory() as folder:
         for threads in options.threads:
             exports = open_plans(options.export, plans, threads, missing)
-            if alone.refused is None:
-                alone.open([plan for plan in exports if form_of(plan) == plan], threads, folder)
+            alone = [plan for plan in exports if form_of(plan) == plan and refused is None]
+            opened = {plan: layers.open(plan, threads, Path(folder)) for plan in alone}
             for batch, sequence in options.shapes:
                 timing.fix(exports, [(batch, sequence)])
-                alone.fix(batch * sequence)
                 batches = timing.full_batches(exports["dense"], texts, batch, sequence)
-                where = f"{batch} x {sequence}, {threads} {'thread' if threads == 1 else 'threads'}"
+                where = f"{batch} x {sequence}, {some(threads, 'thread')}"
                 timed = {plan: sample_of(export, batches) for plan, export in exports.items()}
-                rows += _rows(MODEL, (batch, sequence, threads), _race(timed, options, where, rounds.track), kept)
-                if alone.refused is None:
-                    found = _race(alone.samples(batches), options, f"{where}, FFNs alone", rounds.track)
+                rows += _rows(MODEL, (batch, sequence, threads), _race(timed, options, where, track), kept)
+                if opened:
+                    found = _race(samples_alone(model, opened, batches), options, f"{where}, FFNs alone", track)
                     rows += _rows(FFN, (batch, sequence, threads), found, kept)
     spec = manifest["spec"]
     return {
@@ -144,18 +118,19 @@ def measure(options: argparse.Namespace, console: Console) -> dict[str, Any]:
         "min_retention": options.min_retention,
         "retention": retention,
         "missing": missing,
-        "ffn_alone_refused": alone.refused,
+        "ffn_alone_refused": refused,
         "bounds": {str(sequence): bounds(options.export, sequence) for sequence in {s for _, s in options.shapes}},
         "rows": [asdict(row) for row in rows],
     }
 
 
-def _chosen(known: Iterable[str], wanted: Sequence[str] | None) -> list[str]:
+def chosen(known: Iterable[str], wanted: Sequence[str] | None, always: str = "dense") -> list[str]:
+    """Return the wanted plans of an export and one plan more; all if none is named. ValueError for an unknown plan."""
     known = list(known)
-    unknown = [plan for plan in wanted or () if plan not in known]
-    if unknown:
-        raise ValueError(f"the export has no plan {unknown[0]!r}; it has: {', '.join(sorted(known))}")
-    return [plan for plan in known if wanted is None or plan in wanted or plan == "dense"]
+    missing = [plan for plan in wanted or () if plan not in known]
+    if missing:
+        raise ValueError(f"the export has no plan {missing[0]!r}; it has: {', '.join(sorted(known))}")
+    return [plan for plan in known if wanted is None or plan in wanted or plan == always]
 
 
 def open_plans(
@@ -192,52 +167,38 @@ def _race(timed: Mapping[str, Sample], options: argparse.Namespace, label: str, 
     return race(timed, rounds=options.rounds, limit=options.seconds, label=label, track=track)
 
 
-class _Alone:
-    """Run the FFNs of an export, each alone; `refused` says why if they cannot run alone."""
+def ffns_of(export: Path, manifest: Mapping[str, Any]) -> tuple[Any, Layers]:
+    """Return the model of an export and the graphs of its FFNs. ValueError if they cannot run alone."""
+    from benchmarks.ffn import Layers
+    from ffn2moe.moe import checkpoint
+    from ffn2moe.moe.layer import moe_layers
 
-    def __init__(self, export: Path, manifest: Mapping[str, Any]) -> None:
-        from benchmarks.ffn import Layers
-        from ffn2moe.moe import checkpoint
-        from ffn2moe.moe.layer import moe_layers
+    spec = manifest["spec"]
+    if spec["head"] == "seq2seq" or manifest.get("model", {}).get("reads", "text") != "text":
+        raise ValueError("token ids alone do not determine the inputs of its FFNs")
+    model = checkpoint.load(export / "checkpoint")
+    widths = [stack["ffn_width"] for stack in spec["stacks"] for _ in range(stack["num_layers"])]
+    return model, Layers(moe_layers(model), widths)
 
-        spec = manifest["spec"]
-        self._open: dict[str, list[Graph]] = {}
-        self.refused: str | None = None
-        if spec["head"] == "seq2seq" or manifest.get("model", {}).get("reads", "text") != "text":
-            self.refused = "token ids alone do not determine the inputs of its FFNs"
-            return
-        self._model = checkpoint.load(export / "checkpoint")
-        widths = [stack["ffn_width"] for stack in spec["stacks"] for _ in range(stack["num_layers"])]
-        try:
-            self._layers = Layers(moe_layers(self._model), widths)
-        except ValueError as error:
-            self.refused = str(error)
 
-    def open(self, plans: Sequence[str], threads: int, folder: str) -> None:
-        """Open the layers by these plans, in place of those that are open."""
-        self._open = {plan: self._layers.open(plan, threads, Path(folder)) for plan in plans}
+def samples_alone(
+    model: Any, opened: Mapping[str, Sequence[Graph]], batches: Sequence[timing.Batch]
+) -> dict[str, Sample]:
+    """Return a sample for each plan: all layers in order, on their inputs in the model, compiled for these batches."""
+    from benchmarks.ffn import inputs_of, runner
 
-    def fix(self, tokens: int) -> None:
-        """Compile for this number of tokens, as the whole model is compiled for its batches."""
-        for graph in chain.from_iterable(self._open.values()):
-            graph.fix([(tokens,)])
-
-    def samples(self, batches: Sequence[timing.Batch]) -> dict[str, Sample]:
-        """Return one sample for each plan: all layers in order, as in the model."""
-        from benchmarks.ffn import inputs_of, runner
-
-        read = [inputs_of(self._model, *batch) for batch in batches[:2]]
-        return {plan: stopwatch(runner(graphs, read)) for plan, graphs in self._open.items()}
+    for graph in chain.from_iterable(opened.values()):
+        graph.fix([(batches[0][0].size,)])
+    read = [inputs_of(model, *batch) for batch in batches[:2]]
+    return {plan: stopwatch(runner(graphs, read)) for plan, graphs in opened.items()}
 
 
 def _rows(part: str, shape: tuple[int, int, int], phases: Mapping[str, Samples], kept: Sequence[str]) -> Iterator[Row]:
     """Yield a row for every plan, compared with the best dense plan."""
+    at = dict(zip(("batch", "sequence", "threads"), shape, strict=True))
     for phase, samples in phases.items():
         best = samples.fastest(plan for plan in kept if is_dense(plan))
-        for plan in samples.seconds:
-            speed = samples.speed(plan, best)
-            figures = (1000 * samples.median(plan), speed.median, speed.low, speed.high)
-            yield Row(part, phase, *shape, plan, *(round(one, 4) for one in figures), best, samples.rounds)
+        yield from (Row(part=part, phase=phase, **at, **samples.compared(plan, best)) for plan in samples.seconds)
 
 
 def bounds(export: Path, sequence: int) -> dict[str, float]:
@@ -274,7 +235,7 @@ def _cells(result: Mapping[str, Any]) -> dict[tuple[str, str, int], Shapes]:
 
 def _title(part: str, phase: str, threads: int) -> str:
     name = "The whole model" if part == MODEL else "The FFNs alone"
-    return f"{name}{'' if phase == 'whole' else f', {phase}'}, {threads} {'thread' if threads == 1 else 'threads'}"
+    return f"{name}{'' if phase == 'whole' else f', {phase}'}, {some(threads, 'thread')}"
 
 
 def grids(result: Mapping[str, Any]) -> Iterator[Grid]:
@@ -327,13 +288,13 @@ def summary(result: Mapping[str, Any]) -> Iterator[list[str]]:
             ]
 
 
-def page(result: Mapping[str, Any]) -> str:
-    """Return the page in Markdown."""
+def page(result: Mapping[str, Any]) -> Page:
+    """Return the page."""
     rounds = [row["rounds"] for row in result["rows"]]
     reasons = [f"Not timed: `{plan}` ({reason})." for plan, reason in result["missing"].items()]
     if result["ffn_alone_refused"]:
         reasons.append(f"FFNs alone are not timed: {result['ffn_alone_refused']}.")
-    return page_of(
+    return Page(
         "Inference: the plans of all engines side by side",
         [
             f"`{result['export']}`, {result['mixture']}. {about(result['machine'])}.",
@@ -343,10 +304,10 @@ def page(result: Mapping[str, Any]) -> str:
             "its retention in the manifest). Bold: the fastest plan that keeps it. OpenVINO compiles its plans for "
             "each shape. A bound limits the speed over the dense plan of the same engine and precision.",
         ],
-        result["command"],
         list(grids(result)),
-        image=result["image"],
         notes="\n\n".join(reasons),
+        result=result,
+        figure=lambda: figure(result),
     )
 
 

@@ -23,14 +23,12 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from benchmarks.ffn import random_spec
-from benchmarks.page import Grid, about, command_of, complain, console_of, page_of, parser_of, working, write
+from benchmarks.ffn import random_mixture, random_spec
+from benchmarks.page import Grid, Page, about, parser_of, report, working
 from benchmarks.race import Sample, Samples, race
 from ffn2moe.decompose.jobs import route_job
-from ffn2moe.decompose.layer import mixture
 from ffn2moe.decompose.layer_map import LayerJob, LayerResult, here, in_processes
 from ffn2moe.decompose.route import RouterSettings
-from ffn2moe.dense.ffn import DenseFFN
 from flows.environment import settle
 from flows.serve import free_port
 from tasks.layer_map import DASK, dask_map, in_order
@@ -39,6 +37,9 @@ ROOT = Path(__file__).resolve().parent.parent
 HELD_OUT = 2048  # tokens that judge a router
 STEPS = 100  # of AdamW for each router
 ALONE, ONE, TWO, KILLED = "one process", "one Dask worker", "two Dask workers", "two Dask workers, one killed"
+
+
+Timed = tuple[list[LayerResult], float]  # results and seconds
 
 
 @dataclass
@@ -57,87 +58,86 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--ffn-width", type=int, default=1536, help="F, a multiple of eight experts")
     parser.add_argument("--tokens", type=int, default=16384, help="tokens that fit each router")
     parser.add_argument("--rounds", type=int, default=3)
-    options = parser.parse_args(arguments)
-    console = console_of()
+    return report(parser, measure, arguments)
+
+
+def measure(options: argparse.Namespace, console: Console) -> Page:
+    """Time every way to run the map."""
     settle(ROOT)
     torch.set_num_threads(1)
-    try:
-        if options.layers < 3 or options.rounds < 1:
-            raise ValueError("two workers, one of them killed, need three layers; and there must be a round")
-        jobs = make_jobs(options.layers, options.width, options.ffn_width, options.tokens)
-        samples = measure(jobs, options.rounds, console)
-    except (ValueError, OSError) as error:
-        return complain(error)
+    if options.layers < 3 or options.rounds < 1:
+        raise ValueError("two workers, one of them killed, need three layers; and there must be a round")
+    jobs = make_jobs(options.layers, options.width, options.ffn_width, options.tokens)
+    samples = timed_ways(jobs, options.rounds, console)
     rows = [[name, f"{samples.median(name):.1f}", str(samples.speed(name, ALONE))] for name in samples.seconds]
-    grid = Grid("The layer map", ["where", "seconds", "speed over one process"], rows)
-    console.print(grid.table())
-    speedup = f"Two Dask workers are {samples.speed(TWO, ONE)} times as fast as one. All ways gave the same bits."
-    console.print(speedup)
-    if options.out:
-        text = page(options, grid, speedup, sum(map(bytes_of, jobs)) / 2**20, command_of(parser, options))
-        write(options.out, text, {"seconds": samples.seconds}, console)
-    return 0
+    mebibytes = sum(tensor.nbytes for job in jobs for tensor in job.tensors.values()) / 2**20
+    return Page(
+        "The layer map: processes and Dask workers",
+        [
+            f"{options.layers} layers of D {options.width} / F {options.ffn_width}, E = 8, K = 2. Each job fits a "
+            f"router on {options.tokens} tokens for {STEPS} steps, and then the outputs of the experts; "
+            f"{mebibytes:.0f} MiB of tensors go to the workers. One thread in each process and worker, all on this "
+            f"machine; {options.rounds} rounds: medians, and speeds within rounds with quartiles. {about()}.",
+        ],
+        [Grid("The layer map", ["where", "seconds", "speed over one process"], rows)],
+        notes=f"Two Dask workers are {samples.speed(TWO, ONE)} times as fast as one. All ways gave the same bits. Dask "
+        "also starts Prefect's API and the flow, once for a map, and moves the tensors.",
+        result={"seconds": samples.seconds},
+    )
 
 
 def make_jobs(layers: int, width: int, ffn_width: int, tokens: int) -> list[LayerJob]:
-    """Return the job of a router for each random layer: 8 experts, 2 active, neurons in order."""
+    """Return the job of a router for each random layer: 8 experts, 2 active."""
     spec = random_spec(width, ffn_width, 8, 2, gated=False, layers=layers)
     generator = torch.Generator().manual_seed(0)
-    neurons_EM = torch.arange(ffn_width).reshape(8, -1)
     jobs = []
     for layer in range(layers):
-        ffn = DenseFFN(
-            activation="gelu",
-            w_in_FD=torch.randn(ffn_width, width, generator=generator) / width**0.5,
-            b_in_F=torch.zeros(ffn_width),
-            w_out_DF=torch.randn(width, ffn_width, generator=generator) / ffn_width**0.5,
-            b_out_D=torch.zeros(width),
-        )
-        moe = mixture(ffn, neurons_EM, neurons_EM.new_zeros(0), spec, layer)
+        moe = random_mixture(spec, layer)
+        moe.neurons.copy_(torch.arange(ffn_width).reshape(8, -1))
         x_TD = torch.randn(tokens + HELD_OUT, width, generator=generator)
-        jobs.append(
-            route_job(
-                moe,
-                spec,
-                layer,
-                RouterSettings(steps=STEPS, batch_tokens=4096, seed=layer),
-                x_TD=x_TD[:tokens],
-                held_out_TD=x_TD[tokens:],
-            )
-        )
+        settings = RouterSettings(steps=STEPS, batch_tokens=4096, seed=layer)
+        jobs.append(route_job(moe, spec, layer, settings, x_TD=x_TD[:tokens], held_out_TD=x_TD[tokens:]))
     return jobs
 
 
-def measure(jobs: list[LayerJob], rounds: int, console: Console) -> Samples:
+def timed_ways(jobs: list[LayerJob], rounds: int, console: Console) -> Samples:
     """Time every way in turn. ValueError if two ways give different bits."""
     wanted: list[LayerResult] = []
 
-    def timed(name: str, way: Callable[[], list[LayerResult]]) -> Sample:
+    def timed(name: str, way: Callable[[], Timed]) -> Sample:
         def sample(index: int) -> dict[str, float]:
-            start = time.perf_counter()
             with working(console, f"round {index + 1} of {rounds}: {name}"):
-                found = way()
-            seconds = time.perf_counter() - start - SPARE.pop(name, 0.0)
+                found, seconds = way()
             wanted.extend(found if not wanted else ())
-            require_equal(name, found, wanted)
+            for one, other in zip(found, wanted, strict=True):
+                same = (one.layer, one.summary, one.tensors.keys()) == (
+                    other.layer,
+                    other.summary,
+                    other.tensors.keys(),
+                )
+                if not same or any(not torch.equal(one.tensors[key], value) for key, value in other.tensors.items()):
+                    raise ValueError(f"{name} gives other results than the way before it: this is a bug")
             return {"whole": seconds}
 
         return sample
 
     with tempfile.TemporaryDirectory() as folder, dask_cluster(1) as one, dask_cluster(2) as two:
         os.environ["PREFECT_HOME"] = folder
-        ways: Mapping[str, Callable[[], list[LayerResult]]] = {
-            ALONE: lambda: list(here(jobs)),
-            "two processes": lambda: in_order(in_processes(jobs, 2)),
-            ONE: lambda: by_dask(jobs, one),
-            TWO: lambda: by_dask(jobs, two),
+        ways: Mapping[str, Callable[[], Timed]] = {
+            ALONE: lambda: clocked(lambda: list(here(jobs))),
+            "two processes": lambda: clocked(lambda: in_order(in_processes(jobs, 2))),
+            ONE: lambda: clocked(lambda: by_dask(jobs, one)),
+            TWO: lambda: clocked(lambda: by_dask(jobs, two)),
             KILLED: lambda: with_one_killed(jobs),
         }
         entries = {name: timed(name, way) for name, way in ways.items()}
         return race(entries, rounds=rounds, fewest=1)["whole"]
 
 
-SPARE: dict[str, float] = {}  # seconds of the last run of a way that start its own cluster
+def clocked(run: Callable[[], list[LayerResult]]) -> Timed:
+    """Return the results of a run and its seconds."""
+    start = time.perf_counter()
+    return run(), time.perf_counter() - start
 
 
 def by_dask(jobs: list[LayerJob], cluster: Cluster, kill: bool = False) -> list[LayerResult]:
@@ -153,15 +153,10 @@ def by_dask(jobs: list[LayerJob], cluster: Cluster, kill: bool = False) -> list[
     return in_order(found)
 
 
-def with_one_killed(jobs: list[LayerJob]) -> list[LayerResult]:
+def with_one_killed(jobs: list[LayerJob]) -> Timed:
     """Run the map on a new cluster of two workers, and kill one after the first layer."""
-    start = time.perf_counter()
     with dask_cluster(2) as cluster:
-        SPARE[KILLED] = time.perf_counter() - start
-        found = by_dask(jobs, cluster, kill=True)
-        end = time.perf_counter()
-    SPARE[KILLED] += time.perf_counter() - end
-    return found
+        return clocked(lambda: by_dask(jobs, cluster, kill=True))
 
 
 @contextmanager
@@ -188,40 +183,6 @@ def dask_cluster(workers: int) -> Iterator[Cluster]:
         for process in [*cluster.workers, *processes]:
             process.kill()
             process.wait()
-
-
-def require_equal(name: str, found: Sequence[LayerResult], wanted: Sequence[LayerResult]) -> None:
-    """Raise ValueError unless both hold the same layers with the same bits."""
-    same = all(
-        one.layer == other.layer
-        and one.summary == other.summary
-        and one.tensors.keys() == other.tensors.keys()
-        and all(torch.equal(tensor, other.tensors[key]) for key, tensor in one.tensors.items())
-        for one, other in zip(found, wanted, strict=True)
-    )
-    if not same:
-        raise ValueError(f"{name} gives other results than the way before it: this is a bug")
-
-
-def bytes_of(job: LayerJob) -> int:
-    """Return the bytes of the tensors that travel to the worker."""
-    return sum(tensor.numel() * tensor.element_size() for tensor in job.tensors.values())
-
-
-def page(options: argparse.Namespace, grid: Grid, speedup: str, mebibytes: float, command: str) -> str:
-    """Return the page in Markdown."""
-    return page_of(
-        "The layer map: processes and Dask workers",
-        [
-            f"{options.layers} layers of D {options.width} / F {options.ffn_width}, E = 8, K = 2. Each job fits a "
-            f"router on {options.tokens} tokens for {STEPS} steps, and then the outputs of the experts; "
-            f"{mebibytes:.0f} MiB of tensors go to the workers. One thread in each process and worker, all on this "
-            f"machine; {options.rounds} rounds: medians, and speeds within rounds with quartiles. {about()}.",
-        ],
-        command,
-        [grid],
-        notes=f"{speedup} Dask also starts Prefect's API and the flow, once for a map, and moves the tensors.",
-    )
 
 
 if __name__ == "__main__":

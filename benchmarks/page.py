@@ -7,22 +7,23 @@ import json
 import os
 import shlex
 import textwrap
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import metadata
+from multiprocessing import get_context
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
+from unittest.mock import patch
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 from rich.text import Text
 
-from benchmarks.race import Spread
+from benchmarks.race import Spread, Track
 from ffn2moe.planning.timing import machine
-from ffn2moe.progress import SILENCE, Screen
+from ffn2moe.progress import Screen
 
 DEFAULT_TEXTS = Path("data/corpus/evaluation.jsonl")
 GIB = 2**30
@@ -110,39 +111,17 @@ def working(console: Console, text: str) -> Iterator[None]:
         yield
 
 
-class Rounds:
-    """Show the progress of several races: a bar on a terminal, else a line every 30 seconds."""
+@contextmanager
+def rounds_of(console: Console) -> Iterator[Track]:
+    """Show the progress of races: a bar for each on a terminal, else a line now and after each silence."""
+    with Screen(console) as screen:
 
-    def __init__(self, console: Console, races: int) -> None:
-        columns = (TextColumn("{task.description}", markup=False), BarColumn(), TextColumn("{task.fields[left]}"))
-        self._progress = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
-        self._console, self._races, self._done = console, races, 0
-        self._start = self._spoke = time.perf_counter()
+        def track(label: str, rounds: range) -> Iterator[int]:
+            if not console.is_terminal:
+                screen.say(label)
+            return screen.track(rounds, len(rounds), label)
 
-    def __enter__(self) -> Self:
-        self._progress.start()
-        self._task = self._progress.add_task("opening the plans", total=self._races, left="")
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._progress.stop()
-
-    def track(self, label: str, rounds: range) -> Iterator[int]:
-        """Yield the rounds of the next race, which may end early."""
-        try:
-            for place, index in enumerate(rounds):
-                share = self._done + place / len(rounds)
-                now = time.perf_counter()
-                left = f"{(now - self._start) / share * (self._races - share):.0f} s left" if share > 0.2 else ""
-                self._progress.update(self._task, description=label, completed=share, left=left)
-                if not self._console.is_terminal and (place == 0 or now - self._spoke > SILENCE):
-                    self._console.print(", ".join(filter(None, (f"{label}: round {place + 1}", left))))
-                    self._spoke = now
-                yield index
-        finally:
-            self._done += 1
+        yield track
 
 
 # --- results ------------------------------------------------------------------------------------------------------
@@ -174,26 +153,82 @@ class Grid:
         return lines + [f"| {' | '.join(row)} |" for row in self.rows]
 
 
-def page_of(
-    title: str, paragraphs: Sequence[str], command: str, grids: Sequence[Grid], *, image: str = "", notes: str = ""
-) -> str:
-    """Return a page in Markdown: question, command, tables, notes. A single table has no heading of its own."""
-    wrapped = (textwrap.fill(one, 120, break_long_words=False, break_on_hyphens=False) for one in paragraphs)
-    lines = [f"# {title}", "", *(line for text in wrapped for line in (text, ""))]
-    if image:
-        lines += [f"![{title}]({image})", ""]
-    lines += ["```", command, "```", ""]
-    for grid in grids:
-        lines += [*([f"## {grid.title}", ""] if len(grids) > 1 else []), *grid.markdown(), ""]
-    return "\n".join([*lines, *([notes, ""] if notes else [])])
+@dataclass(frozen=True)
+class Page:
+    """Hold what a benchmark shows: tables, the words around them, and the raw figures. A `failure` sets exit code 1."""
+
+    title: str
+    paragraphs: Sequence[str]
+    grids: Sequence[Grid]
+    notes: str = ""
+    result: Mapping[str, Any] | None = None
+    figure: Callable[[], Any] | None = None
+    failure: str = ""
+
+    def markdown(self, command: str, image: str = "") -> str:
+        """Return question, command, tables and notes. A single table has no heading of its own."""
+        wrapped = (textwrap.fill(one, 120, break_long_words=False, break_on_hyphens=False) for one in self.paragraphs)
+        lines = [f"# {self.title}", "", *(line for text in wrapped for line in (text, ""))]
+        if image:
+            lines += [f"![{self.title}]({image})", ""]
+        lines += ["```", command, "```", ""]
+        for grid in self.grids:
+            lines += [*([f"## {grid.title}", ""] if len(self.grids) > 1 else []), *grid.markdown(), ""]
+        return "\n".join([*lines, *([self.notes, ""] if self.notes else [])])
+
+    def write(self, out: Path, command: str) -> list[str]:
+        """Write the page, and beside it the raw figures as JSON and the plot as PNG; return the names of the files."""
+        image = out.with_suffix(".png")
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(self.markdown(command, image.name if self.figure else ""), encoding="utf-8")
+        written = [str(out)]
+        if self.result is not None:
+            result = {"command": command, **self.result, "load_average": round(os.getloadavg()[0], 1)}
+            out.with_suffix(".json").write_text(dumps(result), encoding="utf-8")
+            written.append(out.with_suffix(".json").name)
+        if self.figure is not None:
+            self.figure().savefig(image, dpi=110)
+            written.append(image.name)
+        return written
+
+
+def report(
+    parser: argparse.ArgumentParser,
+    measure: Callable[[argparse.Namespace, Console], Page],
+    arguments: Sequence[str] | None,
+) -> int:
+    """Measure, print the tables and write the page; return the exit code: 1 for a failure, 2 for bad input."""
+    options = parser.parse_args(arguments)
+    console = console_of()
+    try:
+        page = measure(options, console)
+    except (ValueError, OSError, RuntimeError) as error:
+        return complain(error)
+    for grid in page.grids:
+        console.print(grid.table())
+    console.print("\n".join(filter(None, (page.notes, page.failure, about()))))
+    if options.out:
+        console.print(f"written: {', '.join(page.write(options.out, command_of(parser, options)))}")
+    return 1 if page.failure else 0
+
+
+def in_process(threads: int, function: Callable[..., Any], *arguments: Any) -> Any:
+    """Run a function in a fresh process, whose libraries use this many threads; return its result."""
+    limits = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(threads))
+    with patch.dict(os.environ, limits), ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
 
 
 def about(here: Mapping[str, Any] | None = None) -> str:
     """Return the machine and the engines in words."""
-    here = machine() if here is None else here
+    here = machine() | {"torch": metadata.version("torch")} if here is None else here
     engines = [f"{engine} {here[engine]}" for engine in ("onnxruntime", "openvino", "torch") if engine in here]
-    cores = f"{here['cores']} {'core' if here['cores'] == 1 else 'cores'}"
-    return ", ".join([here["cpu"], cores, here["system"], f"Python {here['python']}", *engines])
+    return ", ".join([here["cpu"], some(here["cores"], "core"), here["system"], f"Python {here['python']}", *engines])
+
+
+def some(count: int, noun: str) -> str:
+    """Return `1 thread`, `2 threads`."""
+    return f"{count} {noun}{'' if count == 1 else 's'}"
 
 
 def load_average() -> str:
@@ -217,20 +252,3 @@ def dumps(result: Mapping[str, Any]) -> str:
             text = "[\n  " + ",\n  ".join(json.dumps(row) for row in value) + "\n ]"
         parts.append(f" {json.dumps(key)}: {text}")
     return "{\n" + ",\n".join(parts) + "\n}\n"
-
-
-def write(
-    out: Path, page: str, result: Mapping[str, Any] | None, console: Console, figure: Callable[[], Any] | None = None
-) -> None:
-    """Write the page, and beside it the raw figures as JSON and the plot as PNG."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(page, encoding="utf-8")
-    written = [str(out)]
-    if result is not None:
-        result = {**result, "load_average": round(os.getloadavg()[0], 1)}
-        out.with_suffix(".json").write_text(dumps(result), encoding="utf-8")
-        written.append(out.with_suffix(".json").name)
-    if figure is not None:
-        figure().savefig(out.with_suffix(".png"), dpi=110)
-        written.append(out.with_suffix(".png").name)
-    console.print(f"written: {', '.join(written)}")

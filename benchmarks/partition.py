@@ -18,26 +18,15 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from importlib import metadata
 from statistics import median
 from typing import Any
 from unittest.mock import patch
 
 import torch
+from rich.console import Console
 
-from benchmarks.ffn import random_spec
-from benchmarks.page import (
-    Grid,
-    about,
-    command_of,
-    complain,
-    console_of,
-    load_average,
-    page_of,
-    parser_of,
-    working,
-    write,
-)
+from benchmarks.ffn import dense_ffn, random_mixture, random_spec
+from benchmarks.page import Grid, Page, about, load_average, parser_of, report, some, working
 from ffn2moe.decompose import clustering, oracle, route
 from ffn2moe.decompose import layer as layers
 from ffn2moe.decompose.route import RouterSettings
@@ -71,7 +60,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit code: 1 if the decomposition takes longer than LIMIT."""
     parser = parser_of("benchmarks.partition", __doc__)
     parser.add_argument("--calibrate", action="store_true", help="also fit the router and refit the outputs")
-    parser.add_argument("--methods", nargs="+", default=["coactivation"], help="partitions that need activations only")
     parser.add_argument("--shape", type=int, nargs=2, help="D and F (default: of LLaMA-7B, or of TinyLlama-1.1B)")
     parser.add_argument("--experts", type=int, default=8, help="E")
     parser.add_argument("--active", type=int, default=2, help="K")
@@ -79,49 +67,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--tokens", type=int, default=16000, help="calibration tokens")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3, help="conversions; the table has their medians")
-    options = parser.parse_args(arguments)
+    return report(parser, measure, arguments)
+
+
+def measure(options: argparse.Namespace, console: Console) -> Page:
+    """Return the median seconds of each step, of all together, and of all processors."""
     options.shape = options.shape or list(TINY_LLAMA if options.calibrate else LLAMA)
     torch.set_num_threads(options.threads)
-    console = console_of()
-    try:
-        with working(console, "converting a layer"):
-            found = {method: measure(method, options) for method in options.methods}
-    except ValueError as error:
-        return complain(error)
-    grid = grid_of(found)
-    console.print(grid.table())
-    if options.out:
-        write(options.out, page(options, grid, command_of(parser, options)), {"seconds": found}, console)
-    slowest = max(sum(row[step] for step in DECOMPOSE if step != "oracle") for row in found.values())
-    if slowest > LIMIT:
-        console.print(f"a decomposition took {slowest:.0f} s, more than {LIMIT:.0f} s")
-        return 1
-    return 0
-
-
-def measure(method: str, options: argparse.Namespace) -> dict[str, float]:
-    """Return the median seconds of each step, of all together, and of all processors."""
-    sizes = (*options.shape, options.experts, options.active)
-    spec = random_spec(*sizes, shared=options.shared, partition=method)
-    ffn, x_TD = layer(options.tokens, *options.shape)
-    rows = [convert(ffn, x_TD, spec, options.calibrate) for _ in range(options.rounds)]
-    return {step: median(row[step] for row in rows) for step in rows[0]}
-
-
-def layer(tokens: int, width: int, ffn_width: int) -> tuple[DenseFFN, torch.Tensor]:
-    """Return a random gated FFN and its random inputs [T, D]."""
-    generator = torch.Generator().manual_seed(0)
-
-    def normal(rows: int, columns: int, deviation: float = 1.0) -> torch.Tensor:
-        return deviation * torch.randn(rows, columns, generator=generator)
-
-    ffn = DenseFFN(
-        w_in_FD=normal(ffn_width, width, 0.02),
-        w_out_DF=normal(width, ffn_width, 0.02),
-        activation="silu",
-        w_gate_FD=normal(ffn_width, width, 0.02),
+    spec = random_spec(*options.shape, options.experts, options.active, shared=options.shared)
+    with working(console, "converting a layer"):
+        ffn = dense_ffn(random_mixture(random_spec(*options.shape, 1, 1)), options.shape[1])
+        x_TD = torch.randn(options.tokens, options.shape[0], generator=torch.Generator().manual_seed(0))
+        rows = [convert(ffn, x_TD, spec, options.calibrate) for _ in range(options.rounds)]
+    found = {step: median(row[step] for row in rows) for step in rows[0]}
+    decomposition = sum(found[step] for step in DECOMPOSE if step != "oracle")
+    width, ffn_width = options.shape
+    how = f", routers by ridge regression and {ROUTER_STEPS} steps, refit of the outputs" if options.calibrate else ""
+    return Page(
+        f"One layer, {'calibrated' if options.calibrate else 'decomposed'}",
+        [
+            f"D {width}, F {ffn_width}, gated; E = {options.experts}, K = {options.active}, S = {options.shared}{how}; "
+            f"{options.tokens} random tokens. Medians of {options.rounds} conversions. `processors` is the time of all "
+            f"threads together. {some(options.threads, 'thread')}; {about()}. {load_average()}",
+        ],
+        [Grid("One layer", ["step", "coactivation"], [[step, f"{seconds:.2f} s"] for step, seconds in found.items()])],
+        result={"seconds": found},
+        failure=f"a decomposition took {decomposition:.0f} s, more than {LIMIT:.0f} s" if decomposition > LIMIT else "",
     )
-    return ffn, normal(tokens, width)
 
 
 def convert(ffn: DenseFFN, x_TD: torch.Tensor, spec: MoESpec, calibrate: bool) -> dict[str, float]:
@@ -169,30 +141,6 @@ def clocks(steps: dict[str, list[tuple[Any, str]]]) -> Iterator[dict[str, float]
             for owner, name in functions:
                 stack.enter_context(patch.object(owner, name, timed(step, getattr(owner, name))))
         yield spent
-
-
-def grid_of(found: dict[str, dict[str, float]]) -> Grid:
-    """Return a table with a row for each step and a column for each partition."""
-    steps = next(iter(found.values()))
-    rows = [[step, *(f"{row[step]:.2f} s" for row in found.values())] for step in steps]
-    return Grid("One layer", ["step", *found], rows)
-
-
-def page(options: argparse.Namespace, grid: Grid, command: str) -> str:
-    """Return the page in Markdown."""
-    width, ffn_width = options.shape
-    how = f", routers by ridge regression and {ROUTER_STEPS} steps, refit of the outputs" if options.calibrate else ""
-    return page_of(
-        f"One layer, {'calibrated' if options.calibrate else 'decomposed'}",
-        [
-            f"D {width}, F {ffn_width}, gated; E = {options.experts}, K = {options.active}, S = {options.shared}{how}; "
-            f"{options.tokens} random tokens. Medians of {options.rounds} conversions. `processors` is the time of all "
-            f"threads together. {options.threads} threads; {about()}, torch "
-            f"{metadata.version('torch')}. {load_average()}",
-        ],
-        command,
-        [grid],
-    )
 
 
 if __name__ == "__main__":

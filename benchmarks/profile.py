@@ -27,20 +27,7 @@ from statistics import median
 import numpy as np
 from rich.console import Console
 
-from benchmarks.page import (
-    Grid,
-    Rounds,
-    about,
-    add_texts,
-    command_of,
-    complain,
-    console_of,
-    page_of,
-    parser_of,
-    read_texts,
-    shape_of,
-    write,
-)
+from benchmarks.page import Grid, Page, about, add_texts, parser_of, read_texts, report, rounds_of, shape_of, some
 from benchmarks.race import FEWEST_ROUNDS
 from ffn2moe.planning import timing
 from ffn2moe.runtime.engines.openvino import import_openvino, openvino_precision
@@ -115,18 +102,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--top", type=int, default=8, help="nodes to show of each plan")
     add_texts(parser)
-    options = parser.parse_args(arguments)
-    console = console_of()
-    try:
-        profiles = measure(options, console)
-    except (ValueError, OSError, RuntimeError) as error:
-        return complain(error)
-    for grid in grids(profiles, 0):
-        console.print(grid.table())
-    console.print(about())
-    if options.out:
-        write(options.out, page(options, profiles, command_of(parser, options)), None, console)
-    return 0
+    return report(parser, lambda options, console: page(options, measure(options, console)), arguments)
 
 
 # --- measure ------------------------------------------------------------------------------------------------------
@@ -144,7 +120,7 @@ def measure(options: argparse.Namespace, console: Console) -> list[Profile]:
         open_export(options.export, plan, options.threads)
     reader = open_export(options.export, "dense", options.threads)
     found = []
-    with Rounds(console, len(options.plans) * len(options.shapes)) as rounds:
+    with rounds_of(console) as track:
         for plan in options.plans:
             file = checked_files(options.export, manifest["plans"][plan])[0]
             for batch, sequence in options.shapes:
@@ -152,7 +128,7 @@ def measure(options: argparse.Namespace, console: Console) -> list[Profile]:
                 inputs = [{"input_ids": ids_BL, "attention_mask": mask_BL} for ids_BL, mask_BL in batches]
                 label = f"{plan}, {batch} x {sequence}"
                 profiled = _openvino if plan_of(plan).engine == "openvino" else _onnxruntime
-                runs, whole, nodes = profiled(file, plan, options.threads, inputs, partial(rounds.track, label))
+                runs, whole, nodes = profiled(file, plan, options.threads, inputs, partial(track, label))
                 found.append(Profile(plan, batch, sequence, runs, whole, nodes))
     return found
 
@@ -297,18 +273,17 @@ def _cell(found: tuple[float, int] | None, profile: Profile) -> str:
     return f"{spent:.0f} ({100 * spent / profile.microseconds:.0f} %), {count}"
 
 
-def page(options: argparse.Namespace, profiles: Sequence[Profile], command: str) -> str:
-    """Return the page in Markdown."""
+def page(options: argparse.Namespace, profiles: Sequence[Profile]) -> Page:
+    """Return the page."""
     runs = [profile.runs for profile in profiles]
-    threads = f"{options.threads} {'thread' if options.threads == 1 else 'threads'}"
-    return page_of(
+    return Page(
         "Where the time goes",
         [
-            f"`{options.export.name}`, {threads}, medians over {min(runs)} to {max(runs)} runs. {about()}.",
+            f"`{options.export.name}`, {some(options.threads, 'thread')}, medians over {min(runs)} to {max(runs)} "
+            f"runs. {about()}.",
             "The times come from ONNX Runtime's profiler and OpenVINO's performance counts. A fused node counts as the "
             f"kind of its product; `{BETWEEN}` is the rest of a run. A profiled run is slower.",
         ],
-        command,
         list(grids(profiles, options.top)),
     )
 

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median, quantiles
+from typing import Any
 
 FEWEST_ROUNDS = 5  # fewer rounds have no useful quartiles
 SHORTEST_SAMPLE = 0.02  # seconds; a faster entry runs several times for one sample
@@ -47,6 +48,24 @@ class Spread:
         return f"{self.median:.2f} ({self.low:.2f} to {self.high:.2f})"
 
 
+@dataclass(frozen=True, kw_only=True)
+class Compared:
+    """Hold one plan of a race. `speed` is over the best dense plan, with the quartiles of the rounds."""
+
+    plan: str
+    milliseconds: float
+    speed: float
+    low: float
+    high: float
+    best_dense: str
+    rounds: int
+
+    @property
+    def spread(self) -> Spread:
+        """Return the speed with its quartiles."""
+        return Spread(self.speed, self.low, self.high)
+
+
 @dataclass(frozen=True)
 class Samples:
     """Hold the seconds of each entry, round by round."""
@@ -69,6 +88,14 @@ class Samples:
     def speed(self, name: str, over: str) -> Spread:
         """Return how many times as fast as another entry this one is: above 1 is faster."""
         return Spread.between(self.seconds[over], self.seconds[name])
+
+    def compared(self, name: str, best: str, runs: int = 1) -> dict[str, Any]:
+        """Return the values of `Compared` for an entry; a sample of it is `runs` runs."""
+        speed = self.speed(name, best)
+        figures = {"milliseconds": 1000 * self.median(name) / runs, "speed": speed.median}
+        figures |= {"low": speed.low, "high": speed.high}
+        rounded = {key: round(value, 4) for key, value in figures.items()}
+        return {"plan": name, "best_dense": best, "rounds": self.rounds, **rounded}
 
 
 def race(

@@ -26,17 +26,7 @@ from typing import Any
 import numpy as np
 import psutil
 
-from benchmarks.page import (
-    Grid,
-    about,
-    command_of,
-    console_of,
-    load_average,
-    page_of,
-    parser_of,
-    working,
-    write,
-)
+from benchmarks.page import Grid, Page, about, command_of, console_of, load_average, parser_of, working
 from flows.errors import report
 from flows.serve import add_model_options, answers, ask, registry_of, served
 from flows.workspace import FlowError
@@ -44,14 +34,8 @@ from flows.workspace import FlowError
 REQUESTS, CLIENTS, WARM_UP, MALFORMED = 1000, 8, 400, 200
 TEXT = "a mixture of experts runs only some of its neurons for each token of the text that it is given to read"
 WORDS = TEXT.split()
-BAD: list[Any] = [
-    b"",
-    b"{",
-    b'{"inputs": ["a"',
-    b'{"inputs": ["\xff"]}',
-    b'{"inputs": [NaN]}',
-    b'{"inputs": ["\\ud800"]}',
-]
+BAD: list[Any] = [b"", b"{", b'{"inputs": ["a"', b'{"inputs": ["\xff"]}', b'{"inputs": [NaN]}']
+BAD += [b'{"inputs": ["\\ud800"]}']
 BAD += [None, 3, "text", ["text"], {}, {"texts": ["a"]}, {"dataframe_split": {"columns": ["text"], "data": [["a"]]}}]
 BAD += [{"dataframe_records": [{"text": "a"}]}, {"inputs": ["a"], "params": {"info": "yes"}}]
 BAD += [{"inputs": ["a"], "params": "info"}]
@@ -147,8 +131,8 @@ def server_of(options: argparse.Namespace) -> Iterator[tuple[str, list[psutil.Pr
         yield server.url, server.processes()
 
 
-def grid_of(found: dict[str, Any]) -> Grid:
-    """Return the figures as a table."""
+def page_of(found: dict[str, Any], clients: int, info: dict[str, Any]) -> Page:
+    """Return the page."""
     memory_text = (
         f"{found['memory_before_mib']:.0f} MiB after the warm-up, {found['memory_after_mib']:.0f} MiB at the end"
     )
@@ -162,13 +146,8 @@ def grid_of(found: dict[str, Any]) -> Grid:
         ["malformed requests", f"{found['refused']} of {MALFORMED} refused with 4xx: {found['malformed']}"],
         ["afterwards", f"{alive}, {'no' if found['same_processes'] else 'a'} restart"],
     ]
-    return Grid("A served model under load", ["figure", "value"], rows)
-
-
-def page(grid: Grid, clients: int, info: dict[str, Any], command: str) -> str:
-    """Return the page in Markdown."""
     name = f"{info['model']} version {info['version']}, " if info["model"] else ""
-    return page_of(
+    return Page(
         "A served model under load",
         [
             f"{name}plan {info['plan']}, head {info['head']}: `mlflow models serve`, one worker. {clients} concurrent "
@@ -176,8 +155,7 @@ def page(grid: Grid, clients: int, info: dict[str, Any], command: str) -> str:
             f"answer. {WARM_UP} requests of warm-up come before the memory is measured. Clients and server share the "
             f"machine. {about()}. {load_average()}",
         ],
-        command,
-        [grid],
+        [Grid("A served model under load", ["figure", "value"], rows)],
     )
 
 
@@ -197,10 +175,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             found = measure(url, processes, options.requests, options.clients, WARM_UP)
     except Exception as error:
         return report(error)
-    grid = grid_of(found)
-    console.print(grid.table())
+    page = page_of(found, options.clients, info)
+    console.print(page.grids[0].table())
     if options.out:
-        write(options.out, page(grid, options.clients, info, command_of(parser, options)), None, console)
+        console.print(f"written: {', '.join(page.write(options.out, command_of(parser, options)))}")
     return 0 if not found["errors"] and found["refused"] == MALFORMED and found["answers_after"] else 1
 
 

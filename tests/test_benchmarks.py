@@ -251,13 +251,6 @@ def test_decode_refuses_bad_input_in_one_line(capsys, arguments, message):
     assert told.startswith("error: ") and message in told and told.count("\n") == 1
 
 
-def test_an_export_that_does_not_decode_is_refused(export, texts, capsys):
-    assert decode.main([*TINY, "--export", str(export)]) == 2
-    assert decode.main([*TINY, "--export", str(export), "--texts", str(texts)]) == 2
-    told = capsys.readouterr().err
-    assert "--export needs --texts" in told and "does not decode (its head is embedding)" in told
-
-
 # --- profile --------------------------------------------------------------------------------------------------------
 
 

@@ -220,7 +220,7 @@ def test_a_model_that_cannot_be_distilled_so_is_refused(tmp_path: Path, capsys):
 def test_the_benchmark_of_gpus_says_where_there_is_none(monkeypatch, capsys):
     monkeypatch.setattr(gpu, "_there", lambda device: False)
     assert gpu.main([]) == 2
-    assert "no GPU" in capsys.readouterr().out
+    assert "no GPU" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

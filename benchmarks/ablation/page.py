@@ -14,6 +14,7 @@ from benchmarks.ablation.bench import PROBE_DEV, PROBE_TRAIN, Bench
 from benchmarks.ablation.grid import Store, cells, write_text
 from benchmarks.ablation.method import GROUPS, STAGE_TITLES, STAGES, Method
 from benchmarks.ablation.rows import FIGURES, means
+from benchmarks.page import Grid
 from ffn2moe.planning.timing import machine
 
 
@@ -54,12 +55,9 @@ def model_name(bench: Bench) -> str:
 
 def _shown(arguments: Sequence[str]) -> list[str]:
     """Return the command's arguments without the folders of this machine."""
-    shown: list[str] = []
-    for before, argument in zip(["", *arguments], arguments, strict=False):
-        local = before in ("--workspace", "--work", "--out") or argument in ("--workspace", "--work", "--out")
-        if not local:
-            shown.append(argument)
-    return shown
+    local = ("--workspace", "--work", "--out")
+    pairs = zip(["", *arguments], arguments, strict=False)
+    return [argument for before, argument in pairs if before not in local and argument not in local]
 
 
 def judged(bench: Bench) -> str:
@@ -72,13 +70,11 @@ def judged(bench: Bench) -> str:
     if found.stsb:
         parts.append(f"{len(found.stsb)} pairs of STS-B dev")
     parts += [f"{len(dev)} texts of {FIGURES[name][0]}" for name, (_, dev) in found.classification.items()]
-    summary = ", ".join(parts)
-    if found.classification:
-        summary += (
-            f"; the probe of a set is fitted on at most {PROBE_TRAIN} of its texts and judged on at most {PROBE_DEV}, "
-            "chosen once by content"
-        )
-    return summary
+    probe = (
+        f"; the probe of a set is fitted on at most {PROBE_TRAIN} of its texts and judged on at most {PROBE_DEV}, "
+        "chosen once by content"
+    )
+    return ", ".join(parts) + (probe if found.classification else "")
 
 
 # --- files --------------------------------------------------------------------------------------------
@@ -213,25 +209,23 @@ def summary(one: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> list[s
         ("best other compressor", lambda row: row["group"] == "baselines"),
         ("best FactorLLM", lambda row: row["group"] == "FactorLLM"),
     )
-    places = sorted(
-        {(row["share"], row["stage"]) for row in rows}, key=lambda place: (-place[0], STAGES.index(place[1]))
-    )
-    lines = [
-        "The share of the teacher's figures that is kept, and the best method by it:",
-        "",
-        "| active | stage | " + " | ".join(name for name, _ in wanted) + " |",
-        "|---|---|" + "---|" * len(wanted),
-    ]
-    for share, stage in places:
+    cells = []
+    for share, stage in sorted({(row["share"], row["stage"]) for row in rows}, key=_place):
         here = [row for row in rows if (row["share"], row["stage"]) == (share, stage)]
-        entries = []
+        entries = [f"{100 * share:g} %", STAGE_TITLES[stage]]
         for name, belongs in wanted:
-            those = [row for row in here if belongs(row)]
+            those = filter(belongs, here)
             best = max(those, key=lambda row: statistics.mean(row["quality"]), default=None)
             title = "" if best is None or name.startswith("ours") else f" ({best['title']})"
             entries.append("" if best is None else _percent(best["quality"]) + title)
-        lines.append(f"| {100 * share:g} % | {STAGE_TITLES[stage]} | " + " | ".join(entries) + " |")
-    return [*lines, ""]
+        cells.append(entries)
+    table = Grid("", ["active", "stage", *(name for name, _ in wanted)], cells).markdown()
+    return ["The share of the teacher's figures that is kept, and the best method by it:", "", *table, ""]
+
+
+def _place(place: tuple[float, Any]) -> tuple[float, int]:
+    """Sort by falling share, then by stage."""
+    return -place[0], STAGES.index(place[1])
 
 
 def table(one: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -243,26 +237,24 @@ def table(one: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> list[str
     compared = {row["stage"] for row in rows if row["group"] != "default"} or {row["stage"] for row in rows}
     for stage in filter(compared.__contains__, STAGES):
         here = [row for row in rows if row["stage"] == stage]
-        lines += [f"**{STAGE_TITLES[stage]}**", "", f"| {' | '.join(headings)} |", f"|{'---|' * len(headings)}"]
-        for row in sorted(here, key=lambda row: -row["share"]):
-            errors = row["errors"]
-            figures = [_written(name, row["figures"][name]) + _share(row, name) for name in names]
-            entries = [
-                f"**{row['title']}**" if row["group"] == "default" else row["title"],
-                _percent(row["cost"]["active_share"], spread=False),
-                *figures,
-                _percent(row["quality"]),
-                _spread("{:.3f}", errors.get("error")),
-                _spread("{:.3f}", errors.get("router_error")),
-                _spread("{:.3f}", errors.get("oracle_error")),
-                _spread("{:.2f}", errors.get("router_recall")),
-                _percent(row["cost"]["flops"], spread=False),
-                _spread("{:.0f}", row["seconds"]["processor"], spread=False),
-                str(row["seeds"]),
-            ]
-            lines.append(f"| {' | '.join(entries)} |")
-        lines.append("")
+        cells = [_entries(row, names) for row in sorted(here, key=lambda row: -row["share"])]
+        lines += [f"**{STAGE_TITLES[stage]}**", "", *Grid("", headings, cells).markdown(), ""]
     return lines[:-1]
+
+
+def _entries(row: Mapping[str, Any], names: Sequence[str]) -> list[str]:
+    errors = row["errors"]
+    return [
+        f"**{row['title']}**" if row["group"] == "default" else row["title"],
+        _percent(row["cost"]["active_share"], spread=False),
+        *(_written(name, row["figures"][name]) + _share(row, name) for name in names),
+        _percent(row["quality"]),
+        *(_spread("{:.3f}", errors.get(name)) for name in ("error", "router_error", "oracle_error")),
+        _spread("{:.2f}", errors.get("router_recall")),
+        _percent(row["cost"]["flops"], spread=False),
+        _spread("{:.0f}", row["seconds"]["processor"], spread=False),
+        str(row["seeds"]),
+    ]
 
 
 def _share(row: Mapping[str, Any], name: str) -> str:

@@ -1,10 +1,9 @@
-"""Plot the kept quality against the cost of a token: one panel for each stage, and for each judge once distilled."""
+"""Plot the kept quality against the cost of a token: a panel for each stage, and for each judge of the last stage."""
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,21 +24,8 @@ COLOURS = {  # by Okabe and Ito: colour-blind readers can tell them apart
     "baselines": "#888888",
 }
 MARKERS = {"default": "*", "FactorLLM": "X", "baselines": "s", "after conversion": "D"}
-
-
+NAMES = {"default": "ours, as by default", "baselines": "other compressors"}
 DODGE = 0.45  # octaves over which the groups of one share stand side by side
-
-
-@dataclass(frozen=True)
-class Point:
-    """A row in a panel."""
-
-    x: float
-    y: float
-    spread: float
-    group: str
-    title: str
-    share: float
 
 
 def draw(one: Mapping[str, Any], path: Path) -> None:
@@ -48,108 +34,73 @@ def draw(one: Mapping[str, Any], path: Path) -> None:
 
     rows = means(one)
     stages = [stage for stage in STAGES if any(row["stage"] == stage for row in rows)]
-    last = stages[-1]
     judges = [name for name in FIGURES if name in rows[0]["kept"] and name != "agreement"]
-    figure = Figure(figsize=(14, 9.4 if len(judges) > 1 else 5.4), layout="constrained", dpi=150)
-    places = figure.add_gridspec(2 if len(judges) > 1 else 1, 12, height_ratios=(5, 4) if len(judges) > 1 else None)
-    for index, stage in enumerate(stages):
-        wide = 12 // len(stages)
-        axes = figure.add_subplot(places[0, wide * index : wide * (index + 1)])
-        _panel(axes, STAGE_TITLES[stage], [row for row in rows if row["stage"] == stage], None)
-    for index, judge in enumerate(judges if len(judges) > 1 else ()):
-        wide = 12 // len(judges)
-        axes = figure.add_subplot(places[1, wide * index : wide * (index + 1)])
-        title = f"{STAGE_TITLES[last]}: {FIGURES[judge][0]}"
-        _panel(axes, title, [row for row in rows if row["stage"] == last], judge)
-    shown = [group for group in COLOURS if any(row["group"] == group for row in rows)]
-    names = {"default": "ours, as by default", "baselines": "other compressors"}
-    handles = [
-        figure.axes[0].plot(
-            [], [], MARKERS.get(group, "o"), color=COLOURS[group], markersize=9, label=names.get(group, group)
-        )[0]
-        for group in shown
-    ]
-    figure.legend(handles=handles, loc="outside lower center", ncols=min(5, len(shown)), frameon=False)
-    figure.suptitle(
-        f"{one['model']}: share of the teacher that is kept, by the FLOPs of the FFNs that a token runs", fontsize=12
-    )
+    panels = [[(STAGE_TITLES[stage], stage, None) for stage in stages]]
+    if len(judges) > 1:
+        panels.append([(f"{STAGE_TITLES[stages[-1]]}: {FIGURES[judge][0]}", stages[-1], judge) for judge in judges])
+    figure = Figure(figsize=(14, 1.4 + 4 * len(panels)), layout="constrained", dpi=150)
+    parts = figure.subfigures(len(panels), squeeze=False)[:, 0]
+    for part, line in zip(parts, panels, strict=True):
+        for axes, (title, stage, judge) in zip(part.subplots(1, len(line), squeeze=False)[0], line, strict=True):
+            axes.set_title(title, fontsize=10)
+            _panel(axes, [row for row in rows if row["stage"] == stage], judge)
+    shown: dict[str, Any] = {}
+    for axes in figure.axes:
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
+            shown.setdefault(label, handle)
+    figure.legend(list(shown.values()), list(shown), loc="outside lower center", ncols=5, frameon=False)
+    figure.suptitle(f"{one['model']}: share of the teacher that is kept, by the FLOPs of the FFNs that a token runs")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, metadata={"Software": None})
 
 
-def _panel(axes: Any, title: str, rows: Sequence[Mapping[str, Any]], judge: str | None) -> None:
+def _panel(axes: Any, rows: Sequence[Mapping[str, Any]], judge: str | None) -> None:
     """Draw each row as a dot with its spread, the default as a line, and the best at each cost as a thin line.
 
-    The dots of one share stand side by side, by group; their common cost is at the middle.
+    The dots of one share stand side by side, by group; their common cost is at the middle. Outliers stand at the edge.
     """
-    points = [_point(row, judge) for row in rows]
-    highest = max(100.0, *(point.y for point in points))
-    lowest = min(highest - 1, _lowest([point.y for point in points]))
-    height = highest - lowest
-    groups = [group for group in COLOURS if any(point.group == group for point in points)]
+    quality = [_percents(row["quality"] if judge is None else row["kept"][judge]) for row in rows]
+    cost = [100 * statistics.mean(row["cost"]["ffn_flops"]) for row in rows]
+    highest = max(100.0, *(mean for mean, _ in quality))
+    lowest = min(highest - 1, _lowest([mean for mean, _ in quality]))
+    groups = [group for group in COLOURS if any(row["group"] == group for row in rows)]
     for place, group in enumerate(groups):
-        dodge = 1.0 if group == "default" else 2 ** (DODGE * (place / max(1, len(groups) - 1) - 0.5))
-        own = [point for point in points if point.group == group]
-        _dots(axes, group, own, dodge, lowest, named=judge is None)
-    _line(axes, [(point.x, point.y) for point in points if point.group == "default"], COLOURS["default"])
-    _line(axes, _front([(point.x, point.y) for point in points]), "#bbbbbb")
-    if judge is None:
-        _name_the_best(axes, points)
+        default = group == "default"
+        dodge = 1.0 if default else 2 ** (DODGE * (place / max(1, len(groups) - 1) - 0.5))
+        own = [index for index, row in enumerate(rows) if row["group"] == group]
+        axes.errorbar(
+            [cost[index] * dodge for index in own],
+            [max(lowest, quality[index][0]) for index in own],
+            yerr=[quality[index][1] if quality[index][0] >= lowest else 0.0 for index in own],
+            fmt=MARKERS.get(group, "o"),
+            color=COLOURS[group],
+            label=NAMES.get(group, group),
+            markersize=13 if default else 6,
+            markeredgecolor="black" if default else "white",
+            markeredgewidth=0.5,
+            elinewidth=1,
+            zorder=5 if default else 3,
+        )
+    points = [(x, mean, row["group"]) for x, (mean, _), row in zip(cost, quality, rows, strict=True)]
+    lines = ((sorted((x, y) for x, y, group in points if group == "default"), COLOURS["default"]),)
+    for line, colour in (*lines, (_front([(x, y) for x, y, _ in points]), "#bbbbbb")):
+        axes.plot([x for x, _ in line], [y for _, y in line], color=colour, linewidth=1.2, zorder=2)
+    ticks = sorted({100 * row["share"] for row in rows})
     axes.axhline(100, color="#444444", linewidth=0.8, linestyle=":")
-    axes.set_title(title, fontsize=10)
     axes.set_xscale("log", base=2)
-    ticks = sorted({100 * point.share for point in points})
     axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
-    axes.set_xlim(0.7 * min(ticks), 1.9 * max(ticks))
     axes.minorticks_off()
-    axes.set_ylim(lowest - 0.04 * height, highest + 0.06 * height)
+    axes.set_xlim(0.7 * min(ticks), 1.9 * max(ticks))
+    axes.set_ylim(lowest - 0.04 * (highest - lowest), highest + 0.06 * (highest - lowest))
     axes.grid(color="#e6e6e6", linewidth=0.6)
-    axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
     axes.set_xlabel("FLOPs of FFNs and routers, % of the teacher's", fontsize=8.5)
     axes.set_ylabel("% of the teacher kept", fontsize=8.5)
-    axes.tick_params(labelsize=8.5)
 
 
-def _point(row: Mapping[str, Any], judge: str | None) -> Point:
-    """Return a row as a point: the mean over the judges, or one judge."""
-    values = row["quality"] if judge is None else row["kept"][judge]
-    spread = 100 * statistics.stdev(values) if len(values) > 1 else 0.0
-    cost = 100 * statistics.mean(row["cost"]["ffn_flops"])
-    return Point(cost, 100 * statistics.mean(values), spread, row["group"], row["title"], row["share"])
-
-
-def _dots(axes: Any, group: str, own: Sequence[Point], dodge: float, lowest: float, *, named: bool) -> None:
-    """Draw the points of a group; mark those below the axis at its edge, with their names if `named`."""
-    default = group == "default"
-    seen = [point for point in own if point.y >= lowest]
-    style = {"color": COLOURS[group], "markeredgecolor": "black" if default else "white", "markeredgewidth": 0.5}
-    axes.errorbar(
-        [point.x * dodge for point in seen],
-        [point.y for point in seen],
-        yerr=[point.spread for point in seen],
-        fmt=MARKERS.get(group, "o"),
-        markersize=13 if default else 8 if group == "FactorLLM" else 6,
-        elinewidth=1,
-        zorder=5 if default else 3,
-        **style,
-    )
-    for share in sorted({point.share for point in own}):
-        below = [point for point in own if point.share == share and point.y < lowest]
-        if not below:
-            continue
-        x = below[0].x * dodge
-        axes.plot(x, lowest, "v", markersize=6, clip_on=False, zorder=4, **style)
-        if named:
-            values = ", ".join(f"{point.y:.0f}" for point in below)
-            label = f"{below[0].title if len(below) == 1 else group} {values}"
-            style_of_text = {"rotation": 90, "fontsize": 6.5, "ha": "center", "color": COLOURS[group]}
-            axes.annotate(label, (x, lowest), xytext=(0, 6), textcoords="offset points", **style_of_text)
-
-
-def _line(axes: Any, points: Sequence[tuple[float, float]], colour: str) -> None:
-    if len(points) > 1:
-        axes.plot(*zip(*sorted(points), strict=True), color=colour, linewidth=1.2, zorder=2)
+def _percents(values: Sequence[float]) -> tuple[float, float]:
+    """Return mean and standard deviation in percent."""
+    return 100 * statistics.mean(values), 100 * statistics.stdev(values) if len(values) > 1 else 0.0
 
 
 def _front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
@@ -167,27 +118,3 @@ def _lowest(values: Sequence[float]) -> float:
         return min(values)
     low, _, high = statistics.quantiles(values, n=4)
     return max(min(values), low - 1.5 * (high - low))
-
-
-def _name_the_best(axes: Any, points: Sequence[Point]) -> None:
-    """Name the best of ours and the best other compressor of each share."""
-    for share in {point.share for point in points}:
-        here = [point for point in points if point.share == share]
-        ours = [point for point in here if point.group not in ("baselines", "FactorLLM")]
-        others = [point for point in here if point.group == "baselines"]
-        for those, up in ((ours, 1), (others, -1)):
-            if not those:
-                continue
-            best = max(those, key=lambda point: point.y)
-            axes.annotate(
-                best.title,
-                (best.x, best.y),
-                xytext=(0, 12 * up) if up > 0 else (12, -2),
-                textcoords="offset points",
-                fontsize=6.8,
-                ha="center" if up > 0 else "left",
-                va="bottom" if up > 0 else "top",
-                color="#333333",
-                bbox={"boxstyle": "round,pad=0.1", "facecolor": "white", "edgecolor": "none", "alpha": 0.8},
-                zorder=6,
-            )

@@ -16,18 +16,14 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 import benchmarks.ablation.methods  # noqa: F401  a worker finds every method in the tables
 from benchmarks.ablation.bench import Bench, Setup
 from benchmarks.ablation.build import measure
 from benchmarks.ablation.grid import Cell, Store
-from benchmarks.ablation.method import Stage
 from ffn2moe.planning.timing import machine
-from tasks.stage import clock, die_with_parent
-
-# Time of a cell of a stage over that of a training-free one, until the first such cell is measured.
-WEIGHT: dict[Stage, float] = {"free": 1.0, "router": 1.5, "distilled": 4.0}
+from ffn2moe.progress import Screen
+from tasks.stage import die_with_parent
 
 
 @dataclass(frozen=True)
@@ -42,40 +38,21 @@ class Finished:
 def run(setup: Setup, store: Store, todo: Sequence[Cell], jobs: int, console: Console) -> list[Finished]:
     """Run the cells in their order and write each; return those that failed."""
     failed: list[Finished] = []
-    seconds: dict[Stage, list[float]] = {}
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with (
-        Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress,
+        Screen(console) as screen,
         closing(finish(setup, todo, jobs)) as finishing,  # Ctrl-C then ends the other processes, too
     ):
-        task = progress.add_task("cells", total=len(todo))
-        for number, finished in enumerate(finishing, 1):
-            cell = finished.cell
+        for number, finished in enumerate(screen.track(finishing, len(todo), "cells"), 1):
             if finished.found is None:
                 failed.append(finished)
                 line = f"failed: {finished.error}"
             else:
-                store.write(cell, finished.found)
+                store.write(finished.cell, finished.found)
                 spent = finished.found["seconds"]
-                seconds.setdefault(cell.stage, []).append(spent["made"] + spent["judged"])
-                line = f"{summary(finished.found)}, {spent['made']:.0f} + {spent['judged']:.0f} s"
-            left = estimate(todo[number:], seconds) / jobs
-            progress.update(task, completed=number, description=f"cells, {clock(left)} left")
-            console.print(f"{number}/{len(todo)} {cell.name(store.budget.experts)}: {line}; {clock(left)} left")
+                figures = ", ".join(f"{name} {figure:.4g}" for name, figure in finished.found["figures"].items())
+                line = f"{figures}, {spent['made']:.0f} + {spent['judged']:.0f} s"
+            screen.say(f"{number}/{len(todo)} {finished.cell.name(store.budget.experts)}: {line}")
     return failed
-
-
-def estimate(cells: Sequence[Cell], seconds: dict[Stage, list[float]]) -> float:
-    """Return the seconds that these cells take one after another, estimated from finished ones."""
-    weighted = [(sum(took) / len(took)) / WEIGHT[stage] for stage, took in seconds.items()]
-    unit = sum(weighted) / len(weighted) if weighted else 0.0
-    known = {stage: sum(took) / len(took) for stage, took in seconds.items()}
-    return sum(known.get(cell.stage, unit * WEIGHT[cell.stage]) for cell in cells)
-
-
-def summary(found: dict[str, Any]) -> str:
-    """Return the figures of a cell as one line."""
-    return ", ".join(f"{name} {figure:.4g}" for name, figure in found["figures"].items())
 
 
 # --- processes ----------------------------------------------------------------------------------------
@@ -126,8 +103,7 @@ _bench: Bench
 def _start(setup: Setup) -> None:
     global _bench
     die_with_parent()
-    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
-        os.environ[name] = str(setup.threads)
+    os.environ |= dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(setup.threads))
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     _bench = Bench(setup)
 
