@@ -215,7 +215,7 @@ def test_a_container_with_a_shared_expert_holds_one(prepared, tmp_path, capsys):
             ["decompose.container=auto", "decompose.gate=softmax"],
             "mixtral cannot hold .* by 'softmax_topk'",
         ),
-        ("prepare", ["teacher.head=classification"], "with the head classification writes none: name a corpus"),
+        ("prepare", ["teacher.head=classification"], "with the head classification writes no text: name a corpus"),
         (
             "prepare",
             ["teacher.head=classification", "data.corpus=docstrings", "decompose.container=none"],
