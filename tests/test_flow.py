@@ -351,7 +351,7 @@ def test_a_lock_is_free_again_when_its_holder_is_gone(tmp_path):
         fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
-def test_a_dvc_lock_that_was_cut_short_is_made_anew(tmp_path):
+def test_a_dvc_lock_that_was_cut_short_is_made_again(tmp_path):
     whole = """\
 schema: '2.0'
 stages:
@@ -371,16 +371,16 @@ stages:
       md5: 9f7e69321592d00c5f0b62bca9429db2.dir
       size: 10343
 """
-    file, told = tmp_path / "dvc.lock", []
+    file, said = tmp_path / "dvc.lock", []
     git(tmp_path, "init", "-q")
     pieces = ("", "stag", "prepare:", "cmd:", "deps:", "tasks/prep", "md5: c25", "size:", "params:", "outs:", "corpus")
     for last in pieces:
         file.write_text(whole[: whole.index(last) + len(last)])
         assert workspace.locked_stages(tmp_path) is None, last
         assert dvc.locked(tmp_path, "prepare") == {}
-        with lock(tmp_path, tell=told.append):
+        with lock(tmp_path, say=said.append):
             assert not file.exists()
-    assert len(told) == len(pieces) and all("cut short by a kill or a full disk" in line for line in told)
+    assert len(said) == len(pieces) and all("cut short by a kill or a full disk" in line for line in said)
     file.write_text(whole)
     git(tmp_path, "add", "dvc.lock")
     git(tmp_path, "commit", "-q", "-m", "results")
