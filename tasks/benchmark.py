@@ -6,6 +6,7 @@ No earlier stage measures time, so that their outs are the same bytes everywhere
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,32 +33,16 @@ def run(stage: StageRun) -> None:
         return stage.track(rounds, len(rounds), label)
 
     measured = measure.measure(
-        folder,
+        measure.Setting(folder, workload, settings.threads, keeps_quality, settings.decode_tokens),
         texts,
-        workload,
-        threads=settings.threads,
-        keeps_quality=keeps_quality,
         rounds=settings.rounds,
-        decode_tokens=settings.decode_tokens,
         track=track,
         report=lambda rows: say_times(stage, rows),
     )
     for plan, reason in measured.left_out.items():
         stage.say(f"{plan} does not run here: {reason}")
 
-    def planned(max_plans: int | None = None) -> dict[str, Any]:
-        return plan_file.planned(
-            folder,
-            measured,
-            workload,
-            threads=settings.threads,
-            keeps_quality=keeps_quality,
-            min_retention=params.gate.min_retention,
-            decode_tokens=settings.decode_tokens,
-            max_plans=max_plans,
-            texts=texts,
-        )
-
+    planned = partial(plan_file.planned, measured, min_retention=params.gate.min_retention, texts=texts)
     content = planned()
     if manifest["spec"]["head"] == "embedding" and len(content["plans"]) > 1:
         mixed = mixed_retention(root, folder, content["plans"], manifest, settings.threads[0])

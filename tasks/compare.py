@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from tasks import pareto
 from tasks.stage import explain
 
 TEXTS = 400  # the batches are made of them, as in the stage `benchmark`
@@ -64,15 +65,11 @@ def deciding(rows: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
 
 def best_of(found: Sequence[Point]) -> list[Point]:
     """Return the points that no other point beats in both quality and speed, from best quality to best speed."""
-    from ffn2moe.planning import pareto
-
     return [found[place] for place in pareto.front([(point.kept, point.vs_best_dense) for point in found])]
 
 
 def cheapest_of(found: Sequence[Point], keeps: float) -> Point | None:
     """Return the fastest point that keeps at least the share `keeps` of the quality; None if no point does."""
-    from ffn2moe.planning import pareto
-
     place = pareto.cheapest([(point.kept, point.vs_best_dense) for point in found], keeps)
     return None if place is None else found[place]
 

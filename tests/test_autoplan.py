@@ -508,11 +508,10 @@ def test_a_language_model_reads_and_writes_on_plans_of_its_own(tmp_path):
     folder = tmp_path / "export"
     write_manifest(folder, export_model(model, dense, tokenizer, spec, folder, plans=("dense", "sorted")))
     kept = {"dense": True, "sorted": True}
-    given = {"threads": [1], "keeps_quality": kept, "decode_tokens": 2}
-    workload = parse_workload("2x4")
-    measured = measure.measure(folder, make_texts(5), workload, rounds=8, **given)
+    setting = measure.Setting(folder, parse_workload("2x4"), [1], kept, decode_tokens=2)
+    measured = measure.measure(setting, make_texts(5), rounds=8)
     assert [row.phase for row in measured.timings if row.plan == "dense"] == ["prefill", "decode", "request"]
-    content = plan_file.planned(folder, measured, workload, min_retention=0.9, **given)
+    content = plan_file.planned(measured, min_retention=0.9)
     assert [(row["phase"], row["weight"]) for row in content["choices"]] == [("prefill", 1), ("decode", 2)]
     for row, plan in zip(content["choices"], ("sorted", "dense"), strict=True):
         row["plan"] = plan
@@ -520,7 +519,7 @@ def test_a_language_model_reads_and_writes_on_plans_of_its_own(tmp_path):
     written = "".join(ffn2moe.open_export(folder, threads=1).generate("a word", max_new_tokens=4, stop_at_end=False))
     assert isinstance(written, str)
     with pytest.raises(ValueError, match="more than the 64 that the model can hold"):
-        measure.measure(folder, make_texts(5), parse_workload("1x63"), **given)
+        measure.measure(replace(setting, workload=parse_workload("1x63")), make_texts(5))
 
 
 # --- layers that stay dense -----------------------------------------------------------------------------------------

@@ -434,23 +434,20 @@ def test_what_stands_beside_the_weights_is_copied(tmp_path: Path) -> None:
 # What is chosen, and what is refused
 
 
-@pytest.mark.parametrize(("source", "shared_width", "balance", "name"), [
-    ("llama", 0, False, "mixtral"),
-    ("llama", 8, False, "glm4_moe"),
-    ("llama", 0, True, "glm4_moe"),
-    ("llama with biases", 0, False, "granitemoeshared"),
-    ("mistral with window", 0, False, "mixtral"),
-    ("mistral with window", 8, False, "qwen2_moe"),
-    ("qwen2", 0, False, "qwen2_moe"),
-    ("qwen2", 8, False, "glm4_moe"),
-    ("qwen2 with windows", 8, False, "qwen2_moe"),
-    ("qwen3", 0, False, "qwen3_moe"),
-    ("qwen3", 8, True, "glm4_moe"),
+@pytest.mark.parametrize(("source", "shared_width", "name"), [
+    ("llama", 0, "mixtral"),
+    ("llama", 8, "glm4_moe"),
+    ("llama with biases", 0, "granitemoeshared"),
+    ("mistral with window", 0, "mixtral"),
+    ("mistral with window", 8, "qwen2_moe"),
+    ("qwen2", 0, "qwen2_moe"),
+    ("qwen2", 8, "glm4_moe"),
+    ("qwen2 with windows", 8, "qwen2_moe"),
+    ("qwen3", 0, "qwen3_moe"),
+    ("qwen3", 8, "glm4_moe"),
 ])  # fmt: skip
-def test_the_choice_follows_the_family_and_explains_itself(
-    source: str, shared_width: int, balance: bool, name: str
-) -> None:
-    container, why = choose(config_of(source), shared_width=shared_width, balance=balance)
+def test_the_choice_follows_the_family_and_explains_itself(source: str, shared_width: int, name: str) -> None:
+    container, why = choose(config_of(source), shared_width=shared_width)
     assert container.name == name
     assert why.startswith(f"{name}, because the model is a {source.split()[0].rstrip(',')}")
     assert f"it weighs experts by {container.gate}" in why
@@ -493,7 +490,6 @@ def test_what_the_spec_asks_for_is_refused_too() -> None:
         (replace(spec, stacks=(replace(shape, shared_width=8),)), "a shared expert (8 neurons) is wanted"),
     ):
         assert reason in (obstacle(held, config, spec=changed) or "")
-    assert obstacle(held, config, balance=True) == "a balance bias is wanted, and its router has no bias for the choice"
 
 
 def test_models_that_no_container_holds_are_told_where_to_go() -> None:

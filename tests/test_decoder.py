@@ -450,10 +450,11 @@ def test_the_same_model_gives_the_same_bytes(folder, models, tokenizer, tmp_path
             assert (tmp_path / file.relative_to(folder)).read_bytes() == file.read_bytes(), file.name
 
 
-def test_weights_beyond_one_file_s_size_lie_beside_it(models, tmp_path):
+def test_weights_beyond_one_file_s_size_lie_beside_it(models, tmp_path, monkeypatch):
+    monkeypatch.setattr("ffn2moe.onnx.graph.LARGEST_FILE", 10_000)
     _, student, spec = models
     make_tokenizer(tmp_path / "tokenizer")
-    manifest = export_model(student, None, None, spec, tmp_path, plans=("sorted", "qmoe4"), largest_file=10_000)
+    manifest = export_model(student, None, None, spec, tmp_path, plans=("sorted", "qmoe4"))
     write_manifest(tmp_path, manifest)
     assert manifest["plans"]["sorted"]["more"].keys() == {"onnx/sorted.onnx.data"}
     graph, weights = tmp_path / "onnx/sorted.onnx", tmp_path / "onnx/sorted.onnx.data"

@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 
 import ffn2moe
 from ffn2moe.data.encode import encode
-from ffn2moe.planning.measure import measure
+from ffn2moe.planning.measure import Setting, measure
 from ffn2moe.planning.timing import Race, Timing
 from ffn2moe.runtime import batching, microsoft, quantise
 from ffn2moe.runtime import export as runtime
@@ -185,9 +185,9 @@ def test_opening_an_export_needs_no_torch(export):
 
 def test_every_plan_of_the_race_is_timed_at_every_shape_against_the_dense_ones(export):
     kept = dict.fromkeys(plans_of("embedding"), True)
-    given = {"threads": [1], "keeps_quality": kept, "rounds": 3}
+    setting = Setting(export, parse_workload("1x4,3x8"), [1], kept)
     found: list[list[Timing]] = []
-    measured = measure(export, TEXTS, parse_workload("1x4,3x8"), report=found.append, **given)
+    measured = measure(setting, TEXTS, rounds=3, report=found.append)
     assert [(rows[0].batch, rows[0].sequence) for rows in found] == [(1, 4), (3, 8)] and not measured.left_out
     for rows in found:
         assert [row.plan for row in rows] == [plan for plan in kept if plan != "fused"]
@@ -195,10 +195,10 @@ def test_every_plan_of_the_race_is_timed_at_every_shape_against_the_dense_ones(e
         dense = rows[0]
         assert dense.speedup_vs_dense == 1
         assert min(row.speedup_vs_best_dense for row in rows[:2]) <= 1 <= max(r.speedup_vs_best_dense for r in rows[:2])
-    named = measure(export, TEXTS, parse_workload("1x4"), plans=("dense", "fused"), **given)
+    named = measure(setting, TEXTS, plans=("dense", "fused"), rounds=3)
     assert {row.plan for row in named.timings} == {"dense", "fused"}
     with pytest.raises(ValueError, match="no text"):
-        measure(export, [" "], parse_workload("1x4"), **given)
+        measure(setting, [" "])
 
 
 def test_the_plans_take_turns_so_that_a_slow_moment_hits_all_of_them(monkeypatch):

@@ -16,13 +16,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ffn2moe.planning import pareto
 from flows import axes as studies
 from flows import cell as cell_process
 from flows import dvc
 from flows.axes import Range
 from flows.study import Study
 from flows.workspace import FlowError
+from tasks import pareto
 from tasks.params import ParamsError, override, read, write
 from tests.toy import PROJECT, environment, make_toy
 

@@ -71,30 +71,13 @@ def _run(options: argparse.Namespace, screen: Screen) -> int:
             screen.say(f"{plan} is timed, but keeps less than {100 * minimum:g} % of the teacher's quality")
 
     with _countdown(screen, 60 * options.minutes, len(threads) * len(workload.shapes)) as track:
+        setting = measure.Setting(path, workload, threads, keeps_quality, decode_tokens)
+        seconds = 60 * options.minutes
         measured = measure.measure(
-            path,
-            texts,
-            workload,
-            threads=threads,
-            keeps_quality=keeps_quality,
-            plans=plans,
-            seconds=60 * options.minutes,
-            decode_tokens=decode_tokens,
-            providers=providers(options),
-            track=track,
+            setting, texts, plans=plans, seconds=seconds, providers=providers(options), track=track
         )
     with screen.step("measuring the memory of the chosen plans"):
-        content = plan_file.planned(
-            path,
-            measured,
-            workload,
-            threads=threads,
-            keeps_quality=keeps_quality,
-            min_retention=minimum,
-            decode_tokens=decode_tokens,
-            max_plans=options.max_plans,
-            texts=texts,
-        )
+        content = plan_file.planned(measured, min_retention=minimum, max_plans=options.max_plans, texts=texts)
     content |= {"bounds": before["bounds"]} if "bounds" in before else {}
     _show(screen, content)
     screen.say(f"wrote {plan_file.write(path, content)}")

@@ -11,13 +11,11 @@ from ffn2moe.containers.table import CONTAINERS, by_preference, dense_families
 from ffn2moe.spec import MoESpec
 
 
-def obstacle(
-    container: Container, config: Any, *, shared_width: int = 0, balance: bool = False, spec: MoESpec | None = None
-) -> str | None:
+def obstacle(container: Container, config: Any, *, shared_width: int = 0, spec: MoESpec | None = None) -> str | None:
     """Return the property of a dense model that forbids a container, as the end of "because ..."; None if it fits.
 
-    `config` is the dense model's. `shared_width` is the number of neurons of the shared expert, `balance` whether a
-    bias shifts the choice of experts. A `spec` is checked too, and its own shared width is used.
+    `config` is the dense model's. `shared_width` is the number of neurons of the shared expert. A `spec` is checked
+    too, and its own shared width is used.
     """
     dense = DenseModel(config)
     reason = _model_obstacle(dense) or container.obstacle(dense)
@@ -26,12 +24,10 @@ def obstacle(
     shared_width = spec.shared_width if spec and len(spec.stacks) == 1 else shared_width
     if shared_width and container.shared_expert is None:
         return f"a shared expert ({shared_width} neurons) is wanted, and it has none"
-    if balance and not container.choice_bias:
-        return "a balance bias is wanted, and its router has no bias for the choice"
     return next(_spec_obstacles(container, spec), None) if spec else None
 
 
-def choose(config: Any, *, shared_width: int = 0, balance: bool = False) -> tuple[Container, str]:
+def choose(config: Any, *, shared_width: int = 0) -> tuple[Container, str]:
     """Return the container for a dense model, and a sentence that gives the reason.
 
     ValueError, with the obstacle of each container, if none can hold the model.
@@ -45,27 +41,24 @@ def choose(config: Any, *, shared_width: int = 0, balance: bool = False) -> tupl
         order.sort(key=lambda container: not container.prefers_shared)
     rejected: list[str] = []
     for container in order:
-        reason = obstacle(container, config, shared_width=shared_width, balance=balance)
+        reason = obstacle(container, config, shared_width=shared_width)
         if reason is None:
-            wanted = [f"a shared expert of {shared_width} neurons"] * bool(shared_width) + ["a balance bias"] * balance
             why = f"{container.name}, because the model is a {dense.family}"
-            why += f" and {' and '.join(wanted)} is wanted" if wanted else ""
+            why += f" and a shared expert of {shared_width} neurons is wanted" if shared_width else ""
             return container, "; ".join([f"{why}: it weighs experts by {container.gate}", *rejected])
         rejected.append(f"{container.name} cannot, because {reason}")
     raise ValueError(f"no container can hold this model: {'; '.join(rejected)}")
 
 
-def require_fit(
-    container: Container, config: Any, *, shared_width: int = 0, balance: bool = False, spec: MoESpec | None = None
-) -> None:
+def require_fit(container: Container, config: Any, *, shared_width: int = 0, spec: MoESpec | None = None) -> None:
     """ValueError, with the obstacle and the containers that can hold the model, if this container cannot."""
-    reason = obstacle(container, config, shared_width=shared_width, balance=balance, spec=spec)
+    reason = obstacle(container, config, shared_width=shared_width, spec=spec)
     if reason is None:
         return
     able = [
         other.name
         for other in by_preference(config.model_type)
-        if obstacle(other, config, shared_width=shared_width, balance=balance, spec=spec) is None
+        if obstacle(other, config, shared_width=shared_width, spec=spec) is None
     ]
     others = f"{' or '.join(able)} can" if able else "no container can"
     raise ValueError(f"{container.name} cannot hold this model, because {reason}; {others}")

@@ -232,14 +232,14 @@ def traced(
     return graph
 
 
-def save_graph(model: ir.Model, path: str | Path, largest: int = LARGEST_FILE) -> dict[str, str]:
+def save_graph(model: ir.Model, path: str | Path) -> dict[str, str]:
     """Write the graph and return the sha256 of each file written, by its name.
 
-    A graph of more than `largest` bytes keeps its weights in a second file beside the first, `PATH.data`: one
+    A graph of more than `LARGEST_FILE` bytes keeps its weights in a second file beside the first, `PATH.data`: one
     message of the format holds 2 GB at most.
     """
     path = Path(path)
-    if _size(model) <= largest:
+    if _size(model) <= LARGEST_FILE:
         path.write_bytes(ir.to_proto(model).SerializeToString(deterministic=True))
         return {path.name: sha256(path)}
     data = path.with_name(f"{path.name}.data")

@@ -22,7 +22,7 @@ from ffn2moe.dense.locate import family_of
 from ffn2moe.moe import checkpoint
 from ffn2moe.moe.variants import Variant, variants_of
 from ffn2moe.onnx.decoder import canonical_graphs
-from ffn2moe.onnx.graph import LARGEST_FILE, save_graph
+from ffn2moe.onnx.graph import save_graph
 from ffn2moe.onnx.lower import PlanRefused, lower
 from ffn2moe.onnx.parity import MAIN_OUTPUT, Parity, Sample, agreement, random_samples
 from ffn2moe.onnx.verify import FLOAT_TOLERANCE, TANH_TOLERANCE, Known, plan_parity
@@ -61,7 +61,6 @@ def export_model(
     samples: Sequence[Sample] | None = None,
     float_tolerance: float = FLOAT_TOLERANCE,
     tanh_tolerance: float = TANH_TOLERANCE,
-    largest_file: int = LARGEST_FILE,
     track: Track = untracked,
 ) -> dict[str, Any]:
     """Write every plan of a model, for any head, and check each against PyTorch; return the manifest.
@@ -69,7 +68,7 @@ def export_model(
     `student` and `teacher` are transformers models with the head of the spec; without a teacher there are no dense
     plans. `plans` None takes all default plans of the head in these `engines` (None: the installed ones); `more_plans`
     are added (`ffn2moe.runtime.plans.plans_on_request`). Each is compared with PyTorch on `samples`
-    (`ffn2moe.onnx.parity`; None: random ones). Weights of more than `largest_file` bytes go into a file of their own.
+    (`ffn2moe.onnx.parity`; None: random ones).
 
     A plan has the experts of the spec. It is repeated for every variant that may be worth it (`ffn2moe.moe.variants`):
     another budget of an elastic mixture (`sorted-k1`, whose entry says `num_active`), and layers that stay dense
@@ -95,7 +94,7 @@ def export_model(
     variant_of = {plan: Variant() for plan in wanted}
     for other in variants_of(spec, with_teacher=teacher is not None):
         variant_of |= {other.name(plan): other for plan in wanted if not is_dense(plan)}
-    _write_plans(models, variant_of, folder, manifest, largest_file, track)
+    _write_plans(models, variant_of, folder, manifest, track)
 
     if samples is None:
         samples = random_samples(student, spec, CHECKED_ROWS)
@@ -167,7 +166,6 @@ def _write_plans(
     variant_of: Mapping[str, Variant],
     folder: Path,
     manifest: dict[str, Any],
-    largest_file: int,
     track: Track,
 ) -> None:
     """Write the graph of each plan, and enter it in the manifest under `plans`, or with the reason under `refused`."""
@@ -187,7 +185,7 @@ def _write_plans(
             except PlanRefused as refusal:
                 manifest["refused"][name] = str(refusal)
                 continue
-            written[graph] = _write(graphs, graph, folder, largest_file)
+            written[graph] = _write(graphs, graph, folder)
         manifest["plans"][name] = {"engine": plan.engine} | written[graph] | variant.metadata()
 
 
@@ -232,11 +230,11 @@ def _check(
     return checked
 
 
-def _write(graphs: Mapping[str, Any], name: str, folder: Path, largest_file: int) -> dict[str, Any]:
+def _write(graphs: Mapping[str, Any], name: str, folder: Path) -> dict[str, Any]:
     """Write the graphs of a plan, its main one and an encoder's; return what the manifest says of the files."""
     digests: dict[str, str] = {}
     for part, graph in graphs.items():
-        saved = save_graph(graph, folder / _file(name, part), largest_file)
+        saved = save_graph(graph, folder / _file(name, part))
         digests |= {f"{GRAPHS}/{file}": digest for file, digest in saved.items()}
     main = _file(name, "main")
     entry: dict[str, Any] = {"file": main, "sha256": digests.pop(main)}

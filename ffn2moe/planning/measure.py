@@ -38,24 +38,32 @@ Track = Callable[[str, range], Iterator[int]]
 
 
 @dataclass(frozen=True)
+class Setting:
+    """What the plans of an export are compared for."""
+
+    path: Path
+    workload: Workload
+    threads: Sequence[int]  # the numbers of threads, each by itself
+    keeps_quality: Mapping[str, bool]  # of each plan (`quality_of`)
+    decode_tokens: int = 16  # that a model writes after a prompt
+
+
+@dataclass(frozen=True)
 class Measured:
     """The timings of a machine, in the order of threads, shapes, phases and plans."""
 
+    setting: Setting
     timings: list[Timing]
     left_out: dict[str, str]  # plan -> why it does not run here
 
 
 def measure(
-    path: str | Path,
+    setting: Setting,
     texts: Sequence[str],
-    workload: Workload,
     *,
-    threads: Sequence[int],
-    keeps_quality: Mapping[str, bool],
     plans: Sequence[str] | None = None,
     rounds: int = ROUNDS,
     seconds: float = math.inf,
-    decode_tokens: int = 16,
     providers: Sequence[str] = CPU,
     track: Track = lambda _, rounds: iter(rounds),
     report: Callable[[list[Timing]], None] = lambda _: None,
@@ -70,10 +78,10 @@ def measure(
     ValueError for an unknown plan, a workload that the model cannot read, or an export without a dense plan that runs:
     nothing could be compared.
     """
-    path = Path(path)
+    path, workload, keeps_quality = setting.path, setting.workload, setting.keeps_quality
     manifest = read_manifest(path)
     require_plans(path, manifest, plans)
-    require_readable(workload, manifest, decode_tokens)
+    require_readable(workload, manifest, setting.decode_tokens)
     if not any(text.strip() for text in texts):
         raise ValueError(
             "there is no text to time the plans on: give real ones, as routing decides the cost of a mixture"
@@ -81,15 +89,15 @@ def measure(
     left_out: dict[str, str] = {}
     timings: list[Timing] = []
     end = time.monotonic() + seconds
-    tokens_left = len(threads) * sum(shape.tokens for shape in workload.shapes)
-    for count in threads:
+    tokens_left = len(setting.threads) * sum(shape.tokens for shape in workload.shapes)
+    for count in setting.threads:
         exports = _opened(path, plans_to_time(manifest["plans"], plans, providers), count, providers, left_out)
         for shape in workload.shapes:
-            batches = _prepared(exports, texts, shape, workload, decode_tokens, left_out)
+            batches = _prepared(exports, texts, shape, setting, left_out)
             dense = [plan for plan in exports if is_dense(plan) and keeps_quality.get(plan, False)]
             if not dense:
                 raise ValueError(_no_dense(path, left_out))
-            race = Race(exports, batches, threads=count, decode_tokens=decode_tokens, comparable=dense)
+            race = Race(exports, batches, threads=count, decode_tokens=setting.decode_tokens, comparable=dense)
             share = (end - time.monotonic()) * shape.tokens / tokens_left
             label = f"{shape}, {count} {'thread' if count == 1 else 'threads'}"
             run_race(race, keeps_quality, rounds=rounds, seconds=share, track=partial(track, label))
@@ -97,7 +105,7 @@ def measure(
             found = race.timings()
             report(found)
             timings += found
-    return Measured([row for row in timings if row.plan not in left_out], left_out)
+    return Measured(setting, [row for row in timings if row.plan not in left_out], left_out)
 
 
 def plans_to_time(known: Iterable[str], plans: Sequence[str] | None, providers: Sequence[str]) -> list[str]:
@@ -125,17 +133,16 @@ def _prepared(
     exports: dict[str, AnyExport],
     texts: Sequence[str],
     shape: Shape,
-    workload: Workload,
-    decode_tokens: int,
+    setting: Setting,
     left_out: dict[str, str],
 ) -> list[timing.Batch]:
     """Return the batches of a shape; compile and run every plan once for it, and close those that fail."""
-    timing.fix(exports, workload.fixed & {(shape.batch, shape.sequence)})
+    timing.fix(exports, setting.workload.fixed & {(shape.batch, shape.sequence)})
     batches: list[timing.Batch] = []
     for plan in list(exports):
         with _noting(plan, left_out):
             batches = batches or timing.full_batches(exports[plan], texts, shape.batch, shape.sequence)
-            timing.sample(exports[plan], batches[0], decode_tokens)
+            timing.sample(exports[plan], batches[0], setting.decode_tokens)
         if plan in left_out:
             del exports[plan]
     return batches

@@ -25,16 +25,7 @@ from ffn2moe.runtime.workload import Workload
 
 
 def planned(
-    path: str | Path,
-    measured: Measured,
-    workload: Workload,
-    *,
-    threads: Sequence[int],
-    keeps_quality: Mapping[str, bool],
-    min_retention: float,
-    decode_tokens: int = 16,
-    max_plans: int | None = None,
-    texts: Sequence[str] = (),
+    measured: Measured, *, min_retention: float, max_plans: int | None = None, texts: Sequence[str] = ()
 ) -> dict[str, Any]:
     """Return the content of plan.json: the choice for each shape and number of threads, and all behind it.
 
@@ -44,19 +35,21 @@ def planned(
     other, measured; with several plans `agreement` is the least mean cosine of the embeddings that two of them give the
     same texts.
     """
-    path = Path(path)
+    setting = measured.setting
+    path, workload = setting.path, setting.workload
     head = read_manifest(path)["spec"]["head"]
     if head == "seq2seq":
         max_plans = 1
     choices = {
         count: choose(
-            cells_of(measured.timings, workload, threads=count, head=head, decode_tokens=decode_tokens),
-            keeps_quality,
+            cells_of(measured.timings, workload, threads=count, head=head, decode_tokens=setting.decode_tokens),
+            setting.keeps_quality,
             max_plans,
         )
-        for count in threads
+        for count in setting.threads
     }
-    first = choices[threads[0]]
+    threads = setting.threads[0]
+    first = choices[threads]
     kept = list(dict.fromkeys(plan for choice in choices.values() for plan in choice.plans))
     plans = list(dict.fromkeys(row.plan for row in measured.timings))
     content: dict[str, Any] = {
@@ -71,17 +64,17 @@ def planned(
             for cell, plan in zip(choice.cells, choice.plan_of, strict=True)
         ],
         "by_threads": [_by_threads(count, choice) for count, choice in choices.items()],
-        "workload": _described(workload, decode_tokens if decodes(head) else None),
+        "workload": _described(workload, setting.decode_tokens if decodes(head) else None),
         "confidence": timing.CONFIDENCE,
         "left_out": measured.left_out,
         "min_retention": min_retention,
-        "keeps_quality": dict(keeps_quality),
-        "memory_mib": memory_of(path, _fixed_shapes(first, kept, workload), workload.largest, threads[0]),
+        "keeps_quality": dict(setting.keeps_quality),
+        "memory_mib": memory_of(path, _fixed_shapes(first, kept, workload), workload.largest, threads),
         "machine": timing.machine(),
         "timings": {plan: [row_of(row) for row in measured.timings if row.plan == plan] for plan in plans},
     }
     if head == "embedding" and len(kept) > 1 and texts:
-        content["agreement"] = _digits(agreement_of(path, kept, texts, threads[0]))
+        content["agreement"] = _digits(agreement_of(path, kept, texts, threads))
     return content
 
 

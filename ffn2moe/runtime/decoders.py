@@ -10,43 +10,29 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ffn2moe.runtime.batching import pad
 from ffn2moe.runtime.engines import Graph
+from ffn2moe.runtime.opened import Opened
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
-from ffn2moe.runtime.batching import pad
-from ffn2moe.runtime.files import padding_id
 
 PREFILL_TOKENS = 512  # read at once from a prompt: the logits of all of them are in memory together
 
 
-class _Decoder:
+class _Decoder(Opened):
     """Decode with a cache: the part that language models and the decoders of seq2seq models share."""
 
     def __init__(
-        self,
-        path: Path,
-        plan: str,
-        manifest: Mapping[str, Any],
-        graphs: Sequence[Graph],
-        tokenizer: Tokenizer,
+        self, path: Path, plan: str, manifest: Mapping[str, Any], graphs: Sequence[Graph], tokenizer: Tokenizer
     ) -> None:
-        self.path = path
-        self.plan = plan
-        self.manifest = manifest
-        self._graph = graphs[0]
+        super().__init__(path, plan, manifest, graphs, tokenizer)
         self._encoder = graphs[1] if len(graphs) > 1 else None
-        self._tokenizer = tokenizer
         self._model: Mapping[str, Any] = manifest["model"]
-        self._pad_id = padding_id(path / "tokenizer", tokenizer)
-        self._outputs = list(self._graph.outputs)
         # The cached keys and values have shapes [B, H, tokens, d].
         self._cache_shapes = {
             name: shape for name, shape in self._graph.inputs.items() if name.startswith("past_key_values.")
         }
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({str(self.path)!r}, plan={self.plan!r})"
 
     @property
     def longest(self) -> int | None:
@@ -276,10 +262,7 @@ class Seq2SeqExport(_Decoder):
 
     def source(self, texts: Sequence[str]) -> dict[str, np.ndarray]:
         """Return the encoder's input for texts."""
-        for index, text in enumerate(texts):
-            if not text.strip():
-                raise ValueError(f"text {index} is empty: there is nothing to answer; leave it out")
-        ids_BL, mask_BL = pad([encoding.ids for encoding in self._tokenizer.encode_batch(list(texts))], self._pad_id)
+        ids_BL, mask_BL = pad(self._ids_of(texts), self._pad_id)
         return {"input_ids": ids_BL, "attention_mask": mask_BL}
 
     def encode(self, source: Mapping[str, np.ndarray]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -19,38 +19,29 @@ from ffn2moe.runtime.files import (
     default_plan,
     load_tokenizer,
     no_such_plan,
-    padding_id,
     read_manifest,
     read_plan,
 )
+from ffn2moe.runtime.opened import Opened
 from ffn2moe.runtime.plans import decodes, plan_of, resolve
 from ffn2moe.runtime.selftest import self_tests
 from ffn2moe.runtime.switch import Switch, places
 
-if TYPE_CHECKING:
-    from tokenizers import Tokenizer
+
+class _AtOnce(Opened):
+    """A model that reads its whole input at once."""
+
+    def fix(self, shapes: Iterable[tuple[int, int]]) -> None:
+        """Compile the graph for exactly these batches [B, L], in place of earlier ones, where the engine is OpenVINO.
+
+        The first batch of each shape takes longer, and each takes memory (docs/decisions/0015). Slightly smaller
+        batches are padded to it; all others run as before.
+        """
+        self._graph.fix(shapes)
 
 
-class Export:
-    """An open export of a text encoder: `encode` texts, or `run` token ids. `plan` says how it is executed."""
-
-    def __init__(
-        self,
-        path: Path,
-        plan: str,
-        manifest: Mapping[str, Any],
-        graph: Graph,
-        tokenizer: Tokenizer,
-    ) -> None:
-        self.path = path
-        self.plan = plan
-        self.manifest = manifest
-        self._graph = graph
-        self._tokenizer = tokenizer
-        self._pad_id = padding_id(path / "tokenizer", tokenizer)
-
-    def __repr__(self) -> str:
-        return f"Export({str(self.path)!r}, plan={self.plan!r})"
+class Export(_AtOnce):
+    """An open export of a text encoder: `encode` texts, or `run` token ids."""
 
     @property
     def width(self) -> int:
@@ -59,12 +50,7 @@ class Export:
 
     def token_ids(self, texts: Sequence[str]) -> list[list[int]]:
         """Return the token ids of each text, truncated to the export's length."""
-        if isinstance(texts, str):
-            raise ValueError("encode takes a list of texts: write encode([text])")
-        for index, text in enumerate(texts):
-            if not isinstance(text, str) or not text.strip():
-                raise ValueError(f"text {index} is empty: it has no meaning to encode; leave it out")
-        return [encoding.ids for encoding in self._tokenizer.encode_batch(list(texts))]
+        return self._ids_of(texts)
 
     def encode(self, texts: Sequence[str], *, batch_tokens: int = BATCH_TOKENS) -> np.ndarray:
         """Return embeddings of unit length, float32 [N, D], in the order of `texts`; ValueError for an empty text.
@@ -91,14 +77,6 @@ class Export:
             ["last_hidden_state", "sentence_embedding"], {"input_ids": ids_BL, "attention_mask": mask_BL}
         )
         return hidden_BLD, embedding_BD
-
-    def fix(self, shapes: Iterable[tuple[int, int]]) -> None:
-        """Compile the graph for exactly these batches [B, L], in place of earlier ones, where the engine is OpenVINO.
-
-        The first batch of each shape takes longer, and each takes memory (docs/decisions/0015). Slightly smaller
-        batches are padded to it; all others run as before.
-        """
-        self._graph.fix(shapes)
 
     def outputs(self, sample: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Return every output by name for a sample of `ffn2moe.onnx.parity`."""
@@ -180,34 +158,12 @@ def opened(path: Path, plan: str, manifest: Mapping[str, Any], graphs: Sequence[
     if manifest.get("model", {}).get("reads", "text") != "images":
         cut = int(spec["max_length"]) if head in ("embedding", "classification", "features") else None
         tokenizer = load_tokenizer(path / "tokenizer", cut)
-    if head == "embedding":
-        assert tokenizer is not None
-        return Export(path, plan, manifest, graphs[0], tokenizer)
-    kinds: dict[str, Any] = {"causal": CausalExport, "seq2seq": Seq2SeqExport}
+    kinds: dict[str, Any] = {"embedding": Export, "causal": CausalExport, "seq2seq": Seq2SeqExport}
     return kinds.get(head, ModelExport)(path, plan, manifest, graphs, tokenizer)
 
 
-class ModelExport:
+class ModelExport(_AtOnce):
     """An open export of a classifier, or of a model that gives hidden states: `run` it on its inputs."""
-
-    def __init__(
-        self,
-        path: Path,
-        plan: str,
-        manifest: Mapping[str, Any],
-        graphs: Sequence[Graph],
-        tokenizer: Tokenizer | None,
-    ) -> None:
-        self.path = path
-        self.plan = plan
-        self.manifest = manifest
-        self._graph = graphs[0]
-        self._tokenizer = tokenizer
-        self._pad_id = 0 if tokenizer is None else padding_id(path / "tokenizer", tokenizer)
-        self._outputs = list(self._graph.outputs)
-
-    def __repr__(self) -> str:
-        return f"ModelExport({str(self.path)!r}, plan={self.plan!r})"
 
     @property
     def inputs(self) -> tuple[str, ...]:
@@ -218,21 +174,12 @@ class ModelExport:
         """Return token ids and mask of texts as one batch, int64 [B, L] each."""
         if self._tokenizer is None:
             raise ValueError("this model reads images: give `run` their pixel_values [B, channels, height, width]")
-        if isinstance(texts, str):
-            raise ValueError("batch takes a list of texts: write [text]")
-        for index, text in enumerate(texts):
-            if not text.strip():
-                raise ValueError(f"text {index} is empty: leave it out")
-        ids_BL, mask_BL = pad([encoding.ids for encoding in self._tokenizer.encode_batch(list(texts))], self._pad_id)
+        ids_BL, mask_BL = pad(self._ids_of(texts), self._pad_id)
         return {"input_ids": ids_BL, "attention_mask": mask_BL}
 
     def run(self, **inputs: np.ndarray) -> dict[str, np.ndarray]:
         """Return outputs by name: `logits` [B, classes] of a classifier, else `last_hidden_state` [B, L, D]."""
         return dict(zip(self._outputs, self._graph.run(self._outputs, inputs), strict=True))
-
-    def fix(self, shapes: Iterable[tuple[int, int]]) -> None:
-        """Compile the graph for exactly these batches of texts, like `Export.fix`."""
-        self._graph.fix(shapes)
 
     def outputs(self, sample: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Return every output by name for a sample of `ffn2moe.onnx.parity`."""

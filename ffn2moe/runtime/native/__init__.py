@@ -58,10 +58,10 @@ The same path gives the same bits whatever the number of threads, and whatever o
 
 from __future__ import annotations
 
+from ffn2moe.runtime.activations import ACTIVATIONS
 from ffn2moe.runtime.native.compiler import REMEDY, build, is_built, library
 from ffn2moe.runtime.native.exact import experts_reference, reference
 from ffn2moe.runtime.native.node import (
-    ACTIVATIONS,
     ACTIVATIONS_OF,
     DOMAIN,
     GATES,

@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from ffn2moe.runtime.native.node import ACTIVATIONS, GATES, Added, Norm, require
+from ffn2moe.runtime.activations import ACTIVATIONS
+from ffn2moe.runtime.native.node import GATES, Added, Norm, require
 
 
 def experts_reference(

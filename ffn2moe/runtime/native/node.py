@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import numpy as np
 
+from ffn2moe.runtime.activations import ACTIVATIONS
 from ffn2moe.table import unknown
 
 DOMAIN = "ffn2moe"
@@ -27,16 +27,6 @@ ACTIVATIONS_OF: dict[Weights, tuple[Activations, ...]] = {
 }
 GATES = ("unit", "softmax", "softmax_topk", "sigmoid")
 Added = Literal["x", "sum", "none"]
-
-_erf = np.vectorize(math.erf, otypes=[np.float64])
-
-ACTIVATIONS: dict[str, Any] = {
-    "gelu": lambda z: 0.5 * z * (1 + _erf(z / math.sqrt(2))),
-    "gelu_tanh": lambda z: 0.5 * z * (1 + np.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z**3))),
-    "quick_gelu": lambda z: z / (1 + np.exp(-1.702 * z)),
-    "relu": lambda z: np.maximum(z, 0),
-    "silu": lambda z: z / (1 + np.exp(-z)),
-}
 
 
 def require(choice: str, name: str, known: Collection[str]) -> None:

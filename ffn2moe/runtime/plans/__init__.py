@@ -94,17 +94,27 @@ BLOCKS = "ffn2moe.onnx.quantise:quantise_in_blocks"
 INT8_WEIGHTS = "ffn2moe.onnx.quantise:compress_weights"
 HALF_TABLES = "ffn2moe.onnx.quantise:halve_large_matrices"
 
-# --- ONNX Runtime ---------------------------------------------------------------------------------------------------
-
 _EVERY = (*READS_AT_ONCE, *DECODES)
+
+
+def _in_openvino(name: str, summary: str, **how: Any) -> Plan:
+    return Plan(name, summary, "openvino", READS_AT_ONCE, on_request=("causal",), **how)
+
+
+def _native(name: str, bits: int, activations: str, summary: str) -> Plan:
+    steps = (ROUTED_NODES, HALF_TABLES)
+    return _in_openvino(name, summary, bits=bits, activations=activations, operator=EXPERTS, steps=steps)
+
+
+def _in_blocks(name: str, summary: str, **how: Any) -> Plan:
+    """Return a plan of few bits for decoding: its weights are in blocks, its kernels quantise the activations."""
+    return Plan(name, summary, "onnxruntime", DECODES, on_request=READS_AT_ONCE, activations="int8", **how)
+
+
+# --- the rows -------------------------------------------------------------------------------------------------------
+
 for _plan in (
-    Plan(
-        "dense",
-        "the teacher: what a user would deploy without this package",
-        "onnxruntime",
-        _EVERY,
-        dense=True,
-    ),
+    Plan("dense", "the teacher: what a user would deploy without this package", "onnxruntime", _EVERY, dense=True),
     Plan(
         "dense8",
         "`dense` with its linear maps in int8, quantised as they run",
@@ -115,16 +125,8 @@ for _plan in (
         dense=True,
         steps=(DYNAMIC_INT8,),
     ),
-    Plan(
-        "dense4",
-        "`dense` with every linear map a `MatMulNBits` of 4 bits",
-        "onnxruntime",
-        DECODES,
-        READS_AT_ONCE,
-        bits=4,
-        activations="int8",
-        dense=True,
-        steps=(BLOCKS,),
+    _in_blocks(
+        "dense4", "`dense` with every linear map a `MatMulNBits` of 4 bits", bits=4, dense=True, steps=(BLOCKS,)
     ),
     Plan(
         "fused",
@@ -136,28 +138,14 @@ for _plan in (
         exact=False,
         raced=False,
     ),
-    Plan(
+    _in_blocks(
         "qmoe8",
         "one `com.microsoft.QMoE` node a layer, other linear maps are `MatMulNBits`: 8 bits a weight",
-        "onnxruntime",
-        DECODES,
-        READS_AT_ONCE,
         bits=8,
-        activations="int8",
         operator=QMOE,
         steps=(QMOE_NODES, BLOCKS),
     ),
-    Plan(
-        "qmoe4",
-        "the same with 4 bits a weight",
-        "onnxruntime",
-        DECODES,
-        READS_AT_ONCE,
-        bits=4,
-        activations="int8",
-        operator=QMOE,
-        steps=(QMOE_NODES, BLOCKS),
-    ),
+    _in_blocks("qmoe4", "the same with 4 bits a weight", bits=4, operator=QMOE, steps=(QMOE_NODES, BLOCKS)),
     Plan(
         "sorted",
         "standard ops only: tokens sorted by expert, and each expert a `Gemm`, an activation and a `Gemm`",
@@ -174,77 +162,28 @@ for _plan in (
         activations="int8",
         steps=(SORTED, DYNAMIC_INT8),
     ),
-    # --- OpenVINO: bfloat16 where the CPU multiplies it, else float32 -------------------------------------------
-    Plan(
-        "ov-dense",
-        "the graph of `dense` in OpenVINO",
-        "openvino",
-        READS_AT_ONCE,
-        ("causal",),
-        dense=True,
-        same_graph_as="dense",
-    ),
-    Plan(
+    # OpenVINO computes in bfloat16 where the CPU multiplies it, else in float32.
+    _in_openvino("ov-dense", "the graph of `dense` in OpenVINO", dense=True, same_graph_as="dense"),
+    _in_openvino(
         "ov-dense8",
         "`dense` with weights of 8 bits in OpenVINO, multiplied in what `ov-dense` multiplies in",
-        "openvino",
-        READS_AT_ONCE,
-        ("causal",),
         bits=8,
         dense=True,
         steps=(INT8_WEIGHTS, HALF_TABLES),
     ),
-    Plan(
-        "ov-sorted",
-        "the graph of `sorted` in OpenVINO",
-        "openvino",
-        READS_AT_ONCE,
-        ("causal",),
-        same_graph_as="sorted",
-    ),
-    Plan(
-        "ov-native",
+    _in_openvino("ov-sorted", "the graph of `sorted` in OpenVINO", same_graph_as="sorted"),
+    _native(
+        *("ov-native", 16, "bf16"),
         "one `ffn2moe.RoutedExperts` node a layer in OpenVINO (make native builds it): bfloat16",
-        "openvino",
-        READS_AT_ONCE,
-        ("causal",),
-        bits=16,
-        activations="bf16",
-        operator=EXPERTS,
-        steps=(ROUTED_NODES, HALF_TABLES),
     ),
-    Plan(
-        "ov-native8",
-        "the same with experts of 8 bits a weight and activations of 16",
-        "openvino",
-        READS_AT_ONCE,
-        ("causal",),
-        bits=8,
-        activations="int16",
-        operator=EXPERTS,
-        steps=(ROUTED_NODES, HALF_TABLES),
-    ),
-    Plan(
-        "ov-native8a8",
+    _native("ov-native8", 8, "int16", "the same with experts of 8 bits a weight and activations of 16"),
+    _native(
+        *("ov-native8a8", 8, "int8"),
         "the same with experts of 8 bits a weight and activations of 8, one scale a token",
-        "openvino",
-        READS_AT_ONCE,
-        ("causal",),
-        bits=8,
-        activations="int8",
-        operator=EXPERTS,
-        steps=(ROUTED_NODES, HALF_TABLES),
     ),
-    Plan(
-        "ov-native4",
+    _native(
+        *("ov-native4", 4, "int8"),
         "the same with experts of 4 bits a weight and activations of 8, one scale a token",
-        "openvino",
-        READS_AT_ONCE,
-        ("causal",),
-        bits=4,
-        activations="int8",
-        operator=EXPERTS,
-        steps=(ROUTED_NODES, HALF_TABLES),
     ),
 ):
     register_plan(_plan)
