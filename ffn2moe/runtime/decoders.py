@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
 import numpy as np
 
@@ -18,6 +18,16 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 PREFILL_TOKENS = 512  # read at once from a prompt: the logits of all of them are in memory together
+
+
+class Sampling(TypedDict, total=False):
+    """How the tokens of a text are drawn, and when it ends. ValueError for a value out of range."""
+
+    max_new_tokens: int  # the most (128); fewer where the model can hold no more
+    temperature: float  # 0 (the default) takes the likeliest token
+    top_p: float  # draws from the fewest likeliest tokens that together have this probability (1: all tokens)
+    seed: int  # of the draws (0)
+    stop_at_end: bool  # whether the model's end token ends the text (True)
 
 
 class _Decoder(Opened):
@@ -58,12 +68,17 @@ class _Decoder(Opened):
         if self.longest is not None and tokens > self.longest:
             raise ValueError(f"{what} has {tokens} tokens, but this model can hold {self.longest}: shorten it")
 
-    def _pieces(self, tokens: Iterator[int], before: Sequence[int]) -> Iterator[str]:
-        """Yield text as it becomes certain: a character may need several tokens, and a space the token before it."""
+    def _pieces(self, steps: Iterator[np.ndarray], before: Sequence[int]) -> Iterator[str]:
+        """Yield text as it becomes certain: a character may need several tokens, and a space the token before it.
+
+        `steps` are those of one text.
+        """
         ids = list(before)
         start, read = max(0, len(ids) - 6), len(ids)
-        for token in tokens:
-            ids.append(token)
+        for [token] in steps:
+            if token < 0:
+                break
+            ids.append(int(token))
             known, text = self._tokenizer.decode(ids[start:read]), self._tokenizer.decode(ids[start:])
             if len(text) > len(known) and not text.endswith("\N{REPLACEMENT CHARACTER}"):
                 yield text[len(known) :]
@@ -74,27 +89,42 @@ class _Decoder(Opened):
 
     def _sampled(
         self,
-        logits_BV: np.ndarray,
-        proceed: Callable[[np.ndarray], np.ndarray],
+        start: Callable[[], tuple[np.ndarray, Callable[[np.ndarray], np.ndarray]]],
+        held: int,
         *,
-        steps: int,
-        sampler: Callable[[np.ndarray], np.ndarray],
-        stop_at_end: bool,
+        max_new_tokens: int = 128,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        stop_at_end: bool = True,
     ) -> Iterator[np.ndarray]:
-        """Yield tokens [B] step by step, -1 for a row that has ended. `proceed` takes them and returns new logits."""
-        ends = set(self._model["eos_token_ids"]) if stop_at_end else set()
-        done_B = np.zeros(len(logits_BV), dtype=bool)
-        for step in range(steps):
-            if not np.isfinite(logits_BV[~done_B]).all():
-                raise RuntimeError(
-                    f"the plan {self.plan} gave logits that are NaN or infinite: run `ffn2moe verify {self.path}`"
-                )
-            tokens_B = sampler(logits_BV)
-            done_B |= np.isin(tokens_B, list(ends))
-            yield np.where(done_B, -1, tokens_B)
-            if done_B.all() or step + 1 == steps:
-                return
-            logits_BV = proceed(np.where(done_B, self._pad_id, tokens_B))
+        """Yield tokens [B], int64, step by step, -1 for a row that has ended (`Sampling`).
+
+        `start` reads `held` tokens, and returns the logits [B, V] after them and a function that takes a step's tokens
+        and returns the next logits.
+        """
+        if max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens = {max_new_tokens} must be 1 or more")
+        steps = max_new_tokens if self.longest is None else min(max_new_tokens, self.longest - held)
+        sampler = _sampler(temperature, top_p, seed)
+        ends = list(self._model["eos_token_ids"]) if stop_at_end else []
+
+        def run() -> Iterator[np.ndarray]:
+            logits_BV, proceed = start()
+            done_B = np.zeros(len(logits_BV), dtype=bool)
+            for step in range(steps):
+                if not np.isfinite(logits_BV[~done_B]).all():
+                    raise RuntimeError(
+                        f"the plan {self.plan} gave logits that are NaN or infinite: run `ffn2moe verify {self.path}`"
+                    )
+                tokens_B = sampler(logits_BV)
+                done_B |= np.isin(tokens_B, ends)
+                yield np.where(done_B, -1, tokens_B)
+                if done_B.all() or step + 1 == steps:
+                    return
+                logits_BV = proceed(np.where(done_B, self._pad_id, tokens_B))
+
+        return run()
 
 
 def _sampler(temperature: float, top_p: float, seed: int) -> Callable[[np.ndarray], np.ndarray]:
@@ -143,60 +173,31 @@ class CausalExport(_Decoder):
             raise ValueError(f"a token id of the prompt is outside of the vocabulary, 0 to {vocabulary - 1}")
         return ids
 
-    def generate(
-        self,
-        prompt: str | Sequence[int],
-        *,
-        max_new_tokens: int = 128,
-        temperature: float = 0.0,
-        top_p: float = 1.0,
-        seed: int = 0,
-        stop_at_end: bool = True,
-    ) -> Iterator[str]:
-        """Yield the continuation of a prompt, piece by piece.
+    def generate(self, prompt: str | Sequence[int], **sampling: Unpack[Sampling]) -> Iterator[str]:
+        """Yield the continuation of a prompt, piece by piece (`Sampling`).
 
-        It ends with the model's end token (unless `stop_at_end` is false), after `max_new_tokens`, or where the model
-        can hold no more. ValueError for a longer prompt, or parameters out of range.
+        It ends with the model's end token, after `max_new_tokens`, or where the model can hold no more. ValueError for
+        a prompt that is longer than that, or parameters out of range.
         """
         ids = self.token_ids(prompt)
-        tokens = self.generate_tokens(
-            [ids],
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            top_p=top_p,
-            seed=seed,
-            stop_at_end=stop_at_end,
-        )
-        return self._pieces((int(tokens_B[0]) for tokens_B in tokens if tokens_B[0] >= 0), ids)
+        return self._pieces(self.generate_tokens([ids], **sampling), ids)
 
     def generate_tokens(
-        self,
-        prompts: Sequence[str | Sequence[int]],
-        *,
-        max_new_tokens: int = 128,
-        temperature: float = 0.0,
-        top_p: float = 1.0,
-        seed: int = 0,
-        stop_at_end: bool = True,
+        self, prompts: Sequence[str | Sequence[int]], **sampling: Unpack[Sampling]
     ) -> Iterator[np.ndarray]:
         """Yield token ids [B], int64, for each step of a batch of prompts of any lengths; -1 where a text has ended."""
         if isinstance(prompts, str):
             raise ValueError("generate_tokens takes a list of prompts: write generate_tokens([prompt])")
-        if max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens = {max_new_tokens} must be 1 or more")
         rows = [self.token_ids(prompt) for prompt in prompts]
         longest = max(map(len, rows))
         self._require_room(longest + 1, "the prompt with the first token of its answer")
-        room = max_new_tokens if self.longest is None else min(max_new_tokens, self.longest - longest)
-        sampler = _sampler(temperature, top_p, seed)
         ids_BL, mask_BL = pad(rows, self._pad_id, left=True)
 
-        def run() -> Iterator[np.ndarray]:
-            cache = self._empty_cache(len(rows))
-            mask = mask_BL
-            for start in range(0, longest, PREFILL_TOKENS):
-                end = min(start + PREFILL_TOKENS, longest)
-                logits_BLV = self._step(ids_BL[:, start:end], cache, {"attention_mask": mask[:, :end]})
+        def start() -> tuple[np.ndarray, Callable[[np.ndarray], np.ndarray]]:
+            cache, mask = self._empty_cache(len(rows)), mask_BL
+            for first in range(0, longest, PREFILL_TOKENS):
+                end = min(first + PREFILL_TOKENS, longest)
+                logits_BLV = self._step(ids_BL[:, first:end], cache, {"attention_mask": mask[:, :end]})
 
             def proceed(tokens_B: np.ndarray) -> np.ndarray:
                 nonlocal mask
@@ -204,9 +205,9 @@ class CausalExport(_Decoder):
                 logits: np.ndarray = self._step(tokens_B[:, None].astype(np.int64), cache, {"attention_mask": mask})
                 return logits[:, -1]
 
-            yield from self._sampled(logits_BLV[:, -1], proceed, steps=room, sampler=sampler, stop_at_end=stop_at_end)
+            return logits_BLV[:, -1], proceed
 
-        return run()
+        return self._sampled(start, longest, **sampling)
 
     def run(self, ids_BL: np.ndarray, mask_BL: np.ndarray, cuts: Sequence[int] = ()) -> np.ndarray:
         """Return logits [B, L, V] of token ids and their mask, int64 [B, L], padded on either side.
@@ -281,11 +282,7 @@ class Seq2SeqExport(_Decoder):
         source: str | Mapping[str, np.ndarray],
         *,
         decoder_ids: Sequence[int] = (),
-        max_new_tokens: int = 128,
-        temperature: float = 0.0,
-        top_p: float = 1.0,
-        seed: int = 0,
-        stop_at_end: bool = True,
+        **sampling: Unpack[Sampling],
     ) -> Iterator[str]:
         """Yield the answer to a text, or to the encoder's input (`input_features` [1, mel bins, frames] for speech).
 
@@ -293,39 +290,18 @@ class Seq2SeqExport(_Decoder):
         answer of a language model does.
         """
         prepared = self.source([source]) if isinstance(source, str) else source
-        begin = [int(self._model["decoder_start_token_id"]), *decoder_ids]
-        tokens = self.generate_tokens(
-            prepared,
-            decoder_ids=decoder_ids,
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            top_p=top_p,
-            seed=seed,
-            stop_at_end=stop_at_end,
-        )
-        return self._pieces((int(tokens_B[0]) for tokens_B in tokens if tokens_B[0] >= 0), begin)
+        steps = self.generate_tokens(prepared, decoder_ids=decoder_ids, **sampling)
+        return self._pieces(steps, self._begin(decoder_ids))
 
     def generate_tokens(
-        self,
-        source: Mapping[str, np.ndarray],
-        *,
-        decoder_ids: Sequence[int] = (),
-        max_new_tokens: int = 128,
-        temperature: float = 0.0,
-        top_p: float = 1.0,
-        seed: int = 0,
-        stop_at_end: bool = True,
+        self, source: Mapping[str, np.ndarray], *, decoder_ids: Sequence[int] = (), **sampling: Unpack[Sampling]
     ) -> Iterator[np.ndarray]:
         """Yield token ids [B], int64, for each step of the answers to a batch; -1 where an answer has ended."""
-        if max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens = {max_new_tokens} must be 1 or more")
-        begin = [int(self._model["decoder_start_token_id"]), *decoder_ids]
+        begin = self._begin(decoder_ids)
         self._require_room(len(begin) + 1, "the beginning of the answer with the first token after it")
-        room = max_new_tokens if self.longest is None else min(max_new_tokens, self.longest - len(begin))
-        sampler = _sampler(temperature, top_p, seed)
         batch = len(next(iter(source.values())))
 
-        def run() -> Iterator[np.ndarray]:
+        def start() -> tuple[np.ndarray, Callable[[np.ndarray], np.ndarray]]:
             read, cache = self.encode(source), self._empty_cache(batch)
             logits_BLV = self._step(np.tile(np.array(begin, dtype=np.int64), (batch, 1)), cache, read)
 
@@ -333,9 +309,12 @@ class Seq2SeqExport(_Decoder):
                 logits: np.ndarray = self._step(tokens_B[:, None].astype(np.int64), cache, read)
                 return logits[:, -1]
 
-            yield from self._sampled(logits_BLV[:, -1], proceed, steps=room, sampler=sampler, stop_at_end=stop_at_end)
+            return logits_BLV[:, -1], proceed
 
-        return run()
+        return self._sampled(start, len(begin), **sampling)
+
+    def _begin(self, decoder_ids: Sequence[int]) -> list[int]:
+        return [int(self._model["decoder_start_token_id"]), *decoder_ids]
 
     def run(self, source: Mapping[str, np.ndarray], decoder_ids_BL: np.ndarray, cuts: Sequence[int] = ()) -> np.ndarray:
         """Return logits [B, L, V] of the decoder's tokens, int64 [B, L], read in parts that end before `cuts`."""

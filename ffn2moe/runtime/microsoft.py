@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from ffn2moe.runtime.activations import ACTIVATIONS
 from ffn2moe.runtime.engines import CPU
 from ffn2moe.runtime.engines.onnxruntime import session
+from ffn2moe.runtime.plans import MOE, QMOE, Plan
 from ffn2moe.runtime.quantise import BLOCK, dequantize_blocks, quantize_blocks
-
-if TYPE_CHECKING:
-    from ffn2moe.runtime.plans import Plan
+from ffn2moe.runtime.selftest import one_node
 
 MICROSOFT = "com.microsoft"
 MASKED_LOGIT = -1e4  # for an expert that is not chosen: its softmax is 0 in float32, and nothing is infinite
@@ -41,7 +40,7 @@ def self_test(activation: str, providers: Sequence[str] = CPU, *, gated: bool = 
     share of the largest output); RuntimeError where the op computes something else. GELU may be the erf or the tanh
     form: kernels differ, and the manifest says what was measured.
     """
-    op = "com.microsoft.MoE" if bits == 32 else "com.microsoft.QMoE"
+    op = (MOE if bits == 32 else QMOE).name
     E, K, D, M, T = (4, 2, 8, 8, 6) if bits == 32 else (4, 2, 2 * BLOCK, BLOCK, 6)
     random = np.random.default_rng(0)
     x_TD = random.standard_normal((T, D)).astype(np.float32)
@@ -100,37 +99,16 @@ def _moe_graph(
     w_out_EDM: np.ndarray,
 ) -> bytes:
     """Return a model of one MoE or QMoE node, as a plan holds it. The gate's rows of a gated FFN come first."""
-    from onnx import TensorProto, helper, numpy_helper
-
-    width, experts = w_in_EMD.shape[2], w_in_EMD.shape[0]
+    E, _, D = w_in_EMD.shape
     attributes: dict[str, Any] = {"activation_type": MOE_ACTIVATIONS[activation]}
     if gated:
         w_in_EMD, b_in_EM = (swiglu_rows(*np.split(part, 2, axis=1)) for part in (w_in_EMD, b_in_EM))
         attributes = {"activation_type": "swiglu", "swiglu_fusion": 1, "activation_alpha": 1.0, "activation_beta": 0.0}
-    tensors = {"fc1": w_in_EMD, "fc1_bias": b_in_EM, "fc2": w_out_EDM}
+    attributes |= {"k": num_active, "normalize_routing_weights": 1}
+    constants = {"fc1": w_in_EMD, "fc1_bias": b_in_EM, "fc2": w_out_EDM}
     if bits != 32:
         attributes |= {"expert_weight_bits": bits, "block_size": BLOCK}
         fc1, fc1_scales = quantize_blocks(w_in_EMD, bits)
         fc2, fc2_scales = quantize_blocks(w_out_EDM, bits)
-        tensors = {"fc1": fc1, "s1": fc1_scales, "fc1_bias": b_in_EM, "fc2": fc2, "s2": fc2_scales}
-    node = helper.make_node(
-        "MoE" if bits == 32 else "QMoE",
-        ["x", "logits", *tensors],
-        ["y"],
-        domain=MICROSOFT,
-        k=num_active,
-        normalize_routing_weights=1,
-        **attributes,
-    )
-    graph = helper.make_graph(
-        [node],
-        "self_test",
-        [
-            helper.make_tensor_value_info("x", TensorProto.FLOAT, ["tokens", width]),
-            helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["tokens", experts]),
-        ],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["tokens", width])],
-        [numpy_helper.from_array(array, name) for name, array in tensors.items()],
-    )
-    opsets = [helper.make_opsetid("", 21), helper.make_opsetid(MICROSOFT, 1)]
-    return helper.make_model(graph, opset_imports=opsets, ir_version=10).SerializeToString()
+        constants = {"fc1": fc1, "s1": fc1_scales, "fc1_bias": b_in_EM, "fc2": fc2, "s2": fc2_scales}
+    return one_node((MOE if bits == 32 else QMOE).name, {"x": D, "logits": E}, constants, attributes)

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
 from ffn2moe.runtime import native
 from ffn2moe.runtime.engines.openvino import OpenVinoGraph
-
-if TYPE_CHECKING:
-    from ffn2moe.runtime.plans import Plan
+from ffn2moe.runtime.plans import EXPERTS, Plan
+from ffn2moe.runtime.selftest import one_node
 
 # Largest difference of the native operator from float64 arithmetic, as a share of the largest output. In the bfloat16
 # and 8-bit forms the activations are rounded twice.
@@ -40,8 +39,9 @@ def self_test(activation: str, weights: native.Weights, activations: str | None,
     attributes = native.experts_attributes(
         D, M, gated=gated, activation=activation, weights=weights, activations=activations
     ) | native.frame_attributes(E, K, "softmax_topk", added="x", norm_out=norm)
-    packed = native.pack_experts(weights, **parts, **biases)
-    model = _model(attributes, packed, native.frame(router_ED, np.zeros(E), norm_out=norm), D)
+    constants = {"experts": native.pack_experts(weights, **parts, **biases)}
+    constants["frame"] = native.frame(router_ED, np.zeros(E), norm_out=norm)
+    model = one_node(EXPERTS.name, {"given": D}, constants, attributes)
     graph = OpenVinoGraph(model, threads=1, precision="float32", extension=native.library())
     [found_TD] = graph.run(["y"], {"given": given_TD})
     experts: dict[str, Any] = {name: native.round_weights(weights, part) for name, part in parts.items()} | biases
@@ -55,19 +55,3 @@ def self_test(activation: str, weights: native.Weights, activations: str | None,
             "native), or take the plan ov-sorted"
         )
     return difference
-
-
-def _model(attributes: Mapping[str, Any], experts: np.ndarray, frame: np.ndarray, width: int) -> bytes:
-    """Return a model of one node of the operator, as plans hold it: given -> y."""
-    from onnx import TensorProto, helper, numpy_helper
-
-    inputs, rows = ["given", "experts", "frame"], ["tokens", width]
-    graph = helper.make_graph(
-        [helper.make_node(native.OP_TYPE, inputs, ["y"], domain=native.DOMAIN, **attributes)],
-        "self_test",
-        [helper.make_tensor_value_info("given", TensorProto.FLOAT, rows)],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, rows)],
-        [numpy_helper.from_array(experts, "experts"), numpy_helper.from_array(frame, "frame")],
-    )
-    opsets = [helper.make_opsetid("", 21), helper.make_opsetid(native.DOMAIN, native.VERSION)]
-    return helper.make_model(graph, opset_imports=opsets, ir_version=10).SerializeToString()
