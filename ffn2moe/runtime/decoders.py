@@ -263,7 +263,7 @@ class Seq2SeqExport(_Decoder):
 
     def source(self, texts: Sequence[str]) -> dict[str, np.ndarray]:
         """Return the encoder's input for texts."""
-        ids_BL, mask_BL = pad(self._ids_of(texts), self._pad_id)
+        ids_BL, mask_BL = pad(self._ids_of(texts, "source"), self._pad_id)
         return {"input_ids": ids_BL, "attention_mask": mask_BL}
 
     def encode(self, source: Mapping[str, np.ndarray]) -> dict[str, Any]:

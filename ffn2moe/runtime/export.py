@@ -50,7 +50,7 @@ class Export(_AtOnce):
 
     def token_ids(self, texts: Sequence[str]) -> list[list[int]]:
         """Return the token ids of each text, truncated to the export's length."""
-        return self._ids_of(texts)
+        return self._ids_of(texts, "encode")
 
     def encode(self, texts: Sequence[str], *, batch_tokens: int = BATCH_TOKENS) -> np.ndarray:
         """Return embeddings of unit length, float32 [N, D], in the order of `texts`; ValueError for an empty text.
@@ -174,7 +174,7 @@ class ModelExport(_AtOnce):
         """Return token ids and mask of texts as one batch, int64 [B, L] each."""
         if self._tokenizer is None:
             raise ValueError("this model reads images: give `run` their pixel_values [B, channels, height, width]")
-        ids_BL, mask_BL = pad(self._ids_of(texts), self._pad_id)
+        ids_BL, mask_BL = pad(self._ids_of(texts, "batch"), self._pad_id)
         return {"input_ids": ids_BL, "attention_mask": mask_BL}
 
     def run(self, **inputs: np.ndarray) -> dict[str, np.ndarray]:

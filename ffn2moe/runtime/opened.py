@@ -30,10 +30,10 @@ class Opened:
     def __repr__(self) -> str:
         return f"{type(self).__name__}({str(self.path)!r}, plan={self.plan!r})"
 
-    def _ids_of(self, texts: Sequence[str]) -> list[list[int]]:
-        """Return the token ids of each text. ValueError for a text without a word."""
+    def _ids_of(self, texts: Sequence[str], method: str) -> list[list[int]]:
+        """Return the token ids of each text that `method` got. ValueError for one text alone, or one without a word."""
         if isinstance(texts, str):
-            raise ValueError("a list of texts is needed, not one text: write [text]")
+            raise ValueError(f"{method} takes a list of texts: write {method}([text])")
         for index, text in enumerate(texts):
             if not isinstance(text, str) or not text.strip():
                 raise ValueError(f"text {index} is empty: there is nothing to read in it; leave it out")
