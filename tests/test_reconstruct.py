@@ -32,7 +32,7 @@ def test_the_layer_is_linear_in_what_is_fitted(selection, gate, shared):
 def whole(moe, x_TD):
     """The inputs of the output matrices with their zeros, [T, P]."""
     h_TP = torch.zeros(len(x_TD), len(_outputs(moe)))
-    for part in _inputs(moe, x_TD, None):
+    for part in _inputs(moe, x_TD):
         h_TP[part.tokens_N, part.columns] = part.h_NM
     return h_TP
 
@@ -46,7 +46,7 @@ def test_products_of_used_pairs_alone_are_those_of_all(selection, gate, shared):
         h_TP, weights_PD = whole(moe, TOKENS).double(), _outputs(moe)
         gram_PP = torch.zeros(h_TP.shape[1], h_TP.shape[1], dtype=torch.float64)
         cross_PD = torch.zeros(weights_PD.shape, dtype=torch.float64)
-        _add(_inputs(moe, TOKENS, None), WANTED, weights_PD, gram_PP, cross_PD)
+        _add(_inputs(moe, TOKENS), WANTED, weights_PD, gram_PP, cross_PD)
         torch.testing.assert_close(gram_PP.tril(), (h_TP.T @ h_TP).tril(), rtol=1e-5, atol=1e-4)
         wanted_PD = h_TP.T @ (WANTED.double() - h_TP @ weights_PD.double())
         torch.testing.assert_close(cross_PD, wanted_PD, rtol=1e-4, atol=1e-3)
