@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import onnx_ir as ir
@@ -15,8 +15,15 @@ from ffn2moe.runtime.quantise import BLOCK, quantize_blocks
 HALVED_FROM = 4096  # numbers in a matrix
 
 
-def _linear_maps(model: ir.Model) -> list[tuple[ir.Node, np.ndarray, Sequence[ir.Value | None]]]:
-    """Return every product with a constant matrix, that matrix [in, out] and the bias, if any; routers are left out.
+class _LinearMap(NamedTuple):
+    node: ir.Node
+    name: str
+    weight: np.ndarray  # [in, out]
+    bias: ir.Value | None
+
+
+def _linear_maps(model: ir.Model) -> list[_LinearMap]:
+    """Return every product with a constant matrix; routers are left out.
 
     Routers stay in float32: a token sent to another expert costs more quality than the router costs time.
     """
@@ -30,8 +37,17 @@ def _linear_maps(model: ir.Model) -> list[tuple[ir.Node, np.ndarray, Sequence[ir
         attributes = node.attributes
         if any(attributes.get_float(name, 1.0) != 1 for name in ("alpha", "beta")) or attributes.get_int("transA", 0):
             continue
-        found.append((node, weight.T if attributes.get_int("transB", 0) else weight, node.inputs[2:]))
+        name = (node.inputs[1].name or "").removesuffix(".weight")
+        bias = node.inputs[2] if len(node.inputs) > 2 else None
+        found.append(_LinearMap(node, name, weight.T if attributes.get_int("transB", 0) else weight, bias))
     return found
+
+
+def _int8(editor: Editor, name: str, weight: np.ndarray) -> tuple[ir.Value, ir.Value]:
+    """Return a matrix [in, out] as signed bytes, symmetric, and the scale of each output."""
+    scale_N = np.maximum(np.abs(weight).max(axis=0) / np.float32(127), np.finfo(np.float32).tiny)
+    steps = editor.constant(f"{name}.int8", np.rint(weight / scale_N).astype(np.int8))
+    return steps, editor.constant(f"{name}.scale", scale_N.astype(np.float32))
 
 
 def quantise_dynamically(model: ir.Model, plan: Plan) -> None:
@@ -44,7 +60,7 @@ def quantise_dynamically(model: ir.Model, plan: Plan) -> None:
     """
     editor = Editor(model)
     quantized: dict[ir.Value, tuple[ir.Value, ir.Value, ir.Value]] = {}
-    for node, weight, bias in _linear_maps(model):
+    for node, name, weight, bias in _linear_maps(model):
         editor.at = node
         x, index = node.inputs[0], None
         gather = x.producer()
@@ -58,14 +74,12 @@ def quantise_dynamically(model: ir.Model, plan: Plan) -> None:
         q_x, scale_x, zero_x = quantized[x]
         if index is not None:
             q_x = editor.node("Gather", q_x, index, axis=0)
-        name = (node.inputs[1].name or "").removesuffix(".weight")
-        scale_N = np.maximum(np.abs(weight).max(axis=0) / np.float32(127), np.finfo(np.float32).tiny)
-        q_weight = editor.constant(f"{name}.int8", np.rint(weight / scale_N).astype(np.int8))
-        scale = editor.node("Mul", scale_x, editor.constant(f"{name}.scale", scale_N.astype(np.float32)))
+        q_weight, scale_N = _int8(editor, name, weight)
+        scale = editor.node("Mul", scale_x, scale_N)
         y = editor.node("Cast", editor.node("MatMulInteger", q_x, q_weight, zero_x), to=ir.DataType.FLOAT)
         y = editor.node("Mul", y, scale)
-        if bias and bias[0] is not None:
-            y = editor.node("Add", y, bias[0])
+        if bias is not None:
+            y = editor.node("Add", y, bias)
         replace(node.outputs[0], y)
 
 
@@ -80,16 +94,12 @@ def compress_weights(model: ir.Model, plan: Plan) -> None:
     OpenVINO keeps the bytes in memory and widens them as it multiplies.
     """
     editor = Editor(model)
-    for node, weight, bias in _linear_maps(model):
+    for node, name, weight, bias in _linear_maps(model):
         editor.at = node
-        name = (node.inputs[1].name or "").removesuffix(".weight")
-        scale_N = np.maximum(np.abs(weight).max(axis=0) / np.float32(127), np.finfo(np.float32).tiny)
-        steps = editor.constant(f"{name}.int8", np.rint(weight / scale_N).astype(np.int8))
-        scales = editor.constant(f"{name}.scale", scale_N.astype(np.float32))
-        widened = editor.node("DequantizeLinear", steps, scales, axis=1)
+        widened = editor.node("DequantizeLinear", *_int8(editor, name, weight), axis=1)
         y = editor.node("MatMul", node.inputs[0], widened)
-        if bias and bias[0] is not None:
-            y = editor.node("Add", y, bias[0])
+        if bias is not None:
+            y = editor.node("Add", y, bias)
         replace(node.outputs[0], y)
 
 
@@ -123,19 +133,17 @@ def quantise_in_blocks(model: ir.Model, plan: Plan) -> None:
     vocabulary = [
         value.shape[-1] for value in model.graph.outputs if value.name == "logits" and value.shape is not None
     ]
-    for node, weight, bias in _linear_maps(model):
+    for node, name, weight, bias in _linear_maps(model):
         editor.at = node
         kept = 8 if weight.shape[1] in vocabulary else plan.bits
         packed, scales = quantize_blocks(weight.T, kept)
-        name = (node.inputs[1].name or "").removesuffix(".weight")
         K, N = weight.shape
-        has_bias = bool(bias) and bias[0] is not None
         y = editor.node(
             "MatMulNBits",
             node.inputs[0],
             editor.constant(f"{name}.int{kept}", packed.reshape(N, -1, BLOCK * kept // 8)),
             editor.constant(f"{name}.scales", scales.reshape(-1)),
-            *((None, None, bias[0]) if has_bias else ()),
+            *(() if bias is None else (None, None, bias)),
             domain=MICROSOFT,
             K=K,
             N=N,

@@ -7,7 +7,7 @@ import os
 import shutil
 from pathlib import Path
 
-from ffn2moe.runtime.files import checked_files, default_plan, read_manifest
+from ffn2moe.runtime.files import checked_files, default_plan, no_such_plan, read_manifest
 
 MODULES = ("Transformer", "Pooling", "Normalize")  # the chain of sentence-transformers; the embeddings are unit vectors
 _POOLING = {"mean": "pooling_mode_mean_tokens", "cls": "pooling_mode_cls_token"}
@@ -28,7 +28,7 @@ def sentence_transformers_folder(export: str | Path, out: str | Path, plan: str 
         raise ValueError(f"{export} is a {spec['head']} model: sentence-transformers opens embedding models only")
     chosen = plan or default_plan(export, manifest["plans"])
     if chosen not in manifest["plans"]:
-        raise ValueError(f"{export} has no plan {chosen!r}; it has: {', '.join(sorted(manifest['plans']))}")
+        raise ValueError(no_such_plan(export, manifest, chosen))
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} exists and is not empty: remove it, or name another folder")
     graph, *_ = checked_files(export, manifest["plans"][chosen])

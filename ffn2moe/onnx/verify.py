@@ -29,7 +29,7 @@ from ffn2moe.onnx.parity import (
 )
 from ffn2moe.runtime.engines import CPU, ENGINES
 from ffn2moe.runtime.export import open_export
-from ffn2moe.runtime.files import checked_files, read_manifest
+from ffn2moe.runtime.files import checked_files, no_such_plan, read_manifest
 from ffn2moe.runtime.plans import is_dense, plan_of
 from ffn2moe.runtime.selftest import self_tests
 from ffn2moe.spec import Head, MoESpec
@@ -144,9 +144,9 @@ def verify(
     path = Path(path)
     manifest = read_manifest(path)
     chosen = list(plans or manifest["plans"])
-    unknown = [plan for plan in chosen if plan not in manifest["plans"]]
-    if unknown:
-        raise ValueError(f"{path} has no plan {unknown[0]!r}; it has: {', '.join(sorted(manifest['plans']))}")
+    for plan in chosen:
+        if plan not in manifest["plans"]:
+            raise ValueError(no_such_plan(path, manifest, plan))
     sound = []
     for plan in chosen:
         check = _attempt(f"{plan}: file", partial(_file, path, plan, manifest["plans"][plan]))
