@@ -43,7 +43,7 @@ help:
 	@echo 'make rollback  return to the previous champion; REASON="..."'
 	@echo 'make serve     serve the champion over HTTP on this machine; PORT=5001 VERSION=N'
 	@echo 'make score     score a file of texts; IN=texts.jsonl OUT=embeddings.parquet VERSION=N'
-	@echo 'make test      run the tests; TESTS="tests/test_moe.py -k oracle" runs some of them'
+	@echo 'make test      run the tests; TESTS="tests/test_core.py -k oracle" runs some of them'
 	@echo 'make check     run ruff, mypy and import-linter'
 	@echo 'make bench     time every execution plan of the export again'
 	@echo 'make native    compile the experts operator for OpenVINO (needs a C++ compiler)'
