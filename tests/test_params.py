@@ -9,6 +9,7 @@ import pytest
 
 from ffn2moe.containers.table import CONTAINERS
 from ffn2moe.runtime.plans import PLANS
+from tasks.choices import REMOVED_KEYS
 from tasks.params import (
     ParamsError,
     Settings,
@@ -230,3 +231,9 @@ def test_an_unknown_divergence_suggests_the_nearest_known_one():
         ParamsError, match=r"distill.divergence = 'revers_kl': unknown .* 'revers_kl'; did you mean 'reverse_kl'"
     ):
         load_params(FILE, ["distill.divergence=revers_kl"])
+
+
+def test_a_key_of_a_method_that_left_is_named_as_such():
+    with pytest.raises(ParamsError, match=r"'decompose.guard' left with a method that lost .* remove it"):
+        load_params(FILE, ["decompose.guard=true"])
+    assert not REMOVED_KEYS & set(legal_keys())
