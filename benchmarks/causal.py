@@ -233,13 +233,12 @@ def measure(options: argparse.Namespace, console: Console) -> Page:
     sample = options.sample or Path(options.model) / "sample.txt"
     if not sample.is_file():
         raise FileNotFoundError(f"{sample} does not exist: name a text file with --sample")
-    shared = {name: getattr(options, name) for name in SHARED}
     counts = (options.experts, options.texts, options.length, options.steps, options.batch_tokens)
     more = (options.learning_rate, options.container, options.seed)
     work = options.work / "-".join(map(str, (Path(options.model).name, *counts, *more)))
     work.mkdir(parents=True, exist_ok=True)
     blocks, drawn_seconds = texts(options, work, console)
-    bench = Bench(sample=sample, texts=blocks, **shared)
+    bench = Bench(sample=sample, texts=blocks, **{name: getattr(options, name) for name in SHARED})
     names = ["dense", *(f"{key}-{active}" for active in options.active for key in METHODS)]
     wrong = set(options.cells or ()) - set(names)
     if wrong:
@@ -279,24 +278,15 @@ def texts(options: argparse.Namespace, work: Path, console: Console) -> tuple[li
 COLUMNS = ("method", "active FFN", "steps", "perplexity", "of dense", "KL, nats", "same top token", "time")
 
 
-def _cells_of(row: Cell, experts: int) -> tuple[str, ...]:
-    return (
-        row.method,
-        f"{100 * row.active / experts:.0f} %",
-        str(row.steps or "-"),
-        f"{row.perplexity:.2f}",
-        f"{row.ratio:.3f}x",
-        f"{row.divergence:.3f}",
-        f"{100 * row.top1:.1f} %",
-        f"{row.seconds / 60:.1f} min" if row.seconds else "-",
-    )
-
-
 def page(options: argparse.Namespace, rows: Sequence[Cell], drawn_seconds: float) -> Page:
     """Return the page: the table and how each row continues the prompt."""
-    continuations = [
-        f"- **{row.method}, {100 * row.active / options.experts:.0f} %**: {row.continuation}" for row in rows
-    ]
+    cells, continuations = [], []
+    for row in rows:
+        share = f"{100 * row.active / options.experts:.0f} %"
+        minutes = f"{row.seconds / 60:.1f} min" if row.seconds else "-"
+        figures = (f"{row.perplexity:.2f}", f"{row.ratio:.3f}x", f"{row.divergence:.3f}", f"{100 * row.top1:.1f} %")
+        cells.append([row.method, share, str(row.steps or "-"), *figures, minutes])
+        continuations.append(f"- **{row.method}, {share}**: {row.continuation}")
     return Page(
         f"{Path(options.model).name}: FactorLLM's recipe and ours",
         [
@@ -307,7 +297,7 @@ def page(options: argparse.Namespace, rows: Sequence[Cell], drawn_seconds: float
             "after another, or two at a time. Our experts are weighted by "
             f"{CONTAINERS[options.container].gate if options.container else 'unit'} gates.",
         ],
-        [Grid("FactorLLM's recipe and ours", COLUMNS, [_cells_of(row, options.experts) for row in rows])],
+        [Grid("FactorLLM's recipe and ours", COLUMNS, cells)],
         notes="\n".join([f'## Greedy continuations of "{PROMPT}"', "", *continuations]),
     )
 

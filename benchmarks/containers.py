@@ -25,12 +25,13 @@ from ffn2moe.containers.container import Container
 from ffn2moe.containers.fit import obstacle
 from ffn2moe.containers.table import CONTAINERS
 from ffn2moe.containers.write import save
+from ffn2moe.decompose.layer import mixture
 from ffn2moe.dense.load import load_dense
 from ffn2moe.dense.locate import read_ffn
 from ffn2moe.moe.describe import spec_of
-from ffn2moe.moe.experts import neurons_by_expert, shared_neurons, slice_experts
+from ffn2moe.moe.experts import neurons_by_expert, shared_neurons
 from ffn2moe.moe.install import install_moe
-from ffn2moe.moe.layer import MoEFFN, moe_layers
+from ffn2moe.moe.layer import moe_layers
 from ffn2moe.spec import Gate, MoESpec
 
 
@@ -56,11 +57,8 @@ def decomposed(source: str, container: Container, E: int, K: int, shared_width: 
     expert_of_neuron_F[shared_width:] = torch.arange(routed) * E // routed
     neurons_EM = neurons_by_expert(expert_of_neuron_F, E, container.width_multiple)
     shared_S = shared_neurons(expert_of_neuron_F)
-    layers = []
-    for layer in range(spec.num_layers):
-        experts = slice_experts(read_ffn(model, layer), neurons_EM, shared_S)
-        layers.append(MoEFFN.from_experts(spec, experts, neurons_EM, shared_S=shared_S))
-    install_moe(model, layers)
+    ffns = (read_ffn(model, layer) for layer in range(spec.num_layers))
+    install_moe(model, [mixture(ffn, neurons_EM, shared_S, spec, layer) for layer, ffn in enumerate(ffns)])
     return model.eval(), spec
 
 
@@ -99,9 +97,8 @@ def rows(source: str, container: Container, shared_width: int, ids_BL: Tensor, o
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.containers", description=(__doc__ or "").splitlines()[0]
-    )
+    purpose = (__doc__ or "").splitlines()[0]
+    parser = argparse.ArgumentParser("python -m benchmarks.containers", description=purpose)
     parser.add_argument("source", help="a dense causal model: a Hugging Face folder")
     parser.add_argument("--text", type=Path, help="text to compare on (default: SOURCE/sample.txt)")
     parser.add_argument("--out", type=Path, required=True, help="where the containers are written; must not exist")
@@ -128,15 +125,15 @@ def measure(options: argparse.Namespace) -> Grid:
             if reason is not None:
                 cells.append([container.name, "", f"not held: {reason}", "", "", ""])
                 continue
-            for label, found in rows(options.source, container, shared_width, ids_BL, options.out).items():
-                cells.append([container.name, str(shared_width), label, *_figures(found)])
-    cells.append(["dense", "", "bfloat16", *_figures(rounded)])
+            found = rows(options.source, container, shared_width, ids_BL, options.out)
+            cells += [[container.name, str(shared_width), *_cells(*one)] for one in found.items()]
+    cells.append(["dense", "", *_cells("bfloat16", rounded)])
     title = f"{options.source}: {ids_BL.shape[1]} tokens; relative difference of logits (largest / mean)"
     return Grid(title, ("container", "shared", "compared", "largest", "mean", "top-1"), cells)
 
 
-def _figures(found: Agreement) -> tuple[str, ...]:
-    return f"{found.largest:.1e}", f"{found.mean:.1e}", f"{found.top1:.3f}"
+def _cells(label: str, found: Agreement) -> tuple[str, ...]:
+    return label, f"{found.largest:.1e}", f"{found.mean:.1e}", f"{found.top1:.3f}"
 
 
 if __name__ == "__main__":

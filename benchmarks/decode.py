@@ -22,7 +22,7 @@ import argparse
 import copy
 import sys
 import tempfile
-import time
+import timeit
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -34,11 +34,12 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from benchmarks.ffn import EPSILON, Layers, dense_ffn, one_expert, random_mixture, random_spec
+from benchmarks.ffn import EPSILON, Layers, one_expert, random_mixture, random_spec
 from benchmarks.openvino_weights import COMPRESSED, Run, compressed
 from benchmarks.page import Grid, Page, about, parser_of, report, rounds_of, some, verdict, working
 from benchmarks.plot import bars
 from benchmarks.race import Compared, Samples, race, stopwatch
+from ffn2moe.decompose.layer import dense_ffn
 from ffn2moe.dense.ffn import DenseFFN
 from ffn2moe.moe.layer import MoEFFN
 from ffn2moe.planning import timing
@@ -100,9 +101,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return report(parser, lambda options, console: page(measure(options, console)), arguments)
 
 
-# --- the FFN ------------------------------------------------------------------------------------------------------
-
-
 @torch.no_grad()
 def _output(ffns: Sequence[MoEFFN] | Sequence[DenseFFN], x: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """Return the output of FFNs in sequence for tokens [T, D] in their dtype, and the input of each."""
@@ -130,9 +128,6 @@ def _experts_used(moes: Sequence[MoEFFN], x_TD: np.ndarray) -> float:
     return sum(len(experts_TK.unique()) for experts_TK in chosen) / len(moes)
 
 
-# --- measure ------------------------------------------------------------------------------------------------------
-
-
 def measure(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     """Return all figures of the page, ready for JSON."""
     if min(*options.tokens, options.threads, options.layers) < 1:
@@ -140,21 +135,24 @@ def measure(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     gated = not options.plain
     spec = random_spec(options.width, options.ffn_width, options.experts, options.active, gated=gated)
     moes = [random_mixture(spec, seed=layer) for layer in range(options.layers)]
-    ffns = [dense_ffn(moe, options.ffn_width) for moe in moes]
+    ffns = [dense_ffn(moe) for moe in moes]
     most = max(tokens * _batches(tokens) for tokens in options.tokens)
     x_TD = np.random.default_rng(0).standard_normal((most, options.width), dtype=np.float32)
-    with tempfile.TemporaryDirectory() as folder:
-        opened, missing = _opened(moes, ffns, x_TD, options, Path(folder), console)
+    opened, missing = _opened(moes, ffns, x_TD, options, console)
     rows: list[Row] = []
     used: dict[int, float] = {}
     with rounds_of(console) as track:
         for tokens in options.tokens:
             batches = np.split(x_TD[: tokens * _batches(tokens)], _batches(tokens))
             used[tokens] = sum(_experts_used(moes, x_nD) for x_nD in batches) / len(batches)
-            timed = {name: stopwatch(partial(_call, plan.run, cycle(batches))) for name, plan in opened.items()}
-            limits = {"rounds": options.rounds, "limit": options.seconds}
-            found = race(timed, **limits, label=f"n = {tokens}", track=track)["whole"]
-            rows += _rows(opened, found, tokens, used[tokens], options)
+            given = {name: cycle(batches) for name in opened}
+            timed = {
+                name: stopwatch(lambda _, run=plan.run, given=given[name]: run(next(given)))
+                for name, plan in opened.items()
+            }
+            label = f"n = {tokens}"
+            found = race(timed, rounds=options.rounds, limit=options.seconds, label=label, track=track)
+            rows += _rows(opened, found["whole"], tokens, used[tokens], options)
     return {
         "machine": timing.machine(),
         "threads": options.threads,
@@ -172,12 +170,7 @@ def measure(options: argparse.Namespace, console: Console) -> dict[str, Any]:
 
 
 def _opened(
-    moes: Sequence[MoEFFN],
-    ffns: Sequence[DenseFFN],
-    x_TD: np.ndarray,
-    options: argparse.Namespace,
-    folder: Path,
-    console: Console,
+    moes: Sequence[MoEFFN], ffns: Sequence[DenseFFN], x_TD: np.ndarray, options: argparse.Namespace, console: Console
 ) -> tuple[dict[str, Plan], dict[str, str]]:
     """Open every plan and compare it with float64; return the plans, and the reasons of those that cannot run here."""
     judged_TD = x_TD[: min(MOST_TOKENS_JUDGED, max(options.tokens))]
@@ -186,8 +179,8 @@ def _opened(
         references = {True: _output(ffns, judged)[0].numpy(), False: _output(moes, judged)[0].numpy()}
     opened: dict[str, Plan] = {}
     missing: dict[str, str] = {}
-    with working(console, "opening the plans"):
-        for name, open_plan in _openers(moes, ffns, options, folder).items():
+    with working(console, "opening the plans"), tempfile.TemporaryDirectory() as folder:
+        for name, open_plan in _openers(moes, ffns, options, Path(folder)).items():
             try:
                 run, bits = open_plan()
             except (ValueError, FileNotFoundError) as error:
@@ -204,10 +197,6 @@ def _batches(tokens: int) -> int:
     return max(1, min(BATCHES, TOKENS_IN_ALL // tokens))
 
 
-def _call(run: Run, batches: Iterator[np.ndarray], _: int) -> np.ndarray:
-    return run(next(batches))
-
-
 def _matrices(options: argparse.Namespace) -> int:
     return 2 if options.plain else 3
 
@@ -221,18 +210,17 @@ def _openers(
     moes: Sequence[MoEFFN], ffns: Sequence[DenseFFN], options: argparse.Namespace, folder: Path
 ) -> dict[str, Callable[[], tuple[Run, int]]]:
     """Return for every plan a function that opens it and returns how to run it and the bits of its weights."""
-    widths = [options.ffn_width] * len(moes)
 
     def opener(layers: Layers, name: str, files: Path) -> tuple[Run, int]:
         files.mkdir(exist_ok=True)
         (graph,) = layers.open(name, options.threads, files)
         return lambda x_nD: graph.run(["y"], {"x": x_nD})[0], BITS[plans.precision_of(name, graph.precision)]
 
-    layers = Layers(moes, widths, stacked=True)
+    layers = Layers(moes, stacked=True)
     names = plans.PLANS.names()
     openers = {name: partial(opener, layers, name, folder / "mixture") for name in names}
     if options.operator_dense:
-        whole = Layers([one_expert(ffn) for ffn in ffns], widths, stacked=True)
+        whole = Layers([one_expert(ffn) for ffn in ffns], stacked=True)
         natives = [name for name, row in plans.PLANS.items() if row.operator is plans.EXPERTS]
         openers |= {f"{name}{OPERATOR_DENSE}": partial(opener, whole, name, folder / "dense") for name in natives}
     if ENGINES["openvino"].is_installed:
@@ -270,15 +258,8 @@ def _copies() -> float:
     """Return the GB a second that one thread reads and writes when it copies 256 MB: the best of five."""
     source = np.ones(2**26, dtype=np.float32)
     target = np.empty_like(source)
-    best = float("inf")
-    for _ in range(5):
-        start = time.perf_counter()
-        np.copyto(target, source)
-        best = min(best, time.perf_counter() - start)
+    best = min(timeit.repeat(lambda: np.copyto(target, source), number=1, repeat=5))
     return 2 * source.nbytes / best / 1e9
-
-
-# --- report -------------------------------------------------------------------------------------------------------
 
 
 def _by_tokens(result: Mapping[str, Any]) -> dict[int, dict[str, Row]]:

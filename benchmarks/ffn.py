@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,10 +12,8 @@ import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
-from ffn2moe.data.batches import Batch
-from ffn2moe.decompose.inputs import layer_inputs
+from ffn2moe.decompose.layer import dense_ffn, mixture
 from ffn2moe.dense.ffn import DenseFFN
-from ffn2moe.moe.experts import slice_experts
 from ffn2moe.moe.layer import MoEFFN
 from ffn2moe.onnx.editor import Editor
 from ffn2moe.onnx.graph import OPSET, ExportedMoE, save_graph
@@ -67,10 +65,14 @@ def random_spec(
 
 
 def random_mixture(spec: MoESpec, seed: int = 0) -> MoEFFN:
-    """Return a mixture with random weights and a random router."""
+    """Return a mixture with random weights and a random router; the shared expert has the first neurons."""
     generator = torch.Generator().manual_seed(seed)
     gated = spec.stacks[0].gated
     moe = MoEFFN(spec, b_in=not gated, b_out=not gated)
+    E, M = moe.neurons.shape
+    shared = len(moe.shared_neurons)
+    moe.shared_neurons.copy_(torch.arange(shared))
+    moe.neurons.copy_(shared + torch.arange(E * M).reshape(E, M))
     with torch.no_grad():
         for name, parameter in moe.named_parameters():
             if parameter.dim() and name != "router.bias":
@@ -82,31 +84,7 @@ def one_expert(ffn: DenseFFN) -> MoEFFN:
     """Return a dense FFN as a mixture of one expert, which every token uses."""
     F, D = ffn.w_in_FD.shape
     neurons_1F = torch.arange(F).unsqueeze(0)
-    spec = random_spec(D, F, 1, 1, gated=ffn.gated)
-    return MoEFFN.from_experts(spec, slice_experts(ffn, neurons_1F), neurons_1F).eval()
-
-
-def dense_ffn(moe: MoEFFN, ffn_width: int) -> DenseFFN:
-    """Return the first `ffn_width` neurons of all experts as a dense FFN; the others only fill up the experts."""
-
-    def rows(stacked: Tensor | None, shared: Tensor | None) -> Tensor | None:
-        if stacked is None:
-            return None
-        parts = [stacked.flatten(0, 1), *([] if shared is None else [shared])]
-        return torch.cat(parts[::-1])[:ffn_width].detach().clone()
-
-    w_out_ND = rows(moe.w_out.transpose(1, 2), None if moe.shared_out is None else moe.shared_out.T)
-    w_in_FD = rows(moe.w_in, moe.shared_in)
-    assert w_in_FD is not None and w_out_ND is not None
-    return DenseFFN(
-        w_in_FD=w_in_FD,
-        w_out_DF=w_out_ND.T.contiguous(),
-        activation=moe.activation,
-        b_in_F=rows(moe.b_in, moe.shared_b_in),
-        b_out_D=None if moe.b_out is None else moe.b_out.detach().clone(),
-        w_gate_FD=rows(moe.w_gate, moe.shared_gate),
-        b_gate_F=rows(moe.b_gate, moe.shared_b_gate),
-    )
+    return mixture(ffn, neurons_1F, neurons_1F.new_zeros(0), random_spec(D, F, 1, 1, gated=ffn.gated), 0)
 
 
 def ffn_graph(ffns: Sequence[MoEFFN | DenseFFN]) -> ir.Model:
@@ -148,15 +126,8 @@ def _mixture(editor: Editor, x_TD: ir.Value, moe: MoEFFN, name: str) -> ir.Value
     ]
     attributes: dict[str, Any] = exported.attributes
     y_TD = editor.node(MIXTURE, x_TD, *parts, domain=DOMAIN, **attributes)
-    if moe.shared_in is not None and moe.shared_out is not None:
-        shared = DenseFFN(
-            w_in_FD=moe.shared_in,
-            w_out_DF=moe.shared_out,
-            activation=moe.activation,
-            b_in_F=moe.shared_b_in,
-            w_gate_FD=moe.shared_gate,
-            b_gate_F=moe.shared_b_gate,
-        )
+    if len(moe.shared_neurons):
+        shared = dense_ffn(moe).narrow(moe.shared_neurons)
         y_TD = editor.node("Add", y_TD, _dense(editor, x_TD, shared, f"{name}.shared"))
     return y_TD
 
@@ -180,12 +151,12 @@ def _dense(editor: Editor, x_TD: ir.Value, ffn: DenseFFN, name: str) -> ir.Value
 class Layers:
     """Hold the canonical graphs of FFNs, dense and as mixtures: one graph each, or one for all if `stacked`."""
 
-    def __init__(self, mixtures: Sequence[MoEFFN], ffn_widths: Sequence[int], *, stacked: bool = False) -> None:
+    def __init__(self, mixtures: Sequence[MoEFFN], *, stacked: bool = False) -> None:
         if any(moe.reader is not None for moe in mixtures):
             raise ValueError("the routers read whole texts: an FFN alone has none")
         kinds: dict[str, Sequence[MoEFFN | DenseFFN]] = {
             "mixture": mixtures,
-            "dense": [dense_ffn(moe, ffn_width) for moe, ffn_width in zip(mixtures, ffn_widths, strict=True)],
+            "dense": [dense_ffn(moe) for moe in mixtures],
         }
         self._graphs = {
             kind: [ffn_graph(ffns)] if stacked else [ffn_graph([ffn]) for ffn in ffns] for kind, ffns in kinds.items()
@@ -200,23 +171,6 @@ class Layers:
             if not file.is_file():
                 save_graph(lower(graph, name), file)
         return open_graphs(files, plan, threads=threads)
-
-
-def runner(graphs: Sequence[Graph], read: Sequence[Sequence[np.ndarray]]) -> Callable[[int], object]:
-    """Return a call that runs all layers in order, on their inputs in the batch of that round: `read`."""
-
-    def run(index: int) -> None:
-        for graph, x_TD in zip(graphs, read[index % len(read)], strict=True):
-            graph.run(["y"], {"x": x_TD})
-
-    return run
-
-
-def inputs_of(model: nn.Module, ids_BL: np.ndarray, mask_BL: np.ndarray) -> list[np.ndarray]:
-    """Return the inputs of the FFN of each layer for these tokens, float32 [T, D]."""
-    batch = Batch({"input_ids": torch.from_numpy(ids_BL), "attention_mask": torch.from_numpy(mask_BL)}, None)
-    with torch.no_grad():
-        return [x_TD.numpy() for x_TD in layer_inputs(model, [batch], max_tokens=ids_BL.size)]
 
 
 class TrainedFFN(nn.Module):

@@ -16,8 +16,7 @@ import argparse
 import copy
 import re
 import sys
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from itertools import product
 from typing import Any
@@ -25,10 +24,12 @@ from typing import Any
 import torch
 from rich.console import Console
 from torch import Tensor
+from torch.utils.benchmark import Timer
 
-from benchmarks.ffn import TrainedFFN, dense_ffn, random_mixture, random_spec
+from benchmarks.ffn import TrainedFFN, random_mixture, random_spec
 from benchmarks.page import Grid, Page, parser_of, report, working
 from benchmarks.race import Spread, race
+from ffn2moe.decompose.layer import dense_ffn
 from ffn2moe.moe.layer import MoEFFN
 
 TOLERANCE = {torch.bfloat16: 2e-2, torch.float32: 1e-4}  # relative, for an output or a gradient
@@ -57,7 +58,7 @@ def measure(options: argparse.Namespace, console: Console) -> Page:
     if options.device != "cpu" and not _there(options.device):
         raise ValueError(f"no GPU: PyTorch {torch.__version__} finds no device {options.device!r}; nothing is measured")
     device = torch.device(options.device)
-    if device.index is not None:  # events use the current device
+    if device.index is not None:  # the timer waits for the current device
         torch.get_device_module(device).set_device(device)
     rows = []
     for width, ffn_width, gated in options.shapes:
@@ -69,14 +70,19 @@ def measure(options: argparse.Namespace, console: Console) -> Page:
     wrong = [f"{row['shape']} {row['tokens']} {way}" for row in rows for way in row["wrong"]]
     name = "CPU" if device.type == "cpu" else str(torch.get_device_module(device).get_device_name(device))
     header = ["D x F", "tokens", "pass", "way", "time", "speed over dense"]
+    cells = [
+        [row["shape"], str(row["tokens"]), row["pass"], name, f"{time:.3f} ms", str(Spread(**row["speedup"][name]))]
+        for row in rows
+        for name, time in row["milliseconds"].items()
+    ]
     return Page(
         "Dense FFN and mixture on a GPU",
         [
             f"{name}, torch {torch.__version__}, {options.dtype}; {options.active} of {options.experts} experts "
             f"active: the products alone allow {options.experts / options.active:.1f}x. Router and layout are "
-            "included. Medians by the events of the device; speeds within rounds, with quartiles."
+            "included. Medians; speeds within rounds, with quartiles."
         ],
-        [Grid("In PyTorch", header, cells_of(rows))],
+        [Grid("In PyTorch", header, cells)],
         result={"device": name, "torch": torch.__version__, "dtype": options.dtype, "rows": rows},
         failure=f"wrong, so not timed: {', '.join(wrong)}" if wrong else "",
     )
@@ -100,7 +106,7 @@ def _there(device: str) -> bool:
 
 def ways_of(moe: MoEFFN) -> dict[str, Way]:
     """Return the dense FFN and each way to compute the mixture."""
-    dense = TrainedFFN(dense_ffn(moe, moe.num_experts * moe.w_in.shape[1]))
+    dense = TrainedFFN(dense_ffn(moe))
     found: dict[str, Way] = {"dense": dense, "loop": lambda x_TD: loop(moe, x_TD), "grouped": moe}
     return found
 
@@ -139,13 +145,9 @@ def row_of(moe: MoEFFN, tokens: int, backward: bool, options: argparse.Namespace
 
     works = {}
     for name, way in ways.items():
-        for _ in range(3):
-            once(way)
-        seconds = elapsed(lambda way=way: once(way), 1, options.device)
-        calls = max(1, min(MOST_CALLS, round(SHORTEST_SAMPLE / seconds)))
-        works[name] = lambda _, way=way, calls=calls: {
-            "whole": elapsed(lambda: once(way), calls, options.device) / calls
-        }
+        timer = Timer("once(way)", globals={"once": once, "way": way})  # waits for the device
+        calls = max(1, min(MOST_CALLS, round(SHORTEST_SAMPLE / timer.timeit(3).mean)))
+        works[name] = lambda _, timer=timer, calls=calls: {"whole": timer.timeit(calls).mean}
     samples = race(works, rounds=options.rounds, fewest=1, warm_up=1)["whole"]
     return {
         "shape": f"{width} x {moe.num_experts * moe.w_in.shape[1]}",
@@ -180,40 +182,11 @@ def errors(moe: MoEFFN, ways: dict[str, Way], x_TD: Tensor, gradient_TD: Tensor 
 
 def _results(way: Way, x_TD: Tensor, gradient_TD: Tensor | None, weight: Tensor | None) -> list[Tensor]:
     """Return the output, and with a gradient those of the input and of the weight."""
-    if gradient_TD is None:
-        with torch.no_grad():
-            return [way(x_TD)]
     x_TD = x_TD.detach().clone().requires_grad_(True)
     y_TD = way(x_TD)
     asked = [x_TD] if weight is None else [x_TD, weight]
-    return [y_TD.detach(), *torch.autograd.grad(y_TD, asked, gradient_TD.to(y_TD.dtype))]
-
-
-def elapsed(work: Callable[[], None], calls: int, device: str) -> float:
-    """Return the seconds of this number of calls, by the events of the device if it is not the CPU."""
-    if device == "cpu":
-        start = time.perf_counter()
-        for _ in range(calls):
-            work()
-        return time.perf_counter() - start
-    module = torch.get_device_module(device)
-    first, last = (module.Event(enable_timing=True) for _ in range(2))
-    module.synchronize()
-    first.record()
-    for _ in range(calls):
-        work()
-    last.record()
-    module.synchronize()
-    return float(first.elapsed_time(last)) / 1000
-
-
-def cells_of(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
-    """Return a row for each way: milliseconds, and the speed over the dense FFN."""
-    return [
-        [row["shape"], str(row["tokens"]), row["pass"], name, f"{time:.3f} ms", str(Spread(**row["speedup"][name]))]
-        for row in rows
-        for name, time in row["milliseconds"].items()
-    ]
+    backward = [] if gradient_TD is None else torch.autograd.grad(y_TD, asked, gradient_TD.to(y_TD.dtype))
+    return [y_TD.detach(), *backward]
 
 
 if __name__ == "__main__":

@@ -13,19 +13,23 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import torch
 from rich.console import Console
 
+from benchmarks.ffn import Layers
 from benchmarks.page import (
     Grid,
     Page,
     about,
     add_texts,
+    chosen,
     parser_of,
     read_texts,
     report,
@@ -35,16 +39,17 @@ from benchmarks.page import (
     verdict,
 )
 from benchmarks.plot import bars
-from benchmarks.race import Compared, Sample, Samples, Track, race, stopwatch
+from benchmarks.race import Compared, Sample, Samples, race, stopwatch
 from ffn2moe import metrics
+from ffn2moe.data.batches import Batch
+from ffn2moe.decompose.inputs import layer_inputs
+from ffn2moe.moe import checkpoint
+from ffn2moe.moe.layer import moe_layers
 from ffn2moe.planning import timing
 from ffn2moe.runtime.engines import Graph
 from ffn2moe.runtime.export import open_export
 from ffn2moe.runtime.files import read_manifest
 from ffn2moe.runtime.plans import PLANS, form_of, is_dense, plan_of
-
-if TYPE_CHECKING:
-    from benchmarks.ffn import Layers
 
 SHAPES = [(1, 16), (1, 128), (32, 32), (32, 128)]
 MODEL, FFN = "model", "ffn"
@@ -77,9 +82,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return report(parser, lambda options, console: page(measure(options, console)), arguments)
 
 
-# --- measure ------------------------------------------------------------------------------------------------------
-
-
 def measure(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     """Return all figures of the page, ready for JSON."""
     manifest = read_manifest(options.export)
@@ -96,6 +98,7 @@ def measure(options: argparse.Namespace, console: Console) -> dict[str, Any]:
         model, layers = ffns_of(options.export, manifest)
     except ValueError as error:
         refused = str(error)
+    limits = {"rounds": options.rounds, "limit": options.seconds}
     with rounds_of(console) as track, tempfile.TemporaryDirectory() as folder:
         for threads in options.threads:
             exports = open_plans(options.export, plans, threads, missing)
@@ -106,9 +109,11 @@ def measure(options: argparse.Namespace, console: Console) -> dict[str, Any]:
                 batches = timing.full_batches(exports["dense"], texts, batch, sequence)
                 where = f"{batch} x {sequence}, {some(threads, 'thread')}"
                 timed = {plan: sample_of(export, batches) for plan, export in exports.items()}
-                rows += _rows(MODEL, (batch, sequence, threads), _race(timed, options, where, track), kept)
+                found = race(timed, **limits, label=where, track=track)
+                rows += _rows(MODEL, (batch, sequence, threads), found, kept)
                 if opened:
-                    found = _race(samples_alone(model, opened, batches), options, f"{where}, FFNs alone", track)
+                    timed = samples_alone(model, opened, batches)
+                    found = race(timed, **limits, label=f"{where}, FFNs alone", track=track)
                     rows += _rows(FFN, (batch, sequence, threads), found, kept)
     spec = manifest["spec"]
     return {
@@ -122,15 +127,6 @@ def measure(options: argparse.Namespace, console: Console) -> dict[str, Any]:
         "bounds": {str(sequence): bounds(options.export, sequence) for sequence in {s for _, s in options.shapes}},
         "rows": [asdict(row) for row in rows],
     }
-
-
-def chosen(known: Iterable[str], wanted: Sequence[str] | None, always: str = "dense") -> list[str]:
-    """Return the wanted plans of an export and one plan more; all if none is named. ValueError for an unknown plan."""
-    known = list(known)
-    missing = [plan for plan in wanted or () if plan not in known]
-    if missing:
-        raise ValueError(f"the export has no plan {missing[0]!r}; it has: {', '.join(sorted(known))}")
-    return [plan for plan in known if wanted is None or plan in wanted or plan == always]
 
 
 def open_plans(
@@ -163,34 +159,32 @@ def sample_of(export: timing.AnyExport, batches: Sequence[timing.Batch]) -> Samp
     return sample
 
 
-def _race(timed: Mapping[str, Sample], options: argparse.Namespace, label: str, track: Track) -> dict[str, Samples]:
-    return race(timed, rounds=options.rounds, limit=options.seconds, label=label, track=track)
-
-
 def ffns_of(export: Path, manifest: Mapping[str, Any]) -> tuple[Any, Layers]:
     """Return the model of an export and the graphs of its FFNs. ValueError if they cannot run alone."""
-    from benchmarks.ffn import Layers
-    from ffn2moe.moe import checkpoint
-    from ffn2moe.moe.layer import moe_layers
-
     spec = manifest["spec"]
     if spec["head"] == "seq2seq" or manifest.get("model", {}).get("reads", "text") != "text":
         raise ValueError("token ids alone do not determine the inputs of its FFNs")
     model = checkpoint.load(export / "checkpoint")
-    widths = [stack["ffn_width"] for stack in spec["stacks"] for _ in range(stack["num_layers"])]
-    return model, Layers(moe_layers(model), widths)
+    return model, Layers(moe_layers(model))
 
 
 def samples_alone(
     model: Any, opened: Mapping[str, Sequence[Graph]], batches: Sequence[timing.Batch]
 ) -> dict[str, Sample]:
     """Return a sample for each plan: all layers in order, on their inputs in the model, compiled for these batches."""
-    from benchmarks.ffn import inputs_of, runner
-
     for graph in chain.from_iterable(opened.values()):
         graph.fix([(batches[0][0].size,)])
-    read = [inputs_of(model, *batch) for batch in batches[:2]]
-    return {plan: stopwatch(runner(graphs, read)) for plan, graphs in opened.items()}
+    read = []
+    for ids_BL, mask_BL in batches[:2]:
+        batch = Batch({"input_ids": torch.from_numpy(ids_BL), "attention_mask": torch.from_numpy(mask_BL)}, None)
+        with torch.no_grad():
+            read.append([x_TD.numpy() for x_TD in layer_inputs(model, [batch], max_tokens=ids_BL.size)])
+
+    def run(graphs: Sequence[Graph], index: int) -> None:
+        for graph, x_TD in zip(graphs, read[index % len(read)], strict=True):
+            graph.run(["y"], {"x": x_TD})
+
+    return {plan: stopwatch(partial(run, graphs)) for plan, graphs in opened.items()}
 
 
 def _rows(part: str, shape: tuple[int, int, int], phases: Mapping[str, Samples], kept: Sequence[str]) -> Iterator[Row]:
@@ -205,8 +199,6 @@ def bounds(export: Path, sequence: int) -> dict[str, float]:
     """Return the largest speed over the dense model in the same engine: by FLOPs, and by Amdahl's law."""
     from transformers import AutoConfig
 
-    from ffn2moe.moe import checkpoint
-
     spec = checkpoint.load_spec(export / "checkpoint")
     config = AutoConfig.from_pretrained(export / "checkpoint")
     teacher, student = metrics.flops_per_token(spec, config, sequence)
@@ -217,8 +209,6 @@ def bounds(export: Path, sequence: int) -> dict[str, float]:
         "ffn_share": round(teacher.ffn / teacher.total, 3),
     }
 
-
-# --- report -------------------------------------------------------------------------------------------------------
 
 Shapes = dict[tuple[int, int], dict[str, Row]]  # (batch, sequence) -> plan -> row
 

@@ -17,7 +17,6 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -40,14 +39,7 @@ ALONE, ONE, TWO, KILLED = "one process", "one Dask worker", "two Dask workers", 
 
 
 Timed = tuple[list[LayerResult], float]  # results and seconds
-
-
-@dataclass
-class Cluster:
-    """Hold a Dask scheduler on loopback and its workers of one thread each."""
-
-    address: str
-    workers: list[subprocess.Popen[bytes]]
+Cluster = tuple[str, list[subprocess.Popen[bytes]]]  # address of a scheduler on loopback, workers of one thread
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -93,7 +85,6 @@ def make_jobs(layers: int, width: int, ffn_width: int, tokens: int) -> list[Laye
     jobs = []
     for layer in range(layers):
         moe = random_mixture(spec, layer)
-        moe.neurons.copy_(torch.arange(ffn_width).reshape(8, -1))
         x_TD = torch.randn(tokens + HELD_OUT, width, generator=generator)
         settings = RouterSettings(steps=STEPS, batch_tokens=4096, seed=layer)
         jobs.append(route_job(moe, spec, layer, settings, x_TD=x_TD[:tokens], held_out_TD=x_TD[tokens:]))
@@ -142,13 +133,13 @@ def clocked(run: Callable[[], list[LayerResult]]) -> Timed:
 
 def by_dask(jobs: list[LayerJob], cluster: Cluster, kill: bool = False) -> list[LayerResult]:
     """Run the map on a cluster; `kill` ends one of its workers after the first layer."""
-    os.environ[DASK] = cluster.address
+    os.environ[DASK], workers = cluster
     do = dask_map()
     assert do is not None
     found = []
     for result in do(jobs):
         if kill and not found:
-            cluster.workers[0].kill()
+            workers[0].kill()
         found.append(result)
     return in_order(found)
 
@@ -172,15 +163,15 @@ def dask_cluster(workers: int) -> Iterator[Cluster]:
         )
 
     address, on_loopback = f"tcp://127.0.0.1:{free_port()}", ("--host", "127.0.0.1", "--no-dashboard")
-    processes = [start("scheduler", *on_loopback, "--port", address.rpartition(":")[2])]
+    scheduler = start("scheduler", *on_loopback, "--port", address.rpartition(":")[2])
     one_thread = ("--nthreads", "1", "--no-nanny", "--preload", "flows.layers")
-    cluster = Cluster(address, [start("worker", address, *on_loopback, *one_thread) for _ in range(workers)])
+    started = [start("worker", address, *on_loopback, *one_thread) for _ in range(workers)]
     try:
         with Client(address, timeout=120, set_as_default=False) as client:
             client.wait_for_workers(workers, timeout=120)
-        yield cluster
+        yield address, started
     finally:
-        for process in [*cluster.workers, *processes]:
+        for process in [*started, scheduler]:
             process.kill()
             process.wait()
 

@@ -17,12 +17,12 @@ from typing import Any
 
 from rich.console import Console
 
-from benchmarks.inference import chosen
 from benchmarks.page import (
     Grid,
     Page,
     about,
     add_texts,
+    chosen,
     in_process,
     parser_of,
     read_texts,

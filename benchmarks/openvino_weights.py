@@ -41,14 +41,10 @@ def compressed(
     given_nD = y_nD = ops.parameter([-1, width], np.float32)
     for ffn in ffns:
         x_nD = _norm(y_nD) if len(ffns) > 1 else y_nD
-        up_nF = _shifted(_linear(x_nD, ffn.w_in_FD, bits, group), ffn.b_in_F)
-        gated = ffn.w_gate_FD is not None
-        h_nF = (
-            ops.multiply(ops.swish(_linear(x_nD, ffn.w_gate_FD, bits, group)), up_nF)
-            if gated
-            else ops.gelu(up_nF, "erf")
-        )
-        made_nD = _shifted(_linear(h_nF, ffn.w_out_DF, bits, group), ffn.b_out_D)
+        up_nF = _linear(x_nD, ffn.w_in_FD, bits, group, ffn.b_in_F)
+        gate_nF = ops.swish(_linear(x_nD, ffn.w_gate_FD, bits, group)) if ffn.gated else None
+        h_nF = ops.gelu(up_nF, "erf") if gate_nF is None else ops.multiply(gate_nF, up_nF)
+        made_nD = _linear(h_nF, ffn.w_out_DF, bits, group, ffn.b_out_D)
         y_nD = ops.add(y_nD, made_nD) if len(ffns) > 1 else made_nD
     model = ov.Model([ops.result(y_nD)], [given_nD], "ffn")
     settings = {
@@ -61,15 +57,11 @@ def compressed(
     }
     request = ov.Core().compile_model(model, "CPU", settings).create_infer_request()
 
-    def run(x_nD: np.ndarray) -> np.ndarray:
-        found: np.ndarray = request.infer([x_nD], share_inputs=True, share_outputs=True)[0].copy()
-        return found
-
-    return run, bits
+    return lambda x_nD: request.infer([x_nD], share_inputs=True, share_outputs=True)[0].copy(), bits
 
 
-def _linear(x: Any, weight: torch.Tensor | None, bits: int, group: int | None) -> Any:
-    """Return x times a compressed weight [N, K]: constant, Convert, Multiply, Reshape, MatMul, as NNCF writes it."""
+def _linear(x: Any, weight: torch.Tensor | None, bits: int, group: int | None, bias: torch.Tensor | None = None) -> Any:
+    """Return x times a compressed weight [N, K], as NNCF writes it (Convert, Multiply, Reshape, MatMul), plus bias."""
     import openvino.opset13 as ops
 
     ov = import_openvino()
@@ -87,13 +79,8 @@ def _linear(x: Any, weight: torch.Tensor | None, bits: int, group: int | None) -
         tensor = ov.Tensor(steps_NBg)
     constant = ov.op.Constant(tensor, shared_memory=False)
     scaled = ops.multiply(ops.convert(constant, "f32"), ops.constant(scales_NB1.astype(np.float32)))
-    return ops.matmul(x, ops.reshape(scaled, np.array([N, K]), False), False, True)
-
-
-def _shifted(x: Any, bias: torch.Tensor | None) -> Any:
-    import openvino.opset13 as ops
-
-    return x if bias is None else ops.add(x, ops.constant(bias.detach().numpy()))
+    y = ops.matmul(x, ops.reshape(scaled, np.array([N, K]), False), False, True)
+    return y if bias is None else ops.add(y, ops.constant(bias.detach().numpy()))
 
 
 def _norm(x: Any) -> Any:

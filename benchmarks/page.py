@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import shlex
 import textwrap
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,11 +26,7 @@ from benchmarks.race import Spread, Track
 from ffn2moe.planning.timing import machine
 from ffn2moe.progress import Screen
 
-DEFAULT_TEXTS = Path("data/corpus/evaluation.jsonl")
 GIB = 2**30
-
-
-# --- options ------------------------------------------------------------------------------------------------------
 
 
 def parser_of(module: str, description: str | None) -> argparse.ArgumentParser:
@@ -42,18 +39,16 @@ def parser_of(module: str, description: str | None) -> argparse.ArgumentParser:
 
 def shape_of(text: str) -> tuple[int, int]:
     """Read BATCHxSEQUENCE, for example 32x128; argparse reports everything else."""
-    try:
-        batch, sequence = (int(part) for part in text.split("x"))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not BATCHxSEQUENCE, for example 32x128") from None
-    if min(batch, sequence) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}: batch and sequence start at 1")
+    if not re.fullmatch(r"[1-9]\d*x[1-9]\d*", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not BATCHxSEQUENCE from 1x1, for example 32x128")
+    batch, sequence = map(int, text.split("x"))
     return batch, sequence
 
 
 def add_texts(parser: argparse.ArgumentParser) -> None:
     """Add the option --texts."""
-    parser.add_argument("--texts", type=Path, default=DEFAULT_TEXTS, help="JSON lines with a text each, or plain lines")
+    texts = Path("data/corpus/evaluation.jsonl")
+    parser.add_argument("--texts", type=Path, default=texts, help="JSON lines with a text each, or plain lines")
 
 
 def read_texts(path: Path) -> list[str]:
@@ -66,6 +61,15 @@ def read_texts(path: Path) -> list[str]:
     if not texts:
         raise ValueError(f"{path} has no text to time the plans on")
     return texts
+
+
+def chosen(known: Iterable[str], wanted: Sequence[str] | None, always: str = "dense") -> list[str]:
+    """Return the wanted plans of an export and one plan more; all if none is named. ValueError for an unknown plan."""
+    known = list(known)
+    missing = [plan for plan in wanted or () if plan not in known]
+    if missing:
+        raise ValueError(f"the export has no plan {missing[0]!r}; it has: {', '.join(sorted(known))}")
+    return [plan for plan in known if wanted is None or plan in wanted or plan == always]
 
 
 def command_of(parser: argparse.ArgumentParser, options: argparse.Namespace) -> str:
@@ -86,9 +90,6 @@ def _word(value: object) -> str:
     if isinstance(value, tuple):  # a shape; True stands for a gated FFN
         return "x".join(str(one) for one in value if not isinstance(one, bool)) + "g" * (True in value[2:])
     return f"{value:g}" if isinstance(value, float) else str(value)
-
-
-# --- progress -----------------------------------------------------------------------------------------------------
 
 
 def console_of() -> Console:
@@ -122,9 +123,6 @@ def rounds_of(console: Console) -> Iterator[Track]:
             return screen.track(rounds, len(rounds), label)
 
         yield track
-
-
-# --- results ------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

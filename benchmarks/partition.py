@@ -25,7 +25,7 @@ from unittest.mock import patch
 import torch
 from rich.console import Console
 
-from benchmarks.ffn import dense_ffn, random_mixture, random_spec
+from benchmarks.ffn import random_mixture, random_spec
 from benchmarks.page import Grid, Page, about, load_average, parser_of, report, some, working
 from ffn2moe.decompose import clustering, oracle, route
 from ffn2moe.decompose import layer as layers
@@ -34,21 +34,21 @@ from ffn2moe.dense.ffn import DenseFFN
 from ffn2moe.numerics import chunk_of
 from ffn2moe.spec import MoESpec
 
-# Step -> the functions whose time it is. The time of a nested function belongs to its own step alone.
-DECOMPOSE: dict[str, list[tuple[Any, str]]] = {
-    "activations": [(DenseFFN, "neurons")],
-    "statistics": [(layers, "decompose_layer")],
-    "clustering": [(clustering, "_lloyd")],
-    "slicing": [(layers, "mixture")],
-    "oracle": [(oracle, "survey")],
+# Step -> the function whose time it is. The time of a nested function belongs to its own step alone.
+DECOMPOSE: dict[str, tuple[Any, str]] = {
+    "activations": (DenseFFN, "neurons"),
+    "statistics": (layers, "decompose_layer"),
+    "clustering": (clustering, "_lloyd"),
+    "slicing": (layers, "mixture"),
+    "oracle": (oracle, "survey"),
 }
 CALIBRATE = DECOMPOSE | {
-    "dense outputs": [(route, "outputs")],
-    "router": [(route, "fit_router")],
-    "scale": [(oracle, "fit_scales")],
-    "judgement": [(oracle, "diagnose")],
-    "refit": [(route, "refit_outputs")],
-    "other": [(route, "route_layer")],
+    "dense outputs": (route, "outputs"),
+    "router": (route, "fit_router"),
+    "scale": (oracle, "fit_scales"),
+    "judgement": (oracle, "diagnose"),
+    "refit": (route, "refit_outputs"),
+    "other": (route, "route_layer"),
 }
 STEPS = tuple(CALIBRATE)
 LLAMA, TINY_LLAMA = (4096, 11008), (2048, 5632)  # D and F
@@ -76,7 +76,7 @@ def measure(options: argparse.Namespace, console: Console) -> Page:
     torch.set_num_threads(options.threads)
     spec = random_spec(*options.shape, options.experts, options.active, shared=options.shared)
     with working(console, "converting a layer"):
-        ffn = dense_ffn(random_mixture(random_spec(*options.shape, 1, 1)), options.shape[1])
+        ffn = layers.dense_ffn(random_mixture(random_spec(*options.shape, 1, 1)))
         x_TD = torch.randn(options.tokens, options.shape[0], generator=torch.Generator().manual_seed(0))
         rows = [convert(ffn, x_TD, spec, options.calibrate) for _ in range(options.rounds)]
     found = {step: median(row[step] for row in rows) for step in rows[0]}
@@ -111,35 +111,27 @@ def convert(ffn: DenseFFN, x_TD: torch.Tensor, spec: MoESpec, calibrate: bool) -
 
 
 @contextmanager
-def clocks(steps: dict[str, list[tuple[Any, str]]]) -> Iterator[dict[str, float]]:
+def clocks(steps: dict[str, tuple[Any, str]]) -> Iterator[dict[str, float]]:
     """Time the functions of the steps while the block runs; seconds by step."""
     spent = dict.fromkeys(steps, 0.0)
-    running: list[str] = []
-    last = time.perf_counter()
-
-    def switch() -> None:
-        nonlocal last
-        now = time.perf_counter()
-        if running:
-            spent[running[-1]] += now - last
-        last = now
+    inside = [0.0]  # seconds of the steps inside of each one that runs
 
     def timed(step: str, function: Callable[..., Any]) -> Callable[..., Any]:
         def call(*arguments: Any, **more: Any) -> Any:
-            switch()
-            running.append(step)
+            inside.append(0.0)
+            start = time.perf_counter()
             try:
                 return function(*arguments, **more)
             finally:
-                switch()
-                running.pop()
+                seconds = time.perf_counter() - start
+                spent[step] += seconds - inside.pop()
+                inside[-1] += seconds
 
         return call
 
     with ExitStack() as stack:
-        for step, functions in steps.items():
-            for owner, name in functions:
-                stack.enter_context(patch.object(owner, name, timed(step, getattr(owner, name))))
+        for step, (owner, name) in steps.items():
+            stack.enter_context(patch.object(owner, name, timed(step, getattr(owner, name))))
         yield spent
 
 

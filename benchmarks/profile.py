@@ -40,27 +40,20 @@ MOST_RUNS = 100
 BETWEEN = "between nodes"
 # Kind of work -> its ops in ONNX, ONNX Runtime and OpenVINO. The names of products say whether they belong to an FFN,
 # an attention or a router (`kind_of`).
-KINDS: dict[str, tuple[str, ...]] = {
-    "products": (
-        *("Gemm", "MatMul", "FusedMatMul", "FusedGemm", "MatMulNBits", "MatMulInteger", "MatMulIntegerToFloat"),
-        *("DynamicQuantizeMatMul", "FullyConnected", "MoE", "QMoE", "RoutedExperts"),
-        "Reference",  # an extension's
-    ),
-    "attention": ("Attention", "MultiHeadAttention", "GroupQueryAttention", "ScaledDotProductAttention", "SDPA"),
-    "activations": ("Gelu", "Relu", "Sigmoid", "Silu", "Swish", "QuickGelu", "BiasGelu", "FastGelu", "Tanh", "Erf"),
-    "norms and residuals": (
-        *("LayerNormalization", "SkipLayerNormalization", "RMSNormalization", "Add", "MVN", "RMS", "LayerNorm"),
-        *("Eltwise", "Subgraph", "Mul", "Multiply", "Div", "Sub", "Reduce", "ReduceL2"),
-    ),
-    "routing": (
-        *("TopK", "ScatterElements", "NonZero", "OneHot", "CumSum", "ArgMax", "GatherElements", "ConstantOfShape"),
-        *("ScatterElementsUpdate", "Range", "Compress", "GreaterOrEqual", "Where", "Softmax", "ReduceSum", "Size"),
-    ),
-    "gathering": ("Gather", "Split", "VariadicSplit", "Concat", "Concatenation", "ScatterND", "ScatterNDUpdate"),
-    "quantising": ("DynamicQuantizeLinear", "QuantizeLinear", "DequantizeLinear", "FakeQuantize", "Convert", "Cast"),
-    "layout": ("Reshape", "Transpose", "Reorder", "Unsqueeze", "Squeeze", "Expand", "Broadcast", "Shape", "ShapeOf"),
+KINDS = {
+    "products": "Gemm MatMul FusedMatMul FusedGemm MatMulNBits MatMulInteger MatMulIntegerToFloat FullyConnected "
+    "DynamicQuantizeMatMul MoE QMoE Experts Reference",  # the last one: an extension's
+    "attention": "Attention MultiHeadAttention GroupQueryAttention ScaledDotProductAttention SDPA",
+    "activations": "Gelu Relu Sigmoid Silu Swish QuickGelu BiasGelu FastGelu Tanh Erf",
+    "norms and residuals": "LayerNormalization SkipLayerNormalization RMSNormalization Add MVN RMS LayerNorm Eltwise "
+    "Subgraph Mul Multiply Div Sub Reduce ReduceL2",
+    "routing": "TopK ScatterElements NonZero OneHot CumSum ArgMax GatherElements ConstantOfShape ScatterElementsUpdate "
+    "Range Compress GreaterOrEqual Where Softmax ReduceSum Size",
+    "gathering": "Gather Split VariadicSplit Concat Concatenation ScatterND ScatterNDUpdate",
+    "quantising": "DynamicQuantizeLinear QuantizeLinear DequantizeLinear FakeQuantize Convert Cast",
+    "layout": "Reshape Transpose Reorder Unsqueeze Squeeze Expand Broadcast Shape ShapeOf",
 }
-_KIND_OF = {op: kind for kind, ops in KINDS.items() for op in ops}
+_KIND_OF = {op: kind for kind, ops in KINDS.items() for op in ops.split()}
 
 
 @dataclass(frozen=True)
@@ -103,9 +96,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--top", type=int, default=8, help="nodes to show of each plan")
     add_texts(parser)
     return report(parser, lambda options, console: page(options, measure(options, console)), arguments)
-
-
-# --- measure ------------------------------------------------------------------------------------------------------
 
 
 def measure(options: argparse.Namespace, console: Console) -> list[Profile]:
@@ -220,9 +210,6 @@ def _openvino(file: Path, plan: str, threads: int, inputs: Inputs, track: Callab
                 times[count.node_name, count.node_type].append(count.real_time.total_seconds() * 1e6)
     nodes = [Node(name, op, median(spent)) for (name, op), spent in times.items()]
     return runs, median(whole), nodes
-
-
-# --- report -------------------------------------------------------------------------------------------------------
 
 
 def kind_of(node: Node) -> str:

@@ -18,7 +18,6 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -43,17 +42,11 @@ BAD += [{"inputs": bad} for bad in (None, "text", {"text": "a"}, [], [""], ["a",
 BAD += [{"inputs": bad} for bad in ([{"text": "a"}], ["word " * 200_000], ["a"] * 10_000)]
 
 
-@dataclass(frozen=True)
-class Load:
-    """Hold what the clients saw: seconds of each request, statuses, seconds in all."""
+def load(url: str, requests: int, clients: int) -> tuple[list[float], Counter[int], float]:
+    """Send requests of 1 to 8 texts of 3 to 60 words; each client keeps a connection and waits for each answer.
 
-    seconds: list[float]
-    statuses: Counter[int]
-    wall: float
-
-
-def load(url: str, requests: int, clients: int) -> Load:
-    """Send requests of 1 to 8 texts of 3 to 60 words; each client keeps a connection and waits for each answer."""
+    Return the seconds of each request, the statuses, and the seconds in all.
+    """
     host = url.partition("://")[2]
     numbers = iter(range(requests))  # shared: each client takes the next number
 
@@ -75,7 +68,7 @@ def load(url: str, requests: int, clients: int) -> Load:
         futures = [pool.submit(client) for _ in range(clients)]
         rows = [row for future in futures for row in future.result()]
     wall = time.perf_counter() - start
-    return Load([seconds for seconds, _ in rows], Counter(status for _, status in rows), wall)
+    return [seconds for seconds, _ in rows], Counter(status for _, status in rows), wall
 
 
 def texts(index: int) -> list[str]:
@@ -84,28 +77,27 @@ def texts(index: int) -> list[str]:
     return [" ".join(itertools.islice(words, 3 + (7 * index + 13 * row) % 58)) for row in range(1 + index % 8)]
 
 
-def memory(processes: Sequence[psutil.Process]) -> float:
-    """Return the resident MiB of the processes together."""
-    return sum(process.memory_info().rss for process in processes) / 2**20
-
-
 def measure(url: str, processes: Sequence[psutil.Process], requests: int, clients: int, warm_up: int) -> dict[str, Any]:
     """Run the warm-up, the load and the malformed requests; check that the same processes still answer."""
     alive = [process.pid for process in processes]
+
+    def memory() -> float:
+        return sum(process.memory_info().rss for process in processes) / 2**20
+
     load(url, warm_up, clients)
-    before = memory(processes)
-    found = load(url, requests, clients)
-    after = memory(processes)
+    before = memory()
+    seconds, statuses, wall = load(url, requests, clients)
+    after = memory()
     refusals = Counter(ask(url, BAD[index % len(BAD)])[0] for index in range(MALFORMED))
-    milliseconds = 1000 * np.array(found.seconds)
+    p50, p99 = np.percentile(seconds, (50, 99))
     return {
         "requests": requests,
         "clients": clients,
-        "errors": requests - found.statuses[200],
-        "p50_ms": float(np.percentile(milliseconds, 50)),
-        "p99_ms": float(np.percentile(milliseconds, 99)),
-        "requests_a_second": requests / found.wall,
-        "texts_a_second": sum(len(texts(index)) for index in range(requests)) / found.wall,
+        "errors": requests - statuses[200],
+        "p50_ms": 1000 * float(p50),
+        "p99_ms": 1000 * float(p99),
+        "requests_a_second": requests / wall,
+        "texts_a_second": sum(len(texts(index)) for index in range(requests)) / wall,
         "memory_before_mib": before,
         "memory_after_mib": after,
         "memory_growth": after / before - 1 if processes else float("nan"),

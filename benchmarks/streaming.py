@@ -13,7 +13,7 @@ import argparse
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -100,18 +100,9 @@ def run(folder: Path, out: Path, tokens: int, threads: int) -> dict[str, Any]:
     estimated = estimate(folder, spec, calibration_tokens=tokens, batch_tokens=batch_tokens)
     start = time.perf_counter()
 
-    def track(items: Any, total: int, label: str) -> Iterator[Any]:
-        for item in items:
-            yield item
-            print(f"layer {item}: {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
-
-    rows = decompose(
-        folder,
-        out,
-        list(in_order("causal", ids.tolist(), batch_texts=batch_tokens // length)),
-        StreamSettings(spec, RouterSettings(steps=200, batch_tokens=1024, seed=0)),
-        track=track,
-    )
+    batches = list(in_order("causal", ids.tolist(), batch_texts=batch_tokens // length))
+    settings = StreamSettings(spec, RouterSettings(steps=200, batch_tokens=1024, seed=0))
+    rows = list(decompose(folder, out, batches, settings))
     return {
         "seconds": time.perf_counter() - start,
         "layer_seconds": [row["seconds"] for row in rows],

@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -204,12 +204,8 @@ def _pass(ffn: nn.Module, x_TD: Tensor, gradient_TD: Tensor, device: str, bf16: 
         middle = seconds(device)
         y_TD.backward(gradient_TD.to(y_TD.dtype))
         end = seconds(device)
-        return {
-            "forward": middle - start,
-            "backward": end - middle,
-            "seconds": end - start,
-            "processors": time.process_time() - processors,
-        }
+        found = {"forward": middle - start, "backward": end - middle, "seconds": end - start}
+        return found | {"processors": time.process_time() - processors}
 
     return work
 
@@ -232,17 +228,15 @@ def grids(found: Mapping[str, Any]) -> list[Grid]:
     ratios = (f"{step['mixture'][part] / step['dense'][part]:.2f}" for part in PARTS)
     rows.append(["mixture / dense", *ratios, *(str(Spread(**step[key])) for key in RATIOS)])
     header = ("tokens", "dense forward", "dense backward", "forward", "backward", "ratio", "ratio, processors")
-    ffn = [[str(row["tokens"]), *_times(row), *(str(Spread(**row[key])) for key in RATIOS)] for row in found["ffn"]]
+    passes = [(name, part) for name in ("dense", "mixture") for part in ("forward", "backward")]
+    ffn = []
+    for row in found["ffn"]:
+        times = (f"{1000 * row[name][part]:.2f} ms" for name, part in passes)
+        ffn.append([str(row["tokens"]), *times, *(str(Spread(**row[key])) for key in RATIOS)])
     return [
         Grid("One step of distillation", ("step of", *PARTS, "in all", "processors"), rows),
         Grid("One FFN, forward and backward", header, ffn),
     ]
-
-
-def _times(row: Mapping[str, Any]) -> Iterator[str]:
-    for name in ("dense", "mixture"):
-        for part in ("forward", "backward"):
-            yield f"{1000 * row[name][part]:.2f} ms"
 
 
 def page(options: argparse.Namespace, found: Mapping[str, Any]) -> Page:

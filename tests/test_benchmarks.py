@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from benchmarks import decode, inference, openvino_weights, profile
-from benchmarks.ffn import Layers, dense_ffn, one_expert, random_mixture, random_spec
+from benchmarks.ffn import Layers, one_expert, random_mixture, random_spec
 from benchmarks.race import Spread, race, stopwatch
+from ffn2moe.decompose.layer import dense_ffn
 from ffn2moe.runtime.files import read_manifest
 from tests.mixtures import carve
 from tests.texts import make_texts
@@ -80,11 +81,11 @@ def test_an_ffn_alone_is_the_layer_of_the_model(tiny_teacher, tiny_teacher_gated
     from ffn2moe.moe.layer import moe_layers
 
     layers = moe_layers(model)
-    alone = Layers(layers, [spec.ffn_width] * len(layers))
+    alone = Layers(layers)
     x_TD = np.random.default_rng(0).standard_normal((13, spec.width), dtype=np.float32)
     with torch.no_grad():
         mixture_TD = layers[0].reference(torch.from_numpy(x_TD)).numpy()
-        dense_TD = dense_ffn(layers[0], spec.ffn_width)(torch.from_numpy(x_TD)).numpy()
+        dense_TD = dense_ffn(layers[0])(torch.from_numpy(x_TD)).numpy()
     for plan, expected in (("dense", dense_TD), ("sorted", mixture_TD), ("fused", mixture_TD)):
         found = alone.open(plan, 1, tmp_path)[0].run(["y"], {"x": x_TD})[0]
         np.testing.assert_allclose(found, expected, atol=2e-3 if plan == "fused" else 1e-5)
@@ -93,9 +94,9 @@ def test_an_ffn_alone_is_the_layer_of_the_model(tiny_teacher, tiny_teacher_gated
 def test_routers_that_read_whole_texts_have_no_ffn_alone(tiny_teacher):
     from ffn2moe.moe.layer import moe_layers
 
-    model, spec = carve(tiny_teacher, routing="sequence")
+    model, _ = carve(tiny_teacher, routing="sequence")
     with pytest.raises(ValueError, match="whole texts"):
-        Layers(moe_layers(model), [spec.ffn_width] * spec.num_layers)
+        Layers(moe_layers(model))
 
 
 # --- inference ------------------------------------------------------------------------------------------------------
@@ -207,7 +208,7 @@ def test_ffns_behind_each_other_are_timed_as_one_of_them(tmp_path):
 @pytest.mark.parametrize("gated", [False, True])
 def test_weights_of_few_bits_in_openvino_give_the_dense_ffn(gated):
     pytest.importorskip("openvino")
-    ffn = dense_ffn(random_mixture(random_spec(128, 256, 4, 2, gated=gated)), 256)
+    ffn = dense_ffn(random_mixture(random_spec(128, 256, 4, 2, gated=gated)))
     x_TD = np.random.default_rng(0).standard_normal((9, 128), dtype=np.float32)
     with torch.no_grad():
         exact_TD = ffn(torch.from_numpy(x_TD)).numpy()
@@ -219,7 +220,7 @@ def test_weights_of_few_bits_in_openvino_give_the_dense_ffn(gated):
 
 @pytest.mark.parametrize("gated", [False, True])
 def test_one_expert_of_the_whole_width_is_the_dense_ffn(gated):
-    ffn = dense_ffn(random_mixture(random_spec(16, 64, 4, 2, gated=gated)), 64)
+    ffn = dense_ffn(random_mixture(random_spec(16, 64, 4, 2, gated=gated)))
     x_TD = torch.randn(5, 16, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         torch.testing.assert_close(one_expert(ffn).reference(x_TD), ffn(x_TD))

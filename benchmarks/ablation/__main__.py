@@ -95,9 +95,8 @@ def work(options: argparse.Namespace, arguments: list[str], console: Console) ->
     store = Store(options.work / "cells", budget, bench.data)
     wanted = cells(chosen(methods, options.methods), shares, options.stages, options.seeds, budget.experts)
     todo = [cell for cell in wanted if store.read(cell) is None]
-    if options.list:
-        for cell in wanted:
-            console.print(f"{'done' if store.read(cell) else '    '} {cell.name(budget.experts)}")
+    for cell in wanted if options.list else ():
+        console.print(f"{'    ' if cell in todo else 'done'} {cell.name(budget.experts)}")
     console.print(f"{len(wanted)} cells, {len(wanted) - len(todo)} of them done")
     if options.list:
         return 0
@@ -143,7 +142,8 @@ def budget_of(options: argparse.Namespace) -> Budget:
 
 def settings_of(options: argparse.Namespace) -> list[str]:
     """Return the settings of the workspace that differ from params.yaml."""
-    settings = [f"teacher.source={_absolute(options.model)}", f"compute.threads={options.threads}"]
+    source = Path(options.model).resolve() if Path(options.model).is_dir() else options.model
+    settings = [f"teacher.source={source}", f"compute.threads={options.threads}"]
     if options.data:
         settings.append(f"data.folder={options.data.resolve()}")
     sample = options.sample or Path(options.model) / "sample.txt"
@@ -152,10 +152,6 @@ def settings_of(options: argparse.Namespace) -> list[str]:
     elif options.sample:
         raise FileNotFoundError(f"{options.sample} does not exist: name a text file with --sample")
     return settings + options.set
-
-
-def _absolute(source: str) -> str:
-    return str(Path(source).resolve()) if Path(source).is_dir() else source
 
 
 def chosen(methods: dict[str, Method], names: Sequence[str] | None) -> list[Method]:

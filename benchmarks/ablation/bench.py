@@ -81,10 +81,7 @@ class SharedParts:
 
     def model(self) -> Any:
         """Return a fresh copy of the dense model."""
-        return self._opened()[0]
-
-    def _opened(self) -> tuple[Any, Any]:
-        return load_dense(str(self.setup.workspace / "data/teacher"))
+        return load_dense(str(self.setup.workspace / "data/teacher"))[0]
 
     @cached_property
     def teacher(self) -> Any:
@@ -92,7 +89,7 @@ class SharedParts:
 
     @cached_property
     def tokenizer(self) -> Any:
-        return self._opened()[1]
+        return load_dense(str(self.setup.workspace / "data/teacher"))[1]
 
     @cached_property
     def head(self) -> Head:

@@ -35,9 +35,6 @@ Compressor = Callable[[DenseFFN, Tensor, int], CompressedFFN]  # an FFN, its inp
 COMPRESSORS: Table[Compressor] = Table("compressor")
 
 
-# --- compress one FFN, or a model ---------------------------------------------------------------------
-
-
 def mixture_flops(width: int, ffn_width: int, *, gated: bool, active_share: float, num_experts: int) -> int:
     """Return the FLOPs of one token in one FFN of a mixture: the active share of the neurons, and the router."""
     return int(active_share * ffn_flops(width, ffn_width, gated=gated)) + 2 * width * num_experts
@@ -84,9 +81,6 @@ def compress(
     for layer, compressed in enumerate(layers):
         install(model, layer, compressed)
     return layers
-
-
-# --- parts of a compressor ----------------------------------------------------------------------------
 
 
 def keep(ffn: DenseFFN, neurons_S: Tensor, w_out: LinearMap, around: LinearMap | None = None) -> CompressedFFN:

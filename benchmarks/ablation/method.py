@@ -13,11 +13,7 @@ from ffn2moe.table import Table
 
 Stage = Literal["free", "router", "distilled"]
 STAGES: tuple[Stage, ...] = get_args(Stage)
-STAGE_TITLES: dict[Stage, str] = {
-    "free": "training-free",
-    "router": "router trained",
-    "distilled": "distilled",
-}
+STAGE_TITLES: dict[Stage, str] = {"free": "training-free", "router": "router trained", "distilled": "distilled"}
 Group = Literal[
     "default",
     "FactorLLM",

@@ -77,9 +77,6 @@ def judged(bench: Bench) -> str:
     return ", ".join(parts) + (probe if found.classification else "")
 
 
-# --- files --------------------------------------------------------------------------------------------
-
-
 def data_of(out: Path) -> Path:
     """Return the file of a page's cells: docs/results/ablation.jsonl for docs/results.md."""
     return out.with_suffix("") / "ablation.jsonl"
@@ -137,8 +134,6 @@ def write(out: Path, grids: Mapping[str, Any]) -> None:
     text = "\n".join([INTRODUCTION, *sections])
     out.write_text(text, encoding="utf-8")
 
-
-# --- text ---------------------------------------------------------------------------------------------
 
 INTRODUCTION = """# Methods compared on the same work
 
@@ -210,7 +205,8 @@ def summary(one: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> list[s
         ("best FactorLLM", lambda row: row["group"] == "FactorLLM"),
     )
     cells = []
-    for share, stage in sorted({(row["share"], row["stage"]) for row in rows}, key=_place):
+    places = {(row["share"], row["stage"]) for row in rows}
+    for share, stage in sorted(places, key=lambda place: (-place[0], STAGES.index(place[1]))):
         here = [row for row in rows if (row["share"], row["stage"]) == (share, stage)]
         entries = [f"{100 * share:g} %", STAGE_TITLES[stage]]
         for name, belongs in wanted:
@@ -221,11 +217,6 @@ def summary(one: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> list[s
         cells.append(entries)
     table = Grid("", ["active", "stage", *(name for name, _ in wanted)], cells).markdown()
     return ["The share of the teacher's figures that is kept, and the best method by it:", "", *table, ""]
-
-
-def _place(place: tuple[float, Any]) -> tuple[float, int]:
-    """Sort by falling share, then by stage."""
-    return -place[0], STAGES.index(place[1])
 
 
 def table(one: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -82,8 +82,8 @@ def _panel(axes: Any, rows: Sequence[Mapping[str, Any]], judge: str | None) -> N
             zorder=5 if default else 3,
         )
     points = [(x, mean, row["group"]) for x, (mean, _), row in zip(cost, quality, rows, strict=True)]
-    lines = ((sorted((x, y) for x, y, group in points if group == "default"), COLOURS["default"]),)
-    for line, colour in (*lines, (_front([(x, y) for x, y, _ in points]), "#bbbbbb")):
+    own = sorted((x, y) for x, y, group in points if group == "default")
+    for line, colour in ((own, COLOURS["default"]), (_front([(x, y) for x, y, _ in points]), "#bbbbbb")):
         axes.plot([x for x, _ in line], [y for _, y in line], color=colour, linewidth=1.2, zorder=2)
     ticks = sorted({100 * row["share"] for row in rows})
     axes.axhline(100, color="#444444", linewidth=0.8, linestyle=":")
@@ -95,7 +95,7 @@ def _panel(axes: Any, rows: Sequence[Mapping[str, Any]], judge: str | None) -> N
     axes.grid(color="#e6e6e6", linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
     axes.set_xlabel("FLOPs of FFNs and routers, % of the teacher's", fontsize=8.5)
-    axes.set_ylabel("% of the teacher kept", fontsize=8.5)
+    axes.set_ylabel("% of the teacher kept (outliers at the edge)", fontsize=8.5)
 
 
 def _percents(values: Sequence[float]) -> tuple[float, float]:

@@ -74,14 +74,8 @@ def distil(bench: Bench, made: Made, cell: Cell) -> None:
 
 def objective_of(bench: Bench, cell: Cell) -> Objective:
     """Return the objective of every student of the grid, with the method's divergence if there are logits."""
-    budget = bench.budget
-    weights = LossWeights(
-        hidden=budget.hidden_weight,
-        embedding=budget.embedding_weight,
-        relational=budget.relational_weight,
-        logits=budget.logits_weight,
-        divergence=cell.method.divergence,
-    )
+    parts = {part: getattr(bench.budget, f"{part}_weight") for part in ("hidden", "embedding", "relational", "logits")}
+    weights = LossWeights(**parts, divergence=cell.method.divergence)
     return objective_for(bench.head, bench.pooling, weights)
 
 

@@ -55,9 +55,6 @@ def run(setup: Setup, store: Store, todo: Sequence[Cell], jobs: int, console: Co
     return failed
 
 
-# --- processes ----------------------------------------------------------------------------------------
-
-
 def finish(setup: Setup, cells: Sequence[Cell], jobs: int) -> Generator[Finished]:
     """Yield each cell when it ends. One job runs in this process, more run in as many others.
 
@@ -141,10 +138,6 @@ def about(bench: Bench, cell: Cell) -> dict[str, Any]:
 
 def commit() -> str:
     """Return the commit that is checked out, with a plus if files differ from it."""
-    folder = Path(__file__).parent
-
-    def git(*arguments: str) -> str:
-        done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True)
-        return done.stdout.strip() if done.returncode == 0 else ""
-
-    return (git("rev-parse", "--short", "HEAD") or "unknown") + ("+" if git("status", "--porcelain", "-uno") else "")
+    command = ["git", "describe", "--always", "--exclude=*", "--dirty=+"]
+    done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
+    return done.stdout.strip() or "unknown"
