@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+import benchmarks.ablation.methods  # noqa: F401 - registers routers that read whole texts
 from benchmarks import decode, inference, openvino_weights, profile
 from benchmarks.ffn import Layers, one_expert, random_mixture, random_spec
 from benchmarks.race import Spread, race, stopwatch
