@@ -19,8 +19,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import combinations
 
-from ffn2moe.planning.measure import CLOSE
-from ffn2moe.planning.timing import Phase, Timing
+from ffn2moe.planning.timing import CLOSE, Phase, Timing
 from ffn2moe.runtime.plans import is_dense
 from ffn2moe.runtime.workload import Workload
 

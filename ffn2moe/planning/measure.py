@@ -17,7 +17,7 @@ from statistics import median
 from typing import Any
 
 from ffn2moe.planning import timing
-from ffn2moe.planning.timing import AnyExport, Race, Timing
+from ffn2moe.planning.timing import CLOSE, AnyExport, Race, Timing
 from ffn2moe.runtime.engines import CPU, ENGINES
 from ffn2moe.runtime.export import open_export
 from ffn2moe.runtime.files import no_such_plan, read_manifest
@@ -30,7 +30,6 @@ RUNGS = (3, 6, 12, 24, 48)  # rounds after which the slower half of the hopeless
 # By this over the rounds a plan may miss the best dense plan's speed before it is hopeless: 20 % after 3.
 SLACK = 0.6
 PRECISION = 0.01  # of a ratio: rounds end when its interval reaches at most this far to either side
-CLOSE = 0.97  # of another plan's speed: a plan this near is measured as precisely, and may stand for it
 MIN_RETENTION = 0.97  # the default share of the teacher's quality that a plan must keep
 
 # Wraps the rounds of one shape while they run: (what is timed, rounds) -> rounds.

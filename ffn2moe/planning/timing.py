@@ -36,6 +36,7 @@ DECISIVE: tuple[Phase, ...] = ("whole", "request")  # the phases that choose a p
 
 SHORTEST_SAMPLE = 0.02  # seconds; faster plans are run several times for one sample
 BATCHES = 16  # of different texts: neither one batch's routing nor shapes that an engine has seen before decide
+CLOSE = 0.97  # of another plan's speed: a plan this near is measured as precisely, and may stand for it
 CONFIDENCE = 0.99  # of an interval; high, because several plans are compared, repeatedly, until it is narrow
 
 
