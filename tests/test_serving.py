@@ -60,7 +60,7 @@ def test_a_served_version_passes_the_smoke_test_and_refuses_what_is_none(workspa
             ([], "there is no text"),
             (["a", " "], "text 1 is empty"),
             (["a"] * 9, "9 texts are too many for one request; send at most 8"),
-            (["x" * 101], "text 0 has 101 characters; at most 100 are taken"),
+            (["x" * 101], "text 0 has 101 characters; at most 100 are accepted"),
             (["\ud800"], "text 0 is not Unicode"),
             ([1, None], "Expected type str"),
             ("text", "Expected list, but got str"),
