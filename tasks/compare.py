@@ -76,11 +76,12 @@ def cheapest_of(found: Sequence[Point], keeps: float) -> Point | None:
 
 def session(job: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Time the job's `exports` (label -> folder and plan, with `dense`) at one shape; return a row each, in order."""
+    from ffn2moe.data.corpus import read_lines
     from ffn2moe.planning import timing
     from ffn2moe.runtime.export import open_export
     from ffn2moe.runtime.plans import is_dense
 
-    lines = Path(job["texts"]).read_text(encoding="utf-8").splitlines()[:TEXTS]
+    lines = read_lines(Path(job["texts"]))[:TEXTS]
     opened = {label: open_export(folder, plan, job["threads"]) for label, (folder, plan) in job["exports"].items()}
     batch, sequence = job["shape"]
     batches = timing.full_batches(opened["dense"], [json.loads(line)["text"] for line in lines], batch, sequence)

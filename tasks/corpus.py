@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ffn2moe.data.corpus import PACKAGES as PACKAGES
-from ffn2moe.data.corpus import clean, read_documents, read_file, read_jsonl_column, read_lines
+from ffn2moe.data.corpus import clean, read_documents, read_jsonl_column, read_lines, read_table
 from ffn2moe.data.corpus import docstrings as docstrings
 from ffn2moe.data.corpus import read_corpus as read_corpus
 
@@ -164,10 +164,10 @@ def read_folder(folder: Path) -> LabelledFolder:
 
 def _read_stsb(path: Path) -> list[ScoredPair]:
     pairs = []
-    for number, line in enumerate(read_file(path).split("\n"), 1):
+    for number, line in enumerate(read_lines(path), 1):
         if not line.strip():
             continue
-        cells = line.rstrip("\r").split("\t")
+        cells = line.split("\t")
         try:
             pair = ScoredPair(float(cells[4]), clean(cells[5]), clean(cells[6]))
         except (IndexError, ValueError):
@@ -181,7 +181,7 @@ def _read_stsb(path: Path) -> list[ScoredPair]:
 
 def _read_ag_news(path: Path) -> list[LabelledText]:
     rows = []
-    for number, cells in enumerate(csv.reader(read_file(path).splitlines(keepends=True)), 1):
+    for number, cells in enumerate(csv.reader(read_table(path)), 1):
         if len(cells) != 3:
             raise ValueError(f"{path}: row {number} has {len(cells)} columns, not three: class, title, body")
         # The set writes line breaks as backslashes.
@@ -192,10 +192,10 @@ def _read_ag_news(path: Path) -> list[LabelledText]:
 
 def _read_sst2(path: Path) -> list[LabelledText]:
     rows = []
-    for number, line in enumerate(read_file(path).split("\n"), 1):
+    for number, line in enumerate(read_lines(path), 1):
         if not line.strip():
             continue
-        text, tab, label = line.rstrip("\r").rpartition("\t")
+        text, tab, label = line.rpartition("\t")
         if not tab or not text.strip():
             raise ValueError(f"{path}:{number} is not a row of SST-2: a sentence, a tab and a label")
         rows.append(LabelledText(label.strip(), clean(text)))

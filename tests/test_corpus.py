@@ -84,6 +84,32 @@ def test_a_named_column_is_read_from_each_kind_of_file(tmp_path, name, content):
         corpus.read_corpus(str(tmp_path / name), "text")
 
 
+ODD = "one\u2028two\u0085three\x0cfour\x1cfive"  # str.splitlines would split this text four times
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+@pytest.mark.parametrize(
+    ("name", "rows"),
+    [
+        ("t.txt", [ODD, "second"]),
+        ("t.jsonl", [json.dumps({"text": ODD}, ensure_ascii=False), '{"text": "second"}']),
+        ("t.csv", ["id,text", f'1,"{ODD}"', "2,second"]),
+        ("t.tsv", ["id\ttext", f"1\t{ODD}", "2\tsecond"]),
+    ],
+)
+def test_only_line_ends_separate_texts_in_any_encoding(tmp_path, name, rows, end, encoding):
+    path = tmp_path / name
+    path.write_bytes("".join(row + end for row in rows).encode(encoding))
+    assert corpus.read_corpus(str(path)) == [ODD, "second"]
+
+
+def test_a_cell_of_a_table_keeps_its_line_ends(tmp_path):
+    path = tmp_path / "t.csv"
+    path.write_bytes(b'id,text\r\n1,"one\ntwo\r\nthree"\r\n2,second\r\n')
+    assert corpus.read_corpus(str(path)) == ["one\ntwo\r\nthree", "second"]
+
+
 def test_a_dataset_of_the_datasets_library_is_read(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))

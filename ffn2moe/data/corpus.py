@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import ast
+import codecs
 import csv
 import importlib.util
+import io
 import json
 import os
+import re
 import sys
 import sysconfig
 import warnings
@@ -160,9 +163,13 @@ def _file_texts(path: Path, column: str) -> list[str]:
 
 
 def read_file(path: Path) -> str:
-    """Return the text of a UTF-8 file. FileNotFoundError or ValueError with the remedy."""
+    """Return the text of a file in UTF-8, or in UTF-16 with a byte order mark; its line ends stay as they are.
+
+    FileNotFoundError or ValueError with the remedy.
+    """
     try:
-        return path.read_text(encoding="utf-8-sig")
+        raw = path.read_bytes()
+        return raw.decode("utf-16" if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig")
     except FileNotFoundError:
         raise FileNotFoundError(f"there is no file {path}; check data.corpus and data.folder, or --corpus") from None
     except IsADirectoryError:
@@ -175,8 +182,14 @@ def read_file(path: Path) -> str:
 
 
 def read_lines(path: Path) -> list[str]:
-    """Return the lines of a UTF-8 file."""
-    return read_file(path).splitlines()
+    r"""Return the lines of a file of text, which end in \n, \r\n or \r; other separators (U+2028, \f) are text."""
+    lines = re.split(r"\r\n|\r|\n", read_file(path))
+    return lines[:-1] if lines[-1] == "" else lines
+
+
+def read_table(path: Path) -> io.StringIO:
+    """Return the text of a .csv or .tsv file as the csv module takes it: a cell may hold line ends of any kind."""
+    return io.StringIO(read_file(path), newline="")
 
 
 def read_documents(path: Path) -> list[str]:
@@ -211,7 +224,7 @@ def read_jsonl_column(path: Path, column: str) -> list[str]:
 
 def _table_column(path: Path, column: str, delimiter: str) -> list[str]:
     csv.field_size_limit(2**31 - 1)
-    rows = csv.DictReader(read_file(path).splitlines(keepends=True), delimiter=delimiter)
+    rows = csv.DictReader(read_table(path), delimiter=delimiter)
     try:
         return [_cell(row, column, f"{path}:{rows.line_num}") for row in rows]
     except csv.Error as error:
