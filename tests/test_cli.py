@@ -96,6 +96,23 @@ def test_encode_reads_lines_where_no_text_is_named(export, capsys, monkeypatch):
     assert [json.loads(line)["text"] for line in capsys.readouterr().out.splitlines()] == ["one", "two words"]
 
 
+def test_encode_reads_standard_input_as_utf8_with_any_line_ends(export, capsys, monkeypatch):
+    given = "\ufeffone\r\ntwo\u2028words\rthree".encode()
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(given), encoding="ascii"))
+    assert cli.main(["encode", str(export)]) == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.split("\n") if line]
+    assert [row["text"] for row in rows] == ["one", "two\u2028words", "three"]
+
+
+@pytest.mark.parametrize(("line", "message"), [(b"\xff", "not valid Unicode"), (b" ", "is empty")])
+def test_encode_writes_nothing_where_a_line_of_standard_input_is_refused(export, capsys, monkeypatch, line, message):
+    given = io.BytesIO(b"a word\n" * 1500 + line + b"\nanother\n")
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(given))
+    assert cli.main(["encode", str(export)]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == "" and "line 1501 of standard input" in captured.err and message in captured.err
+
+
 def test_verify_passes_on_a_sound_export(export, capsys):
     assert cli.main(["verify", str(export), "--texts", "6", "--threads", "1"]) == 0
     shown = capsys.readouterr().out

@@ -397,6 +397,12 @@ def test_parameters_out_of_range_are_refused(export, options, message):
         export.generate("the", **options)
 
 
+@pytest.mark.parametrize(("prompt", "message"), [(None, "NoneType"), (b"a", "bytes"), ("\udc80", "surrogate")])
+def test_a_prompt_that_is_no_text_is_refused(export, prompt, message):
+    with pytest.raises(ValueError, match=f"the prompt is no.*{message}"):
+        export.generate(prompt)
+
+
 def test_an_empty_prompt_begins_a_text_where_the_model_has_a_token_for_that(export, monkeypatch):
     assert export.token_ids([]) == [2]
     monkeypatch.setitem(export._model, "bos_token_id", None)

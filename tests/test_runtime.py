@@ -62,6 +62,25 @@ def test_no_text_gives_no_embedding_and_an_empty_one_is_refused(export):
         opened.encode("a word")
 
 
+def test_any_iterable_of_texts_is_read_once(export):
+    opened = runtime.open_export(export)
+    np.testing.assert_array_equal(opened.encode(text for text in TEXTS[:3]), opened.encode(TEXTS[:3]))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "text 1 is no string but NoneType"),
+        (b"a word", "text 1 is no string but bytes"),
+        (float("nan"), "text 1 is no string but float"),
+        ("a \ud83d word", "text 1 is not valid Unicode: character 2 is half of a surrogate pair"),
+    ],
+)
+def test_what_is_no_text_is_named_with_its_place(export, text, message):
+    with pytest.raises(ValueError, match=message):
+        runtime.open_export(export).encode(["a word", text])
+
+
 def test_long_texts_are_cut_to_the_exports_length(export):
     opened = runtime.open_export(export)
     assert len(opened.token_ids(["word " * 500])[0]) == 32

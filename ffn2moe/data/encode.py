@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from ffn2moe.spec import Pooling
 def encode(
     model: Any,
     tokenizer: Any,
-    texts: Sequence[str],
+    texts: Iterable[str],
     *,
     max_length: int,
     pooling: Pooling = "mean",
@@ -31,6 +31,7 @@ def encode(
     Texts are cut to `max_length` tokens and batched with others of similar length, so that batches have little padding.
     The model is moved to `device` and left in eval mode. ValueError for no text, or for an empty one.
     """
+    texts = list(texts)
     embeddings_ND: Tensor | None = None
     for batch, ids_BL, mask_BL in _batches(
         model, tokenizer, texts, max_length=max_length, batch_texts=batch_texts, device=device, track=track

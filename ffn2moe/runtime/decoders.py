@@ -12,7 +12,7 @@ import numpy as np
 
 from ffn2moe.runtime.batching import pad
 from ffn2moe.runtime.engines import Graph
-from ffn2moe.runtime.opened import Opened
+from ffn2moe.runtime.opened import Opened, require_text
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -163,7 +163,10 @@ class CausalExport(_Decoder):
 
     def token_ids(self, prompt: str | Sequence[int]) -> list[int]:
         """Return the token ids of a prompt, with the tokenizer's own first tokens; ids are taken as they are."""
-        ids = self._tokenizer.encode(prompt).ids if isinstance(prompt, str) else [int(token) for token in prompt]
+        if prompt is None or isinstance(prompt, str | bytes):
+            ids = self._tokenizer.encode(require_text(prompt, "the prompt", may_be_empty=True)).ids
+        else:
+            ids = [int(token) for token in prompt]
         if not ids and self._model["bos_token_id"] is not None:
             ids = [int(self._model["bos_token_id"])]
         if not ids:

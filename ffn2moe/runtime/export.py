@@ -48,12 +48,14 @@ class Export(_AtOnce):
         """The dimensions of an embedding."""
         return int(self.manifest["spec"]["stacks"][0]["width"])
 
-    def token_ids(self, texts: Sequence[str]) -> list[list[int]]:
+    def token_ids(self, texts: Iterable[str]) -> list[list[int]]:
         """Return the token ids of each text, truncated to the export's length."""
         return self._ids_of(texts, "encode")
 
-    def encode(self, texts: Sequence[str], *, batch_tokens: int = BATCH_TOKENS) -> np.ndarray:
-        """Return embeddings of unit length, float32 [N, D], in the order of `texts`; ValueError for an empty text.
+    def encode(self, texts: Iterable[str], *, batch_tokens: int = BATCH_TOKENS) -> np.ndarray:
+        """Return embeddings of unit length, float32 [N, D], in the order of `texts`, any iterable.
+
+        ValueError for a text that is empty, no string or no valid Unicode.
 
         Texts are batched with others of their length, up to `batch_tokens` with padding. In an int8 plan the batch has
         one scale of the activations, so an embedding depends a little on its neighbours.
@@ -67,7 +69,7 @@ class Export(_AtOnce):
             )[0]
         return embeddings_ND
 
-    def batch(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    def batch(self, texts: Iterable[str]) -> tuple[np.ndarray, np.ndarray]:
         """Return token ids and mask of the texts as one batch, int64 [B, L] each."""
         return pad(self.token_ids(texts), self._pad_id)
 
@@ -170,7 +172,7 @@ class ModelExport(_AtOnce):
         """The names of its inputs: `input_ids` and `attention_mask`, or `pixel_values` [B, channels, H, W]."""
         return tuple(self._graph.inputs)
 
-    def batch(self, texts: Sequence[str]) -> dict[str, np.ndarray]:
+    def batch(self, texts: Iterable[str]) -> dict[str, np.ndarray]:
         """Return token ids and mask of texts as one batch, int64 [B, L] each."""
         if self._tokenizer is None:
             raise ValueError("this model reads images: give `run` their pixel_values [B, channels, height, width]")
@@ -185,6 +187,6 @@ class ModelExport(_AtOnce):
         """Return every output by name for a sample of `ffn2moe.onnx.parity`."""
         return self.run(**sample)
 
-    def classify(self, texts: Sequence[str]) -> np.ndarray:
+    def classify(self, texts: Iterable[str]) -> np.ndarray:
         """Return logits [N, classes] of texts, in their order."""
         return np.concatenate([self.run(**self.batch([text]))["logits"] for text in texts])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,11 +30,29 @@ class Opened:
     def __repr__(self) -> str:
         return f"{type(self).__name__}({str(self.path)!r}, plan={self.plan!r})"
 
-    def _ids_of(self, texts: Sequence[str], method: str) -> list[list[int]]:
-        """Return the token ids of each text that `method` got. ValueError for one text alone, or one without a word."""
-        if isinstance(texts, str):
+    def _ids_of(self, texts: Iterable[str], method: str) -> list[list[int]]:
+        """Return the token ids of each text that `method` got, from any iterable, which is read once.
+
+        ValueError for one text alone, and for one that `require_text` refuses.
+        """
+        if isinstance(texts, str | bytes):
             raise ValueError(f"{method} takes a list of texts: write {method}([text])")
+        texts = list(texts)
         for index, text in enumerate(texts):
-            if not isinstance(text, str) or not text.strip():
-                raise ValueError(f"text {index} is empty: there is nothing to read in it; leave it out")
-        return [encoding.ids for encoding in self._tokenizer.encode_batch(list(texts))]
+            require_text(text, f"text {index}")
+        return [encoding.ids for encoding in self._tokenizer.encode_batch(texts)]
+
+
+def require_text(text: object, name: str, *, may_be_empty: bool = False) -> str:
+    """Return a text as it is. ValueError that calls it `name` for another type, no word, or no valid Unicode."""
+    if not isinstance(text, str):
+        raise ValueError(f"{name} is no string but {type(text).__name__}: decode or convert it first")
+    if not (may_be_empty or text.strip()):
+        raise ValueError(f"{name} is empty: there is nothing to read in it; leave it out")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{name} is not valid Unicode: character {error.start} is half of a surrogate pair; remove it"
+        ) from None
+    return text
