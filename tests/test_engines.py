@@ -205,6 +205,27 @@ def test_a_graph_with_an_operator_that_openvino_lacks_is_refused_with_the_reason
         engines.open_graph(file, "openvino", threads=1)
 
 
+@pytest.mark.parametrize("moment", ["opened", "run"])
+def test_a_plan_that_openvino_cannot_run_leaves_the_plans_of_other_engines(teacher, tmp_path, monkeypatch, moment):
+    def cannot(self, *given, **options):
+        raise self._cannot(RuntimeError("Check failed: no kernel for this"))
+
+    dense, tokenizer = load_dense(str(teacher))
+    student, spec = carve(teacher)
+    if moment == "run":
+        monkeypatch.setattr(engines.openvino.OpenVinoGraph, "_compile", cannot)
+    else:
+        monkeypatch.setattr(engines.openvino.OpenVinoGraph, "__init__", lambda self, *_, **__: cannot(self))
+        monkeypatch.setattr(engines.openvino.OpenVinoGraph, "_name", "this graph", raising=False)
+    plans = ("dense", "sorted", "ov-dense", "ov-dense8")
+    manifest = export_model(student, dense, tokenizer, spec, tmp_path, plans=plans)
+    assert set(manifest["plans"]) == {"dense", "sorted"} and set(manifest["refused"]) == {"ov-dense", "ov-dense8"}
+    assert "no kernel for this" in manifest["refused"]["ov-dense"]
+    assert {file.name for file in (tmp_path / "onnx").iterdir()} == {"dense.onnx", "sorted.onnx"}
+    with pytest.raises(engines.EngineRefused, match="no kernel for this"):
+        export_model(student, dense, tokenizer, spec, tmp_path / "alone", plans=("ov-dense",))
+
+
 def test_bytes_that_are_no_graph_are_refused(tmp_path):
     file = tmp_path / "broken.onnx"
     file.write_bytes(b"not a graph")

@@ -29,7 +29,7 @@ from ffn2moe.onnx.verify import FLOAT_TOLERANCE, TANH_TOLERANCE, Known, plan_par
 from ffn2moe.progress import Say, Track, untracked
 from ffn2moe.runtime import export as runtime
 from ffn2moe.runtime import files
-from ffn2moe.runtime.engines import ENGINES, installed_engines
+from ffn2moe.runtime.engines import ENGINES, EngineRefused, installed_engines
 from ffn2moe.runtime.plans import (
     Plan,
     decodes,
@@ -104,8 +104,25 @@ def export_model(
         variant = variant_of[plan]
         if variant not in references:
             references[variant] = models.references(variant, samples)
-        entries[plan] |= _check(plan, folder, manifest, references[variant], float_tolerance, tanh_tolerance)
+        try:
+            entries[plan] |= _check(plan, folder, manifest, references[variant], float_tolerance, tanh_tolerance)
+        except EngineRefused as error:  # the plans of other engines stay
+            manifest["refused"][plan] = f"{plan}: {error}"
+            _leave_out(plan, entries, folder)
+            if not entries:
+                raise
     return manifest
+
+
+def _leave_out(plan: str, entries: dict[str, dict[str, Any]], folder: Path) -> None:
+    """Remove the entry of a plan, and those of its files that no other plan uses."""
+    gone = _files_of(entries.pop(plan))
+    for file in gone.difference(*map(_files_of, entries.values())):
+        (folder / file).unlink()
+
+
+def _files_of(entry: Mapping[str, Any]) -> set[str]:
+    return {entry[key] for key in ("file", "encoder") if key in entry} | set(entry.get("more", ()))
 
 
 def _wanted(

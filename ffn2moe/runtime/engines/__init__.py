@@ -31,6 +31,10 @@ class EngineMissing(ValueError):
     """An engine, or an operator for it, is not on this machine; the message has the remedy."""
 
 
+class EngineRefused(ValueError):
+    """An engine that is installed cannot run a graph on this machine; the message has the reason."""
+
+
 class Graph(Protocol):
     """An open graph. A free axis of a shape is a name or None."""
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from ffn2moe.runtime.engines import Engine, EngineMissing, Precision
+from ffn2moe.runtime.engines import Engine, EngineMissing, EngineRefused, Precision
 
 OPENVINO_EXTRA = 'pip install "ffn2moe[openvino]"'
 MASKED = -1e9  # added to the score of a masked token: its share is 0 in float32 and bfloat16, and nothing is infinite
@@ -147,13 +147,13 @@ class OpenVinoGraph:
         except RuntimeError as error:
             raise self._cannot(error) from error
 
-    def _cannot(self, error: RuntimeError) -> ValueError:
+    def _cannot(self, error: RuntimeError) -> EngineRefused:
         if "ffn2moe.Experts" in str(error):
-            return ValueError(
+            return EngineRefused(
                 f"{self._name} needs the operator ffn2moe.Experts: ffn2moe 0.1.0 wrote it, and this version does not "
                 "have that operator. Export the model again, or open this export with the plan sorted"
             )
-        return ValueError(
+        return EngineRefused(
             f"OpenVINO {import_openvino().__version__.partition('-')[0]} cannot run {self._name} on this machine "
             f"({_cause(error)}): take a plan without ov-, or install the versions of constraints.txt"
         )
