@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -606,6 +609,19 @@ def test_shards_are_read_as_one(sharded):
     files = weight_files(sharded)
     assert len({*files.values()}) > 2 and "model.layers.1.mlp.up_proj.weight" in files
     assert len(ffn_layers(load_dense(str(sharded))[0])) == 2
+
+
+def test_weights_as_bin_are_refused_with_a_command_that_converts_them(tmp_path):
+    folder = tmp_path / "old"
+    make_tiny_bert(folder)
+    model = transformers.BertModel.from_pretrained(folder)
+    torch.save(model.state_dict(), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"has its weights as \.bin") as error:
+        load_dense(str(folder))
+    remedy = re.search(r'python -c "(.*?)"', str(error.value))[1]
+    subprocess.run([sys.executable, "-c", remedy], check=True, capture_output=True)
+    load_dense(str(folder))
 
 
 def test_a_missing_shard_is_named(sharded):

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 def weight_files(folder: str | Path) -> dict[str, Path]:
     """Return the file of every tensor of a Hugging Face folder, by the tensor's name; read the files' headers only.
 
-    FileNotFoundError for a missing file. ValueError for a tensor that the index names and its file lacks, and for
-    one that is in two files, as one of the copies would be ignored.
+    FileNotFoundError for a missing file. ValueError for weights that are no safetensors, for a tensor that the index
+    names and its file lacks, and for one that is in two files, as one of the copies would be ignored.
     """
     folder = Path(folder)
     index = folder / "model.safetensors.index.json"
@@ -23,6 +23,8 @@ def weight_files(folder: str | Path) -> dict[str, Path]:
     else:
         promised, shards = {}, ["model.safetensors"]
     missing = [shard for shard in shards if not (folder / shard).is_file()]
+    if missing and not promised and any(folder.glob("*.bin")):
+        raise ValueError(_remedy_for_bin(folder))
     if missing:
         named = f", which {index.name} names," if promised else ""
         raise FileNotFoundError(
@@ -36,6 +38,16 @@ def weight_files(folder: str | Path) -> dict[str, Path]:
             f"({len(lost)} tensors in all): fetch the folder again"
         )
     return found
+
+
+def _remedy_for_bin(folder: Path) -> str:
+    config = folder / "config.json"
+    names = json.loads(config.read_text()).get("architectures") if config.is_file() else None
+    code = f"transformers.{names[0] if names else 'AutoModel'}.from_pretrained('{folder}').save_pretrained('{folder}')"
+    return (
+        f"{folder} has its weights as .bin, which can hold code, and only safetensors are read here; convert them once: "
+        f'python -c "import transformers; {code}"'
+    )
 
 
 def _files_of_tensors(folder: Path, shards: list[str]) -> dict[str, Path]:
