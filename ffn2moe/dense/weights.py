@@ -45,7 +45,7 @@ def _remedy_for_bin(folder: Path) -> str:
     names = json.loads(config.read_text()).get("architectures") if config.is_file() else None
     code = f"transformers.{names[0] if names else 'AutoModel'}.from_pretrained('{folder}').save_pretrained('{folder}')"
     return (
-        f"{folder} has its weights as .bin, which can hold code, and only safetensors are read here; convert them once: "
+        f"{folder} has its weights as .bin, which can hold code; only safetensors are read here. Convert them once: "
         f'python -c "import transformers; {code}"'
     )
 
