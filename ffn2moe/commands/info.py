@@ -18,7 +18,8 @@ PHASES = {"whole": "a", "prefill": "reading", "decode": "a token after", "reques
 
 def run(options: argparse.Namespace) -> int:
     from ffn2moe.progress import Screen
-    from ffn2moe.runtime.files import default_plan, read_manifest, read_plan
+    from ffn2moe.runtime.files import read_manifest, read_plan
+    from ffn2moe.runtime.plans import default_plan
 
     path: Path = options.path
     manifest, measured = read_manifest(path), read_plan(path)

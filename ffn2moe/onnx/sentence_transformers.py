@@ -7,7 +7,8 @@ import os
 import shutil
 from pathlib import Path
 
-from ffn2moe.runtime.files import checked_files, default_plan, no_such_plan, read_manifest
+from ffn2moe.runtime.files import checked_files, no_such_plan, read_manifest
+from ffn2moe.runtime.plans import default_plan
 
 MODULES = ("Transformer", "Pooling", "Normalize")  # the chain of sentence-transformers; the embeddings are unit vectors
 _POOLING = {"mean": "pooling_mode_mean_tokens", "cls": "pooling_mode_cls_token"}

@@ -14,16 +14,9 @@ import numpy as np
 from ffn2moe.runtime.batching import BATCH_TOKENS, batches_by_length, pad
 from ffn2moe.runtime.decoders import CausalExport, Seq2SeqExport
 from ffn2moe.runtime.engines import CPU, Graph, Precision, cores, open_graph
-from ffn2moe.runtime.files import (
-    checked_files,
-    default_plan,
-    load_tokenizer,
-    no_such_plan,
-    read_manifest,
-    read_plan,
-)
+from ffn2moe.runtime.files import checked_files, load_tokenizer, no_such_plan, read_manifest, read_plan
 from ffn2moe.runtime.opened import Opened
-from ffn2moe.runtime.plans import decodes, plan_of, resolve
+from ffn2moe.runtime.plans import decodes, default_plan, plan_of, resolve
 from ffn2moe.runtime.selftest import self_tests
 from ffn2moe.runtime.switch import Switch, places
 

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
-from ffn2moe.runtime.plans import UNMEASURED_PLAN
 
 MANIFEST, PLAN_FILE = "manifest.json", "plan.json"
 
@@ -31,16 +30,6 @@ def read_plan(path: Path) -> dict[str, Any] | None:
     """Return plan.json, which the benchmark writes beside the manifest; None where it has not run."""
     file = path / PLAN_FILE
     return _read_json(file, ("default_plan", "timings")) if file.is_file() else None
-
-
-def default_plan(path: Path, plans: Mapping[str, Any]) -> str:
-    """Return the plan that the benchmark chose, or `sorted` where none has run."""
-    if not plans:
-        raise ValueError(
-            f"{path} has no ONNX graphs: make it without --no-onnx, or open {path / 'checkpoint'} with ffn2moe.load"
-        )
-    chosen = read_plan(path)
-    return str(chosen["default_plan"]) if chosen else UNMEASURED_PLAN if UNMEASURED_PLAN in plans else min(plans)
 
 
 def no_such_plan(path: Path, manifest: Mapping[str, Any], plan: str) -> str:

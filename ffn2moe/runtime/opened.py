@@ -6,11 +6,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ffn2moe.runtime.engines import Graph
 from ffn2moe.runtime.files import padding_id
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
+
+    from ffn2moe.runtime.engines import Graph
 
 
 class Opened:

@@ -11,11 +11,13 @@ keeps layers 0 to 2 dense (`ffn2moe.moe.variants`).
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
+from ffn2moe.runtime.files import read_plan
 from ffn2moe.table import Table
 
 # A function, or "module:function": the second is imported when it is first needed, so that the runtime loads neither
@@ -249,3 +251,13 @@ def resolve(reference: Reference) -> Callable[..., Any]:
     module, _, name = reference.partition(":")
     function: Callable[..., Any] = getattr(import_module(module), name)
     return function
+
+
+def default_plan(path: Path, plans: Mapping[str, Any]) -> str:
+    """Return the plan that the benchmark chose, or `sorted` where none has run."""
+    if not plans:
+        raise ValueError(
+            f"{path} has no ONNX graphs: make it without --no-onnx, or open {path / 'checkpoint'} with ffn2moe.load"
+        )
+    chosen = read_plan(path)
+    return str(chosen["default_plan"]) if chosen else UNMEASURED_PLAN if UNMEASURED_PLAN in plans else min(plans)
