@@ -98,6 +98,20 @@ def export_model(
 
     if samples is None:
         samples = random_samples(student, spec, CHECKED_ROWS)
+    _check_plans(models, variant_of, folder, manifest, samples, (float_tolerance, tanh_tolerance), track)
+    return manifest
+
+
+def _check_plans(
+    models: _Models,
+    variant_of: Mapping[str, Variant],
+    folder: Path,
+    manifest: dict[str, Any],
+    samples: Sequence[Sample],
+    tolerances: tuple[float, float],
+    track: Track,
+) -> None:
+    """Compare each plan with PyTorch and complete its entry; move one that its engine cannot run to `refused`."""
     references: dict[Variant, Known] = {}
     entries: dict[str, dict[str, Any]] = manifest["plans"]
     for plan in track(tuple(entries), len(entries), "checking plans"):
@@ -105,13 +119,12 @@ def export_model(
         if variant not in references:
             references[variant] = models.references(variant, samples)
         try:
-            entries[plan] |= _check(plan, folder, manifest, references[variant], float_tolerance, tanh_tolerance)
+            entries[plan] |= _check(plan, folder, manifest, references[variant], *tolerances)
         except EngineRefused as error:  # the plans of other engines stay
             manifest["refused"][plan] = f"{plan}: {error}"
             _leave_out(plan, entries, folder)
             if not entries:
                 raise
-    return manifest
 
 
 def _leave_out(plan: str, entries: dict[str, dict[str, Any]], folder: Path) -> None:
