@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import ast
 import json
+import os
 import subprocess
 import sys
 
 from ruamel.yaml import YAML
 
 from tests import imports
+from tests.imports import PROJECT
 from tests.pages import examples
 from tests.texts import PARAMS, write_corpus
 
@@ -25,7 +27,8 @@ def test_the_stage_on_the_page_runs_by_its_command(tmp_path):
 
     def run() -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-c", program]
-        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+        found = {**os.environ, "PYTHONPATH": str(PROJECT)}
+        return subprocess.run(command, cwd=tmp_path, env=found, capture_output=True, text=True, timeout=60)
 
     write_corpus(tmp_path / "data/corpus/train.jsonl", ["one two three", "four five"])
     done = run()
