@@ -98,7 +98,7 @@ def test_encode_reads_lines_where_no_text_is_named(export, capsys, monkeypatch):
 
 def test_encode_reads_standard_input_as_utf8_with_any_line_ends(export, capsys, monkeypatch):
     given = "\ufeffone\r\ntwo\u2028words\rthree".encode()
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(given), encoding="ascii"))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(given), encoding="ascii", newline="\n"))
     assert cli.main(["encode", str(export)]) == 0
     rows = [json.loads(line) for line in capsys.readouterr().out.split("\n") if line]
     assert [row["text"] for row in rows] == ["one", "two\u2028words", "three"]

@@ -46,7 +46,7 @@ def lines_of_standard_input() -> list[str]:
     Bytes that are not UTF-8 become half surrogates, which `require_text` refuses with the number of the line.
     """
     if isinstance(sys.stdin, io.TextIOWrapper):
-        sys.stdin.reconfigure(encoding="utf-8-sig", errors="surrogateescape")
+        sys.stdin.reconfigure(encoding="utf-8-sig", errors="surrogateescape", newline=None)
     return [line.rstrip("\n") for line in sys.stdin]
 
 
