@@ -1,4 +1,4 @@
-"""The choices that a spec names, one table each: heads, gates, selections and routings.
+"""The choices that a spec names, one table each: heads, problems, gates, selections and routings.
 
 This module holds what a row of each table is. The rows of the gates, selections and routings are the files of their
 folders in `ffn2moe.moe`. Nothing here imports torch, so that params.yaml, the command line and the runtime can check
@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from ffn2moe.literals import Reads
-from ffn2moe.table import Table
+from ffn2moe.table import Table, UnknownName, unknown
 
 if TYPE_CHECKING:
+    import numpy as np
     from torch import Tensor
 
 
@@ -32,8 +33,10 @@ class ModelHead:
     auto_class_of: tuple[tuple[Reads, str], ...] = ()  # the same for models that read something else than text
     encoder_class: str | None = None  # opens the encoder alone of an encoder with a decoder
     class_endings: tuple[str, ...] = ()  # how the names of classes with this head end
+    output: str = "logits"  # the name of the output that a model is judged by
     bare: bool = False  # the base model itself: it may be built without its pooler
     generates: bool = False  # text, token by token: logits over the vocabulary
+    classifies: bool = False  # its logits are those of labels: a row of PROBLEMS says what they mean
 
     def class_for(self, reads: Reads, *, encoder_alone: bool = False) -> str:
         """Return the name of the transformers class that opens a model of this head with such input."""
@@ -50,6 +53,7 @@ for _head in (
         "AutoModel",
         encoder_class="AutoModelForTextEncoding",
         class_endings=("EncoderModel",),  # T5EncoderModel
+        output="sentence_embedding",
         bare=True,
     ),
     ModelHead(
@@ -69,6 +73,14 @@ for _head in (
             ("text and images", "AutoModelForImageClassification"),
         ),
         class_endings=("ForSequenceClassification", "ForImageClassification", "ForAudioClassification"),
+        classifies=True,
+    ),
+    ModelHead(
+        "token_classification",
+        "the logits of classes for each token",
+        "AutoModelForTokenClassification",
+        class_endings=("ForTokenClassification",),
+        classifies=True,
     ),
     ModelHead(
         "seq2seq",
@@ -78,7 +90,7 @@ for _head in (
         class_endings=("ForConditionalGeneration", "ForSpeechSeq2Seq", "MTModel"),  # MarianMTModel
         generates=True,
     ),
-    ModelHead("features", "hidden states", "AutoModel", bare=True),
+    ModelHead("features", "hidden states", "AutoModel", output="last_hidden_state", bare=True),
 ):
     HEADS.register(_head.name, _head)
 
@@ -86,6 +98,99 @@ for _head in (
 def head_of_class(name: str) -> str | None:
     """Return the head of a transformers class by the end of its name; None where the name does not say."""
     return next((head.name for head in HEADS.rows() if name.endswith(head.class_endings)), None)
+
+
+# --- problems of classifiers ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What the logits of a classifier's labels mean, and so how they are served, learned and judged.
+
+    The losses are in `ffn2moe.distill.losses`, the measures in `ffn2moe.metrics`, a row for each of these.
+    """
+
+    name: str
+    gives: str  # as messages say it
+    declared: str | None  # as the `problem_type` of config.json; None: by having one label and no problem_type
+    scores: Callable[[np.ndarray], np.ndarray]  # logits [..., C] -> scores [..., C], as transformers' pipeline serves
+    chooses: bool  # whether the label with the highest score is the answer
+
+
+def _softmax(logits: np.ndarray) -> np.ndarray:
+    import numpy as np
+
+    shares = np.exp(logits - logits.max(-1, keepdims=True))
+    return shares / shares.sum(-1, keepdims=True)
+
+
+def _sigmoid(logits: np.ndarray) -> np.ndarray:
+    import numpy as np
+
+    small = np.exp(-np.abs(logits))  # does not overflow
+    return np.where(logits >= 0, 1 / (1 + small), small / (1 + small))
+
+
+PROBLEMS: Table[Problem] = Table("problem")
+for _problem in (
+    Problem(
+        "single_label",
+        "probabilities of labels that exclude each other",
+        "single_label_classification",
+        _softmax,
+        chooses=True,
+    ),
+    Problem(
+        "multi_label",
+        "a probability of each label, whatever the others have",
+        "multi_label_classification",
+        _sigmoid,
+        chooses=False,
+    ),
+    Problem("regression", "values as they are", "regression", lambda logits: logits, chooses=False),
+    Problem("one_label", "one score between 0 and 1, as of a reranker", None, _sigmoid, chooses=False),
+):
+    PROBLEMS.register(_problem.name, _problem)
+
+# What a cross-encoder of sentence-transformers applies to its logits: the last part of the activation's dotted name.
+# Identity is its default for several labels, and says nothing about them.
+_ACTIVATIONS_OF_ONE = {"Sigmoid": "one_label", "Identity": "regression"}
+_ACTIVATIONS_OF_SEVERAL = {"Sigmoid": "multi_label", "Softmax": "single_label", "Identity": None}
+
+
+def problem_of(config: Any) -> str:
+    """Return the problem of a classifier: what its transformers config declares, as transformers' pipeline reads it.
+
+    The activation of a cross-encoder comes first. UnknownName, a ValueError, for another problem_type; ValueError for
+    an activation without a row.
+    """
+    known = {row.declared: row.name for row in PROBLEMS.rows() if row.declared is not None}
+    declared = getattr(config, "problem_type", None)
+    if declared is not None and declared not in known:
+        raise UnknownName(unknown("problem_type of config.json", declared, tuple(known)))
+    one = config.num_labels == 1
+    activation = cross_encoder_activation(config)
+    if activation is not None:
+        problems = _ACTIVATIONS_OF_ONE if one else _ACTIVATIONS_OF_SEVERAL
+        name = activation.rpartition(".")[-1]
+        if name not in problems:
+            raise ValueError(
+                f"the cross-encoder applies {activation} to the logits of {config.num_labels} labels, which has no "
+                f"form here ({', '.join(problems)} have): set its activation_fn to one of these"
+            )
+        found = problems[name]
+        if found is not None:
+            return found
+    if declared is None:
+        return "one_label" if one else "single_label"
+    return "one_label" if one and declared == "multi_label_classification" else known[declared]
+
+
+def cross_encoder_activation(config: Any) -> str | None:
+    """Return the dotted name of the activation that a cross-encoder's config declares; None for another model."""
+    written = getattr(config, "sentence_transformers", None)
+    found = written.get("activation_fn") if isinstance(written, dict) else None
+    return found or getattr(config, "sbert_ce_default_activation_function", None)
 
 
 # --- gates ------------------------------------------------------------------------------------------------------------

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ffn2moe.choices import HEADS, ROUTINGS
+from ffn2moe.choices import HEADS, PROBLEMS, ROUTINGS
 from ffn2moe.moe.layer import moe_layers
 from ffn2moe.spec import FFNShape, MoESpec
+from ffn2moe.table import Table
 
 
 def embedding_cosine(first_ND: Tensor, second_ND: Tensor) -> float:
@@ -184,6 +185,140 @@ def perplexity_ratio_interval(
 ) -> Interval:
     """Return the 95 % interval of the teacher's perplexity over the student's: 1 where nothing is lost."""
     return perplexity_interval(teacher_nats_N - student_nats_N, tokens_N, rounds=rounds, seed=seed)
+
+
+# --- classifiers --------------------------------------------------------------------------------------
+
+KEPT = "concordance"  # the figure of `fidelity` that says how much of a teacher's scores a student keeps
+
+
+def fidelity(problem: str, teacher_NC: Tensor, student_NC: Tensor) -> dict[str, float]:
+    """Return how near a student's logits are to the teacher's, for texts or tokens, as the classifier's problem asks.
+
+    Every problem has `concordance`, which is 1 for equal scores and 0 for a student that gives every text the same
+    (`concordance`). Agreement alone cannot tell such a student where most texts have one label.
+
+    - single_label: `agreement` of the most probable label, `kappa`, and `divergence` in nats;
+    - multi_label: `agreement` of the decisions at 0.5, over all labels, and the mean `difference` of the probabilities;
+    - regression, one_label: `correlation` (Pearson) and `rank_correlation` (Spearman), the mean over the labels, and
+      the `relative_error`: the root of the mean squared error over the teacher's standard deviation.
+
+    A figure is left out where the teacher gives every text the same, so that it is not defined.
+    """
+    teacher_NC, student_NC = teacher_NC.double(), student_NC.double()
+    found = {KEPT: concordance(*_compared(problem, teacher_NC, student_NC))}
+    return found | _FIDELITIES[problem](teacher_NC, student_NC)
+
+
+def concordance(teacher_NC: Tensor, student_NC: Tensor) -> float:
+    """Return Lin's concordance correlation of two models' scores, pooled over the labels, between -1 and 1.
+
+    It is ``2 cov / (var + var + (difference of means)^2)``, each summed over the labels (Lin 1989, Biometrics 45): the
+    continuous form of Cohen's kappa. Unlike a correlation it also falls where the student's scale or offset is another.
+    """
+    return _concordance(_moments(teacher_NC, student_NC).sum(0).numpy())
+
+
+def concordance_interval(
+    problem: str,
+    teacher_NC: Tensor,
+    student_NC: Tensor,
+    *,
+    text_N: Tensor | None = None,
+    rounds: int = 1000,
+    seed: int = 0,
+) -> Interval:
+    """Return the 95 % interval of a `fidelity`'s concordance, by a bootstrap over texts.
+
+    `text_N` is the text of each row where rows are tokens: those of one text are not independent.
+    """
+    moments = _moments(*_compared(problem, teacher_NC.double(), student_NC.double()))
+    if text_N is not None:
+        moments = torch.zeros(int(text_N.max()) + 1, *moments.shape[1:], dtype=moments.dtype).index_add_(
+            0, text_N, moments
+        )
+    each = moments.numpy()
+    return ratio_interval(lambda index: (_concordance(each[index].sum(0)), 1.0), len(each), rounds=rounds, seed=seed)
+
+
+def kappa(teacher_N: Tensor, student_N: Tensor) -> float | None:
+    """Return Cohen's kappa of two models' decisions; None where the teacher decides all alike (Cohen 1960)."""
+    from sklearn.metrics import cohen_kappa_score
+
+    if len(teacher_N.unique()) < 2:
+        return None
+    return float(cohen_kappa_score(teacher_N.numpy(), student_N.numpy()))
+
+
+def _compared(problem: str, teacher_NC: Tensor, student_NC: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the scores that a concordance compares: probabilities of labels, or values in the teacher's spread.
+
+    A reranker's logits are compared, not the scores between 0 and 1: there most of its order is lost to rounding.
+    """
+    if problem in ("single_label", "multi_label"):
+        scores = PROBLEMS[problem].scores
+        return torch.from_numpy(scores(teacher_NC.numpy())), torch.from_numpy(scores(student_NC.numpy()))
+    spread_C = teacher_NC.std(0, correction=0).clamp(min=1e-12)
+    return teacher_NC / spread_C, student_NC / spread_C
+
+
+def _moments(teacher_NC: Tensor, student_NC: Tensor) -> Tensor:
+    """Return for each row what a concordance is summed from, [N, 6, C]: 1 and the first and second powers."""
+    teacher, student = teacher_NC.double(), student_NC.double()
+    centre_C = teacher.mean(0)  # so that little is lost to rounding
+    teacher, student = teacher - centre_C, student - centre_C
+    ones = torch.ones_like(teacher)
+    return torch.stack([ones, teacher, student, teacher**2, student**2, teacher * student], 1)
+
+
+def _concordance(sums_6C: np.ndarray) -> float:
+    count_C, teacher, student, teacher2, student2, product = sums_6C
+    first, second = teacher / count_C, student / count_C
+    covariance = (product / count_C - first * second).sum()
+    whole = (teacher2 / count_C - first**2 + student2 / count_C - second**2 + (first - second) ** 2).sum()
+    return float(2 * covariance / whole) if whole > 0 else 1.0  # 0: all scores are one number
+
+
+def _of_choices(teacher_NC: Tensor, student_NC: Tensor) -> dict[str, float]:
+    first_N, second_N = teacher_NC.argmax(-1), student_NC.argmax(-1)
+    found = {
+        "agreement": (first_N == second_N).double().mean().item(),
+        "divergence": divergence(teacher_NC, student_NC).mean().item(),
+    }
+    corrected = kappa(first_N, second_N)
+    return found if corrected is None else found | {"kappa": corrected}
+
+
+def _of_labels(teacher_NC: Tensor, student_NC: Tensor) -> dict[str, float]:
+    first_NC, second_NC = teacher_NC.sigmoid(), student_NC.sigmoid()
+    return {
+        "agreement": ((first_NC > 0.5) == (second_NC > 0.5)).double().mean().item(),
+        "difference": (first_NC - second_NC).abs().mean().item(),
+    }
+
+
+def _of_values(teacher_NC: Tensor, student_NC: Tensor) -> dict[str, float]:
+    from scipy import stats
+
+    spread = teacher_NC.std(0, correction=0).square().mean().sqrt().item()
+    varied = [label for label in range(teacher_NC.shape[1]) if np.ptp(teacher_NC[:, label].numpy()) > 0]
+    if not varied:
+        return {}
+    found = {"relative_error": (teacher_NC - student_NC).square().mean().sqrt().item() / spread}
+    for name, function in (("correlation", stats.pearsonr), ("rank_correlation", stats.spearmanr)):
+        values = []
+        for label in varied:
+            first, second = teacher_NC[:, label].numpy(), student_NC[:, label].numpy()
+            values.append(0.0 if np.ptp(second) == 0 else float(function(first, second).statistic))
+        found[name] = float(np.mean(values))
+    return found
+
+
+_FIDELITIES: Table[Callable[[Tensor, Tensor], dict[str, float]]] = Table("problem")
+_FIDELITIES.register("single_label", _of_choices)
+_FIDELITIES.register("multi_label", _of_labels)
+_FIDELITIES.register("regression", _of_values)
+_FIDELITIES.register("one_label", _of_values)
 
 
 # --- load ---------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from __future__ import annotations
 from dataclasses import MISSING, asdict, dataclass, fields, replace
 from typing import Any, get_args
 
-from ffn2moe.choices import GATES, HEADS, ROUTINGS, SELECTIONS
+from ffn2moe.choices import GATES, HEADS, PROBLEMS, ROUTINGS, SELECTIONS
 from ffn2moe.literals import Activation as Activation
 from ffn2moe.literals import Pooling as Pooling
 from ffn2moe.table import UnknownName
@@ -112,6 +112,7 @@ class MoESpec(_OneStack):
     teacher: str  # where the dense model came from, as the user wrote it
     pooling: Pooling | None  # for an embedding model
     max_length: int  # tokens; longer texts are truncated
+    problem: str | None = None  # of a head that classifies: a name in PROBLEMS
     selection: str = "topk"  # a name in SELECTIONS
     routing: str = "token"  # a name in ROUTINGS
     active_per_layer: tuple[int, ...] = ()  # K of each layer over all stacks; empty = num_active in all of them
@@ -183,6 +184,8 @@ class MoESpec(_OneStack):
             _require_keys(shape, FFNShape)
         read: dict[str, Any] = {"stacks": tuple(FFNShape(**shape) for shape in values["stacks"])}
         read |= {name: tuple(values[name]) for name in ("active_per_layer", "elastic") if name in values}
+        if "problem" not in values and values["head"] == "classification":  # all that older versions knew
+            read["problem"] = "single_label"
         try:
             return cls(**values | read)
         except UnknownName as error:
@@ -193,7 +196,10 @@ class MoESpec(_OneStack):
 
 
 def _check_names(spec: MoESpec) -> None:
-    HEADS.require(spec.head)
+    if HEADS[spec.head].classifies:
+        PROBLEMS.require(str(spec.problem))
+    elif spec.problem is not None:
+        raise ValueError(f"problem = {spec.problem} belongs to heads that classify, and this head is {spec.head}")
     GATES.require(spec.gate)
     SELECTIONS.require(spec.selection)
     ROUTINGS.require(spec.routing)

@@ -484,7 +484,7 @@ def test_what_the_spec_asks_for_is_refused_too() -> None:
     for changed, reason in (
         (replace(spec, router_bias=True), "router has a trained bias"),
         (replace(spec, gate="sigmoid"), "the gate is 'sigmoid', and it weighs experts by 'softmax_topk'"),
-        (replace(spec, head="classification"), "containers are causal language models"),
+        (replace(spec, head="classification", problem="single_label"), "containers are causal language models"),
         (replace(spec, stacks=(shape, shape)), "2 stacks of layers"),
         (replace(spec, stacks=(replace(shape, gated=False, activation="gelu"),)), "not gated with gelu"),
         (replace(spec, stacks=(replace(shape, shared_width=8),)), "a shared expert (8 neurons) is wanted"),

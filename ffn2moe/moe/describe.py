@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from ffn2moe.choices import HEADS, problem_of
 from ffn2moe.dense.locate import family_of, ffn_layers, read_ffn, stack_of
 from ffn2moe.spec import FFNShape, MoESpec
 
@@ -20,12 +21,13 @@ def spec_of(
     `MoESpec` that the model does not determine, such as head, num_active, partition, teacher and max_length; by default
     the gate is unit, the router has a bias and there is no container. ValueError where E, K or S do not fit the model.
     """
+    problem = problem_of(model.config) if HEADS[settings["head"]].classifies else None
     return MoESpec(
         family=family_of(model).name,
         model_class=type(model).__name__,
         stacks=tuple(_shapes(model, num_experts, shared_width, width_multiple)),
         num_experts=num_experts,
-        **(_DEFAULTS | settings),
+        **(_DEFAULTS | {"problem": problem} | settings),
     )
 
 
