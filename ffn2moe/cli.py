@@ -9,11 +9,11 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from ffn2moe.commands._command import Command
+from ffn2moe.commands._command import USER_ERROR, Command, print_error
 from ffn2moe.table import Table
 
 COMMANDS: Table[Command] = Table("command", package="ffn2moe.commands")
-USER_ERROR, STOPPED = 2, 130
+STOPPED = 130
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -25,13 +25,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stderr.close()
         return 0
     except (ValueError, OSError, RuntimeError, FloatingPointError) as error:
-        _print_error(error)
+        print_error(error)
         return USER_ERROR
     except ModuleNotFoundError as error:  # the wheel itself needs none of the packages that convert a model
         package = (error.name or "ffn2moe").partition(".")[0]
         if package == "ffn2moe":
             raise
-        _print_error(f'this command needs {package}, which is not installed: pip install "ffn2moe[convert]"')
+        print_error(f'this command needs {package}, which is not installed: pip install "ffn2moe[convert]"')
         return USER_ERROR
     except KeyboardInterrupt:
         return STOPPED
@@ -56,14 +56,6 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 def _sentence(text: str) -> str:
     return f"{text[0].upper()}{text[1:]}."
-
-
-def _print_error(error: Exception | str) -> None:
-    from rich.console import Console
-    from rich.text import Text
-
-    console = Console(stderr=True, soft_wrap=True, highlight=False, markup=False, emoji=False)
-    console.print(Text("error:", style="red"), str(error))
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ from typing import Any
 from ffn2moe.conversion.data import Data, text_data
 from ffn2moe.conversion.distillation import distill
 from ffn2moe.conversion.images import image_data
-from ffn2moe.conversion.preflight import both_fit, preflight
 from ffn2moe.conversion.quality import judge as judge
 from ffn2moe.conversion.quality import summary as summary
 from ffn2moe.conversion.route import route
@@ -21,6 +20,7 @@ from ffn2moe.conversion.task import Task, decide
 from ffn2moe.conversion.workspace import open_workspace
 from ffn2moe.conversion.write import write
 from ffn2moe.moe import checkpoint
+from ffn2moe.preflight.room import both_fit
 from ffn2moe.progress import Say, Track, silent, untracked
 
 
@@ -42,14 +42,11 @@ def convert(
     FileNotFoundError with cause and remedy, before any work where that is possible.
     """
     out, settings = Path(out), settings or Settings()
-    if out.exists():
-        raise ValueError(f"{out} exists: remove it, or name another folder")
     task = decide(source, out, settings, say, track)
-    preflight(task, distilled=settings.steps != 0)
     fingerprint = open_workspace(task)
     data = text_data(task) if task.dense.reads == "text" else image_data(task)
     route(task, data)
-    if settings.steps == 0 and not settings.onnx and not both_fit(task):
+    if settings.steps == 0 and not settings.onnx and not both_fit(task.case.parameters):
         say("teacher and student do not fit in memory together, so the quality is not measured")
         summary_ = {"quality": {}, "distillation": {"steps": 0}, "data": data.summary}
         return write(task, None, checkpoint.load_spec(task.routed), summary_)

@@ -17,7 +17,7 @@ from PIL import Image
 
 import ffn2moe
 from ffn2moe import cli
-from ffn2moe.conversion import distillation, preflight, write
+from ffn2moe.conversion import distillation, write
 from ffn2moe.conversion import images as image_data
 from ffn2moe.conversion.settings import Settings
 from ffn2moe.convert import convert, judge
@@ -26,6 +26,7 @@ from ffn2moe.dense.load import load_dense
 from ffn2moe.moe import checkpoint
 from ffn2moe.moe.describe import spec_of
 from ffn2moe.moe.layer import moe_layers
+from ffn2moe.preflight import room
 from ffn2moe.runtime.files import read_manifest
 from tests.conftest import make_tiny_bert, make_tiny_classifier, make_tiny_llama, make_tiny_t5, make_tokenizer
 from tests.test_families import IMAGE_TOWER, TEXT_TOWER, tiny
@@ -184,7 +185,7 @@ def test_without_distillation_the_experts_keep_the_dense_weights(llama, tmp_path
 def test_a_model_too_large_for_memory_is_written_a_layer_at_a_time(llama, tmp_path, monkeypatch):
     settings = replace(QUICK, distill_steps=0, shared_width=8, container="glm4_moe")
     convert(llama, tmp_path / "whole", settings)
-    monkeypatch.setattr(preflight, "available_memory", lambda: 0)
+    monkeypatch.setattr(room, "available_memory", lambda: 0)
     monkeypatch.setattr(checkpoint, "load", None)
     said: list[str] = []
     manifest = convert(llama, tmp_path / "out", settings, say=said.append)
@@ -280,7 +281,7 @@ def test_the_judge_finds_nothing_lost_where_nothing_is_lost(llama):
         ({"container": "abacus"}, "unknown container 'abacus'"),
         ({"container": "qwen3_moe"}, r"qwen3_moe cannot hold this model, because .*; .* can"),
         ({"container": "mixtral", "gate": "sigmoid"}, "mixtral weighs experts by softmax_topk, not by sigmoid"),
-        ({"max_length": 65}, r"--max-length 65 is longer than the context of .*, 64 tokens"),
+        ({"max_length": 65}, r"--max-length 65 is more than the 64 positions of"),
         ({"corpus": "nowhere.txt"}, "no file nowhere.txt"),
         ({"device": "abacus"}, "abacus"),
     ],
@@ -293,7 +294,7 @@ def test_what_cannot_be_done_is_refused_with_the_cause(settings, message, llama,
 
 def test_only_a_language_model_writes_its_own_texts(tmp_path):
     make_tiny_bert(tmp_path / "dense")
-    with pytest.raises(ValueError, match="embedding model, which writes no texts"):
+    with pytest.raises(ValueError, match="head embedding, which writes no texts"):
         convert(str(tmp_path / "dense"), tmp_path / "out", replace(QUICK, corpus="generated"))
 
 

@@ -18,7 +18,7 @@ from ffn2moe.decompose import statistics as activations
 from ffn2moe.decompose.clustering import balanced_kmeans
 from ffn2moe.decompose.inputs import layer_inputs
 from ffn2moe.decompose.layer import decompose_layer, output_of, outputs
-from ffn2moe.decompose.memory import estimate, require_room
+from ffn2moe.decompose.memory import estimate
 from ffn2moe.decompose.reconstruct import refit_outputs
 from ffn2moe.decompose.route import RouterSettings, fit_router
 from ffn2moe.decompose.shards import UnfinishedCheckpoint
@@ -291,7 +291,7 @@ def test_no_weight_is_read_for_the_estimate_and_layers_add_nothing_to_memory(tmp
             hidden_size=64, intermediate_size=256, num_hidden_layers=layers, num_attention_heads=4, vocab_size=60
         )
         transformers.LlamaForCausalLM(config).save_pretrained(folder)
-        monkeypatch.setattr(memory, "_resident", lambda: 0)
+        monkeypatch.setattr(memory, "resident", lambda: 0)
         with monkeypatch.context() as patch:
             patch.setattr(Source, "read", None)
             found[layers] = estimate(folder, spec_for(folder), calibration_tokens=64, batch_tokens=32)
@@ -299,17 +299,6 @@ def test_no_weight_is_read_for_the_estimate_and_layers_add_nothing_to_memory(tmp
     assert found[6].disk > 2.5 * found[2].disk - 60 * 64 * 8 * 2
     assert found[2].layer == 4 * (4 * 64 * 64 + 3 * 64 * 256 + 2 * 64)
     assert "2" in str(found[2]) and "GiB of memory" in str(found[2])
-
-
-def test_too_little_disk_is_refused_with_numbers_and_too_little_memory_is_said(tmp_path, monkeypatch):
-    make(tmp_path / "dense")
-    found = estimate(tmp_path / "dense", spec_for(tmp_path / "dense"), calibration_tokens=64, batch_tokens=32)
-    assert require_room(found, tmp_path / "new" / "out") is None
-    monkeypatch.setattr(memory, "available_memory", lambda: 0)
-    large = memory.Estimate(2, 0, 0, 2**40, 10)
-    assert "1024.0 GiB of memory" in (require_room(large, tmp_path) or "")
-    with pytest.raises(ValueError, match=r"1024.0 GiB of disk, and .* GiB left"):
-        require_room(memory.Estimate(2, 0, 0, 0, 2**60 // 2**20), tmp_path)
 
 
 def test_what_the_model_computes_itself_is_there_without_its_weights(tmp_path):

@@ -10,6 +10,8 @@ from typing import Any
 
 from ffn2moe.table import unknown
 
+USER_ERROR = 2  # the exit code of a command that was asked for what cannot be done
+
 
 @dataclass(frozen=True)
 class Command:
@@ -18,6 +20,15 @@ class Command:
     summary: str
     add_arguments: Callable[[argparse.ArgumentParser], None]
     run: Callable[[argparse.Namespace], int]
+
+
+def print_error(error: Exception | str) -> None:
+    """Print the message of a user's error."""
+    from rich.console import Console
+    from rich.text import Text
+
+    console = Console(stderr=True, soft_wrap=True, highlight=False, markup=False, emoji=False)
+    console.print(Text("error:", style="red"), str(error))
 
 
 def count(text: str) -> int:

@@ -3,50 +3,25 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
-from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ffn2moe.commands._command import Command, count, facts, number, one_of, silence_transformers
-from ffn2moe.conversion.settings import OPTIONS, Option, Settings
+from ffn2moe.commands._command import Command, facts, silence_transformers
+from ffn2moe.commands._settings import add_settings, settings_of
 
 if TYPE_CHECKING:
     from ffn2moe.progress import Screen
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="MODEL", help="a Hugging Face folder, a hub name, or package:NAME")
+    add_settings(parser)
     parser.add_argument("out", type=Path, metavar="OUT", help="the folder to make")
-    for one in fields(Settings):
-        option = OPTIONS[one.name]
-        if isinstance(one.default, bool):
-            action = "store_false" if one.default else "store_true"
-            parser.add_argument(option.flag, dest=one.name, action=action, help=option.help)
-            continue
-        names = option.names() if option.names else ()
-        parser.add_argument(
-            option.flag,
-            dest=one.name,
-            default=one.default,
-            type=_reader(option),
-            metavar=option.metavar or f"{{{','.join(names)}}}",
-            help=option.help,
-        )
-
-
-def _reader(option: Option) -> Callable[[str], Any]:
-    if option.names is not None:
-        return one_of("value", option.names)
-    if option.kind is int:
-        return count if option.minimum else number
-    return option.kind
 
 
 def run(options: argparse.Namespace) -> int:
     from ffn2moe.progress import Screen
 
-    settings = Settings(**{name: getattr(options, name) for name in OPTIONS})
+    settings = settings_of(options)
     with Screen() as screen:
         with screen.step("importing PyTorch"):
             from ffn2moe.convert import convert

@@ -16,13 +16,9 @@ from ffn2moe.data.generate import greedy_answers, sample_tokens
 if TYPE_CHECKING:
     from ffn2moe.conversion.task import Task
 
-GENERATED_TEXTS, MOST_TEXTS = 4000, 40000  # texts by default: that the model writes, that are taken from a corpus
 EVALUATION_SHARE, MOST_EVALUATED = 0.05, 200  # of the texts are held out to judge by
-MOST_BATCH_TOKENS, FEWEST_BATCH_TOKENS = 4096, 512  # of a step: a small language model learns more from small ones
-TOKENS_BY_WIDTH = 8  # tokens of a step, for each dimension of a language model
 AT_ONCE = 64  # texts that the model writes together, or answers, ...
 CACHED_NUMBERS = 2**28  # ... unless their keys and values are more numbers than this
-CALIBRATION_BATCH = 16  # texts
 
 Ids = list[list[int]]
 
@@ -59,14 +55,16 @@ def text_data(task: Task) -> Data:
     train_tokens = sum(map(len, train.ids))
 
     def batches(some: Tokens) -> list[Batch]:
-        return list(in_order(head, some.ids, some.decoder_ids, batch_texts=CALIBRATION_BATCH, pad_id=pad_id))
+        return list(
+            in_order(head, some.ids, some.decoder_ids, batch_texts=task.case.request.calibration_batch, pad_id=pad_id)
+        )
 
     return Data(
         calibration=batches(calibrated),
         evaluation=batches(judged),
         train=lambda: Batches(
             train.ids,
-            batch_tokens=max(task.max_length, min(_batch_tokens(task), train_tokens // 4)),
+            batch_tokens=max(task.max_length, min(task.case.batch_tokens, train_tokens // 4)),
             seed=task.settings.seed,
             pad_id=pad_id,
             head=head,
@@ -84,16 +82,6 @@ def text_data(task: Task) -> Data:
 def held_out(count: int) -> int:
     """Return how many of `count` texts are held out to judge by."""
     return max(1, min(MOST_EVALUATED, int(EVALUATION_SHARE * count)))
-
-
-def _batch_tokens(task: Task) -> int:
-    """Return the tokens of a training step."""
-    if task.settings.batch_tokens:
-        return task.settings.batch_tokens
-    if task.dense.head != "causal":
-        return MOST_BATCH_TOKENS
-    width = task.dense.config.get_text_config().hidden_size
-    return max(FEWEST_BATCH_TOKENS, min(MOST_BATCH_TOKENS, TOKENS_BY_WIDTH * width))
 
 
 def _calibration_texts(ids: Sequence[Sequence[int]], wanted: int) -> int:
@@ -124,7 +112,7 @@ def _generated(task: Task) -> Tokens:
     cached = 2 * config.num_hidden_layers * config.hidden_size * task.max_length  # numbers for one text, at most
     drawn = sample_tokens(
         teacher,
-        count=task.settings.texts or GENERATED_TEXTS,
+        count=task.case.most_texts,
         length=task.max_length,
         seed=task.settings.seed,
         bos=teacher.generation_config.bos_token_id if bos is None else bos,
@@ -143,7 +131,7 @@ def _of_corpus(task: Task) -> Tokens:
         texts = read_corpus(task.corpus, settings.text_column, track=task.track)
     texts = list(dict.fromkeys(texts))
     random.Random(settings.seed).shuffle(texts)
-    texts = texts[: settings.texts or MOST_TEXTS]
+    texts = texts[: task.case.most_texts]
     if task.dense.head == "causal":
         whole = tokenizer(texts)["input_ids"]
         begins = whole[0][:1] == [tokenizer.bos_token_id]  # then texts need nothing between them

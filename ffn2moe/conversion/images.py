@@ -10,25 +10,20 @@ from typing import TYPE_CHECKING, Any
 from ffn2moe.conversion.data import Data, held_out
 from ffn2moe.data.batches import Batch
 from ffn2moe.data.corpus import docstrings
+from ffn2moe.preflight.texts import image_files
 
 if TYPE_CHECKING:
     from ffn2moe.conversion.task import Task
 
-FORMATS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 MOST_IMAGES = 1000  # where the user names no number
 BATCH = 8  # images
 
 
 def image_data(task: Task) -> Data:
     """Return batches of a folder's images, with texts beside them where the model reads both."""
-    files = sorted(path for path in Path(task.corpus).rglob("*") if path.suffix.lower() in FORMATS)
+    files = image_files(task.corpus, task.case.request)
     random.Random(task.settings.seed).shuffle(files)
     files = files[: task.settings.texts or MOST_IMAGES]
-    if len(files) < 2:
-        raise ValueError(
-            f"{task.corpus} holds {len(files)} images ({', '.join(FORMATS)}): give at least two, one to learn from and "
-            "one to judge by"
-        )
     texts = docstrings(track=task.track) if task.dense.reads == "text and images" else []
     starts = range(0, len(files), BATCH)
     batches = [

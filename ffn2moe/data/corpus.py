@@ -131,70 +131,81 @@ def _die_with_parent() -> None:
 # --- files ----------------------------------------------------------------------------------------
 
 
-def read_corpus(source: str, column: str = "text", *, workers: int = 0, track: Track = untracked) -> list[str]:
+def read_corpus(
+    source: str, column: str = "text", *, workers: int = 0, track: Track = untracked, most: int | None = None
+) -> list[str]:
     """Return the texts of a corpus, cleaned, without empty ones, in the order of the source.
 
     The source is `docstrings`; a .txt file (one text a line, or texts between lines of <|endoftext|>); a .jsonl, .csv
-    or .tsv file, whose `column` holds the text; or `datasets:NAME` (also `datasets:NAME:CONFIGURATION`).
-    FileNotFoundError or ValueError with the remedy.
+    or .tsv file, whose `column` holds the text; or `datasets:NAME` (also `datasets:NAME:CONFIGURATION`). With `most`,
+    only so many first bytes of a file are read. FileNotFoundError or ValueError with the remedy.
     """
     if source == "docstrings":
         return docstrings(workers=workers, track=track)
-    raw = _datasets_texts(source, column) if source.startswith("datasets:") else _file_texts(Path(source), column)
+    raw = _datasets_texts(source, column) if source.startswith("datasets:") else _file_texts(Path(source), column, most)
     texts = [text for text in map(clean, raw) if text]
     if not texts:
         raise ValueError(f"the corpus {source} holds no text: every line or row is empty; give another")
     return texts
 
 
-def _file_texts(path: Path, column: str) -> list[str]:
-    readers: dict[str, Callable[[Path, str], list[str]]] = {
-        ".txt": lambda file, _: read_documents(file),
-        ".jsonl": read_jsonl_column,
-        ".csv": lambda file, name: _table_column(file, name, ","),
-        ".tsv": lambda file, name: _table_column(file, name, "\t"),
+def _file_texts(path: Path, column: str, most: int | None) -> list[str]:
+    readers: dict[str, Callable[[], list[str]]] = {
+        ".txt": lambda: read_documents(path, most),
+        ".jsonl": lambda: read_jsonl_column(path, column, most),
+        ".csv": lambda: _table_column(path, column, ",", most),
+        ".tsv": lambda: _table_column(path, column, "\t", most),
     }
     if path.suffix.lower() not in readers:
         raise ValueError(
             f"the corpus {path} is no file of texts: use docstrings, datasets:NAME, "
             f"or a file that ends in {', '.join(readers)}"
         )
-    return readers[path.suffix.lower()](path, column)
+    return readers[path.suffix.lower()]()
 
 
-def read_file(path: Path) -> str:
+def read_file(path: Path, most: int | None = None) -> str:
     """Return the text of a file in UTF-8, or in UTF-16 with a byte order mark; its line ends stay as they are.
 
-    FileNotFoundError or ValueError with the remedy.
+    With `most`, only the whole lines among so many first bytes. FileNotFoundError or ValueError with the remedy.
     """
     try:
-        raw = path.read_bytes()
-        return raw.decode("utf-16" if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig")
+        with path.open("rb") as stream:
+            raw = stream.read() if most is None else stream.read(most)
+            whole = most is None or not stream.read(1)
+        marked = raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+        text = codecs.getincrementaldecoder("utf-16" if marked else "utf-8-sig")().decode(raw, final=whole)
+        if not marked and raw[:4096].count(0) > len(raw[:4096]) // 8:
+            raise ValueError(
+                f"{path} is UTF-16 without a byte order mark, or no text at all (NUL bytes); convert it, for example: "
+                f"iconv -f utf-16le -t utf-8 {path.name} > utf8-{path.name}"
+            )
+        return text if whole else text[: 1 + max(text.rfind("\n"), text.rfind("\r"))] or text
     except FileNotFoundError:
         raise FileNotFoundError(f"there is no file {path}; check data.corpus and data.folder, or --corpus") from None
     except IsADirectoryError:
         raise ValueError(f"{path} is a folder, not a file; labelled sets go in data.folder") from None
     except UnicodeDecodeError as error:
         raise ValueError(
-            f"{path} is not UTF-8 text (byte {error.start}); convert it, for example: "
-            f"iconv -f latin1 -t utf-8 {path.name}"
+            f"{path} is not {error.encoding} text (byte {error.start}); convert it, for example: "
+            f"iconv -f latin1 -t utf-8 {path.name} > utf8-{path.name}"
         ) from None
 
 
-def read_lines(path: Path) -> list[str]:
+def read_lines(path: Path, most: int | None = None) -> list[str]:
     r"""Return the lines of a file of text, which end in \n, \r\n or \r; other separators (U+2028, \f) are text."""
-    lines = re.split(r"\r\n|\r|\n", read_file(path))
+    lines = re.split(r"\r\n|\r|\n", read_file(path, most))
     return lines[:-1] if lines[-1] == "" else lines
 
 
-def read_table(path: Path) -> io.StringIO:
+def read_table(path: Path, most: int | None = None) -> io.StringIO:
     """Return the text of a .csv or .tsv file as the csv module takes it: a cell may hold line ends of any kind."""
-    return io.StringIO(read_file(path), newline="")
+    return io.StringIO(read_file(path, most), newline="")
 
 
-def read_documents(path: Path) -> list[str]:
+def read_documents(path: Path, most: int | None = None) -> list[str]:
     """Return the texts of a .txt file: the lines or, where there are lines of <|endoftext|>, the parts between them."""
-    lines = read_lines(path)
+    lines = read_lines(path, most)
     if END_OF_TEXT not in lines:
         return lines
     texts: list[list[str]] = [[]]
@@ -206,10 +217,10 @@ def read_documents(path: Path) -> list[str]:
     return ["\n".join(text) for text in texts]
 
 
-def read_jsonl_column(path: Path, column: str) -> list[str]:
+def read_jsonl_column(path: Path, column: str, most: int | None = None) -> list[str]:
     """Return a column of a .jsonl file, with "" where it is null."""
     texts = []
-    for number, line in enumerate(read_lines(path), 1):
+    for number, line in enumerate(read_lines(path, most), 1):
         if not line.strip():
             continue
         try:
@@ -222,9 +233,9 @@ def read_jsonl_column(path: Path, column: str) -> list[str]:
     return texts
 
 
-def _table_column(path: Path, column: str, delimiter: str) -> list[str]:
+def _table_column(path: Path, column: str, delimiter: str, most: int | None) -> list[str]:
     csv.field_size_limit(2**31 - 1)
-    rows = csv.DictReader(read_table(path), delimiter=delimiter)
+    rows = csv.DictReader(read_table(path, most), delimiter=delimiter)
     try:
         return [_cell(row, column, f"{path}:{rows.line_num}") for row in rows]
     except csv.Error as error:

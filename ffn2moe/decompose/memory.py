@@ -1,9 +1,8 @@
-"""Estimate the memory and disk that a streamed conversion takes, and require them."""
+"""Estimate the memory and disk that a streamed conversion takes."""
 
 from __future__ import annotations
 
 import os
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from ffn2moe.decompose.source import Source, layers_path, skeleton
 from ffn2moe.numerics import chunk_of
 from ffn2moe.spec import FFNShape, MoESpec
 
+CGROUP = Path("/sys/fs/cgroup")
 OVERHEAD = 2**28  # bytes of later imports, and of what allocators and kernels keep (measured)
 
 
@@ -63,7 +63,7 @@ def estimate(
         layers=shape.num_layers,
         layer=layer,
         states=states,
-        memory=_resident() + OVERHEAD + states + layer + work,
+        memory=resident() + OVERHEAD + states + layer + work,
         disk=int(copies * written * padded) + states,
     )
 
@@ -87,7 +87,7 @@ def _work(shape: FFNShape, num_experts: int, calibration_tokens: int, batch_toke
     return max(forward, ffn + partitioning, slicing, fitting, refitting)
 
 
-def _resident() -> int:
+def resident() -> int:
     """Return the memory of this process now, in bytes; half a GiB where the system does not tell."""
     try:
         pages = int(Path("/proc/self/statm").read_text().split()[1])
@@ -102,24 +102,9 @@ def available_memory() -> int | None:
         lines = Path("/proc/meminfo").read_text().splitlines()
     except OSError:
         return None
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
-
-
-def require_room(found: Estimate, out: str | Path) -> str | None:
-    """Raise ValueError, with the numbers, if the disk of `out` is too small; return a warning if memory may be."""
-    folder = Path(out).absolute()
-    while not folder.exists():
-        folder = folder.parent
-    free, gib = shutil.disk_usage(folder).free, 2**30
-    if found.disk > free:
-        raise ValueError(
-            f"this takes about {found.disk / gib:.1f} GiB of disk, and {folder} has {free / gib:.1f} GiB left: "
-            "make room, or name a folder on another disk"
-        )
-    available = available_memory()
-    if available is not None and found.memory - _resident() > available:
-        return (
-            f"this takes about {found.memory / gib:.1f} GiB of memory, and {available / gib:.1f} GiB are available: "
-            "it may be stopped by the system, or swap; fewer calibration tokens need less"
-        )
-    return None
+    free = next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
+    try:  # a container may have less
+        limit, used = (int((CGROUP / f"memory.{name}").read_text()) for name in ("max", "current"))
+    except (OSError, ValueError):  # no limit
+        return free
+    return limit - used if free is None else min(free, limit - used)

@@ -36,11 +36,11 @@ from ffn2moe.runtime.plans import (
     form_of,
     graph_of,
     is_dense,
+    obstacle,
     plan_of,
     plans_of,
     plans_on_request,
     precision_of,
-    resolve,
 )
 from ffn2moe.spec import MoESpec
 
@@ -204,7 +204,7 @@ def _write_plans(
         plan, variant, graph = plan_of(name), variant_of[name], graph_of(name)
         if form_of(name) in manifest["refused"]:
             continue
-        reason = _lacking(plan, models)
+        reason = obstacle(plan, models.spec.head, models.student.config)
         if reason is not None:
             manifest["refused"][name] = f"{name}: {reason}"
             continue
@@ -217,22 +217,6 @@ def _write_plans(
                 continue
             written[graph] = _write(graphs, graph, folder)
         manifest["plans"][name] = {"engine": plan.engine} | written[graph] | variant.metadata()
-
-
-def _lacking(plan: Plan, models: _Models) -> str | None:
-    """Return why a plan cannot be made for a model here; None where it can be tried."""
-    head = models.spec.head
-    if head not in (*plan.heads, *plan.on_request):
-        return f"this plan is for the heads {', '.join((*plan.heads, *plan.on_request))}, not for {head}"
-    lacking = ENGINES[plan.engine].lacks(models.student.config)
-    if lacking is not None:
-        return lacking
-    if plan.operator is not None and plan.operator.library is not None:
-        try:
-            resolve(plan.operator.library)()
-        except FileNotFoundError as error:  # a graph that cannot be checked is not shipped
-            return str(error)
-    return None
 
 
 def _check(

@@ -17,6 +17,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from ffn2moe.runtime.engines import ENGINES
 from ffn2moe.runtime.files import read_plan
 from ffn2moe.table import Table
 
@@ -237,6 +238,21 @@ def plans_on_request(head: str) -> tuple[str, ...]:
     Plans of few bits pay for decoding, not for batches of texts. OpenVINO copies a language model's cache every step.
     """
     return tuple(name for name, plan in PLANS.items() if head in plan.on_request)
+
+
+def obstacle(plan: Plan, head: str, config: Any) -> str | None:
+    """Return why a plan cannot be made here for a model with this head and config; None where it can be tried."""
+    if head not in (*plan.heads, *plan.on_request):
+        return f"this plan is for the heads {', '.join((*plan.heads, *plan.on_request))}, not for {head}"
+    lacking = ENGINES[plan.engine].lacks(config)
+    if lacking is not None:
+        return lacking
+    if plan.operator is not None and plan.operator.library is not None:
+        try:
+            resolve(plan.operator.library)()
+        except FileNotFoundError as error:  # a graph that cannot be checked is not shipped
+            return str(error)
+    return None
 
 
 def decodes(head: str) -> bool:

@@ -6,12 +6,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ffn2moe.dense.config import head_of
 from ffn2moe.dense.families import FAMILIES, Family
 from ffn2moe.dense.load import load_dense, resolve_source
-from ffn2moe.dense.weights import weight_files
 from ffn2moe.spec import Head
 
 HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]  # what is fetched of a hub name
@@ -53,17 +50,6 @@ class Dense:
     @cached_property
     def _loaded(self) -> tuple[Any, Any]:
         return load_dense(str(self.folder), head=self.head)
-
-    def parameters(self) -> int:
-        """Return the number of weights, from the headers of the files."""
-        from safetensors import safe_open
-
-        total = 0
-        for path in set(weight_files(self.folder).values()):
-            with safe_open(path, framework="pt") as file:
-                for name in file.keys():  # noqa: SIM118
-                    total += torch.Size(file.get_slice(name).get_shape()).numel()
-        return total
 
 
 def local_folder(source: str, revision: str | None) -> Path:

@@ -1,0 +1,255 @@
+"""Decide what a conversion does: replace every `auto` by what fits the model."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ffn2moe.containers.container import Container
+from ffn2moe.containers.fit import choose, require_fit
+from ffn2moe.containers.table import CONTAINERS
+from ffn2moe.decompose.source import NotStreamable, Source, only_stack, skeleton
+from ffn2moe.dense.families import FAMILIES, positions
+from ffn2moe.dense.load import pooling_of
+from ffn2moe.moe.describe import spec_of
+from ffn2moe.numerics import choose_device
+from ffn2moe.preflight.dense import Dense
+from ffn2moe.preflight.request import Request
+from ffn2moe.preflight.texts import Sample, sample
+from ffn2moe.runtime.engines import installed_engines
+from ffn2moe.runtime.plans import PLANS, graph_of, obstacle, plan_of, plans_of
+from ffn2moe.spec import Gate, MoESpec
+
+# Where the user names no number:
+LONGEST_CAUSAL, LONGEST = 256, 128  # tokens of a text
+GENERATED_TEXTS, MOST_TEXTS = 4000, 40000  # texts that the model writes, that are taken from a corpus
+MOST_BATCH_TOKENS, FEWEST_BATCH_TOKENS = 4096, 512  # of a step: a small language model learns more from small ones
+USUAL_TEXT = 400  # characters
+TOKENS_BY_WIDTH = 8  # tokens of a step, for each dimension of a language model
+
+
+class Case:
+    """A request and the decisions about it; each is made when it is first asked for.
+
+    ValueError or FileNotFoundError, with cause and remedy, for what cannot be done.
+    """
+
+    def __init__(self, request: Request) -> None:
+        self.request = request
+
+    @cached_property
+    def dense(self) -> Dense:
+        """The dense model. ValueError for one that the request has no use for."""
+        asked = self.request
+        dense = Dense(asked.source, revision=asked.revision, head=asked.head)
+        heads = dense.family.heads if dense.family else (dense.head,)
+        if dense.head not in heads:
+            raise ValueError(
+                f"{asked.call('head', dense.head)}, but {asked.source} is a {dense.config.model_type} model, from "
+                f"which this package makes {' or '.join(heads)}: leave {asked.call('head')} out, or name one of these"
+            )
+        if asked.text_only and (dense.reads != "text" or heads == ("features",)):
+            able = sorted(one.name for one in FAMILIES.rows() if one.reads == "text" and one.heads != ("features",))
+            raise ValueError(
+                f"{asked.source} is a {dense.config.model_type} model, which reads {dense.reads} and gives "
+                f"{' or '.join(heads)}; the pipeline distils and judges on text ({', '.join(able)}): convert this "
+                "model with `ffn2moe convert`"
+            )
+        if dense.reads == "speech":
+            raise ValueError(
+                f"{asked.source} reads speech, and no command reads recordings: call the functions of "
+                "ffn2moe.decompose and ffn2moe.distill.distiller, which take batches of any kind"
+            )
+        return dense
+
+    @cached_property
+    def model(self) -> Any:
+        """The transformers model without weights."""
+        return skeleton(self.dense.folder, self.dense.head)
+
+    @cached_property
+    def device(self) -> str:
+        """The device to compute on."""
+        return choose_device(self.request.device)
+
+    @property
+    def container(self) -> Container | None:
+        """The native architecture that the mixture is also written in, if any."""
+        return self._container[0]
+
+    @property
+    def container_reason(self) -> str:
+        """The reason for the container, or for none."""
+        return self._container[1]
+
+    @cached_property
+    def _container(self) -> tuple[Container | None, str]:
+        asked, dense, needed = self.request, self.dense, self.request.needs_container
+        if asked.container == "none" or (asked.container == "auto" and dense.head != "causal" and not needed):
+            return None, "none"
+        if asked.container != "auto":
+            found = CONTAINERS[asked.container]
+            require_fit(found, dense.config, shared_width=asked.shared_width)
+            self._require_gate_of(found)
+            return found, found.name
+        try:
+            found, why = choose(dense.config, shared_width=asked.shared_width)
+        except ValueError as error:
+            if not needed:
+                return None, f"none: {error}"
+            none = asked.call("container", "none")
+            raise ValueError(f"{asked.call('container', 'auto')}, but {error}; set {none}") from None
+        if asked.gate not in ("auto", found.gate):
+            if needed:
+                self._require_gate_of(found)
+            return None, f"none, because {found.name} weighs experts by {found.gate}, not by {asked.gate}"
+        return found, why
+
+    def _require_gate_of(self, container: Container) -> None:
+        asked = self.request
+        if asked.gate not in ("auto", container.gate):
+            raise ValueError(
+                f"{container.name} weighs experts by {container.gate}, not by {asked.gate}: set "
+                f"{asked.call('gate', 'auto')}, or {asked.call('container', 'none')}"
+            )
+
+    @property
+    def gate(self) -> Gate:
+        """How the chosen experts are weighted."""
+        if self.request.gate != "auto":
+            return self.request.gate
+        return self.container.gate if self.container else "unit"
+
+    @cached_property
+    def max_length(self) -> int:
+        """The tokens that texts are truncated to."""
+        asked, longest = self.request, positions(self.dense.config)
+        usual = LONGEST_CAUSAL if self.dense.head == "causal" else LONGEST
+        wanted = asked.max_length or min(usual, longest or LONGEST_CAUSAL)
+        if longest is not None and wanted > longest:
+            raise ValueError(
+                f"{asked.call('max_length', wanted)} is more than the {longest} positions of {asked.source}: lower it"
+            )
+        return wanted
+
+    @cached_property
+    def corpus(self) -> str:
+        """Where the texts or images come from."""
+        asked, dense = self.request, self.dense
+        if "images" in dense.reads:
+            if not Path(asked.corpus).is_dir():
+                raise ValueError(f"{asked.source} reads images: name a folder of them with {asked.call('corpus')}")
+            return asked.corpus
+        if asked.corpus == "auto":
+            return "generated" if dense.head == "causal" else "docstrings"
+        if asked.corpus == "generated" and dense.head != "causal":
+            raise ValueError(
+                f"{asked.call('corpus', 'generated')} asks the model to write the texts, and {asked.source} is "
+                f"a model with the head {dense.head}, which writes no texts: name a corpus"
+            )
+        return asked.corpus
+
+    @cached_property
+    def sample(self) -> Sample:
+        """The first texts of the corpus."""
+        return sample(self.corpus, self.request)
+
+    @cached_property
+    def spec(self) -> MoESpec:
+        """The spec of the mixture."""
+        return self.spec_of(self.model)
+
+    # --- sizes -------------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def parameters(self) -> int:
+        """The number of weights."""
+        return sum(parameter.numel() for parameter in self.model.parameters())
+
+    @cached_property
+    def multiplied(self) -> int:
+        """The number of weights that a token is multiplied by: all matrices except tables that are looked up."""
+        matrices = (module for module in self.model.modules() if not isinstance(module, nn.Embedding))
+        return sum(own.numel() for module in matrices for own in module.parameters(recurse=False) if own.dim() == 2)
+
+    @property
+    def multiplied_by_student(self) -> int:
+        """The same in the mixture."""
+        ffns = sum(one.num_layers * (3 if one.gated else 2) * one.width * one.ffn_width for one in self.spec.stacks)
+        return self.multiplied - round((1 - self.spec.active_share) * ffns)
+
+    @cached_property
+    def whole_only(self) -> str | None:
+        """Why the model is not decomposed layer by layer; None where it is. ValueError for weights that do not fit."""
+        try:
+            only_stack(self.model)
+            Source(self.dense.folder, self.model)
+        except NotStreamable as reason:
+            return str(reason)
+        return None
+
+    @cached_property
+    def plans(self) -> dict[str, str | None]:
+        """The plans that are wanted, each with what forbids it here, if anything."""
+        asked, dense = self.request, self.dense
+        if not asked.onnx:
+            return {}
+        wanted = (*plans_of(dense.head, asked.engines or installed_engines()), *asked.more_plans)
+        return {name: obstacle(PLANS[name], dense.head, dense.config) for name in dict.fromkeys(wanted)}
+
+    @property
+    def graph_bytes(self) -> dict[str, int]:
+        """The bytes of each graph that is made."""
+        made = [name for name, reason in self.plans.items() if reason is None]
+        return {graph_of(name): self.parameters * plan_of(graph_of(name)).bits // 8 for name in made}
+
+    @property
+    def batch_tokens(self) -> int:
+        """The tokens of a training step."""
+        if self.request.batch_tokens:
+            return self.request.batch_tokens
+        if self.dense.head != "causal":
+            return MOST_BATCH_TOKENS
+        width = self.dense.config.get_text_config().hidden_size
+        return max(FEWEST_BATCH_TOKENS, min(MOST_BATCH_TOKENS, TOKENS_BY_WIDTH * width))
+
+    @property
+    def characters(self) -> int:
+        """The characters of the texts that are tokenised, about."""
+        texts = min(self.most_texts, self.sample.count or self.most_texts)
+        each = sum(map(len, self.sample.texts)) / len(self.sample.texts) if self.sample.texts else USUAL_TEXT
+        return round(texts * each)
+
+    @property
+    def most_texts(self) -> int:
+        """The largest number of texts that are used."""
+        return self.request.texts or (GENERATED_TEXTS if self.corpus == "generated" else MOST_TEXTS)
+
+    # --- the mixture -------------------------------------------------------------------------------------------------
+
+    def spec_of(self, model: Any) -> MoESpec:
+        """Return the spec of the mixture that `model` becomes; its weights are not read."""
+        asked, container = self.request, self.container
+        spec = spec_of(
+            model,
+            head=self.dense.head,
+            num_experts=asked.num_experts,
+            num_active=asked.num_active,
+            partition=asked.partition,
+            teacher=asked.source,
+            max_length=self.max_length,
+            shared_width=asked.shared_width,
+            gate=self.gate,
+            router_bias=container is None,
+            container=container.name if container else None,
+            width_multiple=container.width_multiple if container else 1,
+            pooling=pooling_of(self.dense.folder) if self.dense.head == "embedding" else None,
+            active_per_layer=asked.active_per_layer,
+            elastic=asked.elastic,
+        )
+        if container:
+            require_fit(container, self.dense.config, spec=spec)
+        return spec

@@ -1,0 +1,93 @@
+"""Estimate how long a conversion takes on this machine: its work by the speed of a matrix product, measured now."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from functools import cache
+
+import torch
+
+from ffn2moe.numerics import bf16_supported
+from ffn2moe.preflight.case import Case
+from ffn2moe.preflight.texts import image_files
+from ffn2moe.progress import clock
+from ffn2moe.runtime.engines import cores
+
+PROBE_SECONDS, PROBE_TOKENS = 0.1, 1024  # of each precision
+# Shares of the product's speed that whole steps reach, and seconds that no product explains: measured with one thread
+# in a conversion of all-MiniLM-L6-v2 (docs/results/check.md compares estimates with other conversions).
+WRITING, DECOMPOSING, JUDGING, TRAINING = 0.2, 1.0, 0.6, 0.4
+DOCSTRING_SECONDS = 60  # of one core, to parse the sources of the packages
+TOKENISE_SECONDS = 1e-6  # of one core, a character
+IMAGE_SECONDS = 0.05  # an image, read and resized
+GRAPH_SECONDS, GRAPH_BYTES = 1.5, 2**26  # a plan: traced, lowered, written and compared; bytes a second on top
+JUDGED_TEXTS = 200
+ROUTER_TOKENS = 200 * 1024  # that a layer's router is fitted on
+PASSES = 8  # over a layer's experts, on the calibration tokens
+
+
+def duration(case: Case) -> Iterator[str]:
+    """Say how long each step takes."""
+    steps = {name: seconds for name, seconds in estimated(case).items() if seconds > 0}
+    parts = ", ".join(f"{name} {clock(seconds)}" for name, seconds in steps.items())
+    yield f"about {clock(sum(steps.values()))} on this machine ({parts}), as estimated from its speed now"
+
+
+def estimated(case: Case) -> dict[str, float]:
+    """Return the seconds of each step, by its name."""
+    shape = max(case.spec.stacks, key=lambda one: one.ffn_width)
+    exact, rounded = speed(shape.width, shape.ffn_width, case.device)
+    asked = case.request
+    train, both = asked.minutes * 60, case.multiplied + case.multiplied_by_student
+    if asked.steps is not None:
+        per_token = 2 * (case.multiplied + 3 * case.multiplied_by_student)
+        train = asked.steps * case.batch_tokens * per_token / (TRAINING * rounded)
+    return {
+        "texts": _texts(case, exact),
+        "decomposing": _decompose(case, exact),
+        "distilling": train,
+        "judging": 2 * JUDGED_TEXTS * case.max_length * 2 * both / (JUDGING * exact) if train else 0,
+        "graphs": sum(GRAPH_SECONDS + size / GRAPH_BYTES for size in case.graph_bytes.values()),
+    }
+
+
+def _texts(case: Case, exact: float) -> float:
+    """Return the seconds in which texts are read, tokenised, or written by the model."""
+    if "images" in case.dense.reads:
+        return IMAGE_SECONDS * len(image_files(case.corpus, case.request))
+    if case.corpus == "generated" or case.dense.head == "seq2seq":
+        return case.most_texts * case.max_length * 2 * case.multiplied / (WRITING * exact)
+    parsing = DOCSTRING_SECONDS if case.corpus == "docstrings" else 0
+    return (parsing + TOKENISE_SECONDS * case.characters) / min(cores(), 8)
+
+
+def _decompose(case: Case, exact: float) -> float:
+    """Return the seconds in which all layers are decomposed and routed."""
+    tokens, work = case.request.calibration_tokens, 0.0
+    for shape in case.spec.stacks:
+        ffn = (3 if shape.gated else 2) * shape.width * shape.ffn_width
+        moments = 2 * 3 * tokens * shape.ffn_width**2  # one product in float32, one in float64
+        solving = 2 * 10 * shape.ffn_width**3
+        judging = 2 * PASSES * tokens * ffn
+        router = 6 * ROUTER_TOKENS * shape.width * case.spec.num_experts
+        work += shape.num_layers * (moments + solving + judging + router)
+    return (work + 2 * tokens * case.multiplied) / (DECOMPOSING * exact)
+
+
+@cache
+def speed(width: int, ffn_width: int, device: str) -> tuple[float, float]:
+    """Return the speed of products of this size, in operations a second: in float32, and in what training uses."""
+    exact = _probe(width, ffn_width, device, torch.float32)
+    return exact, _probe(width, ffn_width, device, torch.bfloat16) if bf16_supported(device) else exact
+
+
+def _probe(width: int, ffn_width: int, device: str, dtype: torch.dtype) -> float:
+    x_TD = torch.ones(PROBE_TOKENS, width, device=device, dtype=dtype)
+    w_DF = torch.ones(width, ffn_width, device=device, dtype=dtype)
+    x_TD @ w_DF  # the first product is slower
+    done, start = 0, time.perf_counter()
+    while (seconds := time.perf_counter() - start) < PROBE_SECONDS or not done:
+        float((x_TD @ w_DF)[0, 0])  # waits for the device
+        done += 1
+    return done * 2 * PROBE_TOKENS * width * ffn_width / seconds

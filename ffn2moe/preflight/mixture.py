@@ -1,0 +1,69 @@
+"""Check what is made: texts to learn from, experts, container, plans."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from ffn2moe.preflight.case import Case
+from ffn2moe.preflight.doubt import Doubt
+from ffn2moe.preflight.texts import image_files
+from ffn2moe.runtime.engines import ENGINES, installed_engines
+from ffn2moe.runtime.plans import plans_on_request
+
+
+def corpus(case: Case) -> Iterator[str]:
+    """Read the beginning of the corpus."""
+    asked = case.request
+    if "images" in case.dense.reads:
+        yield f"{len(image_files(case.corpus, asked))} images in {case.corpus}"
+        return
+    if case.corpus == "generated":
+        yield "the model writes the texts itself"
+        return
+    used = f", of which {asked.texts} are used at most" if asked.texts else ""
+    yield f"{case.corpus}: {case.sample.number}{used}"
+
+
+def experts(case: Case) -> Iterator[str]:
+    """Divide the FFNs."""
+    spec = case.spec
+    for shape in spec.stacks:
+        shared = f" and {shape.shared_width} shared neurons" if shape.shared_width else ""
+        yield (
+            f"{shape.num_layers} layers, width {shape.width}: {shape.ffn_width} neurons become {spec.num_experts} "
+            f"experts of {shape.expert_width}{shared}; {spec.num_active} are active"
+        )
+        padding = shape.shared_width + spec.num_experts * shape.expert_width - shape.ffn_width
+        if padding:
+            yield f"{padding} zero neurons fill the last experts up, which changes no result"
+    yield f"{100 * spec.active_share:.0f} % of the FFNs is active for a token"
+
+
+def container(case: Case) -> Iterator[str]:
+    """Choose the native architecture."""
+    yield case.container_reason
+
+
+def plans(case: Case) -> Iterator[str]:
+    """Find out which plans can be made here. ValueError for an engine that is not installed, or where there is none."""
+    asked, dense = case.request, case.dense
+    if not asked.onnx:
+        yield "none: without ONNX graphs"
+        return
+    for engine in asked.engines or ():
+        ENGINES[engine].require()
+    if not (asked.engines or installed_engines()):
+        raise ValueError(
+            f"no engine is installed that runs ONNX graphs: pip install onnxruntime, or set {asked.call('onnx')}"
+        )
+    able = plans_on_request(dense.head)
+    for name in asked.more_plans:
+        if name not in able:
+            raise ValueError(
+                f"{asked.call('more_plans', name)}: a model with the head {dense.head} cannot have this plan; it can "
+                f"ask for {', '.join(able) or 'none'}"
+            )
+    yield ", ".join(name for name, reason in case.plans.items() if reason is None)
+    for reason in dict.fromkeys(reason for reason in case.plans.values() if reason is not None):
+        left_out = ", ".join(name for name, found in case.plans.items() if found == reason)
+        yield Doubt(f"left out: {left_out}: {reason}")

@@ -1,0 +1,55 @@
+"""Hold what a user asks for, on the command line or in params.yaml. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """A wanted conversion, with the settings that decide whether it can be done and what it takes.
+
+    `called` says how the user writes a setting, such as `--max-length` or `teacher.max_length`: messages use it.
+    """
+
+    source: str
+    called: Mapping[str, str]
+    num_experts: int
+    num_active: int
+    out: Path | None = None  # the folder to make; None: not named
+    disk: Path = Path(".")  # where files are written, or a folder that does not exist yet
+    revision: str | None = None
+    head: str | None = None  # None: what the config says
+    max_length: int | None = None  # None: what fits the model
+    corpus: str = "auto"
+    text_column: str = "text"
+    texts: int | None = None  # the most that are used
+    fewest_texts: int = 2
+    text_only: bool = False  # whether models of images and speech are refused, and those that give hidden states
+    partition: str = "coactivation"
+    shared_width: int = 0
+    container: str = "auto"  # auto, none, or a name in CONTAINERS
+    needs_container: bool = False  # whether `auto` is refused where no container fits
+    gate: str = "auto"
+    active_per_layer: tuple[int, ...] = ()
+    elastic: tuple[int, ...] = ()
+    calibration_tokens: int = 16384
+    calibration_batch: int = 16  # texts
+    steps: int | None = None  # of the distillation; None: as many as fill the minutes
+    minutes: float = 0.0
+    batch_tokens: int | None = None  # of a step; None: what fits the model
+    engines: tuple[str, ...] | None = None  # to make plans for; None: those that are installed
+    more_plans: tuple[str, ...] = ()
+    onnx: bool = True
+    checkpoints: int = 2  # of the whole model that are written
+    stored: int = 1  # times that each file is stored
+    device: str = "auto"
+
+    def call(self, setting: str, value: object | None = None) -> str:
+        """Return a setting as the user writes it, with a value where one is given."""
+        name = self.called[setting]
+        if value is None:
+            return name
+        return f"{name} {value}" if name.startswith("--") else f"{name}={value}"
