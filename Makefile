@@ -34,7 +34,7 @@ export MLFLOW_DISABLE_TELEMETRY := true
 export HF_HUB_DISABLE_TELEMETRY := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run up down status promote rollback serve score sweep repro push pull test check bench native clean
+.PHONY: help setup run up down status promote rollback serve score sweep repro plans push pull test check bench native clean
 
 help:
 	@echo 'make run       convert, measure, export and register a model; SET="name=trial decompose.num_active=2" for other settings'
@@ -46,6 +46,7 @@ help:
 	@echo 'make test      run the tests; TESTS="tests/test_core.py -k oracle" runs some of them'
 	@echo 'make check     run ruff, mypy and import-linter'
 	@echo 'make bench     time every execution plan of the export again'
+	@echo 'make plans     put the plans that lost back into exports/NAME, to race them elsewhere; NAME=trial'
 	@echo 'make native    compile the experts operator for OpenVINO (needs a C++ compiler)'
 	@echo 'make repro     run the same stages with DVC alone: no Prefect, no run record'
 	@echo 'make push      copy results to the DVC remote; make pull copies them from it'
@@ -110,6 +111,9 @@ sweep: $(STAMP) $(MLFLOW_DB)
 
 repro: $(STAMP) $(MLFLOW_DB)
 	@$(ENV) PATH="$(abspath $(BIN)):$$PATH" $(BIN)/dvc repro
+
+plans: $(STAMP)
+	@$(BIN)/python -m flows.plans $(NAME)
 
 push pull: $(STAMP)
 	@$(BIN)/python -m flows.share $@

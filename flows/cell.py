@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from ffn2moe.planning.shipping import complete
 from flows import dvc
 from flows.workspace import FlowError, Workspace, bring_back, commit, isolate, lock
 from tasks.params import load_params
@@ -51,6 +52,9 @@ def measure(job: dict[str, Any]) -> None:
         if texts.is_file():
             shutil.copy2(texts, record / "texts.jsonl")
         bring_back(workspace)
+        # The session times plans that no cell chose, and the dense ones.
+        if (workspace.root / "models" / "exported").is_dir():
+            complete(workspace.export, workspace.root / "models" / "exported")
 
 
 def before_measuring(stages: Sequence[str]) -> list[str]:

@@ -13,6 +13,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from ffn2moe.planning.shipping import Size
 from flows.promote import Decision
 from flows.workspace import Workspace
 from tasks.measures import headline
@@ -111,7 +112,7 @@ def _with_noise(row: dict[str, Any]) -> str:
 
 def _where(workspace: Workspace, decision: Decision, manifest: dict[str, Any], uri: str) -> Table:
     table = Table(box=None, pad_edge=False, show_header=False)
-    table.add_row("export", _relative(workspace.export))
+    table.add_row("export", f"{_relative(workspace.export)}: {Size(**manifest['bytes'])}")
     if "container" in manifest:
         container = f"{_relative(workspace.export / 'container')} ({manifest['container']['name']})"
         table.add_row("container", f"{container}: transformers, vLLM and llama.cpp can load it")

@@ -1,20 +1,25 @@
-"""Stage 7: time every plan of every engine beside the dense ones, and choose the plans for this machine.
+"""Stage 7: time every plan of every engine beside the dense ones, choose the plans for this machine, and ship them.
 
-No earlier stage measures time, so that their outs are the same bytes everywhere.
+No earlier stage measures time, so that their outs are the same bytes everywhere. exports/NAME has the chosen plans, one
+portable plan and the checkpoint (`ffn2moe.planning.shipping`); the other plans stay in models/exported and in the cache
+of DVC.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ffn2moe.planning import measure, plan_file, timing
+from ffn2moe.planning.shipping import LARGEST, Shipment
 from ffn2moe.runtime.export import open_export
 from ffn2moe.runtime.files import read_manifest
 from ffn2moe.runtime.workload import Workload
 from tasks import corpus
+from tasks.lock import locked_outs
 from tasks.params import Benchmark
 from tasks.stage import StageRun, main
 
@@ -23,7 +28,7 @@ TEXTS = 400  # of the evaluation split, which the batches run through
 
 def run(stage: StageRun) -> None:
     params, root = stage.params, stage.root
-    folder = root / "exports" / params.name
+    folder = root / "models/exported"
     manifest = read_manifest(folder)
     texts = [row["text"] for row in corpus.read_jsonl(root / "data/corpus/evaluation.jsonl")][:TEXTS]
     settings, workload = params.benchmark, workload_of(params.benchmark)
@@ -42,7 +47,10 @@ def run(stage: StageRun) -> None:
     for plan, reason in measured.left_out.items():
         stage.say(f"{plan} does not run here: {reason}")
 
-    planned = partial(plan_file.planned, measured, min_retention=params.gate.min_retention, texts=texts)
+    shipment = Shipment(folder, keeps_quality)
+    planned = partial(
+        plan_file.planned, measured, min_retention=params.gate.min_retention, texts=texts, fits=shipment.fits
+    )
     content = planned()
     if manifest["spec"]["head"] == "embedding" and len(content["plans"]) > 1:
         mixed = mixed_retention(root, folder, content["plans"], manifest, settings.threads[0])
@@ -53,7 +61,7 @@ def run(stage: StageRun) -> None:
         content["mixed_retention"] = round(mixed, 6)
     stage.say(content["reason"])
     content["bounds"] = plan_file.bounds_of(folder, workload.longest, content["default_plan"])
-    stage.write_json(f"exports/{params.name}/plan.json", content)
+    ship(stage, shipment, content)
     stage.write_json(
         "metrics/benchmark.json",
         {
@@ -65,6 +73,27 @@ def run(stage: StageRun) -> None:
     stage.write_csv(
         "metrics/plots/benchmark.csv", [{"plan": row.plan, **plan_file.row_of(row)} for row in measured.timings]
     )
+
+
+def ship(stage: StageRun, shipment: Shipment, content: Mapping[str, Any]) -> None:
+    """Write exports/NAME: the chosen plans, the portable one, and what says how to get the others back."""
+    name = stage.params.name
+    size = shipment.size(content["plans"])
+    details = {
+        "bring_back": f"make plans NAME={name}",
+        "exported": locked_outs(stage.root, "export").get("models/exported"),  # by this hash DVC finds all plans
+        "bytes": asdict(size),
+    }
+    with stage.out(f"exports/{name}") as target:
+        manifest = shipment.write(target, content["plans"], details)
+        StageRun("benchmark", stage.params, target).write_json("plan.json", content)
+    shipped, left_out = " and ".join(manifest["plans"]), ", ".join(manifest["left_out"])
+    stage.say(f"exports/{name} has {shipped}; {manifest['portable']} opens in any ONNX runtime")
+    if left_out:
+        stage.say(f"not in it: {left_out}; {manifest['bring_back']} brings them back")
+    stage.say(f"exports/{name}: {size}")
+    if size.share > LARGEST:
+        stage.say(f"that is more than {LARGEST:g}x, because no smaller plan keeps gate.min_retention of the quality")
 
 
 def workload_of(settings: Benchmark) -> Workload:

@@ -5,12 +5,13 @@ found. A graph that computes something else on purpose (int8, another form of GE
 mixture) is judged again: by the retrieval benchmark, by its perplexity, or by its agreement with the teacher. The share
 of the teacher's figure that a plan keeps decides later whether it may be chosen. A language model for a native
 container is also written as one.
+
+models/exported has every plan; the stage `benchmark` writes those that are used to exports/NAME.
 """
 
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Sequence
 from dataclasses import asdict
 from importlib.metadata import version
@@ -18,14 +19,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tasks.plan_quality import PlanQuality
-from tasks.stage import StageRun, main, remove
+from tasks.stage import StageRun, main
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from ffn2moe.spec import MoESpec
 
-STUDENT, TEACHER = "models/distilled", "data/teacher"
+STUDENT, TEACHER, EXPORTED = "models/distilled", "data/teacher", "models/exported"
 PACKAGES = ("onnx", "onnx-ir", "onnxscript", "torch", "transformers")
 # The largest relative mean difference of a container's logits from the student's: with the container's own gates, and
 # with unit gates, which a container can only approximate.
@@ -47,18 +48,14 @@ def run(stage: StageRun) -> None:
     teacher, tokenizer = load_dense(str(root / TEACHER), head=spec.head)
     quality = PlanQuality(stage, spec, teacher, tokenizer)
 
-    folder = root / "exports" / params.name
-    partial = folder.parent / f".{params.name}.partial"
-    remove(partial)  # left by a run that was killed
-    partial.mkdir(parents=True)
-    try:
+    with stage.out(EXPORTED) as folder:
         ids = quality.ids[: params.export.parity_texts]
         manifest = export_model(
             student,
             teacher,
             tokenizer,
             spec,
-            partial,
+            folder,
             engines=params.export.engines,
             more_plans=params.export.more_plans,
             samples=list(text_samples(ids, spec.head, params.seed)),
@@ -68,7 +65,7 @@ def run(stage: StageRun) -> None:
         )
         entries: dict[str, dict[str, Any]] = manifest["plans"]
         for name, entry in stage.track(entries.items(), len(entries), "judging plans"):
-            entry |= quality.of(name, entry, manifest, partial)
+            entry |= quality.of(name, entry, manifest, folder)
         for plan, entry in entries.items():
             stage.say(
                 f"{plan}: {entry['parity_max_abs']:.1e} from PyTorch, {quality.summary(entry)} "
@@ -77,8 +74,8 @@ def run(stage: StageRun) -> None:
         for plan, reason in manifest["refused"].items():
             stage.say(f"no plan {plan}: {reason}")
         if spec.container:
-            manifest["container"] = write_container(stage, student, teacher, spec, partial / "container", ids)
-        write_card(partial / "container", spec, manifest)
+            manifest["container"] = write_container(stage, student, teacher, spec, folder / "container", ids)
+            write_card(folder / "container", spec, manifest["container"])
         engines = {"onnxruntime", *params.export.engines}
         packages = (*PACKAGES, *(distribution(engine) or engine for engine in sorted(engines)))
         manifest |= {
@@ -87,10 +84,7 @@ def run(stage: StageRun) -> None:
             "data_sha256": data_sha256(root / "data"),
             "versions": {"ffn2moe": ffn2moe.__version__} | {package: version(package) for package in packages},
         }
-        StageRun("export", params, partial).write_json("manifest.json", manifest)
-        keep(partial, folder)
-    finally:
-        remove(partial)
+        StageRun("export", params, folder).write_json("manifest.json", manifest)
 
 
 def write_container(
@@ -126,42 +120,24 @@ def write_container(
     return {"name": container.name, "folder": "container", "agreement": agreement, "notes": notes}
 
 
-def write_card(folder: Path, spec: MoESpec, manifest: Mapping[str, Any]) -> None:
-    """Write what the container's folder holds, or why it is empty: the folder is an out of the stage either way."""
-    folder.mkdir(exist_ok=True)
-    if spec.container is None:
-        text = (
-            "There is no native container here: decompose.container was `none`, or the model is not a language model. "
-            "The graphs are in ../onnx, the model for PyTorch in ../checkpoint.\n"
-        )
-    else:
-        container = manifest["container"]
-        teacher = Path(spec.teacher).name if Path(spec.teacher).is_absolute() else spec.teacher
-        lines = [
-            f"# {teacher} as a mixture of experts ({container['name']})",
-            "",
-            f"ffn2moe decomposed each feed-forward layer of `{teacher}` into {spec.num_experts} experts and distilled "
-            f"the mixture from the dense model. A token runs {spec.num_active} experts a layer. transformers loads the "
-            f"`{container['name']}` model with `AutoModelForCausalLM`, without further code.",
-            "",
-            *(f"- {note}" for note in container["notes"]),
-        ]
-        text = "\n".join(lines).rstrip() + "\n"
-    (folder / "README.md").write_text(text, encoding="utf-8")
+def write_card(folder: Path, spec: MoESpec, container: Mapping[str, Any]) -> None:
+    """Write what the folder of a container holds, and what its engines need."""
+    teacher = Path(spec.teacher).name if Path(spec.teacher).is_absolute() else spec.teacher
+    lines = [
+        f"# {teacher} as a mixture of experts ({container['name']})",
+        "",
+        f"ffn2moe decomposed each feed-forward layer of `{teacher}` into {spec.num_experts} experts and distilled "
+        f"the mixture from the dense model. A token runs {spec.num_active} experts a layer. transformers loads the "
+        f"`{container['name']}` model with `AutoModelForCausalLM`, without further code.",
+        "",
+        *(f"- {note}" for note in container["notes"]),
+    ]
+    (folder / "README.md").write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
 
 
 def rounded(value: float) -> float:
     """Return a difference with three digits."""
     return float(f"{value:.3g}")
-
-
-def keep(partial: Path, folder: Path) -> None:
-    """Move the new files into the export's folder, and remove plan.json of an earlier benchmark."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "plan.json").unlink(missing_ok=True)  # it describes other graphs
-    for made in sorted(partial.iterdir()):
-        remove(folder / made.name)
-        os.replace(made, folder / made.name)
 
 
 def teacher_weights(folder: Path) -> Path:

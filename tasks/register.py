@@ -18,10 +18,11 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy
-from ruamel.yaml import YAML
 
+from ffn2moe.planning.shipping import link_graphs
 from ffn2moe.runtime.engines import distribution
 from ffn2moe.runtime.export import open_export
+from tasks.lock import locked_deps, locked_outs
 from tasks.measures import at, headline, numbers
 from tasks.params import Params
 from tasks.registry import CHALLENGER, Registry
@@ -92,11 +93,9 @@ def requirements(manifest: Mapping[str, Any]) -> list[str]:
 def slim_copy(export: Path, target: Path, plan: Mapping[str, Any]) -> Path:
     """Copy what serving needs of an export to `target`: the chosen plans, without the checkpoint; return `target`."""
     manifest = _json(export / "manifest.json")
+    manifest.pop("left_out", None)
     manifest["plans"] = {name: manifest["plans"][name] for name in plan["plans"]}
-    for entry in manifest["plans"].values():
-        for name in (entry["file"], *entry.get("more", {})):
-            (target / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(export / name, target / name)
+    link_graphs(export, target, manifest["plans"].values())
     shutil.copytree(export / "tokenizer", target / "tokenizer")
     slim = {**plan, "timings": {name: plan["timings"][name] for name in plan["plans"]}}
     for name, payload in (("manifest.json", manifest), ("plan.json", slim)):
@@ -158,14 +157,10 @@ def tags(
     }
     found |= {f"retention.{key}": f"{value:.6f}" for key, value in numbers(quality["retention"])}
     found |= {f"student.{key}": f"{value:.6f}" for key, value in numbers(quality["student"])}
-    lock = root / "dvc.lock"
-    if lock.is_file():
-        stages = YAML(typ="safe").load(lock.read_text(encoding="utf-8")).get("stages", {})
-        for out in stages.get("export", {}).get("outs", []):
-            found[f"dvc.md5.{Path(out['path']).relative_to(f'exports/{params.name}')}"] = out["md5"]
-        judged_by = [dep["md5"] for dep in stages.get("evaluate", {}).get("deps", []) if _judges(dep["path"])]
-        if judged_by:
-            found["evaluated_on"] = " ".join(sorted(judged_by))
+    found |= {f"dvc.md5.{Path(path).name}": md5 for path, md5 in locked_outs(root, "export").items()}
+    judged_by = [md5 for path, md5 in locked_deps(root, "evaluate").items() if _judges(path)]
+    if judged_by:
+        found["evaluated_on"] = " ".join(sorted(judged_by))
     return found
 
 

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ffn2moe.planning.shipping import Size
 from tasks import figures
 from tasks.measures import at, headline
 from tasks.params import Gate, Params
@@ -63,7 +64,8 @@ def run(stage: StageRun) -> None:
     }
     rows = benchmark_rows(quality)
     timed = timings(plan)
-    head, manifest = quality.get("head", "embedding"), _json(export / "manifest.json")
+    exported = root / "models/exported"  # with the plans that lost, too
+    head, manifest = quality.get("head", "embedding"), _json(exported / "manifest.json")
     page = environment.get_template("report.html.j2").render(
         params=params,
         settings=params.flat(),
@@ -74,7 +76,8 @@ def run(stage: StageRun) -> None:
         headline=headline(quality),
         verdict=verdict(params.gate, quality, timed, plan),
         advice=advice(params, quality, timed),
-        sizes=sizes(export, manifest, timed),
+        sizes=sizes(exported, manifest, timed),
+        shipped=str(Size(**_json(export / "manifest.json")["bytes"])),
         timed=timed,
         prepared=_json(root / "metrics/prepare.json"),
         manifest=manifest,
@@ -145,7 +148,8 @@ def advice(params: Params, quality: Mapping[str, Any], timed: Mapping[str, Any])
     elif kept >= params.gate.min_retention:
         steps.append(
             f'Use it: `ffn2moe.open_export("{folder}")` opens the fastest plan on this machine. On another '
-            f"processor another plan may be faster: `ffn2moe plan {folder}` measures it."
+            f"processor another plan may be faster: `make plans NAME={params.name}` puts all of them into the folder, "
+            f"and `ffn2moe plan {folder}` measures them there."
         )
     return steps
 

@@ -231,7 +231,7 @@ def tiny_teacher_gated(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def exported(tmp_path_factory: pytest.TempPathFactory, tiny_teacher: Path) -> Path:
-    """A workspace in which the stage `export` has run on a tiny mixture; the export is exports/tiny in it."""
+    """A workspace in which the stage `export` has run on a tiny mixture; the export is models/exported in it."""
     from tasks import export
     from tests.mixtures import make_workspace
     from tests.texts import make_stage

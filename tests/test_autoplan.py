@@ -417,7 +417,7 @@ def test_another_number_of_threads_takes_what_was_chosen_for_the_nearest():
 
 @pytest.fixture
 def copy(exported, tmp_path) -> Path:
-    return Path(shutil.copytree(exported / "exports/tiny", tmp_path / "copy"))
+    return Path(shutil.copytree(exported / "models/exported", tmp_path / "copy"))
 
 
 def plan(*arguments: object) -> int:
@@ -488,14 +488,22 @@ def test_plans_that_do_not_run_here_are_left_out_with_the_reason(copy, tmp_path,
     ],
 )
 def test_what_cannot_be_planned_is_refused_with_the_reason(exported, capsys, options, told):
-    assert plan(exported / "exports/tiny", *options) == 2
+    assert plan(exported / "models/exported", *options) == 2
     assert told in " ".join(capsys.readouterr().err.split())
-    assert not (exported / "exports/tiny/plan.json").exists()
+    assert not (exported / "models/exported/plan.json").exists()
 
 
-def test_an_export_without_a_dense_plan_cannot_be_compared(copy, capsys):
+def test_in_an_export_without_a_dense_plan_others_are_compared_with_the_portable_one(copy, capsys):
     manifest = json.loads((copy / "manifest.json").read_text())
-    manifest["plans"] = {"sorted": manifest["plans"]["sorted"]}
+    entries = manifest["plans"]
+    manifest["plans"] = {"sorted": entries["sorted"], "sorted8": entries["sorted8"]}
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    assert plan(copy, "--workload", "1x4", "--minutes", 0.01) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "speed over sorted there" in shown and "best dense" not in shown
+    content = json.loads((copy / "plan.json").read_text())
+    assert content["best_dense_plan"] == "sorted" and {*content["timings"]} == {"sorted", "sorted8"}
+    manifest["plans"] = {"sorted8": entries["sorted8"]}
     (copy / "manifest.json").write_text(json.dumps(manifest))
     assert plan(copy, "--workload", "1x4") == 2
     assert "make it from its teacher again, with dense plans" in " ".join(capsys.readouterr().err.split())

@@ -23,7 +23,7 @@ QUICK = ["--rounds", "5", "--seconds", "0.1"]
 
 @pytest.fixture
 def export(exported) -> Path:
-    return exported / "exports/tiny"
+    return exported / "models/exported"
 
 
 @pytest.fixture

@@ -24,7 +24,7 @@ ROOT = Path(__file__).parent.parent
 
 @pytest.fixture
 def export(exported) -> Path:
-    return exported / "exports/tiny"
+    return exported / "models/exported"
 
 
 @pytest.fixture

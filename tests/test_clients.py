@@ -18,7 +18,7 @@ from tests.texts import make_texts
 def test_sentence_transformers_finds_graph_tokenizer_and_pooling(exported: Path, tmp_path: Path):
     """What the library does with the folder: tokenize, run the graph, pool `last_hidden_state`, normalise."""
     models = pytest.importorskip("sentence_transformers.models")
-    folder = sentence_transformers_folder(exported / "exports/tiny", tmp_path / "model", "sorted")
+    folder = sentence_transformers_folder(exported / "models/exported", tmp_path / "model", "sorted")
     modules = json.loads((folder / "modules.json").read_text())
     assert [module["type"].rsplit(".", 1)[-1] for module in modules] == ["Transformer", "Pooling", "Normalize"]
     pooling = models.Pooling.load(str(folder / modules[1]["path"]))
@@ -37,16 +37,16 @@ def test_sentence_transformers_finds_graph_tokenizer_and_pooling(exported: Path,
     pooled_BD = pooling(
         {"token_embeddings": torch.from_numpy(hidden_BLD), "attention_mask": torch.from_numpy(batch["attention_mask"])}
     )["sentence_embedding"]
-    expected_BD = torch.from_numpy(open_export(exported / "exports/tiny", "sorted").encode(texts))
+    expected_BD = torch.from_numpy(open_export(exported / "models/exported", "sorted").encode(texts))
     assert torch.allclose(torch.nn.functional.normalize(pooled_BD, dim=-1), expected_BD, atol=1e-5)
-    assert checkpoint.load_spec(exported / "exports/tiny/checkpoint").max_length == limit
+    assert checkpoint.load_spec(exported / "models/exported/checkpoint").max_length == limit
 
 
 def test_a_folder_that_is_taken_and_an_unknown_plan_are_refused(exported: Path, tmp_path: Path):
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "mine.txt").write_text("keep")
     with pytest.raises(ValueError, match="not empty"):
-        sentence_transformers_folder(exported / "exports/tiny", tmp_path / "taken")
+        sentence_transformers_folder(exported / "models/exported", tmp_path / "taken")
     with pytest.raises(ValueError, match="no plan 'fast'; it has"):
-        sentence_transformers_folder(exported / "exports/tiny", tmp_path / "new", "fast")
+        sentence_transformers_folder(exported / "models/exported", tmp_path / "new", "fast")
     assert [path.name for path in tmp_path.iterdir()] == ["taken"]

@@ -27,7 +27,7 @@ def workspace(exported, tmp_path) -> Path:
 
 
 def manifest_of(root: Path) -> dict:
-    return json.loads((root / "exports/tiny/manifest.json").read_text())
+    return json.loads((root / "models/exported/manifest.json").read_text())
 
 
 def bytes_of(folder: Path) -> dict[str, str]:
@@ -45,7 +45,7 @@ def test_the_manifest_says_what_was_exported_and_how_well_it_was_checked(exporte
     assert set(manifest["plans"]) == set(plans_of("embedding"))
     for plan, entry in manifest["plans"].items():
         assert entry["file"] == f"onnx/{plan}.onnx"
-        assert entry["sha256"] == sha256(exported / "exports/tiny" / entry["file"])
+        assert entry["sha256"] == sha256(exported / "models/exported" / entry["file"])
         assert 0 < entry["retrieval_ndcg_at_10"] <= 1
     for plan in ("dense", "sorted"):
         assert manifest["plans"][plan]["parity_max_abs"] <= 1e-4
@@ -55,14 +55,13 @@ def test_the_manifest_says_what_was_exported_and_how_well_it_was_checked(exporte
 
 
 def test_the_same_models_give_the_same_bytes(workspace):
-    before = bytes_of(workspace / "exports")
-    (workspace / "exports/tiny/plan.json").write_text("{}")  # of a benchmark before
+    before = bytes_of(workspace / "models/exported")
     export.run(make_stage("export", workspace, *SETTINGS))
-    assert bytes_of(workspace / "exports") == before
+    assert bytes_of(workspace / "models/exported") == before
 
 
 def test_a_graph_that_is_far_from_pytorch_fails_the_stage_and_leaves_the_export_before(workspace, monkeypatch):
-    before = bytes_of(workspace / "exports")
+    before = bytes_of(workspace / "models/exported")
     parity = verify.parity
 
     def worse(*arguments, **options):
@@ -72,7 +71,7 @@ def test_a_graph_that_is_far_from_pytorch_fails_the_stage_and_leaves_the_export_
     monkeypatch.setattr(verify, "parity", worse)
     with pytest.raises(ValueError, match=r"the plan dense is 1\.00e\+00 from PyTorch, more than the 1e-04 allowed"):
         export.run(make_stage("export", workspace, *SETTINGS))
-    assert bytes_of(workspace / "exports") == before
+    assert bytes_of(workspace / "models/exported") == before
 
 
 def test_the_benchmark_chooses_a_plan_and_times_every_one(workspace):
@@ -98,7 +97,7 @@ def test_a_plan_that_loses_quality_is_not_chosen(workspace):
     manifest = manifest_of(workspace)
     for name in ("fused", "sorted", "sorted8", "dense8"):
         manifest["plans"][name]["retention"] = 0.5
-    (workspace / "exports/tiny/manifest.json").write_text(json.dumps(manifest))
+    (workspace / "models/exported/manifest.json").write_text(json.dumps(manifest))
     stage = make_stage("benchmark", workspace, "name=tiny", "benchmark.shapes=[[2,4]]", "benchmark.rounds=2")
     benchmark.run(stage)
     plan = json.loads((workspace / "exports/tiny/plan.json").read_text())

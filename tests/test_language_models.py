@@ -120,7 +120,7 @@ def test_distillation_brings_the_student_nearer_to_its_teacher(done):
 
 
 def test_the_container_is_written_beside_the_graphs_and_opens_without_this_package(done):
-    manifest = read(done / "exports/tiny/manifest.json")
+    manifest = read(done / "models/exported/manifest.json")
     assert manifest["container"]["name"] == "mixtral" and manifest["container"]["agreement"]["mean"] < 1e-5
     native = open_native(done / "exports/tiny/container")
     assert type(native).__module__.startswith("transformers.models.mixtral")
@@ -131,7 +131,7 @@ def test_the_container_is_written_beside_the_graphs_and_opens_without_this_packa
 
 
 def test_each_plan_says_its_perplexity_and_what_it_keeps(done):
-    manifest = read(done / "exports/tiny/manifest.json")
+    manifest = read(done / "models/exported/manifest.json")
     found = read(done / "metrics/evaluate.json")
     assert {*manifest["plans"], *manifest["refused"]} == set(plans_of("causal"))
     teacher = found["teacher"]["language"]["perplexity"]
@@ -244,11 +244,11 @@ def test_classifiers_and_seq2seq_models_are_distilled_judged_and_exported(tmp_pa
     assert found["student"]["to_teacher"]["divergence"] < found["training_free"]["to_teacher"]["divergence"]
     is_classifier = found["head"] == "classification"
     assert ("sst2" in found["student"].get("classification", {})) == is_classifier
-    plans = read(tmp_path / "exports/tiny/manifest.json")["plans"]
+    plans = read(tmp_path / "models/exported/manifest.json")["plans"]
     assert plans["dense"]["top1_agreement"] == plans["dense"]["retention"] == 1
     assert plans["sorted"]["retention"] == found["student"]["to_teacher"]["agreement"]
     assert 0.5 < plans["dense8"]["top1_agreement"] <= 1
-    opened = ffn2moe.open_export(tmp_path / "exports/tiny", "sorted")
+    opened = ffn2moe.open_export(tmp_path / "models/exported", "sorted")
     if is_classifier:
         assert opened.classify(["the red house"]).shape == (1, 2)
     else:

@@ -100,14 +100,14 @@ def elastic(tmp_path_factory, teacher) -> Path:
 
 
 def test_every_budget_of_an_elastic_mixture_has_plans_with_a_quality_of_their_own(elastic):
-    manifest = read_manifest(elastic / "exports/tiny")
+    manifest = read_manifest(elastic / "models/exported")
     default = plans_of("embedding")
     mixtures = [plan for plan in default if not is_dense(plan)]
     others = {f"{plan}-k{K}": K for plan in mixtures for K in (1, 3)}
     assert {*manifest["plans"]} == {*default, *others} and not manifest["refused"]
     for plan, entry in manifest["plans"].items():
         assert entry.get("num_active") == others.get(plan)
-        assert entry["sha256"] == sha256(elastic / "exports/tiny" / entry["file"])
+        assert entry["sha256"] == sha256(elastic / "models/exported" / entry["file"])
         if form_of(plan) == "sorted":
             assert entry["parity_max_abs"] <= 1e-4
     found = {plan: manifest["plans"][plan]["retrieval_ndcg_at_10"] for plan in ("sorted", "sorted-k1", "sorted-k3")}
@@ -118,7 +118,7 @@ def test_a_budget_is_opened_by_its_name_and_is_the_model_with_so_many_experts(el
     student = checkpoint.load(elastic / "models/distilled")
     set_active(student, 1)
     known = reference(student, samples(), "embedding", "mean")
-    one, two = (runtime.open_export(elastic / "exports/tiny", plan, 1) for plan in ("sorted-k1", "sorted"))
+    one, two = (runtime.open_export(elastic / "models/exported", plan, 1) for plan in ("sorted-k1", "sorted"))
     assert parity(one.outputs, known).max_abs < 1e-4 < parity(two.outputs, known).max_abs
 
 
@@ -126,18 +126,18 @@ def test_the_benchmark_times_every_budget_and_knows_what_each_can_gain(elastic, 
     root = Path(shutil.copytree(elastic, tmp_path / "copy"))
     benchmark.run(make_stage("benchmark", root, "name=tiny", "benchmark.shapes=[[2,4]]", "benchmark.rounds=2"))
     plan = read_plan(root / "exports/tiny")
-    made = {*read_manifest(root / "exports/tiny")["plans"]}
+    made = {*read_manifest(root / "models/exported")["plans"]}
     assert plan is not None and {*plan["timings"]} == made - {"fused", "fused-k1", "fused-k3"}  # no race for these
     plans = ("sorted-k1", "sorted", "sorted-k3")
-    one, own, three = (plan_file.bounds_of(root / "exports/tiny", 16, plan)["flops"] for plan in plans)
+    one, own, three = (plan_file.bounds_of(root / "models/exported", 16, plan)["flops"] for plan in plans)
     assert one > own > three
 
 
 def test_verify_looks_at_every_budget(elastic, tmp_path):
-    found = list(verify(elastic / "exports/tiny", texts=4, threads=1))
+    found = list(verify(elastic / "models/exported", texts=4, threads=1))
     assert all(check.passed for check in found), found
     assert {"fused-k3: self-test of com.microsoft.MoE", "sorted8-k1: parity"} < {check.name for check in found}
-    copied = Path(shutil.copytree(elastic / "exports/tiny", tmp_path / "copy"))
+    copied = Path(shutil.copytree(elastic / "models/exported", tmp_path / "copy"))
     manifest = read_manifest(copied)
     manifest["plans"]["sorted-k1"] |= {key: manifest["plans"]["sorted"][key] for key in ("file", "sha256")}
     write_manifest(copied, manifest)  # a plan that computes another budget than it says

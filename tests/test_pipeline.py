@@ -84,7 +84,7 @@ def test_the_registered_version_holds_the_hashes_of_dvc(world):
     assert registry.version_of("challenger") == 1
     tags = registry._client.get_model_version("tiny", "1").tags
     outs = {out["path"]: out["md5"] for out in lock_of(world / "repo")["export"]["outs"]}
-    assert tags["dvc.md5.onnx"] == outs["exports/tiny/onnx"]
+    assert tags["dvc.md5.exported"] == outs["models/exported"]
     assert tags["git.commit"] == git(world / "repo", "rev-parse", "HEAD").strip()
     assert tags["git.dirty"] == "false"
 

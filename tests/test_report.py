@@ -137,14 +137,15 @@ def write(root: Path, *, kept: float = 0.986, speedup: float = 1.06, folder: boo
         ("metrics/prepare.json", prepared),
         ("metrics/train_router.json", {"layers": layers()}),
         ("exports/minilm/plan.json", plan(speedup)),
-        ("exports/minilm/manifest.json", manifest),
+        ("models/exported/manifest.json", manifest),
+        ("exports/minilm/manifest.json", {"bytes": {"export": 170 * 2**20, "container": 0, "dense": 87 * 2**20}}),
     ):
         (root / path).parent.mkdir(parents=True, exist_ok=True)
         (root / path).write_text(json.dumps(payload))
     (root / "metrics/plots").mkdir(exist_ok=True)
-    (root / "exports/minilm/onnx").mkdir(exist_ok=True)
+    (root / "models/exported/onnx").mkdir(exist_ok=True)
     for name, mebibytes in (("dense", 6), ("dense8", 3), ("fused", 6), ("sorted", 6), ("sorted8", 2)):
-        (root / f"exports/minilm/onnx/{name}.onnx").write_bytes(bytes(mebibytes * 2**20))
+        (root / f"models/exported/onnx/{name}.onnx").write_bytes(bytes(mebibytes * 2**20))
     router = [{"layer": n, "step": s, "loss": 2 / (1 + s) + n} for n in range(LAYERS) for s in range(steps + 1)]
     distill = [{"step": s, "loss": 9 / (1 + s), "hidden": 1.0} for s in range(steps + 1)]
     for name, rows in (("train_router", router[: 1 if steps == 0 else None]), ("distill", distill)):
@@ -284,6 +285,7 @@ def test_several_thread_counts_are_told_apart(tmp_path):
 def test_the_first_screen_says_the_size_and_what_to_do(tmp_path):
     page = make(tmp_path / "good")
     assert "2 MiB</b><span>on disk, plan sorted8; dense8 3 MiB, dense 6 MiB" in page
+    assert "the export 170 MiB, 2.0x the dense model (87 MiB)" in page
     assert "Use it: <code>ffn2moe.open_export(&#34;exports/minilm&#34;)</code>" in page
     page = make(tmp_path / "bad", kept=0.9)
     assert "To keep more: train longer (<code>distill.steps=" in page
@@ -291,7 +293,7 @@ def test_the_first_screen_says_the_size_and_what_to_do(tmp_path):
 
 def test_layers_that_differ_are_told_and_so_is_what_stays_dense(tmp_path):
     write(tmp_path)
-    path = tmp_path / "exports/minilm/manifest.json"
+    path = tmp_path / "models/exported/manifest.json"
     content = json.loads(path.read_text())
     report.run(make_stage("report", tmp_path))
     assert "keeps the teacher’s FFN" not in (tmp_path / "reports/report.html").read_text(encoding="utf-8")

@@ -27,7 +27,7 @@ TEXTS = [*make_texts(30), "a"]
 
 @pytest.fixture
 def export(exported) -> Path:
-    return exported / "exports/tiny"
+    return exported / "models/exported"
 
 
 @pytest.fixture

@@ -274,7 +274,7 @@ def load_dense_tokenizer(folder: Path) -> Any:
 
 
 def test_an_export_can_be_shrunk_and_what_was_shrunk_again(exported: Path, texts: Path, tmp_path: Path) -> None:
-    export, half, less = exported / "exports/tiny", tmp_path / "a/half", tmp_path / "b/less"
+    export, half, less = exported / "models/exported", tmp_path / "a/half", tmp_path / "b/less"
     before = {file: file.read_bytes() for file in sorted(export.rglob("*")) if file.is_file()}
     options = ["--no-onnx", "--out"]
     assert cli.main(["shrink", str(export), str(texts), "--keep", "3", *options, str(half)]) == 0

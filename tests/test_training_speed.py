@@ -250,14 +250,14 @@ def test_a_way_that_is_wrong_is_told_and_not_timed(monkeypatch, capsys):
 def test_the_memory_of_a_plan_is_that_of_a_process_of_its_own(exported: Path, tmp_path: Path):
     texts, out = write_texts(tmp_path / "texts.txt"), tmp_path / "memory.md"
     arguments = ["--texts", str(texts), "--shapes", "1x8", "2x16", "--plans", "dense", "--out", str(out)]
-    assert memory.main([str(exported / "exports/tiny"), *arguments]) == 0
+    assert memory.main([str(exported / "models/exported"), *arguments]) == 0
     told = json.loads(out.with_suffix(".json").read_text())["rows"]
     assert [row["plan"] for row in told] == ["dense", "dense8"]
     for row in told:
         assert 0 < row["imported_bytes"] < row["opened_bytes"] <= row["peak_bytes"][0] <= row["peak_bytes"][1]
         assert row["file_bytes"] > 0
     assert "| dense8 |" in out.read_text()
-    assert memory.main([str(exported / "exports/tiny"), "--texts", str(texts), "--plans", "none"]) == 2
+    assert memory.main([str(exported / "models/exported"), "--texts", str(texts), "--plans", "none"]) == 2
 
 
 def test_a_layer_is_calibrated_step_by_step(tmp_path: Path):

@@ -154,7 +154,7 @@ def uneven(tmp_path_factory, teacher) -> Path:
 
 
 def test_plans_with_dense_layers_are_checked_and_judged_as_others_are(uneven, teacher):
-    folder = uneven / "exports/tiny"
+    folder = uneven / "models/exported"
     manifest = read_manifest(folder)
     default = plans_of("embedding")
     mixtures = [plan for plan in default if not is_dense(plan)]
@@ -174,24 +174,26 @@ def test_plans_with_dense_layers_are_checked_and_judged_as_others_are(uneven, te
 
 def test_the_benchmark_races_them_and_bounds_count_their_dense_layers(uneven):
     benchmark.run(make_stage("benchmark", uneven, "name=tiny", "benchmark.shapes=[[2,4]]", "benchmark.rounds=2"))
-    folder = uneven / "exports/tiny"
-    plan = read_plan(folder)
+    folder = uneven / "models/exported"
+    plan = read_plan(uneven / "exports/tiny")
     assert plan is not None and {"sorted", "sorted-d1", "sorted8-d1"} <= {*plan["timings"]}
     whole, mixed = (plan_file.bounds_of(folder, 16, name) for name in ("sorted", "sorted-d1"))
     assert 1 < mixed["flops"] < whole["flops"] and 1 < mixed["amdahl"] < whole["amdahl"]
 
 
 def test_verify_compares_them_with_one_another_as_the_teacher_is_not_there(uneven):
-    found = {check.name: check for check in verify(uneven / "exports/tiny", texts=4, threads=1)}
+    found = {check.name: check for check in verify(uneven / "models/exported", texts=4, threads=1)}
     assert all(check.passed for check in found.values()), found
     assert "the teacher is not in an export" in found["sorted-d1: parity"].detail
     assert "with sorted-d1, on" in found["sorted8-d1: parity"].detail
-    alone = {check.name: check for check in verify(uneven / "exports/tiny", plans=["sorted8-d1"], texts=4, threads=1)}
+    alone = {
+        check.name: check for check in verify(uneven / "models/exported", plans=["sorted8-d1"], texts=4, threads=1)
+    }
     assert "nothing to compare it with" in alone["sorted8-d1: parity"].detail
 
 
 def test_verify_sees_a_plan_with_other_dense_layers_than_it_says(uneven, tmp_path):
-    copied = Path(shutil.copytree(uneven / "exports/tiny", tmp_path / "copy"))
+    copied = Path(shutil.copytree(uneven / "models/exported", tmp_path / "copy"))
     manifest = read_manifest(copied)
     manifest["plans"]["sorted8-d1"] |= {key: manifest["plans"]["dense8"][key] for key in ("file", "sha256")}
     write_manifest(copied, manifest)

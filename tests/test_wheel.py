@@ -111,11 +111,11 @@ def test_an_export_runs_with_the_wheel_and_its_requirements_alone(bare, exported
         "print(json.dumps([ffn2moe.__file__, *export.encode([sys.argv[3]]).tolist()]))\n"
     )
     for plan in ("sorted", "fused"):  # standard operators; one that is tested with `onnx` when it is opened
-        done = run(bare, code, str(exported / "exports/tiny"), plan, text)
+        done = run(bare, code, str(exported / "models/exported"), plan, text)
         assert not done.returncode, done.stderr
         file, found = json.loads(done.stdout)
         assert Path(file).is_relative_to(bare)
-        expected = ffn2moe.open_export(exported / "exports/tiny", plan).encode([text])[0]
+        expected = ffn2moe.open_export(exported / "models/exported", plan).encode([text])[0]
         assert found == pytest.approx(expected.tolist(), abs=1e-6)
 
 
@@ -123,7 +123,7 @@ def test_an_export_runs_with_the_wheel_and_its_requirements_alone(bare, exported
 def test_the_command_line_runs_with_the_wheel_and_its_requirements_alone(bare, exported, command):
     name, *rest = command
     code = "from ffn2moe.cli import main; sys.exit(main(sys.argv[1:]))"
-    done = run(bare, code, name, str(exported / "exports/tiny"), *rest)
+    done = run(bare, code, name, str(exported / "models/exported"), *rest)
     assert not done.returncode, done.stderr
     assert re.search("experts|\\[|usage", done.stdout)
 
@@ -149,5 +149,5 @@ def test_a_missing_onnx_runtime_names_the_packages_to_install(bare, exported, tm
         if not entry.name.startswith("onnxruntime"):
             (site / entry.name).symlink_to(entry)
     code = "import ffn2moe; ffn2moe.open_export(sys.argv[1], 'sorted')"
-    done = run(site, code, str(exported / "exports/tiny"))
+    done = run(site, code, str(exported / "models/exported"))
     assert "pip install onnxruntime" in done.stderr and "onnxruntime-gpu" in done.stderr

@@ -31,14 +31,17 @@ def run(options: argparse.Namespace) -> int:
         screen.print(_quality(path, plans, chosen))
     for reason in manifest.get("refused", {}).values():
         screen.say(f"not made: {reason}")
+    if manifest.get("left_out"):
+        screen.say(f"not in this export: {', '.join(manifest['left_out'])}; {manifest['bring_back']} brings them back")
     if measured:
         for phase in dict.fromkeys(row.get("phase", "whole") for row in measured["timings"][chosen]):
-            screen.print(_speed(measured["timings"], phase, chosen))
+            screen.print(_speed(measured, phase, chosen))
         screen.say(f"{measured['reason']} (on {measured['machine']['cpu']})")
     return 0
 
 
 def _facts(path: Path, manifest: dict[str, Any], measured: dict[str, Any] | None, chosen: str) -> list[tuple[str, str]]:
+    from ffn2moe.planning.shipping import Size
     from ffn2moe.spec import MoESpec
 
     spec = MoESpec.from_dict(manifest["spec"])
@@ -57,6 +60,10 @@ def _facts(path: Path, manifest: dict[str, Any], measured: dict[str, Any] | None
         ("gives", _output(spec, manifest.get("model", {}))),
         ("default plan", chosen + ("" if measured or not manifest["plans"] else " (not measured yet)")),
     ]
+    if "portable" in manifest:
+        rows.append(("any runtime", f"{manifest['portable']}: standard ONNX ops alone"))
+    if "bytes" in manifest:
+        rows.append(("size", str(Size(**manifest["bytes"]))))
     if measured and len(measured.get("plans", ())) > 1:
         rows.append(("by shape", " and ".join(measured["plans"])))
     return rows
@@ -119,11 +126,13 @@ def _quality(path: Path, plans: dict[str, Any], chosen: str) -> Any:
     return table
 
 
-def _speed(timings: dict[str, Any], phase: str, chosen: str) -> Any:
+def _speed(measured: dict[str, Any], phase: str, chosen: str) -> Any:
     """Return the table of times in one phase: a plan a row, a shape a column."""
     from rich.table import Table
 
-    title = f"Time of {PHASES[phase]} batch x sequence, and speed over dense"
+    timings = measured["timings"]
+    over = "dense" if "dense" in timings else measured["best_dense_plan"]
+    title = f"Time of {PHASES[phase]} batch x sequence, and speed over {over}"
     table = Table(title=title, title_justify="left")
     table.add_column("plan")
     rows = {plan: [row for row in timed if row.get("phase", "whole") == phase] for plan, timed in timings.items()}

@@ -65,6 +65,8 @@ def _run(options: argparse.Namespace, screen: Screen) -> int:
     minimum = before.get("min_retention", measure.MIN_RETENTION) if minimum is None else minimum
     threads = options.threads or [cores()]
     keeps_quality = measure.quality_of(manifest, minimum)
+    if manifest.get("left_out"):
+        screen.say(f"not in this export: {', '.join(manifest['left_out'])}; {manifest['bring_back']} brings them back")
     screen.say(f"workload ({workload.source}): " + ", ".join(_share(shape) for shape in workload.shapes))
     for plan in measure.plans_to_time(manifest["plans"], plans, providers(options)):
         if not keeps_quality[plan]:
@@ -149,6 +151,11 @@ def _countdown(screen: Screen, seconds: float, shapes: int) -> Iterator[Callable
 
 def _show(screen: Screen, content: dict[str, Any]) -> None:
     """Print the times of every plan for each number of threads, the choice, and what it costs in memory."""
+    from ffn2moe.runtime.plans import is_dense
+
+    over = content["best_dense_plan"]
+    if is_dense(over):
+        over = "the best dense plan"
     for choice in content["by_threads"]:
         threads = choice["threads"]
         rows = {
@@ -158,9 +165,9 @@ def _show(screen: Screen, content: dict[str, Any]) -> None:
             if row["threads"] == threads
         }
         picked = {_column(row): row["plan"] for row in content["choices"] if row["threads"] == threads}
-        screen.print(_times(list(content["timings"]), rows, picked, choice))
+        screen.print(_times(list(content["timings"]), rows, picked, choice, over))
         if any(row["high"] is None for row in rows.values()):
-            screen.say("~: dropped early, clearly slower than the best dense plan")
+            screen.say(f"~: dropped early, clearly slower than {over}")
         screen.say(f"{_threads(threads)}: {choice['reason']}")
     for plan, reason in content["left_out"].items():
         screen.say(f"left out: {plan}: {reason}")
@@ -174,13 +181,17 @@ def _show(screen: Screen, content: dict[str, Any]) -> None:
 
 
 def _times(
-    plans: list[str], rows: dict[tuple[str, str], dict[str, Any]], picked: dict[str, str], choice: dict[str, Any]
+    plans: list[str],
+    rows: dict[tuple[str, str], dict[str, Any]],
+    picked: dict[str, str],
+    choice: dict[str, Any],
+    over: str,
 ) -> Any:
-    """Return the table of one number of threads: a plan a row, a shape a column, the ratio to the best dense plan."""
+    """Return the table of one number of threads: a plan a row, a shape a column, with the ratio to `over`."""
     from rich.table import Table
 
     columns = list(dict.fromkeys(column for _, column in rows))
-    title = f"Time of a batch, and speed over the best dense plan there (noise), {_threads(choice['threads'])}"
+    title = f"Time of a batch, and speed over {over} there (noise), {_threads(choice['threads'])}"
     table = Table(title=title, title_justify="left")
     table.add_column("plan")
     for column in columns:

@@ -180,6 +180,15 @@ class Settings:
         default=True, metadata=_option("--no-onnx", "write checkpoint and container only, without ONNX graphs")
     )
 
+    every_plan: bool = field(
+        default=False,
+        metadata=_option(
+            "--every-plan",
+            "write every ONNX plan, the dense ones too, for `ffn2moe plan` to choose from (default: one that any ONNX "
+            "runtime opens)",
+        ),
+    )
+
     def __post_init__(self) -> None:
         for name, option in OPTIONS.items():
             option.require(name, getattr(self, name))

@@ -41,11 +41,12 @@ def write(task: Task, student: Any | None, spec: MoESpec, summary: dict[str, Any
     else:
         manifest = export_or_checkpoint(
             student,
-            task.dense.model if task.settings.onnx else None,
+            task.dense.model if task.settings.every_plan else None,
             task.dense.reader,
             spec,
             result,
             onnx=task.settings.onnx,
+            every_plan=task.settings.every_plan,
             say=task.say,
             track=task.track,
         )

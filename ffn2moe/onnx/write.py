@@ -31,6 +31,7 @@ from ffn2moe.runtime import export as runtime
 from ffn2moe.runtime import files
 from ffn2moe.runtime.engines import ENGINES, EngineRefused, installed_engines
 from ffn2moe.runtime.plans import (
+    UNMEASURED_PLAN,
     Plan,
     decodes,
     form_of,
@@ -129,13 +130,9 @@ def _check_plans(
 
 def _leave_out(plan: str, entries: dict[str, dict[str, Any]], folder: Path) -> None:
     """Remove the entry of a plan, and those of its files that no other plan uses."""
-    gone = _files_of(entries.pop(plan))
-    for file in gone.difference(*map(_files_of, entries.values())):
+    gone = set(files.graph_files(entries.pop(plan)))
+    for file in gone.difference(*map(files.graph_files, entries.values())):
         (folder / file).unlink()
-
-
-def _files_of(entry: Mapping[str, Any]) -> set[str]:
-    return {entry[key] for key in ("file", "encoder") if key in entry} | set(entry.get("more", ()))
 
 
 def _wanted(
@@ -311,16 +308,19 @@ def export_or_checkpoint(
     folder: Path,
     *,
     onnx: bool,
+    every_plan: bool = False,
     say: Say,
     track: Track,
 ) -> dict[str, Any]:
     """Write a mixture to the empty `folder` as an export, and return the manifest, whose file is not written.
 
-    Without `onnx`, and where no graphs can be made (`say` tells why), it has the checkpoint and tokenizer alone.
+    It has one portable plan, `sorted`, or every plan, the teacher's included. Without `onnx`, and where no graphs can
+    be made (`say` tells why), it has the checkpoint and tokenizer alone.
     """
     if onnx:
         try:
-            return export_model(model, teacher, reader, spec, folder, track=track)
+            plans = None if every_plan else (UNMEASURED_PLAN,)
+            return export_model(model, teacher, reader, spec, folder, plans=plans, track=track)
         except ValueError as error:
             say(f"no ONNX graphs: {error}")
             shutil.rmtree(folder)

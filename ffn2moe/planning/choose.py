@@ -23,6 +23,8 @@ from ffn2moe.planning.timing import CLOSE, Phase, Timing
 from ffn2moe.runtime.plans import is_dense
 from ffn2moe.runtime.workload import Workload
 
+Fits = Callable[[Sequence[str]], bool]  # whether some plans may be used together
+
 WORTH = 0.02  # of the time of the workload: another open plan has to save at least this
 
 
@@ -112,14 +114,26 @@ def cells_of(
     return cells
 
 
-def choose(cells: Sequence[Cell], keeps_quality: Mapping[str, bool], max_plans: int | None = None) -> Choice:
+def _any_fits(plans: Sequence[str]) -> bool:
+    return True
+
+
+def choose(
+    cells: Sequence[Cell],
+    keeps_quality: Mapping[str, bool],
+    max_plans: int | None = None,
+    fits: Fits | None = None,
+) -> Choice:
     """Choose a plan for each cell: never one that is measurably slower than the best dense plan there.
 
     The fewest plans are kept whose time for all the work is the best or cannot be told apart from it, `max_plans` at
-    most. Where so few cannot be as fast as the best dense plan in every cell, the work as a whole decides: a mixture
-    is taken only if all of it is faster, beyond the noise, than by as few dense plans.
+    most, of those sets that `fits` allows. Where such a set cannot be as fast as the best dense plan in every cell, the
+    work as a whole decides: a mixture is taken only if all of it is faster, beyond the noise, than by as few dense
+    plans. Where no plan fits, all are allowed.
     """
     plans = [plan for plan in cells[0].rows if keeps_quality.get(plan, False)]
+    if fits is None or not any(fits([plan]) for plan in plans):
+        fits = _any_fits
     allowed = [[plan for plan in plans if cell.allows(plan)] for cell in cells]
     free = [min(some, key=cell.ms) for cell, some in zip(cells, allowed, strict=True)]
     spread = sum(
@@ -129,32 +143,36 @@ def choose(cells: Sequence[Cell], keeps_quality: Mapping[str, bool], max_plans: 
     best = _total(cells, free)
     enough = best + max(spread, WORTH * best)
     useful = [plan for plan in plans if any(plan in some for some in allowed)]
+    fastest: tuple[str, ...] | None = None
     for count in range(1, min(max_plans or len(cells), len(cells), len(useful)) + 1):
         found = [
             _assigned(cells, [[plan for plan in some if plan in kept] for some in allowed])
             for kept in combinations(useful, count)
+            if fits(kept)
         ]
-        possible = [assigned for assigned in found if assigned is not None]
-        if possible:
-            fastest = min(possible, key=partial(_total, cells))
-            if _total(cells, fastest) <= enough or count == max_plans:
-                return _choice(cells, fastest, keeps_quality)
-    assert max_plans is not None, "with a plan for every cell the time is the best"
-    return _choice(cells, _compromise(cells, plans, max_plans), keeps_quality)
+        possible = [assigned for assigned in (*found, fastest) if assigned is not None]
+        fastest = min(possible, key=partial(_total, cells), default=None)
+        if fastest is not None and _total(cells, fastest) <= enough:
+            break
+    if fastest is None:
+        fastest = _compromise(cells, plans, max_plans or len(cells), fits)
+    return _choice(cells, fastest, keeps_quality)
 
 
-def _compromise(cells: Sequence[Cell], plans: Sequence[str], max_plans: int) -> tuple[str, ...]:
+def _compromise(cells: Sequence[Cell], plans: Sequence[str], max_plans: int, fits: Fits) -> tuple[str, ...]:
     """Choose with too few plans to be the best everywhere: the fastest for all the work, or dense if that is unsure."""
 
     def fastest(among: Sequence[str], ms: Callable[[Cell, str], float]) -> tuple[str, ...]:
-        sets = combinations(among, min(max_plans, len(among)))
-        assigned = [tuple(min(kept, key=partial(ms, cell)) for cell in cells) for kept in sets]
+        counts = range(min(max_plans, len(among)), 0, -1)
+        sets = next(filter(None, ([kept for kept in combinations(among, count) if fits(kept)] for count in counts)), [])
+        assigned = [tuple(min(kept, key=partial(ms, cell)) for cell in cells) for kept in sets or [tuple(among)]]
         return min(assigned, key=lambda one: sum(c.weight * ms(c, p) for c, p in zip(cells, one, strict=True)))
 
     def surely(cell: Cell, plan: str) -> float:
         return cell.ms(plan) if is_dense(plan) else cell.ms_at_worst(plan)
 
-    dense = fastest([plan for plan in plans if is_dense(plan)], Cell.ms)
+    baselines = {cell.best_dense.plan for cell in cells}
+    dense = fastest([plan for plan in plans if is_dense(plan) or plan in baselines], Cell.ms)
     best = fastest(plans, surely)
     return (
         best if sum(c.weight * surely(c, p) for c, p in zip(cells, best, strict=True)) < _total(cells, dense) else dense
@@ -212,6 +230,8 @@ def _reason(
             f"{row.speedup_vs_best_dense:.2f}x its speed, {noise}): {default}"
         )
     baselines = list(dict.fromkeys(cell.best_dense.plan for cell in cells))
+    if used == baselines:  # of an export without a dense plan
+        return f"no other plan is faster here than {shipped} beyond the noise: {shipped} is the default"
     over = baselines[0] if len(baselines) == 1 else f"the best dense plan of each shape ({', '.join(baselines)})"
     whole = f"{speedup:.2f}x as fast as {over} ({low:.2f} to {high:.2f})"
     if len(used) == 1:

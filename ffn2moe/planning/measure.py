@@ -21,7 +21,7 @@ from ffn2moe.planning.timing import CLOSE, AnyExport, Race, Timing
 from ffn2moe.runtime.engines import CPU, ENGINES
 from ffn2moe.runtime.export import open_export
 from ffn2moe.runtime.files import no_such_plan, read_manifest
-from ffn2moe.runtime.plans import PLANS, form_of, is_dense, plan_of
+from ffn2moe.runtime.plans import PLANS, UNMEASURED_PLAN, form_of, is_dense, plan_of
 from ffn2moe.runtime.workload import Shape, Workload
 
 ROUNDS = 60  # the most for one shape
@@ -74,8 +74,8 @@ def measure(
     and `seconds` in all, shared out by the tokens of the shapes, but never too few rounds for an interval. A plan that
     does not run here is left out, with the reason. `report` gets the timings of each shape when it is done.
 
-    ValueError for an unknown plan, a workload that the model cannot read, or an export without a dense plan that runs:
-    nothing could be compared.
+    ValueError for an unknown plan, a workload that the model cannot read, or an export of which no dense plan and no
+    portable one runs: nothing could be compared.
     """
     path, workload, keeps_quality = setting.path, setting.workload, setting.keeps_quality
     manifest = read_manifest(path)
@@ -93,10 +93,10 @@ def measure(
         exports = _opened(path, plans_to_time(manifest["plans"], plans, providers), count, providers, left_out)
         for shape in workload.shapes:
             batches = _prepared(exports, texts, shape, setting, left_out)
-            dense = [plan for plan in exports if is_dense(plan) and keeps_quality.get(plan, False)]
-            if not dense:
-                raise ValueError(_no_dense(path, left_out))
-            race = Race(exports, batches, threads=count, decode_tokens=setting.decode_tokens, comparable=dense)
+            baselines = [plan for plan in baselines_of(manifest) if plan in exports and keeps_quality.get(plan, False)]
+            if not baselines:
+                raise ValueError(_no_baseline(path, manifest, left_out))
+            race = Race(exports, batches, threads=count, decode_tokens=setting.decode_tokens, comparable=baselines)
             share = (end - time.monotonic()) * shape.tokens / tokens_left
             label = f"{shape}, {count} {'thread' if count == 1 else 'threads'}"
             run_race(race, keeps_quality, rounds=rounds, seconds=share, track=partial(track, label))
@@ -214,24 +214,32 @@ def settled(race: Race, keeps_quality: Mapping[str, bool]) -> bool:
     return True
 
 
-def _no_dense(path: Path, left_out: Mapping[str, str]) -> str:
-    failed = "; ".join(f"{plan}: {why}" for plan, why in left_out.items() if form_of(plan) in PLANS and is_dense(plan))
+def baselines_of(manifest: Mapping[str, Any]) -> list[str]:
+    """Return the plans that others are compared with: dense ones, or in an export without any its portable plan."""
+    known = [plan for plan in manifest["plans"] if form_of(plan) in PLANS]
+    portable = manifest.get("portable", UNMEASURED_PLAN)
+    return [plan for plan in known if is_dense(plan)] or [plan for plan in known if plan == portable]
+
+
+def _no_baseline(path: Path, manifest: Mapping[str, Any], left_out: Mapping[str, str]) -> str:
+    failed = "; ".join(f"{plan}: {why}" for plan, why in left_out.items() if plan in baselines_of(manifest))
     remedy = f"those it has do not run ({failed})" if failed else "make it from its teacher again, with dense plans"
     return f"no dense plan of {path} can be timed here, so there is nothing to compare with: {remedy}"
 
 
 def require_plans(path: Path, manifest: Mapping[str, Any], plans: Sequence[str] | None) -> None:
-    """Raise ValueError where an export does not have these plans, or no dense one."""
+    """Raise ValueError where an export does not have these plans, or none to compare with."""
     known = manifest["plans"]
     for plan in plans or ():
         if plan not in known:
             raise ValueError(no_such_plan(path, manifest, plan))
-    dense = [plan for plan in known if form_of(plan) in PLANS and is_dense(plan)]
-    if not dense:
-        raise ValueError(_no_dense(path, {}))
-    if plans is not None and not set(dense) & set(plans):
+    baselines = baselines_of(manifest)
+    if not baselines:
+        raise ValueError(_no_baseline(path, manifest, {}))
+    if plans is not None and not set(baselines) & set(plans):
+        kind = "dense" if is_dense(baselines[0]) else "the portable one"
         raise ValueError(
-            f"none of the plans {', '.join(plans)} is dense: name one to compare with, of {', '.join(dense)}"
+            f"none of the plans {', '.join(plans)} is {kind}: name one to compare with, of {', '.join(baselines)}"
         )
 
 

@@ -7,6 +7,7 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from ffn2moe.planning import timing
-from ffn2moe.planning.choose import Cell, Choice, cells_of, choose
+from ffn2moe.planning.choose import Cell, Choice, Fits, cells_of, choose
 from ffn2moe.planning.measure import Measured
 from ffn2moe.planning.memory import memory_of
 from ffn2moe.planning.timing import Timing
@@ -25,7 +26,12 @@ from ffn2moe.runtime.workload import Workload
 
 
 def planned(
-    measured: Measured, *, min_retention: float, max_plans: int | None = None, texts: Sequence[str] = ()
+    measured: Measured,
+    *,
+    min_retention: float,
+    max_plans: int | None = None,
+    texts: Sequence[str] = (),
+    fits: Fits | None = None,
 ) -> dict[str, Any]:
     """Return the content of plan.json: the choice for each shape and number of threads, and all behind it.
 
@@ -33,24 +39,22 @@ def planned(
     the speed-up that of the whole workload. `choices` has a row for each shape (and phase), which
     `ffn2moe.runtime.export` goes by. `memory_mib` is the most memory of a process that opens the plans one after the
     other, measured; with several plans `agreement` is the least mean cosine of the embeddings that two of them give the
-    same texts.
+    same texts. `fits` says which plans may be used together (`choose`).
     """
     setting = measured.setting
     path, workload = setting.path, setting.workload
     head = read_manifest(path)["spec"]["head"]
     if head == "seq2seq":
         max_plans = 1
-    choices = {
-        count: choose(
-            cells_of(measured.timings, workload, threads=count, head=head, decode_tokens=setting.decode_tokens),
-            setting.keeps_quality,
-            max_plans,
-        )
-        for count in setting.threads
-    }
+    choices: dict[int, Choice] = {}
+    kept: list[str] = []
+    for count in setting.threads:
+        cells = cells_of(measured.timings, workload, threads=count, head=head, decode_tokens=setting.decode_tokens)
+        beside = partial(_fit_beside, kept, fits) if fits is not None else None
+        choices[count] = choose(cells, setting.keeps_quality, max_plans, beside)
+        kept = list(dict.fromkeys([*kept, *choices[count].plans]))
     threads = setting.threads[0]
     first = choices[threads]
-    kept = list(dict.fromkeys(plan for choice in choices.values() for plan in choice.plans))
     plans = list(dict.fromkeys(row.plan for row in measured.timings))
     content: dict[str, Any] = {
         "default_plan": first.plans[0],
@@ -76,6 +80,10 @@ def planned(
     if head == "embedding" and len(kept) > 1 and texts:
         content["agreement"] = _digits(agreement_of(path, kept, texts, threads))
     return content
+
+
+def _fit_beside(kept: Sequence[str], fits: Fits, plans: Sequence[str]) -> bool:
+    return fits([*kept, *plans])
 
 
 def _fixed_shapes(choice: Choice, plans: Sequence[str], workload: Workload) -> dict[str, list[tuple[int, int]]]:

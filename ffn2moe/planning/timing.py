@@ -107,9 +107,10 @@ def _cycle(export: AnyExport, texts: Sequence[str]) -> Iterator[list[int]]:
 
 
 class Race:
-    """Time plans in turn on the batches of one shape, round by round. At least one of them is dense.
+    """Time plans in turn on the batches of one shape, round by round.
 
-    `comparable` names the dense ones that others are compared with; None takes all, and then every name is a plan's.
+    `comparable` names those that others are compared with, at least one; None takes all dense plans, and then every
+    name is a plan's. In an export without dense plans its portable plan stands for the best dense one.
     """
 
     def __init__(
@@ -130,7 +131,7 @@ class Race:
         self._batches = batches
         self._decode_tokens = decode_tokens
         self._comparable = [plan for plan in exports if (is_dense(plan) if comparable is None else plan in comparable)]
-        assert self._comparable, "something dense to compare with"
+        assert self._comparable, "something to compare with"
         self._order = random.Random(seed)
         self._samples: dict[str, dict[int, dict[Phase, float]]] = {plan: {} for plan in exports}  # by round
         self._calls = {}

@@ -5,6 +5,7 @@ Needs numpy, tokenizers and the plan's engine (`ffn2moe.runtime.engines`), and n
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,14 @@ import numpy as np
 
 from ffn2moe.runtime.batching import BATCH_TOKENS, batches_by_length, pad
 from ffn2moe.runtime.decoders import CausalExport, Seq2SeqExport
-from ffn2moe.runtime.engines import CPU, Graph, Precision, cores, open_graph
+from ffn2moe.runtime.engines import CPU, ENGINES, EngineMissing, Graph, Precision, cores, open_graph
 from ffn2moe.runtime.files import checked_files, load_tokenizer, no_such_plan, read_manifest, read_plan
 from ffn2moe.runtime.opened import Opened
 from ffn2moe.runtime.plans import decodes, default_plan, plan_of, resolve
 from ffn2moe.runtime.selftest import self_tests
 from ffn2moe.runtime.switch import Switch, places
+
+_log = logging.getLogger(__name__)
 
 
 class _AtOnce(Opened):
@@ -89,7 +92,8 @@ def open_export(
     """Open the export in folder `path` as an `Export`, `CausalExport`, `Seq2SeqExport` or `ModelExport`, by its head.
 
     `plan` None takes what was chosen by measuring (plan.json, `ffn2moe.planning.plan_file`), or `sorted` where nothing
-    was. If several plans were chosen, each batch runs on the one for its shape, opened when it is first needed
+    was. Where this machine lacks an engine or operator of what was chosen, the export's portable plan is opened, and a
+    line says so. If several plans were chosen, each batch runs on the one for its shape, opened when it is first needed
     (`ffn2moe.runtime.switch`). What was chosen in OpenVINO is compiled for the shapes that it was chosen for, apart,
     when the first batch of each comes (of a model that reads all at once; for other plans and shapes: `Export.fix`).
     The graphs must have the sha256 of the manifest, and a plan that rests on a MoE op must pass `self_test` on this
@@ -100,6 +104,8 @@ def open_export(
     manifest = read_manifest(path)
     plans = manifest["plans"]
     measured = read_plan(path) if plan is None and tuple(providers) == CPU else None
+    if measured and _lacks_what_was_chosen(path, manifest, measured):
+        plan, measured = manifest["portable"], None
     chosen = places(measured, threads or cores()) if measured else []
     by_shape = tuple(dict.fromkeys(place.plan for place in chosen))
     first = plan or default_plan(path, plans)
@@ -122,6 +128,31 @@ def open_export(
     if len(by_shape) > 1:
         return opened(path, first, manifest, [Switch(chosen, lambda name: fixed_graphs(name)[0], first)])
     return opened(path, first, manifest, fixed_graphs(first))
+
+
+def _lacks_what_was_chosen(path: Path, manifest: Mapping[str, Any], measured: Mapping[str, Any]) -> bool:
+    """Return whether a chosen plan cannot run on this machine and the portable one can; a line says so."""
+    portable = manifest.get("portable")
+    if portable not in manifest["plans"]:
+        return False
+    for name in dict.fromkeys([measured["default_plan"], *measured.get("plans", ())]):
+        reason = lacking(name)
+        if reason is not None:
+            _log.warning("%s: %s cannot run here: %s; using %s", path, name, reason, portable)
+            return True
+    return False
+
+
+def lacking(plan: str) -> str | None:
+    """Return why a plan cannot run on this machine: its engine is missing, or its operator is not built; else None."""
+    row = plan_of(plan)
+    try:
+        ENGINES[row.engine].require()
+        if row.operator is not None and row.operator.library is not None:
+            resolve(row.operator.library)()
+    except (EngineMissing, FileNotFoundError) as error:
+        return str(error)
+    return None
 
 
 def open_graphs(

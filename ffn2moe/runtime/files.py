@@ -33,7 +33,9 @@ def read_plan(path: Path) -> dict[str, Any] | None:
 
 
 def no_such_plan(path: Path, manifest: Mapping[str, Any], plan: str) -> str:
-    """Return the message for a plan that an export does not have: why it was refused, or which plans it has."""
+    """Return the message for a plan that an export does not have: why not, or which plans it has."""
+    if plan in manifest.get("left_out", {}):
+        return f"{path} is shipped without the plan {plan!r}; {manifest['bring_back']} brings it back"
     refused = manifest.get("refused", {}).get(plan)
     because = f": {refused}" if refused else f"; it has: {', '.join(sorted(manifest['plans']))}"
     return f"{path} has no plan {plan!r}{because}"
@@ -44,7 +46,7 @@ def checked_files(path: Path, entry: Mapping[str, Any]) -> list[Path]:
 
     ValueError if a file has other bytes than were exported.
     """
-    for name, known in {entry["file"]: entry["sha256"], **entry.get("more", {})}.items():
+    for name, known in graph_files(entry).items():
         file = path / name
         if not file.is_file():
             raise FileNotFoundError(f"{file} is missing: copy the whole folder again, or make the export again")
@@ -54,6 +56,11 @@ def checked_files(path: Path, entry: Mapping[str, Any]) -> list[Path]:
                 "copy the folder again, or make the export again"
             )
     return [path / entry[key] for key in ("file", "encoder") if key in entry]
+
+
+def graph_files(entry: Mapping[str, Any]) -> dict[str, str]:
+    """Return every file of a plan's entry in the manifest, with its sha256; the encoder's is among them."""
+    return {entry["file"]: entry["sha256"], **entry.get("more", {})}
 
 
 def sha256(file: Path) -> str:

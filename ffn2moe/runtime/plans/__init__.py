@@ -60,6 +60,7 @@ class Plan:
     same_graph_as: str | None = None  # runs the file of another plan, in its own engine
     exact: bool = True  # its float arithmetic is PyTorch's; not so where an operator has another form of GELU
     raced: bool = True  # timed by default on the CPU
+    portable: bool = False  # of standard ONNX ops alone: any ONNX runtime opens its graph
 
     @property
     def is_quantised(self) -> bool:
@@ -117,7 +118,14 @@ def _in_blocks(name: str, summary: str, **how: Any) -> Plan:
 # --- the rows -------------------------------------------------------------------------------------------------------
 
 for _plan in (
-    Plan("dense", "the teacher: what a user would deploy without this package", "onnxruntime", _EVERY, dense=True),
+    Plan(
+        "dense",
+        "the teacher: what a user would deploy without this package",
+        "onnxruntime",
+        _EVERY,
+        dense=True,
+        portable=True,
+    ),
     Plan(
         "dense8",
         "`dense` with its linear maps in int8, quantised as they run",
@@ -126,7 +134,8 @@ for _plan in (
         bits=8,
         activations="int8",
         dense=True,
-        steps=(DYNAMIC_INT8,),
+        portable=True,
+        steps=(DYNAMIC_INT8, HALF_TABLES),
     ),
     _in_blocks(
         "dense4", "`dense` with every linear map a `MatMulNBits` of 4 bits", bits=4, dense=True, steps=(BLOCKS,)
@@ -154,6 +163,7 @@ for _plan in (
         "standard ops only: tokens sorted by expert, and each expert a `Gemm`, an activation and a `Gemm`",
         "onnxruntime",
         _EVERY,
+        portable=True,
         steps=(SORTED,),
     ),
     Plan(
@@ -163,7 +173,8 @@ for _plan in (
         _EVERY,
         bits=8,
         activations="int8",
-        steps=(SORTED, DYNAMIC_INT8),
+        portable=True,
+        steps=(SORTED, DYNAMIC_INT8, HALF_TABLES),
     ),
     # OpenVINO computes in bfloat16 where the CPU multiplies it, else in float32.
     _in_openvino("ov-dense", "the graph of `dense` in OpenVINO", dense=True, same_graph_as="dense"),

@@ -1,0 +1,149 @@
+"""Write an export with the plans that are used, and bring the others back.
+
+An export of every plan is several times as large as the dense model. What ships is the chosen plans, one portable plan,
+which any ONNX runtime opens (`Plan.portable`), and the checkpoint: docs/decisions/0025.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ffn2moe.runtime.files import MANIFEST, PLAN_FILE, graph_files, read_manifest
+from ffn2moe.runtime.plans import PLANS, form_of, is_dense, plan_of
+
+LARGEST = 2.0  # an export over the dense model, in bytes
+_UNCOUNTED = (MANIFEST, PLAN_FILE, "container")
+
+
+@dataclass(frozen=True)
+class Size:
+    """The bytes of an export, those of its native container apart, and of the dense model: its graph and tokenizer."""
+
+    export: int
+    container: int
+    dense: int
+
+    @property
+    def share(self) -> float:
+        return self.export / self.dense
+
+    def __str__(self) -> str:
+        container = f" and a container of {_mib(self.container)}" if self.container else ""
+        return f"{_mib(self.export)}, {self.share:.1f}x the dense model ({_mib(self.dense)}){container}"
+
+
+class Shipment:
+    """What can be shipped of an export in `folder` that holds every plan, the dense model's included."""
+
+    def __init__(self, folder: Path, keeps_quality: Mapping[str, bool]) -> None:
+        self.folder = folder
+        self.manifest = read_manifest(folder)
+        self._entries: Mapping[str, Any] = self.manifest["plans"]
+        self._keeps_quality = keeps_quality
+        self._dense = self._bytes(["dense"]) + _bytes(folder / "tokenizer")
+        self._always = sum(_bytes(path) for path in self._others() if path.name not in _UNCOUNTED)
+
+    def portable(self, chosen: Sequence[str]) -> str:
+        """Return the portable plan to ship beside the chosen ones: the one that adds least, and keeps the quality."""
+        able = [plan for plan in self._entries if is_portable(plan) and self._keeps_quality.get(plan, False)]
+        return min(able, key=lambda plan: (self._bytes([*chosen, plan]), plan not in chosen, is_dense(plan)))
+
+    def size(self, chosen: Sequence[str]) -> Size:
+        """Return how large the export is with these plans and the portable one beside them."""
+        graphs = self._bytes([*chosen, self.portable(chosen)])
+        return Size(self._always + graphs, _bytes(self.folder / "container"), self._dense)
+
+    def fits(self, chosen: Sequence[str]) -> bool:
+        """Return whether the export with these plans is at most `LARGEST` times the dense model."""
+        return self.size(chosen).share <= LARGEST
+
+    def write(self, target: Path, chosen: Sequence[str], details: Mapping[str, Any]) -> dict[str, Any]:
+        """Write the export to the empty folder `target`, with `details` in the manifest; return the manifest.
+
+        The manifest has the entries of the other plans under `left_out`. Files are linked where the disk allows it.
+        """
+        portable = self.portable(chosen)
+        shipped = {plan: self._entries[plan] for plan in self._entries if plan in (*chosen, portable)}
+        for path in self._others():
+            if path.name not in (PLAN_FILE, MANIFEST):
+                _link(path, target / path.name)
+        link_graphs(self.folder, target, shipped.values())
+        left_out = {plan: entry for plan, entry in self._entries.items() if plan not in shipped}
+        manifest = self.manifest | {"plans": shipped, "left_out": left_out, "portable": portable} | dict(details)
+        _write_json(target / MANIFEST, manifest)
+        return manifest
+
+    def _others(self) -> list[Path]:
+        """Return everything of the export but its graphs."""
+        graphs = {Path(file).parts[0] for entry in self._entries.values() for file in graph_files(entry)}
+        return [path for path in sorted(self.folder.iterdir()) if path.name not in graphs]
+
+    def _bytes(self, plans: Iterable[str]) -> int:
+        """Return the bytes of the graphs of some plans; plans of several engines may share a file."""
+        files = {file for plan in plans for file in graph_files(self._entries[plan])}
+        return sum((self.folder / file).stat().st_size for file in files)
+
+
+def is_portable(plan: str) -> bool:
+    """Return whether a known plan is made of standard ONNX ops alone and runs in ONNX Runtime."""
+    return form_of(plan) in PLANS and plan_of(plan).portable
+
+
+def link_graphs(source: Path, target: Path, entries: Iterable[Mapping[str, Any]]) -> None:
+    """Put the graphs of some plans into another folder, as links where the disk allows it."""
+    for file in {file for entry in entries for file in graph_files(entry)}:
+        _link(source / file, target / file)
+
+
+def complete(export: Path, source: Path) -> list[str]:
+    """Put the plans that an export was written without back, from the export of every plan; return their names.
+
+    ValueError where `source` has other graphs than those that were left out.
+    """
+    manifest, whole = read_manifest(export), read_manifest(source)["plans"]
+    left_out: dict[str, Any] = manifest.get("left_out", {})
+    others = [plan for plan, entry in left_out.items() if whole.get(plan, {}).get("sha256") != entry["sha256"]]
+    if others:
+        raise ValueError(f"{source} has other graphs of {', '.join(others)} than {export} was made with")
+    link_graphs(source, export, left_out.values())
+    _write_json(export / MANIFEST, manifest | {"plans": manifest["plans"] | left_out, "left_out": {}})
+    return list(left_out)
+
+
+def _link(source: Path, target: Path) -> None:
+    """Link a file or the files of a folder, and copy them where the disk cannot."""
+    if source.is_dir():
+        shutil.copytree(source, target, copy_function=_link_file)
+        return
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.unlink(missing_ok=True)
+    _link_file(source, target)
+
+
+def _link_file(source: str | Path, target: str | Path) -> None:
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+
+
+def _write_json(file: Path, content: Mapping[str, Any]) -> None:
+    """Write JSON beside its place and move it there, so that it is never half written, nor into a link."""
+    partial = file.with_name(f".{file.name}.partial")
+    partial.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    os.replace(partial, file)
+
+
+def _bytes(path: Path) -> int:
+    files: Collection[Path] = [path] if path.is_file() else list(path.rglob("*"))
+    return sum(file.stat().st_size for file in files if file.is_file())
+
+
+def _mib(size: int) -> str:
+    return f"{size / 2**20:.{0 if size >= 10 * 2**20 else 1}f} MiB"
