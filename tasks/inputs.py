@@ -17,7 +17,7 @@ from tasks import corpus
 from tasks.params import Params
 from tasks.stage import StageRun, main
 
-_TEACHER_SUFFIXES = {".json", ".safetensors", ".txt", ".model"}
+_TEACHER_SUFFIXES = {".gguf", ".json", ".safetensors", ".txt", ".model"}
 _DATA_SUFFIXES = {".csv", ".tsv", ".txt", ".jsonl"}
 
 
@@ -41,15 +41,18 @@ def _teacher(params: Params, root: Path) -> dict[str, object]:
     folder = root / Path(source).expanduser()
     if folder.is_dir():
         files = _hashes(folder, _TEACHER_SUFFIXES)
-        if "config.json" not in files:
+        if "config.json" not in files and not any(name.endswith(".gguf") for name in files):
             raise FileNotFoundError(
                 f"teacher.source = {source} is a folder without config.json; give one that "
                 "model.save_pretrained wrote, with model.safetensors and the tokenizer in it"
             )
         return {"kind": "folder", "files": files}
+    if folder.is_file():
+        return {"kind": "file", "sha256": _sha256(folder)}
     if folder.is_absolute() or source.startswith((".", "~")):
         raise FileNotFoundError(
-            f"teacher.source = {source} is not a folder; check the path, or give package:NAME or a hub name"
+            f"teacher.source = {source} is neither a folder nor a GGUF file; check the path, or give package:NAME or a "
+            "hub name"
         )
     # `prepare` resolves a hub name once; a revision fixes the version.
     return {"kind": "hub", "name": source, "revision": params.teacher.revision}

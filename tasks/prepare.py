@@ -48,6 +48,7 @@ CACHED_NUMBERS = 2**28  # largest cache of a language model that writes: 1 GiB
 class Teacher:
     """The opened teacher: model, tokenizer, head, and a summary for metrics/prepare.json."""
 
+    folder: Path  # with its weights as float safetensors
     model: Any
     tokenizer: Any
     head: Head
@@ -73,7 +74,7 @@ def run(stage: StageRun) -> None:
         row["source"] = folder.sources.get(row["text"], corpus_name(data.corpus))
 
     with stage.out("data/teacher") as out:
-        copy_teacher(stage, out)
+        copy_teacher(teacher.folder, out)
     with stage.out("data/corpus") as out:
         for name in SPLITS:
             corpus.write_jsonl(out / f"{name}.jsonl", rows[name])
@@ -113,12 +114,12 @@ def open_teacher(stage: StageRun) -> Teacher:
     from ffn2moe.dense.families import positions
     from ffn2moe.dense.load import load_dense
     from ffn2moe.dense.locate import activation_of, family_of, ffn_layers, read_ffn
+    from ffn2moe.dense.plain import plain_folder
 
     settings = stage.params.teacher
-    refuse_other_inputs(stage)
-    model, tokenizer = load_dense(
-        teacher_source(stage), settings.revision, head=None if settings.head == "auto" else settings.head
-    )
+    folder = plain_folder(teacher_source(stage), settings.revision, say=stage.say)
+    refuse_other_inputs(settings.source, folder)
+    model, tokenizer = load_dense(str(folder), head=None if settings.head == "auto" else settings.head)
     head = head_of(model.config) if settings.head == "auto" else settings.head
     if stage.params.data.corpus == "generated" and head != "causal":
         raise ValueError(
@@ -146,25 +147,21 @@ def open_teacher(stage: StageRun) -> Teacher:
         "activation": activation_of(model),
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
     }
-    return Teacher(model, tokenizer, head, summary if head == "embedding" else summary | {"head": head})
+    return Teacher(folder, model, tokenizer, head, summary if head == "embedding" else summary | {"head": head})
 
 
-def refuse_other_inputs(stage: StageRun) -> None:
+def refuse_other_inputs(source: str, folder: Path) -> None:
     """ValueError for a model that reads images or sound, or gives hidden states only: the corpus is text."""
     from transformers import PreTrainedConfig
 
     from ffn2moe.dense.families import FAMILIES
-    from ffn2moe.dense.load import resolve_source
 
-    _, folder = resolve_source(teacher_source(stage))
-    settings = stage.params.teacher
-    where = str(folder) if folder else settings.source
-    written, _ = PreTrainedConfig.get_config_dict(where, revision=None if folder else settings.revision)
+    written, _ = PreTrainedConfig.get_config_dict(folder)
     family = FAMILIES.get(written.get("model_type"))
     if family is not None and (family.reads != "text" or family.heads == ("features",)):
         able = sorted(name for name, one in FAMILIES.items() if one.reads == "text" and one.heads != ("features",))
         raise ValueError(
-            f"teacher.source = {settings.source} is a {family.name} model, which reads {family.reads} and gives "
+            f"teacher.source = {source} is a {family.name} model, which reads {family.reads} and gives "
             f"{' or '.join(family.heads)}; the pipeline distils and judges on text ({', '.join(able)}): convert this "
             "model with `ffn2moe convert` instead"
         )
@@ -174,22 +171,11 @@ def teacher_source(stage: StageRun) -> str:
     """Return the teacher in the form of `load_dense`; a path is relative to the workspace."""
     source = stage.params.teacher.source
     path = stage.root / Path(source).expanduser()
-    return str(path) if path.is_dir() else source
+    return str(path) if path.exists() else source
 
 
-def copy_teacher(stage: StageRun, out: Path) -> None:
+def copy_teacher(folder: Path, out: Path) -> None:
     """Copy the teacher's files to `out`, byte for byte."""
-    from ffn2moe.dense.load import resolve_source
-
-    kind, folder = resolve_source(teacher_source(stage))
-    if kind == "hub":
-        from huggingface_hub import snapshot_download
-
-        settings = stage.params.teacher
-        folder = Path(
-            snapshot_download(settings.source, revision=settings.revision, allow_patterns=list(TEACHER_FILES))
-        )
-    assert folder is not None
     for pattern in TEACHER_FILES:
         for file in sorted(folder.glob(pattern)):
             target = out / file.relative_to(folder)

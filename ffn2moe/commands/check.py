@@ -31,7 +31,7 @@ def run(options: argparse.Namespace) -> int:
             from ffn2moe.preflight.checks import findings
         silence_transformers()
         refused = 0
-        for found in findings(Case(request_of(options.model, options.out, settings))):
+        for found in findings(Case(request_of(options.model, options.out, settings), screen.say)):
             if found.error is not None:
                 refused += 1
                 print_error(found.error)

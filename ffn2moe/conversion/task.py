@@ -64,7 +64,7 @@ class Task:
 
 def decide(source: str, out: Path, settings: Settings, say: Say, track: Track) -> Task:
     """Check the conversion, say what it will do, and return it; ValueError, with cause and remedy, if it cannot be."""
-    case = Case(request_of(source, out, settings))
+    case = Case(request_of(source, out, settings), say)
     preflight(case, say)
     return Task(case, settings, out, out.with_name(f"{out.name}.partial"), say, track)
 

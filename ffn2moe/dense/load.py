@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
-from importlib import metadata, util
 from pathlib import Path
 from typing import Any
 
@@ -14,69 +12,29 @@ from ffn2moe.choices import HEADS
 from ffn2moe.dense.config import auto_class, constructor_options, head_of
 from ffn2moe.dense.families import FAMILIES
 from ffn2moe.dense.locate import family_of, require_untied
+from ffn2moe.dense.plain import plain_folder
 from ffn2moe.dense.weights import require_finite, weight_files
 from ffn2moe.literals import Pooling, Reads
-
-
-def resolve_source(source: str) -> tuple[str, Path | None]:
-    """Return the kind of a teacher source ("package", "folder" or "hub") and its folder (None for a hub name).
-
-    `package:NAME` is a model whose folder is inside an installed Python package; a path that exists is a local folder;
-    any other text is the name of a model on a hub. FileNotFoundError, with the remedy, where there is none.
-    """
-    if source.startswith("package:"):
-        name = source.removeprefix("package:")
-        return "package", _packaged_model(name)
-    if Path(source).is_dir():
-        if not (Path(source) / "config.json").is_file():
-            raise FileNotFoundError(f"the teacher folder {source} has no config.json: name a Hugging Face folder")
-        return "folder", Path(source)
-    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source) or source.startswith("."):
-        raise FileNotFoundError(
-            f"the teacher {source} does not exist: name a local Hugging Face folder, a hub name (owner/model) "
-            "or a packaged model (package:NAME)"
-        )
-    return "hub", None
-
-
-def _packaged_model(distribution: str) -> Path:
-    try:
-        files = metadata.files(distribution) or []
-    except metadata.PackageNotFoundError:
-        raise FileNotFoundError(
-            f"the teacher package {distribution!r} is not installed: pip install {distribution}"
-        ) from None
-    roots = sorted({file.parts[0] for file in files if file.name == "__init__.py"})
-    for root in roots:
-        spec = util.find_spec(root)
-        for location in (spec.submodule_search_locations or []) if spec else []:
-            configs = sorted(Path(location).rglob("config.json"), key=lambda path: (len(path.parts), str(path)))
-            for config in configs:
-                if any(config.parent.glob("*.safetensors")):
-                    return config.parent
-    raise FileNotFoundError(f"the package {distribution!r} holds no model folder (config.json beside *.safetensors)")
-
+from ffn2moe.progress import Say, silent
 
 _AUTO_READER = {"text": "AutoTokenizer", "images": "AutoImageProcessor"}  # else AutoProcessor
 
 
-def load_dense(source: str, revision: str | None = None, *, head: str | None = None) -> tuple[Any, Any]:
+def load_dense(
+    source: str, revision: str | None = None, *, head: str | None = None, say: Say = silent
+) -> tuple[Any, Any]:
     """Return a dense teacher, float32 and in eval mode, and its tokenizer, from any source of `resolve_source`.
 
     For a model that reads images or speech the second is its processor. Without `head` the checkpoint's config says
-    what the model gives (`head_of`). Only safetensors weights are read and no remote code is run. ValueError for an
-    unsupported architecture and for incomplete or non-finite weights, FileNotFoundError for a source that cannot be
-    found.
+    what the model gives (`head_of`). Only safetensors and GGUF weights are read and no remote code is run; `say` is
+    told what is dequantised. ValueError for an unsupported architecture and for incomplete or non-finite weights,
+    FileNotFoundError for a source that cannot be found.
     """
     from safetensors import SafetensorError
 
-    kind, folder = resolve_source(source)
-    where = str(folder) if folder else source
-    options: dict[str, Any] = {"trust_remote_code": False}
-    if kind == "hub":
-        options["revision"] = revision
+    folder = plain_folder(source, revision, say=say)
     try:
-        config = _read_config(source, where, options)
+        config = _read_config(source, folder)
         family = FAMILIES.get(config.model_type)
         head = HEADS.require(head or head_of(config))
         if family is not None and head not in family.heads:
@@ -85,30 +43,29 @@ def load_dense(source: str, revision: str | None = None, *, head: str | None = N
                 f"{' or '.join(family.heads)}, not {head}"
             )
         reads: Reads = family.reads if family else "text" if hasattr(config, "vocab_size") else "images"
-        if folder is not None:
-            weight_files(folder)
-        model = _read_model(source, where, auto_class(head, reads, family), config, head, options)
+        weight_files(folder)
+        model = _read_model(source, folder, auto_class(head, reads, family), config, head)
     except (OSError, SafetensorError) as error:
         raise _unreadable(source, error, "model.safetensors") from error
-    reader = _read_reader(source, where, reads, options)
+    reader = _read_reader(source, folder, reads)
     require_finite(model, f"the teacher {source}")
     family_of(model)
     require_untied(model)
     return model.eval(), reader
 
 
-def _read_model(source: str, where: str, name: str, config: Any, head: str, options: dict[str, Any]) -> Any:
+def _read_model(source: str, folder: Path, name: str, config: Any, head: str) -> Any:
     """Return the model of a transformers class, float32; ValueError where the files lack weights."""
     import transformers
 
     model, report = getattr(transformers, name).from_pretrained(
-        where,
+        folder,
         config=config,
         dtype=torch.float32,
         use_safetensors=True,
         output_loading_info=True,
+        trust_remote_code=False,
         **constructor_options(config, head),
-        **options,
     )
     if report["missing_keys"]:
         raise ValueError(
@@ -118,11 +75,13 @@ def _read_model(source: str, where: str, name: str, config: Any, head: str, opti
     return model
 
 
-def _read_reader(source: str, where: str, reads: Reads, options: dict[str, Any]) -> Any:
+def _read_reader(source: str, folder: Path, reads: Reads) -> Any:
     import transformers
 
     try:
-        return getattr(transformers, _AUTO_READER.get(reads, "AutoProcessor")).from_pretrained(where, **options)
+        return getattr(transformers, _AUTO_READER.get(reads, "AutoProcessor")).from_pretrained(
+            folder, trust_remote_code=False
+        )
     except OSError as error:
         raise _unreadable(source, error, "a tokenizer" if reads == "text" else "preprocessor_config.json") from error
 
@@ -135,11 +94,11 @@ def _unreadable(source: str, error: Exception, what: str) -> FileNotFoundError:
     )
 
 
-def _read_config(source: str, where: str, options: dict[str, Any]) -> Any:
+def _read_config(source: str, folder: Path) -> Any:
     from transformers import AutoConfig, PreTrainedConfig
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    written, _ = PreTrainedConfig.get_config_dict(where, **options)
+    written, _ = PreTrainedConfig.get_config_dict(folder)
     model_type = written.get("model_type")
     if model_type not in CONFIG_MAPPING:
         code = "; code that comes with a model is never run" if "auto_map" in written else ""
@@ -147,7 +106,7 @@ def _read_config(source: str, where: str, options: dict[str, Any]) -> Any:
             f"the teacher {source} is a {model_type!r} model, which is not supported; supported are: "
             f"{', '.join(FAMILIES)} (transformers itself does not know it{code})"
         )
-    return AutoConfig.from_pretrained(where, **options)
+    return AutoConfig.from_pretrained(folder, trust_remote_code=False)
 
 
 def pooling_of(folder: str | Path) -> Pooling:

@@ -19,6 +19,7 @@ from ffn2moe.numerics import choose_device
 from ffn2moe.preflight.dense import Dense
 from ffn2moe.preflight.request import Request
 from ffn2moe.preflight.texts import Sample, sample
+from ffn2moe.progress import Say, silent
 from ffn2moe.runtime.engines import installed_engines
 from ffn2moe.runtime.plans import PLANS, graph_of, obstacle, plan_of, plans_of
 from ffn2moe.spec import Gate, MoESpec
@@ -37,14 +38,15 @@ class Case:
     ValueError or FileNotFoundError, with cause and remedy, for what cannot be done.
     """
 
-    def __init__(self, request: Request) -> None:
+    def __init__(self, request: Request, say: Say = silent) -> None:
         self.request = request
+        self.say = say  # told of a model that is rewritten before it can be read
 
     @cached_property
     def dense(self) -> Dense:
         """The dense model. ValueError for one that the request has no use for."""
         asked = self.request
-        dense = Dense(asked.source, revision=asked.revision, head=asked.head)
+        dense = Dense(asked.source, revision=asked.revision, head=asked.head, say=self.say)
         heads = dense.family.heads if dense.family else (dense.head,)
         if dense.head not in heads:
             raise ValueError(
