@@ -23,6 +23,7 @@ from ffn2moe.onnx.names import DOMAIN, MIXTURE, PARTS
 from ffn2moe.runtime.engines import Graph
 from ffn2moe.runtime.export import open_graphs
 from ffn2moe.runtime.plans import graph_of, is_dense
+from ffn2moe.sentence import SentenceModules
 from ffn2moe.spec import FFNShape, MoESpec
 
 IR_VERSION = 10  # the exporter writes ONNX files of this version
@@ -58,7 +59,7 @@ def random_spec(
         "container": None,
         "partition": "coactivation",
         "teacher": "random weights",
-        "pooling": None if gated else "mean",
+        "sentence": None if gated else SentenceModules(),
         "max_length": 2048,
     }
     return MoESpec(**values | changes)

@@ -32,7 +32,7 @@ from ffn2moe.decompose.layer import decompose_layer
 from ffn2moe.decompose.route import RouterSettings, fit_router
 from ffn2moe.dense.config import head_of
 from ffn2moe.dense.ffn import DenseFFN
-from ffn2moe.dense.load import load_dense
+from ffn2moe.dense.load import load_dense, resolve_source
 from ffn2moe.dense.locate import ffn_layers, install, read_ffn
 from ffn2moe.distill.distiller import Distiller, Training
 from ffn2moe.distill.objectives import Loss, Objective, Outputs, objective_for
@@ -71,10 +71,10 @@ def measure(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     bf16 = bf16_supported(options.device) if options.dtype == "auto" else options.dtype == "bf16"
     with working(console, "making two students"):
         teacher, tokenizer = load_dense(options.model)
-        head = head_of(teacher.config)
+        head = head_of(teacher.config, resolve_source(options.model)[1])
         if head not in ("embedding", "causal"):
             raise ValueError(f"{options.model} has the head {head!r}: give an embedding model or a language model")
-        objective = objective_for(head, "mean")
+        objective = objective_for(head)
         texts = read_corpus(str(options.texts)) if options.texts else docstrings((), workers=options.threads)
         ids = tokenizer(texts, truncation=True, max_length=LENGTH)["input_ids"]
         batches = Batches(ids, batch_tokens=options.tokens, seed=0, head=head)
@@ -107,13 +107,12 @@ def decomposed(teacher: Any, inputs: Sequence[Tensor], options: argparse.Namespa
     """Return the teacher's FFNs as mixtures, with routers fitted briefly so that their load is realistic."""
     spec = spec_of(
         teacher,
-        head=head_of(teacher.config),
+        head=head_of(teacher.config, resolve_source(options.model)[1]),
         num_experts=options.experts,
         num_active=options.active,
         partition="coactivation",
         teacher=options.model,
         max_length=LENGTH,
-        pooling="mean",
     )
     layers = []
     for index, x_TD in enumerate(inputs):

@@ -5,5 +5,6 @@ from __future__ import annotations
 from typing import Literal
 
 Activation = Literal["gelu", "gelu_tanh", "quick_gelu", "relu", "silu"]
-Pooling = Literal["mean", "cls"]
+Pooling = Literal["cls", "max", "mean", "mean_sqrt_len_tokens", "weightedmean", "lasttoken"]
 Reads = Literal["text", "images", "speech", "text and images"]  # the input of a model
+Similarity = Literal["cosine", "dot", "euclidean", "manhattan"]  # of embeddings

@@ -5,32 +5,11 @@ from __future__ import annotations
 from math import cos, pi
 
 import torch
-from torch import Tensor
-from torch.nn import functional as F
-
-from ffn2moe.literals import Pooling
 
 # In wider FFNs the activations themselves are kept, in bfloat16: F x F moments and their eigenvectors cost too much.
 WIDEST_MOMENTS = 4096
 CHUNK = 4096  # most tokens at once
 MOST_NUMBERS = 2**25  # most numbers at once: activations, or outputs of all experts
-
-# --- embeddings ---------------------------------------------------------------------------------------
-
-
-def pool(last_hidden_state: Tensor, attention_mask: Tensor, pooling: Pooling) -> Tensor:
-    """Return sentence embeddings of unit length, [B, D], from hidden states [B, L, D] and their mask [B, L].
-
-    `pooling` is `mean`, over the tokens that are not padding, or `cls`, the first token.
-    """
-    if pooling == "cls":
-        pooled_BD = last_hidden_state[:, 0]
-    elif pooling == "mean":
-        mask_BL1 = attention_mask.unsqueeze(-1).to(last_hidden_state.dtype)
-        pooled_BD = (last_hidden_state * mask_BL1).sum(1) / mask_BL1.sum(1).clamp(min=1)
-    else:
-        raise ValueError(f"pooling must be 'mean' or 'cls', got {pooling!r}")
-    return F.normalize(pooled_BD, dim=-1)
 
 
 def low_precision(ffn_width: int, device: torch.device) -> torch.autocast:

@@ -18,7 +18,7 @@ from typing import Any, get_args
 
 from ffn2moe.choices import GATES, HEADS, PROBLEMS, ROUTINGS, SELECTIONS
 from ffn2moe.literals import Activation as Activation
-from ffn2moe.literals import Pooling as Pooling
+from ffn2moe.sentence import SentenceModules
 from ffn2moe.table import UnknownName
 
 # Names in the tables of `ffn2moe.choices`.
@@ -110,7 +110,7 @@ class MoESpec(_OneStack):
     container: str | None  # the native architecture that the model was made for, a name in containers.CONTAINERS
     partition: str  # the method that put the neurons in experts
     teacher: str  # where the dense model came from, as the user wrote it
-    pooling: Pooling | None  # for an embedding model
+    sentence: SentenceModules | None  # of an embedding model: how hidden states become an embedding
     max_length: int  # tokens; longer texts are truncated
     problem: str | None = None  # of a head that classifies: a name in PROBLEMS
     selection: str = "topk"  # a name in SELECTIONS
@@ -171,7 +171,10 @@ class MoESpec(_OneStack):
     def to_dict(self) -> dict[str, Any]:
         """Return plain values, as JSON gives them back."""
         plain = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
-        return plain | {"stacks": [asdict(shape) for shape in self.stacks]}
+        return plain | {
+            "stacks": [asdict(shape) for shape in self.stacks],
+            "sentence": self.sentence.to_dict() if self.sentence else None,
+        }
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> MoESpec:
@@ -179,11 +182,17 @@ class MoESpec(_OneStack):
 
         ValueError for anything else.
         """
+        if "pooling" in values:  # as version 0.1.0 wrote it
+            values = {name: value for name, value in values.items() if name != "pooling"} | {
+                "sentence": SentenceModules.of_spec(values).to_dict() if values["pooling"] else None
+            }
         _require_keys(values, cls)
         for shape in values["stacks"]:
             _require_keys(shape, FFNShape)
         read: dict[str, Any] = {"stacks": tuple(FFNShape(**shape) for shape in values["stacks"])}
         read |= {name: tuple(values[name]) for name in ("active_per_layer", "elastic") if name in values}
+        if values["sentence"] is not None:
+            read["sentence"] = SentenceModules.from_dict(values["sentence"])
         if "problem" not in values and values["head"] == "classification":  # all that older versions knew
             read["problem"] = "single_label"
         try:

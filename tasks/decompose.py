@@ -122,11 +122,10 @@ def describe(stage: StageRun, model: Any) -> MoESpec:
     """
     from ffn2moe.containers.fit import require_fit
     from ffn2moe.dense.config import head_of
-    from ffn2moe.dense.load import pooling_of
     from ffn2moe.moe.describe import spec_of
 
     params, settings = stage.params, stage.params.decompose
-    head = head_of(model.config) if params.teacher.head == "auto" else params.teacher.head
+    head = head_of(model.config, stage.root / "data/teacher") if params.teacher.head == "auto" else params.teacher.head
     container = container_of(stage, model)
     gate = settings.gate if settings.gate != "auto" else container.gate if container else "unit"
     spec = spec_of(
@@ -136,7 +135,6 @@ def describe(stage: StageRun, model: Any) -> MoESpec:
         num_active=settings.num_active,
         partition=settings.partition,
         teacher=params.teacher.source,
-        pooling=pooling_of(stage.root / "data/teacher") if head == "embedding" else None,
         max_length=params.teacher.max_length,
         shared_width=settings.shared_width,
         gate=gate,

@@ -202,7 +202,7 @@ def objective_of(stage: StageRun, spec: MoESpec) -> Objective:
         logits=settings.logits_weight,
         divergence=settings.divergence,
     )
-    return objective_for(spec.head, spec.pooling, weights)
+    return objective_for(spec.head, weights)
 
 
 def balance_step_of(stage: StageRun, spec: MoESpec) -> float:

@@ -25,7 +25,6 @@ def judge(stage: StageRun, models: Mapping[str, Any], tokenizer: Any, spec: MoES
     from ffn2moe.data.encode import encode
 
     params = stage.params
-    assert spec.pooling is not None
     benchmarks = Benchmarks.read(stage.root / "data/benchmarks")
     texts = benchmarks.texts()
     judged = {}
@@ -35,7 +34,6 @@ def judge(stage: StageRun, models: Mapping[str, Any], tokenizer: Any, spec: MoES
             tokenizer,
             texts,
             max_length=params.teacher.max_length,
-            pooling=spec.pooling,
             batch_texts=params.evaluate.batch_texts,
             device=device,
             track=lambda items, total, _, name=name: stage.track(items, total, f"{name}: encoding"),

@@ -20,7 +20,7 @@ from tasks.stage import StageRun, main
 if TYPE_CHECKING:
     from ffn2moe.spec import Head
 
-# The files that open a teacher, and how its authors pool; README, ONNX files and others are not copied.
+# The files that open a teacher; those of a sentence encoder come beside them. README, ONNX files and others stay.
 TEACHER_FILES = (
     "config.json",
     "*.safetensors",
@@ -33,7 +33,7 @@ TEACHER_FILES = (
     "vocab.json",
     "merges.txt",
     "*.model",  # SentencePiece
-    "1_Pooling/config.json",
+    "sentence_*_config.json",
     "generation_config.json",
     "chat_template*",
 )
@@ -74,7 +74,7 @@ def run(stage: StageRun) -> None:
         row["source"] = folder.sources.get(row["text"], corpus_name(data.corpus))
 
     with stage.out("data/teacher") as out:
-        copy_teacher(teacher.folder, out)
+        copy_teacher(teacher, out)
     with stage.out("data/corpus") as out:
         for name in SPLITS:
             corpus.write_jsonl(out / f"{name}.jsonl", rows[name])
@@ -120,7 +120,7 @@ def open_teacher(stage: StageRun) -> Teacher:
     folder = plain_folder(teacher_source(stage), settings.revision, say=stage.say)
     refuse_other_inputs(settings.source, folder)
     model, tokenizer = load_dense(str(folder), head=None if settings.head == "auto" else settings.head)
-    head = head_of(model.config) if settings.head == "auto" else settings.head
+    head = head_of(model.config, folder) if settings.head == "auto" else settings.head
     if stage.params.data.corpus == "generated" and head != "causal":
         raise ValueError(
             f"data.corpus = generated asks the teacher to write the texts, and {settings.source} has the head "
@@ -174,13 +174,18 @@ def teacher_source(stage: StageRun) -> str:
     return str(path) if path.exists() else source
 
 
-def copy_teacher(folder: Path, out: Path) -> None:
-    """Copy the teacher's files to `out`, byte for byte."""
+def copy_teacher(teacher: Teacher, out: Path) -> None:
+    """Copy the teacher's files to `out`, byte for byte, with the modules that make embeddings behind it."""
+    from ffn2moe.dense.sentence_folder import copy_modules
+
+    folder = teacher.folder
     for pattern in TEACHER_FILES:
         for file in sorted(folder.glob(pattern)):
             target = out / file.relative_to(folder)
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(file, target)
+    if teacher.head == "embedding":
+        copy_modules(folder, out)
 
 
 def corpus_source(stage: StageRun) -> str:

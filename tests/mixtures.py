@@ -11,12 +11,15 @@ import torch
 
 from ffn2moe.dense.load import load_dense
 from ffn2moe.dense.locate import read_ffn
+from ffn2moe.dense.sentence import attach
+from ffn2moe.literals import Pooling
 from ffn2moe.moe import checkpoint
 from ffn2moe.moe.describe import spec_of
 from ffn2moe.moe.experts import neurons_by_expert, slice_experts
 from ffn2moe.moe.install import install_moe
 from ffn2moe.moe.layer import MoEFFN
-from ffn2moe.spec import FFNShape, Head, MoESpec, Pooling
+from ffn2moe.sentence import SentenceModules
+from ffn2moe.spec import FFNShape, Head, MoESpec
 from tasks.corpus import write_jsonl
 from tests.texts import make_texts, write_corpus
 
@@ -37,6 +40,8 @@ def carve(
     random tokens.
     """
     model, _ = load_dense(str(teacher))
+    if head == "embedding":
+        attach(model, SentenceModules(pooling=(pooling,)))
     spec = spec_of(
         model,
         head=head,
@@ -44,7 +49,6 @@ def carve(
         num_active=num_active,
         partition="contiguous",
         teacher="tiny",
-        pooling=pooling if head == "embedding" else None,
         max_length=32,
         **options,
     )
@@ -102,7 +106,7 @@ def flat_spec(**values: Any) -> MoESpec:
         "container": None,
         "partition": "contiguous",
         "teacher": "tiny",
-        "pooling": "mean",
+        "sentence": SentenceModules(),
         "max_length": 32,
     }
     stack |= {name: value for name, value in values.items() if name in stack}

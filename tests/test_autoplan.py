@@ -536,7 +536,7 @@ def test_a_language_model_reads_and_writes_on_plans_of_its_own(tmp_path):
 @pytest.mark.parametrize("plan", ["sorted", "sorted8"])
 def test_a_layer_of_which_every_expert_runs_is_a_dense_ffn_in_the_graph(tmp_path, plan):
     model, spec = carve(make_tiny_bert(tmp_path / "bert"), active_per_layer=(2, 4), num_active=3)
-    lowered = onnx_plans.lower(onnx_graph.canonical_graph(model, spec.pooling), plan)
+    lowered = onnx_plans.lower(onnx_graph.canonical_graph(model), plan)
     names = [node.name or "" for node in lowered.graph]
     assert sum("gelu" in node.op_type.lower() for node in lowered.graph) == 4 + 1
     assert not any("layer.1" in name and name.endswith(".router") for name in names)

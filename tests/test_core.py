@@ -26,6 +26,7 @@ from ffn2moe.moe.grouped import Layout
 from ffn2moe.moe.install import install_moe
 from ffn2moe.moe.layer import MoEFFN, moe_layers
 from ffn2moe.moe.router import Router
+from ffn2moe.sentence import SentenceModules
 from ffn2moe.spec import MoESpec
 from tests.conftest import make_tiny_bert, make_tiny_llama
 from tests.mixtures import flat_spec
@@ -61,7 +62,7 @@ def spec_for(ffn: DenseFFN, num_experts: int, num_active: int, **changes: object
         "activation": ffn.activation,
         "partition": "random",
         "teacher": "tiny",
-        "pooling": "mean",
+        "sentence": SentenceModules(),
         "max_length": 64,
     }
     return flat_spec(**(values | changes))

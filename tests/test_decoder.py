@@ -34,6 +34,7 @@ from ffn2moe.runtime import batching, decoders, files, microsoft
 from ffn2moe.runtime import export as runtime
 from ffn2moe.runtime.engines.onnxruntime import OnnxRuntimeGraph, session
 from ffn2moe.runtime.plans import PLANS, plans_of
+from ffn2moe.sentence import SentenceModules
 from ffn2moe.spec import Gate, Head, MoESpec
 from tests.conftest import make_tokenizer
 
@@ -91,7 +92,7 @@ def carve(
         max_length=40,
         shared_width=shared_width,
         gate=gate,
-        pooling="mean" if head == "embedding" else None,
+        sentence=SentenceModules() if head == "embedding" else None,
     )
     generator = torch.Generator().manual_seed(1)
     layers = []

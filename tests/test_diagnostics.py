@@ -16,6 +16,7 @@ from ffn2moe.moe.describe import spec_of
 from ffn2moe.moe.experts import neurons_by_expert, shared_neurons, slice_experts
 from ffn2moe.moe.install import install_moe
 from ffn2moe.moe.layer import MoEFFN
+from ffn2moe.sentence import SentenceModules
 from tasks import corpus, evaluate, prepare
 from tests.texts import make_stage, make_texts, write_corpus
 
@@ -42,7 +43,7 @@ def layer(teacher, *, shared: tuple[int, ...] = (), **settings) -> tuple[MoEFFN,
         partition="contiguous",
         teacher="tiny",
         max_length=32,
-        pooling="mean",
+        sentence=SentenceModules(),
         shared_width=len(shared),
         **settings,
     )

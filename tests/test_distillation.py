@@ -61,7 +61,7 @@ def opened(teacher: Path, **more: Any) -> tuple[Any, Any, Batches]:
     return dense, student, Batches(tokenizer(texts)["input_ids"], batch_tokens=256, seed=0)
 
 
-OBJECTIVE = EmbeddingObjective("mean", hidden_weight=1.0, embedding_weight=10.0, relational_weight=100.0)
+OBJECTIVE = EmbeddingObjective(hidden_weight=1.0, embedding_weight=10.0, relational_weight=100.0)
 
 
 def by_layer(dense: Any, student: Any, batches: Batches, **changes: Any) -> list[LayerCurve]:

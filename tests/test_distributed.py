@@ -32,6 +32,7 @@ from ffn2moe.moe.describe import spec_of
 from ffn2moe.moe.experts import neurons_by_expert, slice_experts
 from ffn2moe.moe.install import install_moe
 from ffn2moe.moe.layer import MoEFFN
+from ffn2moe.sentence import SentenceModules
 from tasks import distill
 from tasks.params import load_params, override, read, write
 from tasks.processes import take_part
@@ -62,7 +63,7 @@ def distiller(case: str, teachers: Path, ranks: Ranks) -> Distiller:
         teacher="tiny",
         max_length=48,
         gate="softmax" if case in ("causal", "threshold") else "unit",
-        pooling="mean" if head == "embedding" else None,
+        sentence=SentenceModules() if head == "embedding" else None,
         selection="threshold" if case == "threshold" else "topk",
         elastic=(2,) if case == "elastic" else (),
     )
@@ -79,7 +80,7 @@ def distiller(case: str, teachers: Path, ranks: Ranks) -> Distiller:
     objective: Objective = {
         "causal": LogitsObjective("selected_tokens", logits_weight=1.0, hidden_weight=1.0),
         "sinkhorn": LogitsObjective("sinkhorn", logits_weight=1.0, hidden_weight=1.0),
-    }.get(case) or EmbeddingObjective("mean", hidden_weight=1.0, embedding_weight=10.0, relational_weight=100.0)
+    }.get(case) or EmbeddingObjective(hidden_weight=1.0, embedding_weight=10.0, relational_weight=100.0)
     return Distiller(
         teacher,
         student,

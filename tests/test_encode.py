@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import pytest
 import torch
 
 from ffn2moe.data.encode import encode
 from ffn2moe.dense.load import load_dense
-from ffn2moe.numerics import choose_device, pool
+from ffn2moe.dense.sentence import attach
+from ffn2moe.literals import Pooling
+from ffn2moe.numerics import choose_device
+from ffn2moe.sentence import SentenceModules
 from tests.texts import make_texts
 
 
@@ -16,12 +21,13 @@ def teacher(tiny_teacher):
     return load_dense(str(tiny_teacher))
 
 
-@pytest.mark.parametrize("pooling", ["mean", "cls"])
-def test_embeddings_are_in_the_order_of_the_texts_whatever_the_batch(teacher, pooling):
-    model, tokenizer = teacher
+@pytest.mark.parametrize("pooling", get_args(Pooling))
+def test_embeddings_are_in_the_order_of_the_texts_whatever_the_batch(tiny_teacher, pooling):
+    model, tokenizer = load_dense(str(tiny_teacher))
+    attach(model, SentenceModules(pooling=(pooling,)))
     texts = [*make_texts(9), "dog", "the cat of the house"]
-    one_by_one = torch.cat([encode(model, tokenizer, [text], max_length=32, pooling=pooling) for text in texts])
-    together = encode(model, tokenizer, texts, max_length=32, pooling=pooling, batch_texts=4)
+    one_by_one = torch.cat([encode(model, tokenizer, [text], max_length=32) for text in texts])
+    together = encode(model, tokenizer, texts, max_length=32, batch_texts=4)
     torch.testing.assert_close(together, one_by_one, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(together.norm(dim=1), torch.ones(len(texts)))
     assert not together.requires_grad and together.dtype == torch.float32
@@ -32,7 +38,8 @@ def test_encoding_equals_the_plain_transformers_way(teacher):
     texts = make_texts(5)
     inputs = tokenizer(texts, padding=True, truncation=True, max_length=24, return_tensors="pt")
     with torch.no_grad():
-        expected = pool(model(**inputs).last_hidden_state, inputs["attention_mask"], "mean")
+        hidden_BLD, mask_BL1 = model(**inputs).last_hidden_state, inputs["attention_mask"].unsqueeze(-1)
+        expected = torch.nn.functional.normalize((hidden_BLD * mask_BL1).sum(1) / mask_BL1.sum(1), dim=-1)
     torch.testing.assert_close(encode(model, tokenizer, texts, max_length=24), expected, atol=1e-5, rtol=1e-5)
 
 

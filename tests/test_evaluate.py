@@ -17,6 +17,7 @@ from ffn2moe.moe.describe import spec_of
 from ffn2moe.moe.experts import neurons_by_expert, slice_experts
 from ffn2moe.moe.install import install_moe
 from ffn2moe.moe.layer import MoEFFN
+from ffn2moe.sentence import SentenceModules
 from tasks import corpus, evaluate, judge_embeddings, prepare
 from tests.texts import make_stage, make_texts, write_corpus
 
@@ -41,7 +42,7 @@ def carve(teacher: Path, folder: Path, num_active: int) -> None:
         partition="contiguous",
         teacher="tiny",
         max_length=32,
-        pooling="mean",
+        sentence=SentenceModules(),
     )
     layers = []
     for index in range(len(ffn_layers(model))):

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ffn2moe import metrics
-from ffn2moe.numerics import pool
+from ffn2moe.sentence import SentenceModules
 from tests.mixtures import flat_spec
 
 SPEC = flat_spec(
@@ -27,7 +27,7 @@ SPEC = flat_spec(
     activation="gelu",
     partition="contiguous",
     teacher="tiny",
-    pooling="mean",
+    sentence=SentenceModules(),
     max_length=128,
 )
 
@@ -39,24 +39,6 @@ class Config:
 def unit(*shape: int, seed: int = 0) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.nn.functional.normalize(torch.randn(*shape, generator=generator), dim=-1)
-
-
-def test_mean_pooling_ignores_padding_and_gives_unit_length():
-    hidden, mask = torch.randn(2, 5, 8), torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])
-    pooled = pool(hidden, mask, "mean")
-    expected = hidden[0, :3].mean(0)
-    torch.testing.assert_close(pooled[0], expected / expected.norm())
-    hidden[0, 3:] = 1e6
-    torch.testing.assert_close(pool(hidden, mask, "mean"), pooled)
-    torch.testing.assert_close(pooled.norm(dim=-1), torch.ones(2))
-
-
-def test_cls_pooling_is_the_first_token():
-    hidden = torch.randn(2, 5, 8)
-    pooled = pool(hidden, torch.ones(2, 5), "cls")
-    torch.testing.assert_close(pooled, torch.nn.functional.normalize(hidden[:, 0], dim=-1))
-    with pytest.raises(ValueError, match="'mean' or 'cls'"):
-        pool(hidden, torch.ones(2, 5), "max")  # type: ignore[arg-type]
 
 
 @settings(deadline=None)

@@ -35,7 +35,7 @@ def run_of(graph: ir.Model, threads: int = 1) -> Run:
 
 
 def plans_of(model, spec, names=("fused", "sorted", "sorted8"), canonical: ir.Model | None = None) -> Runs:
-    canonical = canonical or onnx_graph.canonical_graph(model, spec.pooling)
+    canonical = canonical or onnx_graph.canonical_graph(model)
     return {name: run_of(onnx_plans.lower(canonical, name)) for name in names}
 
 
@@ -52,7 +52,7 @@ def mixture(tiny_teacher):
 
 @pytest.fixture(scope="module")
 def canonical(mixture) -> ir.Model:
-    return onnx_graph.canonical_graph(mixture[0], mixture[1].pooling)
+    return onnx_graph.canonical_graph(mixture[0])
 
 
 @pytest.fixture(scope="module")
@@ -86,10 +86,10 @@ def test_the_edges_of_the_shapes_work_in_every_plan(mixture, plans, batch, seque
 
 def test_the_dense_graph_equals_the_teacher(tiny_teacher):
     teacher, _ = load_dense(str(tiny_teacher))
-    run = run_of(onnx_graph.canonical_graph(teacher, "mean"))
+    run = run_of(onnx_graph.canonical_graph(teacher))
     random = np.random.default_rng(1)
     for batch, sequence in ((1, 1), (2, 7), (4, 33), (3, 64)):
-        known = reference(teacher, [batch_of(random, batch, sequence)], "embedding", "mean")
+        known = reference(teacher, [batch_of(random, batch, sequence)], "embedding")
         assert parity(run, known).max_abs < 1e-5
 
 
@@ -112,7 +112,7 @@ def test_any_number_of_chosen_experts_is_exported(small_teacher, num_active):
 def test_all_experts_chosen_give_the_teachers_numbers(small_teacher):
     teacher, _ = load_dense(str(small_teacher))
     model, spec = carve(small_teacher, num_active=4, output_scale=1.0)
-    known = reference(teacher, [batch_of(np.random.default_rng(4), 2, 30)], "embedding", "mean")
+    known = reference(teacher, [batch_of(np.random.default_rng(4), 2, 30)], "embedding")
     assert parity(plans_of(model, spec, ("sorted",))["sorted"], known).max_abs < 1e-5
 
 
@@ -196,10 +196,10 @@ def test_all_linear_maps_but_the_router_are_int8(mixture, canonical):
 
 
 def test_exporting_leaves_the_model_as_it_was(small_teacher):
-    model, spec = carve(small_teacher)
+    model, _ = carve(small_teacher)
     before = {name: id(module) for name, module in model.named_modules()}
     model.train()
-    onnx_graph.canonical_graph(model, spec.pooling)
+    onnx_graph.canonical_graph(model)
     assert {name: id(module) for name, module in model.named_modules()} == before
     assert model.training
 
@@ -210,7 +210,7 @@ def test_two_exports_are_the_same_bytes_in_other_folders_and_processes(tiny_teac
         "from ffn2moe.onnx import graph as onnx_graph, lower as onnx_plans\n"
         "from tests.mixtures import carve\n"
         "model, spec = carve(Path(sys.argv[1]))\n"
-        "canonical = onnx_graph.canonical_graph(model, spec.pooling)\n"
+        "canonical = onnx_graph.canonical_graph(model)\n"
         "for plan in ('fused', 'sorted', 'sorted8'):\n"
         "    onnx_graph.save_graph(onnx_plans.lower(canonical, plan), plan + '.onnx')\n"
     )
@@ -225,11 +225,11 @@ def test_two_exports_are_the_same_bytes_in_other_folders_and_processes(tiny_teac
 
 
 def test_routing_that_rounding_decides_is_refused_with_the_remedy(small_teacher):
-    model, spec = carve(small_teacher)
+    model, _ = carve(small_teacher)
     for moe in moe_layers(model):
         torch.nn.init.zeros_(moe.router.weight)
         moe.router.balance_bias.zero_()
-    known = reference(model, [batch_of(np.random.default_rng(10), 2, 5)], "embedding", spec.pooling)
+    known = reference(model, [batch_of(np.random.default_rng(10), 2, 5)], "embedding")
     with pytest.raises(ValueError, match="train the router first"):
         parity(lambda sample: known[0].outputs, known)
 
@@ -254,5 +254,5 @@ def test_a_difference_above_the_tolerance_is_an_error(mixture, plans):
 
 def test_a_causal_model_is_refused_with_the_reason(tiny_teacher_gated):
     model, _ = load_dense(str(tiny_teacher_gated))
-    with pytest.raises(ValueError, match="make no sentence embeddings"):
-        onnx_graph.canonical_graph(model, "mean")
+    with pytest.raises(ValueError, match="makes no sentence embeddings"):
+        onnx_graph.canonical_graph(model)

@@ -60,7 +60,7 @@ def samples(seed: int = 0) -> list[Sample]:
 
 def check(model: Any, spec: MoESpec, plans: tuple[str, ...], canonical: ir.Model | None = None) -> dict[str, Run]:
     """Each plan of an encoder equals PyTorch; gives the plans as functions."""
-    canonical = canonical or onnx_graph.canonical_graph(model, spec.pooling)
+    canonical = canonical or onnx_graph.canonical_graph(model)
     known = Known.of(spec, model, samples() + samples(1))
     runs = {plan: run_of(lower(canonical, plan)) for plan in plans}
     for plan, run in runs.items():
@@ -117,7 +117,7 @@ def test_every_budget_of_an_elastic_mixture_has_plans_with_a_quality_of_their_ow
 def test_a_budget_is_opened_by_its_name_and_is_the_model_with_so_many_experts(elastic):
     student = checkpoint.load(elastic / "models/distilled")
     set_active(student, 1)
-    known = reference(student, samples(), "embedding", "mean")
+    known = reference(student, samples(), "embedding")
     one, two = (runtime.open_export(elastic / "models/exported", plan, 1) for plan in ("sorted-k1", "sorted"))
     assert parity(one.outputs, known).max_abs < 1e-4 < parity(two.outputs, known).max_abs
 
@@ -149,12 +149,12 @@ def test_verify_looks_at_every_budget(elastic, tmp_path):
 
 
 def test_experts_of_one_score_are_a_near_tie(small_teacher):
-    model, spec = carve(small_teacher)
-    assert all((one.margin_B > NEAR_TIE).all() for one in reference(model, samples(), "embedding", spec.pooling))
+    model, _ = carve(small_teacher)
+    assert all((one.margin_B > NEAR_TIE).all() for one in reference(model, samples(), "embedding"))
     router = moe_layers(model)[0].router
     torch.nn.init.zeros_(router.weight)
     router.balance_bias.zero_()
-    known = reference(model, samples(), "embedding", spec.pooling)
+    known = reference(model, samples(), "embedding")
     assert all((one.margin_B < NEAR_TIE).all() for one in known)
     with pytest.raises(ValueError, match="train the router first"):
         parity(lambda sample: known[0].outputs, known[:1])
@@ -172,8 +172,8 @@ def test_experts_of_one_score_are_a_near_tie(small_teacher):
     ],
 )
 def test_what_has_no_form_in_onnx_is_refused_by_name_in_every_plan_of_a_mixture(small_teacher, attribute, name, words):
-    model, spec = carve(small_teacher)
-    canonical = onnx_graph.canonical_graph(model, spec.pooling)
+    model, _ = carve(small_teacher)
+    canonical = onnx_graph.canonical_graph(model)
     for node in canonical.graph:
         if node.op_type == MIXTURE:
             node.attributes.add(ir.AttrString(attribute, name))
@@ -184,6 +184,6 @@ def test_what_has_no_form_in_onnx_is_refused_by_name_in_every_plan_of_a_mixture(
 
 
 def test_a_dense_plan_does_not_take_a_mixture_for_the_teacher(small_teacher):
-    model, spec = carve(small_teacher)
+    model, _ = carve(small_teacher)
     with pytest.raises(PlanRefused, match="dense8: no step of this plan computes a mixture"):
-        lower(onnx_graph.canonical_graph(model, spec.pooling), "dense8")
+        lower(onnx_graph.canonical_graph(model), "dense8")

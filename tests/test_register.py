@@ -47,7 +47,7 @@ def make_workspace(root: Path, teacher: Path) -> Path:
     model, spec = carve(teacher)
     export = root / "exports" / "minilm"
     export.mkdir(parents=True)
-    graph = onnx_plans.lower(onnx_graph.canonical_graph(model, spec.pooling), "sorted")
+    graph = onnx_plans.lower(onnx_graph.canonical_graph(model), "sorted")
     sha256 = onnx_graph.save_graph(graph, export / "sorted.onnx")["sorted.onnx"]
     (export / "tokenizer").mkdir()
     for path in teacher.glob("tokenizer*"):

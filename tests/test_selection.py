@@ -28,6 +28,7 @@ from ffn2moe.moe.describe import spec_of
 from ffn2moe.moe.experts import neurons_by_expert, slice_experts
 from ffn2moe.moe.install import install_moe
 from ffn2moe.moe.layer import MoEFFN, moe_layers, set_active
+from ffn2moe.sentence import SentenceModules
 from ffn2moe.spec import Head, MoESpec
 from tests.mixtures import flat_spec
 
@@ -157,7 +158,7 @@ def carve(
         num_active=num_active,
         partition="contiguous",
         teacher="tiny",
-        pooling="mean" if head == "embedding" else None,
+        sentence=SentenceModules() if head == "embedding" else None,
         max_length=32,
         **changes,
     )
@@ -253,7 +254,7 @@ class Texts:
 
 
 def distiller(teacher: Path, student: nn.Module, steps: int, **options: Any) -> Distiller:
-    objective = EmbeddingObjective(pooling="mean", hidden_weight=1.0, embedding_weight=10.0, relational_weight=100.0)
+    objective = EmbeddingObjective(hidden_weight=1.0, embedding_weight=10.0, relational_weight=100.0)
     training = Training(steps=steps, **{"learning_rate": 1e-2} | options)
     return Distiller(load_dense(str(teacher))[0], student, Texts(), objective, training)
 

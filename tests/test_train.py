@@ -76,7 +76,7 @@ def distiller(teacher: Path, steps: int, folder: Path, scope: Scope = "experts")
         dense,
         checkpoint.load(folder),
         batches,
-        EmbeddingObjective("mean", hidden_weight=1.0, embedding_weight=10.0, relational_weight=100.0),
+        EmbeddingObjective(hidden_weight=1.0, embedding_weight=10.0, relational_weight=100.0),
         Training(steps=steps, learning_rate=3e-3, balance_step=1e-3, scope=scope),
     )
 

@@ -23,11 +23,11 @@ from ffn2moe.data.batches import Batch, Batches
 from ffn2moe.data.encode import encode
 from ffn2moe.decompose.inputs import layer_inputs, texts_of
 from ffn2moe.dense.config import head_of
-from ffn2moe.dense.load import load_dense, pooling_of
+from ffn2moe.dense.load import load_dense
 from ffn2moe.dense.locate import ffn_layers
 from ffn2moe.moe.describe import spec_of
 from ffn2moe.numerics import bf16_supported
-from ffn2moe.spec import Head, MoESpec, Pooling
+from ffn2moe.spec import Head, MoESpec
 from tasks import corpus, prepare
 from tasks.judge_embeddings import Benchmarks, Judged
 from tasks.judge_logits import compare
@@ -93,11 +93,7 @@ class SharedParts:
 
     @cached_property
     def head(self) -> Head:
-        return head_of(self.teacher.config)
-
-    @cached_property
-    def pooling(self) -> Pooling | None:
-        return pooling_of(self.setup.workspace / "data/teacher") if self.head == "embedding" else None
+        return head_of(self.teacher.config, self.setup.workspace / "data/teacher")
 
     @cached_property
     def num_layers(self) -> int:
@@ -114,7 +110,6 @@ class SharedParts:
             partition="contiguous",
             teacher=self.setup.workspace.name,
             max_length=self.budget.max_length,
-            pooling=self.pooling,
         )
 
     @cached_property
@@ -220,14 +215,12 @@ class Bench(SharedParts):
         return self.benchmarks.texts()
 
     def _judge_embeddings(self, model: Any) -> dict[str, float]:
-        assert self.pooling is not None
         with self.autocast():
             embeddings_ND = encode(
                 model,
                 self.tokenizer,
                 self._texts,
                 max_length=self.budget.max_length,
-                pooling=self.pooling,
                 batch_texts=JUDGED_AT_ONCE,
                 device=self.setup.device,
             )

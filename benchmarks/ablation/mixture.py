@@ -134,7 +134,6 @@ def spec_of_cell(bench: Bench, cell: Cell, model: Any, ffn: DenseFFN, *, at_leas
         num_active=active,
         partition=method.partition,
         teacher=bench.setup.workspace.name,
-        pooling=bench.pooling,
         max_length=bench.budget.max_length,
         shared_width=shared_width,
         gate=method.gate,

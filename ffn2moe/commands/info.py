@@ -95,7 +95,9 @@ def _budgets(spec: MoESpec) -> str:
 def _output(spec: MoESpec, model: dict[str, Any]) -> str:
     """Return what the model computes."""
     if spec.head == "embedding":
-        return f"embeddings: {spec.width} numbers, {spec.pooling} pooling, up to {spec.max_length} tokens"
+        assert spec.sentence is not None
+        width = spec.sentence.embedding_width(spec.width)
+        return f"embeddings: {width} numbers, {spec.sentence.describe()}, up to {spec.max_length} tokens"
     if spec.head in ("causal", "seq2seq"):
         longest = model.get("positions")
         limit = f", up to {longest} tokens" if longest else ""

@@ -100,7 +100,7 @@ def _spec(container: Container, dense: Any, *, num_experts: int, shared_width: i
         container=container.name,
         partition="contiguous",
         teacher="preflight",
-        pooling=None,
+        sentence=None,
         max_length=max_length,
     )
 

@@ -136,7 +136,8 @@ def _of_corpus(task: Task) -> Tokens:
         whole = tokenizer(texts)["input_ids"]
         begins = whole[0][:1] == [tokenizer.bos_token_id]  # then texts need nothing between them
         return Tokens(pack(whole, length, None if begins else tokenizer.eos_token_id), None)
-    ids = tokenizer(texts, truncation=True, max_length=length)["input_ids"]
+    prompt = task.dense.sentence.prompt() if task.dense.sentence else ""
+    ids = tokenizer([prompt + text for text in texts], truncation=True, max_length=length)["input_ids"]
     if task.dense.head != "seq2seq":
         return Tokens(ids, None)
     answers = greedy_answers(

@@ -12,7 +12,7 @@ from torch import Tensor
 from ffn2moe import metrics
 from ffn2moe.data.batches import Batch
 from ffn2moe.decompose.layer import output_of
-from ffn2moe.numerics import pool
+from ffn2moe.dense.sentence import directions, embed
 from ffn2moe.spec import MoESpec
 from ffn2moe.table import Table
 
@@ -59,10 +59,10 @@ def summary(quality: dict[str, float]) -> str:
 
 
 def _embedding_sums(teacher: Any, student: Any, batch: Batch, spec: MoESpec) -> Sums:
-    mask, pooling = batch.mask, spec.pooling
-    assert mask is not None and pooling is not None
+    mask = batch.mask
+    assert mask is not None
     first, second = (
-        pool(model(**batch.inputs).last_hidden_state.float(), mask, pooling) for model in (teacher, student)
+        directions(model, embed(model, model(**batch.inputs).last_hidden_state, mask)) for model in (teacher, student)
     )
     return {"count": len(first), "cosine": (first * second).sum().item()}
 

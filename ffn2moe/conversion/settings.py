@@ -110,7 +110,10 @@ class Settings:
     max_length: int | None = field(
         default=None,
         metadata=_option(
-            "--max-length", "truncate texts to L tokens (128; language models: 256)", metavar="L", kind=int
+            "--max-length",
+            "truncate texts to L tokens (128; language models: 256; sentence encoders: as their authors do)",
+            metavar="L",
+            kind=int,
         ),
     )
     distill_minutes: float = field(

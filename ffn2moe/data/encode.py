@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from ffn2moe.numerics import pool
+from ffn2moe.dense.sentence import embed, prompt_of
 from ffn2moe.progress import Track, untracked
-from ffn2moe.spec import Pooling
 
 
 @torch.no_grad()
@@ -21,23 +20,31 @@ def encode(
     texts: Iterable[str],
     *,
     max_length: int,
-    pooling: Pooling = "mean",
+    prompt: str | None = None,
     batch_texts: int = 64,
     device: str | torch.device = "cpu",
     track: Track = untracked,
 ) -> Tensor:
-    """Return embeddings of unit length, float32 on the CPU, [N, D], in the order of `texts`.
+    """Return embeddings, float32 on the CPU, [N, D'], in the order of `texts`.
 
-    Texts are cut to `max_length` tokens and batched with others of similar length, so that batches have little padding.
-    The model is moved to `device` and left in eval mode. ValueError for no text, or for an empty one.
+    The modules attached to the model make them. Before each text stands `prompt`, or the model's default prompt, if it
+    has one. Texts are cut to `max_length` tokens and batched with others of similar length, so that batches have little
+    padding. The model is moved to `device` and left in eval mode. ValueError for no text, or for an empty one.
     """
     texts = list(texts)
     embeddings_ND: Tensor | None = None
     for batch, ids_BL, mask_BL in _batches(
-        model, tokenizer, texts, max_length=max_length, batch_texts=batch_texts, device=device, track=track
+        model,
+        tokenizer,
+        texts,
+        prompt=prompt_of(model, prompt),
+        max_length=max_length,
+        batch_texts=batch_texts,
+        device=device,
+        track=track,
     ):
         hidden_BLD = model(input_ids=ids_BL, attention_mask=mask_BL).last_hidden_state
-        pooled_BD = pool(hidden_BLD.float(), mask_BL, pooling).cpu()
+        pooled_BD = embed(model, hidden_BLD, mask_BL).cpu()
         if embeddings_ND is None:
             embeddings_ND = torch.empty(len(texts), pooled_BD.shape[1])
         embeddings_ND[batch] = pooled_BD
@@ -50,6 +57,7 @@ def _batches(
     tokenizer: Any,
     texts: Sequence[str],
     *,
+    prompt: str,
     max_length: int,
     batch_texts: int,
     device: str | torch.device,
@@ -61,7 +69,7 @@ def _batches(
     empty = next((index for index, text in enumerate(texts) if not text.strip()), None)
     if empty is not None:
         raise ValueError(f"text {empty} is empty: leave it out")
-    ids = tokenizer(list(texts), truncation=True, max_length=max_length)["input_ids"]
+    ids = tokenizer([prompt + text for text in texts], truncation=True, max_length=max_length)["input_ids"]
     order = sorted(range(len(texts)), key=lambda index: -len(ids[index]))
     batches = [order[start : start + batch_texts] for start in range(0, len(order), batch_texts)]
     model.to(device).eval()

@@ -14,12 +14,14 @@ from torch import Tensor
 
 from ffn2moe.decompose.source import BIG_TENSOR, LARGEST_FLOAT16, Source, layers_path, only_stack, skeleton
 from ffn2moe.dense.locate import ffn_paths
+from ffn2moe.dense.sentence import NAME
+from ffn2moe.dense.sentence_folder import read_sentence_folder
 from ffn2moe.dense.weights import weight_files
 from ffn2moe.moe import checkpoint
 from ffn2moe.moe.layer import MoEFFN
 from ffn2moe.spec import MoESpec
 
-_PROGRESS, _STATES = "progress.json", "states.safetensors"
+_PROGRESS, _STATES, _SENTENCE = "progress.json", "states.safetensors", "model-sentence.safetensors"
 
 
 class ShardLayout:
@@ -113,8 +115,15 @@ class UnfinishedCheckpoint:
         checkpoint.save_progress(self.folder / _STATES, states, step=len(rows), fingerprint=self.fingerprint)
 
     def finish(self, out: Path, model: Any, spec: MoESpec, shards: ShardLayout, source: Path) -> None:
-        """Write index, config and tokenizer; then give the folder the name `out`."""
-        content = self._index(shards.shard(index) for index in range(shards.total))
+        """Write the modules that make embeddings, index, config and tokenizer; then give the folder the name `out`."""
+        names = [shards.shard(index) for index in range(shards.total)]
+        encoder = read_sentence_folder(source) if spec.sentence is not None else None
+        held = encoder.module.state_dict() if encoder else {}
+        tensors = {f"{NAME}.{name}": tensor for name, tensor in held.items()}
+        if tensors:
+            self.write(_SENTENCE, tensors)
+            names.append(_SENTENCE)
+        content = self._index(names)
         (self.folder / "model.safetensors.index.json").write_text(json.dumps(content, indent=2) + "\n")
         checkpoint.describe(model, spec, self.folder)
         checkpoint.copy_assets(source, self.folder)
@@ -122,7 +131,7 @@ class UnfinishedCheckpoint:
             (self.folder / name).unlink(missing_ok=True)
         os.replace(self.folder, out)
 
-    def _index(self, shards: Iterator[str]) -> dict[str, Any]:
+    def _index(self, shards: Sequence[str]) -> dict[str, Any]:
         """Return which shard holds which tensor, and the bytes of all."""
         from safetensors import safe_open
 

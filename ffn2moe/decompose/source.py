@@ -30,7 +30,7 @@ def skeleton(folder: str | Path, head: Head | None = None) -> Any:
     import transformers
 
     config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    head = head or head_of(config)
+    head = head or head_of(config, folder)
     family = FAMILIES.get(config.model_type)
     name = auto_class(head, family.reads if family else "text", family)
     with torch.device("meta"):

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from ffn2moe.choices import HEADS, head_of_class
 from ffn2moe.dense.families import FAMILIES, Family
 from ffn2moe.dense.probe import options_of_class
+from ffn2moe.dense.sentence_folder import is_sentence_encoder
 from ffn2moe.literals import Reads
 
 
-def head_of(config: Any) -> str:
-    """Return the head of this config's checkpoint: by the class that wrote it, else the first head of its family."""
+def head_of(config: Any, folder: str | Path | None = None) -> str:
+    """Return the head of a config's checkpoint: by the class that wrote it, else the first head of its family.
+
+    A model in the folder of a sentence encoder gives embeddings, whatever class it was trained as.
+    """
+    if folder is not None and is_sentence_encoder(folder):
+        return "embedding"
     family = FAMILIES.get(config.model_type)
     for name in config.architectures or ():
         head = head_of_class(name)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +12,10 @@ from ffn2moe.dense.config import auto_class, constructor_options, head_of
 from ffn2moe.dense.families import FAMILIES
 from ffn2moe.dense.locate import family_of, require_untied
 from ffn2moe.dense.plain import plain_folder
+from ffn2moe.dense.sentence import attach
+from ffn2moe.dense.sentence_folder import default_modules, read_sentence_folder
 from ffn2moe.dense.weights import require_finite, weight_files
-from ffn2moe.literals import Pooling, Reads
+from ffn2moe.literals import Reads
 from ffn2moe.progress import Say, silent
 
 _AUTO_READER = {"text": "AutoTokenizer", "images": "AutoImageProcessor"}  # else AutoProcessor
@@ -36,7 +37,7 @@ def load_dense(
     try:
         config = _read_config(source, folder)
         family = FAMILIES.get(config.model_type)
-        head = HEADS.require(head or head_of(config))
+        head = HEADS.require(head or head_of(config, folder))
         if family is not None and head not in family.heads:
             raise ValueError(
                 f"the teacher {source} is a {family.name} model, from which this package makes "
@@ -44,10 +45,14 @@ def load_dense(
             )
         reads: Reads = family.reads if family else "text" if hasattr(config, "vocab_size") else "images"
         weight_files(folder)
+        encoder = read_sentence_folder(folder) if head == "embedding" else None
         model = _read_model(source, folder, auto_class(head, reads, family), config, head)
     except (OSError, SafetensorError) as error:
         raise _unreadable(source, error, "model.safetensors") from error
-    reader = _read_reader(source, folder, reads)
+    reader = _read_reader(source, folder, reads, encoder.tokenizer_options if encoder else {})
+    if head == "embedding":
+        attach(model, encoder.module if encoder else default_modules(config))
+        reader = encoder.prepare(reader) if encoder else reader
     require_finite(model, f"the teacher {source}")
     family_of(model)
     require_untied(model)
@@ -75,12 +80,12 @@ def _read_model(source: str, folder: Path, name: str, config: Any, head: str) ->
     return model
 
 
-def _read_reader(source: str, folder: Path, reads: Reads) -> Any:
+def _read_reader(source: str, folder: Path, reads: Reads, options: dict[str, Any]) -> Any:
     import transformers
 
     try:
         return getattr(transformers, _AUTO_READER.get(reads, "AutoProcessor")).from_pretrained(
-            folder, trust_remote_code=False
+            folder, trust_remote_code=False, **options
         )
     except OSError as error:
         raise _unreadable(source, error, "a tokenizer" if reads == "text" else "preprocessor_config.json") from error
@@ -107,20 +112,3 @@ def _read_config(source: str, folder: Path) -> Any:
             f"{', '.join(FAMILIES)} (transformers itself does not know it{code})"
         )
     return AutoConfig.from_pretrained(folder, trust_remote_code=False)
-
-
-def pooling_of(folder: str | Path) -> Pooling:
-    """Return how a teacher's authors pool its tokens, as a sentence-transformers folder says; else the mean.
-
-    ValueError for a pooling that is neither the mean nor the first token.
-    """
-    path = Path(folder) / "1_Pooling" / "config.json"
-    if not path.is_file():
-        return "mean"
-    modes = sorted(key for key, on in json.loads(path.read_text()).items() if key.startswith("pooling_mode") and on)
-    known: dict[str, Pooling] = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls"}
-    if len(modes) != 1 or modes[0] not in known:
-        raise ValueError(
-            f"{path} asks for {modes}, which is not supported; supported are {sorted(known)}, one at a time"
-        )
-    return known[modes[0]]

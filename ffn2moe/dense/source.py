@@ -6,6 +6,8 @@ import re
 from importlib import metadata, util
 from pathlib import Path
 
+from ffn2moe.dense.sentence_folder import transformer_folder
+
 HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]  # what is fetched of a hub name
 
 
@@ -59,7 +61,7 @@ def download(source: str, revision: str | None) -> Path:
 
 
 def _with_config(folder: Path) -> Path:
-    if not (folder / "config.json").is_file():
+    if not (transformer_folder(folder) / "config.json").is_file():
         raise FileNotFoundError(f"the teacher folder {folder} has no config.json: name a Hugging Face folder")
     return folder
 

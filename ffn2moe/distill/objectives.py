@@ -9,10 +9,9 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from ffn2moe.data.batches import Batch
+from ffn2moe.dense.sentence import directions, embed
 from ffn2moe.distill.divergences import DIVERGENCES
 from ffn2moe.distill.losses import distillation_loss, hidden_loss, logits_loss
-from ffn2moe.numerics import pool
-from ffn2moe.spec import Pooling
 from ffn2moe.table import Table
 
 
@@ -62,7 +61,6 @@ class Objective(Protocol):
 class EmbeddingObjective:
     """Compare hidden states, sentence embeddings and their similarities (ffn2moe.distill.losses.distillation_loss)."""
 
-    pooling: Pooling
     hidden_weight: float
     embedding_weight: float
     relational_weight: float
@@ -71,7 +69,7 @@ class EmbeddingObjective:
     def outputs(self, model: Any, batch: Batch) -> Outputs:
         hidden = model(**batch.inputs, output_hidden_states=True).hidden_states[1:]
         assert batch.mask is not None
-        return Outputs(hidden, pool(hidden[-1].float(), batch.mask, self.pooling))
+        return Outputs(hidden, directions(model, embed(model, hidden[-1], batch.mask)))
 
     def loss(self, student: Outputs, teacher: Outputs, batch: Batch, progress: float) -> Loss:
         assert batch.mask is not None
@@ -143,12 +141,11 @@ class LossWeights:
     divergence: str = "forward_kl"
 
 
-def _of_embeddings(head: str, pooling: Pooling | None, weights: LossWeights) -> Objective:
-    assert pooling is not None, "an embedding model has a pooling"
-    return EmbeddingObjective(pooling, weights.hidden, weights.embedding, weights.relational)
+def _of_embeddings(head: str, weights: LossWeights) -> Objective:
+    return EmbeddingObjective(weights.hidden, weights.embedding, weights.relational)
 
 
-def _of_logits(head: str, pooling: Pooling | None, weights: LossWeights) -> Objective:
+def _of_logits(head: str, weights: LossWeights) -> Objective:
     heads = DIVERGENCES[weights.divergence].heads
     if head not in heads:
         others = ", ".join(name for name, row in DIVERGENCES.items() if head in row.heads)
@@ -159,11 +156,11 @@ def _of_logits(head: str, pooling: Pooling | None, weights: LossWeights) -> Obje
     return LogitsObjective(weights.divergence, weights.logits, weights.hidden)
 
 
-def _of_features(head: str, pooling: Pooling | None, weights: LossWeights) -> Objective:
+def _of_features(head: str, weights: LossWeights) -> Objective:
     return FeaturesObjective()
 
 
-Build = Callable[[str, Pooling | None, LossWeights], Objective]
+Build = Callable[[str, LossWeights], Objective]
 OBJECTIVES: Table[Build] = Table("head")
 for _head, _build in (
     ("embedding", _of_embeddings),
@@ -175,6 +172,6 @@ for _head, _build in (
     OBJECTIVES.register(_head, _build)
 
 
-def objective_for(head: str, pooling: Pooling | None = None, weights: LossWeights | None = None) -> Objective:
+def objective_for(head: str, weights: LossWeights | None = None) -> Objective:
     """Return the objective of a model with this head. ValueError for a divergence that its logits do not fit."""
-    return OBJECTIVES[head](head, pooling, weights or LossWeights())
+    return OBJECTIVES[head](head, weights or LossWeights())

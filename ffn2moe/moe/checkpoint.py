@@ -16,6 +16,7 @@ from torch import nn
 
 from ffn2moe.dense.config import constructor_options
 from ffn2moe.dense.locate import family_of, ffn_layers, ffn_paths, install
+from ffn2moe.dense.sentence import attach
 from ffn2moe.dense.weights import require_finite, tied, weight_files
 from ffn2moe.moe.layer import MoEFFN, connect
 from ffn2moe.spec import MoESpec
@@ -24,11 +25,11 @@ from ffn2moe.table import UnknownName
 SPEC_FILE = "ffn2moe.json"
 WEIGHTS_FILE = "model.safetensors"
 FORMAT = 1
-# Files beside config and weights that are copied with a model: its tokenizer or image processor, how it pools and
+# Files beside config and weights that are copied with a model: its tokenizer or image processor, how it
 # generates, and the texts that a licence asks to pass on.
 ASSETS = (
     *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model", "*.tiktoken"),
-    *("tekken.json", "chat_template*", "additional_chat_templates", "generation_config.json", "1_Pooling"),
+    *("tekken.json", "chat_template*", "additional_chat_templates", "generation_config.json"),
     *("preprocessor_config.json", "processor_config.json", "LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*"),
 )
 
@@ -147,6 +148,8 @@ def _empty_model(folder: Path, spec: MoESpec, tensors: dict[str, torch.Tensor]) 
         )
         install(model, index, moe)
     connect(model)
+    if spec.sentence is not None:
+        attach(model, spec.sentence)
     return model
 
 

@@ -7,9 +7,10 @@ from typing import Any
 
 from ffn2moe.choices import HEADS, problem_of
 from ffn2moe.dense.locate import family_of, ffn_layers, read_ffn, stack_of
+from ffn2moe.dense.sentence import modules_of
 from ffn2moe.spec import FFNShape, MoESpec
 
-_DEFAULTS: dict[str, Any] = {"gate": "unit", "router_bias": True, "container": None, "pooling": None}
+_DEFAULTS: dict[str, Any] = {"gate": "unit", "router_bias": True, "container": None}
 
 
 def spec_of(
@@ -19,7 +20,8 @@ def spec_of(
 
     Experts are as wide as an even partition needs, rounded up to `width_multiple`. `settings` are the fields of
     `MoESpec` that the model does not determine, such as head, num_active, partition, teacher and max_length; by default
-    the gate is unit, the router has a bias and there is no container. ValueError where E, K or S do not fit the model.
+    the gate is unit, the router has a bias, there is no container, and embeddings are made by the modules attached to
+    the model, if any. ValueError where E, K or S do not fit the model.
     """
     problem = problem_of(model.config) if HEADS[settings["head"]].classifies else None
     return MoESpec(
@@ -27,7 +29,7 @@ def spec_of(
         model_class=type(model).__name__,
         stacks=tuple(_shapes(model, num_experts, shared_width, width_multiple)),
         num_experts=num_experts,
-        **(_DEFAULTS | {"problem": problem} | settings),
+        **(_DEFAULTS | {"problem": problem, "sentence": modules_of(model)} | settings),
     )
 
 

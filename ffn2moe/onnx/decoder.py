@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from inspect import signature
 from typing import Any
 
@@ -30,9 +30,9 @@ from torch import Tensor, nn
 
 from ffn2moe.dense.locate import family_of
 from ffn2moe.onnx.editor import BATCH, SEQUENCE
-from ffn2moe.onnx.graph import canonical_graph, rotary_positions, traced
+from ffn2moe.onnx.graph import canonical_graph, decodes, rotary_positions, traced
 from ffn2moe.onnx.parity import input_shape
-from ffn2moe.spec import Head, Pooling
+from ffn2moe.spec import Head
 
 ATTENTION = "onnx_attention"  # its name in transformers' registry
 SOURCE = "source"  # length of what an encoder read, where a decoder looks at it
@@ -40,15 +40,15 @@ SOURCE = "source"  # length of what an encoder read, where a decoder looks at it
 _GROWING_POSITIONS = ("dynamic", "longrope")
 
 
-def canonical_graphs(model: Any, head: Head, pooling: Pooling | None = None) -> dict[str, ir.Model]:
+def canonical_graphs(model: Any, head: Head) -> dict[str, ir.Model]:
     """Return the graphs of a model with this head, dense or a mixture: `main`, and `encoder` for a seq2seq model.
 
     `ffn2moe.onnx.graph` describes them; the table above has their inputs and outputs.
     Raises ValueError for a model that cannot be exported, with the reason.
     """
     if head == "embedding":
-        assert pooling is not None, "embeddings are pooled"
-        return {"main": canonical_graph(model, pooling)}
+        with onnx_attention(model) if decodes(model) else nullcontext():
+            return {"main": canonical_graph(model)}
     if head == "causal":
         return {"main": _causal(model)}
     if head == "seq2seq":

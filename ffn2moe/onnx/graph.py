@@ -30,8 +30,8 @@ from onnx_ir.passes.common import (
 from torch import Tensor, nn
 
 from ffn2moe.dense.locate import family_of
+from ffn2moe.dense.sentence import modules_of
 from ffn2moe.moe.layer import MoEFFN
-from ffn2moe.numerics import pool
 from ffn2moe.onnx.editor import BATCH, SEQUENCE
 from ffn2moe.onnx.names import DOMAIN, MIXTURE, PARTS
 from ffn2moe.onnx.simplify import (
@@ -43,7 +43,6 @@ from ffn2moe.onnx.simplify import (
     share_tied_weights,
 )
 from ffn2moe.runtime.files import sha256
-from ffn2moe.spec import Pooling
 
 OPSET = 23  # the first with a standard Attention op
 LARGEST_FILE = 2**31 - 2**24  # bytes of weights inside one file
@@ -105,23 +104,29 @@ class ExportedMoE(nn.Module):
 
 
 class _SentenceEncoder(nn.Module):
-    """Take token ids and their mask; return hidden states and unit embeddings."""
+    """Take token ids and their mask; return hidden states and embeddings."""
 
-    def __init__(self, model: nn.Module, pooling: Pooling) -> None:
+    def __init__(self, model: Any) -> None:
         super().__init__()
         self.model = model
-        self.pooling = pooling
         # Models on the attention interface take a ready mask as it is; building it here saves a score of nodes.
-        self.ready_mask = model.config._attn_implementation == "sdpa" and not sliding_windows(model)
+        self.options = {"use_cache": False} if decodes(model) else {}
+        reads_all = not (decodes(model) or sliding_windows(model))
+        self.ready_mask = model.config._attn_implementation == "sdpa" and reads_all
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
         mask = attention_mask
         if self.ready_mask:
             B, L = attention_mask.shape
             mask = attention_mask.to(torch.bool)[:, None, None, :].expand(B, 1, L, L)
-        options = rotary_positions(self.model, input_ids)
+        options = rotary_positions(self.model, input_ids) | self.options
         hidden_BLD = self.model(input_ids=input_ids, attention_mask=mask, **options).last_hidden_state
-        return hidden_BLD, pool(hidden_BLD, attention_mask, self.pooling)
+        return hidden_BLD, self.model.sentence(hidden_BLD, attention_mask)
+
+
+def decodes(model: nn.Module) -> bool:
+    """Return whether each token of a model sees those before it alone."""
+    return "causal" in family_of(model).heads
 
 
 def sliding_windows(model: nn.Module) -> bool:
@@ -163,21 +168,23 @@ def _quiet() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def canonical_graph(model: nn.Module, pooling: Pooling) -> ir.Model:
+def canonical_graph(model: nn.Module) -> ir.Model:
     """Return the graph of an encoder, dense or a mixture, as described at the top of this file.
 
     Inputs `input_ids` and `attention_mask`, int64 [B, L], any B and L from 1 up to the model's positions
-    allow; outputs `last_hidden_state` [B, L, D] and `sentence_embedding` [B, D] of unit length, float32.
+    allow; outputs `last_hidden_state` [B, L, D] and `sentence_embedding` [B, D'], float32.
     Raises ValueError for a model that makes no embeddings.
     """
-    family = family_of(model)
-    if "embedding" not in family.heads:
-        raise ValueError(f"{family.name} models make no sentence embeddings: export them with the head they have")
+    if modules_of(model) is None:
+        raise ValueError(
+            f"this {family_of(model).name} model makes no sentence embeddings: export it with the head it has, or "
+            "attach modules that make them (ffn2moe.dense.sentence.attach)"
+        )
     example = torch.full((2, 7), 1, dtype=torch.int64)
     axes = {0: BATCH, 1: SEQUENCE}
     return traced(
         model,
-        _SentenceEncoder(model, pooling),
+        _SentenceEncoder(model),
         (example, torch.ones_like(example)),
         INPUTS,
         OUTPUTS,

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from ffn2moe.dense.families import positions
+from ffn2moe.dense.sentence import embed
 from ffn2moe.moe.choice import Choice
 from ffn2moe.moe.layer import MoEFFN, moe_layers
-from ffn2moe.numerics import pool
 from ffn2moe.runtime.batching import pad
-from ffn2moe.spec import Head, MoESpec, Pooling
+from ffn2moe.spec import Head, MoESpec
 
 Sample = Mapping[str, np.ndarray]
 # A graph as a function: a sample in, outputs by name.
@@ -58,7 +58,7 @@ class Reference:
         return np.ones(shape[: max(1, len(shape) - 1)], dtype=bool)
 
 
-def torch_outputs(model: Any, head: Head, sample: Sample, pooling: Pooling | None) -> dict[str, Tensor]:
+def torch_outputs(model: Any, head: Head, sample: Sample) -> dict[str, Tensor]:
     """Return the outputs of a transformers model with this head, under the names that its graph uses."""
     inputs = {name: torch.from_numpy(array) for name, array in sample.items()}
     if head == "causal":
@@ -71,8 +71,7 @@ def torch_outputs(model: Any, head: Head, sample: Sample, pooling: Pooling | Non
     hidden_BLD = model(**inputs).last_hidden_state
     if head == "features":
         return {"last_hidden_state": hidden_BLD}
-    assert pooling is not None, "embeddings are pooled"
-    embedding_BD = pool(hidden_BLD, inputs["attention_mask"], pooling)
+    embedding_BD = embed(model, hidden_BLD, inputs["attention_mask"])
     return {"last_hidden_state": hidden_BLD, "sentence_embedding": embedding_BD}
 
 
@@ -81,7 +80,6 @@ def reference(
     model: nn.Module,
     samples: Sequence[Sample],
     head: Head,
-    pooling: Pooling | None = None,
     *,
     tanh: bool = False,
 ) -> list[Reference]:
@@ -103,7 +101,7 @@ def reference(
         found = []
         for sample in samples:
             seen.clear()
-            outputs = torch_outputs(model, head, sample, pooling)
+            outputs = torch_outputs(model, head, sample)
             B = len(next(iter(sample.values())))
             margin_B = torch.full((B,), torch.inf)
             choices = []
@@ -216,7 +214,8 @@ def agreement(run: Run, references: Sequence[Reference], output: str) -> float:
         pairs.append((found[counts], known.outputs[output][counts]))
     found_Nn, expected_Nn = (np.concatenate(part) for part in zip(*pairs, strict=True))
     if output == "sentence_embedding":
-        return float((found_Nn * expected_Nn).sum(1).mean())
+        lengths_N = np.linalg.norm(found_Nn, axis=1) * np.linalg.norm(expected_Nn, axis=1)
+        return float(((found_Nn * expected_Nn).sum(1) / lengths_N.clip(1e-30)).mean())
     return float(np.corrcoef(found_Nn.ravel(), expected_Nn.ravel())[0, 1])
 
 

@@ -57,9 +57,9 @@ class Known:
         has_gelu = any(shape.activation == "gelu" and not shape.gated for shape in spec.stacks)
         return cls(
             head=spec.head,
-            student=reference(student, samples, spec.head, spec.pooling),
-            tanh=reference(student, samples, spec.head, spec.pooling, tanh=True) if has_gelu else None,
-            teacher=reference(teacher, samples, spec.head, spec.pooling) if teacher is not None else None,
+            student=reference(student, samples, spec.head),
+            tanh=reference(student, samples, spec.head, tanh=True) if has_gelu else None,
+            teacher=reference(teacher, samples, spec.head) if teacher is not None else None,
         )
 
 
@@ -95,8 +95,8 @@ def plan_parity(
         _require(plan, parity(run, known.tanh).relative, float_tolerance)
     found = parity(run, references, only=same_choices(references, known.tanh))
     largest = found.by_output[MAIN_OUTPUT[known.head]]
-    if known.head == "embedding":  # of unit length; hidden states and logits have a scale of their own
-        _require(plan, largest, tanh_tolerance)
+    if known.head == "embedding":  # where it is not of unit length, relative to its spread
+        _require(plan, largest / max(1, found.scales[MAIN_OUTPUT[known.head]]), tanh_tolerance)
     return largest, found
 
 

@@ -174,11 +174,11 @@ class _Models:
         spec = self.spec
         if plan.dense:
             if self._dense is None:
-                self._dense = canonical_graphs(self.teacher, spec.head, spec.pooling)
+                self._dense = canonical_graphs(self.teacher, spec.head)
             return self._dense
         if variant not in self._mixtures:
             with variant.of_model(self.student, spec, self.teacher):
-                self._mixtures = {variant: canonical_graphs(self.student, spec.head, spec.pooling)}
+                self._mixtures = {variant: canonical_graphs(self.student, spec.head)}
         return self._mixtures[variant]
 
     def references(self, variant: Variant, samples: Sequence[Sample]) -> Known:

@@ -13,7 +13,6 @@ from ffn2moe.containers.fit import choose, require_fit
 from ffn2moe.containers.table import CONTAINERS
 from ffn2moe.decompose.source import NotStreamable, Source, only_stack, skeleton
 from ffn2moe.dense.families import FAMILIES, positions
-from ffn2moe.dense.load import pooling_of
 from ffn2moe.moe.describe import spec_of
 from ffn2moe.numerics import choose_device
 from ffn2moe.preflight.dense import Dense
@@ -130,7 +129,9 @@ class Case:
         """The tokens that texts are truncated to."""
         asked, longest = self.request, positions(self.dense.config)
         usual = LONGEST_CAUSAL if self.dense.head == "causal" else LONGEST
-        wanted = asked.max_length or min(usual, longest or LONGEST_CAUSAL)
+        if self.dense.encoder is not None:
+            usual = self.dense.encoder.length(self.dense.reader)
+        wanted = asked.max_length or min(usual, longest or usual)
         if longest is not None and wanted > longest:
             raise ValueError(
                 f"{asked.call('max_length', wanted)} is more than the {longest} positions of {asked.source}: lower it"
@@ -248,7 +249,7 @@ class Case:
             router_bias=container is None,
             container=container.name if container else None,
             width_multiple=container.width_multiple if container else 1,
-            pooling=pooling_of(self.dense.folder) if self.dense.head == "embedding" else None,
+            sentence=self.dense.sentence,
             active_per_layer=asked.active_per_layer,
             elastic=asked.elastic,
         )

@@ -9,7 +9,9 @@ from ffn2moe.dense.config import head_of
 from ffn2moe.dense.families import FAMILIES, Family
 from ffn2moe.dense.load import load_dense
 from ffn2moe.dense.plain import plain_folder
+from ffn2moe.dense.sentence_folder import SentenceFolder, default_modules, read_sentence_folder
 from ffn2moe.progress import Say, silent
+from ffn2moe.sentence import SentenceModules
 from ffn2moe.spec import Head
 
 
@@ -24,9 +26,21 @@ class Dense:
         self.source = source
         self.folder = plain_folder(source, revision, say=say)
         self.config = AutoConfig.from_pretrained(self.folder, trust_remote_code=False)
-        self.head: Head = head or head_of(self.config)
+        self.head: Head = head or head_of(self.config, self.folder)
         self.family: Family | None = FAMILIES.get(self.config.model_type)
         self.reads = self.family.reads if self.family else "text"
+
+    @cached_property
+    def encoder(self) -> SentenceFolder | None:
+        """The modules that make embeddings, where the folder is a sentence encoder's."""
+        return read_sentence_folder(self.folder) if self.head == "embedding" else None
+
+    @property
+    def sentence(self) -> SentenceModules | None:
+        """How the model makes embeddings; None for another head."""
+        if self.head != "embedding":
+            return None
+        return self.encoder.described if self.encoder else default_modules(self.config)
 
     @cached_property
     def model(self) -> Any:
@@ -40,8 +54,10 @@ class Dense:
             return self._loaded[1]
         from transformers import AutoTokenizer
 
+        options = self.encoder.tokenizer_options if self.encoder else {}
         try:
-            return AutoTokenizer.from_pretrained(self.folder, trust_remote_code=False)
+            tokenizer = AutoTokenizer.from_pretrained(self.folder, trust_remote_code=False, **options)
+            return self.encoder.prepare(tokenizer) if self.encoder else tokenizer
         except (OSError, ValueError) as error:
             raise FileNotFoundError(
                 f"{self.source} has no readable tokenizer ({str(error).strip().splitlines()[0]}): put its "

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from ffn2moe.runtime.opened import Opened
 from ffn2moe.runtime.plans import decodes, default_plan, plan_of, resolve
 from ffn2moe.runtime.selftest import self_tests
 from ffn2moe.runtime.switch import Switch, places
+from ffn2moe.sentence import SentenceModules
 
 _log = logging.getLogger(__name__)
 
@@ -42,21 +44,34 @@ class Export(_AtOnce):
     @property
     def width(self) -> int:
         """The dimensions of an embedding."""
-        return int(self.manifest["spec"]["stacks"][0]["width"])
+        return self.sentence.embedding_width(int(self.manifest["spec"]["stacks"][0]["width"]))
 
-    def token_ids(self, texts: Iterable[str]) -> list[list[int]]:
-        """Return the token ids of each text, truncated to the export's length."""
-        return self._ids_of(texts, "encode")
+    @cached_property
+    def sentence(self) -> SentenceModules:
+        """How embeddings are made, and the prompts of the model."""
+        return SentenceModules.of_spec(self.manifest["spec"])
 
-    def encode(self, texts: Iterable[str], *, batch_tokens: int = BATCH_TOKENS) -> np.ndarray:
-        """Return embeddings of unit length, float32 [N, D], in the order of `texts`, any iterable.
+    def token_ids(self, texts: Iterable[str], *, prompt: str = "") -> list[list[int]]:
+        """Return the token ids of each text behind a prompt, truncated to the export's length."""
+        return self._ids_of(texts, "encode", prompt=prompt)
 
-        ValueError for a text that is empty, no string or no valid Unicode.
+    def encode(
+        self,
+        texts: Iterable[str],
+        *,
+        prompt: str | None = None,
+        prompt_name: str | None = None,
+        batch_tokens: int = BATCH_TOKENS,
+    ) -> np.ndarray:
+        """Return embeddings, float32 [N, width], in the order of `texts`, any iterable.
+
+        Before each text stands `prompt`, or the model's prompt of the name `prompt_name`, or its default prompt, if it
+        has one. ValueError for a text that is empty, no string or no valid Unicode, and for an unknown prompt.
 
         Texts are batched with others of their length, up to `batch_tokens` with padding. In an int8 plan the batch has
         one scale of the activations, so an embedding depends a little on its neighbours.
         """
-        ids = self.token_ids(texts)
+        ids = self.token_ids(texts, prompt=self.sentence.prompt(prompt, prompt_name))
         embeddings_ND = np.empty((len(ids), self.width), dtype=np.float32)
         for batch in batches_by_length(ids, batch_tokens):
             ids_BL, mask_BL = pad([ids[index] for index in batch], self._pad_id)

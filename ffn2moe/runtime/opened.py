@@ -31,8 +31,8 @@ class Opened:
     def __repr__(self) -> str:
         return f"{type(self).__name__}({str(self.path)!r}, plan={self.plan!r})"
 
-    def _ids_of(self, texts: Iterable[str], method: str) -> list[list[int]]:
-        """Return the token ids of each text that `method` got, from any iterable, which is read once.
+    def _ids_of(self, texts: Iterable[str], method: str, *, prompt: str = "") -> list[list[int]]:
+        """Return the token ids of each text that `method` got, behind a prompt, from any iterable, which is read once.
 
         ValueError for one text alone, and for one that `require_text` refuses.
         """
@@ -41,7 +41,7 @@ class Opened:
         texts = list(texts)
         for index, text in enumerate(texts):
             require_text(text, f"text {index}")
-        return [encoding.ids for encoding in self._tokenizer.encode_batch(texts)]
+        return [encoding.ids for encoding in self._tokenizer.encode_batch([prompt + text for text in texts])]
 
 
 def require_text(text: object, name: str, *, may_be_empty: bool = False) -> str:

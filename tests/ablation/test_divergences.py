@@ -86,7 +86,7 @@ def test_a_share_of_the_tokens_is_a_share_of_those_that_count():
 def test_a_divergence_is_refused_for_logits_that_it_does_not_fit():
     weights = LossWeights(divergence="sinkhorn")
     with pytest.raises(ValueError, match=r"'sinkhorn' compares logits of the heads classification, .* is causal: use"):
-        objective_for("causal", None, weights)
+        objective_for("causal", weights)
     with pytest.raises(ValueError, match=r"is classification: use one of .*, forward_kl, "):
-        objective_for("classification", None, LossWeights(divergence="selected_tokens"))
-    assert objective_for("classification", None, weights).terms == ("logits", "hidden")
+        objective_for("classification", LossWeights(divergence="selected_tokens"))
+    assert objective_for("classification", weights).terms == ("logits", "hidden")

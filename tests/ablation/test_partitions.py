@@ -22,7 +22,7 @@ from ffn2moe.decompose.statistics import NeuronStatistics
 from ffn2moe.dense.ffn import DenseFFN
 from ffn2moe.dense.load import load_dense
 from ffn2moe.dense.locate import read_ffn
-from ffn2moe.numerics import pool
+from ffn2moe.dense.sentence import embed
 from tests.conftest import make_tiny_bert, make_tiny_llama
 from tests.test_core import random_ffn, spec_for, tokens
 
@@ -215,10 +215,9 @@ def texts_of_ids(lengths: tuple[int, ...]) -> list[list[int]]:
 @pytest.mark.parametrize(("make", "head"), [(make_tiny_bert, "embedding"), (make_tiny_llama, "causal")])
 def test_the_gradient_says_how_the_loss_changes_when_a_neuron_is_left_out(make, head, tmp_path: Path):
     model, _ = load_dense(str(make(tmp_path / "teacher")))
-    pooling = "mean" if head == "embedding" else None
     batches = list(in_order(head, texts_of_ids((7, 12, 9))))
     kept = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-    found = gradient.output_gradients(model, batches, head=head, pooling=pooling, max_tokens=100, seed=3)
+    found = gradient.output_gradients(model, batches, head=head, max_tokens=100, seed=3)
     assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == kept
     inputs = layer_inputs(model, batches, max_tokens=100)
     assert [g.shape for g in found] == [x.shape for x in inputs]
@@ -229,7 +228,7 @@ def test_the_gradient_says_how_the_loss_changes_when_a_neuron_is_left_out(make, 
             logits, ids = model(**batch.inputs).logits[:, :-1], batch.inputs["input_ids"][:, 1:]
             real = batch.mask[:, 1:].bool()
             return torch.nn.functional.cross_entropy(logits[real], ids[real], reduction="sum").item()
-        embedding = pool(model(**batch.inputs)[0], batch.mask, pooling)
+        embedding = embed(model, model(**batch.inputs)[0], batch.mask)
         signs = torch.randint(2, embedding.shape, generator=torch.Generator().manual_seed(3)) * 2 - 1
         return (embedding * signs).sum().item()
 
@@ -249,7 +248,7 @@ def test_gradients_are_those_of_the_first_tokens_however_many_texts_there_are(tm
     ids = texts_of_ids((8, 8, 8, 8))
     some, all_of_them = (
         gradient.output_gradients(
-            model, in_order("causal", ids, batch_texts=size), head="causal", pooling=None, max_tokens=16, seed=0
+            model, in_order("causal", ids, batch_texts=size), head="causal", max_tokens=16, seed=0
         )
         for size in (1, 4)
     )

@@ -26,7 +26,8 @@ from ffn2moe.decompose.partition import PARTITIONS, Partition
 from ffn2moe.decompose.statistics import NeuronStatistics
 from ffn2moe.dense.ffn import DenseFFN
 from ffn2moe.dense.locate import stacks_of
-from ffn2moe.numerics import chunk_of, low_precision, pool
+from ffn2moe.dense.sentence import embed
+from ffn2moe.numerics import chunk_of, low_precision
 
 GROUP_DIRECTIONS = 64  # principal directions of the tokens that their clustering reads
 
@@ -123,7 +124,6 @@ def output_gradients(
     batches: Iterable[Batch],
     *,
     head: str,
-    pooling: Any,
     max_tokens: int,
     seed: int,
     device: str | torch.device = "cpu",
@@ -151,7 +151,7 @@ def output_gradients(
         for batch in batches:
             batch = batch.to(torch.device(device))
             probes.clear()
-            gradients = torch.autograd.grad(_loss(model, batch, head, pooling, generator), probes)
+            gradients = torch.autograd.grad(_loss(model, batch, head, generator), probes)
             for parts, gradient, path in zip(found, gradients, paths, strict=True):
                 parts.append(real_tokens(gradient, batch, path).float().cpu())
             if all(sum(map(len, parts)) >= max_tokens for parts in found):
@@ -164,7 +164,7 @@ def output_gradients(
     return [torch.cat(parts)[:max_tokens] for parts in found]
 
 
-def _loss(model: Any, batch: Batch, head: str, pooling: Any, generator: torch.Generator) -> Tensor:
+def _loss(model: Any, batch: Batch, head: str, generator: torch.Generator) -> Tensor:
     """Return the loss that `output_gradients` differentiates: a sum over texts and tokens."""
     if head == "causal" or head == "seq2seq":
         logits_BLV = model(**batch.inputs).logits[:, :-1]
@@ -173,8 +173,8 @@ def _loss(model: Any, batch: Batch, head: str, pooling: Any, generator: torch.Ge
             ids_BL = ids_BL.masked_fill(batch.mask[:, 1:] == 0, -100)  # which cross_entropy leaves out
         return F.cross_entropy(logits_BLV.flatten(0, 1).float(), ids_BL.flatten(), reduction="sum")
     if head == "embedding":
-        assert batch.mask is not None and pooling is not None
-        output = pool(model(**batch.inputs)[0], batch.mask, pooling)
+        assert batch.mask is not None
+        output = embed(model, model(**batch.inputs)[0], batch.mask)
     else:
         found = model(**batch.inputs)
         output = found.logits if getattr(found, "logits", None) is not None else found[0]
@@ -188,7 +188,6 @@ def partitions(bench: Bench, cell: Cell, inputs: Sequence[Tensor]) -> list[Parti
         bench.model(),
         bench.calibration(),
         head=bench.head,
-        pooling=bench.pooling,
         max_tokens=bench.budget.calibration_tokens,
         seed=cell.seed,
     )
