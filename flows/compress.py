@@ -48,6 +48,7 @@ from flows.workspace import (  # noqa: E402
     Workspace,
     bring_back,
     check,
+    check_inputs,
     commit,
     isolate,
     kept,
@@ -58,7 +59,7 @@ from tasks.layer_map import DASK  # noqa: E402
 from tasks.params import Settings, load_params  # noqa: E402
 from tasks.record import PipelineRecord  # noqa: E402
 from tasks.registry import Registry  # noqa: E402
-from tasks.stage import remove  # noqa: E402
+from tasks.stage import USER_ERROR, remove  # noqa: E402
 from tasks.store import default_tracking_uri, mlflow_client  # noqa: E402
 
 console = Console(width=None if sys.stdout.isatty() else 110, markup=False)
@@ -277,7 +278,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         check(ROOT)
         if "PREFECT_API_URL" not in os.environ:
             check_database(ROOT)
-        plan(ROOT, settings, Path.cwd())  # raises for wrong settings before anything starts
+        raw, _ = plan(ROOT, settings, Path.cwd())  # raises for wrong settings before anything starts
+        if not check_inputs(ROOT, raw):
+            return USER_ERROR
         mlflow_client(default_tracking_uri(ROOT))  # and for a run record that cannot be used
         _guardian = guard(ROOT)  # keep it: it acts when this end of its pipe closes
         compress(overrides=settings, called_from=str(Path.cwd()))

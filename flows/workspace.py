@@ -259,6 +259,23 @@ def plan(source: Path, overrides: Sequence[str], called_from: Path) -> tuple[dic
     return raw, parameters.validate(raw, source="the settings").name
 
 
+def check_inputs(source: Path, raw: dict[str, object]) -> bool:
+    """Return whether teacher, corpus, settings and machine fit; if not, the reason was printed.
+
+    It is asked once for the same parameters: the stages that read the inputs ask again. A process of its own imports
+    torch, so that this one stays small.
+    """
+    given = json.dumps(parameters.validate(raw).model_dump(mode="json", by_alias=True))
+    mark = source / ".cache" / "checked"
+    if mark.is_file() and mark.read_text(encoding="utf-8") == given:
+        return True
+    done = subprocess.run([sys.executable, "-m", "tasks.check", "-"], cwd=source, input=given, text=True, check=False)
+    if done.returncode == 0:
+        mark.parent.mkdir(exist_ok=True)
+        mark.write_text(given, encoding="utf-8")
+    return done.returncode == 0
+
+
 def _name_for(name: str, overrides: Sequence[str]) -> str:
     text = "-".join(sorted(item for item in overrides if not item.startswith("name=")))
     slug = re.sub(r"[^a-z0-9.]+", "-", text.lower()).strip("-.") or "again"

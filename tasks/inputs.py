@@ -14,6 +14,7 @@ from importlib import metadata
 from pathlib import Path
 
 from tasks import corpus
+from tasks.check import require_files
 from tasks.params import Params
 from tasks.stage import StageRun, main
 
@@ -24,11 +25,12 @@ _DATA_SUFFIXES = {".csv", ".tsv", ".txt", ".jsonl"}
 def run(stage: StageRun) -> None:
     """Write data/inputs.json. FileNotFoundError or ValueError where a named input is missing."""
     params, root = stage.params, stage.root
+    require_files(params, root)
     inputs = {
         "teacher": _teacher(params, root),
         "corpus": _corpus(params, root),
         "evaluation": _evaluation(params, root),
-        "folder": None if params.data.folder is None else _data_folder(root / params.data.folder),
+        "folder": None if params.data.folder is None else _hashes(root / params.data.folder, _DATA_SUFFIXES),
     }
     stage.write_json("data/inputs.json", inputs)
     stage.say(", ".join(f"{name} {_summary(value)}" for name, value in inputs.items() if value))
@@ -80,18 +82,7 @@ def _evaluation(params: Params, root: Path) -> dict[str, object] | None:
     if params.data.evaluation is None:
         return None
     path = root / Path(params.data.evaluation).expanduser()
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"data.evaluation = {params.data.evaluation} is not a file; check the path, or give null for a part of the "
-            "corpus"
-        )
     return {"kind": "file", "sha256": _sha256(path)}
-
-
-def _data_folder(folder: Path) -> dict[str, str]:
-    if not folder.is_dir():
-        raise FileNotFoundError(f"data.folder = {folder} is not a folder; give one, or null for none")
-    return _hashes(folder, _DATA_SUFFIXES)
 
 
 def _versions(packages: Iterable[str], key: str) -> dict[str, dict[str, str]]:

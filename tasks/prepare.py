@@ -14,7 +14,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ffn2moe.progress import silent
 from tasks import corpus
+from tasks.check import check, corpus_source, teacher_source
 from tasks.stage import StageRun, main
 
 if TYPE_CHECKING:
@@ -58,6 +60,7 @@ class Teacher:
 def run(stage: StageRun) -> None:
     """Write data/teacher, data/corpus, data/benchmarks and metrics/prepare.json."""
     data = stage.params.data
+    check(stage.params, stage.root, silent)
     teacher = open_teacher(stage)
     folder = corpus.read_folder(stage.root / data.folder) if data.folder else corpus.LabelledFolder([])
     if teacher.head == "embedding":
@@ -109,35 +112,17 @@ def run(stage: StageRun) -> None:
 
 
 def open_teacher(stage: StageRun) -> Teacher:
-    """Open the teacher; ValueError for one that the pipeline cannot use, before any work."""
+    """Open the teacher, which `check` has found fit."""
     from ffn2moe.dense.config import head_of
-    from ffn2moe.dense.families import positions
     from ffn2moe.dense.load import load_dense
     from ffn2moe.dense.locate import activation_of, family_of, ffn_layers, read_ffn
     from ffn2moe.dense.plain import plain_folder
 
     settings = stage.params.teacher
-    folder = plain_folder(teacher_source(stage), settings.revision, say=stage.say)
-    refuse_other_inputs(settings.source, folder)
-    model, tokenizer = load_dense(str(folder), head=None if settings.head == "auto" else settings.head)
-    head = head_of(model.config, folder) if settings.head == "auto" else settings.head
-    if stage.params.data.corpus == "generated" and head != "causal":
-        raise ValueError(
-            f"data.corpus = generated asks the teacher to write the texts, and {settings.source} has the head "
-            f"{head}, which writes no text: name a corpus"
-        )
-    longest = positions(model.config)
-    if longest is not None and settings.max_length > longest:
-        raise ValueError(
-            f"teacher.max_length = {settings.max_length} is more than the {longest} positions of "
-            f"{settings.source}; lower it"
-        )
-    vocabulary = model.config.get_text_config().vocab_size
-    if len(tokenizer) > vocabulary:
-        raise ValueError(
-            f"the tokenizer of {settings.source} knows {len(tokenizer)} tokens and its model "
-            f"{vocabulary}: they belong to different models; restore the folder"
-        )
+    folder = plain_folder(teacher_source(stage.params, stage.root), settings.revision, say=stage.say)
+    asked = None if settings.head == "auto" else settings.head
+    model, tokenizer = load_dense(str(folder), head=asked)
+    head = asked or head_of(model.config, folder)
     ffn = read_ffn(model, 0)
     summary = {
         "family": family_of(model).name,
@@ -148,30 +133,6 @@ def open_teacher(stage: StageRun) -> Teacher:
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
     }
     return Teacher(folder, model, tokenizer, head, summary if head == "embedding" else summary | {"head": head})
-
-
-def refuse_other_inputs(source: str, folder: Path) -> None:
-    """ValueError for a model that reads images or sound, or gives hidden states only: the corpus is text."""
-    from transformers import PreTrainedConfig
-
-    from ffn2moe.dense.families import FAMILIES
-
-    written, _ = PreTrainedConfig.get_config_dict(folder)
-    family = FAMILIES.get(written.get("model_type"))
-    if family is not None and (family.reads != "text" or family.heads == ("features",)):
-        able = sorted(name for name, one in FAMILIES.items() if one.reads == "text" and one.heads != ("features",))
-        raise ValueError(
-            f"teacher.source = {source} is a {family.name} model, which reads {family.reads} and gives "
-            f"{' or '.join(family.heads)}; the pipeline distils and judges on text ({', '.join(able)}): convert this "
-            "model with `ffn2moe convert` instead"
-        )
-
-
-def teacher_source(stage: StageRun) -> str:
-    """Return the teacher in the form of `load_dense`; a path is relative to the workspace."""
-    source = stage.params.teacher.source
-    path = stage.root / Path(source).expanduser()
-    return str(path) if path.exists() else source
 
 
 def copy_teacher(teacher: Teacher, out: Path) -> None:
@@ -188,14 +149,6 @@ def copy_teacher(teacher: Teacher, out: Path) -> None:
         copy_modules(folder, out)
 
 
-def corpus_source(stage: StageRun) -> str:
-    """Return the corpus in the form of `read_corpus`; a path is relative to the workspace."""
-    source = stage.params.data.corpus
-    if source == "docstrings" or source.startswith("datasets:"):
-        return source
-    return str(stage.root / Path(source).expanduser())
-
-
 def corpus_name(source: str) -> str:
     """Return the source name of a corpus's texts: a file's name without its ending, else the name as it is written."""
     return Path(source).stem if Path(source).suffix else source
@@ -205,7 +158,9 @@ def split_corpus(stage: StageRun, folder: corpus.LabelledFolder) -> tuple[corpus
     """Return the splits and the source of the retrieval pairs: the corpus itself if it has enough pairs."""
     data, workers = stage.params.data, stage.params.compute.threads
     is_docstrings = data.corpus == "docstrings"
-    texts = corpus.read_corpus(corpus_source(stage), data.text_column, workers=workers, track=stage.track)
+    texts = corpus.read_corpus(
+        corpus_source(stage.params, stage.root), data.text_column, workers=workers, track=stage.track
+    )
     judged = folder.judged()
 
     wanted = data.evaluation_pairs if is_docstrings else corpus.own_pairs(texts, data.evaluation_pairs)
@@ -245,7 +200,10 @@ def split_for_logits(
         texts = list(written)
     else:
         texts = corpus.read_corpus(
-            corpus_source(stage), data.text_column, workers=stage.params.compute.threads, track=stage.track
+            corpus_source(stage.params, stage.root),
+            data.text_column,
+            workers=stage.params.compute.threads,
+            track=stage.track,
         )
     judged: list[str] = []
     if data.evaluation is not None:

@@ -10,21 +10,22 @@ PROJECT = Path(__file__).resolve().parent.parent
 PACKAGES = ("ffn2moe", "tasks", "flows")
 
 
-# It says which names params.yaml can hold. That decides whether a stage runs, not what it writes.
-CHECKS = "tasks.choices"
+# They say what params.yaml can hold and whether a run can be done. That decides whether a stage runs, not what it
+# writes.
+CHECKS = ("tasks.choices", "tasks.check")
 
 
 def closure(module: str) -> set[str]:
     """Return the paths (as in dvc.yaml) of a module and of every project module that it imports at run time.
 
-    `tasks.choices` and what only it imports are left out.
+    `CHECKS` and what only they import are left out.
     """
     found: dict[str, str] = {}
     todo = [module]
     while todo:
         name = todo.pop()
         path = _path(name)
-        if name in found or path is None or name == CHECKS:
+        if name in found or path is None or name in CHECKS:
             continue
         found[name] = path.relative_to(PROJECT).as_posix()
         todo += [name.rpartition(".")[0], *names(ast.parse(path.read_text(encoding="utf-8")))]

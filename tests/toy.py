@@ -130,6 +130,7 @@ def make_toy(folder: Path) -> Path:
     copy_project(folder)
     (folder / "tasks" / "toy.py").write_text(STAGES)
     (folder / "tasks" / "toy_model.py").write_text(MODEL)
+    (folder / "tasks" / "check.py").write_text("")  # there is no teacher to look at
     (folder / "dvc.yaml").write_text(DVC_YAML)
     commit(folder)
     return folder

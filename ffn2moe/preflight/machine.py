@@ -7,12 +7,13 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import torch
+
 from ffn2moe.decompose.memory import resident
 from ffn2moe.numerics import bf16_supported
 from ffn2moe.preflight.case import Case
 from ffn2moe.preflight.doubt import Doubt
 from ffn2moe.preflight.room import all_memory, available_memory, room_of
-from ffn2moe.runtime.engines import cores
 
 GIB = 2**30
 
@@ -44,7 +45,7 @@ def existing(path: Path) -> Path:
 def processor(case: Case) -> Iterator[str]:
     """Name what computes."""
     precision = "bfloat16" if bf16_supported(case.device) else "float32"
-    what = f"{cores()} cores" if case.device == "cpu" else case.device
+    what = f"{torch.get_num_threads()} threads" if case.device == "cpu" else case.device
     yield f"trains on {what} in {precision}"
 
 
@@ -64,9 +65,10 @@ def memory(case: Case) -> Iterator[str]:
     """Refuse what memory and swap together cannot hold; warn of what is not available now."""
     room, asked = room_of(case), case.request
     most, available = all_memory(), available_memory()
+    without = "convert it with `ffn2moe convert`, --distill-steps 0 and --no-onnx"
     for needed, what, remedy in (
         (room.decomposing, "to decompose", f"lower {asked.call('calibration_tokens')}"),
-        (room.training, "for teacher and student", f"set {asked.call('steps', 0)} and {asked.call('onnx')}"),
+        (room.training, "for teacher and student", without),
     ):
         if most is not None and needed > most:
             raise ValueError(

@@ -20,7 +20,8 @@ def corpus(case: Case) -> Iterator[str]:
     if case.corpus == "generated":
         yield "the model writes the texts itself"
         return
-    used = f", of which {asked.texts} are used at most" if asked.texts else ""
+    more = asked.texts is not None and (case.sample.count is None or case.sample.count > asked.texts)
+    used = f", of which {asked.texts} are used" if more else ""
     yield f"{case.corpus}: {case.sample.number}{used}"
 
 
@@ -54,7 +55,7 @@ def plans(case: Case) -> Iterator[str]:
         ENGINES[engine].require()
     if not (asked.engines or installed_engines()):
         raise ValueError(
-            f"no engine is installed that runs ONNX graphs: pip install onnxruntime, or set {asked.call('onnx')}"
+            "no engine is installed that runs ONNX graphs: pip install onnxruntime, or use `ffn2moe convert --no-onnx`"
         )
     able = plans_on_request(dense.head)
     for name in asked.more_plans:

@@ -1,0 +1,122 @@
+"""Check a run before its work: `python -m tasks.check`, which `make run` does first, and `prepare` once more.
+
+It reads params.yaml in the current folder or, with the argument `-`, parameters as JSON from standard input.
+What it finds decides whether a stage runs, never what a stage writes: DVC need not know it (tests/imports.py).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+from ffn2moe.preflight.request import Request
+from ffn2moe.progress import Say
+from tasks.corpus import FEWEST_TRAIN_TEXTS
+from tasks.params import Params, load_params, validate
+
+KEYS = {  # the settings of a `Request` -> their keys
+    "source": "teacher.source",
+    "revision": "teacher.revision",
+    "head": "teacher.head",
+    "max_length": "teacher.max_length",
+    "corpus": "data.corpus",
+    "text_column": "data.text_column",
+    "texts": "data.max_texts",
+    "num_experts": "decompose.num_experts",
+    "num_active": "decompose.num_active",
+    "shared_width": "decompose.shared_width",
+    "partition": "decompose.partition",
+    "container": "decompose.container",
+    "gate": "decompose.gate",
+    "active_per_layer": "decompose.active_per_layer",
+    "elastic": "distill.elastic",
+    "calibration_tokens": "decompose.calibration_tokens",
+    "steps": "distill.steps",
+    "batch_tokens": "distill.batch_tokens",
+    "engines": "export.engines",
+    "more_plans": "export.more_plans",
+    "device": "compute.device",
+}
+CHECKPOINTS = 5  # teacher, decomposed, routed, distilled, exported
+STORED = 2  # in the workspace, and in the cache of DVC
+
+
+def check(params: Params, root: Path, say: Say) -> None:
+    """Say what a run with these parameters makes and takes; ValueError or FileNotFoundError if it cannot be done."""
+    from ffn2moe.preflight.case import Case
+    from ffn2moe.preflight.checks import preflight
+
+    require_files(params, root)
+    preflight(Case(request_of(params, root)), say)
+
+
+def require_files(params: Params, root: Path) -> None:
+    """FileNotFoundError where the labelled sets or the texts to evaluate on are not there."""
+    data = params.data
+    if data.evaluation is not None and not (root / Path(data.evaluation).expanduser()).is_file():
+        raise FileNotFoundError(
+            f"data.evaluation = {data.evaluation} is not a file; check the path, or give null for a part of the corpus"
+        )
+    if data.folder is not None and not (root / data.folder).is_dir():
+        raise FileNotFoundError(f"data.folder = {data.folder} is not a folder; give one, or null for none")
+
+
+def request_of(params: Params, root: Path) -> Request:
+    """Return what the parameters ask for; paths are relative to the workspace."""
+    flat, data, settings = params.flat(), params.data, params.decompose
+    named = {name: flat[key] for name, key in KEYS.items()}
+    other = {
+        "source": teacher_source(params, root),
+        "head": None if params.teacher.head == "auto" else params.teacher.head,
+        "corpus": corpus_source(params, root),
+        "active_per_layer": settings.active_per_layer if isinstance(settings.active_per_layer, tuple) else (),
+        "elastic": tuple(sorted({*params.distill.elastic} - {settings.num_active})),
+    }
+    return Request(
+        **named | other,
+        called=KEYS,
+        disk=root,
+        fewest_texts=2 if data.folder or data.corpus == "generated" else FEWEST_TRAIN_TEXTS + 2,
+        text_only=True,
+        needs_container=settings.container == "auto",
+        checkpoints=CHECKPOINTS,
+        stored=STORED,
+    )
+
+
+def teacher_source(params: Params, root: Path) -> str:
+    """Return the teacher as `load_dense` takes it; a path is relative to the workspace."""
+    path = root / Path(params.teacher.source).expanduser()
+    return str(path) if path.exists() else params.teacher.source
+
+
+def corpus_source(params: Params, root: Path) -> str:
+    """Return the corpus as `read_corpus` takes it; a path is relative to the workspace."""
+    source = params.data.corpus
+    if source in ("docstrings", "generated") or source.startswith("datasets:"):
+        return source
+    return str(root / Path(source).expanduser())
+
+
+def main() -> int:
+    """Check the run of params.yaml, or of standard input; return the exit code."""
+    from tasks.stage import USER_ERROR, explain, prepare_process
+
+    root = Path.cwd()
+    try:
+        params = validate(json.load(sys.stdin)) if sys.argv[1:] == ["-"] else load_params(root / "params.yaml")
+        prepare_process(params)
+        check(params, root, print)
+        return 0
+    except Exception as error:
+        message = explain(error)
+        if message is None or os.environ.get("FFN2MOE_DEBUG"):
+            raise
+        print(f"error: {message}", file=sys.stderr)  # noqa: T201
+        return USER_ERROR
+
+
+if __name__ == "__main__":
+    sys.exit(main())
