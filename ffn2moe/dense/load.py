@@ -35,7 +35,7 @@ def load_dense(
 
     folder = plain_folder(source, revision, say=say)
     try:
-        config = _read_config(source, folder)
+        config = read_config(source, folder)
         family = FAMILIES.get(config.model_type)
         head = HEADS.require(head or head_of(config, folder))
         if family is not None and head not in family.heads:
@@ -99,16 +99,22 @@ def _unreadable(source: str, error: Exception, what: str) -> FileNotFoundError:
     )
 
 
-def _read_config(source: str, folder: Path) -> Any:
-    from transformers import AutoConfig, PreTrainedConfig
+def read_config(source: str, folder: Path) -> Any:
+    """Return the transformers config of a folder, which messages call `source`. ValueError where it cannot be read."""
+    import transformers
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    written, _ = PreTrainedConfig.get_config_dict(folder)
-    model_type = written.get("model_type")
-    if model_type not in CONFIG_MAPPING:
+    try:
+        written, _ = transformers.PreTrainedConfig.get_config_dict(folder)
+        known = written.get("model_type") in CONFIG_MAPPING
+        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False) if known else None
+    except Exception as error:  # a dozen kinds: no JSON, no object, values of the wrong type
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"config.json of {source} cannot be used ({reason}): fetch the folder again") from None
+    if config is None:
         code = "; code that comes with a model is never run" if "auto_map" in written else ""
         raise ValueError(
-            f"the teacher {source} is a {model_type!r} model, which is not supported; supported are: "
-            f"{', '.join(FAMILIES)} (transformers itself does not know it{code})"
+            f"the teacher {source} is a {written.get('model_type')!r} model, which transformers "
+            f"{transformers.__version__} does not know{code}; docs/families.md lists the {len(FAMILIES)} known types"
         )
-    return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    return config

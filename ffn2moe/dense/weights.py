@@ -28,7 +28,8 @@ def weight_files(folder: str | Path) -> dict[str, Path]:
     if missing:
         named = f", which {index.name} names," if promised else ""
         raise FileNotFoundError(
-            f"{', '.join(missing[:3])}{named} is not in {folder} ({len(missing)} of {len(shards)} files are missing)"
+            f"{', '.join(missing[:3])}{named} is not in {folder} ({len(missing)} of {len(shards)} files are missing): "
+            "fetch the folder again"
         )
     found = _files_of_tensors(folder, shards)
     lost = [name for name, shard in promised.items() if name not in found or found[name].name != shard]

@@ -7,7 +7,7 @@ from typing import Any
 
 from ffn2moe.dense.config import head_of
 from ffn2moe.dense.families import FAMILIES, Family
-from ffn2moe.dense.load import load_dense
+from ffn2moe.dense.load import load_dense, read_config
 from ffn2moe.dense.plain import plain_folder
 from ffn2moe.dense.sentence_folder import SentenceFolder, default_modules, read_sentence_folder
 from ffn2moe.progress import Say, silent
@@ -21,11 +21,9 @@ class Dense:
     def __init__(
         self, source: str, *, revision: str | None = None, head: Head | None = None, say: Say = silent
     ) -> None:
-        from transformers import AutoConfig
-
         self.source = source
         self.folder = plain_folder(source, revision, say=say)
-        self.config = AutoConfig.from_pretrained(self.folder, trust_remote_code=False)
+        self.config = read_config(source, self.folder)
         self.head: Head = head or head_of(self.config, self.folder)
         self.family: Family | None = FAMILIES.get(self.config.model_type)
         self.reads = self.family.reads if self.family else "text"

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from safetensors import SafetensorError
+
 from ffn2moe.choices import HEADS
 from ffn2moe.dense.families import positions
 from ffn2moe.dense.weights import weight_files
@@ -25,7 +27,13 @@ def source(case: Case) -> Iterator[str]:
             f"{asked.source} is a mixture of {experts} experts already ({dense.config.model_type}), and only dense "
             "models are decomposed: name the dense model that it was made of"
         )
-    files = set(weight_files(dense.folder).values())
+    try:
+        files = set(weight_files(dense.folder).values())
+    except SafetensorError as error:
+        raise ValueError(
+            f"the weights of {asked.source} cannot be read ({error}): a file is cut short or damaged; fetch the folder "
+            "again"
+        ) from None
     size = sum(file.stat().st_size for file in files) / 2**20
     yield f"{dense.config.model_type} in {dense.folder}, {case.parameters / 1e6:.3g} M weights, {size:.4g} MiB in files"
     if dense.family is None:
