@@ -70,6 +70,7 @@ def request_of(params: Params, root: Path) -> Request:
     other = {
         "source": teacher_source(params, root),
         "head": None if params.teacher.head == "auto" else params.teacher.head,
+        "max_length": None if params.teacher.max_length == "auto" else params.teacher.max_length,
         "corpus": corpus_source(params, root),
         "active_per_layer": settings.active_per_layer if isinstance(settings.active_per_layer, tuple) else (),
         "elastic": tuple(sorted({*params.distill.elastic} - {settings.num_active})),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from tasks.layer_map import in_order, layer_map
+from tasks.length import text_length
 from tasks.stage import StageRun, main
 from tasks.tokens import read_tokens
 
@@ -32,8 +33,8 @@ def run(stage: StageRun) -> None:
     params, root, most = stage.params, stage.root, stage.params.decompose.calibration_tokens
     head = None if params.teacher.head == "auto" else params.teacher.head
     model, tokenizer = load_dense(str(root / "data/teacher"), head=head)
-    spec = describe(stage, model)
-    tokens = read_tokens(root / "data/corpus/calibration.jsonl", spec.head, tokenizer, params.teacher.max_length)
+    spec = describe(stage, model, tokenizer)
+    tokens = read_tokens(root / "data/corpus/calibration.jsonl", spec.head, tokenizer, spec.max_length)
     inputs = layer_inputs(model, tokens.in_order(), max_tokens=most, device=choose_device(params.compute.device))
     model.to("cpu")
     ffns = [read_ffn(model, index) for index in range(len(inputs))]
@@ -114,7 +115,7 @@ def within_budget(
     return spec, [done.summary for done in in_order(stage.track(layer_map()(jobs), len(jobs), "judging layers"))]
 
 
-def describe(stage: StageRun, model: Any) -> MoESpec:
+def describe(stage: StageRun, model: Any, tokenizer: Any) -> MoESpec:
     """Return the spec that the parameters ask for; say so where experts need padding.
 
     K of each layer is not in it yet where it is chosen within a budget. ValueError, with the property that forbids it,
@@ -135,7 +136,7 @@ def describe(stage: StageRun, model: Any) -> MoESpec:
         num_active=settings.num_active,
         partition=settings.partition,
         teacher=params.teacher.source,
-        max_length=params.teacher.max_length,
+        max_length=text_length(stage, stage.root / "data/teacher", model, head, tokenizer),
         shared_width=settings.shared_width,
         gate=gate,
         router_bias=container is None,

@@ -45,7 +45,7 @@ def run(stage: StageRun) -> None:
     if spec.elastic:
         payload["budgets"] = budgets(payload, spec)
     layers = diagnose(stage, teacher, student, tokenizer, spec, device)
-    teacher_flops, student_flops = metrics.flops_per_token(spec, teacher.config, params.teacher.max_length)
+    teacher_flops, student_flops = metrics.flops_per_token(spec, teacher.config, spec.max_length)
     payload |= {
         "layers": layers,
         "agreement": agreement(stage, student, tokenizer, spec, device),
@@ -53,7 +53,7 @@ def run(stage: StageRun) -> None:
         "flops_per_token": {
             "teacher": teacher_flops.total,
             "student": student_flops.total,
-            "length": params.teacher.max_length,
+            "length": spec.max_length,
         },
         "amdahl_bound": metrics.amdahl_bound(teacher_flops, spec.active_share),
         "parameters": metrics.parameters(teacher, student),
@@ -87,7 +87,7 @@ def diagnose(
         stage.root / "data/corpus/evaluation.jsonl",
         spec.head,
         tokenizer,
-        stage.params.teacher.max_length,
+        spec.max_length,
         packed=False,
     )
     batch_texts = stage.params.evaluate.batch_texts
@@ -113,7 +113,7 @@ def agreement(stage: StageRun, student: Any, tokenizer: Any, spec: MoESpec, devi
 
     path = stage.root / "data/corpus/calibration.jsonl"
     sources = [row.get("source", "unknown") for row in read_jsonl(path)]
-    tokens = read_tokens(path, spec.head, tokenizer, stage.params.teacher.max_length, packed=False)
+    tokens = read_tokens(path, spec.head, tokenizer, spec.max_length, packed=False)
     batch_texts = stage.params.evaluate.batch_texts
     if len(spec.stacks) > 1 or len(set(sources)) < 2:
         why = "the model has two stacks" if len(spec.stacks) > 1 else f"all texts are from {sources[0]}"

@@ -33,7 +33,7 @@ def judge(stage: StageRun, models: Mapping[str, Any], tokenizer: Any, spec: MoES
             model,
             tokenizer,
             texts,
-            max_length=params.teacher.max_length,
+            max_length=spec.max_length,
             batch_texts=params.evaluate.batch_texts,
             device=device,
             track=lambda items, total, _, name=name: stage.track(items, total, f"{name}: encoding"),

@@ -44,7 +44,7 @@ def judge(stage: StageRun, models: Mapping[str, Any], tokenizer: Any, spec: MoES
     for model in models.values():
         model.to(device).eval()
     path = stage.root / "data/corpus/evaluation.jsonl"
-    tokens = read_tokens(path, spec.head, tokenizer, stage.params.teacher.max_length, packed=False)
+    tokens = read_tokens(path, spec.head, tokenizer, spec.max_length, packed=False)
     if spec.head == "causal":
         tokens = Tokens(tokens.head, [ids for ids in tokens.ids if len(ids) > 1], None, tokens.pad_id)
     judged, _ = compare(stage, models, tokens, batch_texts, device)

@@ -57,7 +57,7 @@ class Teacher(Section):
     source: str = Field(min_length=1)
     revision: str | None
     head: Annotated[str, OneOf(HEADLINES, ("auto",))]
-    max_length: int = Field(ge=8)
+    max_length: Annotated[int, Field(ge=8)] | Literal["auto"]
 
 
 class Data(Section):
@@ -251,16 +251,21 @@ class Params(Section):
 
     @model_validator(mode="after")
     def _a_batch_holds_a_text(self) -> Params:
+        if self.teacher.max_length != "auto":
+            self.require_batches_of(self.teacher.max_length)
+        return self
+
+    def require_batches_of(self, length: int) -> None:
+        """Raise ValueError where a batch has fewer tokens than a text."""
         for key, tokens in (
             ("train_router.batch_tokens", self.train_router.batch_tokens),
             ("distill.batch_tokens", self.distill.batch_tokens),
         ):
-            if tokens < self.teacher.max_length:
+            if tokens < length:
                 raise ValueError(
-                    f"{key} = {tokens} is less than teacher.max_length = {self.teacher.max_length}: "
+                    f"{key} = {tokens} is less than teacher.max_length = {length}: "
                     "a batch could not hold one text; raise the first or lower the second"
                 )
-        return self
 
     @model_validator(mode="after")
     def _something_to_learn_from(self) -> Params:

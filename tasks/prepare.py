@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from ffn2moe.progress import silent
 from tasks import corpus
 from tasks.check import check, corpus_source, teacher_source
+from tasks.length import text_length
 from tasks.stage import StageRun, main
 
 if TYPE_CHECKING:
@@ -54,6 +55,7 @@ class Teacher:
     model: Any
     tokenizer: Any
     head: Head
+    length: int  # tokens that texts are cut to
     summary: dict[str, Any]
 
 
@@ -123,6 +125,9 @@ def open_teacher(stage: StageRun) -> Teacher:
     asked = None if settings.head == "auto" else settings.head
     model, tokenizer = load_dense(str(folder), head=asked)
     head = asked or head_of(model.config, folder)
+    length = text_length(stage, folder, model, head, tokenizer)
+    if settings.max_length == "auto":
+        stage.say(f"teacher.max_length = auto: texts are cut to {length} tokens")
     ffn = read_ffn(model, 0)
     summary = {
         "family": family_of(model).name,
@@ -132,7 +137,7 @@ def open_teacher(stage: StageRun) -> Teacher:
         "activation": activation_of(model),
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
     }
-    return Teacher(folder, model, tokenizer, head, summary if head == "embedding" else summary | {"head": head})
+    return Teacher(folder, model, tokenizer, head, length, summary if head == "embedding" else summary | {"head": head})
 
 
 def copy_teacher(teacher: Teacher, out: Path) -> None:
@@ -232,11 +237,11 @@ def write_texts(stage: StageRun, teacher: Teacher) -> dict[str, list[int]]:
     params = stage.params
     teacher.model.to(choose_device(params.compute.device))
     bos = teacher.tokenizer.bos_token_id
-    cached = 2 * teacher.summary["layers"] * teacher.summary["width"] * params.teacher.max_length
+    cached = 2 * teacher.summary["layers"] * teacher.summary["width"] * teacher.length
     drawn = sample_tokens(
         teacher.model,
         count=params.data.max_texts,
-        length=params.teacher.max_length,
+        length=teacher.length,
         seed=params.seed,
         bos=teacher.model.generation_config.bos_token_id if bos is None else bos,
         batch=max(1, min(MOST_WRITTEN_AT_ONCE, CACHED_NUMBERS // cached)),
@@ -253,7 +258,7 @@ def tokenised(
     from ffn2moe.data.generate import greedy_answers
     from ffn2moe.numerics import choose_device
 
-    length = stage.params.teacher.max_length
+    length = teacher.length
     limit: dict[str, Any] = {} if teacher.head == "causal" else {"truncation": True, "max_length": length}
     new = [text for text in texts if text not in written]
     found = dict(zip(new, teacher.tokenizer(new, **limit)["input_ids"] if new else [], strict=True)) | written

@@ -125,6 +125,8 @@ def budget_of(options: argparse.Namespace) -> Budget:
     from tasks.params import load_params
 
     params = load_params(PARAMS, options.set)
+    if params.teacher.max_length == "auto":
+        raise ValueError("the ablation cuts the texts of all models alike: set teacher.max_length to a number")
     router = {f"router_{name}": getattr(params.train_router, name) for name in OF_ROUTERS}
     return Budget(
         experts=options.experts,

@@ -46,10 +46,6 @@ class SentenceFolder:
     def described(self) -> SentenceModules:
         return self.module.described
 
-    def length(self, tokenizer: Any) -> int:
-        """Return the tokens that the library cuts texts to, where the model has positions for them."""
-        return int(self.max_length or tokenizer.model_max_length)
-
     def prepare(self, tokenizer: Any) -> Any:
         """Make a tokenizer of transformers cut and lower texts as the library does; return it."""
         from tokenizers import normalizers

@@ -13,6 +13,7 @@ from ffn2moe.containers.fit import choose, require_fit
 from ffn2moe.containers.table import CONTAINERS
 from ffn2moe.decompose.source import NotStreamable, Source, only_stack, skeleton
 from ffn2moe.dense.families import FAMILIES, positions
+from ffn2moe.dense.length import usual_length
 from ffn2moe.moe.describe import spec_of
 from ffn2moe.numerics import choose_device
 from ffn2moe.preflight.dense import Dense
@@ -24,7 +25,6 @@ from ffn2moe.runtime.plans import PLANS, graph_of, obstacle, plan_of, plans_of
 from ffn2moe.spec import Gate, MoESpec
 
 # Where the user names no number:
-LONGEST_CAUSAL, LONGEST = 256, 128  # tokens of a text
 GENERATED_TEXTS, MOST_TEXTS = 4000, 40000  # texts that the model writes, that are taken from a corpus
 MOST_BATCH_TOKENS, FEWEST_BATCH_TOKENS = 4096, 512  # of a step: a small language model learns more from small ones
 USUAL_TEXT = 400  # characters
@@ -128,10 +128,8 @@ class Case:
     def max_length(self) -> int:
         """The tokens that texts are truncated to."""
         asked, longest = self.request, positions(self.dense.config)
-        usual = LONGEST_CAUSAL if self.dense.head == "causal" else LONGEST
-        if self.dense.encoder is not None:
-            usual = self.dense.encoder.length(self.dense.reader)
-        wanted = asked.max_length or min(usual, longest or usual)
+        reader = self.dense.reader if self.dense.head == "embedding" else None
+        wanted = asked.max_length or usual_length(self.dense.folder, self.dense.config, self.dense.head, reader)
         if longest is not None and wanted > longest:
             raise ValueError(
                 f"{asked.call('max_length', wanted)} is more than the {longest} positions of {asked.source}: lower it"
