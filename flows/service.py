@@ -45,7 +45,7 @@ from flows.processes import (
     wait,
 )
 from flows.workspace import BusyError, FlowError, check, commit
-from tasks.store import default_tracking_uri, mlflow_client, without_password
+from tasks.store import default_tracking_uri, mlflow_client, page_of_runs, without_password
 
 ROOT = Path(__file__).resolve().parent.parent
 PORTS = {"prefect": 4200, "mlflow": 5000}
@@ -99,6 +99,9 @@ def up(root: Path, ports: dict[str, int | None], webhook: str | None = None) -> 
             "tracked files differ from the last commit: runs use them and are recorded as git.dirty; commit them for "
             "runs that can be repeated"
         )
+    uri = default_tracking_uri(root)
+    server = without_password(uri) if uri.startswith("http") else running(root)["mlflow"].address
+    console.print(f"runs: {page_of_runs(server, mlflow_client(uri))}")
     console.print(f"logs: {os.path.relpath(folder(root))}; API: {url}; stop everything: make down")
 
 

@@ -18,7 +18,7 @@ from flows.promote import Decision
 from flows.workspace import Workspace
 from tasks.measures import headline
 from tasks.registry import CHALLENGER, CHAMPION
-from tasks.store import without_password
+from tasks.store import MLFLOW_UI, mlflow_client, page_of_runs, without_password
 
 _MEASURES = (
     ("language.perplexity", "perplexity on held-out text", 3),
@@ -120,8 +120,10 @@ def _where(workspace: Workspace, decision: Decision, manifest: dict[str, Any], u
     table.add_row("registry", f"models:/{decision.model}/{decision.version}, alias {' and '.join(_aliases(decision))}")
     for reason in decision.refused:
         table.add_row("", f"not champion: {reason}")
-    page = f"{_relative(_bin('mlflow'))} ui --backend-store-uri {without_password(uri)}"
-    table.add_row("run record", without_password(uri) if uri.startswith("http") else page)
+    served = uri.startswith("http")
+    table.add_row("run record", page_of_runs(without_password(uri) if served else MLFLOW_UI, mlflow_client(uri)))
+    if not served:
+        table.add_row("", f"served by {_relative(_bin('mlflow'))} ui --backend-store-uri {without_password(uri)}")
     return table
 
 

@@ -15,7 +15,7 @@ from flows.study import history
 from flows.sweep_compare import write_csv
 from flows.workspace import FlowError
 from tasks import compare
-from tasks.store import default_tracking_uri, without_password
+from tasks.store import MLFLOW_UI, default_tracking_uri, mlflow_client, page_of_runs, without_password
 
 console = Console(width=None if sys.stdout.isatty() else 110, highlight=False, markup=False, soft_wrap=True)
 
@@ -48,9 +48,12 @@ def show(root: Path, folder: Path) -> None:
     console.print(
         f"the fastest that keeps 99 %: python -m flows.sweep best {folder.name} --keeps 0.99",
     )
-    shown = without_password(default_tracking_uri(root))
-    record = shown if shown.startswith("http") else f"mlflow ui --backend-store-uri {shown}"
-    console.print(f"run record: {record}")
+    uri = default_tracking_uri(root)
+    shown, client = without_password(uri), mlflow_client(uri)
+    if uri.startswith("http"):
+        console.print(f"run record: {page_of_runs(shown, client)}")
+    else:
+        console.print(f"run record: mlflow ui --backend-store-uri {shown} serves {page_of_runs(MLFLOW_UI, client)}")
 
 
 def cells(folder: Path) -> None:

@@ -22,6 +22,9 @@ Item = TypeVar("Item")
 TRACKING_URI = "FFN2MOE_TRACKING_URI"
 ARTIFACTS = "FFN2MOE_ARTIFACTS"
 EXPERIMENT = "ffn2moe"
+MLFLOW_UI = "http://127.0.0.1:5000"  # where `mlflow ui` serves by default
+# The kind of work, which some servers of MLflow 3 choose an experiment's page by; 3.17 goes by `page_of_runs` alone.
+KIND = {"mlflow.experimentKind": "custom_model_development"}
 SECONDS_FOR_A_LOCK = 60.0
 SECONDS_TO_ANSWER = 10.0
 
@@ -89,8 +92,12 @@ def mlflow_client(uri: str) -> Any:
 
     def connect() -> Any:
         client = mlflow.MlflowClient(uri, uri)
-        if client.get_experiment_by_name(EXPERIMENT) is None:
-            client.create_experiment(EXPERIMENT, artifact_location=_artifacts_of(uri))
+        experiment = client.get_experiment_by_name(EXPERIMENT)
+        if experiment is None:
+            client.create_experiment(EXPERIMENT, artifact_location=_artifacts_of(uri), tags=KIND)
+        elif not KIND.keys() & experiment.tags.keys():  # made by an earlier version
+            for key, value in KIND.items():
+                client.set_experiment_tag(experiment.experiment_id, key, value)
         return client
 
     try:
@@ -181,6 +188,14 @@ def _line(error: BaseException) -> str:
 def experiment_id(client: Any) -> str:
     """Return the id of the experiment that holds all runs."""
     return client.get_experiment_by_name(EXPERIMENT).experiment_id
+
+
+def page_of_runs(server: str, client: Any) -> str:
+    """Return the page of an MLflow server that shows the runs.
+
+    Its own start page shows traces of language model applications, unless the address asks for training.
+    """
+    return f"{server.rstrip('/')}/#/experiments/{experiment_id(client)}/runs?workflowType=machine_learning"
 
 
 def is_locked(error: BaseException) -> bool:

@@ -55,6 +55,7 @@ def test_a_first_run_completes_every_stage_and_ends_in_a_summary(toy):
     assert "left in all" in output
     for told in ("What was kept", "100.0 %", "1.50x", "exports/minilm", "models:/minilm/1", "models serve"):
         assert told in output
+    assert "exports/minilm: 18 MiB, 1.8x the dense model (10 MiB)" in output
     for noise in ("Traceback", "prefect", "INFO", "WARNING"):
         assert noise not in output
 
@@ -62,6 +63,10 @@ def test_a_first_run_completes_every_stage_and_ends_in_a_summary(toy):
 def test_a_run_is_recorded_with_its_stages_parameters_data_and_files(toy):
     parent = pipelines_of(toy)[0]
     client = mlflow_client(f"sqlite:///{toy / 'mlflow.db'}")
+    experiment = client.get_experiment_by_name(EXPERIMENT)
+    assert experiment.tags["mlflow.experimentKind"] == "custom_model_development"
+    page = f"/#/experiments/{experiment.experiment_id}/runs?workflowType=machine_learning"
+    assert page in (toy / "first.txt").read_text()
     assert parent.info.status == "FINISHED"
     assert parent.data.params["decompose.num_experts"] == "4"
     assert parent.data.metrics["evaluate.student.retrieval.ndcg_at_10"] == 0.7

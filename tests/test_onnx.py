@@ -246,10 +246,46 @@ def test_a_difference_above_the_tolerance_is_an_error(mixture, plans):
         return run
 
     plan_parity("sorted", off_by(0), known)
-    with pytest.raises(ValueError, match=r"the plan sorted is 1\.00e-03 from PyTorch"):
+    with pytest.raises(
+        ValueError, match=r"sorted does not compute .* its last_hidden_state differs by 1\.00e-03 where"
+    ):
         plan_parity("sorted", off_by(1e-3), known)
-    with pytest.raises(ValueError, match="nan from PyTorch"):
+    with pytest.raises(ValueError, match="last_hidden_state differs by nan where"):
         plan_parity("sorted", off_by(np.nan), known)
+
+
+@pytest.mark.parametrize("where", [slice(None), slice(0, 1)], ids=["all numbers are large", "one of a vector is"])
+def test_the_bound_is_a_share_of_what_the_model_gives(small_teacher, where):
+    model, spec = carve(small_teacher)
+    with torch.no_grad():
+        norm = model.encoder.layer[-1].output.LayerNorm
+        norm.weight[where] *= 1000
+        norm.bias[where] *= 1000
+    known = Known.of(spec, model, list(text_samples([[5, 6, 7], [8, 9]] * 8, "embedding", 0)))
+    exact = plans_of(model, spec, ("sorted",))["sorted"]
+
+    def noisy(share: float) -> Run:
+        def run(sample: Sample):
+            found = dict(exact(sample))
+            largest = np.abs(found[HIDDEN]).max(axis=-1, keepdims=True)
+            return found | {HIDDEN: found[HIDDEN] + share * largest}
+
+        return run
+
+    largest, found = plan_parity("sorted", noisy(5e-5), known)  # what float32 does, a thousand times as large
+    assert largest > 1e-2 and found.gaps[HIDDEN].share < 1e-4 and found.gaps[EMBEDDING].scale == 1
+    with pytest.raises(ValueError, match="last_hidden_state differs"):
+        plan_parity("sorted", noisy(2e-4), known)
+
+
+def test_a_graph_that_sends_tokens_to_other_experts_is_an_error(small_teacher):
+    model, spec = carve(small_teacher)
+    known = Known.of(spec, model, list(text_samples([[5, 6, 7], [8, 9]] * 8, "embedding", 0)))
+    with torch.no_grad():
+        weight = moe_layers(model)[0].router.weight
+        weight.copy_(weight.flip(0))
+    with pytest.raises(ValueError, match="the plan sorted does not compute what PyTorch does"):
+        plan_parity("sorted", plans_of(model, spec, ("sorted",))["sorted"], known)
 
 
 def test_a_causal_model_is_refused_with_the_reason(tiny_teacher_gated):

@@ -111,7 +111,7 @@ def test_a_run_reports_to_both_servers_and_leaves_no_database_here(tmp_path, ser
     (toy / ".env").write_text(f"{TRACKING_URI}={servers['mlflow']}\nPREFECT_API_URL={servers['prefect']}/api\n")
     code, output = compress(toy, "name=far")
     assert code == 0, output
-    assert f"run record  {servers['mlflow']}" in output
+    assert f"run record  {servers['mlflow']}/#/experiments/" in output
     assert database.sql("SELECT count(*) FROM flow_run WHERE state_type = 'COMPLETED'", "prefect") == "2"  # and promote
     assert database.sql("SELECT status FROM runs WHERE name = 'far'", "mlflow") == "FINISHED"
     assert database.sql("SELECT name, version FROM model_versions WHERE name = 'far'", "mlflow") == "far|1"

@@ -92,7 +92,8 @@ def evaluate(stage: StageRun) -> None:
     plan = {"default_plan": "sorted", "plans": ["sorted"], "reason": "sorted is the fastest",
             "choices": [row | {"plan": "sorted", "best_dense_plan": "dense"}], "timings": {"sorted": [row]}}
     stage.write_json(f"exports/{stage.params.name}/plan.json", plan)
-    manifest = {"plans": {"sorted": {"retention": 0.99}}, "bytes": {"export": 18, "container": 0, "dense": 10}}
+    size = {"export": 18 << 20, "container": 0, "dense": 10 << 20}
+    manifest = {"plans": {"sorted": {"retention": 0.99}}, "bytes": size}
     stage.write_json(f"exports/{stage.params.name}/manifest.json", manifest)
     stage.write_text("reports/report.html", "<p>toy</p>")
 

@@ -135,11 +135,24 @@ def _lead(moe: MoEFFN, scores_TE: Tensor, used_TE: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Parity:
-    """How far a graph is from PyTorch: largest absolute difference of each output, over the rows compared."""
+class Gap:
+    """How far one vector of an output, of a token or a text, is from PyTorch's."""
 
-    by_output: Mapping[str, float]
-    scales: Mapping[str, float]  # standard deviation of each output in PyTorch
+    difference: float  # the largest of its numbers
+    scale: float  # the largest of its numbers in PyTorch; 1 where they are smaller
+
+    @property
+    def share(self) -> float:
+        """The difference as a share of the scale: float32 rounds large numbers by more."""
+        return self.difference / self.scale
+
+
+@dataclass(frozen=True)
+class Parity:
+    """How far a graph is from PyTorch, over the rows compared."""
+
+    by_output: Mapping[str, float]  # largest absolute difference of each output
+    gaps: Mapping[str, Gap]  # the vector of each output with the largest share
     rows: int
     near_ties: int  # rows left out, as their routing is decided by less than rounding, or not among `only`
 
@@ -148,9 +161,9 @@ class Parity:
         return float(np.max(list(self.by_output.values())))  # NaN stays NaN
 
     @property
-    def relative(self) -> float:
-        """The largest difference; where an output spreads by more than 1, as a share of that spread."""
-        return float(np.max([value / max(1, self.scales[name]) for name, value in self.by_output.items()]))
+    def widest(self) -> str:
+        """The output with the largest share; one that is NaN comes first."""
+        return max(self.gaps, key=lambda name: np.nan_to_num(self.gaps[name].share, nan=np.inf))
 
 
 def parity(run: Run, references: Sequence[Reference], only: Sequence[np.ndarray] | None = None) -> Parity:
@@ -162,7 +175,7 @@ def parity(run: Run, references: Sequence[Reference], only: Sequence[np.ndarray]
     ValueError if the routing of every row is one: then nothing can be compared.
     """
     largest: dict[str, float] = {}
-    spread: dict[str, list[np.ndarray]] = {}
+    gaps: dict[str, Gap] = {}
     rows = near_ties = 0
     for index, known in enumerate(references):
         found = run(known.sample)
@@ -175,18 +188,29 @@ def parity(run: Run, references: Sequence[Reference], only: Sequence[np.ndarray]
             counts = known.counts(name)
             compared = counts & sure_B.reshape(-1, *(1,) * (counts.ndim - 1))
             differences = np.abs(found[name] - expected)[compared]
-            spread.setdefault(name, []).append(expected[counts].ravel())
             before = largest.setdefault(name, 0.0)
+            gaps.setdefault(name, Gap(0.0, 1.0))
             if differences.size:
                 largest[name] = float(np.maximum(before, differences.max()))  # NaN, once seen, stays
+                gaps[name] = _wider(gaps[name], _widest(differences, expected[compared]))
     if rows == 0 and only is None:
         raise ValueError(
             "the router scores the experts alike for every text, so its choice is arbitrary and no graph can be "
             "compared with PyTorch: train the router first"
         )
-    return Parity(
-        largest, {name: float(np.concatenate(parts).std()) for name, parts in spread.items()}, rows, near_ties
-    )
+    return Parity(largest, gaps, rows, near_ties)
+
+
+def _widest(differences_Nn: np.ndarray, expected_Nn: np.ndarray) -> Gap:
+    """Return the gap of the vector, on the last axis, whose difference is the largest share of its own numbers."""
+    largest_N = differences_Nn.max(axis=-1).ravel()
+    scale_N = np.maximum(1, np.abs(expected_Nn).max(axis=-1)).ravel()
+    place = int(np.argmax(largest_N / scale_N))  # the first NaN, if there is one
+    return Gap(float(largest_N[place]), float(scale_N[place]))
+
+
+def _wider(one: Gap, other: Gap) -> Gap:
+    return one if np.isnan(one.share) or one.share >= other.share else other
 
 
 def same_choices(first: Sequence[Reference], second: Sequence[Reference]) -> list[np.ndarray]:
