@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -104,6 +105,15 @@ def test_encode_reads_standard_input_as_utf8_with_any_line_ends(export, capsys, 
     assert [row["text"] for row in rows] == ["one", "two\u2028words", "three"]
 
 
+def test_encode_reads_standard_input_in_utf16_and_from_a_pipe(export, capsys, monkeypatch):
+    end, start = os.pipe()
+    with open(start, "wb") as pipe:
+        pipe.write("one\r\nzwölf\n".encode("utf-16"))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.FileIO(end)))
+    assert cli.main(["encode", str(export)]) == 0
+    assert [json.loads(line)["text"] for line in capsys.readouterr().out.splitlines()] == ["one", "zwölf"]
+
+
 @pytest.mark.parametrize(("line", "message"), [(b"\xff", "not valid Unicode"), (b" ", "is empty")])
 def test_encode_writes_nothing_where_a_line_of_standard_input_is_refused(export, capsys, monkeypatch, line, message):
     given = io.BytesIO(b"a word\n" * 1500 + line + b"\nanother\n")
@@ -163,7 +173,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(export, capsys, arguments, messag
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["confert", "a", "b"], "unknown command 'confert'; did you mean 'convert'? known: convert, encode"),
+        (["confert", "a", "b"], "unknown command 'confert'; did you mean 'convert'? known: check, convert, encode"),
         (["convert", "a", "b", "--gate", "sofmax"], "unknown value 'sofmax'; did you mean 'softmax'? known: auto"),
         (["convert", "a", "b", "--experts", "0"], "'0' is not a count: give a whole number from 1"),
     ],

@@ -67,6 +67,23 @@ def test_any_iterable_of_texts_is_read_once(export):
     np.testing.assert_array_equal(opened.encode(text for text in TEXTS[:3]), opened.encode(TEXTS[:3]))
 
 
+def test_a_stream_of_texts_is_read_as_its_embeddings_are_taken(export, monkeypatch):
+    monkeypatch.setattr(runtime, "TEXTS_AT_ONCE", 2)
+    opened, read = runtime.open_export(export, "sorted", threads=1), []
+
+    def texts():
+        for text in TEXTS[:5]:
+            read.append(text)
+            yield text
+
+    stream = opened.stream(texts())
+    assert next(stream).shape == (2, 32) and len(read) == 2
+    assert [len(part) for part in stream] == [2, 1]
+    np.testing.assert_allclose(opened.encode(texts()), opened.encode(TEXTS[:5]), atol=1e-6)
+    with pytest.raises(ValueError, match="text 3 is empty"):
+        list(opened.stream([*TEXTS[:3], " "]))
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import codecs
 import io
+import shutil
 import sys
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import BinaryIO
 
 from ffn2moe.commands._command import Command, add_execution, add_path, providers
 
@@ -20,34 +26,74 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     import json
 
+    from ffn2moe.runtime.batching import parts
     from ffn2moe.runtime.export import open_export
-    from ffn2moe.runtime.opened import require_text
 
-    texts = options.texts or lines_of_standard_input()
-    if not texts:
-        raise ValueError("there is no text to encode: name texts, or pipe lines in")
-    name = "text {}" if options.texts else "line {} of standard input"
-    for index, text in enumerate(texts):  # nothing is written before all texts are known to be good
-        require_text(text, name.format(index if options.texts else index + 1))
-    export = open_export(options.path, options.plan, options.threads, providers(options))
-    if not hasattr(export, "encode") or hasattr(export, "generate"):
-        raise ValueError(f"{options.path} makes no embeddings: see `ffn2moe info {options.path}`")
-    for start in range(0, len(texts), TEXTS_AT_ONCE):
-        part = texts[start : start + TEXTS_AT_ONCE]
-        for text, embedding in zip(part, export.encode(part), strict=True):
-            row = {"text": text, "embedding": [float(f"{value:.7g}") for value in embedding.tolist()]}
-            sys.stdout.write(json.dumps(row, ensure_ascii=False) + "\n")
+    with _texts(options) as texts:
+        export = open_export(options.path, options.plan, options.threads, providers(options))
+        if not hasattr(export, "encode") or hasattr(export, "generate"):
+            raise ValueError(f"{options.path} makes no embeddings: see `ffn2moe info {options.path}`")
+        for part in parts(texts, TEXTS_AT_ONCE):
+            for text, embedding in zip(part, export.encode(part), strict=True):
+                row = {"text": text, "embedding": [float(f"{value:.7g}") for value in embedding.tolist()]}
+                sys.stdout.write(json.dumps(row, ensure_ascii=False) + "\n")
     return 0
 
 
-def lines_of_standard_input() -> list[str]:
-    """Return the lines of standard input, read as UTF-8 with or without a byte order mark.
+@contextmanager
+def _texts(options: argparse.Namespace) -> Iterator[Iterable[str]]:
+    """Give the texts to encode. ValueError, before one is encoded, where one of them is no text, or where is none."""
+    from ffn2moe.runtime.opened import require_text
 
-    Bytes that are not UTF-8 become half surrogates, which `require_text` refuses with the number of the line.
+    with nullcontext(options.texts) if options.texts else standard_input() as texts:
+        name, first = ("text {}", 0) if options.texts else ("line {} of standard input", 1)
+        count = 0
+        for count, text in enumerate(texts, 1):
+            require_text(text, name.format(count - 1 + first))
+        if not count:
+            raise ValueError("there is no text to encode: name texts, or pipe lines in")
+        yield texts
+
+
+class Lines:
+    """The lines of a file of bytes, from its first one each time: UTF-8, or UTF-16 with a byte order mark.
+
+    Bytes that are neither become half surrogates, which `require_text` refuses with the number of the line.
     """
-    if isinstance(sys.stdin, io.TextIOWrapper):
-        sys.stdin.reconfigure(encoding="utf-8-sig", errors="surrogateescape", newline=None)
-    return [line.rstrip("\n") for line in sys.stdin]
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file, self._start = file, file.tell()
+
+    def __iter__(self) -> Iterator[str]:
+        self._file.seek(self._start)
+        marked = self._file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+        self._file.seek(self._start)
+        text = io.TextIOWrapper(
+            self._file, encoding="utf-16" if marked else "utf-8-sig", errors="surrogateescape", newline=None
+        )
+        try:
+            for line in text:
+                yield line.rstrip("\n")
+        except UnicodeDecodeError as error:
+            raise ValueError(
+                f"standard input is not {error.encoding} text ({error.reason}): convert it first"
+            ) from None
+        finally:
+            text.detach()
+
+
+@contextmanager
+def standard_input() -> Iterator[Iterable[str]]:
+    """Give the lines of standard input, to be read again and again: those of a pipe are kept on disk meanwhile."""
+    if not isinstance(sys.stdin, io.TextIOWrapper):
+        yield [line.rstrip("\n") for line in sys.stdin]
+    elif sys.stdin.seekable():
+        yield Lines(sys.stdin.buffer)
+    else:
+        with tempfile.TemporaryFile() as kept:
+            shutil.copyfileobj(sys.stdin.buffer, kept)
+            kept.seek(0)
+            yield Lines(kept)
 
 
 ROW = Command("embeddings of texts, as JSON lines", add_arguments, run)

@@ -6,24 +6,25 @@ Needs numpy, tokenizers and the plan's engine (`ffn2moe.runtime.engines`), and n
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ffn2moe.runtime.batching import BATCH_TOKENS, batches_by_length, pad
+from ffn2moe.runtime.batching import BATCH_TOKENS, batches_by_length, pad, parts
 from ffn2moe.runtime.decoders import CausalExport, Seq2SeqExport
 from ffn2moe.runtime.engines import CPU, ENGINES, EngineMissing, Graph, Precision, cores, open_graph
 from ffn2moe.runtime.files import checked_files, load_tokenizer, no_such_plan, read_manifest, read_plan
-from ffn2moe.runtime.opened import Opened
+from ffn2moe.runtime.opened import Opened, require_several, require_text
 from ffn2moe.runtime.plans import decodes, default_plan, plan_of, resolve
 from ffn2moe.runtime.selftest import self_tests
 from ffn2moe.runtime.switch import Switch, places
 from ffn2moe.sentence import SentenceModules
 
 _log = logging.getLogger(__name__)
+TEXTS_AT_ONCE = 4096  # that are tokenised and batched together
 
 
 class _AtOnce(Opened):
@@ -63,22 +64,45 @@ class Export(_AtOnce):
         prompt_name: str | None = None,
         batch_tokens: int = BATCH_TOKENS,
     ) -> np.ndarray:
-        """Return embeddings, float32 [N, width], in the order of `texts`, any iterable.
+        """Return embeddings, float32 [N, width], in the order of `texts`, any iterable, which is read once.
 
         Before each text stands `prompt`, or the model's prompt of the name `prompt_name`, or its default prompt, if it
         has one. ValueError for a text that is empty, no string or no valid Unicode, and for an unknown prompt.
 
-        Texts are batched with others of their length, up to `batch_tokens` with padding. In an int8 plan the batch has
-        one scale of the activations, so an embedding depends a little on its neighbours.
+        Texts are batched with others of their length among `TEXTS_AT_ONCE`, up to `batch_tokens` with padding. In an
+        int8 plan the batch has one scale of the activations, so an embedding depends a little on its neighbours.
         """
-        ids = self.token_ids(texts, prompt=self.sentence.prompt(prompt, prompt_name))
-        embeddings_ND = np.empty((len(ids), self.width), dtype=np.float32)
-        for batch in batches_by_length(ids, batch_tokens):
-            ids_BL, mask_BL = pad([ids[index] for index in batch], self._pad_id)
-            embeddings_ND[batch] = self._graph.run(
-                ["sentence_embedding"], {"input_ids": ids_BL, "attention_mask": mask_BL}
-            )[0]
-        return embeddings_ND
+        require_several(texts, "encode")
+        if isinstance(texts, Sequence):  # before the work; the texts of another iterable are checked as they come
+            for index, text in enumerate(texts):
+                require_text(text, f"text {index}")
+        found = list(self.stream(texts, prompt=prompt, prompt_name=prompt_name, batch_tokens=batch_tokens))
+        return np.concatenate([np.empty((0, self.width), dtype=np.float32), *found])
+
+    def stream(
+        self,
+        texts: Iterable[str],
+        *,
+        prompt: str | None = None,
+        prompt_name: str | None = None,
+        batch_tokens: int = BATCH_TOKENS,
+    ) -> Iterator[np.ndarray]:
+        """Yield what `encode` returns, float32 [n, width], for the next `TEXTS_AT_ONCE` texts at most.
+
+        The memory does not grow with the number of texts.
+        """
+        require_several(texts, "stream")
+        before, done = self.sentence.prompt(prompt, prompt_name), 0
+        for part in parts(texts, TEXTS_AT_ONCE):
+            ids = self._ids_of(part, "stream", prompt=before, first=done)
+            embeddings_ND = np.empty((len(ids), self.width), dtype=np.float32)
+            for batch in batches_by_length(ids, batch_tokens):
+                ids_BL, mask_BL = pad([ids[index] for index in batch], self._pad_id)
+                embeddings_ND[batch] = self._graph.run(
+                    ["sentence_embedding"], {"input_ids": ids_BL, "attention_mask": mask_BL}
+                )[0]
+            yield embeddings_ND
+            done += len(part)
 
     def batch(self, texts: Iterable[str]) -> tuple[np.ndarray, np.ndarray]:
         """Return token ids and mask of the texts as one batch, int64 [B, L] each."""

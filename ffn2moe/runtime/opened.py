@@ -31,17 +31,22 @@ class Opened:
     def __repr__(self) -> str:
         return f"{type(self).__name__}({str(self.path)!r}, plan={self.plan!r})"
 
-    def _ids_of(self, texts: Iterable[str], method: str, *, prompt: str = "") -> list[list[int]]:
+    def _ids_of(self, texts: Iterable[str], method: str, *, prompt: str = "", first: int = 0) -> list[list[int]]:
         """Return the token ids of each text that `method` got, behind a prompt, from any iterable, which is read once.
 
-        ValueError for one text alone, and for one that `require_text` refuses.
+        ValueError for one text alone, and for one that `require_text` refuses; texts are counted from `first`.
         """
-        if isinstance(texts, str | bytes):
-            raise ValueError(f"{method} takes a list of texts: write {method}([text])")
+        require_several(texts, method)
         texts = list(texts)
-        for index, text in enumerate(texts):
+        for index, text in enumerate(texts, first):
             require_text(text, f"text {index}")
         return [encoding.ids for encoding in self._tokenizer.encode_batch([prompt + text for text in texts])]
+
+
+def require_several(texts: Iterable[str], method: str) -> None:
+    """Raise ValueError for one text alone where `method` takes several."""
+    if isinstance(texts, str | bytes):
+        raise ValueError(f"{method} takes a list of texts: write {method}([text])")
 
 
 def require_text(text: object, name: str, *, may_be_empty: bool = False) -> str:
