@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from ffn2moe.choices import HEADS, PROBLEMS, ROUTINGS
 from ffn2moe.moe.layer import moe_layers
+from ffn2moe.sentence import SentenceModules
 from ffn2moe.spec import FFNShape, MoESpec
 from ffn2moe.table import Table
 
@@ -22,6 +23,16 @@ from ffn2moe.table import Table
 def embedding_cosine(first_ND: Tensor, second_ND: Tensor) -> float:
     """Return the mean cosine between two models' embeddings of the same texts, between -1 and 1."""
     return F.cosine_similarity(first_ND.double(), second_ND.double(), dim=-1).mean().item()
+
+
+def comparable(embeddings_ND: Tensor, sentence: SentenceModules | None) -> Tensor:
+    """Return embeddings whose inner products compare texts as the model's authors do: by cosines, or as they are.
+
+    They stay as they are where the authors take inner products, and where all have unit length.
+    """
+    if sentence is None or sentence.unit or sentence.similarity == "dot":
+        return embeddings_ND
+    return F.normalize(embeddings_ND, dim=-1)
 
 
 # --- quality ------------------------------------------------------------------------------------------

@@ -38,6 +38,7 @@ def judge(stage: StageRun, models: Mapping[str, Any], tokenizer: Any, spec: MoES
             device=device,
             track=lambda items, total, _, name=name: stage.track(items, total, f"{name}: encoding"),
         )
+        embeddings_ND = metrics.comparable(embeddings_ND, spec.sentence)
         judged[name] = Judged(benchmarks, texts, embeddings_ND, params.seed)
         stage.say(f"{name}: retrieval nDCG@10 {judged[name].figures['retrieval']['ndcg_at_10']:.4f}")
     found: dict[str, Any] = {name: model.figures for name, model in judged.items()}

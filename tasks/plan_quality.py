@@ -65,8 +65,10 @@ class PlanQuality:
         from ffn2moe import metrics
 
         if self.head == "embedding":
-            query_ND = torch.from_numpy(export.encode([row["query"] for row in self.pairs]))
-            document_ND = torch.from_numpy(export.encode([row["document"] for row in self.pairs]))
+            query_ND, document_ND = (
+                metrics.comparable(torch.from_numpy(export.encode([row[side] for row in self.pairs])), export.sentence)
+                for side in ("query", "document")
+            )
             return metrics.retrieval(query_ND, document_ND)["ndcg_at_10"]
         if self.head == "causal":
             scores = [export.score(ids) for ids in self.ids if len(ids) > 1]

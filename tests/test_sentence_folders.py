@@ -5,20 +5,30 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 import ffn2moe
+from ffn2moe import cli
 from ffn2moe.clients import sentence_transformers_folder
 from ffn2moe.convert import Settings, convert
 from ffn2moe.data.encode import encode
 from ffn2moe.dense.load import load_dense
+from ffn2moe.dense.sentence_folder import copy_modules
 from ffn2moe.onnx.write import export_model, write_manifest
+from ffn2moe.preflight.dense import Dense
 from ffn2moe.runtime.engines.onnxruntime import session
+from ffn2moe.sentence import Dense as DenseModule
+from ffn2moe.sentence import LayerNorm, Normalize, SentenceModules
+from tests.mixtures import flat_spec
 from tests.sentence_folders import FOLDERS, TEXTS, save
 from tests.texts import make_texts
 
@@ -34,7 +44,6 @@ class Graph:
         self.run = session(Path(model_name_or_path) / "onnx/model.onnx").run
 
     def forward(self, input_ids: Any, attention_mask: Any, **_: Any) -> Any:
-        import torch
         from transformers.modeling_outputs import BaseModelOutput
 
         inputs = {"input_ids": input_ids.numpy(), "attention_mask": attention_mask.numpy()}
@@ -114,3 +123,156 @@ def _in_onnx(export: Any, prompt_name: str | None) -> np.ndarray:
 def _in_library(model: Any, prompt_name: str | None) -> np.ndarray:
     found: np.ndarray = model.encode(TEXTS, prompt_name=prompt_name)
     return found
+
+
+# --- what cannot be carried -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save("mean", tmp_path_factory.mktemp("plain"))
+
+
+def changed(plain: Path, out: Path) -> Path:
+    return Path(shutil.copytree(plain, out / "model"))
+
+
+def edit(path: Path, change: Any) -> None:
+    """Change the JSON in a file: a mapping is updated, a function is called with it."""
+    content = json.loads(path.read_text()) if path.is_file() else {}
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(content | change if isinstance(change, dict) else change(content)))
+
+
+def insert(kind: str) -> Callable[[list[Any]], list[Any]]:
+    return lambda entries: [*entries[:2], {"idx": 2, "name": "more", "path": "2_More", "type": kind}, *entries[2:]]
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "words"),
+    [
+        ("modules.json", insert("sentence_transformers.models.CNN"), "module CNN, which cannot be carried"),
+        ("modules.json", insert("sentence_transformers.models.LSTM"), "module LSTM"),
+        ("modules.json", insert("sentence_transformers.models.WeightedLayerPooling"), "module WeightedLayerPooling"),
+        ("modules.json", insert("sentence_transformers.models.Asym"), "module Router"),
+        ("modules.json", insert("sentence_transformers.models.Later"), "models.Later.* does not know it"),
+        ("modules.json", insert("modeling_theirs.Head"), "module modeling_theirs.Head.* never run"),
+        ("modules.json", lambda all_: [all_[0] | {"type": "sentence_transformers.models.BoW"}, *all_[1:]], "BoW"),
+        ("modules.json", lambda all_: all_[:1], "Transformer.* not pooled"),
+        ("modules.json", lambda all_: [*all_[:2], *all_[1:]], "Pooling.* twice"),
+        ("1_Pooling/config.json", {"include_prompt": False}, "Pooling.* leaves out the prompt"),
+        ("sentence_bert_config.json", {"model_args": {"output_hidden_states": True}}, "model_args.* would be lost"),
+        ("sentence_bert_config.json", {"transformer_task": "fill-mask"}, "Transformer.*fill-mask"),
+        ("config_sentence_transformers.json", {"model_type": "SparseEncoder"}, "is a SparseEncoder"),
+        ("config_sentence_transformers.json", {"default_prompt_name": "nowhere"}, "default prompt 'nowhere' is none"),
+    ],
+)
+def test_what_cannot_be_carried_is_refused_by_its_name(plain, tmp_path, file, change, words):
+    folder = changed(plain, tmp_path)
+    edit(folder / file, change)
+    with pytest.raises(ValueError, match=words):
+        Dense(str(folder)).sentence  # noqa: B018
+
+
+DENSE = {"in_features": 32, "out_features": 8, "activation_function": "torch.nn.modules.activation.Tanh"}
+
+
+def test_an_activation_of_a_dense_layer_that_is_code_or_has_weights_is_refused(plain, tmp_path):
+    from sentence_transformers.sentence_transformer.modules import Dense as Library
+
+    folder = changed(plain, tmp_path)
+    edit(folder / "modules.json", insert("sentence_transformers.models.Dense"))
+    edit(folder / "2_More/config.json", DENSE | {"activation_function": "theirs.Swish"})
+    with pytest.raises(ValueError, match=r"Dense.* its activation theirs\.Swish is code"):
+        Dense(str(folder)).sentence  # noqa: B018
+    Library(32, 8, activation_function=torch.nn.PReLU()).save(str(folder / "2_More"))
+    with pytest.raises(ValueError, match=r"Dense.* its activation PReLU has weights"):
+        Dense(str(folder)).sentence  # noqa: B018
+
+
+def test_a_dense_layer_as_bin_is_refused_with_the_command_that_converts_it(plain, tmp_path):
+    folder = changed(plain, tmp_path)
+    edit(folder / "modules.json", insert("sentence_transformers.models.Dense"))
+    edit(folder / "2_More/config.json", DENSE)
+    weights = {"linear.weight": torch.rand(8, 32), "linear.bias": torch.zeros(8)}
+    torch.save(weights, folder / "2_More/pytorch_model.bin")
+    with pytest.raises(ValueError, match="only safetensors are read here") as refusal:
+        Dense(str(folder)).sentence  # noqa: B018
+    exec(str(refusal.value).split('python -c "')[1].removesuffix('"'))
+    model, _ = load_dense(f"{folder}-safetensors")
+    assert torch.equal(model.sentence.chain[0].linear.weight, weights["linear.weight"])
+
+
+def test_a_refusal_comes_before_the_work_and_is_short(plain, tmp_path, capsys):
+    folder = changed(plain, tmp_path)
+    edit(folder / "modules.json", insert("sentence_transformers.models.CNN"))
+    assert cli.main(["convert", str(folder), str(tmp_path / "out"), "--experts", "4"]) == 2
+    said = capsys.readouterr()
+    assert "CNN" in said.err and len(said.err.strip().splitlines()) <= 4
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_part_of_a_sentence_encoder_is_refused(plain, tmp_path):
+    folder = changed(plain, tmp_path)
+    (folder / "modules.json").unlink()
+    with pytest.raises(ValueError, match=r"modules\.json is not: the folder is a part of a sentence encoder"):
+        load_dense(str(folder))
+
+
+# --- folders, prompts, older exports ----------------------------------------------------------------------------------
+
+
+def test_the_subfolder_of_an_old_layout_is_pooled_as_its_parent_says(tmp_path):
+    folder = save("old layout, max", tmp_path)
+    for source in (folder, folder / "0_Transformer"):
+        model, _ = load_dense(str(source))
+        assert model.sentence.described.pooling == ("max",)
+
+
+def test_a_language_model_in_a_sentence_encoder_gives_embeddings_unless_asked_otherwise(tmp_path):
+    folder = save("decoder, last token", tmp_path)
+    assert Dense(str(folder)).head == "embedding"
+    assert Dense(str(folder), head="causal").sentence is None
+
+
+def test_a_bare_folder_is_pooled_by_the_mean_at_unit_length(tiny_teacher):
+    model, _ = load_dense(str(tiny_teacher))
+    assert model.sentence.described == SentenceModules() and SentenceModules().unit
+
+
+def test_a_copied_teacher_is_the_same_sentence_encoder(tmp_path):
+    folder, copy = save("old layout, max", tmp_path), tmp_path / "copy"
+    shutil.copytree(folder / "0_Transformer", copy)
+    copy_modules(folder / "0_Transformer", copy)
+    np.testing.assert_array_equal(opened(copy).encode(TEXTS), opened(folder).encode(TEXTS))
+    (one, _), (other, _) = load_dense(str(folder)), load_dense(str(copy))
+    assert one.sentence.described == other.sentence.described
+
+
+def test_specs_of_version_0_1_0_are_read(tiny_teacher):
+    spec = flat_spec()
+    old = {name: value for name, value in spec.to_dict().items() if name != "sentence"}
+    assert ffn2moe.MoESpec.from_dict(old | {"pooling": "mean"}) == spec
+    cls = ffn2moe.MoESpec.from_dict(old | {"pooling": "cls"}).sentence
+    assert cls == SentenceModules(pooling=("cls",)) == SentenceModules.of_spec({"pooling": "cls"})
+    assert ffn2moe.MoESpec.from_dict(old | {"pooling": None}).sentence is None
+
+
+def test_a_description_survives_json(tmp_path):
+    described = SentenceModules(
+        pooling=("cls", "mean"),
+        modules=(DenseModule(64, 8, True, "Tanh", use_residual=True), LayerNorm(8), Normalize()),
+        truncate_dim=4,
+        prompts=(("query", "q: "), ("document", "")),
+        default_prompt_name="query",
+        similarity="dot",
+    )
+    assert SentenceModules.from_dict(json.loads(json.dumps(described.to_dict()))) == described
+    assert described.embedding_width(32) == 4 and not described.unit
+    assert (described.prompt(), described.prompt(""), described.prompt(prompt_name="document")) == ("q: ", "", "")
+    with pytest.raises(ValueError, match="no prompt 'passage'; this model has: query, document"):
+        described.prompt(prompt_name="passage")
+    with pytest.raises(ValueError, match="give one of them"):
+        described.prompt("x", "query")
+    with pytest.raises(ValueError, match="module 'CNN'"):
+        SentenceModules.from_dict({"modules": [{"type": "CNN"}]})

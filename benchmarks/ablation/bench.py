@@ -224,6 +224,7 @@ class Bench(SharedParts):
                 batch_texts=JUDGED_AT_ONCE,
                 device=self.setup.device,
             )
+        embeddings_ND = metrics.comparable(embeddings_ND, self.dense_spec.sentence)
         figures = Judged(self.benchmarks, self._texts, embeddings_ND, seed=0).figures
         found = {"retrieval": figures["retrieval"]["ndcg_at_10"]}
         if "stsb" in figures:

@@ -20,6 +20,8 @@ TEXTS_AT_ONCE = 1024  # output begins after so many texts, and not at the end
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_path(parser)
     parser.add_argument("texts", nargs="*", metavar="TEXT", help="texts; without any, the lines of standard input")
+    parser.add_argument("--prompt-name", metavar="NAME", help="the model's prompt to write before each text")
+    parser.add_argument("--prompt", metavar="TEXT", help="a prompt of your own to write before each text")
     add_execution(parser)
 
 
@@ -33,8 +35,9 @@ def run(options: argparse.Namespace) -> int:
         export = open_export(options.path, options.plan, options.threads, providers(options))
         if not hasattr(export, "encode") or hasattr(export, "generate"):
             raise ValueError(f"{options.path} makes no embeddings: see `ffn2moe info {options.path}`")
+        prompts = {"prompt": options.prompt, "prompt_name": options.prompt_name}
         for part in parts(texts, TEXTS_AT_ONCE):
-            for text, embedding in zip(part, export.encode(part), strict=True):
+            for text, embedding in zip(part, export.encode(part, **prompts), strict=True):
                 row = {"text": text, "embedding": [float(f"{value:.7g}") for value in embedding.tolist()]}
                 sys.stdout.write(json.dumps(row, ensure_ascii=False) + "\n")
     return 0

@@ -64,6 +64,10 @@ def _facts(path: Path, manifest: dict[str, Any], measured: dict[str, Any] | None
         rows.append(("any runtime", f"{manifest['portable']}: standard ONNX ops alone"))
     if "bytes" in manifest:
         rows.append(("size", str(Size(**manifest["bytes"]))))
+    prompts = [name for name, text in spec.sentence.prompts if text] if spec.sentence else []
+    if prompts:
+        default = spec.sentence.default_prompt_name if spec.sentence else None
+        rows.insert(-1, ("prompts", ", ".join(prompts) + (f" (by default {default})" if default else "")))
     if measured and len(measured.get("plans", ())) > 1:
         rows.append(("by shape", " and ".join(measured["plans"])))
     return rows
