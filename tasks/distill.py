@@ -202,7 +202,7 @@ def objective_of(stage: StageRun, spec: MoESpec) -> Objective:
         logits=settings.logits_weight,
         divergence=settings.divergence,
     )
-    return objective_for(spec.head, weights)
+    return objective_for(spec.head, weights, problem=spec.problem)
 
 
 def balance_step_of(stage: StageRun, spec: MoESpec) -> float:

@@ -102,7 +102,7 @@ def test_what_has_no_row_is_refused_by_its_name(config, message):
 
 
 def test_a_spec_of_an_older_version_is_of_labels_that_exclude_each_other():
-    spec = flat_spec(head="classification", pooling=None, problem="multi_label")
+    spec = flat_spec(head="classification", sentence=None, problem="multi_label")
     written = spec.to_dict()
     assert MoESpec.from_dict(written).problem == "multi_label"
     del written["problem"]

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from benchmarks.ablation.grid import Budget, write_json
 from ffn2moe import metrics
+from ffn2moe.choices import HEADS, problem_of
 from ffn2moe.data.batches import Batch, Batches
 from ffn2moe.data.encode import encode
 from ffn2moe.decompose.inputs import layer_inputs, texts_of
@@ -94,6 +95,10 @@ class SharedParts:
     @cached_property
     def head(self) -> Head:
         return head_of(self.teacher.config, self.setup.workspace / "data/teacher")
+
+    @cached_property
+    def problem(self) -> str | None:
+        return problem_of(self.teacher.config) if HEADS[self.head].classifies else None
 
     @cached_property
     def num_layers(self) -> int:

@@ -76,7 +76,7 @@ def objective_of(bench: Bench, cell: Cell) -> Objective:
     """Return the objective of every student of the grid, with the method's divergence if there are logits."""
     parts = {part: getattr(bench.budget, f"{part}_weight") for part in ("hidden", "embedding", "relational", "logits")}
     weights = LossWeights(**parts, divergence=cell.method.divergence)
-    return objective_for(bench.head, weights)
+    return objective_for(bench.head, weights, problem=bench.problem)
 
 
 def steps_apart(bench: Bench, cell: Cell) -> int:

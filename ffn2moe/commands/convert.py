@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ffn2moe.choices import HEADS
 from ffn2moe.commands._command import Command, facts, silence_transformers
 from ffn2moe.commands._settings import add_settings, settings_of
 
@@ -62,6 +63,8 @@ def _next(out: Path, manifest: dict[str, Any], head: str) -> str:
         return f'ffn2moe generate {out} "Once upon a time"'
     if head == "embedding":
         return f'ffn2moe encode {out} "a text"'
+    if HEADS[head].classifies and manifest["model"]["reads"] == "text":
+        return f'ffn2moe classify {out} "a text"'
     return f"ffn2moe verify {out}"
 
 

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ffn2moe.choices import PROBLEMS
 from ffn2moe.commands._command import Command, add_path, bold, facts, milliseconds
 
 if TYPE_CHECKING:
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
 
 # What a plan's quality is measured by, in the order of preference, and the column's title.
 QUALITY = {"retrieval_ndcg_at_10": "nDCG@10", "perplexity": "perplexity", "top1_agreement": "same choice"}
+SHOWN_LABELS = 6
 PHASES = {"whole": "a", "prefill": "reading", "decode": "a token after", "request": "a request of"}
 
 
@@ -106,8 +108,13 @@ def _output(spec: MoESpec, model: dict[str, Any]) -> str:
         longest = model.get("positions")
         limit = f", up to {longest} tokens" if longest else ""
         return ("text that continues a prompt" if spec.head == "causal" else "text that answers a source") + limit
-    what = "logits of classes" if spec.head == "classification" else "hidden states"
-    return f"{what} of {model.get('reads', 'text')}"
+    read = model.get("reads", "text")
+    if spec.problem is None:
+        return f"hidden states of {read}"
+    labels = model.get("labels", [])
+    shown = ", ".join(labels[:SHOWN_LABELS]) + (", ..." if len(labels) > SHOWN_LABELS else "")
+    of = f"each token of {read}" if spec.head == "token_classification" else read
+    return f"{PROBLEMS[spec.problem].gives} ({shown}) of {of}"
 
 
 def _quality(path: Path, plans: dict[str, Any], chosen: str) -> Any:

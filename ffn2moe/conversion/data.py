@@ -6,12 +6,14 @@ import json
 import os
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ffn2moe.data.batches import Batch, Batches, BatchSource, in_order, pack
-from ffn2moe.data.corpus import docstrings, read_corpus
+from ffn2moe.data.corpus import read_corpus
 from ffn2moe.data.generate import greedy_answers, sample_tokens
+from ffn2moe.data.pairs import Pair, pairs_of, read_pairs
+from ffn2moe.dense.config import takes_token_types
 
 if TYPE_CHECKING:
     from ffn2moe.conversion.task import Task
@@ -21,6 +23,7 @@ AT_ONCE = 64  # texts that the model writes together, or answers, ...
 CACHED_NUMBERS = 2**28  # ... unless their keys and values are more numbers than this
 
 Ids = list[list[int]]
+Row = TypeVar("Row", str, Pair)
 
 
 @dataclass(frozen=True)
@@ -35,14 +38,16 @@ class Data:
 
 @dataclass(frozen=True)
 class Tokens:
-    """Token ids of texts, and for encoder-decoders those of each answer."""
+    """Token ids of texts or pairs of texts, and for encoder-decoders those of each answer."""
 
     ids: Ids
     decoder_ids: Ids | None
+    type_ids: Ids | None = None  # which text of a pair each token belongs to
 
     def part(self, start: int, stop: int | None = None) -> Tokens:
         """Return the texts from `start` to `stop`."""
-        return Tokens(self.ids[start:stop], self.decoder_ids[start:stop] if self.decoder_ids else None)
+        others = (None if some is None else some[start:stop] for some in (self.decoder_ids, self.type_ids))
+        return Tokens(self.ids[start:stop], *others)
 
 
 def text_data(task: Task) -> Data:
@@ -56,7 +61,14 @@ def text_data(task: Task) -> Data:
 
     def batches(some: Tokens) -> list[Batch]:
         return list(
-            in_order(head, some.ids, some.decoder_ids, batch_texts=task.case.request.calibration_batch, pad_id=pad_id)
+            in_order(
+                head,
+                some.ids,
+                some.decoder_ids,
+                type_ids=some.type_ids,
+                batch_texts=task.case.request.calibration_batch,
+                pad_id=pad_id,
+            )
         )
 
     return Data(
@@ -69,10 +81,12 @@ def text_data(task: Task) -> Data:
             pad_id=pad_id,
             head=head,
             decoder_ids=train.decoder_ids,
+            type_ids=train.type_ids,
         ),
         summary={
             "corpus": task.corpus,
             "texts": len(tokens.ids),
+            **({"pairs": True} if task.case.pairs else {}),
             "train_tokens": train_tokens,
             "evaluation_texts": count,
         },
@@ -100,7 +114,7 @@ def _kept_tokens(task: Task) -> Tokens:
     if not kept.is_file():
         made = _generated(task) if task.corpus == "generated" else _of_corpus(task)
         fresh = kept.with_suffix(".fresh")
-        fresh.write_text(json.dumps({"ids": made.ids, "decoder_ids": made.decoder_ids}))
+        fresh.write_text(json.dumps(asdict(made)))
         os.replace(fresh, kept)
     return Tokens(**json.loads(kept.read_text()))
 
@@ -122,16 +136,35 @@ def _generated(task: Task) -> Tokens:
     return Tokens(pack(drawn, task.max_length, None), None)
 
 
+def _chosen(task: Task, rows: Sequence[Row]) -> list[Row]:
+    """Return the distinct rows in a seeded order, as many as the settings ask for."""
+    distinct = list(dict.fromkeys(rows))
+    random.Random(task.settings.seed).shuffle(distinct)
+    return distinct[: task.case.most_texts]
+
+
+def _pairs(task: Task) -> list[Pair]:
+    """Return the pairs of two columns, or pairs made of the texts of one."""
+    column = task.settings.text_column
+    if "," in column:
+        return read_pairs(task.corpus, column)
+    return pairs_of(list(dict.fromkeys(read_corpus(task.corpus, column, track=task.track))), task.settings.seed)
+
+
+def _of_pairs(task: Task, pairs: Sequence[Pair]) -> Tokens:
+    """Return pairs as token ids; a pair that is too long loses tokens of its longer text first."""
+    first_N, second_N = map(list, zip(*pairs, strict=True))
+    found = task.dense.reader(first_N, second_N, truncation=True, max_length=task.max_length)
+    told_apart = takes_token_types(task.case.model)
+    return Tokens(found["input_ids"], None, found.get("token_type_ids") if told_apart else None)
+
+
 def _of_corpus(task: Task) -> Tokens:
     """Return the distinct texts of the corpus in a seeded order: as blocks for language models, else truncated."""
     settings, tokenizer, length = task.settings, task.dense.reader, task.max_length
-    if task.corpus == "docstrings":
-        texts = docstrings(track=task.track)
-    else:
-        texts = read_corpus(task.corpus, settings.text_column, track=task.track)
-    texts = list(dict.fromkeys(texts))
-    random.Random(settings.seed).shuffle(texts)
-    texts = texts[: task.case.most_texts]
+    if task.case.pairs:
+        return _of_pairs(task, _chosen(task, _pairs(task)))
+    texts = _chosen(task, read_corpus(task.corpus, settings.text_column, track=task.track))
     if task.dense.head == "causal":
         whole = tokenizer(texts)["input_ids"]
         begins = whole[0][:1] == [tokenizer.bos_token_id]  # then texts need nothing between them

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -17,14 +16,8 @@ from ffn2moe.spec import MoESpec
 from ffn2moe.table import Table
 
 Sums = dict[str, float]
-
-
-@dataclass(frozen=True)
-class Measure:
-    """The measure of a head: sums over a batch of the two models, and figures made of the sums over all batches."""
-
-    sums: Callable[[Any, Any, Batch, MoESpec], Sums]
-    figures: Callable[[Sums], dict[str, float]]
+# (teacher, student, batches on their device, spec) -> figures
+Measure = Callable[[Any, Any, Iterable[Batch], MoESpec], dict[str, float]]
 
 
 @torch.no_grad()
@@ -33,21 +26,19 @@ def judge(
 ) -> dict[str, float]:
     """Return how near the student is to the teacher. Both models are moved to `device` and left in eval mode.
 
-    Models with logits: `divergence` in nats and `agreement` of the most probable token or class, both a position;
-    language models also `perplexity` and `teacher_perplexity`. Embeddings: their mean `cosine`. Hidden states: the
-    `relative_error`.
+    Classifiers: `ffn2moe.metrics.fidelity` of their logits. Models that write text: `divergence` in nats and
+    `agreement` of the most probable token, both a position; language models also `perplexity` and
+    `teacher_perplexity`. Embeddings: their mean `cosine`. Hidden states: the `relative_error`.
     """
-    device, measure = torch.device(device), MEASURES[spec.head]
+    device = torch.device(device)
     teacher, student = teacher.to(device).eval(), student.to(device).eval()
-    sums: Sums = {}
-    for batch in batches:
-        for name, value in measure.sums(teacher, student, batch.to(device), spec).items():
-            sums[name] = sums.get(name, 0.0) + value
-    return measure.figures(sums)
+    return MEASURES[spec.head](teacher, student, (batch.to(device) for batch in batches), spec)
 
 
 def summary(quality: dict[str, float]) -> str:
     """Return the figures of `judge` in words."""
+    if metrics.KEPT in quality:
+        return _classified(quality)
     if "cosine" in quality:
         return f"cosine {quality['cosine']:.4f} with the embeddings of the dense model"
     if "relative_error" in quality:
@@ -56,6 +47,35 @@ def summary(quality: dict[str, float]) -> str:
     if "perplexity" in quality:
         return f"perplexity {quality['perplexity']:.3f} (dense {quality['teacher_perplexity']:.3f}), {near}"
     return near
+
+
+def _classified(quality: dict[str, float]) -> str:
+    parts = [f"concordance {quality[metrics.KEPT]:.3f} with the scores of the dense model"]
+    if "agreement" in quality:
+        parts.append(f"{100 * quality['agreement']:.1f} % agreement")
+    for name, words in (("kappa", "kappa"), ("rank_correlation", "rank correlation")):
+        if name in quality:
+            parts.append(f"{words} {quality[name]:.3f}")
+    return ", ".join(parts)
+
+
+def _class_figures(teacher: Any, student: Any, batches: Iterable[Batch], spec: MoESpec) -> dict[str, float]:
+    found = [_logits(teacher, student, batch) for batch in batches]
+    teacher_NC, student_NC = (torch.cat(part).cpu() for part in zip(*found, strict=True))
+    return metrics.fidelity(str(spec.problem), teacher_NC, student_NC)
+
+
+def _of_sums(sums: Callable[[Any, Any, Batch, MoESpec], Sums], figures: Callable[[Sums], dict[str, float]]) -> Measure:
+    """Return the measure that makes figures of the sums over all batches."""
+
+    def measure(teacher: Any, student: Any, batches: Iterable[Batch], spec: MoESpec) -> dict[str, float]:
+        totals: Sums = {}
+        for batch in batches:
+            for name, value in sums(teacher, student, batch, spec).items():
+                totals[name] = totals.get(name, 0.0) + value
+        return figures(totals)
+
+    return measure
 
 
 def _embedding_sums(teacher: Any, student: Any, batch: Batch, spec: MoESpec) -> Sums:
@@ -119,10 +139,11 @@ def _causal_figures(sums: Sums) -> dict[str, float]:
 
 
 MEASURES: Table[Measure] = Table("head")
-MEASURES.register("causal", Measure(_causal_sums, _causal_figures))
-MEASURES.register("classification", Measure(_logit_sums, _logit_figures))
-MEASURES.register("seq2seq", Measure(_logit_sums, _logit_figures))
-MEASURES.register("embedding", Measure(_embedding_sums, lambda sums: {"cosine": sums["cosine"] / sums["count"]}))
+MEASURES.register("causal", _of_sums(_causal_sums, _causal_figures))
+MEASURES.register("classification", _class_figures)
+MEASURES.register("token_classification", _class_figures)
+MEASURES.register("seq2seq", _of_sums(_logit_sums, _logit_figures))
+MEASURES.register("embedding", _of_sums(_embedding_sums, lambda sums: {"cosine": sums["cosine"] / sums["count"]}))
 MEASURES.register(
-    "features", Measure(_feature_sums, lambda sums: {"relative_error": (sums["error"] / sums["count"]) ** 0.5})
+    "features", _of_sums(_feature_sums, lambda sums: {"relative_error": (sums["error"] / sums["count"]) ** 0.5})
 )

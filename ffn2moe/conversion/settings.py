@@ -99,7 +99,17 @@ class Settings:
     )
     text_column: str = field(
         default="text",
-        metadata=_option("--text-column", "the column of a table that holds the text (text)", metavar="NAME"),
+        metadata=_option(
+            "--text-column", "the column of a table that holds the text (text); FIRST,SECOND for pairs", metavar="NAME"
+        ),
+    )
+    pairs: str = field(
+        default="auto",
+        metadata=_option(
+            "--pairs",
+            "whether a classifier reads pairs of texts (auto: with two columns, rerankers and labels of entailment)",
+            names=lambda: ("auto", "yes", "no"),
+        ),
     )
     texts: int | None = field(
         default=None,
@@ -111,7 +121,7 @@ class Settings:
         default=None,
         metadata=_option(
             "--max-length",
-            "truncate texts to L tokens (128; language models: 256; sentence encoders: as their authors do)",
+            "truncate texts to L tokens (128; language models: 256; sentence encoders, classifiers: as made)",
             metavar="L",
             kind=int,
         ),

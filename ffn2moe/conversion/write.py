@@ -37,7 +37,7 @@ def write(task: Task, student: Any | None, spec: MoESpec, summary: dict[str, Any
     if student is None:
         task.dense.reader.save_pretrained(result / "tokenizer")
         shutil.copytree(task.routed, result / "checkpoint", copy_function=os.link)
-        manifest = bare_manifest(skeleton(task.routed, spec.head), spec)
+        manifest = bare_manifest(skeleton(task.routed, spec.head), spec, task.dense.reader)
     else:
         manifest = export_or_checkpoint(
             student,

@@ -80,16 +80,20 @@ def collate(
     token_ids: Sequence[Sequence[int]],
     decoder_ids: Sequence[Sequence[int]] | None = None,
     *,
+    type_ids: Sequence[Sequence[int]] | None = None,
     pad_id: int = 0,
     length: int | None = None,
 ) -> Batch:
     """Return texts as one batch, padded on the right to `length` tokens, or to the longest text.
 
-    `decoder_ids` is the input of a `seq2seq` model's decoder for each text. The positions that count are the tokens
-    that are not padding, of the decoder where there is one; a classifier's only row of each text counts.
+    `decoder_ids` is the input of a `seq2seq` model's decoder for each text, and `type_ids` says of each token which
+    text of a pair it belongs to. The positions that count are the tokens that are not padding, of the decoder where
+    there is one; a classifier's only row of each text counts.
     """
     ids_BL, mask_BL = padded(token_ids, pad_id, length)
     inputs = {"input_ids": ids_BL, "attention_mask": mask_BL}
+    if type_ids is not None:
+        inputs["token_type_ids"] = padded(type_ids, 0, ids_BL.shape[1])[0]
     if head == "seq2seq":
         assert decoder_ids is not None
         inputs["decoder_input_ids"], mask_BL = padded(decoder_ids, pad_id, None)
@@ -112,13 +116,20 @@ def in_order(
     token_ids: Sequence[Sequence[int]],
     decoder_ids: Sequence[Sequence[int]] | None = None,
     *,
+    type_ids: Sequence[Sequence[int]] | None = None,
     batch_texts: int = 64,
     pad_id: int = 0,
 ) -> Iterator[Batch]:
     """Yield the texts once, in their order, `batch_texts` at a time, for calibration and evaluation."""
     for start in range(0, len(token_ids), batch_texts):
         part = slice(start, start + batch_texts)
-        yield collate(head, token_ids[part], decoder_ids[part] if decoder_ids else None, pad_id=pad_id)
+        yield collate(
+            head,
+            token_ids[part],
+            decoder_ids[part] if decoder_ids else None,
+            type_ids=type_ids[part] if type_ids else None,
+            pad_id=pad_id,
+        )
 
 
 class Batches:
@@ -137,9 +148,11 @@ class Batches:
         pad_id: int = 0,
         head: Head = "embedding",
         decoder_ids: Sequence[Sequence[int]] | None = None,
+        type_ids: Sequence[Sequence[int]] | None = None,
     ) -> None:
         self._token_ids = token_ids
         self._decoder_ids = decoder_ids
+        self._type_ids = type_ids
         self._head: Head = head
         self._batch_tokens = batch_tokens
         self._seed = seed
@@ -178,6 +191,7 @@ class Batches:
                     self._head,
                     [self._token_ids[index] for index in indices],
                     [self._decoder_ids[index] for index in indices] if self._decoder_ids else None,
+                    type_ids=[self._type_ids[index] for index in indices] if self._type_ids else None,
                     pad_id=self._pad_id,
                     length=length,
                 )

@@ -142,11 +142,17 @@ def read_corpus(
     """
     if source == "docstrings":
         return docstrings(workers=workers, track=track)
-    raw = _datasets_texts(source, column) if source.startswith("datasets:") else _file_texts(Path(source), column, most)
-    texts = [text for text in map(clean, raw) if text]
+    texts = [text for text in map(clean, read_column(source, column, most)) if text]
     if not texts:
         raise ValueError(f"the corpus {source} holds no text: every line or row is empty; give another")
     return texts
+
+
+def read_column(source: str, column: str, most: int | None = None) -> list[str]:
+    """Return the texts of a file or of a set of the datasets library as they are, with "" where a row has none."""
+    if source.startswith("datasets:"):
+        return _datasets_texts(source, column)
+    return _file_texts(Path(source), column, most)
 
 
 def _file_texts(path: Path, column: str, most: int | None) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,31 @@ def head_of(config: Any, folder: str | Path | None = None) -> str:
     if family is not None:
         return family.heads[0]
     return "embedding" if hasattr(config, "vocab_size") else "features"
+
+
+def takes_token_types(model: Any) -> bool:
+    """Return whether a transformers model tells the texts of a pair apart by `token_type_ids` (RoBERTa does not)."""
+    types = getattr(model.config, "type_vocab_size", None) or 0
+    return types > 1 and "token_type_ids" in signature(model.forward).parameters
+
+
+def require_padding(config: Any, tokenizer: Any, source: str) -> None:
+    """Refuse a decoder with a classifier on top whose last token cannot be told from padding. ValueError.
+
+    Such a model reads the class at the last token that is not padding, by the `pad_token_id` of its config.
+    """
+    family = FAMILIES.get(config.model_type)
+    if family is None or "causal" not in family.heads:
+        return
+    text = config.get_text_config()
+    has, pads = text.pad_token_id, tokenizer.pad_token_id
+    if has is None or has != pads:
+        said = "has no pad_token_id" if has is None else f"has pad_token_id {has}"
+        given = "has no pad_token" if pads is None else f"pads with {pads} ({tokenizer.pad_token!r})"
+        raise ValueError(
+            f"{source} reads the class at the last token that is not padding, but its config.json {said} and its "
+            f"tokenizer {given}: set both to one token that no text ends with"
+        )
 
 
 def constructor_options(config: Any, head: str) -> dict[str, Any]:

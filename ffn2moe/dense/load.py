@@ -9,6 +9,7 @@ import torch
 
 from ffn2moe.choices import HEADS
 from ffn2moe.dense.config import auto_class, constructor_options, head_of
+from ffn2moe.dense.cross_encoder import declare_activation
 from ffn2moe.dense.families import FAMILIES
 from ffn2moe.dense.locate import family_of, require_untied
 from ffn2moe.dense.plain import plain_folder
@@ -117,4 +118,5 @@ def read_config(source: str, folder: Path) -> Any:
             f"the teacher {source} is a {written.get('model_type')!r} model, which transformers "
             f"{transformers.__version__} does not know{code}; docs/families.md lists the {len(FAMILIES)} known types"
         )
+    declare_activation(config, folder)
     return config

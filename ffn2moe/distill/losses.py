@@ -6,7 +6,9 @@ processes add up to the loss of the whole batch, in value and in gradient.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +17,7 @@ from torch.nn import functional as F
 from ffn2moe.data.ranks import ALONE, Ranks
 from ffn2moe.distill.divergences import DIVERGENCES
 from ffn2moe.distill.divergences._kl import share_of_mean
+from ffn2moe.table import Table
 
 
 def hidden_loss(
@@ -45,17 +48,52 @@ def logits_loss(
     mask: Tensor | None,
     *,
     divergence: str,
+    problem: str = "single_label",
     progress: float = 0.0,
     ranks: Ranks = ALONE,
 ) -> Tensor:
-    """Return the divergence of the student's distribution from the teacher's: nats, mean over the positions that count.
+    """Return the distance of the student's logits from the teacher's, the mean over the positions that count.
 
-    Logits are [..., V], the mask [...] or None. `divergence` names a row of `DIVERGENCES`; ValueError if it has none.
+    Logits are [..., V], the mask [...] or None. `problem` says what they mean (`ffn2moe.choices.PROBLEMS`; tokens of a
+    vocabulary exclude each other):
+
+    - single_label: the divergence of the distributions over V, in nats;
+    - multi_label: that of each label from its own complement, summed over the labels, which are independent;
+    - regression, one_label: the squared error over the teacher's variance in the batch, the mean over the V values. A
+      reranker orders texts by its logits, and where a sigmoid is near 0 or 1 its divergence no longer sees the order.
+
+    `divergence` names a row of `DIVERGENCES`; ValueError if it has none.
     """
     row = DIVERGENCES[divergence]
     if mask is not None:
         student, teacher = student[mask.bool()], teacher[mask.bool()]
-    return row.loss(student.float().flatten(0, -2), teacher.float().flatten(0, -2), progress, ranks)
+    student, teacher = student.float().flatten(0, -2), teacher.float().flatten(0, -2)
+    return _LOSSES[problem](student, teacher, lambda one, other: row.loss(one, other, progress, ranks), ranks)
+
+
+# (student [T, V], teacher [T, V], the divergence of logits, the processes) -> loss
+_Loss = Callable[[Tensor, Tensor, Callable[[Tensor, Tensor], Tensor], Ranks], Tensor]
+_LOSSES: Table[_Loss] = Table("problem")
+EQUAL_TEACHERS = 0.01  # share of the mean square that counts as variance: a batch may hold one text, or equal ones
+
+
+def _of_labels(student_TV: Tensor, teacher_TV: Tensor, divergence: Any, ranks: Ranks) -> Tensor:
+    pairs = [torch.stack([logits, torch.zeros_like(logits)], -1).flatten(0, 1) for logits in (student_TV, teacher_TV)]
+    loss: Tensor = divergence(*pairs) * student_TV.shape[1]
+    return loss
+
+
+def _of_values(student_TV: Tensor, teacher_TV: Tensor, divergence: Any, ranks: Ranks) -> Tensor:
+    error_V = (student_TV - teacher_TV).square().sum(0)
+    sums_V, squares_V = ranks.sum(torch.stack([teacher_TV.sum(0), teacher_TV.square().sum(0)]))
+    whole_V = squares_V - sums_V.square() / ranks.total(len(teacher_TV)) + EQUAL_TEACHERS * squares_V
+    return (error_V / whole_V.clamp(min=1e-12)).mean()
+
+
+_LOSSES.register("single_label", lambda student, teacher, divergence, ranks: divergence(student, teacher))
+_LOSSES.register("multi_label", _of_labels)
+_LOSSES.register("regression", _of_values)
+_LOSSES.register("one_label", _of_values)
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from ffn2moe.choices import HEADS
 from ffn2moe.data.batches import Batch
 from ffn2moe.dense.sentence import directions, embed
 from ffn2moe.distill.divergences import DIVERGENCES
@@ -89,11 +90,12 @@ class EmbeddingObjective:
 
 @dataclass(frozen=True)
 class LogitsObjective:
-    """Compare the distribution over tokens or classes, and the hidden states before it."""
+    """Compare the logits of tokens or labels, as their problem asks, and the hidden states before them."""
 
     divergence: str  # a row of ffn2moe.distill.divergences
     logits_weight: float
     hidden_weight: float
+    problem: str = "single_label"  # a row of ffn2moe.choices.PROBLEMS; the tokens of a vocabulary exclude each other
     terms: tuple[str, ...] = ("logits", "hidden")
 
     def outputs(self, model: Any, batch: Batch) -> Outputs:
@@ -103,7 +105,13 @@ class LogitsObjective:
 
     def loss(self, student: Outputs, teacher: Outputs, batch: Batch, progress: float) -> Loss:
         logits = logits_loss(
-            student.head, teacher.head, batch.mask, divergence=self.divergence, progress=progress, ranks=batch.ranks
+            student.head,
+            teacher.head,
+            batch.mask,
+            divergence=self.divergence,
+            problem=self.problem,
+            progress=progress,
+            ranks=batch.ranks,
         )
         hidden = logits.new_zeros(())
         if self.hidden_weight:  # a classifier's logits have no mask, its hidden states have that of the text
@@ -141,11 +149,12 @@ class LossWeights:
     divergence: str = "forward_kl"
 
 
-def _of_embeddings(head: str, weights: LossWeights) -> Objective:
+def _of_embeddings(head: str, problem: str | None, weights: LossWeights) -> Objective:
     return EmbeddingObjective(weights.hidden, weights.embedding, weights.relational)
 
 
-def _of_logits(head: str, weights: LossWeights) -> Objective:
+def _of_logits(head: str, problem: str | None, weights: LossWeights) -> Objective:
+    assert (problem is not None) == HEADS[head].classifies, "the logits of labels mean what their problem says"
     heads = DIVERGENCES[weights.divergence].heads
     if head not in heads:
         others = ", ".join(name for name, row in DIVERGENCES.items() if head in row.heads)
@@ -153,25 +162,29 @@ def _of_logits(head: str, weights: LossWeights) -> Objective:
             f"the divergence {weights.divergence!r} compares logits of the heads {', '.join(heads)}, and the teacher's "
             f"head is {head}: use one of {others}"
         )
-    return LogitsObjective(weights.divergence, weights.logits, weights.hidden)
+    return LogitsObjective(weights.divergence, weights.logits, weights.hidden, problem or "single_label")
 
 
-def _of_features(head: str, weights: LossWeights) -> Objective:
+def _of_features(head: str, problem: str | None, weights: LossWeights) -> Objective:
     return FeaturesObjective()
 
 
-Build = Callable[[str, LossWeights], Objective]
+Build = Callable[[str, str | None, LossWeights], Objective]
 OBJECTIVES: Table[Build] = Table("head")
 for _head, _build in (
     ("embedding", _of_embeddings),
     ("causal", _of_logits),
     ("seq2seq", _of_logits),
     ("classification", _of_logits),
+    ("token_classification", _of_logits),
     ("features", _of_features),
 ):
     OBJECTIVES.register(_head, _build)
 
 
-def objective_for(head: str, weights: LossWeights | None = None) -> Objective:
-    """Return the objective of a model with this head. ValueError for a divergence that its logits do not fit."""
-    return OBJECTIVES[head](head, weights or LossWeights())
+def objective_for(head: str, weights: LossWeights | None = None, *, problem: str | None = None) -> Objective:
+    """Return the objective of a model with this head; `problem` is that of a head that classifies (`MoESpec`).
+
+    ValueError for a divergence that its logits do not fit.
+    """
+    return OBJECTIVES[head](head, problem, weights or LossWeights())

@@ -6,10 +6,12 @@
 | `seq2seq`: decoder | `input_ids`, `encoder_attention_mask` [B, S] (of texts), cross, past | `logits`, present |
 | its encoder | `input_ids` and `attention_mask` [B, S], or `input_features` | `last_hidden_state`, cross |
 | `classification` | `input_ids` and `attention_mask` [B, L], or `pixel_values` | `logits` [B, classes] |
-| `features` | the same | `last_hidden_state` [B, L, D] |
+| `token_classification` | `input_ids` and `attention_mask` [B, L] | `logits` [B, L, classes] |
+| `features` | as of `classification` | `last_hidden_state` [B, L, D] |
 
 past: `past_key_values.N.key` and `.value` [B, H, P, d] of each layer N; present: `present.N.key` and `.value`, longer
 by L; cross: `cross.N.key` and `.value` [B, H, S, d]; pixels are [B, channels, H, W] and sounds [B, mel bins, frames].
+A classifier that tells the texts of a pair apart (BERT) has the input `token_type_ids` [B, L], too.
 
 Reading a prompt and decoding are one graph: P may be 0, and L any number of new tokens. Positions are counted from the
 mask, so that a batch of prompts is padded on the left. The keys and values that a decoder reads of its encoder are
@@ -28,10 +30,13 @@ import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
+from ffn2moe.choices import HEADS
+from ffn2moe.dense.config import takes_token_types
 from ffn2moe.dense.locate import family_of
 from ffn2moe.onnx.editor import BATCH, SEQUENCE
 from ffn2moe.onnx.graph import canonical_graph, decodes, rotary_positions, traced
 from ffn2moe.onnx.parity import input_shape
+from ffn2moe.runtime.at_once import TOKEN_TYPES
 from ffn2moe.spec import Head
 
 ATTENTION = "onnx_attention"  # its name in transformers' registry
@@ -305,7 +310,6 @@ class _AtOnce(nn.Module):
 
 def _at_once(model: Any, head: Head) -> ir.Model:
     reads = family_of(model).reads
-    output = "logits" if head == "classification" else "last_hidden_state"
     name = model.main_input_name
     if reads == "text and images" and head == "features":
         raise ValueError(
@@ -315,6 +319,8 @@ def _at_once(model: Any, head: Head) -> ir.Model:
     if name == "input_ids":
         ids = torch.ones((2, 7), dtype=torch.int64)
         examples = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        if HEADS[head].classifies and takes_token_types(model):
+            examples[TOKEN_TYPES] = torch.zeros_like(ids)
         axes = {0: BATCH, 1: SEQUENCE}
     else:
         examples = {name: torch.zeros(2, *input_shape(model))}
@@ -322,10 +328,10 @@ def _at_once(model: Any, head: Head) -> ir.Model:
     with onnx_attention(model):
         return traced(
             model,
-            _AtOnce(model, list(examples), output),
+            _AtOnce(model, list(examples), HEADS[head].output),
             tuple(examples.values()),
             list(examples),
-            [output],
+            [HEADS[head].output],
             {"inputs": tuple(axes for _ in examples)},
             name="encoder",
         )

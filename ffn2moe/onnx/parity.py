@@ -15,10 +15,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ffn2moe.choices import HEADS
+from ffn2moe.dense.config import takes_token_types
 from ffn2moe.dense.families import positions
 from ffn2moe.dense.sentence import embed
 from ffn2moe.moe.choice import Choice
 from ffn2moe.moe.layer import MoEFFN, moe_layers
+from ffn2moe.runtime.at_once import TOKEN_TYPES
 from ffn2moe.runtime.batching import pad
 from ffn2moe.spec import Head, MoESpec
 
@@ -27,14 +30,6 @@ Sample = Mapping[str, np.ndarray]
 Run = Callable[[Sample], Mapping[str, np.ndarray]]
 # Two experts closer than this share of the layer's typical score may swap by rounding alone.
 NEAR_TIE = 1e-5
-# The output that a plan is judged by, for each head.
-MAIN_OUTPUT: dict[Head, str] = {
-    "embedding": "sentence_embedding",
-    "causal": "logits",
-    "classification": "logits",
-    "seq2seq": "logits",
-    "features": "last_hidden_state",
-}
 LARGEST_BATCH = 8
 LONGEST_ANSWER = 16  # tokens of a seq2seq model's decoder
 
@@ -66,7 +61,7 @@ def torch_outputs(model: Any, head: Head, sample: Sample) -> dict[str, Tensor]:
         return {"logits": model(**inputs, use_cache=False).logits}
     if head == "seq2seq":
         return {"logits": model(**inputs, use_cache=False).logits}
-    if head == "classification":
+    if HEADS[head].classifies:
         return {"logits": model(**inputs).logits}
     hidden_BLD = model(**inputs).last_hidden_state
     if head == "features":
@@ -275,7 +270,10 @@ def random_samples(model: Any, spec: MoESpec, count: int, seed: int = 0) -> list
         longest = min(spec.max_length, positions(model.config) or spec.max_length)
         vocabulary = model.config.get_text_config().vocab_size
         ids = [random.integers(0, vocabulary, int(random.integers(1, longest + 1))).tolist() for _ in range(count)]
-        return list(text_samples(ids, spec.head, seed))
+        samples = list(text_samples(ids, spec.head, seed))
+        if HEADS[spec.head].classifies and takes_token_types(model):
+            samples = [{**sample, TOKEN_TYPES: _second_texts(sample["attention_mask"], random)} for sample in samples]
+        return samples
     shape = input_shape(model)
     found: list[Sample] = []
     left = count
@@ -288,6 +286,14 @@ def random_samples(model: Any, spec: MoESpec, count: int, seed: int = 0) -> list
         found.append(sample)
         left -= size
     return found
+
+
+def _second_texts(mask_BL: np.ndarray, random: np.random.Generator) -> np.ndarray:
+    """Return token types [B, L]: a second text of random length at the end of each, sometimes none."""
+    length_B1 = mask_BL.sum(1, keepdims=True)
+    start_B1 = random.integers(1, length_B1 + 1)
+    place_L = np.arange(mask_BL.shape[1])
+    return ((place_L >= start_B1) & (place_L < length_B1)).astype(np.int64)
 
 
 def input_shape(model: Any) -> tuple[int, ...]:

@@ -14,9 +14,9 @@ from typing import Any
 
 from torch import nn
 
+from ffn2moe.choices import HEADS
 from ffn2moe.moe.variants import Variant
 from ffn2moe.onnx.parity import (
-    MAIN_OUTPUT,
     Parity,
     Reference,
     Run,
@@ -96,7 +96,7 @@ def plan_parity(
         tanh = parity(run, known.tanh)
         _require(plan, tanh, tanh.widest, float_tolerance)
     found = parity(run, references, only=same_choices(references, known.tanh))
-    main = MAIN_OUTPUT[known.head]
+    main = HEADS[known.head].output
     if known.head == "embedding":  # logits follow the other GELU further
         _require(plan, found, main, tanh_tolerance)
     return found.by_output[main], found
@@ -166,7 +166,7 @@ def verify(
             )
 
     spec, student = checkpoint.load_spec(path / "checkpoint"), checkpoint.load(path / "checkpoint")
-    same = spec.to_dict() == manifest["spec"]
+    same = spec == MoESpec.from_dict(manifest["spec"])
     yield Check("checkpoint", same, f"{'is' if same else 'is not'} what the manifest describes")
     samples = random_samples(student, spec, texts)
     budgets = {plan: manifest["plans"][plan].get("num_active") for plan in sound}
@@ -224,7 +224,7 @@ def _opened_parity(
             return details[0]
         details[0] += " in float32"
     run = open_export(path, plan, threads, providers).outputs
-    output = MAIN_OUTPUT[known.head]
+    output = HEADS[known.head].output
     if teachers and teachers not in anchors:
         outputs = [Reference(one.sample, run(one.sample), one.margin_B, ()) for one in known.student]
         agreement(run, outputs, output)  # raises where an output is not finite

@@ -17,6 +17,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ffn2moe.choices import HEADS
+from ffn2moe.dense.config import takes_token_types
 from ffn2moe.dense.families import positions
 from ffn2moe.dense.locate import family_of
 from ffn2moe.moe import checkpoint
@@ -24,11 +26,12 @@ from ffn2moe.moe.variants import Variant, variants_of
 from ffn2moe.onnx.decoder import canonical_graphs
 from ffn2moe.onnx.graph import save_graph
 from ffn2moe.onnx.lower import PlanRefused, lower
-from ffn2moe.onnx.parity import MAIN_OUTPUT, Parity, Sample, agreement, random_samples
+from ffn2moe.onnx.parity import Parity, Sample, agreement, random_samples
 from ffn2moe.onnx.verify import FLOAT_TOLERANCE, TANH_TOLERANCE, Known, plan_parity
 from ffn2moe.progress import Say, Track, untracked
 from ffn2moe.runtime import export as runtime
 from ffn2moe.runtime import files
+from ffn2moe.runtime.at_once import TOKEN_TYPES
 from ffn2moe.runtime.engines import ENGINES, EngineRefused, installed_engines
 from ffn2moe.runtime.plans import (
     UNMEASURED_PLAN,
@@ -90,7 +93,7 @@ def export_model(
     if tokenizer is not None:
         tokenizer.save_pretrained(folder / "tokenizer")
     checkpoint.save(student, None, spec, folder / "checkpoint")
-    manifest: dict[str, Any] = {"spec": spec.to_dict(), "model": facts(student, spec), "plans": {}, "refused": {}}
+    manifest = bare_manifest(student, spec, tokenizer)
     models = _Models(student, teacher, spec)
     variant_of = {plan: Variant() for plan in wanted}
     for other in variants_of(spec, with_teacher=teacher is not None):
@@ -237,7 +240,7 @@ def _check(
     if precision != "float32":
         references = known.teacher if plan.dense else known.student
         assert references is not None
-        checked["agreement"] = _rounded(agreement(opened.outputs, references, MAIN_OUTPUT[known.head]))
+        checked["agreement"] = _rounded(agreement(opened.outputs, references, HEADS[known.head].output))
     return checked
 
 
@@ -266,9 +269,12 @@ def _file(plan: str, part: str) -> str:
     return f"{GRAPHS}/{plan}.onnx" if part == "main" else f"{GRAPHS}/{plan}.{part}.onnx"
 
 
-def facts(model: Any, spec: MoESpec) -> dict[str, Any]:
-    """Return the facts of a model that the runtime needs beside its spec."""
+def facts(model: Any, spec: MoESpec, reader: Any) -> dict[str, Any]:
+    """Return the facts of a model that the runtime needs beside its spec; `reader` is its tokenizer, if it has one."""
     facts: dict[str, Any] = {"reads": family_of(model).reads}
+    if HEADS[spec.head].classifies:
+        facts["labels"] = [model.config.id2label[index] for index in range(model.config.num_labels)]
+        facts["token_types"] = takes_token_types(model) and TOKEN_TYPES in getattr(reader, "model_input_names", ())
     if decodes(spec.head):
         generation = model.generation_config
 
@@ -327,9 +333,9 @@ def export_or_checkpoint(
             folder.mkdir()
     reader.save_pretrained(folder / "tokenizer")
     checkpoint.save(model, None, spec, folder / "checkpoint")
-    return bare_manifest(model, spec)
+    return bare_manifest(model, spec, reader)
 
 
-def bare_manifest(model: Any, spec: MoESpec) -> dict[str, Any]:
+def bare_manifest(model: Any, spec: MoESpec, reader: Any) -> dict[str, Any]:
     """Return the manifest of an export without plans."""
-    return {"spec": spec.to_dict(), "model": facts(model, spec), "plans": {}, "refused": {}}
+    return {"spec": spec.to_dict(), "model": facts(model, spec, reader), "plans": {}, "refused": {}}

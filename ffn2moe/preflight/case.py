@@ -8,10 +8,12 @@ from typing import Any
 
 from torch import nn
 
+from ffn2moe.choices import HEADS
 from ffn2moe.containers.container import Container
 from ffn2moe.containers.fit import choose, require_fit
 from ffn2moe.containers.table import CONTAINERS
 from ffn2moe.decompose.source import NotStreamable, Source, only_stack, skeleton
+from ffn2moe.dense.cross_encoder import reads_pairs
 from ffn2moe.dense.families import FAMILIES, positions
 from ffn2moe.dense.length import usual_length
 from ffn2moe.moe.describe import spec_of
@@ -128,13 +130,31 @@ class Case:
     def max_length(self) -> int:
         """The tokens that texts are truncated to."""
         asked, longest = self.request, positions(self.dense.config)
-        reader = self.dense.reader if self.dense.head == "embedding" else None
+        needed = self.dense.reads == "text" and (self.dense.head == "embedding" or HEADS[self.dense.head].classifies)
+        reader = self.dense.reader if needed else None
         wanted = asked.max_length or usual_length(self.dense.folder, self.dense.config, self.dense.head, reader)
         if longest is not None and wanted > longest:
             raise ValueError(
                 f"{asked.call('max_length', wanted)} is more than the {longest} positions of {asked.source}: lower it"
             )
         return wanted
+
+    @cached_property
+    def pairs(self) -> bool:
+        """Whether the model reads pairs of texts. ValueError for pairs that it does not read."""
+        asked, dense, columns = self.request, self.dense, "," in self.request.text_column
+        if dense.head != "classification" or dense.reads != "text":
+            if columns or asked.pairs == "yes":
+                said = asked.call("text_column" if columns else "pairs", asked.text_column if columns else "yes")
+                raise ValueError(
+                    f"{said} asks for pairs of texts, and {asked.source} gives {HEADS[dense.head].gives}: only "
+                    "classifiers of texts read pairs; leave it out"
+                )
+            return False
+        if columns and asked.pairs == "no":
+            named = asked.call("text_column", asked.text_column)
+            raise ValueError(f"{named} names two columns, and {asked.call('pairs', 'no')} wants single texts: name one")
+        return asked.pairs == "yes" or columns or (asked.pairs == "auto" and reads_pairs(dense.config))
 
     @cached_property
     def corpus(self) -> str:

@@ -23,6 +23,9 @@ def corpus(case: Case) -> Iterator[str]:
     more = asked.texts is not None and (case.sample.count is None or case.sample.count > asked.texts)
     used = f", of which {asked.texts} are used" if more else ""
     yield f"{case.corpus}: {case.sample.number}{used}"
+    if case.pairs:
+        columns = asked.text_column
+        yield f"read in pairs: {f'the columns {columns}' if ',' in columns else 'made of the texts of the corpus'}"
 
 
 def experts(case: Case) -> Iterator[str]:

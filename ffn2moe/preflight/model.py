@@ -7,7 +7,8 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from ffn2moe.choices import HEADS
+from ffn2moe.choices import HEADS, PROBLEMS, problem_of
+from ffn2moe.dense.config import require_padding
 from ffn2moe.dense.families import positions
 from ffn2moe.dense.weights import weight_files
 from ffn2moe.preflight.case import Case
@@ -50,18 +51,15 @@ def head(case: Case) -> Iterator[str]:
     """Refuse a model whose head cannot be computed for a batch of texts."""
     dense = case.dense
     config = dense.config.get_text_config()
-    decoder = dense.family is not None and "causal" in dense.family.heads
-    if dense.head == "classification" and decoder and config.pad_token_id is None:
-        raise ValueError(
-            f"config.json of {case.request.source} has no pad_token_id, by which a decoder finds the last token of "
-            "each text to classify: add the id that the tokenizer pads with"
-        )
+    if dense.head == "classification" and dense.reads == "text":
+        require_padding(dense.config, dense.reader, case.request.source)
+    means = f", {PROBLEMS[problem_of(dense.config)].gives}" if HEADS[dense.head].classifies else ""
     generation = getattr(dense.config, "decoder_start_token_id", None)
     if dense.head == "seq2seq" and dense.reads == "text" and generation is None and config.bos_token_id is None:
         raise ValueError(
             f"config.json of {case.request.source} has no decoder_start_token_id, with which an answer begins: add it"
         )
-    yield f"{dense.head}: {HEADS[dense.head].gives}"
+    yield f"{dense.head}: {HEADS[dense.head].gives}{means}"
 
 
 def reader(case: Case) -> Iterator[str]:

@@ -25,6 +25,7 @@ class Request:
     max_length: int | None = None  # None: what fits the model
     corpus: str = "auto"
     text_column: str = "text"
+    pairs: str = "auto"  # whether a classifier reads pairs of texts: yes, no, or auto
     texts: int | None = None  # the most that are used
     fewest_texts: int = 2
     text_only: bool = False  # whether models of images and speech are refused, and those that give hidden states

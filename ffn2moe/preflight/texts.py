@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ffn2moe.data.corpus import PACKAGES, read_corpus
+from ffn2moe.data.pairs import read_pairs
 from ffn2moe.preflight.request import Request
 
 FORMATS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
@@ -57,7 +58,10 @@ def _of_file(corpus: str, asked: Request) -> Sample:
             f"{asked.call('corpus', corpus)} is a folder, and this model reads texts: name a .txt, .jsonl, .csv or "
             ".tsv file"
         )
-    texts = list(dict.fromkeys(read_corpus(corpus, asked.text_column, most=SAMPLED_BYTES)))
+    if "," in asked.text_column:
+        texts = list(dict.fromkeys(map("\n".join, read_pairs(corpus, asked.text_column, SAMPLED_BYTES))))
+    else:
+        texts = list(dict.fromkeys(read_corpus(corpus, asked.text_column, most=SAMPLED_BYTES)))
     size = Path(corpus).stat().st_size
     whole = size <= SAMPLED_BYTES
     if whole and len(texts) < asked.fewest_texts:

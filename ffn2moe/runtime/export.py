@@ -1,4 +1,4 @@
-"""Open an export and use it, by any of its plans: embeddings, generated text, logits, hidden states.
+"""Open an export and use it, by any of its plans: embeddings, generated text, classes, hidden states.
 
 Needs numpy, tokenizers and the plan's engine (`ffn2moe.runtime.engines`), and no torch: an export is light to serve.
 """
@@ -13,33 +13,24 @@ from typing import Any
 
 import numpy as np
 
+from ffn2moe.runtime.at_once import AtOnce, ModelExport
 from ffn2moe.runtime.batching import BATCH_TOKENS, batches_by_length, pad, parts
+from ffn2moe.runtime.classifiers import Classifier, TokenClassifier
 from ffn2moe.runtime.decoders import CausalExport, Seq2SeqExport
 from ffn2moe.runtime.engines import CPU, ENGINES, EngineMissing, Graph, Precision, cores, open_graph
 from ffn2moe.runtime.files import checked_files, load_tokenizer, no_such_plan, read_manifest, read_plan
-from ffn2moe.runtime.opened import Opened, require_several, require_text
+from ffn2moe.runtime.opened import require_several, require_text
 from ffn2moe.runtime.plans import decodes, default_plan, plan_of, resolve
 from ffn2moe.runtime.selftest import self_tests
 from ffn2moe.runtime.switch import Switch, places
 from ffn2moe.sentence import SentenceModules
+from ffn2moe.table import Table
 
 _log = logging.getLogger(__name__)
 TEXTS_AT_ONCE = 4096  # that are tokenised and batched together
 
 
-class _AtOnce(Opened):
-    """A model that reads its whole input at once."""
-
-    def fix(self, shapes: Iterable[tuple[int, int]]) -> None:
-        """Compile the graph for exactly these batches [B, L], in place of earlier ones, where the engine is OpenVINO.
-
-        The first batch of each shape takes longer, and each takes memory (docs/decisions/0015). Slightly smaller
-        batches are padded to it; all others run as before.
-        """
-        self._graph.fix(shapes)
-
-
-class Export(_AtOnce):
+class Export(AtOnce):
     """An open export of a text encoder: `encode` texts, or `run` token ids."""
 
     @property
@@ -128,7 +119,7 @@ def open_export(
     providers: Sequence[str] = CPU,
     precision: Precision | None = None,
 ) -> Any:
-    """Open the export in folder `path` as an `Export`, `CausalExport`, `Seq2SeqExport` or `ModelExport`, by its head.
+    """Open the export in folder `path` as the class of its head (`OPENED`).
 
     `plan` None takes what was chosen by measuring (plan.json, `ffn2moe.planning.plan_file`), or `sorted` where nothing
     was. Where this machine lacks an engine or operator of what was chosen, the export's portable plan is opened, and a
@@ -221,35 +212,18 @@ def opened(path: Path, plan: str, manifest: Mapping[str, Any], graphs: Sequence[
     head, spec = manifest["spec"]["head"], manifest["spec"]
     tokenizer = None
     if manifest.get("model", {}).get("reads", "text") != "images":
-        cut = int(spec["max_length"]) if head in ("embedding", "classification", "features") else None
+        cut = None if decodes(head) else int(spec["max_length"])
         tokenizer = load_tokenizer(path / "tokenizer", cut)
-    kinds: dict[str, Any] = {"embedding": Export, "causal": CausalExport, "seq2seq": Seq2SeqExport}
-    return kinds.get(head, ModelExport)(path, plan, manifest, graphs, tokenizer)
+    return OPENED[head](path, plan, manifest, graphs, tokenizer)
 
 
-class ModelExport(_AtOnce):
-    """An open export of a classifier, or of a model that gives hidden states: `run` it on its inputs."""
-
-    @property
-    def inputs(self) -> tuple[str, ...]:
-        """The names of its inputs: `input_ids` and `attention_mask`, or `pixel_values` [B, channels, H, W]."""
-        return tuple(self._graph.inputs)
-
-    def batch(self, texts: Iterable[str]) -> dict[str, np.ndarray]:
-        """Return token ids and mask of texts as one batch, int64 [B, L] each."""
-        if self._tokenizer is None:
-            raise ValueError("this model reads images: give `run` their pixel_values [B, channels, height, width]")
-        ids_BL, mask_BL = pad(self._ids_of(texts, "batch"), self._pad_id)
-        return {"input_ids": ids_BL, "attention_mask": mask_BL}
-
-    def run(self, **inputs: np.ndarray) -> dict[str, np.ndarray]:
-        """Return outputs by name: `logits` [B, classes] of a classifier, else `last_hidden_state` [B, L, D]."""
-        return dict(zip(self._outputs, self._graph.run(self._outputs, inputs), strict=True))
-
-    def outputs(self, sample: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Return every output by name for a sample of `ffn2moe.onnx.parity`."""
-        return self.run(**sample)
-
-    def classify(self, texts: Iterable[str]) -> np.ndarray:
-        """Return logits [N, classes] of texts, in their order."""
-        return np.concatenate([self.run(**self.batch([text]))["logits"] for text in texts])
+OPENED: Table[Any] = Table("head")
+for _head, _kind in (
+    ("embedding", Export),
+    ("causal", CausalExport),
+    ("seq2seq", Seq2SeqExport),
+    ("classification", Classifier),
+    ("token_classification", TokenClassifier),
+    ("features", ModelExport),
+):
+    OPENED.register(_head, _kind)

@@ -101,7 +101,13 @@ def load_tokenizer(folder: Path, max_length: int | None) -> Tokenizer:
 
 def padding_id(folder: Path, tokenizer: Tokenizer) -> int:
     """Return the id of the padding token, or 0 where there is none: masked positions are never read."""
+    return token_id(folder, tokenizer, "pad_token") or 0
+
+
+def token_id(folder: Path, tokenizer: Tokenizer, key: str) -> int | None:
+    """Return the id of the token under a key of tokenizer_config.json; None where there is none."""
     config = folder / "tokenizer_config.json"
-    token = _read_json(config, ()).get("pad_token") if config.is_file() else None
+    token = _read_json(config, ()).get(key) if config.is_file() else None
     name = token["content"] if isinstance(token, dict) else token
-    return (tokenizer.token_to_id(name) if name else None) or 0
+    found: int | None = tokenizer.token_to_id(name) if name else None
+    return found

@@ -43,7 +43,7 @@ class Opened:
         return [encoding.ids for encoding in self._tokenizer.encode_batch([prompt + text for text in texts])]
 
 
-def require_several(texts: Iterable[str], method: str) -> None:
+def require_several(texts: Iterable[Any], method: str) -> None:
     """Raise ValueError for one text alone where `method` takes several."""
     if isinstance(texts, str | bytes):
         raise ValueError(f"{method} takes a list of texts: write {method}([text])")

@@ -88,5 +88,5 @@ def test_a_divergence_is_refused_for_logits_that_it_does_not_fit():
     with pytest.raises(ValueError, match=r"'sinkhorn' compares logits of the heads classification, .* is causal: use"):
         objective_for("causal", weights)
     with pytest.raises(ValueError, match=r"is classification: use one of .*, forward_kl, "):
-        objective_for("classification", LossWeights(divergence="selected_tokens"))
-    assert objective_for("classification", weights).terms == ("logits", "hidden")
+        objective_for("classification", LossWeights(divergence="selected_tokens"), problem="single_label")
+    assert objective_for("classification", weights, problem="single_label").terms == ("logits", "hidden")

@@ -7,8 +7,8 @@ from typing import Any
 from ffn2moe.dense.families import Stack
 
 NO_POOLER = (("add_pooling_layer", False),)  # no head of this package reads the pooler
-TEXT_ENCODER = ("embedding", "classification")
-LANGUAGE_MODEL = ("causal", "classification", "embedding")
+TEXT_ENCODER = ("embedding", "classification", "token_classification")
+LANGUAGE_MODEL = ("causal", "classification", "token_classification", "embedding")
 
 
 def plain(layers: str, w_in: str, w_out: str, *, inside: str, **more: Any) -> Stack:

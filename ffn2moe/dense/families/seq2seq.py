@@ -24,7 +24,7 @@ _T5_STACKS = tuple(
 
 FAMILIES = (
     *(
-        Family(name, _T5_STACKS, ("seq2seq", "embedding", "classification"), positions=None)
+        Family(name, _T5_STACKS, ("seq2seq", "embedding", "classification", "token_classification"), positions=None)
         for name in ("t5", "mt5", "umt5")
     ),
     *(Family(name, _BOTH_SIDES, ("seq2seq", "classification")) for name in ("bart", "mbart")),

@@ -28,7 +28,8 @@ class Divergence:
 
     loss: Callable[[Tensor, Tensor, float, Ranks], Tensor]
     reference: str  # the paper, or where it is described
-    heads: tuple[str, ...] = ("causal", "seq2seq", "classification")  # the heads whose logits it can compare
+    # The heads whose logits it can compare.
+    heads: tuple[str, ...] = ("causal", "seq2seq", "classification", "token_classification")
 
 
 DIVERGENCES: Table[Divergence] = Table("divergence", package=__name__)

@@ -17,6 +17,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from ffn2moe.choices import HEADS
 from ffn2moe.runtime.engines import ENGINES
 from ffn2moe.runtime.files import read_plan
 from ffn2moe.table import Table
@@ -25,8 +26,8 @@ from ffn2moe.table import Table
 # torch nor onnx_ir.
 Reference = str | Callable[..., Any]
 
-READS_AT_ONCE = ("embedding", "classification", "features")  # heads without a cache
-DECODES = ("causal", "seq2seq")  # heads that read token by token, with a cache
+READS_AT_ONCE = tuple(head.name for head in HEADS.rows() if not head.generates)  # heads without a cache
+DECODES = tuple(head.name for head in HEADS.rows() if head.generates)  # heads that read token by token, with a cache
 UNMEASURED_PLAN = "sorted"  # the default before a benchmark has chosen: float32 and standard ops, good everywhere
 
 
