@@ -173,7 +173,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(export, capsys, arguments, messag
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["confert", "a", "b"], "unknown command 'confert'; did you mean 'convert'? known: check, convert, encode"),
+        (["confert", "a", "b"], "unknown command 'confert'; did you mean 'convert'? known: check, classify, convert"),
         (["convert", "a", "b", "--gate", "sofmax"], "unknown value 'sofmax'; did you mean 'softmax'? known: auto"),
         (["convert", "a", "b", "--experts", "0"], "'0' is not a count: give a whole number from 1"),
     ],
