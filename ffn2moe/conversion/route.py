@@ -71,7 +71,13 @@ def _in_memory(task: Task, data: Data, router: RouterSettings) -> list[dict[str,
     for index, moe in task.track(list(enumerate(layers)), len(layers), "routing layers"):
         kept = max(1, len(inputs[index]) - len(inputs[index]) // HELD_OUT_SHARE)
         x_TD, held_out_TD = inputs[index][:kept], inputs[index][kept:]
-        found = route_layer(moe, x_TD, router.for_layer(index), held_out_TD=held_out_TD if len(held_out_TD) else None)
+        found = route_layer(
+            moe,
+            x_TD,
+            router.for_layer(index),
+            partition=spec.partition,
+            held_out_TD=held_out_TD if len(held_out_TD) else None,
+        )
         rows.append({"layer": index, **found.row})
     partial = task.routed.with_name("routed.partial")
     shutil.rmtree(partial, ignore_errors=True)

@@ -104,6 +104,7 @@ def do_route(job: LayerJob) -> LayerResult:
         moe,
         job.tensors["x_TD"],
         RouterSettings(**job.settings["router"]),
+        partition=job.settings["spec"]["partition"],
         held_out_TD=job.tensors["held_out_TD"],
     )
     return LayerResult(job.layer, {"losses": found.losses, "row": found.row}, dict(moe.state_dict()))

@@ -10,11 +10,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ffn2moe.decompose import oracle
+from ffn2moe.decompose import oracle, token_experts
 from ffn2moe.decompose.evidence import RouterData
 from ffn2moe.decompose.layer import dense_ffn, outputs
 from ffn2moe.decompose.objectives import OBJECTIVES, RouterObjective
 from ffn2moe.decompose.oracles import ORACLES
+from ffn2moe.decompose.partition import PARTITIONS
 from ffn2moe.decompose.reconstruct import refit_outputs, relative_error
 from ffn2moe.decompose.router_fit import train_router
 from ffn2moe.decompose.starts import STARTS, RouterStart
@@ -55,14 +56,20 @@ def route_layer(
     x_TD: Tensor,
     settings: RouterSettings,
     *,
+    partition: str | None = None,
     held_out_TD: Tensor | None = None,
 ) -> Routing:
     """Fit the router of a decomposed layer in place, judge it, and refit the experts' outputs to the dense FFN.
 
     `moe` comes from `decompose_layer`: its experts are still slices of the dense FFN. The router and the outputs are
-    fitted on tokens `x_TD` [T, D]; `held_out_TD` judges them (None: `x_TD` itself).
+    fitted on tokens `x_TD` [T, D]; `held_out_TD` judges them (None: `x_TD` itself). The experts are filled anew where
+    `partition`, a name in PARTITIONS, says so.
     """
     held_out_TD = x_TD if held_out_TD is None else held_out_TD
+    if partition is not None and PARTITIONS[partition].refilled:
+        ffn = dense_ffn(moe)
+        losses = token_experts.fill(moe, ffn, x_TD, outputs(ffn, x_TD), settings)
+        return Routing(losses, token_experts.judge(moe, held_out_TD, outputs(ffn, held_out_TD)))
     wanted_TD = judged_TD = None
     if settings.refit:
         ffn = dense_ffn(moe)  # before the fit of the router changes the output bias

@@ -127,7 +127,9 @@ def _route(
     install(model, index, moe)
     require_identity([moe], after[0], lambda: calls[0].run(layer, hidden[0]), name=f"layer {index}", family=spec.family)
     judged_TD = torch.cat(inputs[-held_out:]) if held_out else None
-    found = route_layer(moe, fitted_TD, settings.router.for_layer(index), held_out_TD=judged_TD)
+    found = route_layer(
+        moe, fitted_TD, settings.router.for_layer(index), partition=spec.partition, held_out_TD=judged_TD
+    )
     return {"layer": index, **found.row}, after
 
 

@@ -63,6 +63,11 @@ def slice_experts(ffn: DenseFFN, neurons_EM: Tensor, shared_S: Tensor | None = N
     covered = torch.cat([neurons_EM[neurons_EM >= 0], shared_S]).sort().values
     if not torch.equal(covered, torch.arange(ffn.ffn_width)):
         raise ValueError(f"the partition must hold each of the {ffn.ffn_width} neurons exactly once")
+    return copy_experts(ffn, neurons_EM, shared_S)
+
+
+def copy_experts(ffn: DenseFFN, neurons_EM: Tensor, shared_S: Tensor) -> ExpertWeights:
+    """Return experts of any neurons of `ffn`: one may stand in several experts, or in none."""
     present_EM = neurons_EM >= 0
 
     def rows(tensor: Tensor | None) -> Tensor | None:  # [F, ...] -> [E, M, ...]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from ffn2moe.decompose.partition import PARTITIONS
 from ffn2moe.preflight.case import Case
 from ffn2moe.preflight.doubt import Doubt
 from ffn2moe.preflight.texts import image_files
@@ -38,8 +39,10 @@ def experts(case: Case) -> Iterator[str]:
             f"experts of {shape.expert_width}{shared}; {spec.num_active} are active"
         )
         padding = shape.shared_width + spec.num_experts * shape.expert_width - shape.ffn_width
-        if padding:
+        if padding and not PARTITIONS[spec.partition].refilled:
             yield f"{padding} zero neurons fill the last experts up, which changes no result"
+    if PARTITIONS[spec.partition].refilled:
+        yield "experts are for clusters of tokens: a neuron may stand in several of them, or in none"
     yield f"{100 * spec.active_share:.0f} % of the FFNs is active for a token"
 
 
