@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ffn2moe.dense.config import auto_class, constructor_options, head_of
 from ffn2moe.dense.families import FAMILIES, Stack
+from ffn2moe.dense.load import read_config
 from ffn2moe.dense.locate import family_of, stacks_of
 from ffn2moe.dense.weights import tied, weight_files
 from ffn2moe.spec import Head
@@ -29,7 +30,7 @@ def skeleton(folder: str | Path, head: Head | None = None) -> Any:
     """
     import transformers
 
-    config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    config = read_config(str(folder), Path(folder))
     head = head or head_of(config, folder)
     family = FAMILIES.get(config.model_type)
     name = auto_class(head, family.reads if family else "text", family)
