@@ -122,6 +122,7 @@ def describe(stage: StageRun, model: Any, tokenizer: Any) -> MoESpec:
     where the container cannot hold the model.
     """
     from ffn2moe.containers.fit import require_fit
+    from ffn2moe.decompose.partition import PARTITIONS, settled
     from ffn2moe.dense.config import head_of
     from ffn2moe.moe.describe import spec_of
 
@@ -147,9 +148,10 @@ def describe(stage: StageRun, model: Any, tokenizer: Any) -> MoESpec:
     )
     if container:
         require_fit(container, model.config, spec=spec)
+    spec = settled(spec)
     for shape in spec.stacks:
         padding = shape.shared_width + spec.num_experts * shape.expert_width - shape.ffn_width
-        if padding:
+        if padding and not PARTITIONS[spec.partition].refilled:
             stage.say(
                 f"{shape.ffn_width} neurons do not divide by {spec.num_experts} experts: {padding} zero neurons fill "
                 f"them up to {shape.expert_width} each, which changes no result"

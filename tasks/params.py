@@ -83,7 +83,7 @@ class Data(Section):
 class Decompose(Section):
     num_experts: Count
     num_active: Count
-    partition: Annotated[str, OneOf(PARTITIONS)]
+    partition: Annotated[str, OneOf(PARTITIONS, ("auto",))]
     shared_width: int = Field(ge=0)
     active_per_layer: Literal["same", "budget"] | tuple[Count, ...]
     container: Annotated[str, OneOf(CONTAINERS, ("none", "auto"))]

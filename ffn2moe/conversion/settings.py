@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 from ffn2moe.choices import GATES, HEADS
 from ffn2moe.containers.table import CONTAINERS
 from ffn2moe.decompose.objectives import OBJECTIVES
-from ffn2moe.decompose.partition import PARTITIONS
+from ffn2moe.decompose.partition import AUTO, PARTITIONS
 from ffn2moe.table import UnknownName, unknown
 
 Scope = Literal["experts", "all"]
@@ -75,9 +75,12 @@ class Settings:
         ),
     )
     partition: str = field(
-        default="coactivation",
+        default=AUTO,
         metadata=_option(
-            "--partition", "how the neurons of an FFN are assigned to experts (coactivation)", names=PARTITIONS.names
+            "--partition",
+            "how the neurons of an FFN are assigned to experts (auto: token_clusters for a gated language model with "
+            "one active expert, coactivation for others)",
+            names=lambda: (AUTO, *PARTITIONS.names()),
         ),
     )
     router_objective: str = field(

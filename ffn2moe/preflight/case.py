@@ -12,7 +12,7 @@ from ffn2moe.choices import HEADS
 from ffn2moe.containers.container import Container
 from ffn2moe.containers.fit import choose, require_fit
 from ffn2moe.containers.table import CONTAINERS
-from ffn2moe.decompose.partition import require_partition
+from ffn2moe.decompose.partition import settled
 from ffn2moe.decompose.source import NotStreamable, Source, only_stack, skeleton
 from ffn2moe.dense.cross_encoder import reads_pairs
 from ffn2moe.dense.families import FAMILIES, positions
@@ -274,5 +274,4 @@ class Case:
         )
         if container:
             require_fit(container, self.dense.config, spec=spec)
-        require_partition(spec)
-        return spec
+        return settled(spec)

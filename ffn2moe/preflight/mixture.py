@@ -43,6 +43,11 @@ def experts(case: Case) -> Iterator[str]:
             yield f"{padding} zero neurons fill the last experts up, which changes no result"
     if PARTITIONS[spec.partition].refilled:
         yield "experts are for clusters of tokens: a neuron may stand in several of them, or in none"
+    elif spec.head == "causal" and all(shape.gated for shape in spec.stacks):
+        yield Doubt(
+            f"{spec.num_active} of {spec.num_experts} disjoint experts lose more in a gated language model than "
+            f"pruning does: {case.request.call('num_active', 1)} gives experts for clusters of tokens, which lose less"
+        )
     yield f"{100 * spec.active_share:.0f} % of the FFNs is active for a token"
 
 

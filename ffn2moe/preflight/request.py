@@ -29,7 +29,7 @@ class Request:
     texts: int | None = None  # the most that are used
     fewest_texts: int = 2
     text_only: bool = False  # whether models of images and speech are refused, and those that give hidden states
-    partition: str = "coactivation"
+    partition: str = "auto"
     shared_width: int = 0
     container: str = "auto"  # auto, none, or a name in CONTAINERS
     needs_container: bool = False  # whether `auto` is refused where no container fits

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 from ffn2moe.choices import SELECTIONS
@@ -35,12 +35,26 @@ class Partition:
 PARTITIONS: Table[Partition] = Table("partition", package="ffn2moe.decompose.partition")
 
 
-def require_partition(spec: MoESpec) -> None:
-    """Raise ValueError where the spec asks for what its partition cannot do."""
-    row = PARTITIONS[spec.partition]
-    if row.refilled and (spec.budgets != (1,) or spec.active_per_layer or not SELECTIONS[spec.selection].fixed):
+AUTO = "auto"  # the partition that fits the model; see `settled`
+
+
+def settled(spec: MoESpec) -> MoESpec:
+    """Return the spec with the partition that fits the model where it asks for `auto`.
+
+    Gated language models whose tokens use one expert get `token_clusters`, others `coactivation`
+    (docs/decisions/0027-language-model-partition.md). ValueError where the spec asks for what its partition cannot do.
+    """
+    if spec.partition == AUTO:
+        clustered = spec.head == "causal" and all(shape.gated for shape in spec.stacks) and _one_expert(spec)
+        return replace(spec, partition="token_clusters" if clustered else "coactivation")
+    if PARTITIONS[spec.partition].refilled and not _one_expert(spec):
         raise ValueError(
             f"the partition {spec.partition} makes experts for clusters of tokens, so that a token uses one expert in "
             f"every layer, and {spec.num_active} of {spec.num_experts} are asked for: use 1 active expert, and no "
-            f"budgets beside it, or the partition {next(name for name in PARTITIONS.names() if name != spec.partition)}"
+            "budgets beside it, or the partition coactivation"
         )
+    return spec
+
+
+def _one_expert(spec: MoESpec) -> bool:
+    return spec.budgets == (1,) and not spec.active_per_layer and SELECTIONS[spec.selection].fixed
