@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from sentence_transformers.models import Transformer
+from sentence_transformers.sentence_transformer.modules import Transformer
 
 from ffn2moe.moe import checkpoint
 

@@ -144,5 +144,6 @@ def _token_ids(texts: str, column: str, tokenizer: Any, spec: MoESpec) -> list[l
     found = read_corpus(texts, column)
     if len(found) < 2:
         raise ValueError(f"{texts} holds one text: give two or more, to see which experts are used and what is lost")
+    found = [spec.prompt + text for text in found]
     ids: list[list[int]] = tokenizer(found, truncation=True, max_length=spec.max_length)["input_ids"]
     return ids

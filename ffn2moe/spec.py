@@ -133,6 +133,11 @@ class MoESpec(_OneStack):
         """The number of layers of all stacks together."""
         return sum(shape.num_layers for shape in self.stacks)
 
+    @property
+    def prompt(self) -> str:
+        """What is written before each text: the default prompt of a sentence encoder."""
+        return self.sentence.prompt() if self.sentence else ""
+
     def shape_of(self, layer: int) -> FFNShape:
         """Return the shape of one layer, counted over all stacks in order."""
         for shape in self.stacks:

@@ -34,7 +34,8 @@ def run(stage: StageRun) -> None:
     head = None if params.teacher.head == "auto" else params.teacher.head
     model, tokenizer = load_dense(str(root / "data/teacher"), head=head)
     spec = describe(stage, model, tokenizer)
-    tokens = read_tokens(root / "data/corpus/calibration.jsonl", spec.head, tokenizer, spec.max_length)
+    path = root / "data/corpus/calibration.jsonl"
+    tokens = read_tokens(path, spec.head, tokenizer, spec.max_length, prompt=spec.prompt)
     inputs = layer_inputs(model, tokens.in_order(), max_tokens=most, device=choose_device(params.compute.device))
     model.to("cpu")
     ffns = [read_ffn(model, index) for index in range(len(inputs))]

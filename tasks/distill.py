@@ -63,7 +63,7 @@ def distil(stage: StageRun, ranks: Ranks) -> None:
     spec = checkpoint.load_spec(root / "models/routed")
     teacher, tokenizer = load_dense(str(root / "data/teacher"), head=spec.head)
     training = training_of(stage, spec)
-    tokens = read_tokens(root / "data/corpus/train.jsonl", spec.head, tokenizer, spec.max_length)
+    tokens = read_tokens(root / "data/corpus/train.jsonl", spec.head, tokenizer, spec.max_length, prompt=spec.prompt)
     batches = tokens.shuffled(batch_tokens=settings.batch_tokens, seed=params.seed)
     epochs = settings.steps / batches.per_epoch
     stage.say(

@@ -89,6 +89,7 @@ def diagnose(
         tokenizer,
         spec.max_length,
         packed=False,
+        prompt=spec.prompt,
     )
     batch_texts = stage.params.evaluate.batch_texts
     inputs = layer_inputs(student, tokens.in_order(batch_texts), max_tokens=DIAGNOSED_TOKENS, device=device)

@@ -28,7 +28,7 @@ class PlanQuality:
         self.head = spec.head
         self.headline = HEADLINES[spec.head]
         path = root / "data/corpus/evaluation.jsonl"
-        self.tokens = read_tokens(path, spec.head, tokenizer, spec.max_length, packed=False)
+        self.tokens = read_tokens(path, spec.head, tokenizer, spec.max_length, packed=False, prompt=spec.prompt)
         self.ids = self.tokens.ids
         evaluated = json.loads((root / "metrics/evaluate.json").read_text(encoding="utf-8"))
         self.known = {

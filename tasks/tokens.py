@@ -43,18 +43,20 @@ class Tokens:
         )
 
 
-def read_tokens(path: Path, head: Head, tokenizer: Any, max_length: int, *, packed: bool = True) -> Tokens:
+def read_tokens(
+    path: Path, head: Head, tokenizer: Any, max_length: int, *, packed: bool = True, prompt: str = ""
+) -> Tokens:
     """Read a split that `prepare` wrote, as sequences of at most `max_length` tokens.
 
-    The texts of an embedding model are tokenised here. The texts of a causal model are packed into blocks of
-    `max_length`; with `packed` false each is truncated to it.
+    The texts of an embedding model are tokenised here, each behind `prompt`. The texts of a causal model are packed
+    into blocks of `max_length`; with `packed` false each is truncated to it.
     """
     from ffn2moe.data.batches import pack
 
     rows = read_jsonl(path)
     pad_id = tokenizer.pad_token_id or 0
     if head == "embedding":
-        texts = [row["text"] for row in rows]
+        texts = [prompt + row["text"] for row in rows]
         return Tokens(head, tokenizer(texts, truncation=True, max_length=max_length)["input_ids"], None, pad_id)
     ids = [row["ids"] for row in rows]
     if head == "causal" and packed:

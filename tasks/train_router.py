@@ -35,7 +35,8 @@ def run(stage: StageRun) -> None:
 
     def inputs_on(split: str, max_tokens: int) -> list[Tensor]:
         """Return the inputs of every layer on the texts of a split."""
-        tokens = read_tokens(root / f"data/corpus/{split}.jsonl", spec.head, tokenizer, spec.max_length)
+        path = root / f"data/corpus/{split}.jsonl"
+        tokens = read_tokens(path, spec.head, tokenizer, spec.max_length, prompt=spec.prompt)
         device = choose_device(params.compute.device)
         return layer_inputs(teacher, tokens.in_order(), max_tokens=max_tokens, device=device)
 

@@ -23,14 +23,14 @@ TEXTS = [
 
 
 def _modules(transformer: Any, **options: Any) -> list[Any]:
-    from sentence_transformers.models import Normalize, Pooling
+    from sentence_transformers.sentence_transformer.modules import Normalize, Pooling
 
     width = transformer.get_embedding_dimension()
     return [transformer, Pooling(width, options.get("pooling", "mean")), Normalize()]
 
 
 def _transformer(folder: Path, **options: Any) -> Any:
-    from sentence_transformers.models import Transformer
+    from sentence_transformers.sentence_transformer.modules import Transformer
 
     return Transformer(str(folder), **options)
 
@@ -49,7 +49,7 @@ def _save(modules: list[Any], out: Path, **options: Any) -> None:
 
 
 def _dense(bert: Path, out: Path) -> None:
-    from sentence_transformers.models import Dense, LayerNorm
+    from sentence_transformers.sentence_transformer.modules import Dense, LayerNorm
 
     transformer, pooling, normalize = _modules(_transformer(bert, max_seq_length=48), pooling=("cls", "mean"))
     torch.manual_seed(1)

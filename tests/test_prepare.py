@@ -9,8 +9,10 @@ import pytest
 import torch
 
 from ffn2moe.dense.load import load_dense
-from tasks import corpus, prepare
+from tasks import corpus, decompose, prepare
+from tasks.tokens import read_tokens
 from tests.conftest import make_tiny_bert, make_tiny_classifier, make_tiny_t5
+from tests.sentence_folders import save
 from tests.texts import make_stage, make_texts, write_corpus
 
 SMALL = ("data.calibration_texts=20", "data.evaluation_pairs=30", "teacher.max_length=32")
@@ -248,3 +250,20 @@ def test_inputs_name_what_lies_outside_and_a_generated_corpus_needs_nothing(work
     assert found("data.evaluation=judge.jsonl")["evaluation"] != first
     with pytest.raises(FileNotFoundError, match=r"data.evaluation = gone.jsonl is not a file"):
         found("data.evaluation=gone.jsonl")
+
+
+def test_the_written_teacher_of_a_sentence_encoder_is_one_and_says_how_long_texts_are(workspace, tmp_path):
+    folder = save("prompts and a default prompt", tmp_path)
+    said = []
+    stage = make_stage(
+        "prepare", workspace, f"teacher.source={folder}", "data.corpus=texts.jsonl", *SMALL, "teacher.max_length=auto"
+    )
+    stage.say = said.append
+    prepare.run(stage)
+    assert "teacher.max_length = auto: texts are cut to 48 tokens" in said
+    (model, tokenizer), (original, _) = load_dense(str(workspace / "data/teacher")), load_dense(str(folder))
+    assert model.sentence.described == original.sentence.described
+    spec = decompose.describe(make_stage("decompose", workspace, "teacher.max_length=auto"), model, tokenizer)
+    assert (spec.max_length, spec.prompt) == (48, "document: ")
+    tokens = read_tokens(workspace / "data/corpus/train.jsonl", spec.head, tokenizer, 48, prompt=spec.prompt)
+    assert all(tokenizer.decode(ids).startswith("[CLS] document :") for ids in tokens.ids)
