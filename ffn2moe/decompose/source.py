@@ -12,7 +12,8 @@ from ffn2moe.dense.config import auto_class, constructor_options, head_of
 from ffn2moe.dense.families import FAMILIES, Stack
 from ffn2moe.dense.load import read_config
 from ffn2moe.dense.locate import family_of, stacks_of
-from ffn2moe.dense.weights import tied, weight_files
+from ffn2moe.dense.tensors import explain, match
+from ffn2moe.dense.weights import tied, weight_headers
 from ffn2moe.spec import Head
 
 BIG_TENSOR = 64 * 2**20  # bytes of a tensor outside the layers that gets a shard of its own
@@ -68,31 +69,22 @@ def layers_path(model: Any) -> str:
 class Source:
     """The weights of a folder, by their names in the transformers model; each is read when it is asked for.
 
-    FileNotFoundError for a missing shard; ValueError for tensors that are missing, doubled or of another shape;
-    NotStreamable for tensors that transformers merges or splits.
+    FileNotFoundError for a missing shard; ValueError for tensors that are missing, doubled, of another shape, or that
+    the model does not read; NotStreamable for tensors that transformers merges or splits.
     """
 
     def __init__(self, folder: str | Path, model: Any) -> None:
-        from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import WeightConverter, rename_source_key
-
         self.folder = Path(folder)
-        wanted = model.state_dict()
-        transforms = get_model_conversion_mapping(model)
-        converters = [one for one in transforms if isinstance(one, WeightConverter)]
-        renamings = [one for one in transforms if not isinstance(one, WeightConverter)]
-        self.place: dict[str, tuple[Path, str]] = {}
-        for source, path in weight_files(folder).items():
-            name, converted = rename_source_key(source, renamings, converters, model.base_model_prefix, wanted)
-            if converted is not None:
-                raise NotStreamable(
-                    f"transformers makes the tensor {name} of others (such as {source}), which needs more than one "
-                    "layer: convert this model in memory"
-                )
-            if name in self.place:
-                raise ValueError(f"{folder} holds {name} twice, as {self.place[name][1]} and as {source}: remove one")
-            if name in wanted:
-                self.place[name] = path, source
+        headers, wanted = weight_headers(folder), model.state_dict()
+        found = match(folder, headers, model)
+        if found.made:
+            name, source = next(iter(found.made.items()))
+            raise NotStreamable(
+                f"transformers makes the tensor {name} of others (such as {source}), which needs more than one "
+                "layer: convert this model in memory"
+            )
+        explain(folder, model, found.left)
+        self.place = {name: (headers[source].file, source) for name, source in found.place.items()}
         self.aliases = tied(model)
         self._require_whole(wanted)
 
@@ -114,13 +106,6 @@ class Source:
                 f"{self.folder} lacks weights ({', '.join(missing[:3])}; {len(missing)} in all): the files are "
                 "incomplete, or config.json belongs to another model"
             )
-        for name in wanted:
-            shape, _ = self.layout(name)
-            if shape != tuple(wanted[name].shape):
-                raise ValueError(
-                    f"{name} in {self.folder} is {list(shape)}, and by config.json {list(wanted[name].shape)}: "
-                    "they belong to different models"
-                )
 
     def layout(self, name: str) -> tuple[tuple[int, ...], torch.dtype]:
         """Return the shape and dtype of a tensor, from its file's header."""

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
+
+import torch
 
 LAYOUT = 1  # of the folders that this version writes; a higher number makes them all again
 
@@ -54,3 +58,20 @@ def cached(name: str, files: Iterable[Path], write: Callable[[Path], None], need
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return folder
+
+
+def save_as_floats(model: Any, out: Path) -> None:
+    """Write a dequantised transformers model to the folder `out`, in float32.
+
+    Its own `save_pretrained` would refuse it, or quantise it again: so the class is built anew from its config without
+    the quantisation, and takes the weights.
+    """
+    config = copy.deepcopy(model.config)
+    config.__dict__.pop("quantization_config", None)
+    config.dtype = torch.float32
+    with torch.device("meta"):
+        plain = type(model)(config)
+    plain.load_state_dict({name: tensor.float() for name, tensor in model.state_dict().items()}, assign=True)
+    plain.tie_weights()
+    plain.generation_config = model.generation_config
+    plain.save_pretrained(out)

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ffn2moe.dense.cache import save_as_floats
 from ffn2moe.dense.config import auto_class, head_of
 from ffn2moe.dense.families import FAMILIES
 
@@ -250,8 +251,7 @@ def write_dequantised(file: GgufFile, out: Path) -> None:
     if report["missing_keys"] or report["unexpected_keys"]:
         wrong = sorted({*report["missing_keys"], *report["unexpected_keys"]})
         raise ValueError(f"{file.path} and transformers' {type(model).__name__} do not fit: {', '.join(wrong[:3])}")
-    model.hf_quantizer.remove_quantization_config(model)  # else it is not saved: its weights are floats now
-    model.save_pretrained(out)
+    save_as_floats(model, out)
     _tokenizer(file).save_pretrained(out)
 
 

@@ -15,7 +15,8 @@ from ffn2moe.dense.locate import family_of, require_untied
 from ffn2moe.dense.plain import plain_folder
 from ffn2moe.dense.sentence import attach
 from ffn2moe.dense.sentence_folder import default_modules, read_sentence_folder
-from ffn2moe.dense.weights import require_finite, weight_files
+from ffn2moe.dense.tensors import explain, match
+from ffn2moe.dense.weights import require_finite, weight_headers
 from ffn2moe.literals import Reads
 from ffn2moe.progress import Say, silent
 
@@ -45,9 +46,11 @@ def load_dense(
                 f"{' or '.join(family.heads)}, not {head}"
             )
         reads: Reads = family.reads if family else "text" if hasattr(config, "vocab_size") else "images"
-        weight_files(folder)
         encoder = read_sentence_folder(folder) if head == "embedding" else None
-        model = _read_model(source, folder, auto_class(head, reads, family), config, head)
+        name = auto_class(head, reads, family)
+        if family is not None:
+            _match_headers(folder, name, config, head, say)
+        model = _read_model(source, folder, name, config, head)
     except (OSError, SafetensorError) as error:
         raise _unreadable(source, error, "model.safetensors") from error
     reader = _read_reader(source, folder, reads, encoder.tokenizer_options if encoder else {})
@@ -60,19 +63,34 @@ def load_dense(
     return model.eval(), reader
 
 
-def _read_model(source: str, folder: Path, name: str, config: Any, head: str) -> Any:
-    """Return the model of a transformers class, float32; ValueError where the files lack weights."""
+def _match_headers(folder: Path, name: str, config: Any, head: str, say: Say) -> None:
+    """Say which tensors the model does not read; ValueError, before one is read, where files and model do not fit."""
     import transformers
 
-    model, report = getattr(transformers, name).from_pretrained(
-        folder,
-        config=config,
-        dtype=torch.float32,
-        use_safetensors=True,
-        output_loading_info=True,
-        trust_remote_code=False,
-        **constructor_options(config, head),
-    )
+    with torch.device("meta"):
+        model = getattr(transformers, name).from_config(config, **constructor_options(config, head))
+    left_out = explain(folder, model, match(folder, weight_headers(folder), model).left)
+    if left_out:
+        say(left_out)
+
+
+def _read_model(source: str, folder: Path, name: str, config: Any, head: str) -> Any:
+    """Return the model of a transformers class, float32; ValueError where files and model do not fit."""
+    import transformers
+
+    try:
+        model, report = getattr(transformers, name).from_pretrained(
+            folder,
+            config=config,
+            dtype=torch.float32,
+            use_safetensors=True,
+            output_loading_info=True,
+            trust_remote_code=False,
+            **constructor_options(config, head),
+        )
+    except RuntimeError as error:  # tensors of other shapes
+        raise ValueError(f"the weights of {source} do not fit its config.json: {error}") from error
+    explain(folder, model, report["unexpected_keys"])
     if report["missing_keys"]:
         raise ValueError(
             f"the teacher {source} lacks weights ({', '.join(sorted(report['missing_keys'])[:3])}, ...), which would "

@@ -3,14 +3,39 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+_FORMATS = {
+    "*.h5": "TensorFlow's or Keras's HDF5",
+    "*.msgpack": "Flax's msgpack",
+    "*.ckpt*": "a TensorFlow or Lightning checkpoint",
+    "*.pt": "a PyTorch pickle",
+    "*.pth": "a PyTorch pickle",
+    "*.onnx": "an ONNX graph",
+    "*.npz": "NumPy arrays",
+}
+
+
+@dataclass(frozen=True)
+class Header:
+    """Where a tensor is, and how it is stored."""
+
+    file: Path
+    dtype: str  # as safetensors spells it: "F32", "BF16", "F8_E4M3", "I32"
+    shape: tuple[int, ...]
+
 
 def weight_files(folder: str | Path) -> dict[str, Path]:
-    """Return the file of every tensor of a Hugging Face folder, by the tensor's name; read the files' headers only.
+    """Return the file of every tensor of a Hugging Face folder, by the tensor's name (see `weight_headers`)."""
+    return {name: header.file for name, header in weight_headers(folder).items()}
+
+
+def weight_headers(folder: str | Path) -> dict[str, Header]:
+    """Return the header of every tensor of a Hugging Face folder, by the tensor's name; no weight is read.
 
     FileNotFoundError for a missing file. ValueError for weights that are no safetensors, for a tensor that the index
     names and its file lacks, and for one that is in two files, as one of the copies would be ignored.
@@ -23,22 +48,35 @@ def weight_files(folder: str | Path) -> dict[str, Path]:
     else:
         promised, shards = {}, ["model.safetensors"]
     missing = [shard for shard in shards if not (folder / shard).is_file()]
-    if missing and not promised and any(folder.glob("*.bin")):
-        raise ValueError(_remedy_for_bin(folder))
+    if missing and not promised:
+        _refuse_other_formats(folder)
     if missing:
         named = f", which {index.name} names," if promised else ""
         raise FileNotFoundError(
             f"{', '.join(missing[:3])}{named} is not in {folder} ({len(missing)} of {len(shards)} files are missing): "
             "fetch the folder again"
         )
-    found = _files_of_tensors(folder, shards)
-    lost = [name for name, shard in promised.items() if name not in found or found[name].name != shard]
+    found = _headers(folder, shards)
+    lost = [name for name, shard in promised.items() if name not in found or found[name].file.name != shard]
     if lost:
         raise ValueError(
             f"{promised[lost[0]]} in {folder} lacks {', '.join(lost[:3])}, which {index.name} says it holds "
             f"({len(lost)} tensors in all): fetch the folder again"
         )
     return found
+
+
+def _refuse_other_formats(folder: Path) -> None:
+    """ValueError for a folder whose weights are in a format that is not read here."""
+    if any(folder.glob("*.bin")):
+        raise ValueError(_remedy_for_bin(folder))
+    for pattern, name in _FORMATS.items():
+        files = sorted(folder.rglob(pattern))
+        if files:
+            raise ValueError(
+                f"{folder} has its weights as {name} ({files[0].relative_to(folder)}), and only safetensors and GGUF "
+                "files are read: name a folder of its safetensors"
+            )
 
 
 def _remedy_for_bin(folder: Path) -> str:
@@ -51,20 +89,20 @@ def _remedy_for_bin(folder: Path) -> str:
     )
 
 
-def _files_of_tensors(folder: Path, shards: list[str]) -> dict[str, Path]:
+def _headers(folder: Path, shards: list[str]) -> dict[str, Header]:
     from safetensors import safe_open
 
-    found: dict[str, Path] = {}
+    found: dict[str, Header] = {}
     for shard in shards:
         with safe_open(folder / shard, framework="pt") as file:
-            names = list(file.keys())
-        for name in names:
-            if name in found:
-                raise ValueError(
-                    f"the tensor {name} stands in two files of {folder}, {found[name].name} and {shard}: one of them "
-                    "belongs to another checkpoint; fetch the folder again"
-                )
-            found[name] = folder / shard
+            for name in file.keys():  # noqa: SIM118
+                if name in found:
+                    raise ValueError(
+                        f"the tensor {name} stands in two files of {folder}, {found[name].file.name} and {shard}: one "
+                        "of them belongs to another checkpoint; fetch the folder again"
+                    )
+                view = file.get_slice(name)
+                found[name] = Header(folder / shard, view.get_dtype(), tuple(view.get_shape()))
     return found
 
 

@@ -17,6 +17,8 @@ from ffn2moe.decompose.source import NotStreamable, Source, only_stack, skeleton
 from ffn2moe.dense.cross_encoder import reads_pairs
 from ffn2moe.dense.families import FAMILIES, positions
 from ffn2moe.dense.length import usual_length
+from ffn2moe.dense.tensors import explain, match
+from ffn2moe.dense.weights import weight_headers
 from ffn2moe.moe.describe import spec_of
 from ffn2moe.numerics import choose_device
 from ffn2moe.preflight.dense import Dense
@@ -202,6 +204,12 @@ class Case:
         """The same in the mixture."""
         ffns = sum(one.num_layers * (3 if one.gated else 2) * one.width * one.ffn_width for one in self.spec.stacks)
         return self.multiplied - round((1 - self.spec.active_share) * ffns)
+
+    @cached_property
+    def left_out(self) -> str | None:
+        """The tensors of the files that the model does not read, in words. ValueError for others than a head's."""
+        headers = weight_headers(self.dense.folder)
+        return explain(self.dense.folder, self.model, match(self.dense.folder, headers, self.model).left)
 
     @cached_property
     def whole_only(self) -> str | None:

@@ -43,6 +43,8 @@ def source(case: Case) -> Iterator[str]:
             "it is converted in memory"
         )
         return
+    if case.left_out is not None:
+        yield case.left_out
     if case.whole_only is not None:
         yield f"converted in memory, not layer by layer: {case.whole_only}"
 
