@@ -31,11 +31,16 @@ def plain_folder(source: str, revision: str | None = None, *, say: Say = silent)
     user's cache, about which `say` is told.
     ValueError or FileNotFoundError, with the remedy, before weights are read, for a source that cannot be read.
     """
+    from safetensors import SafetensorError
+
     _, path = resolve_source(source)
     path = transformer_folder(path or download(source, revision))
     if path.suffix == ".gguf" and path.is_file():
         return _of_gguf(open_gguf(path), say)
-    headers = weight_headers(path)
+    try:
+        headers = weight_headers(path)
+    except (FileNotFoundError, SafetensorError):
+        return path  # missing or damaged files: who reads them names them
     kind = quantisation_of(path, headers)
     if kind is None:
         return path
