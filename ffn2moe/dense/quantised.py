@@ -83,7 +83,10 @@ def quantisation_of(folder: Path, headers: Mapping[str, Header]) -> Quantisation
 
     ValueError, by its name, for one that cannot be dequantised here, and for weights that are no floats.
     """
-    written = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    try:
+        written = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        written = {}  # who reads the config says what is wrong
     settings = written.get("quantization_config") or written.get("compression_config") or {}
     named = _named(settings)
     seen = next((kind for kind in QUANTISATIONS if kind.fits(headers)), None)
