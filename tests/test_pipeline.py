@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 from ruamel.yaml import YAML
 
 import ffn2moe
+from ffn2moe.runtime.files import read_manifest
 from tasks.registry import Registry
 from tasks.store import experiment_id, mlflow_client
 from tests.conftest import make_tiny_bert
@@ -87,6 +89,26 @@ def test_the_registered_version_holds_the_hashes_of_dvc(world):
     assert tags["dvc.md5.exported"] == outs["models/exported"]
     assert tags["git.commit"] == git(world / "repo", "rev-parse", "HEAD").strip()
     assert tags["git.dirty"] == "false"
+
+
+def test_the_plans_that_lost_come_back_from_the_cache_of_dvc(world, tmp_path):
+    repo = world / "repo"
+    export, whole = repo / "exports/tiny", repo / "models/exported"
+    before = {file.name: file.read_bytes() for file in (whole / "onnx").iterdir()}
+    slim = shutil.copytree(export, tmp_path / "slim")
+    shutil.move(whole, tmp_path / "whole")
+    try:
+        assert read_manifest(export)["left_out"]
+        assert "brought back: " in in_repo(repo, "flows.plans")
+        assert {file.name: file.read_bytes() for file in (export / "onnx").iterdir()} == before
+        assert [*read_manifest(export)["plans"]] and not read_manifest(export)["left_out"]
+        assert "no plan is missing" in in_repo(repo, "flows.plans", "tiny")
+        assert not [*(repo / "exports").glob("*.plans"), *repo.glob("*.dvc")]
+        assert git(repo, "status", "--porcelain") == ""
+    finally:
+        shutil.rmtree(export)
+        shutil.move(slim, export)
+        shutil.move(tmp_path / "whole", whole)
 
 
 def test_another_clone_makes_the_same_bytes_by_dvc_alone(world):

@@ -61,13 +61,13 @@ class Trial:
 
 
 def hashes(repo: Path) -> dict[str, object]:
-    """Return the entries of dvc.lock for the reproducible stages, and the hashes of the files of the export."""
+    """Return the entries of dvc.lock for the reproducible stages, and the hashes of the files of every plan."""
     stages = YAML(typ="safe").load((repo / "dvc.lock").read_text(encoding="utf-8"))["stages"]
-    export = repo / "exports" / "tiny"
+    export = repo / "models" / "exported"  # exports/tiny has the plans that were faster, by measured times
     files = {
         path.relative_to(export).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in sorted(export.rglob("*"))
-        if path.is_file() and path.name != "plan.json"  # measured times
+        if path.is_file()
     }
     return {**{stage: stages[stage] for stage in REPRODUCIBLE}, "files": files}
 
