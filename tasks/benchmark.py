@@ -93,7 +93,7 @@ def ship(stage: StageRun, shipment: Shipment, content: Mapping[str, Any]) -> Non
         stage.say(f"not in it: {left_out}; {manifest['bring_back']} brings them back")
     stage.say(f"exports/{name}: {size}")
     if size.share > LARGEST:
-        stage.say(f"that is more than {LARGEST:g}x, because no smaller plan keeps gate.min_retention of the quality")
+        stage.say(f"that is more than {LARGEST:g}x: no smaller portable plan keeps gate.min_retention of the quality")
 
 
 def workload_of(settings: Benchmark) -> Workload:

@@ -80,10 +80,9 @@ def test_plans_that_are_too_large_together_are_not_chosen_together():
     cells = [cell(16, dense=9, ov_native4=3, ov_native8=6), cell(128, dense=9, ov_native4=6, ov_native8=3)]
     keeps = dict.fromkeys(cells[0].rows, True)
     assert set(choose(cells, keeps).plans) == {"ov-native4", "ov-native8"}
-    assert len(choose(cells, keeps, fits=lambda plans: len(set(plans)) < 2).plans) == 1
-    assert choose(cells, keeps, fits=lambda plans: {*plans} <= {"ov-native8"}).plans == ("ov-native8",)
-    assert choose(cells, keeps, fits=lambda plans: {*plans} <= {"dense"}).plans == ("dense",)
-    assert set(choose(cells, keeps, fits=lambda plans: False).plans) == {"ov-native4", "ov-native8"}  # none fits
+    one = choose(cells, keeps, fits=lambda plans: False)
+    assert len(one.plans) == 1 and one.plans[0].startswith("ov-native")  # one plan is always allowed
+    assert set(choose(cells, keeps, fits=lambda plans: len({*plans}) <= 2).plans) == {"ov-native4", "ov-native8"}
 
 
 @pytest.fixture(scope="module")

@@ -33,10 +33,10 @@ def sentence_transformers_folder(
 ) -> Path:
     """Write a folder that ``SentenceTransformer(out, backend="onnx")`` opens without this package, and return it.
 
-    It holds one plan's graph (by default the one that the benchmark chose) as ``onnx/model.onnx``, the tokenizer, and
-    the modules that make embeddings of hidden states, with prompts and similarity; the library runs those modules
-    itself on the graph's output `last_hidden_state`. With `torch` it also holds the checkpoint, and opens as
-    ``SentenceTransformer(out, trust_remote_code=True)``, with either backend, where this package is installed.
+    It holds one plan's graph (by default the portable one of an export by `make run`) as ``onnx/model.onnx``, the
+    tokenizer, and the modules that make embeddings of hidden states, with prompts and similarity; the library runs
+    those modules itself on the graph's output `last_hidden_state`. With `torch` it also holds the checkpoint, and opens
+    as ``SentenceTransformer(out, trust_remote_code=True)``, with either backend, where this package is installed.
 
     Written beside `out` and renamed at the end. ValueError for an export that makes no embeddings, an unknown plan, or
     a folder that is taken; a damaged graph is refused.
@@ -46,7 +46,7 @@ def sentence_transformers_folder(
     spec = manifest["spec"]
     if spec["head"] != "embedding":
         raise ValueError(f"{export} is a {spec['head']} model: sentence-transformers opens embedding models only")
-    chosen = plan or default_plan(export, manifest["plans"])
+    chosen = plan or manifest.get("portable") or default_plan(export, manifest["plans"])
     if chosen not in manifest["plans"]:
         raise ValueError(no_such_plan(export, manifest, chosen))
     if out.exists() and (not out.is_dir() or any(out.iterdir())):

@@ -114,7 +114,7 @@ def cells_of(
     return cells
 
 
-def _any_fits(plans: Sequence[str]) -> bool:
+def _any_fit(plans: Sequence[str]) -> bool:
     return True
 
 
@@ -122,18 +122,16 @@ def choose(
     cells: Sequence[Cell],
     keeps_quality: Mapping[str, bool],
     max_plans: int | None = None,
-    fits: Fits | None = None,
+    fits: Fits = _any_fit,
 ) -> Choice:
     """Choose a plan for each cell: never one that is measurably slower than the best dense plan there.
 
     The fewest plans are kept whose time for all the work is the best or cannot be told apart from it, `max_plans` at
-    most, of those sets that `fits` allows. Where such a set cannot be as fast as the best dense plan in every cell, the
-    work as a whole decides: a mixture is taken only if all of it is faster, beyond the noise, than by as few dense
-    plans. Where no plan fits, all are allowed.
+    most; several only where `fits` allows them together. Where so few cannot be as fast as the best dense plan in every
+    cell, the work as a whole decides: a mixture is taken only if all of it is faster, beyond the noise, than by as few
+    dense plans.
     """
     plans = [plan for plan in cells[0].rows if keeps_quality.get(plan, False)]
-    if fits is None or not any(fits([plan]) for plan in plans):
-        fits = _any_fits
     allowed = [[plan for plan in plans if cell.allows(plan)] for cell in cells]
     free = [min(some, key=cell.ms) for cell, some in zip(cells, allowed, strict=True)]
     spread = sum(
@@ -148,7 +146,7 @@ def choose(
         found = [
             _assigned(cells, [[plan for plan in some if plan in kept] for some in allowed])
             for kept in combinations(useful, count)
-            if fits(kept)
+            if count == 1 or fits(kept)
         ]
         possible = [assigned for assigned in (*found, fastest) if assigned is not None]
         fastest = min(possible, key=partial(_total, cells), default=None)
@@ -163,9 +161,9 @@ def _compromise(cells: Sequence[Cell], plans: Sequence[str], max_plans: int, fit
     """Choose with too few plans to be the best everywhere: the fastest for all the work, or dense if that is unsure."""
 
     def fastest(among: Sequence[str], ms: Callable[[Cell, str], float]) -> tuple[str, ...]:
-        counts = range(min(max_plans, len(among)), 0, -1)
-        sets = next(filter(None, ([kept for kept in combinations(among, count) if fits(kept)] for count in counts)), [])
-        assigned = [tuple(min(kept, key=partial(ms, cell)) for cell in cells) for kept in sets or [tuple(among)]]
+        counts = range(1, min(max_plans, len(among)) + 1)
+        sets = [kept for count in counts for kept in combinations(among, count) if count == 1 or fits(kept)]
+        assigned = [tuple(min(kept, key=partial(ms, cell)) for cell in cells) for kept in sets]
         return min(assigned, key=lambda one: sum(c.weight * ms(c, p) for c, p in zip(cells, one, strict=True)))
 
     def surely(cell: Cell, plan: str) -> float:

@@ -31,7 +31,7 @@ def planned(
     min_retention: float,
     max_plans: int | None = None,
     texts: Sequence[str] = (),
-    fits: Fits | None = None,
+    fits: Fits = lambda plans: True,
 ) -> dict[str, Any]:
     """Return the content of plan.json: the choice for each shape and number of threads, and all behind it.
 
@@ -50,8 +50,7 @@ def planned(
     kept: list[str] = []
     for count in setting.threads:
         cells = cells_of(measured.timings, workload, threads=count, head=head, decode_tokens=setting.decode_tokens)
-        beside = partial(_fit_beside, kept, fits) if fits is not None else None
-        choices[count] = choose(cells, setting.keeps_quality, max_plans, beside)
+        choices[count] = choose(cells, setting.keeps_quality, max_plans, partial(_fit_beside, kept, fits))
         kept = list(dict.fromkeys([*kept, *choices[count].plans]))
     threads = setting.threads[0]
     first = choices[threads]

@@ -46,6 +46,8 @@ class Shipment:
         self.manifest = read_manifest(folder)
         self._entries: Mapping[str, Any] = self.manifest["plans"]
         self._keeps_quality = keeps_quality
+        files = {file for entry in self._entries.values() for file in graph_files(entry)}
+        self._bytes_of = {file: (folder / file).stat().st_size for file in files}
         self._dense = self._bytes(["dense"]) + _bytes(folder / "tokenizer")
         self._always = sum(_bytes(path) for path in self._others() if path.name not in _UNCOUNTED)
 
@@ -81,13 +83,12 @@ class Shipment:
 
     def _others(self) -> list[Path]:
         """Return everything of the export but its graphs."""
-        graphs = {Path(file).parts[0] for entry in self._entries.values() for file in graph_files(entry)}
+        graphs = {Path(file).parts[0] for file in self._bytes_of}
         return [path for path in sorted(self.folder.iterdir()) if path.name not in graphs]
 
     def _bytes(self, plans: Iterable[str]) -> int:
         """Return the bytes of the graphs of some plans; plans of several engines may share a file."""
-        files = {file for plan in plans for file in graph_files(self._entries[plan])}
-        return sum((self.folder / file).stat().st_size for file in files)
+        return sum(self._bytes_of[file] for file in {one for plan in plans for one in graph_files(self._entries[plan])})
 
 
 def is_portable(plan: str) -> bool:

@@ -22,6 +22,7 @@ from rich.console import Console
 from benchmarks.page import complain, console_of, working
 from ffn2moe.onnx.sentence_transformers import sentence_transformers_folder
 from ffn2moe.runtime.export import open_export
+from ffn2moe.runtime.files import read_manifest
 
 PACKAGES = (
     "torch==2.13.0",
@@ -52,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit code: 1 if the embeddings differ."""
     parser = argparse.ArgumentParser(prog="python -m tests.acceptance.clients", description=__doc__.splitlines()[0])
     parser.add_argument("export", type=Path, help="the export, for example exports/minilm")
-    parser.add_argument("--plan", help="plan (default: the chosen one)")
+    parser.add_argument("--plan", help="plan (default: the portable one)")
     parser.add_argument("--environment", type=Path, default=Path(".cache/sentence-transformers"))
     options = parser.parse_args(arguments)
     console = console_of()
@@ -78,6 +79,7 @@ def largest_difference(export: Path, plan: str | None, environment: Path, consol
             subprocess.run([*install, PACKAGES[0]], check=True, stderr=subprocess.DEVNULL)
             subprocess.run([*install, *PACKAGES], check=True, stderr=subprocess.DEVNULL)
     with TemporaryDirectory() as scratch:
+        plan = plan or read_manifest(export).get("portable")
         folder = sentence_transformers_folder(export, Path(scratch) / "model", plan)
         answer = Path(scratch) / "answer.json"
         # Another folder and -I keep this project from being imported.

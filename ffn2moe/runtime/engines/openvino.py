@@ -155,7 +155,7 @@ class OpenVinoGraph:
             )
         return EngineRefused(
             f"OpenVINO {import_openvino().__version__.partition('-')[0]} cannot run {self._name} on this machine "
-            f"({_cause(error)}): take a plan without ov-, or install the versions of constraints.txt"
+            f"({_cause(error)}): take a plan of another engine, without ov-"
         )
 
     def _part(self, output: str, size: Sequence[int]) -> tuple[slice, ...]:
