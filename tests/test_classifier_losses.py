@@ -7,6 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from ffn2moe.choices import PROBLEMS
+from ffn2moe.data.ranks import Ranks
 from ffn2moe.distill.losses import EQUAL_TEACHERS, logits_loss
 from tests.test_problems import logits
 
@@ -62,3 +63,29 @@ def test_a_reranker_learns_the_order_where_a_sigmoid_is_flat():
     student_NC = torch.full((3, 1), -10.0, requires_grad=True)
     loss_of("one_label", student_NC, teacher_NC).backward()
     assert student_NC.grad is not None and student_NC.grad.abs().max() > 0.1
+
+
+@pytest.mark.parametrize("problem", PROBLEMS.names())
+def test_the_parts_of_several_processes_add_up_to_the_loss_of_the_batch(problem):
+    teacher_NC = logits(problem).float()
+    student_NC = teacher_NC + torch.randn(teacher_NC.shape, generator=torch.Generator().manual_seed(7))
+    sums = torch.stack([teacher_NC.sum(0), teacher_NC.square().sum(0)])
+
+    class Two(Ranks):
+        """What each of two processes gets from the other: the sums over both."""
+
+        def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+            assert tensor.shape == sums.shape
+            return sums
+
+        def total(self, count: int) -> int:
+            return count * len(teacher_NC) // part
+
+    total = 0.0
+    for rows in (slice(0, 100), slice(100, 400)):
+        part = len(teacher_NC[rows])
+        loss = logits_loss(
+            student_NC[rows], teacher_NC[rows], None, divergence="forward_kl", problem=problem, ranks=Two(size=2)
+        )
+        total += loss.item()
+    assert total == pytest.approx(loss_of(problem, student_NC, teacher_NC).item(), rel=1e-4)

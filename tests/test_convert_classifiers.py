@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 from sentence_transformers import CrossEncoder
 
 import ffn2moe
@@ -20,6 +21,7 @@ from ffn2moe.convert import convert
 from ffn2moe.data.batches import in_order
 from ffn2moe.dense.load import load_dense
 from ffn2moe.moe.describe import spec_of
+from ffn2moe.runtime.plans import PLANS, obstacle
 from tests.test_classifiers import NER, make, of_problem
 from tests.texts import make_texts, write_corpus
 
@@ -156,3 +158,14 @@ def test_only_classifiers_of_texts_take_pairs(corpus, tmp_path):
         ValueError, match=r"--pairs yes asks for pairs of texts, .* only classifiers of texts read pairs"
     ):
         convert(str(dense), tmp_path / "out", replace(QUICK, corpus=corpus, pairs="yes"))
+
+
+def test_a_classifier_that_no_graph_can_hold_is_told_of_before_the_work():
+    config = transformers.BartConfig(architectures=["BartForSequenceClassification"])
+    assert "which no graph can hold" in (obstacle(PLANS["sorted"], "classification", config) or "")
+    for other, head in (
+        ("T5ForTokenClassification", "token_classification"),
+        ("BartForConditionalGeneration", "seq2seq"),
+    ):
+        config.architectures = [other]
+        assert obstacle(PLANS["sorted"], head, config) is None

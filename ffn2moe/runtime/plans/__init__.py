@@ -252,10 +252,19 @@ def plans_on_request(head: str) -> tuple[str, ...]:
     return tuple(name for name, plan in PLANS.items() if head in plan.on_request)
 
 
+_BY_VALUES = "ForSequenceClassification"  # the end of the class names of encoder-decoders that look at the values
+
+
 def obstacle(plan: Plan, head: str, config: Any) -> str | None:
     """Return why a plan cannot be made here for a model with this head and config; None where it can be tried."""
     if head not in (*plan.heads, *plan.on_request):
         return f"this plan is for the heads {', '.join((*plan.heads, *plan.on_request))}, not for {head}"
+    named = getattr(config, "architectures", None) or ()
+    if getattr(config, "is_encoder_decoder", False) and any(name.endswith(_BY_VALUES) for name in named):
+        return (
+            f"a {config.model_type} classifier counts the end-of-text tokens of every batch to find the one it reads, "
+            "which no graph can hold"
+        )
     lacking = ENGINES[plan.engine].lacks(config)
     if lacking is not None:
         return lacking
