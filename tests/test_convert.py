@@ -23,6 +23,7 @@ from ffn2moe.conversion.settings import Settings
 from ffn2moe.convert import convert, judge
 from ffn2moe.data.batches import in_order
 from ffn2moe.dense.load import load_dense
+from ffn2moe.dense.locate import read_ffn
 from ffn2moe.moe import checkpoint
 from ffn2moe.moe.describe import spec_of
 from ffn2moe.moe.layer import moe_layers
@@ -73,6 +74,22 @@ def test_a_language_model_is_converted_without_any_data(llama, tmp_path):
         torch.testing.assert_close(native(ids).logits, student(ids).logits, rtol=1e-4, atol=1e-4)
     assert (tmp_path / "out/mixtral/tokenizer.json").is_file()
     assert not list(tmp_path.glob("*.partial"))
+
+
+def test_a_gated_language_model_gets_experts_for_clusters_of_tokens(llama, tmp_path):
+    settings = replace(QUICK, num_active=1, distill_steps=None, distill_minutes=0)
+    assert convert(llama, tmp_path / "out", settings)["container"]["folder"] == "mixtral"
+    assert checkpoint.load_spec(tmp_path / "out/checkpoint").partition == "token_clusters"
+    teacher, _ = load_dense(llama)
+    student = ffn2moe.load(tmp_path / "out/checkpoint")
+    for index, moe in enumerate(moe_layers(student)):
+        neurons = moe.neurons.flatten()
+        assert len(neurons.unique()) < len(neurons)
+        assert torch.equal(moe.w_in.flatten(0, 1), read_ffn(teacher, index).w_in_FD[neurons])
+    native = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out/mixtral").eval()
+    ids = torch.arange(5, 15)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(native(ids).logits, student(ids).logits, rtol=1e-4, atol=1e-4)
 
 
 def test_the_same_settings_give_the_same_bytes_and_another_seed_others(llama, tmp_path):
