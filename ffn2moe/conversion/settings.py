@@ -49,9 +49,9 @@ class Settings:
     ValueError for an unknown name, which suggests the nearest, and for a number that is too low.
     """
 
-    num_experts: int = field(default=8, metadata=_option("--experts", "experts of each FFN (8)", metavar="E", kind=int))
+    num_experts: int = field(default=4, metadata=_option("--experts", "experts of each FFN (4)", metavar="E", kind=int))
     num_active: int = field(
-        default=2, metadata=_option("--active", "experts that a token uses (2)", metavar="K", kind=int)
+        default=1, metadata=_option("--active", "experts that a token uses (1)", metavar="K", kind=int)
     )
     shared_width: int = field(
         default=0,
