@@ -34,6 +34,7 @@ KEYS = {  # the settings of a `Request` -> their keys
     "elastic": "distill.elastic",
     "calibration_tokens": "decompose.calibration_tokens",
     "steps": "distill.steps",
+    "scope": "distill.scope",
     "batch_tokens": "distill.batch_tokens",
     "engines": "export.engines",
     "more_plans": "export.more_plans",

@@ -200,10 +200,19 @@ class Case:
         return sum(own.numel() for module in matrices for own in module.parameters(recurse=False) if own.dim() == 2)
 
     @property
+    def ffn_weights(self) -> int:
+        """The number of weights of all FFNs."""
+        return sum(one.num_layers * (3 if one.gated else 2) * one.width * one.ffn_width for one in self.spec.stacks)
+
+    @property
     def multiplied_by_student(self) -> int:
-        """The same in the mixture."""
-        ffns = sum(one.num_layers * (3 if one.gated else 2) * one.width * one.ffn_width for one in self.spec.stacks)
-        return self.multiplied - round((1 - self.spec.active_share) * ffns)
+        """The number of weights that a token is multiplied by in the mixture."""
+        return self.multiplied - round((1 - self.spec.active_share) * self.ffn_weights)
+
+    @property
+    def model_makes_texts(self) -> bool:
+        """Whether the model writes the texts, or answers to them."""
+        return self.corpus == "generated" or (self.dense.head == "seq2seq" and self.dense.reads == "text")
 
     @cached_property
     def left_out(self) -> str | None:

@@ -14,6 +14,8 @@ from ffn2moe.progress import Say, silent
 from ffn2moe.sentence import SentenceModules
 from ffn2moe.spec import Head
 
+VOCABULARIES = ("tokenizer.json", "vocab.*", "*.model", "*.tiktoken", "tekken.json")  # one of them is in each folder
+
 
 class Dense:
     """A dense model: its folder, config, head and family. ValueError or FileNotFoundError where it cannot be opened."""
@@ -52,6 +54,10 @@ class Dense:
             return self._loaded[1]
         from transformers import AutoTokenizer
 
+        if not any(path for pattern in VOCABULARIES for path in self.folder.glob(pattern)):
+            raise FileNotFoundError(  # transformers would make a tokenizer without words
+                f"{self.source} has no tokenizer ({', '.join(VOCABULARIES)}): put its tokenizer.json beside config.json"
+            )
         options = self.encoder.tokenizer_options if self.encoder else {}
         try:
             tokenizer = AutoTokenizer.from_pretrained(self.folder, trust_remote_code=False, **options)

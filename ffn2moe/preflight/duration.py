@@ -8,16 +8,16 @@ from functools import cache
 
 import torch
 
-from ffn2moe.numerics import bf16_supported
+from ffn2moe import progress
+from ffn2moe.numerics import WIDEST_MOMENTS, bf16_supported
 from ffn2moe.preflight.case import Case
 from ffn2moe.preflight.texts import image_files
-from ffn2moe.progress import clock
 from ffn2moe.runtime.engines import cores
 
-PROBE_SECONDS, PROBE_TOKENS = 0.1, 1024  # of each precision
+PROBE_SECONDS, PROBE_TOKENS = 0.1, 256  # of each precision
 # Shares of the product's speed that whole steps reach, and seconds that no product explains: measured with one thread
 # in a conversion of all-MiniLM-L6-v2 (docs/results/check.md compares estimates with other conversions).
-WRITING, DECOMPOSING, JUDGING, TRAINING = 0.2, 1.0, 0.6, 0.4
+WRITING, DECOMPOSING, JUDGING, TRAINING = 0.5, 1.0, 0.6, 0.4
 DOCSTRING_SECONDS = 60  # of one core, to parse the sources of the packages
 TOKENISE_SECONDS = 1e-6  # of one core, a character
 IMAGE_SECONDS = 0.05  # an image, read and resized
@@ -30,8 +30,8 @@ PASSES = 8  # over a layer's experts, on the calibration tokens
 def duration(case: Case) -> Iterator[str]:
     """Say how long each step takes."""
     steps = {name: seconds for name, seconds in estimated(case).items() if seconds > 0}
-    parts = ", ".join(f"{name} {clock(seconds)}" for name, seconds in steps.items())
-    yield f"about {clock(sum(steps.values()))} ({parts}): estimated, for this machine with nothing else to do"
+    parts = ", ".join(f"{name} {progress.clock(seconds)}" for name, seconds in steps.items())
+    yield f"about {progress.clock(sum(steps.values()))} ({parts}): estimated, for this machine with nothing else to do"
 
 
 def estimated(case: Case) -> dict[str, float]:
@@ -45,7 +45,7 @@ def estimated(case: Case) -> dict[str, float]:
         train = asked.steps * case.batch_tokens * per_token / (TRAINING * rounded)
     return {
         "texts": _texts(case, exact),
-        "decomposing": _decompose(case, exact),
+        "decomposing": _decompose(case, exact, rounded),
         "distilling": train,
         "judging": 2 * JUDGED_TEXTS * case.max_length * 2 * both / (JUDGING * exact) if train else 0,
         "graphs": sum(GRAPH_SECONDS + size / GRAPH_BYTES for size in case.graph_bytes.values()),
@@ -56,23 +56,26 @@ def _texts(case: Case, exact: float) -> float:
     """Return the seconds in which texts are read, tokenised, or written by the model."""
     if "images" in case.dense.reads:
         return IMAGE_SECONDS * len(image_files(case.corpus, case.request))
-    if case.corpus == "generated" or case.dense.head == "seq2seq":
+    if case.model_makes_texts:
         return case.most_texts * case.max_length * 2 * case.multiplied / (WRITING * exact)
     parsing = DOCSTRING_SECONDS if case.corpus == "docstrings" else 0
     return (parsing + TOKENISE_SECONDS * case.characters) / min(cores(), 8)
 
 
-def _decompose(case: Case, exact: float) -> float:
+def _decompose(case: Case, exact: float, rounded: float) -> float:
     """Return the seconds in which all layers are decomposed and routed."""
-    tokens, work = case.request.calibration_tokens, 0.0
+    tokens = case.request.calibration_tokens
+    seconds = 2 * tokens * case.multiplied / exact
     for shape in case.spec.stacks:
-        ffn = (3 if shape.gated else 2) * shape.width * shape.ffn_width
-        moments = 2 * 3 * tokens * shape.ffn_width**2  # one product in float32, one in float64
-        solving = 2 * 10 * shape.ffn_width**3
-        judging = 2 * PASSES * tokens * ffn
-        router = 6 * ROUTER_TOKENS * shape.width * case.spec.num_experts
-        work += shape.num_layers * (moments + solving + judging + router)
-    return (work + 2 * tokens * case.multiplied) / (DECOMPOSING * exact)
+        wide, D, F = shape.ffn_width > WIDEST_MOMENTS, shape.width, shape.ffn_width
+        ffn = (3 if shape.gated else 2) * D * F
+        # Moments of the neurons and of what the experts give; their eigenvectors, or a factor alone; in float64.
+        moments = 4 * (1 if wide else 2) * tokens * F**2
+        solving = F**3 + 4 * F**2 * D if wide else 20 * F**3
+        router = 6 * ROUTER_TOKENS * D * case.spec.num_experts
+        judging = 2 * PASSES * tokens * ffn / (rounded if wide else exact)
+        seconds += shape.num_layers * ((moments + solving + router) / exact + judging)
+    return seconds / DECOMPOSING
 
 
 @cache
@@ -86,9 +89,10 @@ def _probe(width: int, ffn_width: int, device: str, dtype: torch.dtype) -> float
     x_TD = torch.ones(PROBE_TOKENS, width, device=device, dtype=dtype)
     w_DF = torch.ones(width, ffn_width, device=device, dtype=dtype)
     x_TD @ w_DF  # the first product is slower
-    fastest, end = float("inf"), time.perf_counter() + PROBE_SECONDS
-    while time.perf_counter() < end or fastest == float("inf"):
-        start = time.perf_counter()
+    on_cpu = torch.device(device).type == "cpu"
+    clock, share = (time.process_time, torch.get_num_threads()) if on_cpu else (time.perf_counter, 1)
+    done, start = 0, clock()  # on a CPU its own time counts: what else runs now may have ended when the work begins
+    while (seconds := clock() - start) < PROBE_SECONDS or not done:
         float((x_TD @ w_DF)[0, 0])  # waits for the device
-        fastest = min(fastest, time.perf_counter() - start)
-    return 2 * PROBE_TOKENS * width * ffn_width / fastest
+        done += 1
+    return done * 2 * PROBE_TOKENS * width * ffn_width * share / seconds

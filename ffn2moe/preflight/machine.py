@@ -68,14 +68,14 @@ def memory(case: Case) -> Iterator[str]:
     without = "convert it with `ffn2moe convert`, --distill-steps 0 and --no-onnx"
     for needed, what, remedy in (
         (room.decomposing, "to decompose", f"lower {asked.call('calibration_tokens')}"),
-        (room.training, "for teacher and student", without),
+        (room.held, "for teacher and student", without),
     ):
         if most is not None and needed > most:
             raise ValueError(
                 f"this takes about {needed / GIB:.1f} GiB of memory {what}, and this machine has {most / GIB:.1f} GiB "
                 f"with its swap: {remedy}, or take a larger machine"
             )
-    after = f", then {room.training / GIB:.1f} GiB for teacher and student" if room.training else ""
+    after = f", then {(room.held + room.kept) / GIB:.1f} GiB for teacher and student" if room.held else ""
     yield f"about {room.decomposing / GIB:.1f} GiB to decompose{after}"
     if available is not None and room.memory - resident() > available:
         yield Doubt(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,6 +13,7 @@ from ffn2moe.dense.config import require_padding
 from ffn2moe.dense.families import positions
 from ffn2moe.dense.weights import weight_files
 from ffn2moe.preflight.case import Case
+from ffn2moe.preflight.dense import Dense
 from ffn2moe.preflight.doubt import Doubt
 
 SAMPLED_TEXTS = 64  # that are tokenised
@@ -52,16 +54,22 @@ def source(case: Case) -> Iterator[str]:
 def head(case: Case) -> Iterator[str]:
     """Refuse a model whose head cannot be computed for a batch of texts."""
     dense = case.dense
-    config = dense.config.get_text_config()
     if dense.head == "classification" and dense.reads == "text":
         require_padding(dense.config, dense.reader, case.request.source)
     means = f", {PROBLEMS[problem_of(dense.config)].gives}" if HEADS[dense.head].classifies else ""
-    generation = getattr(dense.config, "decoder_start_token_id", None)
-    if dense.head == "seq2seq" and dense.reads == "text" and generation is None and config.bos_token_id is None:
+    if dense.head == "seq2seq" and dense.reads == "text" and not _starts_answers(dense):
         raise ValueError(
             f"config.json of {case.request.source} has no decoder_start_token_id, with which an answer begins: add it"
         )
     yield f"{dense.head}: {HEADS[dense.head].gives}{means}"
+
+
+def _starts_answers(dense: Dense) -> bool:
+    """Return whether the token is known with which a decoder begins."""
+    file = dense.folder / "generation_config.json"
+    generation = json.loads(file.read_text()) if file.is_file() else {}
+    keys = ("decoder_start_token_id", "bos_token_id")
+    return any(generation.get(key, getattr(dense.config, key, None)) is not None for key in keys)
 
 
 def reader(case: Case) -> Iterator[str]:

@@ -40,6 +40,7 @@ class Request:
     calibration_batch: int = 16  # texts
     steps: int | None = None  # of the distillation; None: as many as fill the minutes
     minutes: float = 0.0
+    scope: str = "experts"  # what is trained: experts, or all
     batch_tokens: int | None = None  # of a step; None: what fits the model
     engines: tuple[str, ...] | None = None  # to make plans for; None: those that are installed
     more_plans: tuple[str, ...] = ()

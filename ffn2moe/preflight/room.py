@@ -9,6 +9,7 @@ import torch
 
 from ffn2moe.choices import HEADS
 from ffn2moe.decompose.memory import OVERHEAD, available_memory, estimate, resident
+from ffn2moe.numerics import bf16_supported
 from ffn2moe.preflight.case import Case
 
 FLOAT32 = 4  # bytes
@@ -22,19 +23,21 @@ class Room:
     """What a conversion takes at most, in bytes; the memory is that of the whole process."""
 
     decomposing: int
-    training: int  # and writing graphs: teacher and student together
+    held: int  # then: teacher, student and what their training adds, or the graphs that are written
+    kept: int  # the activations of a training step, on top
     disk: int
 
     @property
     def memory(self) -> int:
         """The most memory of any step."""
-        return max(self.decomposing, self.training)
+        return max(self.decomposing, self.held + self.kept)
 
 
 def room_of(case: Case) -> Room:
     """Return what a conversion takes, from config and headers alone."""
     asked, spec, weights = case.request, case.spec, FLOAT32 * case.parameters
-    texts = 0 if case.corpus == "generated" or "images" in case.dense.reads else BYTES_BY_CHARACTER * case.characters
+    read = case.corpus != "generated" and case.dense.reads == "text"
+    texts = BYTES_BY_CHARACTER * case.characters if read else 0
     base = resident() + OVERHEAD + texts
     layers = sum(shape.num_layers * shape.width for shape in spec.stacks)
     if case.whole_only is None:
@@ -48,27 +51,29 @@ def room_of(case: Case) -> Room:
         decomposing, scratch = found.memory + texts, found.states
     else:
         decomposing, scratch = base + 2 * weights + FLOAT32 * asked.calibration_tokens * layers, 0
-    graphs = case.graph_bytes
-    training = 0
-    if asked.steps != 0:  # both models; of what is trained also gradients and the optimizer's two moments
-        training = base + 5 * weights + FLOAT32 * case.batch_tokens * _kept(case)
-    elif graphs:
-        training = base + 2 * weights
-    training = max(training, base + 2 * weights + 2 * max(graphs.values(), default=0) if graphs else 0)
+    if case.model_makes_texts:
+        decomposing += weights
+    graphs, held, kept = case.graph_bytes, 0, 0
+    if graphs:
+        held = base + 2 * weights + 2 * max(graphs.values())
+    if asked.steps != 0:  # of what is trained also gradients and the optimizer's two moments
+        trained = weights if asked.scope == "all" else FLOAT32 * case.ffn_weights
+        held, kept = max(held, base + 2 * weights + 3 * trained), case.batch_tokens * _kept_bytes(case)
     padded = max((one.shared_width + spec.num_experts * one.expert_width) / one.ffn_width for one in spec.stacks)
     forms = asked.checkpoints + (case.container is not None)
     written = asked.stored * (forms * weights + sum(graphs.values()))
-    return Room(decomposing, training, int(padded * written) + scratch)
+    return Room(decomposing, held, kept, int(padded * written) + scratch)
 
 
-def _kept(case: Case) -> int:
-    """Return the numbers that a training step keeps of a token for its gradient."""
+def _kept_bytes(case: Case) -> int:
+    """Return the bytes that a training step keeps of a token for its gradient."""
     spec, kept = case.spec, 0
-    if HEADS[spec.head].generates:
-        kept += LOGITS * case.dense.config.get_text_config(decoder=True).vocab_size
     for shape in spec.stacks:
         neurons = (shape.shared_width + spec.num_active * shape.expert_width) * (2 if shape.gated else 1)
         kept += shape.num_layers * (KEPT_BY_WIDTH * shape.width + KEPT_BY_NEURON * neurons)
+    kept *= FLOAT32 // 2 if bf16_supported(case.device) else FLOAT32
+    if HEADS[spec.head].generates:
+        kept += LOGITS * FLOAT32 * case.dense.config.get_text_config(decoder=True).vocab_size
     return kept
 
 
