@@ -141,7 +141,7 @@ def without_a_start(folder: Path) -> None:
 
 LANGUAGE_MODELS: dict[str, tuple[Callable[[Path], object], tuple[str, ...], str]] = {
     "pad token beyond the vocabulary": (pad_beyond, (), "pad_token of .* has the id .*: give another pad_token"),
-    "classifier without a pad token": (as_classifier, ("--corpus", "docstrings"), "has no pad_token_id .*: set both to one token"),
+    "classifier without a pad token": (as_classifier, ("--corpus", "docstrings"), "has no pad_token_id .*: set both"),
     "no start of an answer": (without_a_start, ("--corpus", "docstrings"), "has no decoder_start_token_id"),
     "head of another model": (lambda folder: None, ("--head", "seq2seq"), "--head seq2seq, but .* makes causal or"),
     "context too long": (lambda folder: None, ("--max-length", "65"), "--max-length 65 is more than the 64 positions"),
