@@ -8,6 +8,7 @@ torch) and writes the same bytes for the same contents, so that the stages after
 from __future__ import annotations
 
 import hashlib
+import json
 import platform
 from collections.abc import Iterable
 from importlib import metadata
@@ -43,12 +44,12 @@ def _teacher(params: Params, root: Path) -> dict[str, object]:
     folder = root / Path(source).expanduser()
     if folder.is_dir():
         files = _hashes(folder, _TEACHER_SUFFIXES)
-        if "config.json" not in files and not any(name.endswith(".gguf") for name in files):
+        if not {"config.json", "adapter_config.json"} & {*files} and not any(name.endswith(".gguf") for name in files):
             raise FileNotFoundError(
                 f"teacher.source = {source} is a folder without config.json; give one that "
                 "model.save_pretrained wrote, with model.safetensors and the tokenizer in it"
             )
-        return {"kind": "folder", "files": files}
+        return {"kind": "folder", "files": files} | _base(folder, files)
     if folder.is_file():
         return {"kind": "file", "sha256": _sha256(folder)}
     if folder.is_absolute() or source.startswith((".", "~")):
@@ -58,6 +59,15 @@ def _teacher(params: Params, root: Path) -> dict[str, object]:
         )
     # `prepare` resolves a hub name once; a revision fixes the version.
     return {"kind": "hub", "name": source, "revision": params.teacher.revision}
+
+
+def _base(folder: Path, files: dict[str, str]) -> dict[str, object]:
+    """Return the fingerprint of the model that an adapter in the folder names, where it is a folder, too."""
+    if "adapter_config.json" not in files:
+        return {}
+    named = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
+    base = next((path for path in (folder / str(named), Path(str(named))) if named and path.is_dir()), None)
+    return {} if base is None else {"base": _hashes(base, _TEACHER_SUFFIXES)}
 
 
 def _corpus(params: Params, root: Path) -> dict[str, object]:

@@ -60,8 +60,8 @@ def cached(name: str, files: Iterable[Path], write: Callable[[Path], None], need
     return folder
 
 
-def save_as_floats(model: Any, out: Path) -> None:
-    """Write a dequantised transformers model to the folder `out`, in float32.
+def save_as_floats(model: Any, out: Path, **options: Any) -> None:
+    """Write a dequantised or merged transformers model to the folder `out`, in float32; `options` build its class.
 
     Its own `save_pretrained` would refuse it, or quantise it again: so the class is built anew from its config without
     the quantisation, and takes the weights.
@@ -70,8 +70,9 @@ def save_as_floats(model: Any, out: Path) -> None:
     config.__dict__.pop("quantization_config", None)
     config.dtype = torch.float32
     with torch.device("meta"):
-        plain = type(model)(config)
+        plain = type(model)(config, **options)
     plain.load_state_dict({name: tensor.float() for name, tensor in model.state_dict().items()}, assign=True)
     plain.tie_weights()
-    plain.generation_config = model.generation_config
+    if model.can_generate():
+        plain.generation_config = model.generation_config
     plain.save_pretrained(out)

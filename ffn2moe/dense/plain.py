@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from ffn2moe.dense.adapters import Adapter, adapter_in, write_merged
 from ffn2moe.dense.cache import cached, save_as_floats
 from ffn2moe.dense.config import auto_class, head_of
 from ffn2moe.dense.families import FAMILIES
@@ -16,12 +17,12 @@ from ffn2moe.dense.gguf import GgufFile, open_gguf, write_dequantised
 from ffn2moe.dense.quantised import Quantisation, quantisation_of
 from ffn2moe.dense.sentence_folder import transformer_folder
 from ffn2moe.dense.source import download, resolve_source
-from ffn2moe.dense.weights import Header, weight_headers
+from ffn2moe.dense.weights import Header, weight_files, weight_headers
 from ffn2moe.progress import Say, silent
 
 FLOAT32 = 4  # bytes
 _OF_ACTIVATIONS = ("input_scale", "output_scale", "activation_scale", "k_scale", "v_scale")  # weights need none
-_NOT_COPIED = ("*.safetensors", "*.bin", "*.gguf", "*.index.json", "config.json", ".*")
+_NOT_COPIED = ("*.safetensors", "*.bin", "*.gguf", "*.index.json", "config.json", "adapter_*", ".*")
 
 
 def plain_folder(source: str, revision: str | None = None, *, say: Say = silent) -> Path:
@@ -31,10 +32,35 @@ def plain_folder(source: str, revision: str | None = None, *, say: Say = silent)
     user's cache, about which `say` is told.
     ValueError or FileNotFoundError, with the remedy, before weights are read, for a source that cannot be read.
     """
-    from safetensors import SafetensorError
-
     _, path = resolve_source(source)
     path = transformer_folder(path or download(source, revision))
+    adapter = adapter_in(path) if path.is_dir() else None
+    return _floats(path, say) if adapter is None else _merged(adapter, say)
+
+
+def _merged(adapter: Adapter, say: Say) -> Path:
+    """Return a folder with the model that an adapter belongs to and the adapter merged into it."""
+    folder = adapter.folder
+    try:
+        base = _floats(folder, say) if adapter.beside else plain_folder(adapter.base, say=say)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"the adapter in {folder} changes a model that is missing: {error}") from None
+    weights = sorted(set(weight_files(base).values()))
+    say(f"merging the adapter in {folder.name} into the model {'beside it' if adapter.beside else adapter.base}")
+
+    def write(out: Path) -> None:
+        write_merged(adapter, base, out)
+        for source in (base, folder):
+            _copy_others(source, out)
+
+    files = [*folder.glob("adapter_*"), *folder.glob("token*"), base / "config.json", *weights]
+    return cached(folder.name, files, write, FLOAT32 * sum(prod(one.shape) for one in weight_headers(base).values()))
+
+
+def _floats(path: Path, say: Say) -> Path:
+    """Return a folder with the model of a folder or of a GGUF file as floats."""
+    from safetensors import SafetensorError
+
     if path.suffix == ".gguf" and path.is_file():
         return _of_gguf(open_gguf(path), say)
     try:
@@ -85,10 +111,18 @@ def _dequantise(folder: Path, kind: Quantisation, out: Path) -> None:
     if not kind.switch:
         model = model.dequantize(torch.float32)
     save_as_floats(model, out)
+    _copy_others(folder, out)
+
+
+def _copy_others(folder: Path, out: Path) -> None:
+    """Copy what a folder holds beside a model's config and weights: tokenizer, generation config, further modules."""
     for file in folder.iterdir():
-        if not any(file.match(pattern) for pattern in _NOT_COPIED):
-            copy = shutil.copytree if file.is_dir() else shutil.copyfile
-            copy(file, out / file.name)
+        if any(file.match(pattern) for pattern in _NOT_COPIED):
+            continue
+        if file.is_dir():
+            shutil.copytree(file, out / file.name, dirs_exist_ok=True)
+        else:
+            shutil.copyfile(file, out / file.name)
 
 
 def _class_of(config: Any) -> Any:

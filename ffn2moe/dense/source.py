@@ -61,7 +61,8 @@ def download(source: str, revision: str | None) -> Path:
 
 
 def _with_config(folder: Path) -> Path:
-    if not (transformer_folder(folder) / "config.json").is_file():
+    model = transformer_folder(folder)
+    if not any((model / name).is_file() for name in ("config.json", "adapter_config.json")):
         raise FileNotFoundError(f"the teacher folder {folder} has no config.json: name a Hugging Face folder")
     return folder
 
