@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, get_args
 
 from ffn2moe.literals import Pooling
-from ffn2moe.moe.checkpoint import SPEC_FILE
 from ffn2moe.runtime.files import checked_files, no_such_plan, read_manifest
 from ffn2moe.runtime.plans import default_plan
 from ffn2moe.sentence import Dense, LayerNorm, Module, SentenceModules
@@ -62,7 +61,7 @@ def sentence_transformers_folder(
         for name in manifest["plans"][chosen].get("more", ()):  # the graph's weights, which it names
             shutil.copyfile(export / name, partial / "onnx" / Path(name).name)
         for file in sorted((export / "checkpoint").iterdir()):
-            if file.name == "config.json" or (torch and (file.name == SPEC_FILE or "safetensors" in file.name)):
+            if torch or file.name == "config.json":
                 shutil.copyfile(file, partial / file.name)
         _write_modules(export, partial, spec, _OURS if torch else f"{_LIBRARY}.Transformer")
         if out.exists():
