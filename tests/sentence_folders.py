@@ -103,20 +103,29 @@ def _of_version_5(bert: Path, out: Path) -> None:
     _write(out / "modules.json", chain)
 
 
+def _cased_bert(folder: Path) -> Path:
+    """A BERT whose tokenizer tells large letters from small ones, and knows the small ones alone."""
+    from transformers import BertTokenizerFast
+
+    make_tiny_bert(folder, num_hidden_layers=1)
+    tokenizer = BertTokenizerFast(str(folder / "vocab.txt"), do_lower_case=False, model_max_length=64)
+    assert tokenizer("The")["input_ids"] != tokenizer("the")["input_ids"]
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
 def _lowered(bert: Path, out: Path) -> None:
-    """A cased tokenizer whose texts the library lowers."""
-    cased = make_tiny_bert(out.with_name("cased"), do_lower_case=False)
-    _save(_modules(_transformer(cased, max_seq_length=48, do_lower_case=True)), out)
+    """Save a cased tokenizer whose texts the library lowers."""
+    _save(_modules(_transformer(_cased_bert(out.with_name("cased")), max_seq_length=48, do_lower_case=True)), out)
 
 
 def _cased(bert: Path, out: Path) -> None:
-    cased = make_tiny_bert(out.with_name("cased"), do_lower_case=False)
-    _save(_modules(_transformer(cased, max_seq_length=48)), out)
+    _save(_modules(_transformer(_cased_bert(out.with_name("cased")), max_seq_length=48)), out)
 
 
 def _long(length: int) -> Callable[[Path, Path], None]:
     def save(bert: Path, out: Path) -> None:
-        long = make_tiny_bert(out.with_name("long"), max_position_embeddings=512)
+        long = make_tiny_bert(out.with_name("long"), num_hidden_layers=1, max_position_embeddings=512)
         _save(_modules(_transformer(long, max_seq_length=length)), out)
 
     return save
@@ -135,7 +144,7 @@ def _decoder(bert: Path, out: Path) -> None:
     tokenizer.padding_side = "left"
     tokenizer.save_pretrained(folder)
     torch.manual_seed(2)
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "head_dim": 16}
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "head_dim": 16}
     heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "initializer_range": 0.2, "tie_word_embeddings": True}
     Qwen3Model(Qwen3Config(vocab_size=len(tokenizer), **sizes, **heads)).save_pretrained(folder)
     prompts = {"query": "Given a query, find: ", "document": ""}
@@ -163,5 +172,5 @@ FOLDERS: dict[str, Callable[[Path, Path], None]] = {
 
 def save(name: str, folder: Path) -> Path:
     """Save the folder of a name as `folder`/model, and return its path."""
-    FOLDERS[name](make_tiny_bert(folder / "bert"), folder / "model")
+    FOLDERS[name](make_tiny_bert(folder / "bert", num_hidden_layers=1), folder / "model")
     return folder / "model"
