@@ -204,7 +204,7 @@ def bounds(export: Path, sequence: int) -> dict[str, float]:
     teacher, student = metrics.flops_per_token(spec, config, sequence)
     return {
         "flops": round(teacher.total / student.total, 3),
-        "amdahl": round(metrics.amdahl_bound(teacher, spec.active_share), 3),
+        "amdahl": round(metrics.amdahl_bound(teacher, student), 3),
         "ffn_flops": round(teacher.ffn / (student.ffn + student.router), 3),
         "ffn_share": round(teacher.ffn / teacher.total, 3),
     }

@@ -395,7 +395,7 @@ def flops_per_token(spec: MoESpec, config: object, length: int) -> tuple[Flops, 
     number of experts differs from token to token, the mean of the spec counts.
     """
     chosen_for = ROUTINGS[spec.routing].tokens_per_choice(length)
-    attention = dense = active = router = 0
+    teachers = attention = dense = active = router = 0
     for shape in spec.stacks:
         settings = _settings_of_stack(config, shape)
         heads = _setting(settings, *(("decoder_attention_heads",) if "decoder" in shape.layers else ()), *_HEADS)
@@ -409,16 +409,19 @@ def flops_per_token(spec: MoESpec, config: object, length: int) -> tuple[Flops, 
             head_width=_setting(settings, "head_dim", "d_kv") or shape.width // heads,
         )
         crossed = spec.head == "seq2seq" and "decoder" in shape.layers
-        attention += shape.num_layers * each * (2 if crossed else 1)
-        dense += shape.num_layers * ffn_flops(shape.width, shape.ffn_width, gated=shape.gated)
-        router += shape.num_layers * 2 * shape.width * spec.num_experts // chosen_for
+        each *= 2 if crossed else 1
+        teachers += shape.dense_layers * each
+        attention += shape.num_layers * each
+        dense += shape.dense_layers * ffn_flops(shape.width, shape.dense_ffn_width, gated=shape.gated)
+        if not spec.is_dense:
+            router += shape.num_layers * 2 * shape.width * spec.num_experts // chosen_for
     for layer in range(spec.num_layers):
         shape = spec.shape_of(layer)
         used = shape.shared_width + spec.active_of(layer) * shape.expert_width
         active += ffn_flops(shape.width, used, gated=shape.gated)
     vocabulary = _setting(config, "vocab_size") if HEADS[spec.head].generates else 0
     head = 2 * spec.stacks[-1].width * (vocabulary or 0)
-    return Flops(attention, dense, head=head), Flops(attention, active, router, head)
+    return Flops(teachers, dense, head=head), Flops(attention, active, router, head)
 
 
 _HEADS = ("num_attention_heads", "n_heads", "n_head", "num_heads", "encoder_attention_heads")
@@ -436,14 +439,13 @@ def _settings_of_stack(config: object, shape: FFNShape) -> object:
     return config
 
 
-def amdahl_bound(teacher: Flops, active_share: float) -> float:
-    """Return the largest speedup from running only `active_share` of the FFNs: ``1 / ((1 - f) + f * a)``.
+def amdahl_bound(teacher: Flops, student: Flops) -> float:
+    """Return the largest speedup of the student: the teacher's FLOPs over its own (Amdahl 1967).
 
-    f is the FFN's part of the teacher's FLOPs and a the active share. Routing counts as free and every FLOP as equally
-    long (Amdahl 1967).
+    With a share f of the teacher's FLOPs in FFNs, of which a token runs the share a, and the same attention, this is
+    ``1 / ((1 - f) + f * a)``. Routing counts as free and every FLOP as equally long.
     """
-    share = teacher.ffn / teacher.total
-    return 1 / ((1 - share) + share * active_share)
+    return teacher.total / (student.total - student.router)
 
 
 def parameters(teacher: nn.Module, student: nn.Module) -> dict[str, int]:

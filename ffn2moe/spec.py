@@ -42,8 +42,44 @@ class FFNShape:
     shared_width: int  # S; 0 = no shared expert
     gated: bool
     activation: Activation
+    # What the teacher had more of, where the student is smaller:
+    layers_kept: tuple[int, ...] = ()  # the teacher's layers that the student has, ascending; empty = all
+    teacher_layers: int | None = None  # the number of the teacher's layers; None = as many
+    teacher_ffn_width: int | None = None  # F of the teacher; None = the same
+
+    @property
+    def dense_layers(self) -> int:
+        """The number of the teacher's layers."""
+        return self.teacher_layers or self.num_layers
+
+    @property
+    def dense_ffn_width(self) -> int:
+        """F of the teacher."""
+        return self.teacher_ffn_width or self.ffn_width
+
+    @property
+    def compared_with(self) -> tuple[int, ...]:
+        """The teacher's layer whose output each layer of the student replaces: the last before the next one kept."""
+        if not self.layers_kept:
+            return tuple(range(self.num_layers))
+        return (*(layer - 1 for layer in self.layers_kept[1:]), self.dense_layers - 1)
+
+    def describe_layers(self) -> str:
+        """Return the number of layers in words, and which of the teacher's they are where some are left out."""
+        if not self.layers_kept:
+            return f"{self.num_layers} layers"
+        return f"{self.num_layers} of {self.dense_layers} layers ({', '.join(map(str, self.layers_kept))})"
+
+    def describe_neurons(self) -> str:
+        """Return the width of the FFNs in words."""
+        return f"{self.ffn_width}{f' of {self.teacher_ffn_width}' if self.teacher_ffn_width else ''} neurons"
 
     def __post_init__(self) -> None:
+        if self.layers_kept and (len(self.layers_kept) != self.num_layers or self.layers_kept[-1] >= self.dense_layers):
+            raise ValueError(
+                f"layers_kept = {list(self.layers_kept)} must name {self.num_layers} of the teacher's "
+                f"{self.dense_layers} layers"
+            )
         if self.activation not in get_args(Activation):
             raise ValueError(f"activation {self.activation!r} is not one of {', '.join(get_args(Activation))}")
         if not 0 <= self.shared_width < self.ffn_width:
@@ -129,6 +165,14 @@ class MoESpec(_OneStack):
         _check_container(self)
 
     @property
+    def is_dense(self) -> bool:
+        """Whether the student has no experts: one expert is an FFN, with nothing to route (`whole` of variants aside).
+
+        Its checkpoint is an ordinary transformers folder.
+        """
+        return self.num_experts == 1 and self.shrunk is None
+
+    @property
     def num_layers(self) -> int:
         """The number of layers of all stacks together."""
         return sum(shape.num_layers for shape in self.stacks)
@@ -137,6 +181,16 @@ class MoESpec(_OneStack):
     def prompt(self) -> str:
         """What is written before each text: the default prompt of a sentence encoder."""
         return self.sentence.prompt() if self.sentence else ""
+
+    @property
+    def teachers_layers(self) -> tuple[int, ...]:
+        """The teacher's layer that each layer was made of, both counted over all stacks in order."""
+        found: list[int] = []
+        first = 0
+        for shape in self.stacks:
+            found += [first + layer for layer in shape.layers_kept or range(shape.num_layers)]
+            first += shape.dense_layers
+        return tuple(found)
 
     def shape_of(self, layer: int) -> FFNShape:
         """Return the shape of one layer, counted over all stacks in order."""
@@ -166,18 +220,18 @@ class MoESpec(_OneStack):
 
     @property
     def active_share(self) -> float:
-        """The share of the FFNs' weights that a token uses, padding included: between 0 and about 1."""
+        """The share of the teacher's FFN weights that a token uses, padding included: between 0 and about 1."""
         used = 0
         for layer in range(self.num_layers):
             shape = self.shape_of(layer)
             used += shape.width * (shape.shared_width + self.active_of(layer) * shape.expert_width)
-        return used / sum(shape.num_layers * shape.width * shape.ffn_width for shape in self.stacks)
+        return used / sum(shape.dense_layers * shape.width * shape.dense_ffn_width for shape in self.stacks)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values, as JSON gives them back."""
         plain = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
         return plain | {
-            "stacks": [asdict(shape) for shape in self.stacks],
+            "stacks": [_plain(shape) for shape in self.stacks],
             "sentence": self.sentence.to_dict() if self.sentence else None,
         }
 
@@ -194,7 +248,7 @@ class MoESpec(_OneStack):
         _require_keys(values, cls)
         for shape in values["stacks"]:
             _require_keys(shape, FFNShape)
-        read: dict[str, Any] = {"stacks": tuple(FFNShape(**shape) for shape in values["stacks"])}
+        read: dict[str, Any] = {"stacks": tuple(FFNShape(**_with_tuples(shape)) for shape in values["stacks"])}
         read |= {name: tuple(values[name]) for name in ("active_per_layer", "elastic") if name in values}
         if values["sentence"] is not None:
             read["sentence"] = SentenceModules.from_dict(values["sentence"])
@@ -207,6 +261,20 @@ class MoESpec(_OneStack):
                 f"{error}. ffn2moe 0.1.0 or the ablation wrote this model: import benchmarks.ablation.methods of the "
                 "repository before you open it, or convert the dense model again"
             ) from error
+
+
+def _plain(shape: FFNShape) -> dict[str, Any]:
+    """Return the fields of a shape; those of a smaller student only where it is one."""
+    optional = {field.name for field in fields(FFNShape) if field.default is not MISSING}
+    return {
+        name: list(value) if isinstance(value, tuple) else value
+        for name, value in asdict(shape).items()
+        if value or name not in optional
+    }
+
+
+def _with_tuples(shape: dict[str, Any]) -> dict[str, Any]:
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in shape.items()}
 
 
 def _check_names(spec: MoESpec) -> None:
@@ -227,6 +295,8 @@ def _check_sizes(spec: MoESpec) -> None:
             f"num_active must be between 1 and num_experts = {spec.num_experts}, got {spec.num_active}: "
             "a token cannot use more experts than there are"
         )
+    if spec.is_dense and any(shape.shared_width for shape in spec.stacks):
+        raise ValueError("one expert and a shared one are a dense FFN: use shared_width = 0 with num_experts = 1")
     for shape in spec.stacks:
         routed = shape.ffn_width - shape.shared_width
         if spec.num_experts > routed:

@@ -24,6 +24,8 @@ KEYS = {  # the settings of a `Request` -> their keys
     "corpus": "data.corpus",
     "text_column": "data.text_column",
     "texts": "data.max_texts",
+    "keep_layers": "decompose.keep_layers",
+    "ffn_width": "decompose.ffn_width",
     "num_experts": "decompose.num_experts",
     "num_active": "decompose.num_active",
     "shared_width": "decompose.shared_width",

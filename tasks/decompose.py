@@ -1,4 +1,8 @@
-"""Stage 2: partition the neurons of every FFN into experts; nothing is trained."""
+"""Stage 2: partition the neurons of every FFN into experts; nothing is trained.
+
+The parameters may keep some of the layers and of the neurons only; the experts are made of what is left. One expert is
+a student without experts: an ordinary model.
+"""
 
 from __future__ import annotations
 
@@ -13,31 +17,88 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ffn2moe.containers.container import Container
+    from ffn2moe.data.batches import Batch
     from ffn2moe.decompose.layer_map import LayerResult
     from ffn2moe.dense.ffn import DenseFFN
+    from ffn2moe.dense.reduction import Reduction
     from ffn2moe.spec import MoESpec
 
 CHECKED_TEXTS = 32  # texts on which the mixture with all experts is compared with the dense model
 
 
 def run(stage: StageRun) -> None:
-    from ffn2moe.choices import GATES
     from ffn2moe.decompose.inputs import layer_inputs
-    from ffn2moe.decompose.layer import mixture, output_of, require_identity
     from ffn2moe.dense.load import load_dense
-    from ffn2moe.dense.locate import read_ffn
-    from ffn2moe.moe import checkpoint
-    from ffn2moe.moe.install import install_moe
+    from ffn2moe.dense.reduction import reduction
     from ffn2moe.numerics import choose_device
 
-    params, root, most = stage.params, stage.root, stage.params.decompose.calibration_tokens
+    params, root, settings = stage.params, stage.root, stage.params.decompose
     head = None if params.teacher.head == "auto" else params.teacher.head
-    model, tokenizer = load_dense(str(root / "data/teacher"), head=head)
-    spec = describe(stage, model, tokenizer)
+    teacher, tokenizer = load_dense(str(root / "data/teacher"), head=head)
+    kept = reduction(teacher, settings.keep_layers, settings.ffn_width)
+    spec = describe(stage, teacher, tokenizer, kept)
     path = root / "data/corpus/calibration.jsonl"
     tokens = read_tokens(path, spec.head, tokenizer, spec.max_length, prompt=spec.prompt)
-    inputs = layer_inputs(model, tokens.in_order(), max_tokens=most, device=choose_device(params.compute.device))
+    check = next(tokens.in_order(CHECKED_TEXTS))
+    model = fewer_layers(stage, teacher, spec, check)
+    device = choose_device(params.compute.device)
+    inputs = layer_inputs(model, tokens.in_order(), max_tokens=settings.calibration_tokens, device=device)
     model.to("cpu")
+    model, lost = narrower(stage, model, spec, inputs)
+    if spec.is_dense:
+        figures: dict[str, Any] = {"layers": [{"layer": index} for index in range(spec.num_layers)]}
+        stage.say("a student without experts: there is nothing to partition")
+    else:
+        spec, figures = into_experts(stage, model, spec, inputs, check)
+    figures["layers"] = [row | more for row, more in zip(figures["layers"], lost, strict=True)]
+    save(stage, model, tokenizer, spec, figures | {"calibration_tokens": len(inputs[0])})
+
+
+def save(stage: StageRun, model: Any, tokenizer: Any, spec: MoESpec, figures: dict[str, Any]) -> None:
+    """Write the student and the metrics of the stage."""
+    from ffn2moe.moe import checkpoint
+
+    with stage.out("models/decomposed") as out:
+        checkpoint.save(model, tokenizer, spec, out)
+    widest = max(shape.expert_width for shape in spec.stacks)
+    stage.write_json(
+        "metrics/decompose.json", figures | {"expert_width": widest, "active_ffn_share": spec.active_share}
+    )
+
+
+def fewer_layers(stage: StageRun, teacher: Any, spec: MoESpec, check: Batch) -> Any:
+    """Return the teacher with the layers that the parameters keep, all other weights as they are."""
+    from ffn2moe.dense.reduction import with_layers
+
+    shape = spec.stacks[0]
+    if not shape.layers_kept:
+        return teacher
+    kept = ", ".join(map(str, shape.layers_kept))
+    stage.say(f"keeping {shape.num_layers} of {shape.dense_layers} layers: {kept}")
+    return with_layers(teacher, shape.layers_kept, spec.head, check.inputs)
+
+
+def narrower(stage: StageRun, model: Any, spec: MoESpec, inputs: list[Tensor]) -> tuple[Any, list[dict[str, float]]]:
+    """Return the model with FFNs of the width of the spec, and the error of each on the tokens of its fit."""
+    from ffn2moe.decompose.narrow import with_narrow_ffns
+
+    shape = spec.stacks[0]
+    if shape.teacher_ffn_width is None:
+        return model, [{} for _ in inputs]
+    stage.say(f"keeping {shape.describe_neurons()} of each FFN")
+    model, errors = with_narrow_ffns(model, inputs, shape.ffn_width, spec.head, stage.track)
+    return model, [{"narrow_error": error} for error in errors]
+
+
+def into_experts(
+    stage: StageRun, model: Any, spec: MoESpec, inputs: list[Tensor], check: Batch
+) -> tuple[MoESpec, dict[str, Any]]:
+    """Put mixtures in the place of the model's FFNs; return the spec with K of each layer, and the figures."""
+    from ffn2moe.choices import GATES
+    from ffn2moe.decompose.layer import mixture, output_of, require_identity
+    from ffn2moe.dense.locate import read_ffn
+    from ffn2moe.moe.install import install_moe
+
     ffns = [read_ffn(model, index) for index in range(len(inputs))]
     spec, decomposed, judged = decompose(stage, spec, ffns, inputs)
     layers = [
@@ -45,27 +106,14 @@ def run(stage: StageRun) -> None:
         for ffn, done in zip(ffns, decomposed, strict=True)
     ]
     rows = [{"layer": index, **row, "num_active": spec.active_of(index)} for index, row in enumerate(judged)]
-    check = next(tokens.in_order(CHECKED_TEXTS))
     dense = output_of(model, check)
     install_moe(model, layers)
-    difference = require_identity(
-        layers, dense, lambda: output_of(model, check), name=params.teacher.source, family=spec.family
-    )
+    name = stage.params.teacher.source
+    difference = require_identity(layers, dense, lambda: output_of(model, check), name=name, family=spec.family)
     for moe, row in zip(layers, rows, strict=True):
         moe.set_scale(row["scale"] * GATES[spec.gate].neutral_scale(spec.num_experts, moe.num_active))
-    with stage.out("models/decomposed") as out:
-        checkpoint.save(model, tokenizer, spec, out)
-    stage.write_json(
-        "metrics/decompose.json",
-        {
-            "layers": rows,
-            "identity_max_abs": difference,
-            "expert_width": max(shape.expert_width for shape in spec.stacks),
-            "active_ffn_share": spec.active_share,
-            "calibration_tokens": len(inputs[0]),
-        },
-    )
     stage.say(f"all experts active differ from the dense model by {difference:.1e}")
+    return spec, {"layers": rows, "identity_max_abs": difference}
 
 
 def decompose(
@@ -116,7 +164,7 @@ def within_budget(
     return spec, [done.summary for done in in_order(stage.track(layer_map()(jobs), len(jobs), "judging layers"))]
 
 
-def describe(stage: StageRun, model: Any, tokenizer: Any) -> MoESpec:
+def describe(stage: StageRun, model: Any, tokenizer: Any, kept: Reduction | None) -> MoESpec:
     """Return the spec that the parameters ask for; say so where experts need padding.
 
     K of each layer is not in it yet where it is chosen within a budget. ValueError, with the property that forbids it,
@@ -146,6 +194,7 @@ def describe(stage: StageRun, model: Any, tokenizer: Any) -> MoESpec:
         width_multiple=container.width_multiple if container else 1,
         active_per_layer=settings.active_per_layer if isinstance(settings.active_per_layer, tuple) else (),
         elastic=tuple(sorted({*params.distill.elastic} - {settings.num_active})),
+        reduction=kept,
     )
     if container:
         require_fit(container, model.config, spec=spec)
@@ -166,8 +215,8 @@ def container_of(stage: StageRun, model: Any) -> Container | None:
     from ffn2moe.containers.table import CONTAINERS
 
     settings = stage.params.decompose
-    if settings.container == "none":
-        return None
+    if settings.container == "none" or settings.num_experts == 1:
+        return None  # a student without experts is an ordinary folder of its own architecture
     if settings.container != "auto":
         return CONTAINERS[settings.container]
     try:

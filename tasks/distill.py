@@ -50,6 +50,7 @@ def run(stage: StageRun) -> None:
 def distil(stage: StageRun, ranks: Ranks) -> None:
     """Run the stage in one of the processes that share its batches."""
     from ffn2moe.dense.load import load_dense
+    from ffn2moe.dense.reduction import same_layers
     from ffn2moe.distill.distiller import Distiller
     from ffn2moe.moe import checkpoint
 
@@ -76,7 +77,8 @@ def distil(stage: StageRun, ranks: Ranks) -> None:
     require_same(fingerprint, ranks)
     curve = []
     if ranks.first:  # the other processes get its state when they all start
-        curve = train_layers(stage, teacher, student, batches, spec, training, fingerprint)
+        deep = same_layers(teacher, spec) if settings.layerwise_steps else teacher
+        curve = train_layers(stage, deep, student, batches, spec, training, fingerprint)
     distiller = Distiller(teacher, student, batches, objective, training, ranks)
     if not ranks.first:
         for _ in distiller.run():
@@ -128,7 +130,7 @@ def report(
 
 def training_of(stage: StageRun, spec: MoESpec) -> Training:
     """Return the settings of the training from params.yaml."""
-    from ffn2moe.distill.distiller import Training
+    from ffn2moe.distill.distiller import Training, compared_layers
     from ffn2moe.numerics import bf16_supported, choose_device
 
     params, settings = stage.params, stage.params.distill
@@ -139,6 +141,7 @@ def training_of(stage: StageRun, spec: MoESpec) -> Training:
         balance_step=balance_step_of(stage, spec),
         scope=settings.scope,
         elastic=spec.elastic,
+        layers=compared_layers(spec),
         seed=params.seed,
         device=device,
         bf16=bf16_supported(device) if params.compute.bf16 == "auto" else params.compute.bf16 == "on",

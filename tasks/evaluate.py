@@ -44,25 +44,26 @@ def run(stage: StageRun) -> None:
 
     if spec.elastic:
         payload["budgets"] = budgets(payload, spec)
-    layers = diagnose(stage, teacher, student, tokenizer, spec, device)
+    layers = [] if spec.is_dense else diagnose(stage, teacher, student, tokenizer, spec, device)
     teacher_flops, student_flops = metrics.flops_per_token(spec, teacher.config, spec.max_length)
     payload |= {
         "layers": layers,
-        "agreement": agreement(stage, student, tokenizer, spec, device),
+        "agreement": None if spec.is_dense else agreement(stage, student, tokenizer, spec, device),
         "active_ffn_share": spec.active_share,
         "flops_per_token": {
             "teacher": teacher_flops.total,
             "student": student_flops.total,
             "length": spec.max_length,
         },
-        "amdahl_bound": metrics.amdahl_bound(teacher_flops, spec.active_share),
+        "amdahl_bound": metrics.amdahl_bound(teacher_flops, student_flops),
         "parameters": metrics.parameters(teacher, student),
     }
     payload = rounded(payload)
     stage.write_json("metrics/evaluate.json", payload)
     stage.write_csv(
         "metrics/plots/layers.csv",
-        [{key: value for key, value in row.items() if not isinstance(value, list | dict)} for row in payload["layers"]],
+        [{key: value for key, value in row.items() if not isinstance(value, list | dict)} for row in payload["layers"]]
+        or [{"layer": 0, "oracle_error": 0.0, "router_error": 0.0}],
     )
     stage.write_csv(
         "metrics/plots/load.csv",
@@ -70,7 +71,8 @@ def run(stage: StageRun) -> None:
             {"layer": row["layer"], "expert": expert, "share": share}
             for row in payload["layers"]
             for expert, share in enumerate(row["load"])
-        ],
+        ]
+        or [{"layer": 0, "expert": 0, "share": 1.0}],
     )
 
 

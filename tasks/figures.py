@@ -118,7 +118,7 @@ def speed(plans: Sequence[Mapping[str, Any]], shapes: Sequence[str], bound: floa
         axes.set_xlabel("speed over dense float32")
         handles = [
             patches.Patch(color=_PLACEHOLDERS["dense"], label="dense"),
-            patches.Patch(color=_PLACEHOLDERS["student"], label="mixture"),
+            patches.Patch(color=_PLACEHOLDERS["student"], label="student"),
             axes.plot([], [], "--", color=_PLACEHOLDERS["accent"], label=f"Amdahl bound {bound:.2f}")[0],
         ]
         figure.legend(handles=handles, loc="outside upper right", ncols=3)

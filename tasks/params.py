@@ -18,33 +18,22 @@ from ruamel.yaml import YAML  # the parser DVC reads params.yaml with: `1e-3` is
 from ruamel.yaml.error import YAMLError
 
 from tasks.choices import (
-    CONTAINERS,
     DIVERGENCES,
     ENGINES,
-    GATES,
     OBJECTIVES,
-    PARTITIONS,
     PLANS,
     REMOVED_KEYS,
     STARTS,
     OneOf,
     UnknownName,
 )
+from tasks.decompose_params import Decompose
 from tasks.measures import HEADLINES
-
-Count = Annotated[int, Field(ge=1)]
-Positive = Annotated[float, Field(gt=0)]
-NonNegative = Annotated[float, Field(ge=0)]
+from tasks.section import Count, NonNegative, Positive, Section
 
 
 class ParamsError(ValueError):
     """The parameters cannot be used; the message names the key, the cause and the remedy."""
-
-
-class Section(BaseModel):
-    """A section of params.yaml."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class Compute(Section):
@@ -76,65 +65,6 @@ class Data(Section):
             raise ValueError(
                 f"data.calibration_texts + data.evaluation_pairs = {held_out} leaves nothing to train on of "
                 f"data.max_texts = {self.max_texts}; raise max_texts or lower the other two"
-            )
-        return self
-
-
-class Decompose(Section):
-    num_experts: Count
-    num_active: Count
-    partition: Annotated[str, OneOf(PARTITIONS, ("auto",))]
-    shared_width: int = Field(ge=0)
-    active_per_layer: Literal["same", "budget"] | tuple[Count, ...]
-    container: Annotated[str, OneOf(CONTAINERS, ("none", "auto"))]
-    gate: Annotated[str, OneOf(GATES, ("auto",))]
-    calibration_tokens: Count
-
-    @model_validator(mode="after")
-    def _no_more_active_than_there_are(self) -> Decompose:
-        if self.num_active > self.num_experts:
-            raise ValueError(
-                f"decompose.num_active = {self.num_active} is more than decompose.num_experts = "
-                f"{self.num_experts}; a token can run at most every expert"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _a_container_holds_what_is_asked(self) -> Decompose:
-        if self.container in ("none", "auto"):
-            return self
-        wanted = CONTAINERS[self.container]
-        if self.gate not in ("auto", "unit", wanted.gate):
-            able = [row.name for row in CONTAINERS.rows() if row.gate == self.gate]
-            raise ValueError(
-                f"decompose.gate = {self.gate}, but the container {wanted.name} weighs the chosen experts by "
-                f"{wanted.gate}, and a model learns with the formula that it runs with: set decompose.gate=auto"
-                + (f", or decompose.container to {' or '.join(able)}" if able else "")
-            )
-        if self.shared_width and wanted.shared_expert is None:
-            able = [row.name for row in CONTAINERS.rows() if row.shared_expert]
-            raise ValueError(
-                f"decompose.shared_width = {self.shared_width}, but the container {wanted.name} has no shared expert: "
-                f"set decompose.shared_width=0, or decompose.container to {' or '.join(able)}"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _each_layer_has_a_number_of_experts(self) -> Decompose:
-        layers = self.active_per_layer
-        if isinstance(layers, tuple) and (not layers or max(layers) > self.num_experts):
-            raise ValueError(
-                f"decompose.active_per_layer = {list(layers)} must hold, for each layer, a number between 1 and "
-                f"decompose.num_experts = {self.num_experts}"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _containers_have_one_k(self) -> Decompose:
-        if self.container != "none" and self.active_per_layer != "same":
-            raise ValueError(
-                f"decompose.active_per_layer = {self.active_per_layer}, but a native container runs the same number of "
-                "experts in every layer: set decompose.container=none, or decompose.active_per_layer=same"
             )
         return self
 
@@ -319,6 +249,15 @@ class Params(Section):
                     f"{named} switches all layers between fixed numbers of experts, and decompose.{key} = {value} has "
                     "no such numbers: set distill.elastic=[], or another decompose." + key
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _a_student_without_experts_has_no_layers_to_train_alone(self) -> Params:
+        if self.decompose.num_experts == 1 and self.distill.layerwise_steps:
+            raise ValueError(
+                f"distill.layerwise_steps = {self.distill.layerwise_steps} trains mixtures layer by layer, and "
+                "decompose.num_experts = 1 is a student without: set distill.layerwise_steps=0"
+            )
         return self
 
     @property

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ffn2moe.planning.shipping import Size
+from ffn2moe.spec import MoESpec
 from tasks import figures
 from tasks.measures import at, headline
 from tasks.params import Gate, Params
@@ -82,14 +83,12 @@ def run(stage: StageRun) -> None:
         prepared=_json(root / "metrics/prepare.json"),
         manifest=manifest,
         shape=shape_of(manifest["spec"]),
+        made=made_of(manifest["spec"]),
         layers=layer_table(quality),
         figures={
             "retention": figures.retention(rows, params.gate.min_retention),
             "speed": figures.speed(timed["drawn"]["plans"], timed["drawn"]["shapes"], quality["amdahl_bound"]),
-            "layers_before": figures.layers(_json(root / "metrics/train_router.json")["layers"]),
-            "layers_after": figures.layers(quality["layers"]),
-            "load": figures.load([row["load"] for row in quality["layers"]]),
-            **domains(quality),
+            **experts(_json(root / "metrics/train_router.json")["layers"], quality),
             **loss_curves(root / "metrics/plots"),
         },
     )
@@ -131,10 +130,9 @@ def advice(params: Params, quality: Mapping[str, Any], timed: Mapping[str, Any])
     folder = f"exports/{params.name}"
     steps = []
     if kept < params.gate.min_retention:
-        more = min(params.decompose.num_experts, 2 * params.decompose.num_active)
         steps.append(
-            f"To keep more: train longer (`distill.steps={2 * params.distill.steps or 700}`) or run more experts "
-            f"(`decompose.num_active={more}`), and distil on texts like those of its use (`data.corpus`)."
+            f"To keep more: train longer (`distill.steps={2 * params.distill.steps or 700}`) or {_keep_more(params)}, "
+            "and distil on texts like those of its use (`data.corpus`)."
         )
     if not timed["shown"]["chosen"]:
         steps.append(
@@ -142,8 +140,8 @@ def advice(params: Params, quality: Mapping[str, Any], timed: Mapping[str, Any])
             "plan on this machine."
         )
         steps.append(
-            "For more speed: fewer active neurons (`decompose.num_active`, `decompose.num_experts`); "
-            "`make sweep` tries several at once."
+            "For more speed: fewer active neurons (`decompose.num_active`, `decompose.num_experts`) or fewer layers "
+            "(`decompose.keep_layers`); `make sweep` tries several at once."
         )
     elif kept >= params.gate.min_retention:
         steps.append(
@@ -152,6 +150,14 @@ def advice(params: Params, quality: Mapping[str, Any], timed: Mapping[str, Any])
             f"and `ffn2moe plan {folder}` measures them there."
         )
     return steps
+
+
+def _keep_more(params: Params) -> str:
+    """Return how a student can be larger."""
+    settings = params.decompose
+    if settings.num_experts == 1:
+        return "keep more layers and neurons (`decompose.keep_layers`, `decompose.ffn_width`)"
+    return f"run more experts (`decompose.num_active={min(settings.num_experts, 2 * settings.num_active)}`)"
 
 
 def sizes(export: Path, manifest: Mapping[str, Any], timed: Mapping[str, Any]) -> dict[str, float]:
@@ -182,8 +188,10 @@ def benchmark_rows(quality: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def layer_table(quality: Mapping[str, Any]) -> list[list[str]]:
-    """Return the figures of every layer as rows of text, below a row of headings."""
+    """Return the figures of every layer as rows of text, below a row of headings; nothing without experts."""
     rows = quality["layers"]
+    if not rows:
+        return []
     if quality["agreement"]:
         rows = [{**row, **more} for row, more in zip(rows, quality["agreement"]["layers"], strict=True)]
     columns = [column for column in LAYER_COLUMNS if column[0] in rows[0]]
@@ -193,13 +201,23 @@ def layer_table(quality: Mapping[str, Any]) -> list[list[str]]:
     return table
 
 
-def domains(quality: Mapping[str, Any]) -> dict[str, str]:
-    """Draw which experts the texts of each source use, in the layer whose experts agree most with the sources."""
+def experts(routed: Sequence[Mapping[str, Any]], quality: Mapping[str, Any]) -> dict[str, str]:
+    """Draw the errors of the layers and the load of their experts; a student without experts has no drawing.
+
+    `domains` shows which experts the texts of each source use, in the layer whose experts agree most with the sources.
+    """
+    if not quality["layers"]:
+        return {}
+    drawn = {
+        "layers_before": figures.layers(routed),
+        "layers_after": figures.layers(quality["layers"]),
+        "load": figures.load([row["load"] for row in quality["layers"]]),
+    }
     agreement = quality["agreement"]
     if not agreement:
-        return {}
+        return drawn
     telling = max(agreement["layers"], key=lambda row: row["tokens"])
-    return {"domains": figures.load(telling["load_CE"], list(agreement["texts"]))}
+    return drawn | {"domains": figures.load(telling["load_CE"], list(agreement["texts"]))}
 
 
 def shape_of(spec: Mapping[str, Any]) -> dict[str, str]:
@@ -215,6 +233,21 @@ def shape_of(spec: Mapping[str, Any]) -> dict[str, str]:
         **{key: each(key) for key in ("width", "ffn_width", "expert_width", "shared_width", "activation")},
         "gated": "gated " if all(stack["gated"] for stack in spec["stacks"]) else "",
     }
+
+
+def made_of(spec: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what the student is in words: a mixture or a dense model, and of which parts of its teacher."""
+    whole = MoESpec.from_dict(dict(spec))
+    layers = " and ".join(shape.describe_layers() for shape in whole.stacks)
+    neurons = " and ".join(dict.fromkeys(shape.describe_neurons() for shape in whole.stacks))
+    if whole.is_dense:
+        title = f"a dense model of {layers}, with FFNs of {neurons}"
+    else:
+        title = (
+            f"{layers}, each FFN of {neurons} decomposed into {whole.num_experts} experts; a token runs "
+            f"{shape_of(spec)['active']}"
+        )
+    return {"dense": whole.is_dense, "kind": "student" if whole.is_dense else "mixture", "title": title}
 
 
 def loss_curves(folder: Path) -> dict[str, str]:

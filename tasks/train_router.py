@@ -15,6 +15,8 @@ from tasks.tokens import read_tokens
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from ffn2moe.spec import MoESpec
+
 REPORTED_EVERY = 10  # steps
 HELD_OUT_TOKENS = 8192  # of the calibration texts, which the routers are not trained on
 
@@ -24,6 +26,7 @@ def run(stage: StageRun) -> None:
     from ffn2moe.decompose.jobs import route_job
     from ffn2moe.decompose.route import RouterSettings
     from ffn2moe.dense.load import load_dense
+    from ffn2moe.dense.reduction import same_layers
     from ffn2moe.moe import checkpoint
     from ffn2moe.moe.layer import moe_layers
     from ffn2moe.numerics import choose_device
@@ -32,6 +35,10 @@ def run(stage: StageRun) -> None:
     student = checkpoint.load(root / "models/decomposed")
     spec = checkpoint.load_spec(root / "models/decomposed")
     teacher, tokenizer = load_dense(str(root / "data/teacher"), head=spec.head)
+    if spec.is_dense:
+        stage.say("a student without experts has no router: nothing is trained here")
+        return save(stage, student, tokenizer, spec, [], [], tokens=0)
+    teacher = same_layers(teacher, spec)
 
     def inputs_on(split: str, max_tokens: int) -> list[Tensor]:
         """Return the inputs of every layer on the texts of a split."""
@@ -74,12 +81,28 @@ def run(stage: StageRun) -> None:
         ]
         rows.append({"layer": done.layer, **done.summary["row"]})
         stage.log_metrics({f"router_error.layer_{done.layer}": rows[-1]["router_error"]})
-    with stage.out("models/routed") as out:
-        checkpoint.save(student, tokenizer, spec, out)
-    stage.write_json("metrics/train_router.json", {"layers": rows, "tokens": len(train[0])})
-    stage.write_csv("metrics/plots/train_router.csv", curve or [{"layer": 0, "step": 0, "loss": 0.0}])
+    save(stage, student, tokenizer, spec, rows, curve, tokens=len(train[0]))
     recall = sum(row["router_recall"] for row in rows) / len(rows)
     stage.say(f"the routers find {100 * recall:.0f} % of the experts that the oracle chooses")
+
+
+def save(
+    stage: StageRun,
+    student: Any,
+    tokenizer: Any,
+    spec: MoESpec,
+    rows: list[dict[str, Any]],
+    curve: list[dict[str, Any]],
+    *,
+    tokens: int,
+) -> None:
+    """Write the student, the metrics of the layers, and the curves of the losses."""
+    from ffn2moe.moe import checkpoint
+
+    with stage.out("models/routed") as out:
+        checkpoint.save(student, tokenizer, spec, out)
+    stage.write_json("metrics/train_router.json", {"layers": rows, "tokens": tokens})
+    stage.write_csv("metrics/plots/train_router.csv", curve or [{"layer": 0, "step": 0, "loss": 0.0}])
 
 
 if __name__ == "__main__":

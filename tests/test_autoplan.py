@@ -68,7 +68,7 @@ def test_the_best_dense_plan_is_that_of_all_engines():
     found = cell((32, 128), dense=100, dense8=50, ov_dense=30, sorted8=40)
     choice = choose([found], KEPT)
     assert choice.plans == ("ov-dense",) and choice.speedup == 1
-    assert "no mixture plan beats ov-dense here beyond the noise (sorted8 comes nearest" in choice.reason
+    assert "no plan of the student beats ov-dense here beyond the noise (sorted8 comes nearest" in choice.reason
 
 
 def test_a_mixture_that_is_faster_only_within_the_noise_is_not_chosen():
@@ -89,7 +89,10 @@ def test_too_few_rounds_to_tell_anything_mean_dense():
 def test_where_no_mixture_keeps_the_quality_the_dense_plan_is_chosen_and_said():
     found = cell((1, 16), dense=100, dense8=50, sorted8=20)
     choice = choose([found], {"dense": True, "dense8": True})
-    assert choice.plans == ("dense8",) and choice.reason == "no mixture plan keeps the quality: dense8 is the default"
+    assert (
+        choice.plans == ("dense8",)
+        and choice.reason == "no plan of the student keeps the quality: dense8 is the default"
+    )
 
 
 def test_each_shape_takes_its_own_plan_where_that_is_worth_its_memory():
@@ -444,7 +447,7 @@ def test_an_export_is_planned_again_in_one_command(copy, tmp_path, capsys):
     assert plan(copy, "--plans", "dense", "--texts", texts, "--threads", 1) == 0  # for the same workload
     again = json.loads((copy / "plan.json").read_text())
     assert again["workload"] == content["workload"] and again["default_plan"] == "dense"
-    assert again["reason"] == "no mixture plan was timed: dense is the default"
+    assert again["reason"] == "no plan of the student was timed: dense is the default"
 
 
 def test_an_export_with_several_plans_gives_each_batch_that_of_its_shape(copy):

@@ -19,7 +19,7 @@ import ffn2moe
 from ffn2moe import cli
 from ffn2moe.conversion import distillation, write
 from ffn2moe.conversion import images as image_data
-from ffn2moe.conversion.settings import Settings
+from ffn2moe.conversion.settings import Settings, layers, width
 from ffn2moe.convert import convert, judge
 from ffn2moe.data.batches import in_order
 from ffn2moe.dense.load import load_dense
@@ -345,3 +345,36 @@ def test_a_killed_conversion_leaves_nothing_that_looks_whole(llama, tmp_path):
     assert not (tmp_path / "out").exists()
     convert(llama, tmp_path / "out", QUICK)
     assert json.loads((tmp_path / "out/manifest.json").read_text())["convert"]["distillation"]["steps"] == 3
+
+
+def test_fewer_layers_and_narrower_ffns_are_settings_of_a_conversion(llama, tmp_path):
+    """Without experts the checkpoint is an ordinary LLaMA; with experts the container has fewer layers, too."""
+    settings = replace(QUICK, keep_layers=(1,), ffn_width=0.5, num_experts=1, onnx=True)
+    manifest = convert(llama, tmp_path / "dense", settings)
+    assert list(manifest["plans"]) == ["student"] and "container" not in manifest
+    plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "dense/checkpoint")
+    assert len(plain.model.layers) == 1 and plain.config.intermediate_size == 24
+    assert "".join(ffn2moe.open_export(tmp_path / "dense").generate("the", max_new_tokens=3))
+    manifest = convert(llama, tmp_path / "mixed", replace(QUICK, keep_layers=1))
+    folder = tmp_path / "mixed" / manifest["container"]["folder"]
+    assert len(transformers.AutoModelForCausalLM.from_pretrained(folder).model.layers) == 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"keep_layers": 3}, "between 1 and 2"),
+        ({"ffn_width": 49}, "FFNs of the model have 48"),
+        ({"num_experts": 1}, "--experts 1 is a student without experts"),
+        ({"num_experts": 1, "keep_layers": 1, "container": "mixtral"}, "--container mixtral holds experts"),
+    ],
+)
+def test_what_a_smaller_student_cannot_be_is_refused_before_any_work(llama, tmp_path, settings, message):
+    with pytest.raises(ValueError, match=message):
+        convert(llama, tmp_path / "out", replace(QUICK, **settings))
+    assert not list(tmp_path.iterdir())
+
+
+def test_layers_and_widths_are_read_from_the_command_line():
+    assert [layers(text) for text in ("all", "4", "0,2,5")] == ["all", 4, (0, 2, 5)]
+    assert [width(text) for text in ("full", "96", "0.5")] == ["full", 96, 0.5]

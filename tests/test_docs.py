@@ -90,7 +90,8 @@ def plan_rows() -> list[str]:
     rows = []
     for name, plan in PLANS.items():
         engine = {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}[plan.engine]
-        ffns, operator = "dense" if plan.dense else "mixture", plan.operator and f"`{plan.operator.name}`"
+        ffns = "dense" if plan.dense or plan.without_experts else "mixture"
+        operator = plan.operator and f"`{plan.operator.name}`"
         cells = (f"`{name}`", engine, plan.bits, plan.activations, ffns, operator)
         cells += (", ".join(plan.heads), ", ".join(plan.on_request))
         rows.append("| " + " | ".join(str(cell or "") for cell in cells) + " |")

@@ -103,4 +103,4 @@ def test_a_plan_that_loses_quality_is_not_chosen(workspace):
     benchmark.run(stage)
     plan = json.loads((workspace / "exports/tiny/plan.json").read_text())
     assert plan["default_plan"] == "dense"
-    assert plan["reason"].startswith("no mixture plan keeps the quality")
+    assert plan["reason"].startswith("no plan of the student keeps the quality")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 
 from ffn2moe import metrics
 from ffn2moe.sentence import SentenceModules
+from ffn2moe.spec import FFNShape
 from tests.mixtures import flat_spec
 
 SPEC = flat_spec(
@@ -184,14 +186,21 @@ def test_flops_equal_what_torch_counts(tiny_teacher):
 # No subnormal numbers: ONNX Runtime sessions of other tests set the process to take them as zero.
 @given(st.floats(0.01, 1), st.floats(0, 1e6, allow_subnormal=False), st.floats(1, 1e6))
 def test_the_amdahl_bound_is_between_one_and_its_two_limits(active, attention, ffn):
-    bound = metrics.amdahl_bound(metrics.Flops(attention, ffn), active)
+    bound = metrics.amdahl_bound(metrics.Flops(attention, ffn), metrics.Flops(attention, active * ffn, router=7))
     assert 1 - 1e-9 <= bound <= 1 / active + 1e-9
 
 
 def test_the_amdahl_bound_golden_value():
     """FFN 65 % of the work: a quarter of it active gives at most 1.95, half of it 1.48."""
-    assert metrics.amdahl_bound(metrics.Flops(35, 65), 0.25) == pytest.approx(1.951, abs=1e-3)
-    assert metrics.amdahl_bound(metrics.Flops(35, 65), 0.5) == pytest.approx(1.481, abs=1e-3)
+    assert metrics.amdahl_bound(metrics.Flops(3500, 6500), metrics.Flops(3500, 1625)) == pytest.approx(1.951, abs=1e-3)
+    assert metrics.amdahl_bound(metrics.Flops(3500, 6500), metrics.Flops(3500, 3250)) == pytest.approx(1.481, abs=1e-3)
+
+
+def test_the_bound_of_fewer_layers_is_their_number_without_a_vocabulary():
+    shape = FFNShape("encoder.layer", 4, 24, 96, 96, 0, False, "gelu", layers_kept=(0, 2, 3, 5), teacher_layers=6)
+    spec = replace(SPEC, stacks=(shape,), num_experts=1, num_active=1)
+    teacher, student = metrics.flops_per_token(spec, Config(), 16)
+    assert student.router == 0 and metrics.amdahl_bound(teacher, student) == pytest.approx(1.5)
 
 
 def test_perplexity_is_that_of_a_uniform_guess_and_its_interval_holds_it():

@@ -13,6 +13,7 @@ import pytest
 
 from tasks import report
 from tasks.timings import timings
+from tests.mixtures import flat_spec
 from tests.texts import make_stage
 
 LAYERS, EXPERTS = 3, 4
@@ -94,7 +95,7 @@ def plan(speedup: float = 1.06, chosen: str = "sorted8") -> dict[str, Any]:
     return {
         "default_plan": chosen,
         "best_dense_plan": "dense8",
-        "reason": "no mixture plan beats dense8 here",
+        "reason": "no plan of the student beats dense8 here",
         "machine": {"cpu": "Some CPU", "cores": 2},
         "timings": {
             name: [
@@ -114,14 +115,12 @@ def plan(speedup: float = 1.06, chosen: str = "sorted8") -> dict[str, Any]:
 
 
 def write(root: Path, *, kept: float = 0.986, speedup: float = 1.06, folder: bool = True, steps: int = 40) -> None:
+    spec = flat_spec(
+        num_layers=LAYERS, width=384, ffn_width=1536, expert_width=384, num_experts=EXPERTS, num_active=1,
+        partition="coactivation",
+    )  # fmt: skip
     manifest = {
-        "spec": {
-            "family": "bert", "num_experts": EXPERTS, "num_active": 1, "gate": "unit", "partition": "coactivation",
-            "stacks": [{
-                "num_layers": LAYERS, "width": 384, "ffn_width": 1536, "expert_width": 384, "shared_width": 0,
-                "gated": False, "activation": "gelu",
-            }],
-        },
+        "spec": spec.to_dict(),
         "plans": {
             name: {"file": f"onnx/{name.removeprefix('ov-')}.onnx", "parity_max_abs": 2e-6,
                    "retrieval_ndcg_at_10": 0.68, "retention": 0.971}
@@ -260,7 +259,7 @@ def test_where_dense_wins_the_nearest_mixture_is_shown_and_the_reason_given():
     timed = plan(0.9, chosen="dense8")
     shown = timings(timed)["shown"]
     assert shown["name"] == "sorted8" and shown["vs_best_dense"] == pytest.approx(0.9)
-    assert judged(0.99, timed)["reasons"] == ["no mixture plan beats dense8 here"]
+    assert judged(0.99, timed)["reasons"] == ["no plan of the student beats dense8 here"]
 
 
 def test_texts_cannot_become_markup(page):
@@ -304,6 +303,22 @@ def test_layers_that_differ_are_told_and_so_is_what_stays_dense(tmp_path):
     page = (tmp_path / "reports/report.html").read_text(encoding="utf-8")
     assert "experts; a token runs 1, 1" in page and "3 in the layers in turn</h1>" in page
     assert "A plan with <code>-d</code> and layers in its name keeps the teacher’s FFN in those." in page
+
+
+def test_a_student_without_experts_is_shown_as_a_dense_model_of_some_layers(tmp_path):
+    write(tmp_path)
+    path, evaluated = tmp_path / "models/exported/manifest.json", tmp_path / "metrics/evaluate.json"
+    content, found = json.loads(path.read_text()), json.loads(evaluated.read_text())
+    kept = {"num_layers": 4, "layers_kept": [0, 2, 3, 5], "teacher_layers": 6, "ffn_width": 768, "expert_width": 768}
+    content["spec"]["stacks"][0] |= kept | {"teacher_ffn_width": 1536}
+    content["spec"] |= {"num_experts": 1, "num_active": 1}
+    path.write_text(json.dumps(content))
+    evaluated.write_text(json.dumps(found | {"layers": [], "agreement": None}))
+    (tmp_path / "metrics/train_router.json").write_text(json.dumps({"layers": []}))
+    report.run(make_stage("report", tmp_path))
+    page = (tmp_path / "reports/report.html").read_text(encoding="utf-8")
+    assert "a dense model of 4 of 6 layers (0, 2, 3, 5), with FFNs of 768 of 1536 neurons</h1>" in page
+    assert "Load of the experts" not in page and "mixture" not in page.partition("<details>")[0]
 
 
 def test_plans_of_several_engines_and_a_plan_of_its_own_for_each_shape_are_shown(tmp_path):

@@ -44,9 +44,14 @@ def _show(screen: Screen, out: Path, manifest: dict[str, Any]) -> None:
     spec, quality = MoESpec.from_dict(manifest["spec"]), manifest["convert"]["quality"]
     shared = " and a shared one" if any(shape.shared_width for shape in spec.stacks) else ""
     share = f"{100 * spec.active_share:.0f} % of the FFNs is active"
-    rows = [("experts", f"{spec.num_active} of {spec.num_experts}{shared}: {share}")]
+    experts = "none" if spec.is_dense else f"{spec.num_active} of {spec.num_experts}{shared}"
+    rows = [("experts", f"{experts}: {share}")]
+    if any(shape.layers_kept or shape.teacher_ffn_width for shape in spec.stacks):
+        kept = [f"{shape.describe_layers()}, {shape.describe_neurons()} of each FFN" for shape in spec.stacks]
+        rows.append(("kept", "; ".join(kept)))
     rows += [(name, summary(found)) for name, found in quality.items()]
-    rows.append(("checkpoint", f"{out / 'checkpoint'} (ffn2moe.load)"))
+    opens = "transformers; needs no code of ours" if spec.is_dense else "ffn2moe.load"
+    rows.append(("checkpoint", f"{out / 'checkpoint'} ({opens})"))
     if "container" in manifest:
         folder = out / manifest["container"]["folder"]
         rows.append(("container", f"{folder} (transformers, vLLM, SGLang, llama.cpp; needs no code of ours)"))

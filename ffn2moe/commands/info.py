@@ -51,14 +51,17 @@ def _facts(path: Path, manifest: dict[str, Any], measured: dict[str, Any] | None
     rows = [
         ("export", str(path)),
         ("teacher", spec.teacher),
-        ("model", f"{spec.model_class}, {spec.num_layers} layers, width {widths}"),
+        ("model", f"{spec.model_class}, {' and '.join(one.describe_layers() for one in spec.stacks)}, width {widths}"),
         ("experts", _experts(spec)),
     ]
     if spec.elastic:
         rows.append(("budgets", _budgets(spec)))
+    if not spec.is_dense:
+        rows += [
+            ("gate", spec.gate),
+            ("partition", spec.partition + (f", then fitted to a task: {spec.shrunk}" if spec.shrunk else "")),
+        ]
     rows += [
-        ("gate", spec.gate),
-        ("partition", spec.partition + (f", then fitted to a task: {spec.shrunk}" if spec.shrunk else "")),
         ("gives", _output(spec, manifest.get("model", {}))),
         ("default plan", chosen + ("" if measured or not manifest["plans"] else " (not measured yet)")),
     ]
@@ -76,6 +79,9 @@ def _facts(path: Path, manifest: dict[str, Any], measured: dict[str, Any] | None
 
 
 def _experts(spec: MoESpec) -> str:
+    if spec.is_dense:
+        neurons = " and ".join(dict.fromkeys(shape.describe_neurons() for shape in spec.stacks))
+        return f"none: a dense model, FFNs of {neurons}: {100 * spec.active_share:.0f} % of the teacher's FFNs"
     neurons = " or ".join(dict.fromkeys(str(shape.expert_width) for shape in spec.stacks))
     shared = " and ".join(dict.fromkeys(str(shape.shared_width) for shape in spec.stacks if shape.shared_width))
     return (

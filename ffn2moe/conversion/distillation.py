@@ -6,7 +6,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from ffn2moe.conversion.data import Data
-from ffn2moe.distill.distiller import Distiller, Training
+from ffn2moe.distill.distiller import Distiller, Training, compared_layers
 from ffn2moe.distill.objectives import objective_for
 from ffn2moe.moe import checkpoint
 from ffn2moe.numerics import bf16_supported
@@ -53,6 +53,7 @@ def _distiller(task: Task, student: Any, spec: MoESpec, data: Data) -> Distiller
             learning_rate=_learning_rate(task, spec),
             balance_step=0.0 if task.container and not task.container.choice_bias else BALANCE_STEP,
             scope=task.settings.scope,
+            layers=compared_layers(spec),
             device=task.device,
             bf16=bf16_supported(task.device),
         ),

@@ -7,15 +7,18 @@ import shutil
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from ffn2moe.conversion.data import Data
 from ffn2moe.decompose.inputs import layer_inputs
 from ffn2moe.decompose.layer import decompose_layer, output_of, require_identity
+from ffn2moe.decompose.narrow import with_narrow_ffns
 from ffn2moe.decompose.route import RouterSettings, route_layer
 from ffn2moe.decompose.source import NotStreamable, skeleton
 from ffn2moe.decompose.stream import HELD_OUT_SHARE, StreamSettings, decompose
 from ffn2moe.dense.load import load_dense
 from ffn2moe.dense.locate import read_ffn
+from ffn2moe.dense.reduction import with_layers
 from ffn2moe.moe import checkpoint
 from ffn2moe.moe.install import install_moe
 from ffn2moe.moe.layer import MoEFFN
@@ -39,6 +42,8 @@ def route(task: Task, data: Data) -> None:
         rows = _streamed(task, data, router)
     except NotStreamable:
         rows = _in_memory(task, data, router)
+    if not rows:
+        return task.say("a student without experts has no router: it starts from the dense model's own weights")
     recall = sum(row["router_recall"] for row in rows) / len(rows)
     error = sum(row["router_error"] for row in rows) / len(rows)
     task.say(
@@ -51,17 +56,43 @@ def _streamed(task: Task, data: Data, router: RouterSettings) -> list[dict[str, 
     dense = task.dense
     if dense.family is None or dense.reads != "text":
         raise NotStreamable("the model reads images, or its family is unknown")
+    if task.case.whole_only is not None:
+        raise NotStreamable(task.case.whole_only)
     spec = task.spec(skeleton(dense.folder, dense.head))
     settings = StreamSettings(spec, router, torch.float32)
     return decompose(dense.folder, task.routed, data.calibration, settings, track=task.track)
 
 
 def _in_memory(task: Task, data: Data, router: RouterSettings) -> list[dict[str, Any]]:
-    teacher = task.dense.model
-    spec = task.spec(teacher)
-    inputs = layer_inputs(teacher, data.calibration, max_tokens=task.settings.calibration_tokens, device=task.device)
-    teacher.to("cpu")
-    student, _ = load_dense(str(task.dense.folder), head=task.dense.head)
+    spec = task.spec(task.dense.model)
+    student, inputs = _start(task, data, spec)
+    rows = [] if spec.is_dense else _mixtures(task, data, router, spec, student, inputs)
+    partial = task.routed.with_name("routed.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    checkpoint.save(student, None, spec, partial)
+    os.replace(partial, task.routed)
+    return rows
+
+
+def _start(task: Task, data: Data, spec: MoESpec) -> tuple[Any, list[Tensor]]:
+    """Return the dense model that the student is made of, apart from the teacher, and the inputs of its FFNs."""
+    teacher, shape, head = task.dense.model, spec.stacks[0], spec.head
+    if shape.layers_kept:
+        model = with_layers(teacher, shape.layers_kept, head, data.calibration[0].inputs)
+    else:
+        model, _ = load_dense(str(task.dense.folder), head=head)
+    inputs = layer_inputs(model, data.calibration, max_tokens=task.settings.calibration_tokens, device=task.device)
+    model.to("cpu")
+    if shape.teacher_ffn_width is not None:
+        model, errors = with_narrow_ffns(model, inputs, shape.ffn_width, head, task.track)
+        task.say(f"{shape.describe_neurons()}: the relative error of the FFNs is {sum(errors) / len(errors):.2f}")
+    return model, inputs
+
+
+def _mixtures(
+    task: Task, data: Data, router: RouterSettings, spec: MoESpec, student: Any, inputs: list[Tensor]
+) -> list[dict[str, Any]]:
+    """Put routed mixtures in the place of the student's FFNs; return a row for each layer."""
     layers = [
         decompose_layer(read_ffn(student, index), x_TD, spec, index, seed=task.settings.seed)
         for index, x_TD in task.track(enumerate(inputs), len(inputs), "decomposing layers")
@@ -79,10 +110,6 @@ def _in_memory(task: Task, data: Data, router: RouterSettings) -> list[dict[str,
             held_out_TD=held_out_TD if len(held_out_TD) else None,
         )
         rows.append({"layer": index, **found.row})
-    partial = task.routed.with_name("routed.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    checkpoint.save(student, None, spec, partial)
-    os.replace(partial, task.routed)
     return rows
 
 

@@ -42,6 +42,19 @@ def _option(flag: str, help: str, **more: Any) -> dict[str, Option]:
     return {"option": Option(help, flag, **more)}
 
 
+def layers(text: str) -> str | int | tuple[int, ...]:
+    """Read which layers to keep: all, a number of them, or their indices with commas between."""
+    if text == "all":
+        return text
+    numbers = tuple(int(part) for part in text.split(","))
+    return numbers if "," in text else numbers[0]
+
+
+def width(text: str) -> str | int | float:
+    """Read how much of each FFN to keep: full, a number of neurons, or a share."""
+    return text if text == "full" else int(text) if text.isdigit() else float(text)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Settings:
     """The settings of a conversion. `auto` and None are replaced by what fits the model.
@@ -49,9 +62,26 @@ class Settings:
     ValueError for an unknown name, which suggests the nearest, and for a number that is too low.
     """
 
-    num_experts: int = field(default=4, metadata=_option("--experts", "experts of each FFN (4)", metavar="E", kind=int))
+    num_experts: int = field(
+        default=4, metadata=_option("--experts", "experts of each FFN; 1: none (4)", metavar="E", kind=int)
+    )
     num_active: int = field(
         default=1, metadata=_option("--active", "experts that a token uses (1)", metavar="K", kind=int)
+    )
+    keep_layers: str | int | tuple[int, ...] = field(
+        default="all",
+        metadata=_option(
+            "--keep-layers",
+            "layers of the dense model that the student has: all, a number spread evenly, or indices such as 0,2,3,5",
+            metavar="N",
+            kind=layers,
+        ),
+    )
+    ffn_width: str | int | float = field(
+        default="full",
+        metadata=_option(
+            "--ffn-width", "what each FFN keeps: full, a number of neurons, or a share", metavar="N", kind=width
+        ),
     )
     shared_width: int = field(
         default=0,

@@ -67,7 +67,7 @@ def _write_container(task: Task, student: Any | None, spec: MoESpec, result: Pat
         result / task.container.name,
         task.container,
         spec,
-        task.dense.config,
+        task.dense.config if student is None else student.config,
         _pieces(task, student, spec),
         dtype=dtype,
         shard_bytes=SHARD_BYTES,

@@ -48,6 +48,38 @@ def read_block(block: nn.Module, stack: Stack, activation: Activation) -> DenseF
     return DenseFFN(w_in_FD, w_out_DF, activation, b_in_F, b_out_D, w_gate_FD, b_gate_F)
 
 
+@torch.no_grad()
+def write_block(block: nn.Module, stack: Stack, ffn: DenseFFN) -> None:
+    """Set the weights of the FFN of one transformer layer: the inverse of `read_block`.
+
+    ValueError where the layer has an FFN of another width.
+    """
+    from transformers.pytorch_utils import Conv1D
+
+    def put(path: str, matrix: Tensor, bias: Tensor | None) -> None:
+        linear = block.get_submodule(path)
+        target = linear.weight.T if isinstance(linear, Conv1D) else linear.weight
+        if target.shape != matrix.shape:
+            raise ValueError(
+                f"{path} is {list(target.shape)}, and the FFN to be written {list(matrix.shape)}: the model's config "
+                "does not set the width of its FFNs, so they stay as wide as they are"
+            )
+        target.copy_(matrix)
+        if bias is not None:
+            linear.bias.copy_(bias)
+
+    w_in_FD, b_in_F = ffn.w_in_FD, ffn.b_in_F
+    if stack.fused:
+        assert ffn.w_gate_FD is not None
+        w_in_FD = torch.cat([ffn.w_gate_FD, w_in_FD])
+        b_in_F = None if b_in_F is None or ffn.b_gate_F is None else torch.cat([ffn.b_gate_F, b_in_F])
+    elif stack.w_gate:
+        assert ffn.w_gate_FD is not None
+        put(stack.w_gate, ffn.w_gate_FD, ffn.b_gate_F)
+    put(stack.w_in, w_in_FD, b_in_F)
+    put(stack.w_out, ffn.w_out_DF, ffn.b_out_D)
+
+
 def _copy(tensor: Tensor) -> Tensor:
     return tensor.detach().to(torch.float32, copy=True, memory_format=torch.contiguous_format)
 

@@ -82,6 +82,12 @@ def read_ffn(model: nn.Module, layer: int) -> DenseFFN:
     return read_block(ffn_layers(model)[layer], stack_of(model, layer), activation_of(model, layer))
 
 
+def linear_maps(model: nn.Module, layer: int) -> list[nn.Module]:
+    """Return the linear maps of the FFN of one layer of a dense model."""
+    stack, block = stack_of(model, layer), ffn_layers(model)[layer]
+    return [block.get_submodule(path) for path in (stack.w_in, stack.w_out, stack.w_gate) if path]
+
+
 def install(model: nn.Module, layer: int, ffn: nn.Module) -> None:
     """Put `ffn` ([..., D] -> [..., D]) in the place of the FFN of one layer; norms stay."""
     install_in_block(ffn_layers(model)[layer], stack_of(model, layer), ffn)

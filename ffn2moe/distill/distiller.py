@@ -8,17 +8,19 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ffn2moe.data.batches import Batch, BatchSource
 from ffn2moe.data.ranks import ALONE, Ranks
 from ffn2moe.dense.blocks import installed_ffns
+from ffn2moe.dense.locate import ffn_layers, linear_maps
 from ffn2moe.distill.objectives import Objective
 from ffn2moe.distill.parallel import COMPARED_EVERY, require_same_weights, sum_gradients
 from ffn2moe.distill.precision import bf16_copies, use_float32_attention, weights_in_bf16
 from ffn2moe.distill.routers import RouterState
 from ffn2moe.distill.steps import adamw, budget_of_step, budgets_of, require_finite, update
 from ffn2moe.moe.layer import moe_layers, set_active
+from ffn2moe.spec import MoESpec
 
 Scope = Literal["experts", "all"]  # the weights that a distillation trains
 
@@ -27,10 +29,10 @@ Scope = Literal["experts", "all"]  # the weights that a distillation trains
 class Training:
     """The settings of a distillation.
 
-    `scope` "experts" trains what stands in the place of the FFNs. "all" trains every weight, which gives a small
-    student more to adapt with, and takes the memory and time of training it whole. With `elastic`, further K that the
-    same mixtures are to serve, each step runs one of the K (`budget_of_step`), as in SMoE-Dropout (arXiv 2303.01610)
-    and SortedNet (arXiv 2309.00255).
+    `scope` "experts" trains what stands in the place of the FFNs, or the FFNs themselves where there are no experts.
+    "all" trains every weight, which gives a small student more to adapt with, and takes the memory and time of training
+    it whole. With `elastic`, further K that the same mixtures are to serve, each step runs one of the K
+    (`budget_of_step`), as in SMoE-Dropout (arXiv 2303.01610) and SortedNet (arXiv 2309.00255).
     """
 
     steps: int
@@ -38,9 +40,16 @@ class Training:
     balance_step: float = 0.0  # change of the balance bias a step
     scope: Scope = "experts"
     elastic: tuple[int, ...] = ()
+    layers: tuple[int, ...] = ()  # of the teacher, that the student's are compared with; () = each with its own
     seed: int = 0
     device: str | torch.device = "cpu"
     bf16: bool = False
+
+
+def compared_layers(spec: MoESpec) -> tuple[int, ...]:
+    """Return `Training.layers` for a student that keeps some of its teacher's layers; () where it keeps all."""
+    shape = spec.stacks[-1]  # of two stacks the decoder's hidden states are compared
+    return shape.compared_with if shape.layers_kept else ()
 
 
 @dataclass(frozen=True)
@@ -96,9 +105,10 @@ class Distiller:
         layers = moe_layers(student)
         self.routers = RouterState(layers, training.balance_step, ranks)
         self.budgets = budgets_of(layers[0].num_active, training.elastic) if layers else ()
+        parts = self.ffns or [nn.ModuleList(linear_maps(student, layer)) for layer in range(len(ffn_layers(student)))]
         self.trained = {
             f"{index}.{name}": parameter.requires_grad_(True)
-            for index, ffn in enumerate(self.ffns)
+            for index, ffn in enumerate(parts)
             for name, parameter in ffn.named_parameters()
         }
         if training.scope == "all":
@@ -142,7 +152,7 @@ class Distiller:
             weights_in_bf16(self.bf16_copies),
         ):
             with torch.no_grad():
-                teacher = self.objective.outputs(self.teacher, batch)
+                teacher = self.objective.outputs(self.teacher, batch).of_layers(self.training.layers)
             student = self.objective.outputs(self.student, batch)
         done = self.step / self.steps
         loss = self.objective.loss(student.counted(batch), teacher.counted(batch), batch.counted(), done)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -28,6 +28,10 @@ class Outputs:
         if not batch.stands_in:
             return self
         return Outputs(tuple(state[:0] for state in self.hidden), self.head[:0])
+
+    def of_layers(self, layers: Sequence[int]) -> Outputs:
+        """Return the hidden states after these layers alone, beside the head; all of them where none is named."""
+        return Outputs(tuple(self.hidden[layer] for layer in layers), self.head) if layers else self
 
 
 @dataclass(frozen=True)

@@ -57,6 +57,8 @@ def describe(model: Any, spec: MoESpec, folder: Path) -> None:
     """Write the config, the spec and the generation config of a model: everything except weights and tokenizer."""
     config = model.config.to_dict()
     config.pop("_name_or_path", None)  # a path of this machine
+    if spec.is_dense:  # an ordinary folder names its class
+        config["architectures"] = [spec.model_class]
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     (folder / SPEC_FILE).write_text(
         json.dumps({"format": FORMAT, "spec": spec.to_dict()}, indent=2, sort_keys=True) + "\n"
@@ -88,8 +90,9 @@ def load_spec(folder: str | Path, active: int | None = None) -> MoESpec:
 
 
 def load(folder: str | Path, active: int | None = None) -> Any:
-    """Return the saved model as an ordinary transformers model, float32, in eval mode; its FFNs are `MoEFFN`.
+    """Return the saved model as an ordinary transformers model, float32, in eval mode.
 
+    Its FFNs are `MoEFFN`, unless the student has no experts: then they are those of its class.
     For an elastic model, `active` opens one budget alone; without it the model uses its own K, and
     `ffn2moe.moe.layer.set_active` switches between its budgets. The weights are in one file or in shards with an index.
     ValueError unless every tensor of the files is in the model and every tensor of the model is in the files.
@@ -138,7 +141,7 @@ def _empty_model(folder: Path, spec: MoESpec, tensors: dict[str, torch.Tensor]) 
     model = getattr(transformers, spec.model_class)(config, **constructor_options(config, spec.head))
     if family_of(model).name != spec.family or len(ffn_layers(model)) != spec.num_layers:
         raise ValueError(f"{folder}: config.json and {SPEC_FILE} describe different models")
-    for index, name in enumerate(ffn_paths(model)):
+    for index, name in enumerate(() if spec.is_dense else ffn_paths(model)):
         moe = MoEFFN(
             spec,
             index,

@@ -22,7 +22,7 @@ from ffn2moe.dense.ffn import DenseFFN
 from ffn2moe.dense.locate import install, read_ffn
 from ffn2moe.moe.experts import slice_experts
 from ffn2moe.moe.layer import MoEFFN, set_active
-from ffn2moe.spec import MoESpec
+from ffn2moe.spec import FFNShape, MoESpec
 
 LARGE_SHARE = 0.5  # a layer in which a token runs a smaller share of the FFN gains whenever the others do
 
@@ -74,9 +74,10 @@ class Variant:
                 if teacher is None:
                     raise ValueError("layers that stay dense are the teacher's: give the teacher")
                 mixtures = installed_ffns(student)
+                teachers = spec.teachers_layers
                 for layer in self.dense_layers:
                     undo.callback(install, student, layer, mixtures[layer])
-                    install(student, layer, whole(spec, layer, read_ffn(teacher, layer)))
+                    install(student, layer, whole(read_ffn(teacher, teachers[layer])))
             yield
 
 
@@ -108,22 +109,26 @@ def may_stay_dense(spec: MoESpec) -> list[tuple[int, ...]]:
     return list(dict.fromkeys(tuple(layers) for layers in sets if layers and layers != mixed))
 
 
-def whole(spec: MoESpec, layer: int, ffn: DenseFFN) -> MoEFFN:
+def whole(ffn: DenseFFN) -> MoEFFN:
     """Return a dense FFN as a mixture of one expert, which every token runs."""
-    shape = spec.shape_of(layer)
-    alone = replace(
-        spec,
-        stacks=(replace(shape, num_layers=1, expert_width=ffn.ffn_width, shared_width=0),),
+    D, F = ffn.w_in_FD.shape[1], ffn.ffn_width
+    spec = MoESpec(
+        family="",
+        model_class="",
+        head="features",
+        stacks=(FFNShape("", 1, D, F, F, 0, gated=ffn.gated, activation=ffn.activation),),
         num_experts=1,
         num_active=1,
         gate="unit",
+        router_bias=True,
         container=None,
-        active_per_layer=(),
-        elastic=(),
-        shrunk=None,
+        partition="",
+        teacher="",
+        sentence=None,
+        max_length=1,
     )
-    neurons_EM = torch.arange(ffn.ffn_width).unsqueeze(0)
-    return MoEFFN.from_experts(alone, slice_experts(ffn, neurons_EM), neurons_EM)
+    neurons_EM = torch.arange(F).unsqueeze(0)
+    return MoEFFN.from_experts(spec, slice_experts(ffn, neurons_EM), neurons_EM)
 
 
 def _is_dense(spec: MoESpec, layer: int) -> bool:

@@ -34,7 +34,7 @@ from ffn2moe.runtime import files
 from ffn2moe.runtime.at_once import TOKEN_TYPES
 from ffn2moe.runtime.engines import ENGINES, EngineRefused, installed_engines
 from ffn2moe.runtime.plans import (
-    UNMEASURED_PLAN,
+    UNMEASURED_PLANS,
     Plan,
     decodes,
     form_of,
@@ -89,10 +89,11 @@ def export_model(
     """
     folder = Path(folder)
     (folder / GRAPHS).mkdir(parents=True, exist_ok=True)
-    wanted = _wanted(spec.head, plans, more_plans, engines, with_teacher=teacher is not None)
+    wanted = _wanted(spec, plans, more_plans, engines, with_teacher=teacher is not None)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder / "tokenizer")
-    checkpoint.save(student, None, spec, folder / "checkpoint")
+    # Without experts the checkpoint is an ordinary folder of transformers, which has its tokenizer inside.
+    checkpoint.save(student, tokenizer if spec.is_dense else None, spec, folder / "checkpoint")
     manifest = bare_manifest(student, spec, tokenizer)
     models = _Models(student, teacher, spec)
     variant_of = {plan: Variant() for plan in wanted}
@@ -139,7 +140,7 @@ def _leave_out(plan: str, entries: dict[str, dict[str, Any]], folder: Path) -> N
 
 
 def _wanted(
-    head: str,
+    spec: MoESpec,
     plans: Iterable[str] | None,
     more_plans: Iterable[str],
     engines: Sequence[str] | None,
@@ -147,11 +148,14 @@ def _wanted(
     with_teacher: bool,
 ) -> tuple[str, ...]:
     """Return the plans to write, each once. ValueError for one that does not exist or cannot be asked for."""
+    head = spec.head
     if engines is not None:
         engines = [ENGINES.require(engine) for engine in engines]
-    wanted = plans_of(head, engines or installed_engines()) if plans is None else tuple(plans)
+    wanted = (
+        plans_of(head, engines or installed_engines(), without_experts=spec.is_dense) if plans is None else tuple(plans)
+    )
     more = tuple(more_plans)
-    can_ask_for = plans_on_request(head)
+    can_ask_for = plans_on_request(head, without_experts=spec.is_dense)
     for plan in more:
         plan_of(plan)
         if plan not in can_ask_for:
@@ -320,19 +324,19 @@ def export_or_checkpoint(
 ) -> dict[str, Any]:
     """Write a mixture to the empty `folder` as an export, and return the manifest, whose file is not written.
 
-    It has one portable plan, `sorted`, or every plan, the teacher's included. Without `onnx`, and where no graphs can
-    be made (`say` tells why), it has the checkpoint and tokenizer alone.
+    It has one portable plan (`UNMEASURED_PLANS`), or every plan, the teacher's included. Without `onnx`, and where no
+    graphs can be made (`say` tells why), it has the checkpoint and tokenizer alone.
     """
     if onnx:
         try:
-            plans = None if every_plan else (UNMEASURED_PLAN,)
+            plans = None if every_plan else (UNMEASURED_PLANS[spec.is_dense],)
             return export_model(model, teacher, reader, spec, folder, plans=plans, track=track)
         except ValueError as error:
             say(f"no ONNX graphs: {error}")
             shutil.rmtree(folder)
             folder.mkdir()
     reader.save_pretrained(folder / "tokenizer")
-    checkpoint.save(model, None, spec, folder / "checkpoint")
+    checkpoint.save(model, reader if spec.is_dense else None, spec, folder / "checkpoint")
     return bare_manifest(model, spec, reader)
 
 

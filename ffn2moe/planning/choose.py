@@ -214,7 +214,7 @@ def _reason(
         able = [plan for plan in mixtures if keeps_quality.get(plan, False)]
         default = f"{shipped} {'is' if len(used) == 1 else 'are'} the default"
         if not able:
-            return f"no mixture plan {'keeps the quality' if mixtures else 'was timed'}: {default}"
+            return f"no plan of the student {'keeps the quality' if mixtures else 'was timed'}: {default}"
         cell, plan = max(
             ((cell, plan) for cell in cells for plan in able), key=lambda one: one[0].rows[one[1]].speedup_vs_best_dense
         )
@@ -224,7 +224,7 @@ def _reason(
         )
         best = " or ".join(dict.fromkeys(cell.best_dense.plan for cell in cells))
         return (
-            f"no mixture plan beats {best} here beyond the noise ({plan} comes nearest, at {cell} with "
+            f"no plan of the student beats {best} here beyond the noise ({plan} comes nearest, at {cell} with "
             f"{row.speedup_vs_best_dense:.2f}x its speed, {noise}): {default}"
         )
     baselines = list(dict.fromkeys(cell.best_dense.plan for cell in cells))

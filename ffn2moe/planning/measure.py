@@ -21,7 +21,7 @@ from ffn2moe.planning.timing import CLOSE, AnyExport, Race, Timing
 from ffn2moe.runtime.engines import CPU, ENGINES
 from ffn2moe.runtime.export import open_export
 from ffn2moe.runtime.files import no_such_plan, read_manifest
-from ffn2moe.runtime.plans import PLANS, UNMEASURED_PLAN, form_of, is_dense, plan_of
+from ffn2moe.runtime.plans import PLANS, UNMEASURED_PLANS, form_of, is_dense, plan_of
 from ffn2moe.runtime.workload import Shape, Workload
 
 ROUNDS = 60  # the most for one shape
@@ -217,8 +217,8 @@ def settled(race: Race, keeps_quality: Mapping[str, bool]) -> bool:
 def baselines_of(manifest: Mapping[str, Any]) -> list[str]:
     """Return the plans that others are compared with: dense ones, or in an export without any its portable plan."""
     known = [plan for plan in manifest["plans"] if form_of(plan) in PLANS]
-    portable = manifest.get("portable", UNMEASURED_PLAN)
-    return [plan for plan in known if is_dense(plan)] or [plan for plan in known if plan == portable]
+    portable = (manifest["portable"],) if "portable" in manifest else UNMEASURED_PLANS
+    return [plan for plan in known if is_dense(plan)] or [plan for plan in known if plan in portable]
 
 
 def _no_baseline(path: Path, manifest: Mapping[str, Any], left_out: Mapping[str, str]) -> str:

@@ -177,6 +177,6 @@ def bounds_of(folder: Path, length: int, plan: str) -> dict[str, float]:
     teacher, student = metrics.flops_per_token(spec, config, length)
     return {
         "flops": round(teacher.total / student.total, 4),
-        "amdahl": round(metrics.amdahl_bound(teacher, spec.active_share), 4),
+        "amdahl": round(metrics.amdahl_bound(teacher, student), 4),
         "ffn_share": round(teacher.ffn / teacher.total, 4),
     }

@@ -17,6 +17,7 @@ from ffn2moe.decompose.source import NotStreamable, Source, only_stack, skeleton
 from ffn2moe.dense.cross_encoder import reads_pairs
 from ffn2moe.dense.families import FAMILIES, positions
 from ffn2moe.dense.length import usual_length
+from ffn2moe.dense.reduction import Reduction, reduction
 from ffn2moe.dense.tensors import explain, match
 from ffn2moe.dense.weights import weight_headers
 from ffn2moe.moe.describe import spec_of
@@ -94,6 +95,14 @@ class Case:
     @cached_property
     def _container(self) -> tuple[Container | None, str]:
         asked, dense, needed = self.request, self.dense, self.request.needs_container
+        if asked.num_experts == 1:
+            if asked.container not in ("auto", "none"):
+                raise ValueError(
+                    f"{asked.call('container', asked.container)} holds experts, and {asked.call('num_experts', 1)} is "
+                    f"a student without, an ordinary {dense.config.model_type} folder: set "
+                    f"{asked.call('container', 'none')}"
+                )
+            return None, "none: a student without experts is an ordinary folder of its own architecture"
         if asked.container == "none" or (asked.container == "auto" and dense.head != "causal" and not needed):
             return None, "none"
         if asked.container != "auto":
@@ -182,6 +191,19 @@ class Case:
         return sample(self.corpus, self.request)
 
     @cached_property
+    def reduction(self) -> Reduction | None:
+        """What the student keeps of layers and neurons; None for all. ValueError for more than the model has."""
+        asked = self.request
+        found = reduction(self.model, asked.keep_layers, asked.ffn_width)
+        if found is None and asked.num_experts == 1:
+            raise ValueError(
+                f"{asked.call('num_experts', 1)} is a student without experts, and with all layers and the full FFN "
+                f"width it is the model itself: set {asked.call('keep_layers')} or {asked.call('ffn_width')}, or more "
+                "experts"
+            )
+        return found
+
+    @cached_property
     def spec(self) -> MoESpec:
         """The spec of the mixture."""
         return self.spec_of(self.model)
@@ -206,8 +228,11 @@ class Case:
 
     @property
     def multiplied_by_student(self) -> int:
-        """The number of weights that a token is multiplied by in the mixture."""
-        return self.multiplied - round((1 - self.spec.active_share) * self.ffn_weights)
+        """The number of weights that a token is multiplied by in the student."""
+        shapes = self.spec.stacks
+        ffns = sum(one.dense_layers * (3 if one.gated else 2) * one.width * one.dense_ffn_width for one in shapes)
+        kept = sum(one.num_layers for one in shapes) / sum(one.dense_layers for one in shapes)
+        return round(kept * (self.multiplied - ffns) + self.spec.active_share * ffns)
 
     @property
     def model_makes_texts(self) -> bool:
@@ -223,6 +248,8 @@ class Case:
     @cached_property
     def whole_only(self) -> str | None:
         """Why the model is not decomposed layer by layer; None where it is. ValueError for weights that do not fit."""
+        if self.reduction is not None:
+            return "a smaller student is made of the whole model"
         try:
             only_stack(self.model)
             Source(self.dense.folder, self.model)
@@ -236,7 +263,8 @@ class Case:
         asked, dense = self.request, self.dense
         if not asked.onnx:
             return {}
-        wanted = (*plans_of(dense.head, asked.engines or installed_engines()), *asked.more_plans)
+        engines = asked.engines or installed_engines()
+        wanted = (*plans_of(dense.head, engines, without_experts=asked.num_experts == 1), *asked.more_plans)
         return {name: obstacle(PLANS[name], dense.head, dense.config) for name in dict.fromkeys(wanted)}
 
     @property
@@ -276,7 +304,7 @@ class Case:
             model,
             head=self.dense.head,
             num_experts=asked.num_experts,
-            num_active=asked.num_active,
+            num_active=1 if asked.num_experts == 1 else asked.num_active,  # the only number there is
             partition=asked.partition,
             teacher=asked.source,
             max_length=self.max_length,
@@ -288,6 +316,7 @@ class Case:
             sentence=self.dense.sentence,
             active_per_layer=asked.active_per_layer,
             elastic=asked.elastic,
+            reduction=self.reduction,
         )
         if container:
             require_fit(container, self.dense.config, spec=spec)

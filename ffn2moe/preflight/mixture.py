@@ -33,6 +33,10 @@ def experts(case: Case) -> Iterator[str]:
     """Divide the FFNs."""
     spec = case.spec
     for shape in spec.stacks:
+        if shape.layers_kept or shape.teacher_ffn_width:
+            yield f"keeping {shape.describe_layers()} and {shape.describe_neurons()} of each FFN"
+        if spec.is_dense:
+            continue
         shared = f" and {shape.shared_width} shared neurons" if shape.shared_width else ""
         yield (
             f"{shape.num_layers} layers, width {shape.width}: {shape.ffn_width} neurons become {spec.num_experts} "
@@ -41,7 +45,9 @@ def experts(case: Case) -> Iterator[str]:
         padding = shape.shared_width + spec.num_experts * shape.expert_width - shape.ffn_width
         if padding and not PARTITIONS[spec.partition].refilled:
             yield f"{padding} zero neurons fill the last experts up, which changes no result"
-    if PARTITIONS[spec.partition].refilled:
+    if spec.is_dense:
+        yield "none: a dense student"
+    elif PARTITIONS[spec.partition].refilled:
         yield "experts are for clusters of tokens: a neuron may stand in several of them, or in none"
     elif spec.head == "causal" and all(shape.gated for shape in spec.stacks):
         yield Doubt(
@@ -68,7 +74,7 @@ def plans(case: Case) -> Iterator[str]:
         raise ValueError(
             "no engine is installed that runs ONNX graphs: pip install onnxruntime, or use `ffn2moe convert --no-onnx`"
         )
-    able = plans_on_request(dense.head)
+    able = plans_on_request(dense.head, without_experts=asked.num_experts == 1)
     for name in asked.more_plans:
         if name not in able:
             raise ValueError(

@@ -29,6 +29,8 @@ class Request:
     texts: int | None = None  # the most that are used
     fewest_texts: int = 2
     text_only: bool = False  # whether models of images and speech are refused, and those that give hidden states
+    keep_layers: str | int | tuple[int, ...] = "all"  # all, a number of layers, or their indices
+    ffn_width: str | int | float = "full"  # full, a number of neurons, or a share
     partition: str = "auto"
     shared_width: int = 0
     container: str = "auto"  # auto, none, or a name in CONTAINERS

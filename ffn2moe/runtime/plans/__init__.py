@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,8 @@ Reference = str | Callable[..., Any]
 
 READS_AT_ONCE = tuple(head.name for head in HEADS.rows() if not head.generates)  # heads without a cache
 DECODES = tuple(head.name for head in HEADS.rows() if head.generates)  # heads that read token by token, with a cache
-UNMEASURED_PLAN = "sorted"  # the default before a benchmark has chosen: float32 and standard ops, good everywhere
+# The default before a benchmark, float32 and standard ops, good everywhere: of a mixture, of a student without experts.
+UNMEASURED_PLANS = ("sorted", "student")
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,7 @@ class Plan:
     bits: int = 32
     activations: str | None = None  # "bf16", "int16" or "int8"
     dense: bool = False  # computes the teacher
+    without_experts: bool = False  # computes a student that has no experts; no other plan of a student does
     operator: Operator | None = None
     steps: tuple[Reference, ...] = ()  # (graph, plan) -> None: rewrite the canonical graph in place, in this order
     same_graph_as: str | None = None  # runs the file of another plan, in its own engine
@@ -204,6 +206,24 @@ for _plan in (
     register_plan(_plan)
 
 
+def _of_student(plan: Plan) -> Plan:
+    """Return the plan that computes a student without experts as a dense plan computes the teacher."""
+    same = plan.same_graph_as
+    return replace(
+        plan,
+        name=plan.name.replace("dense", "student"),
+        summary=f"a student without experts, as `{plan.name}` runs the teacher",
+        dense=False,
+        without_experts=True,
+        same_graph_as=same and same.replace("dense", "student"),
+    )
+
+
+for _plan in PLANS.rows():
+    if _plan.dense:
+        register_plan(_of_student(_plan))
+
+
 # --- looking up -----------------------------------------------------------------------------------------------------
 
 
@@ -239,17 +259,26 @@ def precision_of(name: str, computes_in: str) -> str:
     return "bfloat16" if plan.bits == 16 else computes_in
 
 
-def plans_of(head: str, engines: Sequence[str] = ("onnxruntime",)) -> tuple[str, ...]:
-    """Return the plans that models with this head get by default in these engines."""
-    return tuple(name for name, plan in PLANS.items() if head in plan.heads and plan.engine in engines)
+def plans_of(head: str, engines: Sequence[str] = ("onnxruntime",), *, without_experts: bool = False) -> tuple[str, ...]:
+    """Return the plans that models with this head get by default in these engines; a student may have no experts."""
+    return tuple(
+        name
+        for name, plan in PLANS.items()
+        if head in plan.heads and plan.engine in engines and _fits(plan, without_experts)
+    )
 
 
-def plans_on_request(head: str) -> tuple[str, ...]:
+def plans_on_request(head: str, *, without_experts: bool = False) -> tuple[str, ...]:
     """Return the plans that models with this head get only when they are asked for.
 
     Plans of few bits pay for decoding, not for batches of texts. OpenVINO copies a language model's cache every step.
     """
-    return tuple(name for name, plan in PLANS.items() if head in plan.on_request)
+    return tuple(name for name, plan in PLANS.items() if head in plan.on_request and _fits(plan, without_experts))
+
+
+def _fits(plan: Plan, without_experts: bool) -> bool:
+    """Return whether a plan computes the teacher of every student, or this kind of student."""
+    return plan.dense or plan.without_experts == without_experts
 
 
 _BY_VALUES = "ForSequenceClassification"  # the end of the class names of encoder-decoders that look at the values
@@ -291,10 +320,12 @@ def resolve(reference: Reference) -> Callable[..., Any]:
 
 
 def default_plan(path: Path, plans: Mapping[str, Any]) -> str:
-    """Return the plan that the benchmark chose, or `sorted` where none has run."""
+    """Return the plan that the benchmark chose; where none has run, the student's plan of standard ops."""
     if not plans:
         raise ValueError(
             f"{path} has no ONNX graphs: make it without --no-onnx, or open {path / 'checkpoint'} with ffn2moe.load"
         )
     chosen = read_plan(path)
-    return str(chosen["default_plan"]) if chosen else UNMEASURED_PLAN if UNMEASURED_PLAN in plans else min(plans)
+    if chosen:
+        return str(chosen["default_plan"])
+    return next((plan for plan in UNMEASURED_PLANS if plan in plans), min(plans))

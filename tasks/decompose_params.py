@@ -1,0 +1,113 @@
+"""Check the section `decompose` of params.yaml: what is kept of the teacher, and the experts that it becomes."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, Field, model_validator
+
+from tasks.choices import CONTAINERS, GATES, PARTITIONS, OneOf
+from tasks.section import Count, Section
+
+
+def _kept(keep: str | int | tuple[int, ...]) -> str | int | tuple[int, ...]:
+    if isinstance(keep, tuple) and (not keep or list(keep) != sorted(set(keep))):
+        raise ValueError(
+            f"decompose.keep_layers = {list(keep)} must name at least one layer, each once and in order, such as "
+            "[0, 2, 3, 5]; a number keeps so many, all keeps all"
+        )
+    return keep
+
+
+def _width(width: str | int | float) -> str | int | float:
+    if (isinstance(width, int) and width < 1) or (isinstance(width, float) and not 0 < width < 1):
+        raise ValueError(
+            f"decompose.ffn_width = {width} must be full, a number of neurons from 1, or a share between 0 and 1"
+        )
+    return width
+
+
+Kept = Annotated[Literal["all"] | Count | tuple[Annotated[int, Field(ge=0)], ...], AfterValidator(_kept)]
+Width = Annotated[Literal["full"] | int | float, AfterValidator(_width)]
+
+
+class Decompose(Section):
+    keep_layers: Kept
+    ffn_width: Width
+    num_experts: Count
+    num_active: Count
+    partition: Annotated[str, OneOf(PARTITIONS, ("auto",))]
+    shared_width: int = Field(ge=0)
+    active_per_layer: Literal["same", "budget"] | tuple[Count, ...]
+    container: Annotated[str, OneOf(CONTAINERS, ("none", "auto"))]
+    gate: Annotated[str, OneOf(GATES, ("auto",))]
+    calibration_tokens: Count
+
+    @model_validator(mode="after")
+    def _no_more_active_than_there_are(self) -> Decompose:
+        if self.num_active > self.num_experts:
+            raise ValueError(
+                f"decompose.num_active = {self.num_active} is more than decompose.num_experts = "
+                f"{self.num_experts}; a token can run at most every expert"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _one_expert_is_a_smaller_dense_model(self) -> Decompose:
+        if self.num_experts > 1:
+            return self
+        if self.keep_layers == "all" and self.ffn_width == "full":
+            raise ValueError(
+                "decompose.num_experts = 1 is a student without experts, and with all layers and the full FFN width "
+                "it is the teacher: set decompose.keep_layers or decompose.ffn_width, or more experts"
+            )
+        for key, value, only in (
+            ("shared_width", self.shared_width, self.shared_width == 0),
+            ("active_per_layer", self.active_per_layer, self.active_per_layer == "same"),
+            ("container", self.container, self.container in ("none", "auto")),
+        ):
+            if not only:
+                raise ValueError(
+                    f"decompose.{key} = {value} is about experts, and decompose.num_experts = 1 is a student without: "
+                    f"leave decompose.{key} at its default, or use more experts"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _a_container_holds_what_is_asked(self) -> Decompose:
+        if self.container in ("none", "auto"):
+            return self
+        wanted = CONTAINERS[self.container]
+        if self.gate not in ("auto", "unit", wanted.gate):
+            able = [row.name for row in CONTAINERS.rows() if row.gate == self.gate]
+            raise ValueError(
+                f"decompose.gate = {self.gate}, but the container {wanted.name} weighs the chosen experts by "
+                f"{wanted.gate}, and a model learns with the formula that it runs with: set decompose.gate=auto"
+                + (f", or decompose.container to {' or '.join(able)}" if able else "")
+            )
+        if self.shared_width and wanted.shared_expert is None:
+            able = [row.name for row in CONTAINERS.rows() if row.shared_expert]
+            raise ValueError(
+                f"decompose.shared_width = {self.shared_width}, but the container {wanted.name} has no shared expert: "
+                f"set decompose.shared_width=0, or decompose.container to {' or '.join(able)}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _each_layer_has_a_number_of_experts(self) -> Decompose:
+        layers = self.active_per_layer
+        if isinstance(layers, tuple) and (not layers or max(layers) > self.num_experts):
+            raise ValueError(
+                f"decompose.active_per_layer = {list(layers)} must hold, for each layer, a number between 1 and "
+                f"decompose.num_experts = {self.num_experts}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _containers_have_one_k(self) -> Decompose:
+        if self.container != "none" and self.active_per_layer != "same":
+            raise ValueError(
+                f"decompose.active_per_layer = {self.active_per_layer}, but a native container runs the same number of "
+                "experts in every layer: set decompose.container=none, or decompose.active_per_layer=same"
+            )
+        return self
