@@ -254,11 +254,41 @@ def concordance_interval(
 
 def kappa(teacher_N: Tensor, student_N: Tensor) -> float | None:
     """Return Cohen's kappa of two models' decisions; None where the teacher decides all alike (Cohen 1960)."""
-    from sklearn.metrics import cohen_kappa_score
-
     if len(teacher_N.unique()) < 2:
         return None
-    return float(cohen_kappa_score(teacher_N.numpy(), student_N.numpy()))
+    beyond, possible = _beyond_chance(*_numbered(teacher_N, student_N))(np.ones(len(teacher_N)))
+    return beyond / possible
+
+
+def kappa_interval(
+    teacher_N: Tensor, student_N: Tensor, *, text_N: Tensor, rounds: int = 1000, seed: int = 0
+) -> Interval:
+    """Return the 95 % interval of `kappa`, by a bootstrap over texts; `text_N` is the text of each decision."""
+    text, beyond_chance = text_N.numpy(), _beyond_chance(*_numbered(teacher_N, student_N))
+    texts = int(text.max()) + 1
+    return ratio_interval(
+        lambda index: beyond_chance(np.bincount(index, minlength=texts)[text]), texts, rounds=rounds, seed=seed
+    )
+
+
+def _numbered(teacher_N: Tensor, student_N: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """Return the decisions numbered from 0: of a large vocabulary few tokens occur."""
+    number_N = torch.cat([teacher_N, student_N]).unique(return_inverse=True)[1].numpy()
+    return number_N[: len(teacher_N)], number_N[len(teacher_N) :]
+
+
+def _beyond_chance(teacher_N: np.ndarray, student_N: np.ndarray) -> Callable[[np.ndarray], tuple[float, float]]:
+    """Return a function of weights [N]: the agreement above chance, and the most that it can be."""
+    known = int(max(teacher_N.max(), student_N.max())) + 1
+    agreed_N = teacher_N == student_N
+
+    def shares(weight_N: np.ndarray) -> tuple[float, float]:
+        total = weight_N.sum()
+        first, second = (np.bincount(side, weight_N, known) / total for side in (teacher_N, student_N))
+        chance = float(first @ second)
+        return float(weight_N @ agreed_N / total) - chance, 1 - chance
+
+    return shares
 
 
 def _compared(problem: str, teacher_NC: Tensor, student_NC: Tensor) -> tuple[Tensor, Tensor]:

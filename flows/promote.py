@@ -32,6 +32,7 @@ from prefect import flow  # noqa: E402
 from prefect.artifacts import create_markdown_artifact  # noqa: E402
 from rich.console import Console  # noqa: E402
 
+from ffn2moe.choices import HEADS  # noqa: E402
 from ffn2moe.planning.timing import median_interval  # noqa: E402
 from ffn2moe.runtime.export import open_export  # noqa: E402
 from flows.errors import report, stop_on_terminate  # noqa: E402
@@ -39,7 +40,7 @@ from flows.serve import Server, served  # noqa: E402
 from flows.workspace import FlowError  # noqa: E402
 from tasks.measures import HEADLINES  # noqa: E402
 from tasks.params import Gate, load_params  # noqa: E402
-from tasks.register import EXAMPLE, answers, same  # noqa: E402
+from tasks.register import answers, example_of, same  # noqa: E402
 from tasks.registry import CHALLENGER, CHAMPION, Registry, RegistryError  # noqa: E402
 
 TAG = "promotion"
@@ -107,6 +108,9 @@ def judge(
         return [Check(False, f"version {version} has no figures to judge it by; register it: make run")]
     headline = HEADLINES[head]
     key = ".".join(headline.path)
+    if f"retention.{key}" not in mine:  # an earlier version
+        reason = f"version {version} was not judged by its {headline.label}"
+        return [Check(False, f"{reason}; make and register it again: make run")]
     retention, speedup = float(mine[f"retention.{key}"]), float(mine["speedup_vs_best_dense"])
     checks = [
         Check(
@@ -120,10 +124,10 @@ def judge(
     ]
     if champion is None:
         return checks
-    if "head" not in its:
+    if f"retention.{key}" not in its and its.get("head", head) == head:  # an earlier version judged by another figure
         return [*checks, Check(True, f"version {champion}, champion, has no figures to compare with")]
-    if its["head"] != head:
-        reason = f"the head of the champion is {its['head']}, of this version {head}: its clients would break"
+    if (theirs := _form(its)) != (own := _form(mine)):
+        reason = f"the head of the champion is {theirs}, of this version {own}: its clients would break"
         return [*checks, Check(False, f"{reason}; register it under another name, register.model_name")]
     if mine.get("evaluated_on") and mine.get("evaluated_on") == its.get("evaluated_on"):
         kept = headline.retention(float(mine[f"student.{key}"]), float(its[f"student.{key}"]))
@@ -145,15 +149,21 @@ def judge(
     ]
 
 
+def _form(tags: Mapping[str, str]) -> str:
+    """Return the form of a version's answers: its head, and the problem of a classifier."""
+    return " ".join(tags[key] for key in ("head", "problem") if key in tags)
+
+
 def smoke(server: Server, version: int, export: Path) -> list[Check]:
     """Ask a served version: it must answer as its export, know its number, refuse bad input, and still answer."""
-    status, given = server.ask(list(EXAMPLE))
-    agrees = status == 200 and same(given.get("predictions"), answers(export, EXAMPLE))
-    status, info = server.ask(list(EXAMPLE), info=True)
+    example = example_of(export)
+    status, given = server.ask(example)
+    agrees = status == 200 and same(given.get("predictions"), answers(export, example))
+    status, info = server.ask(example, info=True)
     known = status == 200 and info["predictions"][0]["version"] == version
     statuses = [server.ask(bad)[0] for bad in BAD]
     refuses = all(400 <= status < 500 for status in statuses)
-    status, after = server.ask(list(EXAMPLE))
+    status, after = server.ask(example)
     return [
         Check(agrees, f"over HTTP it {'answers' if agrees else 'does not answer'} as its export does"),
         Check(known, f"over HTTP it {'knows' if known else 'does not know'} its version"),
@@ -162,7 +172,7 @@ def smoke(server: Server, version: int, export: Path) -> list[Check]:
     ]
 
 
-def slowdown(challenger: Server, champion: Server, texts: Sequence[str]) -> list[float]:
+def slowdown(challenger: Server, champion: Server, texts: Sequence[Any]) -> list[float]:
     """Return the time of the challenger over that of the champion, round by round, asked in turn."""
     ratios = []
     for index in range(ROUNDS + 1):
@@ -178,14 +188,16 @@ def slowdown(challenger: Server, champion: Server, texts: Sequence[str]) -> list
     return ratios[1:]  # the first round also allocates
 
 
-def request_texts(head: str) -> list[str]:
-    """Return the texts of a request, of many lengths; a single text for a model that generates, which is slow."""
-    words = " ".join(EXAMPLE).split()
-    if head in ("causal", "seq2seq"):
+def request_texts(head: str, example: Sequence[Any]) -> list[Any]:
+    """Return the texts or pairs of a request, of many lengths; a single text for a model that generates: it is slow."""
+    pairs = isinstance(example[0], tuple)
+    words = " ".join(" ".join(one) if pairs else one for one in example).split()
+    if HEADS[head].generates:
         return [" ".join(words)]
-    return [
+    texts = [
         " ".join(words[index % len(words)] for index in range(start, start + 3 + 2 * start)) for start in range(TEXTS)
     ]
+    return [(texts[0], text) for text in texts] if pairs else texts
 
 
 # --- decisions --------------------------------------------------------------------------------------------------------
@@ -241,7 +253,7 @@ def _asked(registry: Registry, gate: Gate, version: int, champion: int | None, h
                 if champion is None or not all(check.passed for check in checks):
                     return checks
                 with served(registry, champion, log=log / "champion") as its:
-                    ratios = slowdown(server, its, request_texts(head))
+                    ratios = slowdown(server, its, request_texts(head, example_of(export)))
         except FlowError as error:
             return [Check(False, f"it could not be served: {error}")]
     low, high = median_interval(ratios)

@@ -1,9 +1,10 @@
-"""Score a file of texts with a version of the registry: embeddings, class probabilities, or generated texts.
+"""Score a file of texts with a version of the registry: embeddings, labels, entities, or generated texts.
 
     python -m flows.score INPUT OUTPUT [--model NAME] [--version N | --alias NAME] [--column NAME] [--skip-bad]
 
-INPUT is .txt (one text a line), .jsonl, .csv or .tsv. OUTPUT is .jsonl or .parquet (with the line number of each text),
-or .npy (one row a text). OUTPUT is written whole or not at all.
+INPUT is .txt (one text a line), .jsonl, .csv or .tsv; --column FIRST,SECOND reads pairs of texts for a classifier.
+OUTPUT is .jsonl or .parquet (with the line number of each text), or .npy (one row a text). OUTPUT is written whole or
+not at all.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ from tasks.params import load_params
 from tasks.stage import StageRun
 
 INPUTS, OUTPUTS = (".txt", ".jsonl", ".csv", ".tsv"), (".jsonl", ".parquet", ".npy")
-RESULTS = {"embedding": "embedding", "classification": "probabilities", "causal": "text", "seq2seq": "text"}
+# What a version from earlier code gives, which does not say it itself: head -> key of the results.
+EARLIER = {"embedding": "embedding", "classification": "probabilities", "causal": "text", "seq2seq": "text"}
 BATCH = 256  # most texts at once: enough of similar lengths to batch well, and one step of the progress
 SHOWN = 10  # bad lines that a message names
 console = Console(highlight=False, soft_wrap=True, markup=False)
@@ -41,53 +43,74 @@ Write = Callable[[list[int], list[Any]], None]
 
 @dataclass(frozen=True)
 class Line:
-    """Hold a text or its problem, and its line number from 1."""
+    """Hold a text, a pair of texts, or what is wrong with it, and its line number from 1."""
 
     number: int
-    text: str
+    text: str | tuple[str, ...]
     problem: str = ""
 
 
 def read_lines(path: Path, column: str) -> Iterator[Line]:
-    """Yield every text of a file; FlowError if the file cannot be read."""
+    """Yield every text of a file, or every pair where `column` names two; FlowError if the file cannot be read."""
+    columns = tuple(name.strip() for name in column.split(","))
     if path.suffix not in INPUTS:
         raise FlowError(f"{path} cannot be read; name a file that ends in {', '.join(INPUTS)}")
+    if len(columns) > 2:
+        raise FlowError(f"--column {column} names {len(columns)} columns; name one, or two for pairs of texts")
+    if len(columns) == 2 and path.suffix == ".txt":
+        raise FlowError(f"{path} has no columns, and --column {column} names two; give {', '.join(INPUTS[1:])}")
     try:
         with path.open(encoding="utf-8-sig", newline="") as stream:
             if path.suffix == ".txt":
-                yield from (_checked(number, row.rstrip("\r\n")) for number, row in enumerate(stream, 1))
+                yield from (_checked(number, (row.rstrip("\r\n"),)) for number, row in enumerate(stream, 1))
             elif path.suffix == ".jsonl":
-                yield from (_from_json(number, row, column) for number, row in enumerate(stream, 1))
+                yield from (_from_json(number, row, columns) for number, row in enumerate(stream, 1))
             else:
-                yield from _from_table(stream, path, column)
+                yield from _from_table(stream, path, columns)
     except UnicodeDecodeError as error:
         raise FlowError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}); convert it first") from None
 
 
-def _checked(number: int, text: Any) -> Line:
-    if not isinstance(text, str):
-        return Line(number, "", f"is {type(text).__name__}, not text")
-    return Line(number, text, "" if text.strip() else "is empty")
+def _checked(number: int, texts: Sequence[Any]) -> Line:
+    """Return a text or, of two, a pair; or what is wrong with the first that cannot be scored."""
+    for place, text in enumerate(texts):
+        which = "" if len(texts) == 1 else f"in text {place + 1}: "
+        if not isinstance(text, str):
+            return Line(number, "", f"{which}is {type(text).__name__}, not text")
+        if not text.strip():
+            return Line(number, "", f"{which}is empty")
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            return Line(number, "", f"{which}has half of a surrogate pair")
+    return Line(number, texts[0] if len(texts) == 1 else tuple(texts))
 
 
-def _from_json(number: int, row: str, column: str) -> Line:
+def _from_json(number: int, row: str, columns: Sequence[str]) -> Line:
     try:
         content = json.loads(row)
     except ValueError as error:
         return Line(number, "", f"is not JSON ({error})")
-    if isinstance(content, dict) and column not in content:
-        return Line(number, "", f"has no {column!r}; it has {', '.join(content) or 'nothing'} (--column)")
-    return _checked(number, content[column] if isinstance(content, dict) else content)
+    if isinstance(content, list) and len(content) == len(columns):
+        return _checked(number, content)
+    if not isinstance(content, dict):
+        return _checked(number, (content,)) if len(columns) == 1 else Line(number, "", "is no pair of texts")
+    for column in columns:
+        if column not in content:
+            return Line(number, "", f"has no {column!r}; it has {', '.join(content) or 'nothing'} (--column)")
+    return _checked(number, [content[column] for column in columns])
 
 
-def _from_table(stream: Any, path: Path, column: str) -> Iterator[Line]:
+def _from_table(stream: Any, path: Path, columns: Sequence[str]) -> Iterator[Line]:
     csv.field_size_limit(sys.maxsize)
     rows = csv.DictReader(stream, delimiter="\t" if path.suffix == ".tsv" else ",")
-    if column not in (rows.fieldnames or ()):
-        raise FlowError(f"{path} has no column {column!r}; it has {', '.join(rows.fieldnames or ())} (--column)")
+    for column in columns:
+        if column not in (rows.fieldnames or ()):
+            raise FlowError(f"{path} has no column {column!r}; it has {', '.join(rows.fieldnames or ())} (--column)")
     for row in rows:
-        text = row[column]
-        yield Line(rows.line_num, "", "is too short") if text is None else _checked(rows.line_num, text)
+        texts = [row[column] for column in columns]
+        short = any(text is None for text in texts)
+        yield Line(rows.line_num, "", "is too short") if short else _checked(rows.line_num, texts)
 
 
 def score(
@@ -100,12 +123,15 @@ def score(
     served = model.unwrap_python_model()
     limits = getattr(served, "limits", {})  # versions from earlier code have none
     longest, at_once = limits.get("max_characters", sys.maxsize), min(BATCH, limits.get("max_texts", BATCH))
-    key = RESULTS[served.export.manifest["spec"]["head"]]
+    head = served.export.manifest["spec"]["head"]
+    key = getattr(served.export, "gives", None) or EARLIER[head]
+    if "," in column and key != "labels":
+        raise FlowError(f"--column {column} names two columns, and {key} is made of single texts; name one column")
 
     def lines() -> Iterator[Line]:
         for line in read_lines(source, column):
-            long = len(line.text) > longest
-            yield Line(line.number, "", f"has {len(line.text)} characters, over {longest}") if long else line
+            size = max(map(len, line.text)) if isinstance(line.text, tuple) else len(line.text)
+            yield Line(line.number, "", f"has {size} characters, over {longest}") if size > longest else line
 
     good = bad = 0
     first: list[str] = []
@@ -125,7 +151,7 @@ def score(
         console.print(f"leaving out {bad} texts:\n  {lines_shown}")
 
     usable = (line for line in lines() if not line.problem)
-    with _writer(target, key, good) as write:
+    with _writer(target, key, good, getattr(served.export, "labels", ())) as write:
         for _ in track(iter(range(0, good, at_once)), -(-good // at_once)):
             batch = list(islice(usable, at_once))
             write([line.number for line in batch], model.predict([line.text for line in batch]))
@@ -133,11 +159,15 @@ def score(
 
 
 @contextmanager
-def _writer(target: Path, key: str, count: int) -> Iterator[Write]:
-    """Write a temporary file in the format of the name of `target`, and rename it at the end."""
+def _writer(target: Path, key: str, count: int, labels: Sequence[str]) -> Iterator[Write]:
+    """Write a temporary file in the format of the name of `target`, and rename it at the end.
+
+    `labels` are those of a classifier, in the order of its config, which is that of the columns of .npy.
+    """
     partial = target.with_name(f".{target.name}.partial")
     try:
-        with {".jsonl": _jsonl, ".parquet": _parquet, ".npy": _npy}[target.suffix](partial, key, count) as write:
+        write_as = {".jsonl": _jsonl, ".parquet": _parquet, ".npy": _npy}[target.suffix]
+        with write_as(partial, key, count, labels) as write:
             yield write
         os.replace(partial, target)
     finally:
@@ -145,7 +175,7 @@ def _writer(target: Path, key: str, count: int) -> Iterator[Write]:
 
 
 @contextmanager
-def _jsonl(path: Path, key: str, count: int) -> Iterator[Write]:
+def _jsonl(path: Path, key: str, count: int, labels: Sequence[str]) -> Iterator[Write]:
     with path.open("w", encoding="utf-8") as stream:
 
         def write(numbers: list[int], results: list[Any]) -> None:
@@ -156,11 +186,21 @@ def _jsonl(path: Path, key: str, count: int) -> Iterator[Write]:
 
 
 @contextmanager
-def _parquet(path: Path, key: str, count: int) -> Iterator[Write]:
+def _parquet(path: Path, key: str, count: int, labels: Sequence[str]) -> Iterator[Write]:
     import pyarrow
     from pyarrow import parquet
 
-    kind = pyarrow.string() if key == "text" else pyarrow.list_(pyarrow.float32())
+    numbers_of = pyarrow.list_(pyarrow.float32())
+    label = {"label": pyarrow.string(), "score": pyarrow.float64()}
+    entity = {"entity_group": pyarrow.string(), "score": pyarrow.float64(), "word": pyarrow.string()}
+    place = {"start": pyarrow.int64(), "end": pyarrow.int64()}
+    kind = {
+        "text": pyarrow.string(),
+        "embedding": numbers_of,
+        "probabilities": numbers_of,
+        "labels": pyarrow.list_(pyarrow.struct(label)),
+        "entities": pyarrow.list_(pyarrow.struct(entity | place)),
+    }[key]
     schema = pyarrow.schema([("line", pyarrow.int64()), (key, kind)])
     with parquet.ParquetWriter(path, schema) as writer:
         yield lambda numbers, results: writer.write_table(
@@ -169,15 +209,18 @@ def _parquet(path: Path, key: str, count: int) -> Iterator[Write]:
 
 
 @contextmanager
-def _npy(path: Path, key: str, count: int) -> Iterator[Write]:
-    if key == "text":
+def _npy(path: Path, key: str, count: int, labels: Sequence[str]) -> Iterator[Write]:
+    if key in ("text", "entities"):
         raise FlowError(
-            "this model generates texts, and .npy holds numbers; name an OUTPUT that ends in .jsonl or .parquet"
+            f"this model gives {key}, and .npy holds numbers; name an OUTPUT that ends in .jsonl or .parquet"
         )
     done, rows = 0, None
 
     def write(numbers: list[int], results: list[Any]) -> None:
         nonlocal done, rows
+        if key == "labels":
+            by_label = ({one["label"]: one["score"] for one in result} for result in results)
+            results = [[scores[label] for label in labels] for scores in by_label]
         if rows is None:
             shape = (count, len(results[0]))
             rows = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=shape)
@@ -195,7 +238,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("input", type=Path, help=f"a file that ends in {', '.join(INPUTS)}")
     parser.add_argument("output", type=Path, help=f"a file that ends in {', '.join(OUTPUTS)}")
     add_model_options(parser)
-    parser.add_argument("--column", default="text", help="field of the text in .jsonl, .csv and .tsv; default: text")
+    parser.add_argument(
+        "--column",
+        default="text",
+        metavar="NAME",
+        help="field of the text in .jsonl, .csv and .tsv, or FIRST,SECOND for pairs of texts; default: text",
+    )
     parser.add_argument("--skip-bad", action="store_true", help="leave out texts that cannot be scored, and print them")
     options = parser.parse_args(arguments)
     settle(ROOT)

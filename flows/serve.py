@@ -205,7 +205,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _example(server: Server) -> str:
-    body = json.dumps({"inputs": ["A sentence."]})
+    """Return a request that the model answers: a text, or a pair where it was made for pairs."""
+    info = server.ask([], info=True)[1].get("predictions", [{}])[0]
+    body = json.dumps({"inputs": [["A question?", "A passage."] if info.get("pairs") else "A sentence."]})
     return f"  curl -s {server.url}/invocations -H 'Content-Type: application/json' -d '{body}'"
 
 

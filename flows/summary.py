@@ -16,20 +16,9 @@ from rich.text import Text
 from ffn2moe.planning.shipping import Size
 from flows.promote import Decision
 from flows.workspace import Workspace
-from tasks.measures import headline
+from tasks.measures import SHOWN, at, headline, usage
 from tasks.registry import CHALLENGER, CHAMPION
 from tasks.store import MLFLOW_UI, mlflow_client, page_of_runs, without_password
-
-_MEASURES = (
-    ("language.perplexity", "perplexity on held-out text", 3),
-    ("to_teacher.divergence", "nats from the teacher (KL)", 4),
-    ("to_teacher.agreement", "agreement with the teacher", 4),
-    ("retrieval.ndcg_at_10", "docstring retrieval, nDCG@10", 4),
-    ("retrieval.mrr", "docstring retrieval, MRR", 4),
-    ("stsb.spearman", "STS-B dev, Spearman x 100", 2),
-    ("classification.ag_news.accuracy", "AG News, accuracy", 4),
-    ("classification.sst2.accuracy", "SST-2, accuracy", 4),
-)
 
 
 def show(workspace: Workspace, decision: Decision, uri: str, console: Console) -> None:
@@ -37,7 +26,7 @@ def show(workspace: Workspace, decision: Decision, uri: str, console: Console) -
     quality = _json(workspace.root / "metrics" / "evaluate.json")
     plan = _json(workspace.root / "exports" / workspace.name / "plan.json")
     manifest = _json(workspace.root / "exports" / workspace.name / "manifest.json")
-    share, bound = _at(quality, "active_ffn_share"), _at(quality, "amdahl_bound")
+    share, bound = quality["active_ffn_share"], quality["amdahl_bound"]
     used = plan["plans"]
     served = " and ".join(f"{100 * manifest['plans'][name]['retention']:.1f} %" for name in used)
     named = f"{'the plan' if len(used) == 1 else 'the plans'} {' and '.join(used)}"
@@ -57,7 +46,7 @@ def show(workspace: Workspace, decision: Decision, uri: str, console: Console) -
         Panel(Group(*parts), title=Text(f"{workspace.name}: done"), title_align="left", padding=(1, 2), expand=False)
     )
     console.print(
-        _use(workspace, decision, quality.get("head", "embedding"), uri),
+        _use(workspace, decision, manifest, uri),
         soft_wrap=True,
         highlight=False,
         markup=False,
@@ -70,14 +59,14 @@ def kept(quality: dict[str, Any]) -> Table:
     table.add_column("")
     for column in ("teacher", "no training", "student", "retention"):
         table.add_column(column, justify="right")
-    for key, label, digits in _MEASURES:
-        values = [_at(quality, f"{model}.{key}") for model in ("teacher", "training_free", "student")]
+    for shown in SHOWN:
+        values = [at(quality[model], shown.path) for model in ("teacher", "training_free", "student")]
         if values[2] is None:
             continue
-        retention = _at(quality, f"retention.{key}")
+        retention = at(quality["retention"], shown.path)
         table.add_row(
-            label,
-            *("" if value is None else f"{value:.{digits}f}" for value in values),
+            shown.label,
+            *("" if value is None else shown.form.format(value) for value in values),
             "" if retention is None else f"{100 * retention:.1f} %",
         )
     return table
@@ -131,15 +120,10 @@ def _aliases(decision: Decision) -> tuple[str, ...]:
     return (CHALLENGER, CHAMPION) if decision.state in ("promoted", "unchanged") else (CHALLENGER,)
 
 
-def _use(workspace: Workspace, decision: Decision, head: str, uri: str) -> str:
+def _use(workspace: Workspace, decision: Decision, manifest: dict[str, Any], uri: str) -> str:
     export = _relative(workspace.export)
-    call, command = {
-        "embedding": ("encode(['A sentence.']).shape", f"encode {export} 'A sentence.'"),
-        "causal": ("perplexity(['Once upon a time.'])", f"generate {export} 'Once upon a time'"),
-        "seq2seq": ("source(['A sentence.'])", f"generate {export} 'A sentence.'"),
-        "classification": ("classify(['A sentence.'])", f"info {export}"),
-    }[head]
-    python = f"import ffn2moe; print(ffn2moe.open_export('{export}').{call})"
+    command, call = usage(manifest, export)
+    python = f"import ffn2moe; export = ffn2moe.open_export('{export}'); print({call})"
     return "\n".join(
         (
             "Use it:",
@@ -159,14 +143,6 @@ def _relative(path: Path) -> str:
     """Return a path as a person in the current folder would type it."""
     relative = os.path.relpath(path)
     return relative if len(relative) < len(str(path)) else str(path)
-
-
-def _at(tree: Any, key: str) -> Any:
-    for part in key.split("."):
-        if not isinstance(tree, dict) or part not in tree:
-            return None
-        tree = tree[part]
-    return tree
 
 
 def _json(path: Path) -> dict[str, Any]:

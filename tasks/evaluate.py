@@ -5,10 +5,12 @@ Everything is computed in float32 and nothing is timed, so that the same models 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from tasks import judge_embeddings, judge_logits
+from ffn2moe.table import Table
+from tasks import judge_classifiers, judge_embeddings, judge_logits
 from tasks.corpus import read_jsonl
 from tasks.measures import at, headline
 from tasks.stage import StageRun, main
@@ -20,6 +22,13 @@ if TYPE_CHECKING:
 DIAGNOSED_TOKENS = 8192  # held-out tokens that measure oracle, router and load of each layer
 TRAINING_FREE, STUDENT = "models/routed", "models/distilled"
 ELASTIC = "student_with_"  # followed by K: the name of the student with another of its budgets
+
+JUDGES: Table[Callable[..., dict[str, Any]]] = Table("head")
+JUDGES.register("embedding", judge_embeddings.judge)
+JUDGES.register("causal", judge_logits.judge)
+JUDGES.register("seq2seq", judge_logits.judge)
+JUDGES.register("classification", judge_classifiers.judge)
+JUDGES.register("token_classification", judge_classifiers.judge)
 
 
 def run(stage: StageRun) -> None:
@@ -39,8 +48,7 @@ def run(stage: StageRun) -> None:
     for active in spec.elastic:
         models[f"{ELASTIC}{active}"] = checkpoint.load(root / STUDENT)
         set_active(models[f"{ELASTIC}{active}"], active)
-    judge = judge_embeddings.judge if spec.head == "embedding" else judge_logits.judge
-    payload = judge(stage, models, tokenizer, spec, device)
+    payload = JUDGES[spec.head](stage, models, tokenizer, spec, device)
 
     if spec.elastic:
         payload["budgets"] = budgets(payload, spec)

@@ -37,7 +37,7 @@ def run(stage: StageRun) -> None:
     import ffn2moe
     from ffn2moe.dense.load import load_dense
     from ffn2moe.moe import checkpoint
-    from ffn2moe.onnx.parity import text_samples
+    from ffn2moe.onnx.parity import text_samples, with_token_types
     from ffn2moe.onnx.write import export_model
     from ffn2moe.runtime import files as runtime_files
     from ffn2moe.runtime.engines import distribution
@@ -58,11 +58,13 @@ def run(stage: StageRun) -> None:
             folder,
             engines=params.export.engines,
             more_plans=params.export.more_plans,
-            samples=list(text_samples(ids, spec.head, params.seed)),
+            samples=with_token_types(text_samples(ids, spec.head, params.seed), student, spec.head, params.seed),
             float_tolerance=params.export.float_tolerance,
             tanh_tolerance=params.export.tanh_tolerance,
             track=stage.track,
         )
+        if quality.tokens.pairs:
+            manifest["model"]["pairs"] = True
         entries: dict[str, dict[str, Any]] = manifest["plans"]
         for name, entry in stage.track(entries.items(), len(entries), "judging plans"):
             entry |= quality.of(name, entry, manifest, folder)

@@ -22,6 +22,9 @@ class Headline:
     kept: str
     learnt: str
     examples: str
+    # How the export is used once: the arguments of `ffn2moe`, and an expression in Python.
+    command: str
+    call: str
 
     def retention(self, figure: float, teacher_figure: float) -> float:
         """Return the share of the teacher's figure that is kept; 1 where nothing is lost."""
@@ -41,6 +44,8 @@ HEADLINES.register(
         kept="retrieval quality",
         learnt="Hidden states and embeddings against the dense teacher’s",
         examples="What held-out queries find",
+        command="encode {export} 'A sentence.'",
+        call="export.encode(['A sentence.']).shape",
     ),
 )
 HEADLINES.register(
@@ -54,34 +59,101 @@ HEADLINES.register(
         kept="perplexity",
         learnt="The distribution of the next token against the dense teacher’s",
         examples="How each model continues the beginning of a held-out text, always with its most probable token.",
+        command="generate {export} 'Once upon a time'",
+        call="''.join(export.generate('Once upon a time'))",
     ),
 )
 HEADLINES.register(
     "seq2seq",
     Headline(
-        ("to_teacher", "agreement"),
-        "top1_agreement",
-        "agreement with the teacher",
+        ("to_teacher", "kappa"),
+        "kappa",
+        "agreement with the teacher beyond chance (kappa)",
         "higher",
         ("logits_weight", "hidden_weight"),
         kept="choice of tokens",
         learnt="The distribution of the next token against the dense teacher’s, in the teacher’s own answers",
         examples="How each model answers a held-out text, always with its most probable token.",
+        command="generate {export} 'A sentence.'",
+        call="''.join(export.generate('A sentence.'))",
     ),
 )
 HEADLINES.register(
     "classification",
     Headline(
-        ("to_teacher", "agreement"),
-        "top1_agreement",
-        "agreement with the teacher",
+        ("to_teacher", "concordance"),
+        "concordance",
+        "concordance with the teacher's scores",
         "higher",
         ("logits_weight", "hidden_weight"),
-        kept="choice of classes",
-        learnt="The distribution over the classes against the dense teacher’s",
-        examples="The most probable class of held-out texts.",
+        kept="scores",
+        learnt="The scores of the labels against the dense teacher’s",
+        examples="What each model says of held-out texts.",
+        command="classify {export} 'A sentence.'",
+        call="export.answers(['A sentence.'])",
     ),
 )
+HEADLINES.register(
+    "token_classification",
+    Headline(
+        ("to_teacher", "concordance"),
+        "concordance",
+        "concordance with the teacher's scores",
+        "higher",
+        ("logits_weight", "hidden_weight"),
+        kept="scores of tokens",
+        learnt="The scores of the labels of each token against the dense teacher’s",
+        examples="The labels that each model finds in held-out texts.",
+        command="classify {export} 'A sentence.'",
+        call="export.answers(['A sentence.'])",
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A figure that summaries and reports show where a run has it."""
+
+    path: tuple[str, ...]  # below the model's name, and below `retention` where a share of it is kept
+    label: str
+    form: str  # how the number is written
+
+
+SHOWN: tuple[Shown, ...] = (
+    Shown(("language", "perplexity"), "perplexity on held-out text", "{:.3f}"),
+    Shown(("to_teacher", "concordance"), "concordance with the teacher's scores", "{:.4f}"),
+    Shown(("to_teacher", "kappa"), "kappa with the teacher's choices", "{:.4f}"),
+    Shown(("to_teacher", "agreement"), "agreement with the teacher", "{:.4f}"),
+    Shown(("to_teacher", "divergence"), "nats from the teacher (KL)", "{:.4f}"),
+    Shown(("to_teacher", "difference"), "mean difference of the probabilities", "{:.4f}"),
+    Shown(("to_teacher", "correlation"), "correlation with the teacher (Pearson)", "{:.4f}"),
+    Shown(("to_teacher", "rank_correlation"), "rank correlation with the teacher (Spearman)", "{:.4f}"),
+    Shown(("to_teacher", "relative_error"), "error over the teacher's spread", "{:.4f}"),
+    Shown(("retrieval", "ndcg_at_10"), "retrieval, nDCG@10", "{:.4f}"),
+    Shown(("retrieval", "mrr"), "retrieval, MRR", "{:.4f}"),
+    Shown(("stsb", "spearman"), "STS-B dev, Spearman x 100", "{:.2f}"),
+    Shown(("classification", "ag_news", "accuracy"), "AG News, accuracy", "{:.4f}"),
+    Shown(("classification", "sst2", "accuracy"), "SST-2, accuracy", "{:.4f}"),
+)
+
+
+# How the export of a model that reads pairs of texts is used once.
+PAIR_COMMAND, PAIR_CALL = (
+    "classify {export} --query 'A question?' 'A passage.'",
+    "export.answers([('A question?', 'A passage.')])",
+)
+
+
+def usage(manifest: Mapping[str, Any], export: str) -> tuple[str, str]:
+    """Return how an export is used once: the arguments of `ffn2moe`, and an expression of Python with `export`."""
+    row = HEADLINES[at(manifest, ("spec", "head"), "embedding")]
+    command, call = (PAIR_COMMAND, PAIR_CALL) if reads_pairs(manifest) else (row.command, row.call)
+    return command.format(export=export), call
+
+
+def reads_pairs(manifest: Mapping[str, Any]) -> bool:
+    """Return whether an export was made for pairs of texts."""
+    return bool(at(manifest, ("model", "pairs"), False))
 
 
 def headline(quality: Mapping[str, Any]) -> Headline:

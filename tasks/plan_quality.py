@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from ffn2moe.choices import HEADS
+from ffn2moe.table import Table
 from tasks import corpus
 from tasks.measures import HEADLINES, at
 from tasks.stage import StageRun
@@ -16,6 +19,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from ffn2moe.data.batches import Batch
     from ffn2moe.spec import MoESpec
 
 
@@ -25,7 +29,7 @@ class PlanQuality:
     def __init__(self, stage: StageRun, spec: MoESpec, teacher: Any, tokenizer: Any) -> None:
         root = stage.root
         self.stage = stage
-        self.head = spec.head
+        self.spec = spec
         self.headline = HEADLINES[spec.head]
         path = root / "data/corpus/evaluation.jsonl"
         self.tokens = read_tokens(path, spec.head, tokenizer, spec.max_length, packed=False, prompt=spec.prompt)
@@ -36,7 +40,8 @@ class PlanQuality:
             "student": at(evaluated["student"], self.headline.path),
         }
         self.pairs = corpus.read_jsonl(root / "data/benchmarks/retrieval.jsonl") if spec.head == "embedding" else []
-        self.choices = self.teachers_choices(teacher) if spec.head in ("classification", "seq2seq") else []
+        compared = spec.head == "seq2seq" or HEADS[spec.head].classifies
+        self.expected = self.over_batches(lambda batch: teacher(**batch.inputs).logits) if compared else None
 
     def summary(self, entry: Mapping[str, Any]) -> str:
         return f"{self.headline.label} {entry[self.headline.key]:.4f}"
@@ -52,52 +57,82 @@ class PlanQuality:
         if is_another or entry["parity_max_abs"] > params.export.float_tolerance:
             files = runtime_files.checked_files(folder, entry)
             graphs = open_graphs(files, plan, threads=params.compute.threads)
-            figure = self.measured(opened(folder, plan, manifest, graphs))
+            figure = MEASURES[self.spec.head](self, opened(folder, plan, manifest, graphs))
         else:
             figure = self.known["teacher" if is_dense(plan) else "student"]
         kept = self.headline.retention(figure, self.known["teacher"])
         return {self.headline.key: round(figure, 6), "retention": round(kept, 6)}
 
-    def measured(self, export: Any) -> float:
-        """Measure the figure of an open plan on the texts of stage 5."""
-        import torch
-
-        from ffn2moe import metrics
-
-        if self.head == "embedding":
-            query_ND, document_ND = (
-                metrics.comparable(torch.from_numpy(export.encode([row[side] for row in self.pairs])), export.sentence)
-                for side in ("query", "document")
-            )
-            return metrics.retrieval(query_ND, document_ND)["ndcg_at_10"]
-        if self.head == "causal":
-            scores = [export.score(ids) for ids in self.ids if len(ids) > 1]
-            nats_N, tokens_N = (torch.tensor(column, dtype=torch.float64) for column in zip(*scores, strict=True))
-            return metrics.perplexity(nats_N, tokens_N)
-        found = []
-        for batch in self.tokens.in_order(self.stage.params.evaluate.batch_texts):
-            inputs = {name: tensor.numpy() for name, tensor in batch.inputs.items()}
-            if self.head == "seq2seq":
-                logits = export.run(
-                    {name: array for name, array in inputs.items() if name != "decoder_input_ids"},
-                    inputs["decoder_input_ids"],
-                )
-            else:
-                logits = export.run(**inputs)["logits"]
-            found.append(self.choices_of(torch.from_numpy(logits), batch.mask))
-        return (torch.cat(found) == torch.cat(self.choices)).double().mean().item()
-
-    def teachers_choices(self, teacher: Any) -> list[Tensor]:
-        """Return the teacher's most probable class or token at every judged position, a tensor a batch."""
+    def over_batches(self, logits_of: Callable[[Batch], Tensor]) -> Tensor:
+        """Return what is compared at every judged position: logits [N, C] of labels, or the chosen tokens, [N]."""
         import torch
 
         found = []
         with torch.no_grad():
             for batch in self.tokens.in_order(self.stage.params.evaluate.batch_texts):
-                found.append(self.choices_of(teacher(**batch.inputs).logits, batch.mask))
-        return found
+                logits_NC = self.tokens.rows(logits_of(batch), batch.mask)
+                found.append(logits_NC if HEADS[self.spec.head].classifies else logits_NC.argmax(-1))
+        return torch.cat(found)
 
-    @staticmethod
-    def choices_of(logits: Tensor, mask: Tensor | None) -> Tensor:
-        chosen = logits.argmax(-1)
-        return chosen if mask is None else chosen[mask.bool()]
+
+def retrieval(quality: PlanQuality, export: Any) -> float:
+    """Return nDCG@10 of the retrieval benchmark."""
+    import torch
+
+    from ffn2moe import metrics
+
+    query_ND, document_ND = (
+        metrics.comparable(torch.from_numpy(export.encode([row[side] for row in quality.pairs])), export.sentence)
+        for side in ("query", "document")
+    )
+    return metrics.retrieval(query_ND, document_ND)["ndcg_at_10"]
+
+
+def perplexity(quality: PlanQuality, export: Any) -> float:
+    """Return the perplexity of the held-out texts."""
+    import torch
+
+    from ffn2moe import metrics
+
+    scores = [export.score(ids) for ids in quality.ids if len(ids) > 1]
+    nats_N, tokens_N = (torch.tensor(column, dtype=torch.float64) for column in zip(*scores, strict=True))
+    return metrics.perplexity(nats_N, tokens_N)
+
+
+def kappa(quality: PlanQuality, export: Any) -> float:
+    """Return the agreement with the teacher's choice of tokens in its own answers, above chance."""
+    import torch
+
+    from ffn2moe import metrics
+
+    def logits_of(batch: Batch) -> Tensor:
+        inputs = {name: tensor.numpy() for name, tensor in batch.inputs.items()}
+        source = {name: array for name, array in inputs.items() if name != "decoder_input_ids"}
+        return torch.from_numpy(export.run(source, inputs["decoder_input_ids"]))
+
+    assert quality.expected is not None
+    found = metrics.kappa(quality.expected, quality.over_batches(logits_of))
+    assert found is not None, "prepare refuses a teacher that answers everything with one token"
+    return found
+
+
+def concordance(quality: PlanQuality, export: Any) -> float:
+    """Return the concordance with the teacher's scores."""
+    import torch
+
+    from ffn2moe import metrics
+
+    def logits_of(batch: Batch) -> Tensor:
+        inputs = {name: tensor.numpy() for name, tensor in batch.inputs.items()}
+        return torch.from_numpy(export.run(**inputs)["logits"])
+
+    assert quality.expected is not None
+    return metrics.fidelity(str(quality.spec.problem), quality.expected, quality.over_batches(logits_of))[metrics.KEPT]
+
+
+MEASURES: Table[Callable[[PlanQuality, Any], float]] = Table("head")
+MEASURES.register("embedding", retrieval)
+MEASURES.register("causal", perplexity)
+MEASURES.register("seq2seq", kappa)
+MEASURES.register("classification", concordance)
+MEASURES.register("token_classification", concordance)

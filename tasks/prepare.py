@@ -9,18 +9,20 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ffn2moe.choices import HEADS, PROBLEMS, problem_of
 from ffn2moe.progress import silent
-from tasks import corpus
+from tasks import corpus, pairing
 from tasks.check import check, corpus_source, teacher_source
 from tasks.length import text_length
 from tasks.stage import StageRun, main
 
 if TYPE_CHECKING:
+    from ffn2moe.data.pairs import Pair
     from ffn2moe.spec import Head
 
 # The files that open a teacher; those of a sentence encoder come beside them. README, ONNX files and others stay.
@@ -56,6 +58,7 @@ class Teacher:
     tokenizer: Any
     head: Head
     length: int  # tokens that texts are cut to
+    pairs: bool  # whether it reads pairs of texts
     summary: dict[str, Any]
 
 
@@ -72,11 +75,11 @@ def run(stage: StageRun) -> None:
         }
         sets = {name: [list(map(asdict, part)) for part in both] for name, both in folder.classification.items()}
     else:
-        splits, written = split_for_logits(stage, folder, teacher)
-        rows = {name: tokenised(stage, teacher, getattr(splits, name), written) for name in SPLITS}
+        splits, rows = rows_for_logits(stage, folder, teacher)
         sets = labelled_sets(stage, folder, teacher)
-    for row in (row for part in rows.values() for row in part):
-        row["source"] = folder.sources.get(row["text"], corpus_name(data.corpus))
+    for name in SPLITS:
+        for row, text in zip(rows[name], getattr(splits, name), strict=True):
+            row["source"] = folder.sources.get(text, corpus_name(data.corpus))
 
     with stage.out("data/teacher") as out:
         copy_teacher(teacher, out)
@@ -103,7 +106,8 @@ def run(stage: StageRun) -> None:
         "joined_from_folder": len(folder.texts),
         "classification": {name: {"train": len(train), "dev": len(dev)} for name, (train, dev) in sets.items()},
     }
-    counts = f"{len(splits.train)} texts to train on, {len(splits.calibration)} for calibration"
+    what = "pairs of texts" if teacher.pairs else "texts"
+    counts = f"{len(splits.train)} {what} to train on, {len(splits.calibration)} for calibration"
     if teacher.head == "embedding":
         figures |= {"retrieval": {"pairs": len(splits.pairs), "from": benchmark}, "stsb_pairs": len(folder.stsb)}
         stage.say(f"{counts}, {len(splits.pairs)} retrieval pairs from {benchmark}")
@@ -128,6 +132,7 @@ def open_teacher(stage: StageRun) -> Teacher:
     length = text_length(stage, folder, model, head, tokenizer)
     if settings.max_length == "auto":
         stage.say(f"teacher.max_length = auto: texts are cut to {length} tokens")
+    reads_two = reads_pairs_of_texts(stage, model, head)
     ffn = read_ffn(model, 0)
     summary = {
         "family": family_of(model).name,
@@ -137,11 +142,25 @@ def open_teacher(stage: StageRun) -> Teacher:
         "activation": activation_of(model),
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
     }
-    return Teacher(folder, model, tokenizer, head, length, summary if head == "embedding" else summary | {"head": head})
+    if reads_two:
+        summary["pairs"] = True
+    told = summary if head == "embedding" else summary | {"head": head}
+    return Teacher(folder, model, tokenizer, head, length, reads_two, told)
+
+
+def reads_pairs_of_texts(stage: StageRun, model: Any, head: Head) -> bool:
+    """Return whether a teacher reads pairs of texts: `check` has refused two columns for another head."""
+    from ffn2moe.dense.cross_encoder import reads_pairs
+
+    return head == "classification" and (pairing.names_pair(stage.params.data.text_column) or reads_pairs(model.config))
 
 
 def copy_teacher(teacher: Teacher, out: Path) -> None:
-    """Copy the teacher's files to `out`, byte for byte, with the modules that make embeddings behind it."""
+    """Copy the teacher's files to `out`, byte for byte, with what sentence-transformers keeps beside its model.
+
+    These are the modules that make embeddings behind it, or the activation of a cross-encoder.
+    """
+    from ffn2moe.dense.cross_encoder import FILE
     from ffn2moe.dense.sentence_folder import copy_modules
 
     folder = teacher.folder
@@ -152,6 +171,8 @@ def copy_teacher(teacher: Teacher, out: Path) -> None:
             shutil.copyfile(file, target)
     if teacher.head == "embedding":
         copy_modules(folder, out)
+    if HEADS[teacher.head].classifies and (folder / FILE).is_file():
+        shutil.copyfile(folder / FILE, out / FILE)
 
 
 def corpus_name(source: str) -> str:
@@ -194,25 +215,43 @@ def split_corpus(stage: StageRun, folder: corpus.LabelledFolder) -> tuple[corpus
     return splits, "the corpus" if own and not is_docstrings else "docstrings"
 
 
-def split_for_logits(
+def rows_for_logits(
     stage: StageRun, folder: corpus.LabelledFolder, teacher: Teacher
-) -> tuple[corpus.Splits, dict[str, list[int]]]:
-    """Return the splits for a model with logits, and the ids of the texts that the teacher wrote."""
+) -> tuple[corpus.Splits, dict[str, list[dict[str, Any]]]]:
+    """Return the splits for a model with logits, and the rows of each: texts or pairs with their ids."""
     data = stage.params.data
-    written: dict[str, list[int]] = {}
+    joined: dict[str, Pair] = {}  # a pair of two columns, under its two texts as one
+    written: dict[str, list[int]] = {}  # a text that the teacher wrote -> its ids
+
+    def read(source: str) -> list[str]:
+        if pairing.names_pair(data.text_column):
+            found = pairing.read_joined(source, data.text_column)
+            joined.update(found)
+            return list(found)
+        return corpus.read_corpus(source, data.text_column, workers=stage.params.compute.threads, track=stage.track)
+
     if data.corpus == "generated":
         written = write_texts(stage, teacher)
         texts = list(written)
     else:
-        texts = corpus.read_corpus(
-            corpus_source(stage.params, stage.root),
-            data.text_column,
-            workers=stage.params.compute.threads,
-            track=stage.track,
-        )
-    judged: list[str] = []
-    if data.evaluation is not None:
-        judged = corpus.read_corpus(str(stage.root / Path(data.evaluation).expanduser()), data.text_column)
+        texts = read(corpus_source(stage.params, stage.root))
+    judged = read(str(stage.root / Path(data.evaluation).expanduser())) if data.evaluation is not None else []
+    splits = split_for_logits(stage, folder, texts, judged)
+    rows = {}
+    for name in SPLITS:
+        part = getattr(splits, name)
+        given = pairing.pairs_of_split(part, joined, stage.params.seed) if teacher.pairs else part
+        rows[name] = tokenised(stage, teacher, given, written)
+    if teacher.head == "seq2seq":
+        require_varied_answers(rows["evaluation"])
+    return splits, rows
+
+
+def split_for_logits(
+    stage: StageRun, folder: corpus.LabelledFolder, texts: Sequence[str], judged: Sequence[str]
+) -> corpus.Splits:
+    """Return the splits of texts; those to judge by are `judged`, or else a part of the texts."""
+    data = stage.params.data
     held_out = min(data.evaluation_pairs, max(1, int(EVALUATION_SHARE * len(texts))))
     splits = corpus.split(
         texts,
@@ -225,8 +264,19 @@ def split_for_logits(
         first_lines=False,
     )
     if judged:
-        splits = corpus.Splits(splits.train, splits.calibration, judged[: data.evaluation_pairs], [])
-    return splits, written
+        return corpus.Splits(splits.train, splits.calibration, list(judged[: data.evaluation_pairs]), [])
+    return splits
+
+
+def require_varied_answers(rows: Sequence[Mapping[str, Any]]) -> None:
+    """Raise ValueError where a seq2seq teacher answers all texts to judge by with one token: nothing tells students."""
+    said = {token for row in rows for token in row["decoder_ids"][1:]}
+    if len(said) < 2:
+        raise ValueError(
+            f"the teacher answers all {len(rows)} held-out texts with one and the same token, so that no figure can "
+            "tell a right student from one that always writes it: name texts that it answers in different ways in "
+            "data.corpus or data.evaluation"
+        )
 
 
 def write_texts(stage: StageRun, teacher: Teacher) -> dict[str, list[int]]:
@@ -252,14 +302,19 @@ def write_texts(stage: StageRun, teacher: Teacher) -> dict[str, list[int]]:
 
 
 def tokenised(
-    stage: StageRun, teacher: Teacher, texts: Sequence[str], written: dict[str, list[int]]
+    stage: StageRun, teacher: Teacher, texts: Sequence[str | Pair], written: dict[str, list[int]]
 ) -> list[dict[str, Any]]:
-    """Return each text with its ids and a seq2seq teacher's answer; texts of a causal model are not truncated."""
+    """Return each text or pair with its ids and a seq2seq teacher's answer; texts of a causal model are not truncated.
+
+    Of a pair that is too long the longer text loses tokens first.
+    """
     from ffn2moe.data.generate import greedy_answers
     from ffn2moe.numerics import choose_device
 
     length = teacher.length
     limit: dict[str, Any] = {} if teacher.head == "causal" else {"truncation": True, "max_length": length}
+    if teacher.pairs:
+        return tokenised_pairs(teacher, texts, limit)
     new = [text for text in texts if text not in written]
     found = dict(zip(new, teacher.tokenizer(new, **limit)["input_ids"] if new else [], strict=True)) | written
     rows: list[dict[str, Any]] = [{"text": text, "ids": list(found[text])} for text in texts]
@@ -277,11 +332,32 @@ def tokenised(
     return rows
 
 
+def tokenised_pairs(teacher: Teacher, texts: Sequence[Any], limit: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return each pair with its ids and, where the teacher tells its two texts apart, the text of each token."""
+    from ffn2moe.dense.config import takes_token_types
+
+    first_N, second_N = map(list, zip(*texts, strict=True))
+    found = teacher.tokenizer(first_N, second_N, **limit)
+    rows = [
+        {"text": first, "pair": second, "ids": ids}
+        for first, second, ids in zip(first_N, second_N, found["input_ids"], strict=True)
+    ]
+    if takes_token_types(teacher.model) and "token_type_ids" in found:
+        for row, type_ids in zip(rows, found["token_type_ids"], strict=True):
+            row["type_ids"] = type_ids
+    return rows
+
+
 def labelled_sets(
     stage: StageRun, folder: corpus.LabelledFolder, teacher: Teacher
 ) -> dict[str, list[list[dict[str, Any]]]]:
     """Return the labelled sets whose labels are the classifier's classes, with ids, and labels as class indices."""
     if teacher.head != "classification":
+        return {}
+    problem = PROBLEMS[problem_of(teacher.model.config)]
+    if folder.classification and (teacher.pairs or not problem.chooses):
+        why = "it reads pairs" if teacher.pairs else f"it gives {problem.gives}"
+        stage.say(f"{', '.join(folder.classification)}: not used to judge {stage.params.teacher.source}, because {why}")
         return {}
     sets = {}
     for name, both in folder.classification.items():

@@ -7,6 +7,7 @@ later step fails, the alias moves back and the version is deleted.
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -17,18 +18,17 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import numpy
-
 from ffn2moe.planning.shipping import link_graphs
 from ffn2moe.runtime.engines import distribution
 from ffn2moe.runtime.export import open_export
 from tasks.lock import locked_deps, locked_outs
-from tasks.measures import at, headline, numbers
+from tasks.measures import at, headline, numbers, reads_pairs
 from tasks.params import Params
 from tasks.registry import CHALLENGER, Registry
 from tasks.stage import StageRun, main
 
 EXAMPLE = ("A mixture of experts runs a part of itself for each token.", "The weather is fine today.")
+PAIRS = (("What does a mixture of experts run?", EXAMPLE[0]), ("What does a mixture of experts run?", EXAMPLE[1]))
 # Packages that the served model imports, besides its engines and the package ffn2moe, which is stored with it.
 REQUIREMENTS = ("numpy", "onnx", "pyyaml", "tokenizers")
 SAME = 1e-5  # largest difference of components of unit vectors: the same graph, computed twice
@@ -53,7 +53,7 @@ def run(stage: StageRun) -> None:
                 export=served,
                 packages=[root / "ffn2moe"],
                 requirements=requirements(_json(served / "manifest.json")),
-                example=EXAMPLE,
+                example=[list(one) if isinstance(one, tuple) else one for one in example_of(export)],
                 settings={
                     "max_texts": params.register_.max_texts,
                     "max_characters": params.register_.max_characters,
@@ -105,34 +105,41 @@ def slim_copy(export: Path, target: Path, plan: Mapping[str, Any]) -> Path:
 
 def check_answers(registry: Registry, version: int, export: Path) -> None:
     """Ask the registered version itself; ValueError unless it answers as the export does."""
-    if not same(registry.predict(version, EXAMPLE), answers(export, EXAMPLE)):
+    example = example_of(export)
+    if not same(registry.predict(version, example), answers(export, example)):
         raise ValueError(
             f"version {version} of {registry.model} does not answer as {export} does; "
             "it is removed again and the aliases are unchanged; to retry: dvc repro -s register"
         )
 
 
-def answers(export: Path, texts: Sequence[str]) -> list[Any]:
+def example_of(export: Path) -> tuple[Any, ...]:
+    """Return the inputs that a served model is asked with: texts, or pairs where the export was made for them."""
+    return PAIRS if reads_pairs(_json(export / "manifest.json")) else EXAMPLE
+
+
+def answers(export: Path, inputs: Sequence[Any]) -> list[Any]:
     """Return the answers that a served model must give, computed with the export itself."""
     opened = open_export(export)
     if hasattr(opened, "generate"):
-        return ["".join(opened.generate(text)) for text in texts]
-    if hasattr(opened, "encode"):
-        embeddings: list[Any] = opened.encode(list(texts)).tolist()
-        return embeddings
-    logits_NC = opened.classify(list(texts)).astype(numpy.float64)
-    share_NC = numpy.exp(logits_NC - logits_NC.max(-1, keepdims=True))
-    probabilities: list[Any] = (share_NC / share_NC.sum(-1, keepdims=True)).tolist()
-    return probabilities
+        return ["".join(opened.generate(text)) for text in inputs]
+    found: list[Any] = opened.encode(inputs).tolist() if hasattr(opened, "encode") else opened.answers(inputs)
+    return found
 
 
-def same(given: Any, expected: Sequence[Any]) -> bool:
-    """Return whether answers agree: texts letter by letter, numbers within rounding."""
-    if not isinstance(given, list) or len(given) != len(expected):
-        return False
-    if isinstance(expected[0], str):
-        return given == list(expected)
-    return numpy.shape(given) == numpy.shape(expected) and numpy.allclose(given, expected, rtol=0, atol=SAME)
+def same(given: Any, expected: Any) -> bool:
+    """Return whether answers agree: the same form and texts, numbers within rounding."""
+    if isinstance(expected, float):
+        return isinstance(given, float | int) and math.isclose(given, expected, rel_tol=SAME, abs_tol=SAME)
+    if isinstance(expected, dict):
+        return (
+            isinstance(given, dict)
+            and given.keys() == expected.keys()
+            and all(same(given[key], value) for key, value in expected.items())
+        )
+    if isinstance(expected, list):
+        return isinstance(given, list) and len(given) == len(expected) and all(map(same, given, expected))
+    return bool(given == expected)
 
 
 def tags(
@@ -151,6 +158,7 @@ def tags(
         "git.commit": commit,
         "git.dirty": dirty.lower(),
         "head": quality.get("head", "embedding"),
+        **({"problem": quality["problem"]} if "problem" in quality else {}),
         "default_plan": str(plan["default_plan"]),
         "speedup_vs_best_dense": f"{facts['speedup_vs_best_dense']:.4f}",
         "bytes": f"{facts['bytes']:.0f}",

@@ -48,7 +48,7 @@ class Registry:
         export: Path,
         packages: Sequence[Path],
         requirements: Sequence[str],
-        example: Sequence[str],
+        example: Sequence[Any],
         settings: Mapping[str, Any] | None = None,
         options: Mapping[str, Any] | None = None,
     ) -> Iterator[int]:
@@ -82,7 +82,7 @@ class Registry:
         """Return the tags of a version."""
         return dict(self._client.get_model_version(self.model, str(version)).tags)
 
-    def predict(self, version: int, texts: Sequence[str]) -> Any:
+    def predict(self, version: int, texts: Sequence[Any]) -> Any:
         """Return the answers of the registered version itself."""
         return self.load(version).predict(list(texts))
 

@@ -12,20 +12,10 @@ from typing import Any
 from ffn2moe.planning.shipping import Size
 from ffn2moe.spec import MoESpec
 from tasks import figures
-from tasks.measures import at, headline
+from tasks.measures import SHOWN, at, headline, usage
 from tasks.params import Gate, Params
 from tasks.stage import StageRun, main
 from tasks.timings import timings
-
-BENCHMARKS: tuple[tuple[tuple[str, ...], str, str], ...] = (
-    (("language", "perplexity"), "Perplexity", "{:.3f}"),
-    (("to_teacher", "agreement"), "Agreement with the teacher", "{:.4f}"),
-    (("retrieval", "ndcg_at_10"), "Retrieval, nDCG@10", "{:.4f}"),
-    (("retrieval", "mrr"), "Retrieval, MRR", "{:.4f}"),
-    (("stsb", "spearman"), "STS-B, Spearman × 100", "{:.2f}"),
-    (("classification", "ag_news", "accuracy"), "AG News, accuracy", "{:.4f}"),
-    (("classification", "sst2", "accuracy"), "SST-2, accuracy", "{:.4f}"),
-)
 
 # The columns of the table of layers: key in a row of `layers` or of `agreement`, heading, format.
 LAYER_COLUMNS: tuple[tuple[str, str, str], ...] = (
@@ -74,6 +64,7 @@ def run(stage: StageRun) -> None:
         rows=rows,
         head=head,
         words=headline(quality),
+        usage=usage(manifest, f"exports/{params.name}"),
         headline=headline(quality),
         verdict=verdict(params.gate, quality, timed, plan),
         advice=advice(params, quality, timed),
@@ -86,7 +77,7 @@ def run(stage: StageRun) -> None:
         made=made_of(manifest["spec"]),
         layers=layer_table(quality),
         figures={
-            "retention": figures.retention(rows, params.gate.min_retention),
+            "retention": figures.retention([row for row in rows if "student" in row], params.gate.min_retention),
             "speed": figures.speed(timed["drawn"]["plans"], timed["drawn"]["shapes"], quality["amdahl_bound"]),
             **experts(_json(root / "metrics/train_router.json")["layers"], quality),
             **loss_curves(root / "metrics/plots"),
@@ -171,18 +162,19 @@ def sizes(export: Path, manifest: Mapping[str, Any], timed: Mapping[str, Any]) -
 
 
 def benchmark_rows(quality: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return a row for each benchmark that was run: figures as text, and what each mixture keeps, with intervals."""
+    """Return a row for each figure of the run: numbers as text and, where a share is kept, it with its interval."""
     rows = []
-    for path, label, form in BENCHMARKS:
-        if at(quality["student"], path) is None:
+    for shown in SHOWN:
+        if at(quality["student"], shown.path) is None:
             continue
-        row: dict[str, Any] = {"label": label, "figures": {}}
+        row: dict[str, Any] = {"label": shown.label, "figures": {}}
         for model in ("teacher", "training_free", "student"):
-            figure = at(quality[model], path)
-            row["figures"][model] = "" if figure is None else form.format(figure)
-        for model, suffix in (("training_free", "_training_free"), ("student", "")):
-            interval = at(quality[f"retention_interval{suffix}"], path)
-            row[model] = {"value": at(quality[f"retention{suffix}"], path), **interval}
+            figure = at(quality[model], shown.path)
+            row["figures"][model] = "" if figure is None else shown.form.format(figure)
+        if at(quality["retention"], shown.path) is not None:
+            for model, suffix in (("training_free", "_training_free"), ("student", "")):
+                interval = at(quality[f"retention_interval{suffix}"], shown.path)
+                row[model] = {"value": at(quality[f"retention{suffix}"], shown.path), **interval}
         rows.append(row)
     return rows
 

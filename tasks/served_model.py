@@ -1,4 +1,4 @@
-"""Serve an export as a registered model (MLflow's models-from-code): texts in; embeddings, probabilities or texts out.
+"""Serve an export as a registered model (MLflow's models-from-code): texts in; embeddings, labels or texts out.
 
 MLflow runs this file where the model is loaded, with the export and the package ffn2moe beside it. It needs numpy, the
 engine of the export's plan and the tokenizer's library, but no torch.
@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import mlflow
-import numpy as np
 import yaml
 from mlflow.exceptions import INVALID_PARAMETER_VALUE, MlflowException
 from mlflow.pyfunc import PythonModel
@@ -31,11 +30,11 @@ class Refused(MlflowException):
 
 
 class Served(PythonModel):
-    """Answer texts with embeddings of unit length, probabilities of the classes, or written text.
+    """Answer texts with embeddings, with labels or entities as transformers' pipelines give them, or with written text.
 
-    Classes are in the order of the teacher's config; text is continued or answered greedily. A request with the params
-    {"info": true} returns one mapping instead: the model's name and version, its plan, the limits, and the number of
-    requests, texts and seconds since it started.
+    A classifier answers pairs, too: `[first, second]` or `{"text": first, "text_pair": second}`. Text is continued or
+    answered greedily. A request with the params {"info": true} returns one mapping instead: the model's name and
+    version, its plan, the limits, and the number of requests, texts and seconds since it started.
     """
 
     def load_context(self, context: Any) -> None:
@@ -43,49 +42,74 @@ class Served(PythonModel):
 
         folder = Path(context.artifacts["export"])
         self.export = open_export(folder)
+        self.head = self.export.manifest["spec"]["head"]
         self.limits = {key: int(value) for key, value in context.model_config.items() if key.startswith("max_")}
         self.identity = _identity(folder)
         self.answered = {"requests": 0, "texts": 0, "seconds": 0.0}
         self._started = time.time()
         self._lock = threading.Lock()
 
-    def predict(self, model_input: list[str], params: dict[str, Any] | None = None) -> list[Any]:
-        """Return an answer for each text. Refused: no text, too many, or one that is empty, too long or not Unicode."""
+    def predict(self, model_input: list[Any], params: dict[str, Any] | None = None) -> list[Any]:
+        """Return an answer for each text or pair.
+
+        Refused: no text, too many, or one that is no text, empty, too long or not Unicode.
+        """
         if (params or {}).get("info"):
             return [self._info()]
-        self._check(model_input)
+        inputs = self._checked(model_input)
         start = time.perf_counter()
-        answers = self._answers(model_input)
+        answers = self._answers(inputs)
         with self._lock:
             self.answered["requests"] += 1
             self.answered["texts"] += len(model_input)
             self.answered["seconds"] += time.perf_counter() - start
         return answers
 
-    def _check(self, texts: list[str]) -> None:
-        if not texts:
+    def _checked(self, inputs: list[Any]) -> list[Any]:
+        """Return the texts, and pairs as tuples."""
+        if not inputs:
             raise Refused('there is no text; send a list of texts: {"inputs": ["A sentence."]}')
-        most, longest = self.limits["max_texts"], self.limits["max_characters"]
-        if len(texts) > most:
-            raise Refused(f"{len(texts)} texts are too many for one request; send at most {most}")
-        for index, text in enumerate(texts):
-            if not text.strip():
-                raise Refused(f"text {index} is empty; leave it out")
-            if len(text) > longest:
-                raise Refused(f"text {index} has {len(text)} characters; at most {longest} are accepted: shorten it")
-            try:
-                text.encode()
-            except UnicodeEncodeError as error:
-                raise Refused(f"text {index} is not Unicode: {error.reason}; remove the lone surrogate") from None
+        most = self.limits["max_texts"]
+        if len(inputs) > most:
+            raise Refused(f"{len(inputs)} texts are too many for one request; send at most {most}")
+        return [self._input(index, one) for index, one in enumerate(inputs)]
 
-    def _answers(self, texts: list[str]) -> list[Any]:
-        if hasattr(self.export, "generate"):
-            return [self._written(index, text) for index, text in enumerate(texts)]
-        if hasattr(self.export, "encode"):
-            return self.export.encode(texts).tolist()
-        logits_NC = self.export.classify(texts).astype(np.float64)
-        share_NC = np.exp(logits_NC - logits_NC.max(-1, keepdims=True))
-        return (share_NC / share_NC.sum(-1, keepdims=True)).tolist()
+    def _input(self, index: int, given: Any) -> Any:
+        """Return one input of a request: a text, or a pair of texts as a tuple."""
+        if not isinstance(given, list | tuple | dict):
+            return self._text(f"text {index}", given)
+        if self.head != "classification":
+            raise Refused(f"text {index} is {type(given).__name__}; this model reads single texts: send strings")
+        if isinstance(given, dict):
+            if not {"text"} <= given.keys() <= {"text", "text_pair"}:
+                raise Refused(f"text {index} has the keys {', '.join(map(str, given))}; send text and text_pair")
+            if "text_pair" not in given:
+                return self._text(f"text {index}", given["text"])
+            given = (given["text"], given["text_pair"])
+        if len(given) != 2:
+            raise Refused(f"pair {index} has {len(given)} texts; send two")
+        return tuple(self._text(f"text {place} of pair {index}", text) for place, text in enumerate(given, 1))
+
+    def _text(self, name: str, text: Any) -> str:
+        longest = self.limits["max_characters"]
+        if not isinstance(text, str):
+            raise Refused(f"{name} is {type(text).__name__}, not a string; send text")
+        if not text.strip():
+            raise Refused(f"{name} is empty; leave it out")
+        if len(text) > longest:
+            raise Refused(f"{name} has {len(text)} characters; at most {longest} are accepted: shorten it")
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise Refused(f"{name} is not Unicode: {error.reason}; remove the lone surrogate") from None
+        return text
+
+    def _answers(self, inputs: list[Any]) -> list[Any]:
+        if self.export.gives == "text":
+            return [self._written(index, text) for index, text in enumerate(inputs)]
+        if self.export.gives == "embedding":
+            return self.export.encode(inputs).tolist()
+        return self.export.answers(inputs)
 
     def _written(self, index: int, text: str) -> str:
         try:
@@ -98,7 +122,9 @@ class Served(PythonModel):
             return {
                 **self.identity,
                 "plan": self.export.plan,
-                "head": self.export.manifest["spec"]["head"],
+                "head": self.head,
+                **({"labels": list(self.export.labels)} if hasattr(self.export, "labels") else {}),
+                "pairs": bool(self.export.manifest.get("model", {}).get("pairs", False)),
                 "limits": self.limits,
                 "answered": {**self.answered, "seconds": round(self.answered["seconds"], 3)},
                 "up_seconds": round(time.time() - self._started, 1),

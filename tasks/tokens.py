@@ -10,24 +10,40 @@ from typing import TYPE_CHECKING, Any
 from tasks.corpus import read_jsonl
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from ffn2moe.data.batches import Batch, Batches
     from ffn2moe.spec import Head
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """The token ids of each sequence and, for a seq2seq model, those that its decoder reads."""
+    """The token ids of each text or pair of texts, and those that the decoder of a seq2seq model reads."""
 
     head: Head
     ids: list[list[int]]
     decoder_ids: list[list[int]] | None
     pad_id: int
+    type_ids: list[list[int]] | None = None  # which text of a pair each token belongs to
+    pairs: bool = False  # whether these are pairs of texts
+
+    def part(self, start: int, stop: int) -> Tokens:
+        """Return some of the texts."""
+        decoder_ids, type_ids = (None if one is None else one[start:stop] for one in (self.decoder_ids, self.type_ids))
+        return Tokens(self.head, self.ids[start:stop], decoder_ids, self.pad_id, type_ids, self.pairs)
 
     def in_order(self, batch_texts: int = 64) -> Iterator[Batch]:
         """Yield batches of `batch_texts` sequences, in order, once."""
         from ffn2moe.data.batches import in_order
 
-        return in_order(self.head, self.ids, self.decoder_ids, batch_texts=batch_texts, pad_id=self.pad_id)
+        return in_order(
+            self.head,
+            self.ids,
+            self.decoder_ids,
+            type_ids=self.type_ids,
+            batch_texts=batch_texts,
+            pad_id=self.pad_id,
+        )
 
     def shuffled(self, *, batch_tokens: int, seed: int) -> Batches:
         """Return endless batches to train on, in a seeded order."""
@@ -40,7 +56,20 @@ class Tokens:
             pad_id=self.pad_id,
             head=self.head,
             decoder_ids=self.decoder_ids,
+            type_ids=self.type_ids,
         )
+
+    def rows(self, logits: Tensor, mask: Tensor | None) -> Tensor:
+        """Return the logits of a batch of a classifier that count, [N, C]: of texts [B, C], or tokens [B, L, C]."""
+        return logits if mask is None else logits[mask.bool()]
+
+    def text_of_rows(self) -> Tensor | None:
+        """Return the text of each row of `rows` over all batches, [N]; None where each row is a text."""
+        import torch
+
+        if self.head == "classification":
+            return None
+        return torch.arange(len(self.ids)).repeat_interleave(torch.tensor([len(ids) for ids in self.ids]))
 
 
 def read_tokens(
@@ -65,4 +94,5 @@ def read_tokens(
         begun = first[0] in tokenizer.all_special_ids and all(text[:1] == first for text in ids)
         return Tokens(head, pack(ids, max_length, None if begun else tokenizer.eos_token_id), None, pad_id)
     decoder_ids = [row["decoder_ids"][:max_length] for row in rows] if head == "seq2seq" else None
-    return Tokens(head, [text[:max_length] for text in ids], decoder_ids, pad_id)
+    type_ids = [row["type_ids"][:max_length] for row in rows] if "type_ids" in rows[0] else None
+    return Tokens(head, [text[:max_length] for text in ids], decoder_ids, pad_id, type_ids, "pair" in rows[0])

@@ -110,9 +110,9 @@ def test_a_version_below_the_gate_is_refused_with_its_reasons_and_is_not_served(
         ({"evaluated_on": "a", "student.retrieval.ndcg_at_10": "0.69"}, {"evaluated_on": "a"}, "on the same data"),
         ({"bytes": "1600"}, {}, "1.60 times the champion's bytes"),
         (
-            {"head": "classification", "retention.to_teacher.agreement": "1"},
+            {"head": "classification", "problem": "multi_label", "retention.to_teacher.concordance": "1"},
             {},
-            "the head of the champion is embedding",
+            "the head of the champion is embedding, of this version classification multi_label",
         ),
     ],
 )
@@ -127,6 +127,17 @@ def test_a_lower_perplexity_is_the_better_one():
     mine, its = ({**figures, "student.language.perplexity": value} for value in ("10.0", "9.0"))
     assert not all(check.passed for check in judge(GATE, 2, mine, 1, its))
     assert all(check.passed for check in judge(GATE, 2, its, 1, mine))
+
+
+def test_classifiers_of_another_problem_or_from_before_concordance_are_not_taken_for_comparable():
+    figures = {"head": "classification", "speedup_vs_best_dense": "1.2", "bytes": "1000"}
+    mine = figures | {key: "1" for key in ("retention.to_teacher.concordance", "student.to_teacher.concordance")}
+    single, multi = (mine | {"problem": problem} for problem in ("single_label", "multi_label"))
+    assert all(check.passed for check in judge(GATE, 2, single, 1, single))
+    assert not all(check.passed for check in judge(GATE, 2, single, 1, multi))
+    before = figures | {"retention.to_teacher.agreement": "1", "student.to_teacher.agreement": "1"}
+    assert all(check.passed for check in judge(GATE, 2, single, 1, before)), "nothing to compare with"
+    assert "was not judged by its concordance" in judge(GATE, 1, before, 2, single)[0].message
 
 
 def test_a_version_without_figures_is_refused_and_a_champion_without_them_is_no_obstacle():

@@ -36,7 +36,7 @@ def run(options: argparse.Namespace) -> int:
         for part in parts(map(read, texts), TEXTS_AT_ONCE):
             for row, answer in zip(part, export.answers(part), strict=True):
                 given = {"text": row} if isinstance(row, str) else {"text": row[0], "text_pair": row[1]}
-                sys.stdout.write(json.dumps(given | answer, ensure_ascii=False) + "\n")
+                sys.stdout.write(json.dumps(given | {export.gives: answer}, ensure_ascii=False) + "\n")
     return 0
 
 

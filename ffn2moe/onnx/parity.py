@@ -7,7 +7,7 @@ the left for a language model; `decoder_input_ids` [B, L] beside the source of a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -262,6 +262,14 @@ def text_samples(ids: Sequence[Sequence[int]], head: Head, seed: int) -> Iterato
         start += size
 
 
+def with_token_types(samples: Iterable[Sample], model: Any, head: Head, seed: int) -> list[Sample]:
+    """Return samples with a second text at the end of each, where the model is a classifier that tells texts apart."""
+    if not (HEADS[head].classifies and takes_token_types(model)):
+        return list(samples)
+    random = np.random.default_rng(seed)
+    return [{**sample, TOKEN_TYPES: _second_texts(sample["attention_mask"], random)} for sample in samples]
+
+
 def random_samples(model: Any, spec: MoESpec, count: int, seed: int = 0) -> list[Sample]:
     """Return samples of `count` rows in all, of random token ids, pixels or sounds, whatever the model reads."""
     random = np.random.default_rng(seed)
@@ -270,10 +278,7 @@ def random_samples(model: Any, spec: MoESpec, count: int, seed: int = 0) -> list
         longest = min(spec.max_length, positions(model.config) or spec.max_length)
         vocabulary = model.config.get_text_config().vocab_size
         ids = [random.integers(0, vocabulary, int(random.integers(1, longest + 1))).tolist() for _ in range(count)]
-        samples = list(text_samples(ids, spec.head, seed))
-        if HEADS[spec.head].classifies and takes_token_types(model):
-            samples = [{**sample, TOKEN_TYPES: _second_texts(sample["attention_mask"], random)} for sample in samples]
-        return samples
+        return with_token_types(text_samples(ids, spec.head, seed), model, spec.head, seed)
     shape = input_shape(model)
     found: list[Sample] = []
     left = count

@@ -27,6 +27,8 @@ class AtOnce(Opened):
 class ModelExport(AtOnce):
     """An open export of a model that gives hidden states: `run` it on its inputs."""
 
+    gives = "states"
+
     @property
     def inputs(self) -> tuple[str, ...]:
         """The names of its inputs: `input_ids`, `attention_mask` and, of some classifiers, `token_type_ids` [B, L].

@@ -80,6 +80,8 @@ class Classifier(_Labels):
     scale of the activations, so that a score depends a little on its neighbours.
     """
 
+    gives = "labels"
+
     def classify(self, texts: Iterable[Input], *, batch_tokens: int = BATCH_TOKENS) -> np.ndarray:
         """Return logits [N, labels], float32, of texts or pairs `(first, second)`, in their order; any iterable.
 
@@ -93,17 +95,20 @@ class Classifier(_Labels):
         """Return what is served, [N, labels]: probabilities, or values as they are, by the model's problem."""
         return self.problem.scores(self.classify(texts, batch_tokens=batch_tokens))
 
-    def answers(self, texts: Iterable[Input], *, batch_tokens: int = BATCH_TOKENS) -> list[dict[str, Any]]:
-        """Return for each text its `scores` by label, and the `label` with the highest where labels exclude others."""
-        labels, chooses, found = self.labels, self.problem.chooses, []
+    def answers(self, texts: Iterable[Input], *, batch_tokens: int = BATCH_TOKENS) -> list[list[dict[str, Any]]]:
+        """Return for each text every `label` with its `score`, highest first: as a pipeline with `top_k=None`."""
+        found = []
         for score_C in self.scores(texts, batch_tokens=batch_tokens):
-            answer: dict[str, Any] = {"label": labels[int(score_C.argmax())]} if chooses else {}
-            found.append(answer | {"scores": dict(zip(labels, map(float, score_C), strict=True))})
+            named = zip(self.labels, map(float, score_C), strict=True)
+            ordered = sorted(named, key=lambda pair: pair[1], reverse=True)
+            found.append([{"label": label, "score": score} for label, score in ordered])
         return found
 
 
 class TokenClassifier(_Labels):
     """An open export of a classifier of tokens: find `entities` in texts, or `run` it on its inputs."""
+
+    gives = "entities"
 
     def classify(self, texts: Iterable[Input], *, batch_tokens: int = BATCH_TOKENS) -> list[np.ndarray]:
         """Return for each text the logits of its tokens, [L, labels], with those of special tokens."""
@@ -130,9 +135,9 @@ class TokenClassifier(_Labels):
             found.append([one for one in kept if one["entity_group" if grouped else "entity"] != OUTSIDE])
         return found
 
-    def answers(self, texts: Iterable[str], *, batch_tokens: int = BATCH_TOKENS) -> list[dict[str, Any]]:
+    def answers(self, texts: Iterable[str], *, batch_tokens: int = BATCH_TOKENS) -> list[list[dict[str, Any]]]:
         """Return for each text its grouped `entities`."""
-        return [{"entities": found} for found in self.entities(texts, batch_tokens=batch_tokens)]
+        return self.entities(texts, batch_tokens=batch_tokens)
 
     def _tokens(self, text: str, encoding: Any, score_LC: np.ndarray) -> list[dict[str, Any]]:
         """Return every token of a text with its best label, without the special tokens."""

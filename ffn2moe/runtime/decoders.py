@@ -33,6 +33,8 @@ class Sampling(TypedDict, total=False):
 class _Decoder(Opened):
     """Decode with a cache: the part that language models and the decoders of seq2seq models share."""
 
+    gives = "text"
+
     def __init__(
         self, path: Path, plan: str, manifest: Mapping[str, Any], graphs: Sequence[Graph], tokenizer: Tokenizer
     ) -> None:

@@ -33,6 +33,8 @@ TEXTS_AT_ONCE = 4096  # that are tokenised and batched together
 class Export(AtOnce):
     """An open export of a text encoder: `encode` texts, or `run` token ids."""
 
+    gives = "embedding"
+
     @property
     def width(self) -> int:
         """The dimensions of an embedding."""

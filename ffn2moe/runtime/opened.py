@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from ffn2moe.runtime.files import padding_id
 
@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 class Opened:
     """An open export; `plan` says how it is executed. `tokenizer` is None where the model reads images."""
+
+    gives: ClassVar[str]  # what it answers a text with, as keys name it: embedding, text, labels, entities, states
 
     def __init__(
         self, path: Path, plan: str, manifest: Mapping[str, Any], graphs: Sequence[Graph], tokenizer: Tokenizer | None
