@@ -12,6 +12,7 @@ import torch
 from mlflow.exceptions import MlflowException
 
 import ffn2moe
+from ffn2moe import metrics
 from ffn2moe.containers.checks import open_native
 from ffn2moe.containers.table import CONTAINERS, by_preference
 from ffn2moe.dense.load import load_dense
@@ -30,7 +31,9 @@ from tasks import (
     report,
     train_router,
 )
+from tasks.measures import HEADLINES, at
 from tasks.registry import Registry
+from tasks.tokens import read_tokens
 from tests.conftest import make_tiny_classifier, make_tiny_llama, make_tiny_t5
 from tests.texts import make_stage, make_texts, write_corpus
 
@@ -229,27 +232,74 @@ def test_what_a_model_cannot_do_is_refused_with_the_reason(done, stage, settings
         run(done, stage, settings=(*GENERATED, *settings))
 
 
-@pytest.mark.parametrize("make", [make_tiny_classifier, make_tiny_t5])
-def test_classifiers_and_seq2seq_models_are_distilled_judged_and_exported(tmp_path, make):
+@pytest.mark.parametrize(
+    ("make", "kept", "stages"), [(make_tiny_classifier, "concordance", 6), (make_tiny_t5, "kappa", 5)]
+)
+def test_classifiers_and_seq2seq_models_are_distilled_and_judged(tmp_path, make, kept, stages):
     make(tmp_path / "teacher")
     write_corpus(tmp_path / "texts.jsonl", make_texts(120))
     (tmp_path / "sets/sst2").mkdir(parents=True)
     rows = [f"{text.split('.')[0]}\t{number % 2}\n" for number, text in enumerate(make_texts(20, seed=7))]
     for name in ("train", "dev"):
         (tmp_path / f"sets/sst2/{name}.tsv").write_text("".join(rows[::2] if name == "dev" else rows[1::2]))
-    run(tmp_path, *list(STAGES)[:6], settings=("data.corpus=texts.jsonl", "data.folder=sets"))
+    run(tmp_path, *list(STAGES)[:stages], settings=("data.corpus=texts.jsonl", "data.folder=sets", "distill.steps=40"))
     found = read(tmp_path / "metrics/evaluate.json")
-    assert 0 <= found["training_free"]["to_teacher"]["agreement"] <= 1
-    assert found["retention"]["to_teacher"]["agreement"] == found["student"]["to_teacher"]["agreement"]
-    assert found["student"]["to_teacher"]["divergence"] < found["training_free"]["to_teacher"]["divergence"]
-    is_classifier = found["head"] == "classification"
-    assert ("sst2" in found["student"].get("classification", {})) == is_classifier
-    plans = read(tmp_path / "models/exported/manifest.json")["plans"]
-    assert plans["dense"]["top1_agreement"] == plans["dense"]["retention"] == 1
-    assert plans["sorted"]["retention"] == found["student"]["to_teacher"]["agreement"]
-    assert 0.5 < plans["dense8"]["top1_agreement"] <= 1
-    opened = ffn2moe.open_export(tmp_path / "models/exported", "sorted")
-    if is_classifier:
-        assert opened.classify(["the red house"]).shape == (1, 2)
-    else:
-        assert isinstance("".join(opened.generate("the red house", max_new_tokens=4)), str)
+    near, before = (found[name]["to_teacher"] for name in ("student", "training_free"))
+    assert 0 <= near["agreement"] <= 1 and near["divergence"] < before["divergence"]
+    assert found["retention"]["to_teacher"][kept] == near[kept] < 1
+    interval = found["retention_interval"]["to_teacher"][kept]
+    assert interval["low"] <= near[kept] <= interval["high"]
+    assert ("sst2" in found["student"].get("classification", {})) == (found["head"] == "classification")
+    if stages == 6:
+        plans = read(tmp_path / "models/exported/manifest.json")["plans"]
+        assert plans["dense"][kept] == plans["dense"]["retention"] == 1
+        assert plans["sorted"]["retention"] == near[kept]
+        assert 0.5 < plans["dense8"][kept] < 1
+
+
+def test_kappa_tells_a_right_student_from_one_that_answers_all_texts_alike():
+    """Agreement alone does not: the constant student of a classifier whose texts mostly have one label has 90 %."""
+    labels = torch.zeros(200, dtype=torch.int64)
+    labels[::10] = 1
+    text_N = torch.arange(200) // 4
+    assert (labels == 0).double().mean() == 0.9
+    assert metrics.kappa(labels, labels) == 1 and metrics.kappa(labels, torch.zeros_like(labels)) == 0
+    interval = metrics.kappa_interval(labels, torch.zeros_like(labels), text_N=text_N)
+    assert interval.low == interval.high == 0
+    other = labels.clone()
+    other[::20] = 0
+    between = metrics.kappa_interval(labels, other, text_N=text_N)
+    assert 0 < between.low < metrics.kappa(labels, other) < between.high < 1
+
+
+@pytest.mark.parametrize(("make", "head"), [(make_tiny_classifier, "classification"), (make_tiny_t5, "seq2seq"),
+                                            (make_tiny_llama, "causal")])  # fmt: skip
+def test_a_student_that_gives_all_texts_the_same_fails_the_gate(tmp_path, make, head):
+    """The judge of the stage: a model whose logits are one vector keeps nothing that the gate lets pass."""
+    make(tmp_path / "teacher")
+    write_corpus(tmp_path / "texts.jsonl", make_texts(120))
+    settings = ("data.corpus=texts.jsonl",) if head != "causal" else GENERATED  # the text that a random one knows
+    run(tmp_path, "prepare", settings=settings)
+    teacher, tokenizer = load_dense(str(tmp_path / "data/teacher"), head=head)
+    constant, _ = load_dense(str(tmp_path / "data/teacher"), head=head)
+    stage = make_stage("evaluate", tmp_path, *SMALL, *settings)
+    problem = "single_label" if head == "classification" else None
+    spec = SimpleNamespace(head=head, problem=problem, max_length=16)
+    tokens = read_tokens(tmp_path / "data/corpus/evaluation.jsonl", head, tokenizer, 16, packed=False)
+    with torch.no_grad():
+        seen = [teacher(**batch.inputs).logits.flatten(0, -2) for batch in tokens.in_order(16)]
+    mean_V = torch.cat(seen).softmax(-1).mean(0).log()  # the best that one vector can be
+    last = constant.get_output_embeddings() or constant.classifier
+    last.register_forward_hook(lambda module, inputs, output: mean_V.expand_as(output))
+    models = {"teacher": teacher, "training_free": constant, "student": teacher}
+    found = evaluate.JUDGES[head](stage, models, tokenizer, spec, "cpu")
+    path, gate = HEADLINES[head].path, stage.params.gate.min_retention
+    assert at(found["retention"], path) == pytest.approx(1)
+    assert at(found["retention_training_free"], path) < gate
+
+
+def test_a_teacher_that_answers_everything_with_one_token_is_refused_before_the_work():
+    rows = [{"decoder_ids": [0, 7, 7]}, {"decoder_ids": [0, 7]}]
+    with pytest.raises(ValueError, match="all 2 held-out texts with one and the same token"):
+        prepare.require_varied_answers(rows)
+    prepare.require_varied_answers([*rows, {"decoder_ids": [0, 8]}])

@@ -62,10 +62,10 @@ def test_a_served_version_passes_the_smoke_test_and_refuses_what_is_none(workspa
             (["a"] * 9, "9 texts are too many for one request; send at most 8"),
             (["x" * 101], "text 0 has 101 characters; at most 100 are accepted"),
             (["\ud800"], "text 0 is not Unicode"),
-            ([1, None], "Expected type str"),
+            ([1, None], "text 0 is int, not a string; send text"),
             ("text", "Expected list, but got str"),
             (None, "Expected list"),
-            ([["nested"]], "Expected type str"),
+            ([["a", "b"]], "text 0 is list; this model reads single texts: send strings"),
         ):
             status, answer = server.ask(bad)
             assert status == 400, bad
