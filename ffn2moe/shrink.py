@@ -5,12 +5,17 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ffn2moe.data.batches import in_order
+from ffn2moe.data.batches import Batch, in_order
 from ffn2moe.data.corpus import read_corpus
+from ffn2moe.data.pairs import encode_pairs, pairs_of, read_pairs
+from ffn2moe.decompose.source import skeleton
+from ffn2moe.dense.config import takes_token_types
+from ffn2moe.dense.cross_encoder import reads_pairs
 from ffn2moe.moe import checkpoint
 from ffn2moe.numerics import choose_device
 from ffn2moe.onnx.write import export_or_checkpoint
@@ -51,21 +56,19 @@ def shrink(
     require_shrinkable(spec, keep, method)
     device = choose_device(device)
     tokenizer = _tokenizer(reader)
-    ids = _token_ids(str(texts), text_column, tokenizer, spec)
+    ids, type_ids = _token_ids(str(texts), text_column, tokenizer, spec, skeleton(folder, spec.head))
     model = checkpoint.load(folder)
     apart = set(range(HELD_OUT - 1, len(ids), HELD_OUT)) or {len(ids) - 1}
-    learned = [one for place, one in enumerate(ids) if place not in apart]
-    judged = [one for place, one in enumerate(ids) if place in apart]
+    learned = [place for place in range(len(ids)) if place not in apart]
+    judged = sorted(apart)
     pad_id = tokenizer.pad_token_id or 0
-    task, held_out = (
-        see(
-            model,
-            list(in_order(spec.head, part, batch_texts=BATCH_TEXTS, pad_id=pad_id)),
-            calibration_tokens,
-            device,
-        )
-        for part in (learned, judged)
-    )
+
+    def batches(places: list[int]) -> list[Batch]:
+        types = [type_ids[place] for place in places] if type_ids else None
+        rows = [ids[place] for place in places]
+        return list(in_order(spec.head, rows, type_ids=types, batch_texts=BATCH_TEXTS, pad_id=pad_id))
+
+    task, held_out = (see(model, batches(part), calibration_tokens, device) for part in (learned, judged))
     say(f"{len(learned)} texts show which experts are used, {len(judged)} what is lost")
     smaller, reports = shrink_model(model, spec, task, held_out, keep=keep, method=method, track=track)
     details = {
@@ -139,11 +142,20 @@ def _tokenizer(folder: Path) -> Any:
         ) from None
 
 
-def _token_ids(texts: str, column: str, tokenizer: Any, spec: MoESpec) -> list[list[int]]:
-    """Return the texts as token ids, truncated to the model's length. ValueError for fewer than two."""
-    found = read_corpus(texts, column)
-    if len(found) < 2:
+def _token_ids(
+    texts: str, column: str, tokenizer: Any, spec: MoESpec, model: Any
+) -> tuple[list[list[int]], list[list[int]] | None]:
+    """Return the texts, or pairs of them where the model reads pairs, as token ids, truncated to the model's length.
+
+    The second is which text of its pair each token belongs to, if the model tells them apart. ValueError for fewer than
+    two texts.
+    """
+    in_pairs = spec.head == "classification" and ("," in column or reads_pairs(model.config))
+    rows: Sequence[Any] = read_pairs(texts, column) if in_pairs and "," in column else read_corpus(texts, column)
+    if len(rows) < 2:
         raise ValueError(f"{texts} holds one text: give two or more, to see which experts are used and what is lost")
-    found = [spec.prompt + text for text in found]
-    ids: list[list[int]] = tokenizer(found, truncation=True, max_length=spec.max_length)["input_ids"]
-    return ids
+    if in_pairs:
+        pairs = rows if "," in column else pairs_of(rows, 0)
+        return encode_pairs(tokenizer, pairs, spec.max_length, told_apart=takes_token_types(model))
+    found = [spec.prompt + text for text in rows]
+    return tokenizer(found, truncation=True, max_length=spec.max_length)["input_ids"], None

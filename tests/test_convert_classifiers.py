@@ -15,6 +15,7 @@ from sentence_transformers import CrossEncoder
 
 import ffn2moe
 from ffn2moe import cli, metrics
+from ffn2moe import shrink as shrinking
 from ffn2moe.conversion.quality import judge
 from ffn2moe.conversion.settings import Settings
 from ffn2moe.convert import convert
@@ -22,6 +23,7 @@ from ffn2moe.data.batches import in_order
 from ffn2moe.dense.load import load_dense
 from ffn2moe.moe.describe import spec_of
 from ffn2moe.runtime.plans import PLANS, obstacle
+from ffn2moe.shrinking.usage import see
 from tests.test_classifiers import NER, make, of_problem
 from tests.texts import make_texts, write_corpus
 
@@ -118,6 +120,18 @@ def test_a_cross_encoder_is_converted_and_ranks_by_the_command(corpus, tmp_path,
         with pytest.raises(ValueError, match=message):
             export.classify(given)
     assert export.classify([]).shape == (0, 1)
+
+
+@pytest.mark.parametrize(("kind", "column"), [("one_label", "text"), ("single_label", "text,text")])
+def test_a_classifier_of_pairs_is_shrunk_on_pairs(kind, column, corpus, tmp_path, monkeypatch):
+    dense = kinds(tmp_path / "dense", kind)
+    convert(str(dense), tmp_path / "out", replace(QUICK, corpus=corpus, distill_steps=0))
+    seen = []
+    monkeypatch.setattr(
+        shrinking, "see", lambda model, batches, *rest: seen.extend(batches) or see(model, batches, *rest)
+    )
+    shrinking.shrink(tmp_path / "out", corpus, tmp_path / "small", keep=3, text_column=column, onnx=False)
+    assert seen and all(batch.inputs["token_type_ids"].max() == 1 for batch in seen)
 
 
 def rewrite(path: Path, **changes: Any) -> None:

@@ -23,7 +23,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="what happens to the other experts (drop)",
     )
     add("--out", type=Path, required=True, metavar="PATH", help="the export to make; PATH stays as it is")
-    add("--text-column", default="text", metavar="NAME", help="the column of a table that holds the text (text)")
+    add(
+        "--text-column",
+        default="text",
+        metavar="NAME",
+        help="the column of a table that holds the text (text); FIRST,SECOND for pairs",
+    )
     add("--calibration-tokens", type=count, default=16384, metavar="N", help="tokens that measure the use (16384)")
     add("--device", default="auto", metavar="NAME", help="auto, cpu or cuda")
     add("--no-onnx", action="store_true", help="write the checkpoint only, without ONNX graphs")

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from ffn2moe.data.batches import Batch, Batches, BatchSource, in_order, pack
 from ffn2moe.data.corpus import read_corpus
 from ffn2moe.data.generate import greedy_answers, sample_tokens
-from ffn2moe.data.pairs import Pair, pairs_of, read_pairs
+from ffn2moe.data.pairs import Pair, encode_pairs, pairs_of, read_pairs
 from ffn2moe.dense.config import takes_token_types
 
 if TYPE_CHECKING:
@@ -152,11 +152,9 @@ def _pairs(task: Task) -> list[Pair]:
 
 
 def _of_pairs(task: Task, pairs: Sequence[Pair]) -> Tokens:
-    """Return pairs as token ids; a pair that is too long loses tokens of its longer text first."""
-    first_N, second_N = map(list, zip(*pairs, strict=True))
-    found = task.dense.reader(first_N, second_N, truncation=True, max_length=task.max_length)
     told_apart = takes_token_types(task.case.model)
-    return Tokens(found["input_ids"], None, found.get("token_type_ids") if told_apart else None)
+    ids, type_ids = encode_pairs(task.dense.reader, pairs, task.max_length, told_apart=told_apart)
+    return Tokens(ids, None, type_ids)
 
 
 def _of_corpus(task: Task) -> Tokens:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Sequence
+from typing import Any
 
 from ffn2moe.data.corpus import clean, read_column
 
@@ -49,6 +50,18 @@ def pairs_of(texts: Sequence[str], seed: int) -> list[Pair]:
         step = 1 if kind == 1 else generator.randrange(1, len(texts))
         pairs.append((first, rest if kind == 0 else texts[(index + step) % len(texts)]))
     return pairs
+
+
+def encode_pairs(
+    tokenizer: Any, pairs: Sequence[Pair], max_length: int, *, told_apart: bool
+) -> tuple[list[list[int]], list[list[int]] | None]:
+    """Return the token ids of pairs, and which text of its pair each token belongs to where a model tells them apart.
+
+    A pair that is too long loses tokens of its longer text first, as where it is served.
+    """
+    first_N, second_N = map(list, zip(*pairs, strict=True))
+    found = tokenizer(first_N, second_N, truncation=True, max_length=max_length)
+    return found["input_ids"], found.get("token_type_ids") if told_apart else None
 
 
 def _split(text: str) -> Pair:
