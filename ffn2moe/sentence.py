@@ -96,14 +96,17 @@ class SentenceModules:
         return known[name]
 
     def describe(self) -> str:
-        """Return pooling and modules in words."""
+        """Return pooling, modules and the default prompt in words."""
         parts = [f"{' and '.join(self.pooling)} pooling"]
         for module in self.modules:
             if isinstance(module, Dense):
                 parts.append(f"a dense layer ({module.activation})")
             elif isinstance(module, LayerNorm):
                 parts.append("a layer norm")
-        return ", ".join([*parts, "unit length" if self.unit else "not of unit length"])
+        parts.append("unit length" if self.unit else "not of unit length")
+        if self.prompt():
+            parts.append(f"behind the prompt {self.prompt()!r}")
+        return ", ".join(parts)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values, as JSON gives them back."""

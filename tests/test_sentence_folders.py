@@ -271,6 +271,9 @@ def test_a_description_survives_json(tmp_path):
     )
     assert SentenceModules.from_dict(json.loads(json.dumps(described.to_dict()))) == described
     assert described.embedding_width(32) == 4 and not described.unit
+    assert described.describe() == (
+        "cls and mean pooling, a dense layer (Tanh), a layer norm, not of unit length, behind the prompt 'q: '"
+    )
     assert (described.prompt(), described.prompt(""), described.prompt(prompt_name="document")) == ("q: ", "", "")
     with pytest.raises(ValueError, match="no prompt 'passage'; this model has: query, document"):
         described.prompt(prompt_name="passage")

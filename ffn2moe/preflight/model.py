@@ -57,6 +57,8 @@ def head(case: Case) -> Iterator[str]:
     if dense.head == "classification" and dense.reads == "text":
         require_padding(dense.config, dense.reader, case.request.source)
     means = f", {PROBLEMS[problem_of(dense.config)].gives}" if HEADS[dense.head].classifies else ""
+    if dense.sentence is not None:
+        means = f" by {dense.sentence.describe()}"
     if dense.head == "seq2seq" and dense.reads == "text" and not _starts_answers(dense):
         raise ValueError(
             f"config.json of {case.request.source} has no decoder_start_token_id, with which an answer begins: add it"
