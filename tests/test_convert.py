@@ -271,8 +271,9 @@ def test_a_model_of_two_towers_is_decomposed_and_routed(images, tmp_path, monkey
 
 def test_the_graphs_are_written_too_and_the_folder_is_an_export(llama, tmp_path):
     settings = replace(QUICK, onnx=True, distill_steps=0, texts=20)
-    manifest = convert(llama, tmp_path / "out", settings)
-    assert [*manifest["plans"]] == ["sorted"]  # any ONNX runtime opens it
+    said: list[str] = []
+    manifest = convert(llama, tmp_path / "out", settings, say=said.append)
+    assert [*manifest["plans"]] == ["sorted"] and "plans: sorted" in said  # any ONNX runtime opens it
     assert ffn2moe.open_export(tmp_path / "out").plan == "sorted"
     manifest = convert(llama, tmp_path / "every", replace(settings, every_plan=True))
     assert {"dense", "sorted", "fused"} <= set(manifest["plans"])

@@ -27,7 +27,7 @@ from ffn2moe.preflight.request import Request
 from ffn2moe.preflight.texts import Sample, sample
 from ffn2moe.progress import Say, silent
 from ffn2moe.runtime.engines import installed_engines
-from ffn2moe.runtime.plans import PLANS, graph_of, obstacle, plan_of, plans_of
+from ffn2moe.runtime.plans import PLANS, UNMEASURED_PLANS, graph_of, obstacle, plan_of, plans_of
 from ffn2moe.spec import Gate, MoESpec
 
 # Where the user names no number:
@@ -263,8 +263,9 @@ class Case:
         asked, dense = self.request, self.dense
         if not asked.onnx:
             return {}
-        engines = asked.engines or installed_engines()
-        wanted = (*plans_of(dense.head, engines, without_experts=asked.num_experts == 1), *asked.more_plans)
+        engines, alone = asked.engines or installed_engines(), asked.num_experts == 1
+        every = plans_of(dense.head, engines, without_experts=alone)
+        wanted = (*(every if asked.every_plan else (UNMEASURED_PLANS[alone],)), *asked.more_plans)
         return {name: obstacle(PLANS[name], dense.head, dense.config) for name in dict.fromkeys(wanted)}
 
     @property

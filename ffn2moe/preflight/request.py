@@ -46,6 +46,7 @@ class Request:
     batch_tokens: int | None = None  # of a step; None: what fits the model
     engines: tuple[str, ...] | None = None  # to make plans for; None: those that are installed
     more_plans: tuple[str, ...] = ()
+    every_plan: bool = True  # or the one that is good without a measurement
     onnx: bool = True
     checkpoints: int = 2  # of the whole model that are written
     stored: int = 1  # times that each file is stored
