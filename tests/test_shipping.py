@@ -24,7 +24,7 @@ from ffn2moe.runtime.plans import PLANS, plans_of
 from tasks import benchmark
 from tests.texts import make_stage
 
-SIZES = {"dense": 90, "dense8": 35, "ov-dense8": 36, "sorted": 90, "sorted8": 35, "ov-native4": 34, "ov-native": 45}
+SIZES = {"dense": 90, "dense8": 35, "ov-dense8": 36, "sorted": 90, "sorted8": 36, "ov-native4": 34, "ov-native": 45}
 
 
 def write_export(folder: Path, sizes: dict[str, int] = SIZES) -> Path:
@@ -46,12 +46,15 @@ def write_export(folder: Path, sizes: dict[str, int] = SIZES) -> Path:
 @pytest.mark.parametrize(
     ("chosen", "losing", "portable", "kibibytes"),
     [
-        (["ov-native4"], (), "sorted8", 92 + 34 + 35),
-        (["ov-native4", "sorted8"], (), "sorted8", 92 + 34 + 35),
+        (["ov-native4"], (), "sorted8", 92 + 34 + 36),
+        (["ov-native4", "sorted8"], (), "sorted8", 92 + 34 + 36),
         (["ov-sorted"], (), "sorted", 92 + 90),  # the same file
         (["dense8"], (), "dense8", 92 + 35),
         (["ov-dense"], (), "dense", 92 + 90),
-        (["ov-native"], ("sorted8",), "dense8", 92 + 45 + 35),  # of what keeps the quality
+        (["ov-native"], ("sorted8",), "dense8", 92 + 45 + 35),  # `sorted` would not fit
+        (["ov-native4", "dense8"], (), "dense8", 92 + 34 + 35),  # nor both
+        (["ov-dense8"], (), "dense8", 92 + 36 + 35),  # no mixture is used
+        (["ov-native4"], ("sorted8", "dense8"), "sorted", 92 + 34 + 90),  # none fits
     ],
 )
 def test_the_portable_plan_keeps_the_quality_and_adds_least(tmp_path, chosen, losing, portable, kibibytes):

@@ -52,9 +52,18 @@ class Shipment:
         self._always = sum(_bytes(path) for path in self._others() if path.name not in _UNCOUNTED)
 
     def portable(self, chosen: Sequence[str]) -> str:
-        """Return the portable plan to ship beside the chosen ones: the one that adds least, and keeps the quality."""
+        """Return the portable plan to ship beside the chosen ones: it keeps the quality, and fits if any does.
+
+        Beside a mixture it is a mixture, too, and of these the one that adds least. A chosen plan adds nothing.
+        """
         able = [plan for plan in self._entries if is_portable(plan) and self._keeps_quality.get(plan, False)]
-        return min(able, key=lambda plan: (self._bytes([*chosen, plan]), plan not in chosen, is_dense(plan)))
+        only_dense = all(map(is_dense, chosen))
+
+        def rank(plan: str) -> tuple[bool, bool, int]:
+            graphs = self._bytes([*chosen, plan])
+            return self._always + graphs > LARGEST * self._dense, is_dense(plan) and not only_dense, graphs
+
+        return min(able, key=rank)
 
     def size(self, chosen: Sequence[str]) -> Size:
         """Return how large the export is with these plans and the portable one beside them."""
