@@ -84,7 +84,10 @@ def _read_json(file: Path, keys: Sequence[str]) -> dict[str, Any]:
 
 
 def load_tokenizer(folder: Path, max_length: int | None) -> Tokenizer:
-    """Return the fast tokenizer saved in `folder`; it truncates texts to `max_length` tokens, if any, and pads none."""
+    """Return the fast tokenizer saved in `folder`; it truncates texts to `max_length` tokens, if any, and pads none.
+
+    Which end of a text is cut stands in tokenizer_config.json, not in tokenizer.json.
+    """
     from tokenizers import Tokenizer
 
     file = folder / "tokenizer.json"
@@ -94,7 +97,9 @@ def load_tokenizer(folder: Path, max_length: int | None) -> Tokenizer:
     if max_length is None:
         tokenizer.no_truncation()
     else:
-        tokenizer.enable_truncation(max_length)
+        config = folder / "tokenizer_config.json"
+        side = _read_json(config, ()).get("truncation_side", "right") if config.is_file() else "right"
+        tokenizer.enable_truncation(max_length, direction=side)
     tokenizer.no_padding()
     return tokenizer
 
