@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from ffn2moe.decompose.partition import PARTITIONS
 from ffn2moe.decompose.source import Source, layers_path, skeleton
 from ffn2moe.numerics import chunk_of
 from ffn2moe.spec import FFNShape, MoESpec
@@ -59,6 +60,8 @@ def estimate(
     padded = (shape.shared_width + spec.num_experts * shape.expert_width) / shape.ffn_width
     states = 4 * 3 * shape.width * calibration_tokens
     work = _work(shape, spec.num_experts, calibration_tokens, batch_tokens)
+    if PARTITIONS[spec.partition].refilled:
+        work = max(work, _refilling(shape, spec.num_experts))
     return Estimate(
         layers=shape.num_layers,
         layer=layer,
@@ -85,6 +88,19 @@ def _work(shape: FFNShape, num_experts: int, calibration_tokens: int, batch_toke
     # In float64: H'H and its factor; what is solved for and its copies. In float32: activations, tokens and outputs.
     refitting = 2 * 8 * F * F + 4 * 8 * F * D + 2 * 4 * chunk_of(F) * F + 4 * 3 * calibration_tokens * D
     return max(forward, ffn + partitioning, slicing, fitting, refitting)
+
+
+def _refilling(shape: FFNShape, num_experts: int) -> int:
+    """Return what `token_experts.fill` takes beside the calibration states, in bytes."""
+    from ffn2moe.decompose.token_experts import BASIS_TOKENS
+    from ffn2moe.numerics import WIDEST_MOMENTS
+
+    D, F = shape.width, shape.ffn_width
+    ffn = 4 * (3 if shape.gated else 2) * D * F
+    clustering = 3 * 4 * BASIS_TOKENS * F
+    # Second moments of each expert in float32, and what the elimination makes of one of them in float64.
+    choosing = 0 if F > WIDEST_MOMENTS else (4 * (num_experts + 2) + 4 * 8) * F * F
+    return 3 * ffn + max(clustering, choosing)
 
 
 def resident() -> int:

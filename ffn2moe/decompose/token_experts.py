@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 DIRECTIONS = 64  # P
 CLUSTERED_TOKENS = 16384  # most tokens that the clusters are found on
+BASIS_TOKENS = 4096  # most tokens that the directions are found on
 SHRINKAGE = 0.25  # weight of all tokens beside those of an expert, where its neurons are chosen
 
 
@@ -77,12 +78,15 @@ def cluster_tokens(ffn: DenseFFN, x_TD: Tensor, num_clusters: int, seed: int) ->
     from sklearn.cluster import KMeans
     from sklearn.utils.extmath import randomized_svd
 
+    def given(some_TD: Tensor) -> Tensor:
+        return ffn.neurons(some_TD).abs() * norm_F
+
     norm_F = ffn.w_out_DF.norm(dim=0)
-    given_TF = torch.cat([(ffn.neurons(x).abs() * norm_F).bfloat16() for x in x_TD.split(chunk_of(ffn.ffn_width))])
-    some_NF = given_TF[: max(4 * DIRECTIONS, len(given_TF) // 4)].float()
+    some_NF = given(x_TD[:BASIS_TOKENS])
     wanted = min(DIRECTIONS, *some_NF.shape)
     basis_PF = randomized_svd((some_NF - some_NF.mean(0)).numpy(), wanted, n_iter=2, random_state=seed)[2]
-    points_TP = F.normalize(given_TF.float() @ torch.from_numpy(basis_PF.copy()).float().T, dim=1)
+    basis_FP = torch.from_numpy(basis_PF).float().T
+    points_TP = torch.cat([F.normalize(given(x) @ basis_FP, dim=1) for x in x_TD.split(chunk_of(ffn.ffn_width))])
     found = KMeans(num_clusters, n_init=2, random_state=seed).fit_predict(points_TP.numpy())
     return torch.from_numpy(found).long()
 
