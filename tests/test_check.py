@@ -19,8 +19,9 @@ from ffn2moe.decompose.source import Source
 from ffn2moe.preflight import machine, room
 from ffn2moe.preflight.case import Case
 from ffn2moe.preflight.checks import findings
+from flows.workspace import check_inputs
 from tasks import check
-from tasks.params import load_params
+from tasks.params import load_params, read
 from tests.conftest import make_tiny_bert, make_tiny_llama, make_tiny_t5
 from tests.texts import PARAMS, make_texts, write_corpus
 
@@ -289,3 +290,17 @@ def test_memory_is_that_of_the_container_where_it_has_less(tmp_path, monkeypatch
     (tmp_path / "memory.max").write_text("max\n")
     assert memory.available_memory() > 600
     assert room.all_memory() > 600
+
+
+def test_a_start_of_the_pipeline_checks_once_what_did_not_change(bert, tmp_path, capfd):
+    raw = read(PARAMS)
+    raw["teacher"] |= {"source": str(bert), "max_length": 65}
+    raw["data"]["corpus"] = str(write_corpus(tmp_path / "texts.jsonl", make_texts(50)))
+    (tmp_path / "source").mkdir()
+    shutil.copytree(PARAMS.parent / "tasks", tmp_path / "source/tasks")
+    assert not check_inputs(tmp_path / "source", raw)
+    assert "teacher.max_length=65 is more than the 64 positions" in capfd.readouterr().err
+    raw["teacher"]["max_length"] = 32
+    assert check_inputs(tmp_path / "source", raw)
+    assert "estimated" in capfd.readouterr().out
+    assert check_inputs(tmp_path / "source", raw) and capfd.readouterr().out == ""

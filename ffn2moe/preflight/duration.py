@@ -15,9 +15,9 @@ from ffn2moe.preflight.texts import image_files
 from ffn2moe.runtime.engines import cores
 
 PROBE_SECONDS, PROBE_TOKENS = 0.1, 256  # of each precision
-# Shares of the product's speed that whole steps reach, and seconds that no product explains: measured with one thread
-# in a conversion of all-MiniLM-L6-v2 (docs/results/check.md compares estimates with other conversions).
-WRITING, DECOMPOSING, JUDGING, TRAINING = 0.5, 1.0, 0.6, 0.4
+# Shares of the product's speed that whole steps reach, and seconds that no product explains: measured in conversions
+# with one thread (docs/results/check.md).
+WRITING, DECOMPOSING, JUDGING, TRAINING = 0.5, 1.0, 0.6, 0.5
 DOCSTRING_SECONDS = 60  # of one core, to parse the sources of the packages
 TOKENISE_SECONDS = 1e-6  # of one core, a character
 IMAGE_SECONDS = 0.05  # an image, read and resized
@@ -70,8 +70,8 @@ def _decompose(case: Case, exact: float, rounded: float) -> float:
         wide, D, F = shape.ffn_width > WIDEST_MOMENTS, shape.width, shape.ffn_width
         ffn = (3 if shape.gated else 2) * D * F
         # Moments of the neurons and of what the experts give; their eigenvectors, or a factor alone; in float64.
-        moments = 4 * (1 if wide else 2) * tokens * F**2
-        solving = F**3 + 4 * F**2 * D if wide else 20 * F**3
+        moments = (4 if wide else 6) * tokens * F**2
+        solving = F**3 + 4 * F**2 * D if wide else 10 * F**3
         router = 6 * ROUTER_TOKENS * D * case.spec.num_experts
         judging = 2 * PASSES * tokens * ffn / (rounded if wide else exact)
         seconds += shape.num_layers * ((moments + solving + router) / exact + judging)
