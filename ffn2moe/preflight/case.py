@@ -15,7 +15,7 @@ from ffn2moe.containers.table import CONTAINERS
 from ffn2moe.decompose.partition import settled
 from ffn2moe.decompose.source import NotStreamable, Source, only_stack, skeleton
 from ffn2moe.dense.cross_encoder import reads_pairs
-from ffn2moe.dense.families import FAMILIES, positions
+from ffn2moe.dense.families import positions
 from ffn2moe.dense.length import usual_length
 from ffn2moe.dense.reduction import Reduction, reduction
 from ffn2moe.dense.tensors import explain, match
@@ -59,11 +59,10 @@ class Case:
                 f"which this package makes {' or '.join(heads)}: leave {asked.call('head')} out, or name one of these"
             )
         if asked.text_only and (dense.reads != "text" or heads == ("features",)):
-            able = sorted(one.name for one in FAMILIES.rows() if one.reads == "text" and one.heads != ("features",))
             raise ValueError(
                 f"{asked.source} is a {dense.config.model_type} model, which reads {dense.reads} and gives "
-                f"{' or '.join(heads)}; the pipeline distils and judges on text ({', '.join(able)}): convert this "
-                "model with `ffn2moe convert`"
+                f"{' or '.join(heads)}; the pipeline distils and judges on text: convert this model "
+                "with `ffn2moe convert`"
             )
         if dense.reads == "speech":
             raise ValueError(

@@ -48,7 +48,6 @@ class Request:
     more_plans: tuple[str, ...] = ()
     every_plan: bool = True  # or the one that is good without a measurement
     onnx: bool = True
-    every_plan: bool = True  # or the portable one alone
     checkpoints: int = 2  # of the whole model that are written
     stored: int = 1  # times that each file is stored
     device: str = "auto"
