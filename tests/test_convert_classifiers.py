@@ -103,8 +103,8 @@ def test_a_cross_encoder_is_converted_and_ranks_by_the_command(corpus, tmp_path,
     assert cli.main(["classify", str(tmp_path / "out"), *documents, "--query", "the house", "--plan", "sorted"]) == 0
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     expected = CrossEncoder(str(tmp_path / "dense"), device="cpu").predict([("the house", one) for one in documents])
-    assert [row["text_pair"] for row in rows] == documents and "label" not in rows[0]
-    np.testing.assert_allclose([next(iter(row["scores"].values())) for row in rows], expected, atol=1e-5)
+    assert [row["text_pair"] for row in rows] == documents
+    np.testing.assert_allclose([row["labels"][0]["score"] for row in rows], expected, atol=1e-5)
     tabs = [f"the house\t{one}" for one in documents]
     assert cli.main(["classify", str(tmp_path / "out"), *tabs, "--pairs", "--plan", "sorted"]) == 0
     assert [json.loads(line) for line in capsys.readouterr().out.splitlines()] == rows
