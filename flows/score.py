@@ -1,6 +1,7 @@
 """Score a file of texts with a version of the registry: embeddings, labels, entities, or generated texts.
 
-    python -m flows.score INPUT OUTPUT [--model NAME] [--version N | --alias NAME] [--column NAME] [--skip-bad]
+    python -m flows.score INPUT OUTPUT [--model NAME] [--version N | --alias NAME] [--column NAME]
+                          [--prompt-name NAME] [--skip-bad]
 
 INPUT is .txt (one text a line), .jsonl, .csv or .tsv; --column FIRST,SECOND reads pairs of texts for a classifier.
 OUTPUT is .jsonl or .parquet (with the line number of each text), or .npy (one row a text). OUTPUT is written whole or
@@ -114,11 +115,18 @@ def _from_table(stream: Any, path: Path, columns: Sequence[str]) -> Iterator[Lin
 
 
 def score(
-    model: Any, source: Path, target: Path, column: str, skip_bad: bool, track: Callable[[Iterator[int], int], Any]
+    model: Any,
+    source: Path,
+    target: Path,
+    column: str,
+    skip_bad: bool,
+    track: Callable[[Iterator[int], int], Any],
+    prompt_name: str = "",
 ) -> tuple[int, int]:
     """Write the result of a loaded model for each text of `source`; return the numbers of texts scored and left out.
 
-    FlowError with the first bad lines, unless `skip_bad`; then nothing is written.
+    FlowError with the first bad lines, unless `skip_bad`, and for a prompt that the model lacks; then nothing is
+    written.
     """
     served = model.unwrap_python_model()
     limits = getattr(served, "limits", {})  # versions from earlier code have none
@@ -127,6 +135,10 @@ def score(
     key = getattr(served.export, "gives", None) or EARLIER[head]
     if "," in column and key != "labels":
         raise FlowError(f"--column {column} names two columns, and {key} is made of single texts; name one column")
+
+    params = {"prompt_name": prompt_name} if prompt_name else None
+    if params:
+        _require_prompt(served.export, prompt_name)
 
     def lines() -> Iterator[Line]:
         for line in read_lines(source, column):
@@ -154,8 +166,18 @@ def score(
     with _writer(target, key, good, getattr(served.export, "labels", ())) as write:
         for _ in track(iter(range(0, good, at_once)), -(-good // at_once)):
             batch = list(islice(usable, at_once))
-            write([line.number for line in batch], model.predict([line.text for line in batch]))
+            write([line.number for line in batch], model.predict([line.text for line in batch], params=params))
     return good, bad
+
+
+def _require_prompt(export: Any, name: str) -> None:
+    sentence = getattr(export, "sentence", None)
+    if sentence is None:
+        raise FlowError(f"--prompt-name {name}, but this version has no prompts: leave it out")
+    try:
+        sentence.prompt(prompt_name=name)
+    except ValueError as error:
+        raise FlowError(f"--prompt-name {name}: {error}") from None
 
 
 @contextmanager
@@ -244,6 +266,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         metavar="NAME",
         help="field of the text in .jsonl, .csv and .tsv, or FIRST,SECOND for pairs of texts; default: text",
     )
+    parser.add_argument(
+        "--prompt-name", default="", metavar="NAME", help="the model's prompt to write before each text"
+    )
     parser.add_argument("--skip-bad", action="store_true", help="leave out texts that cannot be scored, and print them")
     options = parser.parse_args(arguments)
     settle(ROOT)
@@ -265,6 +290,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             options.column,
             options.skip_bad,
             lambda items, total: stage.track(items, total, "batches"),
+            options.prompt_name,
         )
         console.print(f"{options.output}: {good} texts by {registry.model} version {version}")
         return 0

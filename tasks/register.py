@@ -58,7 +58,7 @@ def run(stage: StageRun) -> None:
                     "max_texts": params.register_.max_texts,
                     "max_characters": params.register_.max_characters,
                 },
-                options={"info": False},
+                options={"info": False, "prompt_name": ""},
             )
         )
         registry.tag(version, tags(root, params, quality, facts, plan))

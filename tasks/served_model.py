@@ -33,8 +33,9 @@ class Served(PythonModel):
     """Answer texts with embeddings, with labels or entities as transformers' pipelines give them, or with written text.
 
     A classifier answers pairs, too: `[first, second]` or `{"text": first, "text_pair": second}`. Text is continued or
-    answered greedily. A request with the params {"info": true} returns one mapping instead: the model's name and
-    version, its plan, the limits, and the number of requests, texts and seconds since it started.
+    answered greedily. The params {"prompt_name": "query"} write a prompt of a sentence encoder before each text; its
+    default prompt needs no name. A request with the params {"info": true} returns one mapping instead: the model's name
+    and version, its plan, the limits, and the number of requests, texts and seconds since it started.
     """
 
     def load_context(self, context: Any) -> None:
@@ -54,11 +55,12 @@ class Served(PythonModel):
 
         Refused: no text, too many, or one that is no text, empty, too long or not Unicode.
         """
-        if (params or {}).get("info"):
+        params = params or {}
+        if params.get("info"):
             return [self._info()]
         inputs = self._checked(model_input)
         start = time.perf_counter()
-        answers = self._answers(inputs)
+        answers = self._answers(inputs, params.get("prompt_name") or None)
         with self._lock:
             self.answered["requests"] += 1
             self.answered["texts"] += len(model_input)
@@ -104,12 +106,22 @@ class Served(PythonModel):
             raise Refused(f"{name} is not Unicode: {error.reason}; remove the lone surrogate") from None
         return text
 
-    def _answers(self, inputs: list[Any]) -> list[Any]:
+    def _answers(self, inputs: list[Any], prompt_name: str | None) -> list[Any]:
+        if prompt_name is not None:
+            self._require_prompt(prompt_name)
         if self.export.gives == "text":
             return [self._written(index, text) for index, text in enumerate(inputs)]
         if self.export.gives == "embedding":
-            return self.export.encode(inputs).tolist()
+            return self.export.encode(inputs, prompt_name=prompt_name).tolist()
         return self.export.answers(inputs)
+
+    def _require_prompt(self, name: str) -> None:
+        if self.export.gives != "embedding":
+            raise Refused(f"prompt_name = {name}, but this model gives {self.export.gives}: leave it out")
+        try:
+            self.export.sentence.prompt(prompt_name=name)
+        except ValueError as error:
+            raise Refused(str(error)) from None
 
     def _written(self, index: int, text: str) -> str:
         try:

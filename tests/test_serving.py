@@ -10,6 +10,7 @@ import numpy
 import pytest
 
 from ffn2moe.runtime.export import open_export
+from ffn2moe.sentence import SentenceModules
 from flows import promote, score, serve
 from flows.serve import ask, served
 from flows.workspace import FlowError
@@ -193,3 +194,20 @@ def test_the_command_line_says_what_it_cannot_write_before_it_loads_anything(tmp
     for target, message in (("out.xml", "xml cannot be written"), ("no/out.npy", "does not exist; make it first")):
         assert score.main([str(tmp_path / "a.txt"), str(tmp_path / target)]) == 2
         assert message in capsys.readouterr().err
+
+
+def test_a_prompt_is_named_in_a_request_and_for_a_file(model, tmp_path, monkeypatch):
+    served_model = model.unwrap_python_model()
+    prompts = SentenceModules(prompts=(("query", "the red "),))
+    monkeypatch.setattr(type(served_model.export), "sentence", prompts)
+    expected = served_model.export.encode([f"the red {text}" for text in TEXTS])
+    numpy.testing.assert_allclose(model.predict(TEXTS, params={"prompt_name": "query"}), expected, atol=1e-5)
+    numpy.testing.assert_allclose(model.predict(TEXTS), served_model.export.encode(TEXTS), atol=1e-5)
+    with pytest.raises(Exception, match="no prompt 'passage'; this model has: query"):
+        model.predict(TEXTS, params={"prompt_name": "passage"})
+    (tmp_path / "in.txt").write_text("\n".join(TEXTS))
+    files = tmp_path / "in.txt", tmp_path / "out.npy"
+    score.score(model, *files, "text", False, lambda items, total: items, "query")
+    numpy.testing.assert_allclose(numpy.load(tmp_path / "out.npy"), expected, atol=1e-5)
+    with pytest.raises(FlowError, match="--prompt-name passage: there is no prompt"):
+        score.score(model, *files, "text", False, lambda items, total: items, "passage")
