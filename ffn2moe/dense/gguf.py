@@ -300,6 +300,7 @@ def _parsed_once() -> Iterator[None]:
     On SmolLM2-135M the names alone are built 397 times.
     """
     import gguf
+    from transformers import modeling_gguf_pytorch_utils
 
     class Reader(gguf.GGUFReader):
         """Slice plain arrays: a slice of a memory map takes three times as long, and every token is one."""
@@ -316,8 +317,10 @@ def _parsed_once() -> Iterator[None]:
     before = {name: getattr(gguf, name) for name in once}
     for name, function in once.items():
         setattr(gguf, name, functools.cache(function))
+    bar, modeling_gguf_pytorch_utils.tqdm = modeling_gguf_pytorch_utils.tqdm, lambda items, **_: items  # no bar
     try:
         yield
     finally:
+        modeling_gguf_pytorch_utils.tqdm = bar
         for name, function in before.items():
             setattr(gguf, name, function)
