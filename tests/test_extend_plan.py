@@ -45,7 +45,7 @@ def test_the_row_appears_in_the_parameters(sorted4):
 def test_every_row_of_the_table_can_be_made():
     for plan in plans.PLANS.rows():
         shared = plans.PLANS[plan.same_graph_as or plan.name]
-        assert shared.steps or shared.name == "dense", f"{plan.name} has no step that computes a mixture"
+        assert shared.steps or shared.name in ("dense", "student"), f"{plan.name} has no step that computes a mixture"
         assert plan.heads or plan.on_request, f"no model ever gets {plan.name}"
         if plan.operator is not None:
             assert callable(plans.resolve(plan.operator.self_test))
