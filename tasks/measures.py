@@ -68,7 +68,7 @@ HEADLINES.register(
     Headline(
         ("to_teacher", "kappa"),
         "kappa",
-        "agreement with the teacher beyond chance (kappa)",
+        "choice of tokens (kappa)",
         "higher",
         ("logits_weight", "hidden_weight"),
         kept="choice of tokens",
@@ -83,7 +83,7 @@ HEADLINES.register(
     Headline(
         ("to_teacher", "concordance"),
         "concordance",
-        "concordance with the teacher's scores",
+        "scores (concordance)",
         "higher",
         ("logits_weight", "hidden_weight"),
         kept="scores",
@@ -98,7 +98,7 @@ HEADLINES.register(
     Headline(
         ("to_teacher", "concordance"),
         "concordance",
-        "concordance with the teacher's scores",
+        "scores (concordance)",
         "higher",
         ("logits_weight", "hidden_weight"),
         kept="scores of tokens",

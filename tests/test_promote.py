@@ -137,7 +137,7 @@ def test_classifiers_of_another_problem_or_from_before_concordance_are_not_taken
     assert not all(check.passed for check in judge(GATE, 2, single, 1, multi))
     before = figures | {"retention.to_teacher.agreement": "1", "student.to_teacher.agreement": "1"}
     assert all(check.passed for check in judge(GATE, 2, single, 1, before)), "nothing to compare with"
-    assert "was not judged by its concordance" in judge(GATE, 1, before, 2, single)[0].message
+    assert "was not judged by its scores (concordance)" in judge(GATE, 1, before, 2, single)[0].message
 
 
 def test_a_version_without_figures_is_refused_and_a_champion_without_them_is_no_obstacle():
