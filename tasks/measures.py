@@ -139,7 +139,7 @@ SHOWN: tuple[Shown, ...] = (
 
 # How the export of a model that reads pairs of texts is used once.
 PAIR_COMMAND, PAIR_CALL = (
-    "classify {export} --query 'A question?' 'A passage.'",
+    "classify {export} 'A passage.' --query 'A question?'",
     "export.answers([('A question?', 'A passage.')])",
 )
 
