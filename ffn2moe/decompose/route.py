@@ -66,7 +66,8 @@ def route_layer(
     `partition`, a name in PARTITIONS, says so.
     """
     held_out_TD = x_TD if held_out_TD is None else held_out_TD
-    if partition is not None and PARTITIONS[partition].refilled:
+    method = None if partition is None else PARTITIONS.get(partition)  # a worker need not know one of the ablation
+    if method is not None and method.refilled:
         ffn = dense_ffn(moe)
         losses = token_experts.fill(moe, ffn, x_TD, outputs(ffn, x_TD), settings)
         return Routing(losses, token_experts.judge(moe, held_out_TD, outputs(ffn, held_out_TD)))
