@@ -22,6 +22,7 @@ import ffn2moe
 from ffn2moe import cli
 from ffn2moe.dense.load import load_dense
 from ffn2moe.dense.locate import read_ffn
+from ffn2moe.dense.sentence import attach
 from ffn2moe.moe.describe import spec_of
 from ffn2moe.moe.experts import neurons_by_expert, slice_experts
 from ffn2moe.moe.install import install_moe
@@ -661,6 +662,7 @@ def test_modernberts_window_is_kept(tmp_path):
         sep_token_id=3,
     )
     model, spec = carve(random_model(lambda: tf.ModernBertModel(config)), "embedding")
+    attach(model, SentenceModules())
     make_tokenizer(tmp_path / "tokenizer")
     manifest = export_model(model, None, None, replace(spec, max_length=40), tmp_path, plans=("sorted", "fused"))
     assert manifest["plans"]["sorted"]["parity_max_abs"] < 1e-5

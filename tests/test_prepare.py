@@ -263,7 +263,7 @@ def test_the_written_teacher_of_a_sentence_encoder_is_one_and_says_how_long_text
     assert "teacher.max_length = auto: texts are cut to 48 tokens" in said
     (model, tokenizer), (original, _) = load_dense(str(workspace / "data/teacher")), load_dense(str(folder))
     assert model.sentence.described == original.sentence.described
-    spec = decompose.describe(make_stage("decompose", workspace, "teacher.max_length=auto"), model, tokenizer)
+    spec = decompose.describe(make_stage("decompose", workspace, "teacher.max_length=auto"), model, tokenizer, None)
     assert (spec.max_length, spec.prompt) == (48, "document: ")
     tokens = read_tokens(workspace / "data/corpus/train.jsonl", spec.head, tokenizer, 48, prompt=spec.prompt)
     assert all(tokenizer.decode(ids).startswith("[CLS] document :") for ids in tokens.ids)

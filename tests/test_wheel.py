@@ -97,7 +97,7 @@ def test_the_wheel_requires_no_torch_and_pins_nothing(wheel):
     own = [Requirement(text) for text in project["dependencies"]]
     assert not {"torch", "transformers", *ONNX_RUNTIMES} & {one.name for one in own}
     assert not [str(one) for one in own if "==" in str(one.specifier)]
-    assert {"cpu", "gpu", "convert", "pipeline", "openvino", "dask", "dev", "eval"} == set(
+    assert {"cpu", "gpu", "convert", "pipeline", "openvino", "dask", "dev", "eval", "sources"} == set(
         project["optional-dependencies"]
     )
 

@@ -193,7 +193,7 @@ def read_file(path: Path, most: int | None = None) -> str:
         raise ValueError(f"{path} is a folder, not a file; labelled sets go in data.folder") from None
     except UnicodeDecodeError as error:
         raise ValueError(
-            f"{path} is not {error.encoding} text (byte {error.start}); convert it, for example: "
+            f"{path} is not {error.encoding.upper()} text (byte {error.start}); convert it, for example: "
             f"iconv -f latin1 -t utf-8 {path.name} > utf8-{path.name}"
         ) from None
 

@@ -141,7 +141,11 @@ for _plan in (
         steps=(DYNAMIC_INT8, HALF_TABLES),
     ),
     _in_blocks(
-        "dense4", "`dense` with every linear map a `MatMulNBits` of 4 bits", bits=4, dense=True, steps=(BLOCKS,)
+        "dense4",
+        "`dense` with every linear map a `MatMulNBits` of 4 bits",
+        bits=4,
+        dense=True,
+        steps=(BLOCKS, HALF_TABLES),
     ),
     Plan(
         "fused",
