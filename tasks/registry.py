@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from tasks.record import PARENT_RUN
-from tasks.store import StoreError, default_tracking_uri, experiment_id, mlflow_client, without_password
+from tasks.store import StoreError, choose_store, default_tracking_uri, experiment_id, mlflow_client, without_password
 
 CHAMPION, CHALLENGER = "champion", "challenger"
 
@@ -57,6 +57,7 @@ class Registry:
         `settings` are the model's config, which can be overridden where it is served. `options` are the params of a
         request, with their defaults.
         """
+        choose_store(self.uri)
         version = _log_model(
             self.model,
             experiment_id(self._client),
@@ -90,6 +91,7 @@ class Registry:
         """Load a version into this process, as MLflow's PyFuncModel."""
         import mlflow
 
+        choose_store(self.uri)  # another registry may have been opened since
         return mlflow.pyfunc.load_model(f"models:/{self.model}/{version}")
 
     def export(self, version: int) -> Path:
@@ -98,7 +100,11 @@ class Registry:
 
         source = self._client.get_model_version_download_uri(self.model, str(version))
         try:
-            folder = Path(mlflow.artifacts.download_artifacts(f"{source}/artifacts/export"))
+            folder = Path(
+                mlflow.artifacts.download_artifacts(
+                    f"{source}/artifacts/export", tracking_uri=self.uri, registry_uri=self.uri
+                )
+            )
         except Exception as error:  # every store raises its own errors
             raise RegistryError(
                 f"the files of {self.model} version {version} cannot be read from {source} ({_line(error)}); restore "

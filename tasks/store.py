@@ -87,8 +87,7 @@ def mlflow_client(uri: str) -> Any:
     import mlflow
 
     logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)  # errors are reported where they are caught
-    mlflow.set_tracking_uri(uri)
-    mlflow.set_registry_uri(uri)
+    choose_store(uri)
 
     def connect() -> Any:
         client = mlflow.MlflowClient(uri, uri)
@@ -115,6 +114,23 @@ def mlflow_client(uri: str) -> Any:
         if isinstance(error, StoreError) or is_locked(error) or "disk is full" in str(error):
             raise
         raise StoreError(f"{without_password(uri)} cannot be used for the run record: {_cause(uri, error)}") from error
+
+
+def choose_store(uri: str) -> None:
+    """Let mlflow's own functions use a store; leave the environment as it is.
+
+    MLflow also writes the address to its variables, where `settle` would read it as the user's choice of all stores.
+    """
+    import mlflow
+
+    before = {name: os.environ.get(name) for name in ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI")}
+    mlflow.set_tracking_uri(uri)
+    mlflow.set_registry_uri(uri)
+    for name, value in before.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
 
 
 def _artifacts_of(uri: str) -> str | None:

@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from ffn2moe.onnx import graph as onnx_graph
 from ffn2moe.onnx import lower as onnx_plans
+from ffn2moe.runtime.export import open_export
 from tasks import register
 from tasks.params import load_params
 from tasks.record import PARENT_RUN
 from tasks.registry import Registry
 from tasks.stage import StageRun
 from tasks.store import TRACKING_URI, mlflow_client
+from tests.conftest import make_tiny_bert
 from tests.mixtures import carve
 from tests.texts import PARAMS
 
+MLFLOW = ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI")
 PROJECT = Path(__file__).parent.parent
 QUALITY = {
     "retention": {"retrieval": {"ndcg_at_10": 0.99}},
@@ -130,3 +135,26 @@ def test_a_model_that_answers_something_else_is_not_registered(workspace, first,
     monkeypatch.setattr(Registry, "predict", lambda self, version, texts: [[1.0] * 32] * len(texts))
     with pytest.raises(ValueError, match="does not answer as"):
         register.check_answers(registry, first["version"], workspace / "exports/minilm")
+
+
+def test_two_registries_of_one_process_give_their_own_models(workspace, first, tmp_path):
+    mine = Registry(workspace, "minilm")
+    other = make_workspace(tmp_path / "other", make_tiny_bert(tmp_path / "teacher", seed=1))
+    register.run(StageRun("register", load_params(PARAMS), other))
+    theirs = Registry(other, "minilm")
+    for registry, root in ((mine, workspace), (theirs, other), (mine, workspace)):
+        version = registry.resolve("challenger")
+        expected = open_export(root / "exports/minilm").encode(["a red house"])
+        np.testing.assert_allclose(registry.predict(version, ["a red house"]), expected, atol=1e-5)
+        assert registry.export(version).is_relative_to(root)
+
+
+@pytest.mark.parametrize("theirs", [None, "http://theirs"])
+def test_a_registry_that_was_opened_is_not_the_users_choice_of_all_stores(workspace, tmp_path, monkeypatch, theirs):
+    for name in MLFLOW:
+        monkeypatch.delenv(name, raising=False)
+        if theirs:
+            monkeypatch.setenv(name, theirs)
+    for root in (workspace, tmp_path):  # MLflow writes the variable where the address changes
+        Registry(root, "minilm")
+        assert [os.environ.get(name) for name in MLFLOW] == [theirs, theirs]
