@@ -1,6 +1,6 @@
 """Time the plans of an export side by side: the whole model, and its FFNs alone.
 
-    python -m benchmarks.inference exports/minilm --texts data/corpus/evaluation.jsonl --out docs/results/inference.md
+    python -m benchmarks.inference models/exported --texts data/corpus/evaluation.jsonl --out docs/results/inference.md
 
 Every plan of every engine, dense or mixture, runs in every round on the same real texts. The baseline is the best dense
 plan: the fastest of all engines at that shape, in the same rounds, that keeps its quality. For the FFNs alone, each
@@ -48,7 +48,7 @@ from ffn2moe.moe.layer import moe_layers
 from ffn2moe.planning import timing
 from ffn2moe.runtime.engines import Graph
 from ffn2moe.runtime.export import open_export
-from ffn2moe.runtime.files import read_manifest
+from ffn2moe.runtime.files import no_such_plan, read_manifest
 from ffn2moe.runtime.plans import PLANS, form_of, is_dense, plan_of
 
 SHAPES = [(1, 16), (1, 128), (32, 32), (32, 128)]
@@ -71,7 +71,7 @@ class Row(Compared):
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit code."""
     parser = parser_of("benchmarks.inference", __doc__)
-    parser.add_argument("export", type=Path, help="the export, for example exports/minilm")
+    parser.add_argument("export", type=Path, help="the export, for example models/exported, which has every plan")
     parser.add_argument("--shapes", nargs="+", type=shape_of, default=SHAPES, help="batch x sequence: 1x16 32x128")
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--rounds", type=int, default=21)
@@ -88,6 +88,8 @@ def measure(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     texts = read_texts(options.texts)
     if min(options.threads) < 1:
         raise ValueError(f"--threads {min(options.threads)}: a plan needs at least one thread")
+    if "dense" not in manifest["plans"]:
+        raise ValueError(no_such_plan(options.export, manifest, "dense"))
     plans = chosen(manifest["plans"], options.plans)
     retention = {plan: float(manifest["plans"][plan]["retention"]) for plan in plans}
     kept = [plan for plan in plans if plan == "dense" or retention[plan] >= options.min_retention]

@@ -1,6 +1,6 @@
 """Measure the file size and the peak memory of every plan of an export, on all engines, against dense int8.
 
-    python -m benchmarks.memory exports/minilm --shapes 1x16 1x128 32x128 --threads 1 --out docs/results/memory.md
+    python -m benchmarks.memory models/exported --shapes 1x16 1x128 32x128 --threads 1 --out docs/results/memory.md
 
 A fresh process opens each plan and serves the shapes in order. The peak is the most memory that the process ever had
 (VmHWM in /proc; pages of mapped files count). OpenVINO compiles its plans for each shape. The texts are real, because
@@ -44,7 +44,7 @@ COLUMNS = ("plan", "file", "when open", "peak", "peak less imports", "file / int
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit code."""
     parser = parser_of("benchmarks.memory", __doc__)
-    parser.add_argument("export", type=Path, help="the export, for example exports/minilm")
+    parser.add_argument("export", type=Path, help="the export, for example models/exported, which has every plan")
     parser.add_argument("--shapes", nargs="+", type=shape_of, default=[(1, 16), (1, 128), (32, 128)])
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--plans", nargs="+", help=f"only these plans, and {DENSE_INT8}")

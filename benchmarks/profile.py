@@ -1,6 +1,6 @@
 """Profile plans: the time by kind of work, and the nodes that take most.
 
-    python -m benchmarks.profile exports/minilm --plans dense8 sorted8 ov-dense ov-sorted --shapes 1x128 32x128 \\
+    python -m benchmarks.profile models/exported --plans dense8 sorted8 ov-dense ov-sorted --shapes 1x128 32x128 \\
         --texts data/corpus/evaluation.jsonl --out docs/results/profile.md
 
 The times come from the profiler of ONNX Runtime and from the performance counts of OpenVINO. The time of a node is its
@@ -89,7 +89,7 @@ class Profile:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit code."""
     parser = parser_of("benchmarks.profile", __doc__)
-    parser.add_argument("export", type=Path, help="the export, for example exports/minilm")
+    parser.add_argument("export", type=Path, help="the export, for example models/exported, which has every plan")
     parser.add_argument("--plans", nargs="+", default=["dense8", "sorted8"])
     parser.add_argument("--shapes", nargs="+", type=shape_of, default=[(1, 128)], help="batch x sequence: 1x16 32x128")
     parser.add_argument("--threads", type=int, default=1)

@@ -32,8 +32,9 @@ from ffn2moe.decompose.layer import decompose_layer
 from ffn2moe.decompose.route import RouterSettings, fit_router
 from ffn2moe.dense.config import head_of
 from ffn2moe.dense.ffn import DenseFFN
-from ffn2moe.dense.load import load_dense, resolve_source
+from ffn2moe.dense.load import load_dense
 from ffn2moe.dense.locate import ffn_layers, install, read_ffn
+from ffn2moe.dense.plain import plain_folder
 from ffn2moe.distill.distiller import Distiller, Training
 from ffn2moe.distill.objectives import Loss, Objective, Outputs, objective_for
 from ffn2moe.moe.describe import spec_of
@@ -71,7 +72,7 @@ def measure(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     bf16 = bf16_supported(options.device) if options.dtype == "auto" else options.dtype == "bf16"
     with working(console, "making two students"):
         teacher, tokenizer = load_dense(options.model)
-        head = head_of(teacher.config, resolve_source(options.model)[1])
+        head = head_of(teacher.config, plain_folder(options.model))
         if head not in ("embedding", "causal"):
             raise ValueError(f"{options.model} has the head {head!r}: give an embedding model or a language model")
         objective = objective_for(head)
@@ -107,7 +108,7 @@ def decomposed(teacher: Any, inputs: Sequence[Tensor], options: argparse.Namespa
     """Return the teacher's FFNs as mixtures, with routers fitted briefly so that their load is realistic."""
     spec = spec_of(
         teacher,
-        head=head_of(teacher.config, resolve_source(options.model)[1]),
+        head=head_of(teacher.config, plain_folder(options.model)),
         num_experts=options.experts,
         num_active=options.active,
         partition="coactivation",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import re
 
-from tests.acceptance import chaos, clients, interrupt, schedule, sweep
+from tests.acceptance import chaos, clients, interrupt, schedule, sources, sweep
 from tests.toy import PROJECT
 
 
@@ -33,5 +33,5 @@ def test_chaos_strikes_every_stage_and_names_every_traceback():
 def test_the_documented_commands_exist():
     text = (PROJECT / "CONTRIBUTING.md").read_text(encoding="utf-8")
     named = set(re.findall(r"python -m tests\.acceptance\.(\w+)", text))
-    assert named == {"chaos", "clients", "schedule", "sweep"}
-    assert all(callable(module.main) for module in (chaos, clients, schedule, sweep))
+    assert named == {"chaos", "clients", "schedule", "sources", "sweep"}
+    assert all(callable(module.main) for module in (chaos, clients, schedule, sources, sweep))

@@ -150,6 +150,15 @@ def test_inference_refuses_bad_input_in_one_line(export, texts, capsys, argument
     assert told.startswith("error: ") and message in told and told.count("\n") == 1
 
 
+def test_inference_refuses_an_export_that_ships_no_dense_plan(export, texts, tmp_path, capsys):
+    manifest = read_manifest(export)
+    dense = {"dense": manifest["plans"].pop("dense")}
+    shipped = manifest | {"left_out": dense, "bring_back": "`make plans NAME=tiny`"}
+    (tmp_path / "manifest.json").write_text(json.dumps(shipped))
+    assert inference.main([str(tmp_path), "--texts", str(texts)]) == 2
+    assert "without the plan 'dense'; `make plans NAME=tiny` brings it back" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("shape", ["32", "0x8", "axb"])
 def test_a_shape_that_is_none_is_refused(export, shape, capsys):
     with pytest.raises(SystemExit):

@@ -188,16 +188,16 @@ class Bench(SharedParts):
         """Return the figures of a model, by name."""
         if self.head == "embedding":
             return self._judge_embeddings(model)
-        tokens = self._judged_tokens
-        stage = StageRun("ablation", load_params(PARAMS), self.setup.workspace)
+        params = load_params(PARAMS, [f"evaluate.batch_texts={JUDGED_AT_ONCE}"])
+        stage = StageRun("ablation", params, self.setup.workspace)
         models = {"teacher": self.teacher.to(self.setup.device), "model": model.to(self.setup.device).eval()}
-        judged, _ = compare(stage, models, tokens, JUDGED_AT_ONCE, self.setup.device)
+        judged = compare(stage, models, self._judged_tokens)
         found = judged["model"]
         assert found.nats_N is not None
         return {
             "perplexity": metrics.perplexity(found.nats_N, found.positions_N),
             "divergence": (found.divergence_N.sum() / found.positions_N.sum()).item(),
-            "agreement": (found.agreed_N.sum() / found.positions_N.sum()).item(),
+            "agreement": (found.choice_T == judged["teacher"].choice_T).double().mean().item(),
         }
 
     @cached_property
