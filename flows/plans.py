@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ from ffn2moe.planning.shipping import complete
 from ffn2moe.runtime.files import read_manifest
 from flows.environment import settle
 from flows.errors import report
+from flows.share import run_dvc
 from flows.workspace import FlowError, check, lock
 from tasks.params import load_params
 from tasks.stage import remove
@@ -50,27 +50,15 @@ def bring_back(root: Path, name: str) -> list[str]:
 
 def _fetch(root: Path, pointer: Path, name: str) -> None:
     """Check the folder of a DVC file out of the cache, or out of the remote where there is one."""
-    if _dvc(root, "checkout", "--quiet", str(pointer)).returncode == 0:
+    if run_dvc(root, "checkout", "--quiet", str(pointer)).returncode == 0:
         return
-    done = _dvc(root, "pull", "--quiet", str(pointer))
+    done = run_dvc(root, "pull", "--quiet", str(pointer))
     if done.returncode:
         said = [line.removeprefix("ERROR: ") for line in done.stdout.splitlines() if line.startswith("ERROR: ")]
         raise FlowError(
             f"the cache of DVC does not have the other plans of exports/{name} any more ({said[-1] if said else '?'}); "
             "make them again: the `make run` that made the export"
         )
-
-
-def _dvc(root: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "dvc", *arguments],
-        cwd=root,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
-    )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -60,7 +60,7 @@ def share(root: Path, verb: Verb) -> str:
     check(root)
     name, address = _remote(root)
     with lock(root):
-        done = _dvc(root, verb, "--run-cache")
+        done = run_dvc(root, verb, "--run-cache")
     if done.returncode:
         raise FlowError(_reason(verb, name, address, done.stdout))
     lines = [line.strip() for line in done.stdout.splitlines() if line.strip()]
@@ -69,13 +69,13 @@ def share(root: Path, verb: Verb) -> str:
 
 def _remote(root: Path) -> tuple[str, str]:
     """Return name and address of the remote in use."""
-    name = _dvc(root, "config", "core.remote").stdout.strip()
+    name = run_dvc(root, "config", "core.remote").stdout.strip()
     if not name:
         raise FlowError(
             "no DVC remote is set; name a shared folder or an address: "
             "dvc remote add --local --default store /srv/ffn2moe (docs/operations.md)"
         )
-    return name, without_password(_dvc(root, "config", f"remote.{name}.url").stdout.strip())
+    return name, without_password(run_dvc(root, "config", f"remote.{name}.url").stdout.strip())
 
 
 def _reason(verb: Verb, name: str, address: str, said: str) -> str:
@@ -89,7 +89,8 @@ def _reason(verb: Verb, name: str, address: str, said: str) -> str:
     return f"{what}: {errors[-1] if errors else said.strip()[-300:]}; nothing here is lost"
 
 
-def _dvc(root: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+def run_dvc(root: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run a command of DVC in a workspace; return its exit code, and what it printed."""
     return subprocess.run(
         [sys.executable, "-m", "dvc", *arguments],
         cwd=root,
