@@ -173,8 +173,8 @@ TEXTS: dict[str, tuple[str, bytes, str]] = {
     "one text": ("a.txt", b"a word\na word\n", "holds 1 distinct text, and at least 2 are needed"),
     "another column": ("a.jsonl", b'{"body": "a word"}\n', "no column 'text'; its columns are 'body': .*--text-column"),
     "UTF-16 without a mark": ("a.txt", "a word\nother".encode("utf-16-le"), "is UTF-16 without .*: iconv -f utf-16le"),
-    "Latin 1": ("a.txt", "café\nthe".encode("latin-1"), "is not utf-8 text .* iconv -f latin1"),
-    "a cut UTF-16": ("a.txt", "a word\nother".encode("utf-16")[:-1], "is not utf-16.* text"),
+    "Latin 1": ("a.txt", "café\nthe".encode("latin-1"), "is not UTF-8 text .* iconv -f latin1"),
+    "a cut UTF-16": ("a.txt", "a word\nother".encode("utf-16")[:-1], "is not UTF-16.* text"),
     "no table": ("a.csv", b'text\n"a" word"\n"', "is not a row of a table|holds 1 distinct text"),
     "another format": ("a.pdf", b"%PDF", "is no file of texts: use docstrings"),
 }
