@@ -26,6 +26,15 @@ class Names:
         """Return `PREFIX.gate_proj.weight` and so on."""
         return cls(*(f"{prefix}.{name}_proj.weight" for name in ("gate", "up", "down")))
 
+    def on_disk(self, role: str, experts: int) -> list[str]:
+        """Return the names that hold the gate, up or down matrices of so many experts; 0: of one FFN."""
+        name = getattr(self, role)
+        return [name.format(expert) for expert in range(experts)] if experts else [name]
+
+    def part(self, role: str, tensor: Tensor) -> Tensor:
+        """Return the gate, up or down matrix of a tensor on disk."""
+        return tensor
+
     def experts(self, gate_EMD: Tensor, up_EMD: Tensor, down_EDM: Tensor) -> dict[str, Tensor]:
         """Return the routed experts by name, each expert in tensors of its own."""
         tensors: dict[str, Tensor] = {}
@@ -48,6 +57,14 @@ class JoinedNames:
 
     gate_up: str
     down: str
+
+    def on_disk(self, role: str, experts: int) -> list[str]:
+        """Return the one name that holds the gate, up or down matrices."""
+        return [self.down if role == "down" else self.gate_up]
+
+    def part(self, role: str, tensor: Tensor) -> Tensor:
+        """Return the gate, up or down matrices of a tensor on disk."""
+        return tensor if role == "down" else tensor.chunk(2, dim=-2)[role == "up"]
 
     def experts(self, gate_EMD: Tensor, up_EMD: Tensor, down_EDM: Tensor) -> dict[str, Tensor]:
         """Return all routed experts in two tensors by name."""

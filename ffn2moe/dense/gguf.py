@@ -40,8 +40,9 @@ _HARMLESS = {
 }
 # Names of rules that split text into words ("tokenizer.ggml.pre"), which llama.cpp defines as GPT-2's rule, and those
 # that first split off each digit. transformers takes GPT-2's rule for each name that it does not know.
-_LIKE_GPT2 = {"gpt-2", "gpt2", "phi-2", "mpt", "olmo", "jais", "trillion"}
-_SINGLE_DIGITS = {"smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"}
+GPT2_RULE, SINGLE_DIGITS_RULE = "gpt-2", "smollm"  # the names that files are written with
+_LIKE_GPT2 = {GPT2_RULE, "gpt2", "phi-2", "mpt", "olmo", "jais", "trillion"}
+_SINGLE_DIGITS = {SINGLE_DIGITS_RULE, "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"}
 _LLAMA3_LOW, _LLAMA3_HIGH, _LLAMA3_CONTEXT = 1.0, 4.0, 8192  # of every LLaMA 3.x; its files hold the result only
 
 

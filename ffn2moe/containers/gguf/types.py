@@ -1,0 +1,45 @@
+"""List the types that a GGUF file's matrices are written in. Imports neither torch nor gguf."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ffn2moe.table import Table
+
+
+@dataclass(frozen=True)
+class WeightType:
+    """How the matrices of a file are stored: in blocks of a row's numbers that share a scale."""
+
+    name: str
+    matrices: str  # the type of the package gguf: of attention and experts
+    vocabulary: str  # the same: of the embeddings and the output matrix, as llama.cpp's own quantisation has them
+    block: int  # numbers of a row that are stored together: a row is a multiple of it
+    file_type: str  # what llama.cpp calls such a file
+
+
+TYPES: Table[WeightType] = Table("type")
+for _type in (
+    WeightType("f32", "F32", "F32", 1, "ALL_F32"),
+    WeightType("f16", "F16", "F16", 1, "MOSTLY_F16"),
+    WeightType("bf16", "BF16", "BF16", 1, "MOSTLY_BF16"),
+    WeightType("q8_0", "Q8_0", "Q8_0", 32, "MOSTLY_Q8_0"),
+    WeightType("q5_1", "Q5_1", "Q8_0", 32, "MOSTLY_Q5_1"),
+    WeightType("q5_0", "Q5_0", "Q8_0", 32, "MOSTLY_Q5_0"),
+    WeightType("q4_1", "Q4_1", "Q8_0", 32, "MOSTLY_Q4_1"),
+    WeightType("q4_0", "Q4_0", "Q8_0", 32, "MOSTLY_Q4_0"),
+):
+    TYPES.register(_type.name, _type)
+
+K_BLOCK = 256  # numbers of a block of llama.cpp's K types, which its own program `llama-quantize` makes
+
+
+def require_type(name: str) -> WeightType:
+    """Return a type. ValueError, with the remedy, for one that is not of the table."""
+    if "_k" in name.lower() or name.lower().startswith("iq"):
+        raise ValueError(
+            f"the type {name} is made by llama.cpp alone: write a file with --type f16, then run `llama-quantize "
+            f"FILE OUT {name}`. Its blocks are {K_BLOCK} numbers long: where the width of an expert is no multiple of "
+            f"{K_BLOCK}, llama.cpp stores its output matrix in a larger type"
+        )
+    return TYPES[name]
