@@ -3,9 +3,9 @@
     python -m flows.score INPUT OUTPUT [--model NAME] [--version N | --alias NAME] [--column NAME]
                           [--prompt-name NAME] [--skip-bad]
 
-INPUT is .txt (one text a line), .jsonl, .csv or .tsv; --column FIRST,SECOND reads pairs of texts for a classifier.
-OUTPUT is .jsonl or .parquet (with the line number of each text), or .npy (one row a text). OUTPUT is written whole or
-not at all.
+INPUT is .txt (one text a line), .jsonl, .csv or .tsv, in UTF-8, or UTF-16 with a byte order mark; --column FIRST,SECOND
+reads pairs of texts for a classifier. OUTPUT is .jsonl or .parquet (with the line number of each text), or .npy (one
+row a text). OUTPUT is written whole or not at all.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
+from ffn2moe.data.corpus import encoding_of
 from flows.environment import settle
 from flows.errors import report, stop_on_terminate
 from flows.serve import ROOT, add_model_options, registry_of
@@ -61,7 +62,9 @@ def read_lines(path: Path, column: str) -> Iterator[Line]:
     if len(columns) == 2 and path.suffix == ".txt":
         raise FlowError(f"{path} has no columns, and --column {column} names two; give {', '.join(INPUTS[1:])}")
     try:
-        with path.open(encoding="utf-8-sig", newline="") as stream:
+        with path.open("rb") as start:
+            encoding = encoding_of(start.read(2))
+        with path.open(encoding=encoding, newline="") as stream:
             if path.suffix == ".txt":
                 yield from (_checked(number, (row.rstrip("\r\n"),)) for number, row in enumerate(stream, 1))
             elif path.suffix == ".jsonl":
@@ -69,7 +72,9 @@ def read_lines(path: Path, column: str) -> Iterator[Line]:
             else:
                 yield from _from_table(stream, path, columns)
     except UnicodeDecodeError as error:
-        raise FlowError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}); convert it first") from None
+        raise FlowError(
+            f"{path} is not {error.encoding.upper()} text ({error.reason} at byte {error.start}); convert it first"
+        ) from None
 
 
 def _checked(number: int, texts: Sequence[Any]) -> Line:

@@ -42,7 +42,8 @@ def run(stage: StageRun) -> None:
     check = next(tokens.in_order(CHECKED_TEXTS))
     model = fewer_layers(stage, teacher, spec, check)
     device = choose_device(params.compute.device)
-    inputs = layer_inputs(model, tokens.in_order(), max_tokens=settings.calibration_tokens, device=device)
+    batches = tokens.first_by_length(settings.calibration_tokens).in_order()
+    inputs = layer_inputs(model, batches, max_tokens=settings.calibration_tokens, device=device)
     model.to("cpu")
     model, lost = narrower(stage, model, spec, inputs)
     if spec.is_dense:

@@ -32,6 +32,18 @@ class Tokens:
         decoder_ids, type_ids = (None if one is None else one[start:stop] for one in (self.decoder_ids, self.type_ids))
         return Tokens(self.head, self.ids[start:stop], decoder_ids, self.pad_id, type_ids, self.pairs)
 
+    def first_by_length(self, max_tokens: int) -> Tokens:
+        """Return the first texts that hold `max_tokens` tokens together, the shortest text first."""
+        from ffn2moe.data.batches import first_by_length
+
+        order = first_by_length(self.ids, max_tokens)
+        ids, decoder_ids, type_ids = (
+            None if one is None else [one[index] for index in order]
+            for one in (self.ids, self.decoder_ids, self.type_ids)
+        )
+        assert ids is not None
+        return Tokens(self.head, ids, decoder_ids, self.pad_id, type_ids, self.pairs)
+
     def in_order(self, batch_texts: int = 64) -> Iterator[Batch]:
         """Yield batches of `batch_texts` sequences, in order, once."""
         from ffn2moe.data.batches import in_order

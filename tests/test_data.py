@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from ffn2moe.data.batches import pack
+from ffn2moe.data.batches import first_by_length, pack
 from ffn2moe.data.generate import end_of_text, sample_tokens
 
 
@@ -23,6 +23,16 @@ def test_packing_keeps_the_order_and_ends_every_document(documents, length):
     assert all(len(block) == length for block in blocks)
     flat = [token for block in blocks for token in block]
     assert flat == joined[: len(flat)] and len(joined) - len(flat) < length
+
+
+@given(st.lists(st.lists(st.integers(0, 9), min_size=1, max_size=9), min_size=1), st.integers(1, 60))
+def test_the_first_texts_that_hold_so_many_tokens_come_by_length(texts, tokens):
+    found = first_by_length(texts, tokens)
+    assert sorted(found) == list(range(len(found)))
+    assert [len(texts[index]) for index in found] == sorted(len(texts[index]) for index in found)
+    total = sum(len(texts[index]) for index in found)
+    assert total >= tokens or len(found) == len(texts)
+    assert total - len(texts[max(found)]) < tokens
 
 
 def test_packing_adds_no_second_end_and_none_without_a_token_for_it():

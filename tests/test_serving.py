@@ -109,8 +109,9 @@ def run(model, source: Path, target: Path, *, column: str = "text", skip_bad: bo
     return score.score(model, source, target, column, skip_bad, lambda items, total: items)
 
 
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
 @pytest.mark.parametrize("kind", [".txt", ".jsonl", ".csv", ".tsv"])
-def test_every_kind_of_file_is_scored_as_the_export_does(workspace, model, tmp_path, kind):
+def test_every_kind_of_file_is_scored_as_the_export_does(workspace, model, tmp_path, kind, encoding):
     source = tmp_path / f"texts{kind}"
     texts = TEXTS * 5  # more than a request may hold
     source.write_text(
@@ -119,7 +120,8 @@ def test_every_kind_of_file_is_scored_as_the_export_does(workspace, model, tmp_p
             ".jsonl": "".join(json.dumps({"id": 1, "text": text}) + "\n" for text in texts),
             ".csv": "id,text\n" + "".join(f'1,"{text}"\n' for text in texts),
             ".tsv": "id\ttext\n" + "".join(f"1\t{text}\n" for text in texts),
-        }[kind]
+        }[kind],
+        encoding,
     )
     expected = open_export(workspace / "exports/minilm").encode(texts)
     assert run(model, source, tmp_path / "out.npy") == (15, 0)
@@ -179,7 +181,9 @@ def test_what_is_stopped_midway_leaves_the_old_output(model, tmp_path):
     [
         ("texts.csv", b"title\na\n", "no column 'text'; it has title"),
         ("texts.docx", b"", "docx cannot be read"),
-        ("texts.txt", b"\xff\xfe", "not UTF-8"),
+        ("texts.txt", b"caf\xe9", "not UTF-8"),
+        ("texts.txt", b"\xff\xfea", "not UTF-16"),
+        ("texts.txt", b"\xff\xfe", "has no text to score"),
         ("texts.txt", b"", "has no text to score"),
     ],
 )

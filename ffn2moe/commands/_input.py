@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import codecs
 import io
 import shutil
 import sys
@@ -10,6 +9,8 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, BinaryIO
+
+from ffn2moe.data.corpus import encoding_of
 
 
 @contextmanager
@@ -39,11 +40,9 @@ class Lines:
 
     def __iter__(self) -> Iterator[str]:
         self._file.seek(self._start)
-        marked = self._file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+        encoding = encoding_of(self._file.read(2))
         self._file.seek(self._start)
-        text = io.TextIOWrapper(
-            self._file, encoding="utf-16" if marked else "utf-8-sig", errors="surrogateescape", newline=None
-        )
+        text = io.TextIOWrapper(self._file, encoding=encoding, errors="surrogateescape", newline=None)
         try:
             for line in text:
                 yield line.rstrip("\n")

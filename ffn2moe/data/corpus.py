@@ -170,6 +170,11 @@ def _file_texts(path: Path, column: str, most: int | None) -> list[str]:
     return readers[path.suffix.lower()]()
 
 
+def encoding_of(start: bytes) -> str:
+    """Return the codec of a text that starts so: UTF-16 with a byte order mark, or UTF-8 with or without one."""
+    return "utf-16" if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
+
+
 def read_file(path: Path, most: int | None = None) -> str:
     """Return the text of a file in UTF-8, or in UTF-16 with a byte order mark; its line ends stay as they are.
 
@@ -179,9 +184,9 @@ def read_file(path: Path, most: int | None = None) -> str:
         with path.open("rb") as stream:
             raw = stream.read() if most is None else stream.read(most)
             whole = most is None or not stream.read(1)
-        marked = raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
-        text = codecs.getincrementaldecoder("utf-16" if marked else "utf-8-sig")().decode(raw, final=whole)
-        if not marked and raw[:4096].count(0) > len(raw[:4096]) // 8:
+        encoding = encoding_of(raw)
+        text = codecs.getincrementaldecoder(encoding)().decode(raw, final=whole)
+        if encoding != "utf-16" and raw[:4096].count(0) > len(raw[:4096]) // 8:
             raise ValueError(
                 f"{path} is UTF-16 without a byte order mark, or no text at all (NUL bytes); convert it, for example: "
                 f"iconv -f utf-16le -t utf-8 {path.name} > utf8-{path.name}"
