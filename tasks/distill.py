@@ -72,7 +72,7 @@ def distil(stage: StageRun, ranks: Ranks) -> None:
         f"{settings.batch_tokens} tokens ({epochs:.1f} epochs), "
         f"{'bfloat16' if training.bf16 else 'float32'} on {training.device}"
     )
-    objective = objective_of(stage, spec)
+    objective = objective_of(stage, spec, teacher)
     fingerprint = run_fingerprint(stage)
     require_same(fingerprint, ranks)
     curve = []
@@ -193,8 +193,8 @@ def train_layers(
     return sorted(rows, key=lambda row: (row["layer"], row["step"]))  # layers finish in any order
 
 
-def objective_of(stage: StageRun, spec: MoESpec) -> Objective:
-    """Return the objective of a student with this head, with the weights of params.yaml."""
+def objective_of(stage: StageRun, spec: MoESpec, teacher: Any) -> Objective:
+    """Return the objective of a student of this teacher, with the weights of params.yaml."""
     from ffn2moe.distill.objectives import LossWeights, objective_for
 
     settings = stage.params.distill
@@ -205,7 +205,7 @@ def objective_of(stage: StageRun, spec: MoESpec) -> Objective:
         logits=settings.logits_weight,
         divergence=settings.divergence,
     )
-    return objective_for(spec.head, weights, problem=spec.problem)
+    return objective_for(spec.head, weights, problem=spec.problem, teacher=teacher)
 
 
 def balance_step_of(stage: StageRun, spec: MoESpec) -> float:

@@ -47,7 +47,7 @@ def _distiller(task: Task, student: Any, spec: MoESpec, data: Data) -> Distiller
         task.dense.model,
         student,
         data.train(),
-        objective_for(spec.head, problem=spec.problem),
+        objective_for(spec.head, problem=spec.problem, teacher=task.dense.model),
         Training(
             steps=task.settings.steps or TIMED_STEPS,
             learning_rate=_learning_rate(task, spec),

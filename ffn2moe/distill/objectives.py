@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -13,25 +13,30 @@ from ffn2moe.data.batches import Batch
 from ffn2moe.dense.sentence import directions, embed
 from ffn2moe.distill.divergences import DIVERGENCES
 from ffn2moe.distill.losses import distillation_loss, hidden_loss, logits_loss
+from ffn2moe.distill.vocabulary import OutputMatrix, divergence_sum, ends_in_matrix, output_matrix
 from ffn2moe.table import Table
 
 
 @dataclass(frozen=True)
 class Outputs:
-    """Hidden states after each layer, [B, L, D], and the output of the model's head."""
+    """Hidden states after each layer, [B, L, D], and the output of the model's head.
+
+    With a `matrix` the head's output is not computed yet: `head` is what that matrix reads.
+    """
 
     hidden: tuple[Tensor, ...]
     head: Tensor
+    matrix: OutputMatrix | None = None
 
     def counted(self, batch: Batch) -> Outputs:
         """Return the outputs that count: none of a text that only stands in for an empty part of a batch."""
         if not batch.stands_in:
             return self
-        return Outputs(tuple(state[:0] for state in self.hidden), self.head[:0])
+        return replace(self, hidden=tuple(state[:0] for state in self.hidden), head=self.head[:0])
 
     def of_layers(self, layers: Sequence[int]) -> Outputs:
         """Return the hidden states after these layers alone, beside the head; all of them where none is named."""
-        return Outputs(tuple(self.hidden[layer] for layer in layers), self.head) if layers else self
+        return replace(self, hidden=tuple(self.hidden[layer] for layer in layers)) if layers and self.hidden else self
 
 
 @dataclass(frozen=True)
@@ -108,7 +113,15 @@ class LogitsObjective:
         return Outputs((found.hidden_states if states is None else states)[1:], found.logits)
 
     def loss(self, student: Outputs, teacher: Outputs, batch: Batch, progress: float) -> Loss:
-        logits = logits_loss(
+        logits = self._of_logits(student, teacher, batch, progress)
+        hidden = logits.new_zeros(())
+        if self.hidden_weight:  # a classifier's logits have no mask, its hidden states have that of the text
+            mask = batch.inputs.get("attention_mask") if batch.mask is None else batch.mask
+            hidden = hidden_loss(student.hidden, teacher.hidden, mask, batch.ranks)
+        return Loss(self.logits_weight * logits + self.hidden_weight * hidden, {"logits": logits, "hidden": hidden})
+
+    def _of_logits(self, student: Outputs, teacher: Outputs, batch: Batch, progress: float) -> Tensor:
+        return logits_loss(
             student.head,
             teacher.head,
             batch.mask,
@@ -117,11 +130,27 @@ class LogitsObjective:
             progress=progress,
             ranks=batch.ranks,
         )
-        hidden = logits.new_zeros(())
-        if self.hidden_weight:  # a classifier's logits have no mask, its hidden states have that of the text
-            mask = batch.inputs.get("attention_mask") if batch.mask is None else batch.mask
-            hidden = hidden_loss(student.hidden, teacher.hidden, mask, batch.ranks)
-        return Loss(self.logits_weight * logits + self.hidden_weight * hidden, {"logits": logits, "hidden": hidden})
+
+
+@dataclass(frozen=True)
+class NextTokenObjective(LogitsObjective):
+    """The same for a language model whose logits are a matrix of its last hidden states: never all are in memory."""
+
+    def outputs(self, model: Any, batch: Batch) -> Outputs:
+        found = model.base_model(**batch.inputs, output_hidden_states=bool(self.hidden_weight), use_cache=False)
+        return Outputs((found.hidden_states or ())[1:], found.last_hidden_state, output_matrix(model))
+
+    def _of_logits(self, student: Outputs, teacher: Outputs, batch: Batch, progress: float) -> Tensor:
+        of_tokens = DIVERGENCES[self.divergence].of_tokens
+        assert of_tokens and student.matrix and teacher.matrix and batch.mask is not None
+        used = batch.mask.bool()
+        student_TD, teacher_TD = student.head[used], teacher.head[used]
+
+        def compare(student_TV: Tensor, teacher_TV: Tensor) -> Tensor:
+            return of_tokens(student_TV, teacher_TV, progress)
+
+        total = divergence_sum(student_TD, student.matrix, teacher_TD, teacher.matrix, compare)
+        return total / batch.ranks.total(len(student_TD))
 
 
 @dataclass(frozen=True)
@@ -153,11 +182,11 @@ class LossWeights:
     divergence: str = "forward_kl"
 
 
-def _of_embeddings(head: str, problem: str | None, weights: LossWeights) -> Objective:
+def _of_embeddings(head: str, problem: str | None, weights: LossWeights, teacher: Any) -> Objective:
     return EmbeddingObjective(weights.hidden, weights.embedding, weights.relational)
 
 
-def _of_logits(head: str, problem: str | None, weights: LossWeights) -> Objective:
+def _of_logits(head: str, problem: str | None, weights: LossWeights, teacher: Any) -> Objective:
     assert (problem is not None) == HEADS[head].classifies, "the logits of labels mean what their problem says"
     heads = DIVERGENCES[weights.divergence].heads
     if head not in heads:
@@ -169,15 +198,22 @@ def _of_logits(head: str, problem: str | None, weights: LossWeights) -> Objectiv
     return LogitsObjective(weights.divergence, weights.logits, weights.hidden, problem or "single_label")
 
 
-def _of_features(head: str, problem: str | None, weights: LossWeights) -> Objective:
+def _of_next_tokens(head: str, problem: str | None, weights: LossWeights, teacher: Any) -> Objective:
+    plain = _of_logits(head, problem, weights, teacher)
+    if teacher is None or not DIVERGENCES[weights.divergence].of_tokens or not ends_in_matrix(teacher):
+        return plain
+    return NextTokenObjective(weights.divergence, weights.logits, weights.hidden)
+
+
+def _of_features(head: str, problem: str | None, weights: LossWeights, teacher: Any) -> Objective:
     return FeaturesObjective()
 
 
-Build = Callable[[str, str | None, LossWeights], Objective]
+Build = Callable[[str, str | None, LossWeights, Any], Objective]
 OBJECTIVES: Table[Build] = Table("head")
 for _head, _build in (
     ("embedding", _of_embeddings),
-    ("causal", _of_logits),
+    ("causal", _of_next_tokens),
     ("seq2seq", _of_logits),
     ("classification", _of_logits),
     ("token_classification", _of_logits),
@@ -186,9 +222,12 @@ for _head, _build in (
     OBJECTIVES.register(_head, _build)
 
 
-def objective_for(head: str, weights: LossWeights | None = None, *, problem: str | None = None) -> Objective:
+def objective_for(
+    head: str, weights: LossWeights | None = None, *, problem: str | None = None, teacher: Any = None
+) -> Objective:
     """Return the objective of a model with this head; `problem` is that of a head that classifies (`MoESpec`).
 
-    ValueError for a divergence that its logits do not fit.
+    With the `teacher` a language model is compared without the logits of a whole batch in memory, where it ends in a
+    matrix. ValueError for a divergence that its logits do not fit.
     """
-    return OBJECTIVES[head](head, problem, weights or LossWeights())
+    return OBJECTIVES[head](head, problem, weights or LossWeights(), teacher)

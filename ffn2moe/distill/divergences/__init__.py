@@ -24,10 +24,14 @@ class Divergence:
     `loss` takes the logits of student and teacher at the same positions, [T, V] float32, and the share of the training
     that is done, 0 to 1. It returns the mean over the positions in nats. If several processes (`Ranks`) share the
     positions, it returns this process's part of that mean.
+
+    `of_tokens` takes the same logits and share, and returns the divergence of each position, [T], in nats. None where
+    positions are compared with each other: then the logits of a batch must be in memory together.
     """
 
     loss: Callable[[Tensor, Tensor, float, Ranks], Tensor]
     reference: str  # the paper, or where it is described
+    of_tokens: Callable[[Tensor, Tensor, float], Tensor] | None = None
     # The heads whose logits it can compare.
     heads: tuple[str, ...] = ("causal", "seq2seq", "classification", "token_classification")
 

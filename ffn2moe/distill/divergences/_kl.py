@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor
 from torch.nn import functional as F
 
 from ffn2moe.data.ranks import Ranks
+from ffn2moe.distill.divergences import Divergence
 
 
 def kl(p_log: Tensor, q_log: Tensor) -> Tensor:
@@ -20,5 +23,13 @@ def share_of_mean(values: Tensor, ranks: Ranks) -> Tensor:
 
 def forward_kl(student_TV: Tensor, teacher_TV: Tensor, ranks: Ranks) -> Tensor:
     """Return the mean of KL(teacher || student) of logits [T, V]."""
-    s_log, t_log = student_TV.log_softmax(-1), teacher_TV.log_softmax(-1)
-    return share_of_mean(kl(t_log, s_log), ranks)
+    return share_of_mean(kl(teacher_TV.log_softmax(-1), student_TV.log_softmax(-1)), ranks)
+
+
+def by_token(of_tokens: Callable[[Tensor, Tensor, float], Tensor], reference: str) -> Divergence:
+    """Return the divergence whose loss is the mean of `of_tokens` over the positions."""
+
+    def loss(student_TV: Tensor, teacher_TV: Tensor, progress: float, ranks: Ranks) -> Tensor:
+        return share_of_mean(of_tokens(student_TV, teacher_TV, progress), ranks)
+
+    return Divergence(loss, reference, of_tokens)

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ffn2moe.data.ranks import Ranks
-from ffn2moe.distill.divergences import Divergence, _kl
+from ffn2moe.distill.divergences import _kl
 
 
-def loss(student_TV: Tensor, teacher_TV: Tensor, progress: float, ranks: Ranks) -> Tensor:
-    """Return the mean of KL(teacher || student)."""
-    return _kl.forward_kl(student_TV, teacher_TV, ranks)
+def of_tokens(student_TV: Tensor, teacher_TV: Tensor, progress: float) -> Tensor:
+    """Return KL(teacher || student) of each position."""
+    return _kl.kl(teacher_TV.log_softmax(-1), student_TV.log_softmax(-1))
 
 
-ROW = Divergence(loss, reference="Hinton et al., arXiv 1503.02531")
+ROW = _kl.by_token(of_tokens, reference="Hinton et al., arXiv 1503.02531")

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ffn2moe.data.ranks import Ranks
-from ffn2moe.distill.divergences import Divergence
-from ffn2moe.distill.divergences._kl import kl, share_of_mean
+from ffn2moe.distill.divergences import _kl
 
 
-def loss(student_TV: Tensor, teacher_TV: Tensor, progress: float, ranks: Ranks) -> Tensor:
-    """Return the mean of KL(student || teacher)."""
-    s_log, t_log = student_TV.log_softmax(-1), teacher_TV.log_softmax(-1)
-    return share_of_mean(kl(s_log, t_log), ranks)
+def of_tokens(student_TV: Tensor, teacher_TV: Tensor, progress: float) -> Tensor:
+    """Return KL(student || teacher) of each position."""
+    return _kl.kl(student_TV.log_softmax(-1), teacher_TV.log_softmax(-1))
 
 
-ROW = Divergence(loss, reference="MiniLLM, arXiv 2306.08543")
+ROW = _kl.by_token(of_tokens, reference="MiniLLM, arXiv 2306.08543")

@@ -10,17 +10,16 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ffn2moe.data.ranks import Ranks
-from ffn2moe.distill.divergences import Divergence
-from ffn2moe.distill.divergences._kl import forward_kl
+from ffn2moe.distill.divergences import _kl
 
 START = 0.4  # share of the teacher in the first target
 
 
-def loss(student_TV: Tensor, teacher_TV: Tensor, progress: float, ranks: Ranks) -> Tensor:
-    """Return the mean of KL(target || student) for the target of this `progress`."""
+def of_tokens(student_TV: Tensor, teacher_TV: Tensor, progress: float) -> Tensor:
+    """Return KL(target || student) of each position for the target of this `progress`."""
     share = START + (1 - START) * progress
-    return forward_kl(student_TV, (1 - share) * student_TV.detach() + share * teacher_TV, ranks)
+    target_TV = (1 - share) * student_TV.detach() + share * teacher_TV
+    return _kl.kl(target_TV.log_softmax(-1), student_TV.log_softmax(-1))
 
 
-ROW = Divergence(loss, reference="arXiv 2501.16937")
+ROW = _kl.by_token(of_tokens, reference="arXiv 2501.16937")

@@ -1,0 +1,121 @@
+"""Compare the next tokens of two language models without the logits of a whole batch in memory.
+
+The logits [T, V] of a batch and their gradient are by far its largest tensors: 4,096 tokens of a vocabulary of 49,152
+are 0.8 GB in float32, and a loss makes several copies. Here both models give what their output matrix reads, the last
+hidden states [T, D]. The logits of some tokens at a time are made, compared, turned into the gradient of the hidden
+states, and dropped (as in Liger Kernel, arXiv 2410.10989).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+MOST_LOGITS = 2**23  # numbers at once; fewer read the output matrix more often
+FEWEST_TOKENS = 16
+PROBED_TOKENS = 8
+
+Compare = Callable[[Tensor, Tensor], Tensor]  # logits [T, V] of student and teacher -> the divergence of each token [T]
+
+
+@dataclass(frozen=True)
+class OutputMatrix:
+    """The linear map from the last hidden states [T, D] to the logits [T, V]."""
+
+    weight_VD: Tensor
+    bias_V: Tensor | None
+
+    def logits(self, states_TD: Tensor) -> Tensor:
+        """Return the logits in float32."""
+        return F.linear(states_TD.to(self.weight_VD.dtype), self.weight_VD, self.bias_V).float()
+
+
+def output_matrix(model: Any) -> OutputMatrix:
+    """Return the output matrix of a language model; under autocast in the dtype that it would be multiplied in."""
+    layer = model.get_output_embeddings()
+    kind = layer.weight.device.type
+    if not torch.is_autocast_enabled(kind):
+        return OutputMatrix(layer.weight, layer.bias)
+    dtype = torch.get_autocast_dtype(kind)
+    return OutputMatrix(layer.weight.to(dtype), None if layer.bias is None else layer.bias.to(dtype))
+
+
+@torch.no_grad()
+def ends_in_matrix(model: Any) -> bool:
+    """Return whether a language model's logits are its last hidden states times a matrix, and nothing else.
+
+    The model is run on a few tokens: some divide their logits, or bound them.
+    """
+    if not isinstance(model.get_output_embeddings(), nn.Linear) or model.base_model is model:
+        return False
+    ids_1L = torch.arange(PROBED_TOKENS, device=model.device).unsqueeze(0) % model.config.get_text_config().vocab_size
+    states = getattr(model.base_model(input_ids=ids_1L, use_cache=False), "last_hidden_state", None)
+    if states is None or states.shape[-1] != model.get_output_embeddings().in_features:
+        return False
+    wanted_1LV = model(input_ids=ids_1L, use_cache=False).logits.float()
+    return torch.allclose(output_matrix(model).logits(states), wanted_1LV, rtol=1e-4, atol=1e-4)
+
+
+def tokens_at_once(vocabulary: int) -> int:
+    """Return the number of tokens whose logits are in memory together."""
+    return max(FEWEST_TOKENS, MOST_LOGITS // vocabulary)
+
+
+def divergence_sum(
+    student_TD: Tensor, student: OutputMatrix, teacher_TD: Tensor, teacher: OutputMatrix, compare: Compare
+) -> Tensor:
+    """Return the sum of the divergences of all tokens, with the gradient of what the student's logits are made of."""
+    total: Tensor = _Divided.apply(student_TD, student.weight_VD, student.bias_V, teacher_TD, teacher, compare)
+    return total
+
+
+class _Divided(torch.autograd.Function):
+    """Sum divergences over tokens; the gradient is computed with the sum, while the logits are there."""
+
+    @staticmethod
+    def forward(
+        context: Any,
+        states_TD: Tensor,
+        weight_VD: Tensor,
+        bias_V: Tensor | None,
+        teacher_TD: Tensor,
+        teacher: OutputMatrix,
+        compare: Compare,
+    ) -> Tensor:
+        student = OutputMatrix(weight_VD, bias_V)
+        of_states, of_weight, of_bias = context.needs_input_grad[:3]
+        total = torch.zeros((), dtype=torch.float32, device=states_TD.device)
+        states_grad = torch.empty_like(states_TD) if of_states else None
+        weight_grad = torch.zeros_like(weight_VD, dtype=torch.float32) if of_weight else None
+        bias_grad = torch.zeros_like(bias_V, dtype=torch.float32) if bias_V is not None and of_bias else None
+        size = tokens_at_once(len(weight_VD))
+        for some_TD, other_TD, place in zip(
+            states_TD.split(size), teacher_TD.split(size), range(0, len(states_TD), size), strict=True
+        ):
+            logits_TV = student.logits(some_TD).requires_grad_(any(context.needs_input_grad[:3]))
+            with torch.enable_grad():
+                found = compare(logits_TV, teacher.logits(other_TD)).sum()
+            total += found.detach()
+            if not logits_TV.requires_grad:
+                continue
+            (gradient_TV,) = torch.autograd.grad(found, logits_TV)
+            rounded_TV = gradient_TV.to(weight_VD.dtype)
+            if states_grad is not None:
+                states_grad[place : place + size] = rounded_TV @ weight_VD
+            if weight_grad is not None:
+                weight_grad += rounded_TV.T @ some_TD.to(weight_VD.dtype)
+            if bias_grad is not None:
+                bias_grad += gradient_TV.sum(0)
+        context.save_for_backward(states_grad, weight_grad, bias_grad)
+        return total
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(context: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        gradients = (None if one is None else upstream * one for one in context.saved_tensors)
+        return (*gradients, None, None, None)

@@ -1,0 +1,164 @@
+"""The loss of a language model that is made a few tokens at a time is the loss of all logits at once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ffn2moe.data.batches import Batch, collate
+from ffn2moe.data.ranks import Ranks
+from ffn2moe.dense.load import load_dense
+from ffn2moe.distill import vocabulary
+from ffn2moe.distill.divergences import DIVERGENCES
+from ffn2moe.distill.losses import logits_loss
+from ffn2moe.distill.objectives import LogitsObjective, LossWeights, NextTokenObjective, objective_for
+from ffn2moe.distill.vocabulary import OutputMatrix, divergence_sum, ends_in_matrix
+from tests.conftest import make_tiny_llama
+
+BY_TOKEN = ("forward_kl", "reverse_kl", "taid")
+T, D, V = 37, 8, 50
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture(autouse=True)
+def few_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sixteen tokens at once: the 37 of these tests are in three parts."""
+    monkeypatch.setattr(vocabulary, "MOST_LOGITS", 16 * V)
+
+
+@pytest.mark.parametrize("divergence", BY_TOKEN)
+@pytest.mark.parametrize("trained", ["states", "matrix", "all"])
+def test_value_and_gradients_are_those_of_all_logits_at_once(divergence: str, trained: str):
+    of_tokens = DIVERGENCES[divergence].of_tokens
+    assert of_tokens is not None
+    found = []
+    for divided in (True, False):
+        states_TD = normal(T, D, seed=1).requires_grad_(trained != "matrix")
+        weight_VD = normal(V, D, seed=2).requires_grad_(trained != "states")
+        bias_V = normal(V, seed=3).requires_grad_(trained != "states")
+        teacher_TD, teacher = normal(T, D, seed=4), OutputMatrix(normal(V, D, seed=5), normal(V, seed=6))
+        if divided:
+            student = OutputMatrix(weight_VD, bias_V)
+            total = divergence_sum(
+                states_TD, student, teacher_TD, teacher, lambda one, other: of_tokens(one, other, 0.3)
+            )
+            loss = total / T
+        else:
+            logits_TV, wanted_TV = F.linear(states_TD, weight_VD, bias_V), teacher.logits(teacher_TD)
+            loss = logits_loss(logits_TV, wanted_TV, None, divergence=divergence, progress=0.3)
+        (3 * loss).backward()
+        found.append([loss.detach(), states_TD.grad, weight_VD.grad, bias_V.grad])
+    for one, other in zip(*found, strict=True):
+        assert (one is None) == (other is None)
+        if one is not None:
+            torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)
+
+
+def test_nothing_is_kept_where_no_gradient_is_asked_for():
+    matrix = OutputMatrix(normal(V, D), None)
+    total = divergence_sum(
+        normal(T, D, seed=1), matrix, normal(T, D), matrix, lambda one, other: (one - other).square()
+    )
+    assert total > 0 and not total.requires_grad
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
+    """A teacher, and a student whose weights differ a little."""
+    folder = make_tiny_llama(tmp_path_factory.mktemp("llama"))
+    teacher, student = load_dense(str(folder))[0], load_dense(str(folder))[0]
+    with torch.no_grad():
+        for seed, parameter in enumerate(student.parameters()):
+            parameter += 0.05 * normal(*parameter.shape, seed=seed)
+    return teacher, student
+
+
+def batch_of(models: tuple[Any, Any]) -> Batch:
+    lengths = (16, 9, 12)
+    ids = [torch.randint(3, models[0].config.vocab_size, (length,)).tolist() for length in lengths]
+    return collate("causal", ids)
+
+
+@pytest.mark.parametrize("divergence", BY_TOKEN)
+@pytest.mark.parametrize("hidden_weight", [0.0, 1.0])
+def test_a_step_of_a_language_model_is_that_of_the_plain_objective(
+    models: tuple[Any, Any], divergence: str, hidden_weight: float
+):
+    teacher, student = models
+    weights = LossWeights(hidden=hidden_weight, divergence=divergence)
+    divided = objective_for("causal", weights, teacher=teacher)
+    plain = objective_for("causal", weights)
+    assert type(divided) is NextTokenObjective and type(plain) is LogitsObjective
+    batch, found = batch_of(models), []
+    for objective in (divided, plain):
+        student.zero_grad()
+        with torch.no_grad():
+            wanted = objective.outputs(teacher, batch)
+        loss = objective.loss(objective.outputs(student, batch), wanted, batch, 0.3)
+        loss.total.backward()
+        gradients = {name: one.grad.clone() for name, one in student.named_parameters() if one.grad is not None}
+        found.append({"loss": loss.total.detach(), **loss.terms} | gradients)
+    assert found[0].keys() == found[1].keys() and len(found[0]) > 10
+    for name, wanted_one in found[1].items():
+        torch.testing.assert_close(
+            found[0][name], wanted_one, rtol=1e-5, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}"
+        )
+
+
+def test_the_parts_of_two_processes_add_up_to_the_loss_of_the_batch(models: tuple[Any, Any]):
+    teacher, student = models
+    objective = objective_for("causal", teacher=teacher)
+    batch = batch_of(models)
+
+    class Two(Ranks):
+        """What each of two processes gets from the other: the energies and the count of the whole batch."""
+
+        def total(self, count: int) -> int:
+            return int(batch.mask.sum())
+
+        def sum(self, tensor: Tensor) -> Tensor:
+            hidden = objective.outputs(teacher, batch).hidden
+            return torch.stack([(one.square().sum(-1) * batch.mask).sum() for one in hidden])
+
+    with torch.no_grad():
+        whole = objective.loss(objective.outputs(student, batch), objective.outputs(teacher, batch), batch, 0.0)
+        parts = []
+        for rank in (0, 1):
+            part = batch.part(Two(rank, 2))
+            parts.append(objective.loss(objective.outputs(student, part), objective.outputs(teacher, part), part, 0.0))
+    assert sum(part.total.item() for part in parts) == pytest.approx(whole.total.item(), rel=1e-5)
+
+
+def test_under_autocast_the_matrix_is_in_bfloat16_and_the_loss_is_near(models: tuple[Any, Any]):
+    teacher, student = models
+    objective, batch, found = objective_for("causal", teacher=teacher), batch_of(models), []
+    for bf16 in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            outputs = [objective.outputs(model, batch) for model in (student, teacher)]
+        assert outputs[0].matrix is not None
+        assert (outputs[0].matrix.weight_VD.dtype == torch.bfloat16) == bf16
+        found.append(objective.loss(*outputs, batch, 0.0).total)
+    assert found[1].item() == pytest.approx(found[0].item(), rel=0.05)
+
+
+def test_a_model_that_bounds_its_logits_keeps_the_plain_objective(tmp_path: Path):
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    torch.manual_seed(0)
+    for cap, whole in ((None, True), (0.02, False)):
+        config = Gemma2Config(
+            vocab_size=V, **sizes, num_key_value_heads=1, head_dim=8, final_logit_softcapping=cap, pad_token_id=0
+        )
+        model = Gemma2ForCausalLM(config).eval()
+        assert ends_in_matrix(model) == whole
+        wanted = NextTokenObjective if whole else LogitsObjective
+        assert type(objective_for("causal", teacher=model)) is wanted
