@@ -75,7 +75,7 @@ def measure(options: argparse.Namespace, console: Console) -> dict[str, Any]:
         head = head_of(teacher.config, plain_folder(options.model))
         if head not in ("embedding", "causal"):
             raise ValueError(f"{options.model} has the head {head!r}: give an embedding model or a language model")
-        objective = objective_for(head)
+        objective = objective_for(head, teacher=teacher)
         texts = read_corpus(str(options.texts)) if options.texts else docstrings((), workers=options.threads)
         ids = tokenizer(texts, truncation=True, max_length=LENGTH)["input_ids"]
         batches = Batches(ids, batch_tokens=options.tokens, seed=0, head=head)

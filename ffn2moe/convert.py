@@ -56,11 +56,11 @@ def convert(
 def _train_and_write(task: Task, data: Data, fingerprint: str) -> dict[str, Any]:
     """Judge the routed student, distill it, judge it again, and write it."""
     spec, student, teacher = checkpoint.load_spec(task.routed), checkpoint.load(task.routed), task.dense.model
-    quality = {"routed": judge(teacher, student, data.evaluation, spec, task.device)}
+    quality = {"routed": judge(teacher, student, data.evaluation, spec, task.device, task.track)}
     task.say(f"routed, before distillation: {summary(quality['routed'])}")
     distillation = distill(task, student, spec, data, fingerprint)
     if distillation["steps"]:
-        quality["distilled"] = judge(teacher, student, data.evaluation, spec, task.device)
+        quality["distilled"] = judge(teacher, student, data.evaluation, spec, task.device, task.track)
         task.say(f"distilled: {summary(quality['distilled'])}")
     for model in (teacher, student):
         model.to("cpu")

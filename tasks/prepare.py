@@ -282,10 +282,11 @@ def require_varied_answers(rows: Sequence[Mapping[str, Any]]) -> None:
 def write_texts(stage: StageRun, teacher: Teacher) -> dict[str, list[int]]:
     """Return texts that the teacher writes, text -> ids, without repeats and empty texts."""
     from ffn2moe.data.generate import sample_tokens
-    from ffn2moe.numerics import choose_device
+    from ffn2moe.numerics import bf16_supported, choose_device
 
     params = stage.params
-    teacher.model.to(choose_device(params.compute.device))
+    device = choose_device(params.compute.device)
+    teacher.model.to(device)
     bos = teacher.tokenizer.bos_token_id
     cached = 2 * teacher.summary["layers"] * teacher.summary["width"] * teacher.length
     drawn = sample_tokens(
@@ -295,6 +296,7 @@ def write_texts(stage: StageRun, teacher: Teacher) -> dict[str, list[int]]:
         seed=params.seed,
         bos=teacher.model.generation_config.bos_token_id if bos is None else bos,
         batch=max(1, min(MOST_WRITTEN_AT_ONCE, CACHED_NUMBERS // cached)),
+        bf16=bf16_supported(device) if params.compute.bf16 == "auto" else params.compute.bf16 == "on",
         track=stage.track,
     )
     texts = {teacher.tokenizer.decode(ids, skip_special_tokens=True): ids for ids in drawn}

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from ffn2moe.data.batches import first_by_length, pack
-from ffn2moe.data.generate import end_of_text, sample_tokens
+from ffn2moe.data.generate import end_of_text, require_varied, sample_tokens, texts_in
 
 
 @given(st.lists(st.lists(st.integers(3, 9), max_size=12), max_size=12), st.integers(1, 7))
@@ -101,3 +101,30 @@ def test_the_end_of_text_is_the_generation_configs(model):
     model.generation_config.eos_token_id = [2, 5]
     assert end_of_text(model) == {2, 5}
     model.generation_config.eos_token_id = 2
+
+
+def test_a_model_that_repeats_one_token_is_refused(model):
+    stuck = LlamaForCausalLM(model.config).eval()
+    with torch.no_grad():
+        stuck.model.layers.apply(lambda part: [one.zero_() for one in part.parameters(recurse=False)])
+        stuck.model.embed_tokens.weight[:] = stuck.model.embed_tokens.weight[1].clone()
+        stuck.lm_head.weight.zero_()
+        stuck.lm_head.weight[7] = 100 * stuck.model(torch.tensor([[1]])).last_hidden_state[0, 0]
+    with pytest.raises(ValueError, match=r"100 % of what the model writes is the token 7, .* give texts instead"):
+        sample_tokens(stuck, count=8, length=16, seed=0, bos=1, batch=8)
+    require_varied([[1, 7, 7, 7]])  # too few to say
+
+
+def test_in_more_time_a_model_writes_more_texts_and_always_a_batch(model):
+    how = {"length": 16, "bos": 1, "batch": 4}
+    assert texts_in(model, 0.0, most=100, **how) == 4
+    assert texts_in(model, 0.0, most=3, **how) == 3
+    assert texts_in(model, 1e6, most=1000, **how) == 1000
+
+
+def test_texts_drawn_in_bfloat16_leave_the_weights_as_they_were(model):
+    before = {name: one.clone() for name, one in model.named_parameters()}
+    texts = sample_tokens(model, count=8, length=12, seed=0, bos=1, batch=4, bf16=True)
+    assert len(texts) == 8
+    after = dict(model.named_parameters())
+    assert all(torch.equal(after[name], one) and after[name].dtype == one.dtype for name, one in before.items())

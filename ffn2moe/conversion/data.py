@@ -9,16 +9,20 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from ffn2moe.choices import HEADS
 from ffn2moe.data.batches import Batch, Batches, BatchSource, in_order, pack
 from ffn2moe.data.corpus import read_corpus
-from ffn2moe.data.generate import greedy_answers, sample_tokens
+from ffn2moe.data.generate import greedy_answers, sample_tokens, texts_in
 from ffn2moe.data.pairs import Pair, encode_pairs, pairs_of, read_pairs
 from ffn2moe.dense.config import takes_token_types
+from ffn2moe.numerics import bf16_supported
 
 if TYPE_CHECKING:
     from ffn2moe.conversion.task import Task
 
 EVALUATION_SHARE, MOST_EVALUATED = 0.05, 200  # of the texts are held out to judge by
+MOST_JUDGED_TOKENS = 2**14  # of them, for a language model
+MOST_JUDGED_NUMBERS = 2**26  # most logits that are compared together
 AT_ONCE = 64  # texts that the model writes together, or answers, ...
 CACHED_NUMBERS = 2**28  # ... unless their keys and values are more numbers than this
 
@@ -54,26 +58,28 @@ def text_data(task: Task) -> Data:
     """Return the batches of a model that reads text. The tokens are kept in the unfinished folder."""
     head, pad_id = task.dense.head, task.dense.reader.pad_token_id or 0
     tokens = _kept_tokens(task)
-    count = held_out(len(tokens.ids))
+    count = held_out(len(tokens.ids), MOST_JUDGED_TOKENS // task.max_length if head == "causal" else MOST_EVALUATED)
     train, judged = tokens.part(count), tokens.part(0, count)
     calibrated = train.part(0, _calibration_texts(train.ids, task.settings.calibration_tokens))
     train_tokens = sum(map(len, train.ids))
 
-    def batches(some: Tokens) -> list[Batch]:
+    def batches(some: Tokens, texts: int) -> list[Batch]:
         return list(
             in_order(
                 head,
                 some.ids,
                 some.decoder_ids,
                 type_ids=some.type_ids,
-                batch_texts=task.case.request.calibration_batch,
+                batch_texts=texts,
                 pad_id=pad_id,
             )
         )
 
+    at_once = task.case.request.calibration_batch
+
     return Data(
-        calibration=batches(calibrated),
-        evaluation=batches(judged),
+        calibration=batches(calibrated, at_once),
+        evaluation=batches(judged, min(at_once, _judged_at_once(task))),
         train=lambda: Batches(
             train.ids,
             batch_tokens=max(task.max_length, min(task.case.batch_tokens, train_tokens // 4)),
@@ -93,9 +99,17 @@ def text_data(task: Task) -> Data:
     )
 
 
-def held_out(count: int) -> int:
+def held_out(count: int, most: int = MOST_EVALUATED) -> int:
     """Return how many of `count` texts are held out to judge by."""
-    return max(1, min(MOST_EVALUATED, int(EVALUATION_SHARE * count)))
+    return max(1, min(most, int(EVALUATION_SHARE * count)))
+
+
+def _judged_at_once(task: Task) -> int:
+    """Return the number of texts whose outputs are compared together: those of a language model have many numbers."""
+    if not HEADS[task.dense.head].generates:
+        return AT_ONCE
+    vocabulary: int = task.dense.config.get_text_config(decoder=True).vocab_size
+    return max(1, MOST_JUDGED_NUMBERS // (vocabulary * task.max_length))
 
 
 def _calibration_texts(ids: Sequence[Sequence[int]], wanted: int) -> int:
@@ -122,17 +136,19 @@ def _kept_tokens(task: Task) -> Tokens:
 def _generated(task: Task) -> Tokens:
     """Have a language model write texts, and return them as blocks of tokens."""
     teacher, bos = task.dense.model.to(task.device), task.dense.reader.bos_token_id
-    config = task.dense.config.get_text_config()
+    config, case = task.dense.config.get_text_config(), task.case
     cached = 2 * config.num_hidden_layers * config.hidden_size * task.max_length  # numbers for one text, at most
-    drawn = sample_tokens(
-        teacher,
-        count=task.case.most_texts,
-        length=task.max_length,
-        seed=task.settings.seed,
-        bos=teacher.generation_config.bos_token_id if bos is None else bos,
-        batch=max(1, min(AT_ONCE, CACHED_NUMBERS // cached)),
-        track=task.track,
-    )
+    how: dict[str, Any] = {
+        "length": task.max_length,
+        "bos": teacher.generation_config.bos_token_id if bos is None else bos,
+        "batch": max(1, min(AT_ONCE, CACHED_NUMBERS // cached)),
+        "bf16": bf16_supported(task.device),
+    }
+    count = case.most_texts
+    if case.writing_seconds is not None:
+        count = max(case.fewest_texts, texts_in(teacher, case.writing_seconds, most=count, **how))
+    task.say(f"the model writes {count} texts of at most {task.max_length} tokens")
+    drawn = sample_tokens(teacher, count=count, seed=task.settings.seed, track=task.track, **how)
     return Tokens(pack(drawn, task.max_length, None), None)
 
 

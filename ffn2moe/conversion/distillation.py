@@ -86,13 +86,13 @@ def _train(task: Task, distiller: Distiller, key: str) -> float:
 
 def _steps(task: Task, distiller: Distiller) -> int:
     """Return how many steps fill the minutes: time a few and undo them. A resumed run keeps the number."""
-    minutes = task.settings.distill_minutes
+    minutes = task.case.training_minutes
     kept = task.work / f"steps-{minutes:g}"
     if kept.is_file():
         return int(kept.read_text())
     before = {name: tensor.clone() for name, tensor in distiller.state().items()}
     times = []
-    for _ in distiller.run():
+    for _ in task.track(distiller.run(), TIMED_STEPS, "timing a few steps"):
         times.append(time.monotonic())
     distiller.restore(0, before)
     seconds = (times[-1] - times[0]) / (len(times) - 1)

@@ -12,6 +12,7 @@ from ffn2moe import metrics
 from ffn2moe.data.batches import Batch
 from ffn2moe.decompose.layer import output_of
 from ffn2moe.dense.sentence import directions, embed
+from ffn2moe.progress import Track, untracked
 from ffn2moe.spec import MoESpec
 from ffn2moe.table import Table
 
@@ -22,7 +23,12 @@ Measure = Callable[[Any, Any, Iterable[Batch], MoESpec], dict[str, float]]
 
 @torch.no_grad()
 def judge(
-    teacher: Any, student: Any, batches: Sequence[Batch], spec: MoESpec, device: str | torch.device = "cpu"
+    teacher: Any,
+    student: Any,
+    batches: Sequence[Batch],
+    spec: MoESpec,
+    device: str | torch.device = "cpu",
+    track: Track = untracked,
 ) -> dict[str, float]:
     """Return how near the student is to the teacher. Both models are moved to `device` and left in eval mode.
 
@@ -32,7 +38,8 @@ def judge(
     """
     device = torch.device(device)
     teacher, student = teacher.to(device).eval(), student.to(device).eval()
-    return MEASURES[spec.head](teacher, student, (batch.to(device) for batch in batches), spec)
+    tracked = track(batches, len(batches), "comparing student and teacher")
+    return MEASURES[spec.head](teacher, student, (batch.to(device) for batch in tracked), spec)
 
 
 def summary(quality: dict[str, float]) -> str:

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
 
+from ffn2moe.dense.precision import bf16_copies, weights_in_bf16
 from ffn2moe.progress import Track, untracked
+
+TIMED_TOKENS = 4  # of each text of a batch
+MOST_OF_ONE_TOKEN = 0.5  # share of a corpus that may be one token, ...
+FEWEST_COUNTED = 64  # ... where it has so many
 
 
 @torch.no_grad()
@@ -21,30 +28,83 @@ def sample_tokens(
     bos: int | None,
     batch: int,
     temperature: float = 1.0,
+    bf16: bool = False,
     track: Track = untracked,
 ) -> list[list[int]]:
     """Return `count` texts drawn from a causal language model, as token ids: the data of data-free distillation.
 
     Each begins with `bos`, or with a token drawn evenly from the vocabulary where that is None, and ends after
     `length` tokens or with the model's end-of-text token, which is kept. `batch` texts are drawn together, with a
-    key-value cache; the same seed and batch give the same texts on the same machine. ValueError for logits that are
-    not finite and for a `length` beyond the model's positions.
+    key-value cache; the same seed and batch give the same texts on the same machine. `bf16` multiplies in bfloat16.
+    ValueError for logits that are not finite, for a `length` beyond the model's positions, and for texts that are
+    mostly one token.
     """
+    _require_positions(model, length)
+    generator = torch.Generator(model.device).manual_seed(seed)
+    ends = end_of_text(model)
+    texts: list[list[int]] = []
+    starts, places = range(0, count, batch), max(1, length - 1)
+    drawn: Drawn | None = None
+    steps = ((start, place) for start in starts for place in range(places))
+    with _half(model, bf16):
+        for start, place in track(steps, len(starts) * places, "writing texts, token by token"):
+            if place == 0:
+                drawn = Drawn(model, min(batch, count - start), length, bos, ends, temperature, generator)
+            assert drawn is not None
+            if length > 1:
+                drawn.step()
+            if place == places - 1:
+                texts += drawn.texts()
+                if start == 0:
+                    require_varied(texts)
+    return texts
+
+
+@torch.no_grad()
+def texts_in(
+    model: Any, seconds: float, *, length: int, bos: int | None, batch: int, bf16: bool = False, most: int
+) -> int:
+    """Return how many texts `sample_tokens` draws in this time, `most` at most: whole batches, at least one.
+
+    A few tokens of one batch are drawn, timed and dropped.
+    """
+    _require_positions(model, length)
+    with _half(model, bf16):
+        drawn = Drawn(model, batch, TIMED_TOKENS + 2, bos, set(), 1.0, torch.Generator(model.device).manual_seed(0))
+        drawn.step()  # the first is slower
+        start = time.monotonic()
+        for _ in range(TIMED_TOKENS):
+            drawn.step()
+        each = (time.monotonic() - start) / TIMED_TOKENS * length
+    return min(most, batch * max(1, int(seconds / each)))
+
+
+def require_varied(texts: Sequence[Sequence[int]]) -> None:
+    """Raise ValueError for texts that are mostly one token: a model that is broken, or started wrongly, writes them."""
+    counts = Counter(token for text in texts for token in text[1:])
+    token, most = counts.most_common(1)[0] if counts else (0, 0)
+    share = most / max(1, counts.total())
+    if counts.total() >= FEWEST_COUNTED and share > MOST_OF_ONE_TOKEN:
+        raise ValueError(
+            f"{100 * share:.0f} % of what the model writes is the token {token}, from which nothing can be learnt: its "
+            "weights are damaged, or it needs a prompt to write; give texts instead (--corpus, or data.corpus)"
+        )
+
+
+@contextmanager
+def _half(model: Any, bf16: bool) -> Iterator[None]:
+    """Let the model multiply in bfloat16 while the block runs."""
+    if not bf16:
+        yield
+        return
+    with torch.autocast(model.device.type, torch.bfloat16), weights_in_bf16(bf16_copies(model)):
+        yield
+
+
+def _require_positions(model: Any, length: int) -> None:
     positions = getattr(model.config, "max_position_embeddings", None)
     if positions is not None and length > positions:
         raise ValueError(f"texts of {length} tokens are longer than the {positions} positions of the model: lower it")
-    generator = torch.Generator(model.device).manual_seed(seed)
-    ends = end_of_text(model)
-    stop = torch.tensor(sorted(ends), dtype=torch.int64, device=model.device)
-    texts: list[list[int]] = []
-    starts = range(0, count, batch)
-    for start in track(starts, len(starts), "sampling texts"):
-        size = min(batch, count - start)
-        rows_BL = _sample(model, size, length, bos, stop, temperature, generator)
-        for row in rows_BL.tolist():
-            end = next((place for place, token in enumerate(row) if place and token in ends), length - 1)
-            texts.append(row[: end + 1])
-    return texts
 
 
 @torch.no_grad()
@@ -93,35 +153,51 @@ def end_of_text(model: Any) -> set[int]:
     return set()
 
 
-def _sample(
-    model: Any,
-    size: int,
-    length: int,
-    bos: int | None,
-    stop: Tensor,
-    temperature: float,
-    generator: torch.Generator,
-) -> Tensor:
-    """Return token ids [B, L]; tokens after an end-of-text token have no meaning."""
-    device = model.device
-    if bos is None:
-        vocabulary = model.config.get_text_config().vocab_size
-        token_B1 = torch.randint(vocabulary, (size, 1), generator=generator, device=device)
-    else:
-        token_B1 = torch.full((size, 1), bos, device=device)
-    ids_BL = torch.zeros(size, length, dtype=torch.int64, device=device)
-    ids_BL[:, :1] = token_B1
-    done_B = torch.zeros(size, dtype=torch.bool, device=device)
-    cache = None
-    for place in range(1, length):
-        output = model(input_ids=token_B1, past_key_values=cache, use_cache=True)
-        cache = output.past_key_values
-        scores_BV = output.logits[:, -1].float() / temperature
+class Drawn:
+    """Texts that are drawn together, a token at a time. Tokens after an end-of-text token have no meaning."""
+
+    def __init__(
+        self,
+        model: Any,
+        size: int,
+        length: int,
+        bos: int | None,
+        ends: set[int],
+        temperature: float,
+        generator: torch.Generator,
+    ) -> None:
+        device = model.device
+        if bos is None:
+            vocabulary = model.config.get_text_config().vocab_size
+            token_B1 = torch.randint(vocabulary, (size, 1), generator=generator, device=device)
+        else:
+            token_B1 = torch.full((size, 1), bos, device=device)
+        self._model, self._ends, self._temperature, self._generator = model, ends, temperature, generator
+        self._stop = torch.tensor(sorted(ends), dtype=torch.int64, device=device)
+        self._ids_BL = torch.zeros(size, length, dtype=torch.int64, device=device)
+        self._ids_BL[:, :1] = token_B1
+        self._done_B = torch.zeros(size, dtype=torch.bool, device=device)
+        self._place, self._cache = 1, None
+
+    def step(self) -> None:
+        """Draw the next token of each text; do nothing once all have ended."""
+        if self._done_B.all():
+            return
+        last_B1 = self._ids_BL[:, self._place - 1 : self._place]
+        output = self._model(input_ids=last_B1, past_key_values=self._cache, use_cache=True)
+        self._cache = output.past_key_values
+        scores_BV = output.logits[:, -1].float() / self._temperature
         if not torch.isfinite(scores_BV.logsumexp(-1)).all():
             raise ValueError("the model computes logits that are not finite, so no text can be drawn")
-        token_B1 = torch.multinomial(scores_BV.softmax(-1), 1, generator=generator)
-        ids_BL[:, place : place + 1] = token_B1
-        done_B |= torch.isin(token_B1[:, 0], stop)
-        if done_B.all():
-            break
-    return ids_BL
+        token_B1 = torch.multinomial(scores_BV.softmax(-1), 1, generator=self._generator)
+        self._ids_BL[:, self._place : self._place + 1] = token_B1
+        self._done_B |= torch.isin(token_B1[:, 0], self._stop)
+        self._place += 1
+
+    def texts(self) -> list[list[int]]:
+        """Return the token ids of each text up to its end."""
+        found = []
+        for row in self._ids_BL.tolist():
+            end = next((place for place, token in enumerate(row) if place and token in self._ends), len(row) - 1)
+            found.append(row[: end + 1])
+        return found

@@ -14,9 +14,9 @@ from ffn2moe.data.batches import Batch, BatchSource
 from ffn2moe.data.ranks import ALONE, Ranks
 from ffn2moe.dense.blocks import installed_ffns
 from ffn2moe.dense.locate import ffn_layers, linear_maps
+from ffn2moe.dense.precision import bf16_copies, use_float32_attention, weights_in_bf16
 from ffn2moe.distill.objectives import Objective
 from ffn2moe.distill.parallel import COMPARED_EVERY, require_same_weights, sum_gradients
-from ffn2moe.distill.precision import bf16_copies, use_float32_attention, weights_in_bf16
 from ffn2moe.distill.routers import RouterState
 from ffn2moe.distill.steps import adamw, budget_of_step, budgets_of, require_finite, update
 from ffn2moe.moe.layer import moe_layers, set_active

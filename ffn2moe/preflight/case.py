@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,9 @@ from ffn2moe.runtime.plans import PLANS, UNMEASURED_PLANS, graph_of, obstacle, p
 from ffn2moe.spec import Gate, MoESpec
 
 # Where the user names no number:
-GENERATED_TEXTS, MOST_TEXTS = 4000, 40000  # texts that the model writes, that are taken from a corpus
+GENERATED_TEXTS, MOST_TEXTS = 4000, 40000  # most texts that the model writes, that are taken from a corpus
+WRITING_SHARE = 0.2  # of the minutes: the model writes, where it writes the corpus, and learns in the rest
+WRITTEN_MORE = 1.1  # times the tokens that are learnt from: some are held out to judge by
 MOST_BATCH_TOKENS, FEWEST_BATCH_TOKENS = 4096, 512  # of a step: a small language model learns more from small ones
 USUAL_TEXT = 400  # characters
 TOKENS_BY_WIDTH = 8  # tokens of a step, for each dimension of a language model
@@ -293,7 +296,31 @@ class Case:
     @property
     def most_texts(self) -> int:
         """The largest number of texts that are used."""
-        return self.request.texts or (GENERATED_TEXTS if self.corpus == "generated" else MOST_TEXTS)
+        asked = self.request
+        if asked.texts or self.corpus != "generated":
+            return asked.texts or MOST_TEXTS
+        if asked.steps is None:
+            return GENERATED_TEXTS
+        return min(GENERATED_TEXTS, self._texts_of(asked.calibration_tokens + asked.steps * self.batch_tokens))
+
+    @property
+    def fewest_texts(self) -> int:
+        """The number of texts that the model writes even where its time is over."""
+        return min(self.most_texts, self._texts_of(self.request.calibration_tokens))
+
+    def _texts_of(self, tokens: int) -> int:
+        return math.ceil(WRITTEN_MORE * tokens / self.max_length)
+
+    @property
+    def writing_seconds(self) -> float | None:
+        """The time in which the model writes its corpus; None where the number of texts is known before."""
+        timed = self.corpus == "generated" and self.request.texts is None and self.request.steps is None
+        return 60 * WRITING_SHARE * self.request.minutes if timed else None
+
+    @property
+    def training_minutes(self) -> float:
+        """The time in which the student learns, where no number of steps is asked for."""
+        return self.request.minutes * (1 if self.writing_seconds is None else 1 - WRITING_SHARE)
 
     # --- the mixture -------------------------------------------------------------------------------------------------
 

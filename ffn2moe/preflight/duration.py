@@ -22,7 +22,7 @@ DOCSTRING_SECONDS = 60  # of one core, to parse the sources of the packages
 TOKENISE_SECONDS = 1e-6  # of one core, a character
 IMAGE_SECONDS = 0.05  # an image, read and resized
 GRAPH_SECONDS, GRAPH_BYTES = 1.5, 2**26  # a plan: traced, lowered, written and compared; bytes a second on top
-JUDGED_TEXTS = 200
+JUDGED_TEXTS, JUDGED_TOKENS = 200, 2**14  # at most; the tokens are those of a language model
 ROUTER_TOKENS = 200 * 1024  # that a layer's router is fitted on
 PASSES = 8  # over a layer's experts, on the calibration tokens
 
@@ -39,25 +39,34 @@ def estimated(case: Case) -> dict[str, float]:
     shape = max(case.spec.stacks, key=lambda one: one.ffn_width)
     exact, rounded = speed(shape.width, shape.ffn_width, case.device)
     asked = case.request
-    train, both = asked.minutes * 60, case.multiplied + case.multiplied_by_student
+    train, both = case.training_minutes * 60, case.multiplied + case.multiplied_by_student
     if asked.steps is not None:
         per_token = 2 * (case.multiplied + 3 * case.multiplied_by_student)
         train = asked.steps * case.batch_tokens * per_token / (TRAINING * rounded)
     return {
-        "texts": _texts(case, exact),
+        "texts": _texts(case, exact, rounded),
         "decomposing": _decompose(case, exact, rounded),
         "distilling": train,
-        "judging": 2 * JUDGED_TEXTS * case.max_length * 2 * both / (JUDGING * exact) if train else 0,
+        "judging": 2 * _judged_tokens(case) * 2 * both / (JUDGING * exact) if train else 0,
         "graphs": sum(GRAPH_SECONDS + size / GRAPH_BYTES for size in case.graph_bytes.values()),
     }
 
 
-def _texts(case: Case, exact: float) -> float:
+def _judged_tokens(case: Case) -> int:
+    most = JUDGED_TEXTS * case.max_length
+    return min(most, JUDGED_TOKENS) if case.dense.head == "causal" else most
+
+
+def _texts(case: Case, exact: float, rounded: float) -> float:
     """Return the seconds in which texts are read, tokenised, or written by the model."""
     if "images" in case.dense.reads:
         return IMAGE_SECONDS * len(image_files(case.corpus, case.request))
+    each = case.max_length * 2 * case.multiplied / WRITING  # operations, of a text that the model writes
+    if case.corpus == "generated":
+        most, fewest = case.most_texts * each / rounded, case.fewest_texts * each / rounded
+        return most if case.writing_seconds is None else max(fewest, min(most, case.writing_seconds))
     if case.model_makes_texts:
-        return case.most_texts * case.max_length * 2 * case.multiplied / (WRITING * exact)
+        return case.most_texts * each / exact
     parsing = DOCSTRING_SECONDS if case.corpus == "docstrings" else 0
     return (parsing + TOKENISE_SECONDS * case.characters) / min(cores(), 8)
 

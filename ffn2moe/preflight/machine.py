@@ -69,6 +69,7 @@ def memory(case: Case) -> Iterator[str]:
     for needed, what, remedy in (
         (room.decomposing, "to decompose", f"lower {asked.call('calibration_tokens')}"),
         (room.held, "for teacher and student", without),
+        (room.held + room.kept, "to train", f"lower {asked.call('batch_tokens')} (now {case.batch_tokens})"),
     ):
         if most is not None and needed > most:
             raise ValueError(

@@ -9,13 +9,14 @@ import torch
 
 from ffn2moe.choices import HEADS
 from ffn2moe.decompose.memory import OVERHEAD, available_memory, estimate, resident
+from ffn2moe.distill.vocabulary import tokens_at_once
 from ffn2moe.numerics import bf16_supported
 from ffn2moe.preflight.case import Case
 
 FLOAT32 = 4  # bytes
 BYTES_BY_CHARACTER = 64  # of a text, its tokens, and the tokenizer's work on them (measured)
 KEPT_BY_WIDTH, KEPT_BY_NEURON = 16, 3  # numbers of a token in a layer that a training step keeps
-LOGITS = 4  # copies of a token's logits in a training step
+LOGITS = 8  # copies of a token's logits while a training step compares them
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ def room_of(case: Case) -> Room:
         held = base + 2 * weights + 2 * max(graphs.values())
     if asked.steps != 0:  # of what is trained also gradients and the optimizer's two moments
         trained = weights if asked.scope == "all" else FLOAT32 * case.ffn_weights
-        held, kept = max(held, base + 2 * weights + 3 * trained), case.batch_tokens * _kept_bytes(case)
+        held, kept = max(held, base + 2 * weights + 3 * trained), case.batch_tokens * _kept_bytes(case) + _logits(case)
     padded = max((one.shared_width + spec.num_experts * one.expert_width) / one.ffn_width for one in spec.stacks)
     forms = asked.checkpoints + (case.container is not None)
     written = asked.stored * (forms * weights + sum(graphs.values()))
@@ -71,10 +72,17 @@ def _kept_bytes(case: Case) -> int:
     for shape in spec.stacks:
         neurons = (shape.shared_width + spec.num_active * shape.expert_width) * (2 if shape.gated else 1)
         kept += shape.num_layers * (KEPT_BY_WIDTH * shape.width + KEPT_BY_NEURON * neurons)
-    kept *= FLOAT32 // 2 if bf16_supported(case.device) else FLOAT32
-    if HEADS[spec.head].generates:
-        kept += LOGITS * FLOAT32 * case.dense.config.get_text_config(decoder=True).vocab_size
-    return kept
+    return kept * (FLOAT32 // 2 if bf16_supported(case.device) else FLOAT32)
+
+
+def _logits(case: Case) -> int:
+    """Return the bytes of the logits that a training step compares at once: those of a language model in parts."""
+    head = case.spec.head
+    if not HEADS[head].generates:
+        return 0
+    vocabulary = case.dense.config.get_text_config(decoder=True).vocab_size
+    tokens = min(case.batch_tokens, tokens_at_once(vocabulary)) if head == "causal" else case.batch_tokens
+    return LOGITS * FLOAT32 * tokens * vocabulary
 
 
 def all_memory() -> int | None:
