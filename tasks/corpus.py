@@ -62,11 +62,12 @@ class LabelledFolder:
     sources: dict[str, str] = field(default_factory=dict)  # text -> the set that it comes from
     stsb: list[ScoredPair] = field(default_factory=list)
     classification: dict[str, tuple[list[LabelledText], list[LabelledText]]] = field(default_factory=dict)
+    held_out: list[str] = field(default_factory=list)  # texts that judge a language model
 
     def judged(self) -> list[str]:
         """Return every text of a dev set, which must not be learnt from."""
         sentences = [side for pair in self.stsb for side in (pair.first, pair.second)]
-        return sentences + [row.text for _, dev in self.classification.values() for row in dev]
+        return [*sentences, *(row.text for _, dev in self.classification.values() for row in dev), *self.held_out]
 
 
 @dataclass(frozen=True)
@@ -115,13 +116,15 @@ def pair_of(text: str) -> Pair | None:
 # --- a folder of labelled sets --------------------------------------------------------------------
 
 
-def read_folder(folder: Path) -> LabelledFolder:
+def read_folder(folder: Path, *, language_model: bool = False) -> LabelledFolder:
     """Read the sets of a data folder; some can be missing, but not all.
 
     `stsb/{train,dev}.csv` (tab-separated, no quoting, columns 5 to 7: score, two sentences),
     `ag_news/sample.csv` (class, title, body; split by content), `sst2/{train,dev}.tsv` (sentence, label),
-    `wikitext2/valid.txt`, and any `*.txt` (as in a corpus) and `*.jsonl` (column `text`) beside them. FileNotFoundError
-    or ValueError where there is nothing to read.
+    `wikitext2/valid.txt`, and any `*.txt` (as in a corpus) and `*.jsonl` (column `text`) beside them. A language model
+    is judged by wikitext2 and does not learn from it. It learns from `general_text/*.jsonl` (column `text`) and the
+    files beside the sets; the sets' own sentences are short, and only stand in where there is no general text.
+    FileNotFoundError or ValueError where there is nothing to read.
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"data.folder = {folder} is not a folder; give one, or null for none")
@@ -141,11 +144,15 @@ def read_folder(folder: Path) -> LabelledFolder:
         classification["sst2"] = (train, dev)
     elif sst2[0].is_file():
         found.append(("sst2", [row.text for row in _read_sst2(sst2[0])]))
-    if (file := folder / "wikitext2" / "valid.txt").is_file():
-        found.append(("wikitext2", _read_wikitext(file)))
-    found += [(file.stem, read_documents(file)) for file in sorted(folder.glob("*.txt"))]
-    found += [(file.stem, read_jsonl_column(file, "text")) for file in sorted(folder.glob("*.jsonl"))]
-    found += [(name, [row.text for row in train]) for name, (train, _) in classification.items()]
+    wikitext = _read_wikitext(file) if (file := folder / "wikitext2" / "valid.txt").is_file() else []
+    beside = [(file.stem, read_documents(file)) for file in sorted(folder.glob("*.txt"))]
+    beside += [(file.stem, read_jsonl_column(file, "text")) for file in sorted(folder.glob("*.jsonl"))]
+    fitted = [(name, [row.text for row in train]) for name, (train, _) in classification.items()]
+    general = [(file.stem, read_jsonl_column(file, "text")) for file in sorted(folder.glob("general_text/*.jsonl"))]
+    if language_model:
+        found = [*(general or [*found, *fitted]), *beside]
+    else:
+        found += [("wikitext2", wikitext), *beside, *fitted]
     sources: dict[str, str] = {}
     texts = []
     for source, raw in found:
@@ -153,13 +160,13 @@ def read_folder(folder: Path) -> LabelledFolder:
             if text:
                 texts.append(text)
                 sources.setdefault(text, source)
-    if not texts and not stsb:
+    if not texts and not stsb and not wikitext:
         raise ValueError(
             f"data.folder = {folder} holds none of stsb/*.csv, ag_news/sample.csv, sst2/*.tsv, "
-            "wikitext2/valid.txt, *.txt, *.jsonl; see README.md for the layout"
+            "wikitext2/valid.txt, general_text/*.jsonl, *.txt, *.jsonl; see README.md for the layout"
         )
     classification = {name: _fit_set(train, dev) for name, (train, dev) in classification.items()}
-    return LabelledFolder(texts, sources, stsb, classification)
+    return LabelledFolder(texts, sources, stsb, classification, list(map(clean, wikitext)) if language_model else [])
 
 
 def _read_stsb(path: Path) -> list[ScoredPair]:

@@ -67,7 +67,9 @@ def run(stage: StageRun) -> None:
     data = stage.params.data
     check(stage.params, stage.root, silent)
     teacher = open_teacher(stage)
-    folder = corpus.read_folder(stage.root / data.folder) if data.folder else corpus.LabelledFolder([])
+    folder = corpus.LabelledFolder([])
+    if data.folder:
+        folder = corpus.read_folder(stage.root / data.folder, language_model=teacher.head == "causal")
     if teacher.head == "embedding":
         splits, benchmark = split_corpus(stage, folder)
         rows: dict[str, list[dict[str, Any]]] = {

@@ -287,6 +287,18 @@ def test_a_data_folder_is_read_whole_and_its_dev_sets_are_kept_apart(data):
     assert corpus.normalise('A "quoted man.') in learnt
 
 
+def test_a_language_model_learns_from_general_text_and_not_from_what_it_is_judged_by(data):
+    lobster = "The lobster, a well-known one."
+    folder = corpus.read_folder(data, language_model=True)
+    assert {"a bad film", "a note of ours"} <= set(folder.texts)
+    assert lobster not in folder.texts and lobster in folder.judged()
+    (data / "general_text").mkdir()
+    (data / "general_text/general.jsonl").write_text('{"text": "A paragraph."}\n')
+    folder = corpus.read_folder(data, language_model=True)
+    assert folder.sources == {"A paragraph.": "general", "a note of ours": "notes"}
+    assert "A paragraph." not in corpus.read_folder(data).texts
+
+
 @pytest.mark.parametrize("missing", ["stsb", "ag_news", "sst2", "wikitext2"])
 def test_any_set_of_a_data_folder_may_be_missing(data, missing):
     for file in (data / missing).iterdir():
