@@ -12,11 +12,13 @@ from typing import Any
 
 import psutil
 
+from ffn2moe.runtime.files import read_manifest
 from flows.study import Cell, Study, history
 from flows.workspace import FlowError
 from tasks import compare
 from tasks.params import Params
 from tasks.record import PipelineRecord
+from tasks.workload import shapes_of
 
 Timer = Callable[[Path, Path], object]
 
@@ -49,7 +51,7 @@ def compare_cells(study: Study, root: Path, time: Timer) -> list[dict[str, Any]]
     write_csv(study.folder / "points.csv", rows)
     write_csv(study.folder / "cells.csv", history(study.folder))
     params = study.params(cells[0])
-    batch, sequence, threads = *_shape(params), params.benchmark.threads[0]
+    batch, sequence, threads = *_shape(params, root / "exports" / cells[0].name), params.benchmark.threads[0]
     title = f"{study.name}: quality against speed at {batch} × {sequence} tokens, {threads} thread{'s'[: threads - 1]}"
     compare.draw(found, labels, params.gate.min_retention, title, study.folder / "front.png")
     results = {"points": rows, "without_figures": without_figures(study)}
@@ -90,7 +92,7 @@ def _session(study: Study, cells: list[Cell], path: Path, root: Path, time: Time
         "texts": str(study.folder / f"{cells[0].number:03}" / "texts.jsonl"),
         "exports": {plan: [str(first), plan] for plan in compare.dense_plans(first, params.gate.min_retention)}
         | {label: [str(root / "exports" / f"{study.name}-{one.cell:03}"), one.plan] for label, one in own.items()},
-        "shape": _shape(params),
+        "shape": _shape(params, first),
         "threads": params.benchmark.threads[0],
         "rounds": params.benchmark.rounds,
         "decode_tokens": params.benchmark.decode_tokens,
@@ -114,9 +116,10 @@ def _session(study: Study, cells: list[Cell], path: Path, root: Path, time: Time
     ]
 
 
-def _shape(params: Params) -> list[int]:
+def _shape(params: Params, export: Path) -> list[int]:
     """Return the largest batch and sequence, which decide."""
-    return [int(size) for size in max(params.benchmark.shapes, key=lambda shape: shape[0] * shape[1])[:2]]
+    shapes = shapes_of(params.benchmark, read_manifest(export))
+    return [int(size) for size in max(shapes, key=lambda shape: shape[0] * shape[1])[:2]]
 
 
 def log_front(study: Study, root: Path, rows: Sequence[Mapping[str, Any]], record: PipelineRecord) -> None:

@@ -20,8 +20,8 @@ from ffn2moe.runtime.files import read_manifest
 from ffn2moe.runtime.workload import Workload
 from tasks import corpus
 from tasks.lock import locked_outs
-from tasks.params import Benchmark
 from tasks.stage import StageRun, main
+from tasks.workload import Shapes, shapes_of
 
 TEXTS = 400  # of the evaluation split, which the batches run through
 
@@ -31,7 +31,7 @@ def run(stage: StageRun) -> None:
     folder = root / "models/exported"
     manifest = read_manifest(folder)
     texts = [row["text"] for row in corpus.read_jsonl(root / "data/corpus/evaluation.jsonl")][:TEXTS]
-    settings, workload = params.benchmark, workload_of(params.benchmark)
+    settings, workload = params.benchmark, workload_of(shapes_of(params.benchmark, manifest))
     keeps_quality = measure.quality_of(manifest, params.gate.min_retention)
 
     def track(label: str, rounds: range) -> Iterator[int]:
@@ -96,10 +96,10 @@ def ship(stage: StageRun, shipment: Shipment, content: Mapping[str, Any]) -> Non
         stage.say(f"that is more than {LARGEST:g}x: no smaller portable plan keeps gate.min_retention of the quality")
 
 
-def workload_of(settings: Benchmark) -> Workload:
-    """Return the workload of params.yaml; a shape without a weight comes as often as the others."""
+def workload_of(shapes: Shapes) -> Workload:
+    """Return the workload; a shape without a weight comes as often as the others."""
     return Workload.of(
-        {(int(batch), int(sequence)): float(*weight or [1]) for batch, sequence, *weight in settings.shapes},
+        {(int(batch), int(sequence)): float(*weight or [1]) for batch, sequence, *weight in shapes},
         "params.yaml",
     )
 

@@ -63,12 +63,12 @@ def distil(stage: StageRun, ranks: Ranks) -> None:
     student = checkpoint.load(root / "models/routed")
     spec = checkpoint.load_spec(root / "models/routed")
     teacher, tokenizer = load_dense(str(root / "data/teacher"), head=spec.head)
-    training = training_of(stage, spec)
+    training = training_of(stage, spec, teacher.config)
     tokens = read_tokens(root / "data/corpus/train.jsonl", spec.head, tokenizer, spec.max_length, prompt=spec.prompt)
     batches = tokens.shuffled(batch_tokens=settings.batch_tokens, seed=params.seed)
-    epochs = settings.steps / batches.per_epoch
+    epochs = training.steps / batches.per_epoch
     stage.say(
-        f"{len(tokens.ids)} {'blocks' if spec.head == 'causal' else 'texts'}, {settings.steps} steps of "
+        f"{len(tokens.ids)} {'blocks' if spec.head == 'causal' else 'texts'}, {training.steps} steps of "
         f"{settings.batch_tokens} tokens ({epochs:.1f} epochs), "
         f"{'bfloat16' if training.bf16 else 'float32'} on {training.device}"
     )
@@ -88,7 +88,7 @@ def distil(stage: StageRun, ranks: Ranks) -> None:
     train(stage, distiller, progress)
     with stage.out("models/distilled") as out:
         checkpoint.save(student, tokenizer, spec, out)
-    report(stage, progress.rows, curve, epochs=epochs, bf16=training.bf16)
+    report(stage, progress.rows, curve, epochs=epochs, training=training)
     progress.discard()
     shutil.rmtree(root / LAYERS, ignore_errors=True)
 
@@ -99,28 +99,28 @@ def train(stage: StageRun, distiller: Distiller, progress: Progress) -> None:
     progress.resume(distiller)
     if distiller.step:
         stage.say(f"resuming from the checkpoint at step {distiller.step}")
-    steps = stage.track(distiller.run(), settings.steps, "distilling", completed=distiller.step)
+    steps = stage.track(distiller.run(), distiller.steps, "distilling", completed=distiller.step)
     for metrics in steps:
         progress.add(metrics)
         if metrics.step % REPORTED_EVERY == 0:
             stage.log_metrics({name: value for name, value in metrics.row().items() if name != "step"}, metrics.step)
-        if distiller.step % settings.checkpoint_every == 0 and distiller.step < settings.steps:
+        if distiller.step % settings.checkpoint_every == 0 and distiller.step < distiller.steps:
             progress.save(distiller)
 
 
 def report(
-    stage: StageRun, rows: list[dict[str, Any]], curve: list[dict[str, Any]], *, epochs: float, bf16: bool
+    stage: StageRun, rows: list[dict[str, Any]], curve: list[dict[str, Any]], *, epochs: float, training: Training
 ) -> None:
     """Write the metrics and the loss curves of the stage."""
     settings, last = stage.params.distill, rows[-50:]
     stage.write_json(
         "metrics/distill.json",
         {
-            "steps": settings.steps,
+            "steps": training.steps,
             "epochs": epochs,
-            "tokens": settings.steps * settings.batch_tokens,
+            "tokens": training.steps * settings.batch_tokens,
             "loss_last_50": sum(row["loss"] for row in last) / max(1, len(last)),
-            "bf16": bf16,
+            "bf16": training.bf16,
             "layerwise_steps": settings.layerwise_steps,
         },
     )
@@ -128,16 +128,17 @@ def report(
     stage.write_csv("metrics/plots/distill.csv", rows[::REPORTED_EVERY] or [{"step": 0, "loss": 0.0}])
 
 
-def training_of(stage: StageRun, spec: MoESpec) -> Training:
-    """Return the settings of the training from params.yaml."""
+def training_of(stage: StageRun, spec: MoESpec, config: Any) -> Training:
+    """Return the settings of the training from params.yaml; `config` is the teacher's."""
     from ffn2moe.distill.distiller import Training, compared_layers
+    from ffn2moe.distill.usual import usual_rate, usual_steps
     from ffn2moe.numerics import bf16_supported, choose_device
 
     params, settings = stage.params, stage.params.distill
     device = choose_device(params.compute.device)
     return Training(
-        steps=settings.steps,
-        learning_rate=settings.learning_rate,
+        steps=usual_steps(spec, config, settings.batch_tokens) if settings.steps == "auto" else settings.steps,
+        learning_rate=usual_rate(spec) if settings.learning_rate == "auto" else settings.learning_rate,
         balance_step=balance_step_of(stage, spec),
         scope=settings.scope,
         elastic=spec.elastic,

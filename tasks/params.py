@@ -82,9 +82,9 @@ class TrainRouter(Section):
 
 class Distill(Section):
     layerwise_steps: int = Field(ge=0)
-    steps: int = Field(ge=0)
+    steps: Annotated[int, Field(ge=0)] | Literal["auto"]
     batch_tokens: Count
-    learning_rate: Positive
+    learning_rate: Positive | Literal["auto"]
     hidden_weight: NonNegative
     embedding_weight: NonNegative
     relational_weight: NonNegative
@@ -143,7 +143,7 @@ Shape = Annotated[tuple[int | float, ...], Field(min_length=2, max_length=3), Af
 
 
 class Benchmark(Section):
-    shapes: tuple[Shape, ...] = Field(min_length=1)
+    shapes: Annotated[tuple[Shape, ...], Field(min_length=1)] | Literal["auto"]
     threads: tuple[Count, ...] = Field(min_length=1)
     decode_tokens: Count
     rounds: Count
@@ -355,7 +355,7 @@ def validate(raw: Mapping[str, Any], source: str = "params.yaml") -> Params:
     try:
         return Params.model_validate(_plain(raw))
     except ValidationError as error:
-        problems = "; ".join(dict.fromkeys(_explain(item) for item in error.errors()))
+        problems = "; ".join(dict.fromkeys(_explain(item) for item in _one_each(error.errors())))
         raise ParamsError(f"{source}: {problems}") from None
 
 
@@ -398,8 +398,25 @@ def _unknown(key: str, legal: Sequence[str]) -> str:
     return f"unknown key {key!r}; " + (f"did you mean {near[0]!r}?" if near else f"the keys are {', '.join(legal)}")
 
 
+def _one_each(errors: Sequence[Any]) -> Iterator[Any]:
+    """Yield the errors; of a key that may also be a word (`auto`), and is none, the first about what it is."""
+    for key in dict.fromkeys(map(_key, errors)):
+        own = [error for error in errors if _key(error) == key]
+        if any(error["type"] == "literal_error" and not isinstance(error["input"], str) for error in own):
+            yield min(own, key=lambda error: error["type"] == "literal_error")
+        else:
+            yield from own
+
+
+def _key(error: Any) -> str:
+    """Return the key that an error is about; pydantic adds the kind of value that it tried."""
+    parts = [str(part) for part in error["loc"]]
+    whole = ".".join(parts)
+    return next((name for name in legal_keys() if whole.startswith(f"{name}.")), whole)
+
+
 def _explain(error: Any) -> str:
-    key = ".".join(str(part) for part in error["loc"])
+    key = _key(error)
     kind = error["type"]
     if kind == "extra_forbidden":
         return _unknown(key, legal_keys())

@@ -67,7 +67,7 @@ def run(stage: StageRun) -> None:
         usage=usage(manifest, f"exports/{params.name}"),
         headline=headline(quality),
         verdict=verdict(params.gate, quality, timed, plan),
-        advice=advice(params, quality, timed),
+        advice=advice(params, quality, timed, trained=_json(root / "metrics/distill.json")["steps"]),
         sizes=sizes(exported, manifest, timed),
         shipped=str(Size(**_json(export / "manifest.json")["bytes"])),
         timed=timed,
@@ -115,14 +115,14 @@ def verdict(
     }
 
 
-def advice(params: Params, quality: Mapping[str, Any], timed: Mapping[str, Any]) -> list[str]:
-    """Return what to do next, by the verdict; code stands between backticks."""
+def advice(params: Params, quality: Mapping[str, Any], timed: Mapping[str, Any], *, trained: int) -> list[str]:
+    """Return what to do next, by the verdict and the `trained` steps; code stands between backticks."""
     kept = at(quality["retention"], headline(quality).path)
     folder = f"exports/{params.name}"
     steps = []
     if kept < params.gate.min_retention:
         steps.append(
-            f"To keep more: train longer (`distill.steps={2 * params.distill.steps or 700}`) or {_keep_more(params)}, "
+            f"To keep more: train longer (`distill.steps={2 * trained or 700}`) or {_keep_more(params)}, "
             "and distil on texts like those of its use (`data.corpus`)."
         )
     if not timed["shown"]["chosen"]:

@@ -36,7 +36,7 @@ def test_parameters_cannot_be_changed_once_read():
     params = load_params(FILE)
     with pytest.raises(pydantic.ValidationError):
         params.seed = 1
-    assert isinstance(params.benchmark.shapes[0], tuple)
+    assert isinstance(params.export.engines, tuple)
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from ffn2moe.conversion.data import Data
 from ffn2moe.distill.distiller import Distiller, Training, compared_layers
 from ffn2moe.distill.objectives import objective_for
+from ffn2moe.distill.usual import usual_rate
 from ffn2moe.moe import checkpoint
 from ffn2moe.numerics import bf16_supported
 from ffn2moe.spec import MoESpec
@@ -17,8 +18,6 @@ if TYPE_CHECKING:
 
 TIMED_STEPS = 4  # of a trial, whose first step is not timed
 CHECKPOINT_SECONDS = 60  # between the states that a stopped distillation resumes from
-RATE_BY_WIDTH = 0.512  # divided by the model's width it is the learning rate, but at most ...
-PEAK_RATE, PEAK_RATE_CAUSAL = 1e-3, 3e-3  # ... this
 BALANCE_STEP = 1e-3  # of the bias that shifts the choice of experts, where a container has one
 
 
@@ -50,7 +49,7 @@ def _distiller(task: Task, student: Any, spec: MoESpec, data: Data) -> Distiller
         objective_for(spec.head, problem=spec.problem, teacher=task.dense.model),
         Training(
             steps=task.settings.steps or TIMED_STEPS,
-            learning_rate=_learning_rate(task, spec),
+            learning_rate=task.settings.learning_rate or usual_rate(spec),
             balance_step=0.0 if task.container and not task.container.choice_bias else BALANCE_STEP,
             scope=task.settings.scope,
             layers=compared_layers(spec),
@@ -58,11 +57,6 @@ def _distiller(task: Task, student: Any, spec: MoESpec, data: Data) -> Distiller
             bf16=bf16_supported(task.device),
         ),
     )
-
-
-def _learning_rate(task: Task, spec: MoESpec) -> float:
-    peak = PEAK_RATE_CAUSAL if spec.head == "causal" else PEAK_RATE
-    return task.settings.learning_rate or min(peak, RATE_BY_WIDTH / max(shape.width for shape in spec.stacks))
 
 
 def _train(task: Task, distiller: Distiller, key: str) -> float:

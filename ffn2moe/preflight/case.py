@@ -21,6 +21,7 @@ from ffn2moe.dense.length import usual_length
 from ffn2moe.dense.reduction import Reduction, reduction
 from ffn2moe.dense.tensors import explain, match
 from ffn2moe.dense.weights import weight_headers
+from ffn2moe.distill.usual import usual_steps
 from ffn2moe.moe.describe import spec_of
 from ffn2moe.numerics import choose_device
 from ffn2moe.preflight.dense import Dense
@@ -286,6 +287,12 @@ class Case:
         width = self.dense.config.get_text_config().hidden_size
         return max(FEWEST_BATCH_TOKENS, min(MOST_BATCH_TOKENS, TOKENS_BY_WIDTH * width))
 
+    @cached_property
+    def steps(self) -> int | None:
+        """The steps of the distillation; None for as many as fill the minutes."""
+        steps = self.request.steps
+        return steps if not isinstance(steps, str) else usual_steps(self.spec, self.dense.config, self.batch_tokens)
+
     @property
     def characters(self) -> int:
         """The characters of the texts that are tokenised, about."""
@@ -299,9 +306,9 @@ class Case:
         asked = self.request
         if asked.texts or self.corpus != "generated":
             return asked.texts or MOST_TEXTS
-        if asked.steps is None:
+        if self.steps is None:
             return GENERATED_TEXTS
-        return min(GENERATED_TEXTS, self._texts_of(asked.calibration_tokens + asked.steps * self.batch_tokens))
+        return min(GENERATED_TEXTS, self._texts_of(asked.calibration_tokens + self.steps * self.batch_tokens))
 
     @property
     def fewest_texts(self) -> int:
@@ -314,7 +321,7 @@ class Case:
     @property
     def writing_seconds(self) -> float | None:
         """The time in which the model writes its corpus; None where the number of texts is known before."""
-        timed = self.corpus == "generated" and self.request.texts is None and self.request.steps is None
+        timed = self.corpus == "generated" and self.request.texts is None and self.steps is None
         return 60 * WRITING_SHARE * self.request.minutes if timed else None
 
     @property

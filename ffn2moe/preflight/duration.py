@@ -38,11 +38,10 @@ def estimated(case: Case) -> dict[str, float]:
     """Return the seconds of each step, by its name."""
     shape = max(case.spec.stacks, key=lambda one: one.ffn_width)
     exact, rounded = speed(shape.width, shape.ffn_width, case.device)
-    asked = case.request
     train, both = case.training_minutes * 60, case.multiplied + case.multiplied_by_student
-    if asked.steps is not None:
+    if case.steps is not None:
         per_token = 2 * (case.multiplied + 3 * case.multiplied_by_student)
-        train = asked.steps * case.batch_tokens * per_token / (TRAINING * rounded)
+        train = case.steps * case.batch_tokens * per_token / (TRAINING * rounded)
     return {
         "texts": _texts(case, exact, rounded),
         "decomposing": _decompose(case, exact, rounded),

@@ -40,7 +40,7 @@ class Request:
     elastic: tuple[int, ...] = ()
     calibration_tokens: int = 16384
     calibration_batch: int = 16  # texts
-    steps: int | None = None  # of the distillation; None: as many as fill the minutes
+    steps: int | str | None = None  # of the distillation; auto: what is usual; None: as many as fill the minutes
     minutes: float = 0.0
     scope: str = "experts"  # what is trained: experts, or all
     batch_tokens: int | None = None  # of a step; None: what fits the model

@@ -57,7 +57,7 @@ def room_of(case: Case) -> Room:
     graphs, held, kept = case.graph_bytes, 0, 0
     if graphs:
         held = base + 2 * weights + 2 * max(graphs.values())
-    if asked.steps != 0:  # of what is trained also gradients and the optimizer's two moments
+    if case.steps != 0:  # of what is trained also gradients and the optimizer's two moments
         trained = weights if asked.scope == "all" else FLOAT32 * case.ffn_weights
         held, kept = max(held, base + 2 * weights + 3 * trained), case.batch_tokens * _kept_bytes(case) + _logits(case)
     padded = max((one.shared_width + spec.num_experts * one.expert_width) / one.ffn_width for one in spec.stacks)

@@ -1,0 +1,29 @@
+"""Say how a student is trained where the user does not: how many steps, and at what rate."""
+
+from __future__ import annotations
+
+from ffn2moe.metrics import flops_per_token
+from ffn2moe.spec import MoESpec
+
+USUAL_STEPS = 700  # about 6 minutes for a small encoder on two cores with AMX (docs/results/minilm.md)
+# A language model learns for about this many operations, 45 minutes on two cores with AVX-512 and bfloat16. They are
+# counted, not timed: the same model gets the same number of steps on every machine.
+LANGUAGE_MODEL_WORK = 4e14
+FEWEST_STEPS, MOST_STEPS = 50, 4000
+RATE_BY_WIDTH = 0.512  # divided by the model's width it is the learning rate, but at most ...
+PEAK_RATE, PEAK_RATE_CAUSAL = 1e-3, 3e-3  # ... this
+
+
+def usual_steps(spec: MoESpec, config: object, batch_tokens: int) -> int:
+    """Return the number of steps; `config` is the teacher's."""
+    if spec.head != "causal":
+        return USUAL_STEPS
+    teacher, student = flops_per_token(spec, config, spec.max_length)
+    step = batch_tokens * (teacher.total + 3 * student.total)  # backward takes two forward passes
+    return max(FEWEST_STEPS, min(MOST_STEPS, int(LANGUAGE_MODEL_WORK / step)))
+
+
+def usual_rate(spec: MoESpec) -> float:
+    """Return the highest learning rate."""
+    peak = PEAK_RATE_CAUSAL if spec.head == "causal" else PEAK_RATE
+    return min(peak, RATE_BY_WIDTH / max(shape.width for shape in spec.stacks))
