@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from ffn2moe.choices import HEADS
 from tasks.layer_map import in_order, layer_map
 from tasks.length import text_length
 from tasks.stage import StageRun, main
@@ -23,7 +24,8 @@ if TYPE_CHECKING:
     from ffn2moe.dense.reduction import Reduction
     from ffn2moe.spec import MoESpec
 
-CHECKED_TEXTS = 32  # texts on which the mixture with all experts is compared with the dense model
+# Texts on which the mixture with all experts is compared with the dense model, and of one with a vocabulary of logits.
+CHECKED_TEXTS, CHECKED_LONG_OUTPUTS = 32, 4
 
 
 def run(stage: StageRun) -> None:
@@ -39,11 +41,13 @@ def run(stage: StageRun) -> None:
     spec = describe(stage, teacher, tokenizer, kept)
     path = root / "data/corpus/calibration.jsonl"
     tokens = read_tokens(path, spec.head, tokenizer, spec.max_length, prompt=spec.prompt)
-    check = next(tokens.in_order(CHECKED_TEXTS))
+    check = next(tokens.in_order(CHECKED_LONG_OUTPUTS if HEADS[spec.head].generates else CHECKED_TEXTS))
     model = fewer_layers(stage, teacher, spec, check)
     device = choose_device(params.compute.device)
-    batches = tokens.first_by_length(settings.calibration_tokens).in_order()
-    inputs = layer_inputs(model, batches, max_tokens=settings.calibration_tokens, device=device)
+    batches = list(tokens.first_by_length(settings.calibration_tokens).in_order())
+    inputs = layer_inputs(
+        model, batches, max_tokens=settings.calibration_tokens, device=device, track=stage.track
+    )
     model.to("cpu")
     model, lost = narrower(stage, model, spec, inputs)
     if spec.is_dense:

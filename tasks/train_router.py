@@ -45,8 +45,8 @@ def run(stage: StageRun) -> None:
         path = root / f"data/corpus/{split}.jsonl"
         tokens = read_tokens(path, spec.head, tokenizer, spec.max_length, prompt=spec.prompt)
         device = choose_device(params.compute.device)
-        batches = tokens.first_by_length(max_tokens).in_order()
-        return layer_inputs(teacher, batches, max_tokens=max_tokens, device=device)
+        batches = list(tokens.first_by_length(max_tokens).in_order())
+        return layer_inputs(teacher, batches, max_tokens=max_tokens, device=device, track=stage.track)
 
     train, held_out = inputs_on("train", settings.tokens), inputs_on("calibration", HELD_OUT_TOKENS)
     rows: list[dict[str, Any]] = []

@@ -81,7 +81,9 @@ def _start(task: Task, data: Data, spec: MoESpec) -> tuple[Any, list[Tensor]]:
         model = with_layers(teacher, shape.layers_kept, head, data.calibration[0].inputs)
     else:
         model, _ = load_dense(str(task.dense.folder), head=head)
-    inputs = layer_inputs(model, data.calibration, max_tokens=task.settings.calibration_tokens, device=task.device)
+    inputs = layer_inputs(
+        model, data.calibration, max_tokens=task.settings.calibration_tokens, device=task.device, track=task.track
+    )
     model.to("cpu")
     if shape.teacher_ffn_width is not None:
         model, errors = with_narrow_ffns(model, inputs, shape.ffn_width, head, task.track)

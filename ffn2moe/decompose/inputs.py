@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from itertools import chain
+from math import ceil
 from typing import Any
 
 import torch
@@ -10,11 +12,17 @@ from torch import Tensor, nn
 
 from ffn2moe.data.batches import Batch
 from ffn2moe.dense.locate import ffn_modules, stacks_of
+from ffn2moe.progress import Track, untracked
 
 
 @torch.no_grad()
 def layer_inputs(
-    model: Any, batches: Iterable[Batch], *, max_tokens: int, device: str | torch.device = "cpu"
+    model: Any,
+    batches: Iterable[Batch],
+    *,
+    max_tokens: int,
+    device: str | torch.device = "cpu",
+    track: Track = untracked,
 ) -> list[Tensor]:
     """Return the inputs of the FFN of every layer in order, [T, D] each, float32 on the CPU.
 
@@ -38,15 +46,32 @@ def layer_inputs(
         hooks.append(module.register_forward_pre_hook(keep(index, path)))
     model.to(device).eval()
     try:
-        for batch in batches:
+        for batch in _tracked(batches, max_tokens, track):
             now.append(batch.to(torch.device(device)))
-            model(**now[-1].inputs)
+            without_logits(model, batch)(**now[-1].inputs)
             if all(sum(map(len, parts)) >= max_tokens for parts in seen):
                 break
     finally:
         for hook in hooks:
             hook.remove()
     return [torch.cat(parts)[:max_tokens] for parts in seen]
+
+
+def _tracked(batches: Iterable[Batch], max_tokens: int, track: Track) -> Iterable[Batch]:
+    """Show the progress through as many batches as hold `max_tokens` tokens, if all are like the first."""
+    every = iter(batches)
+    first = next(every, None)
+    if first is None:
+        return ()
+    mask = first.inputs.get("attention_mask", first.mask)
+    total = 1 if mask is None else ceil(max_tokens / max(1, int(mask.sum())))
+    return track(chain([first], every), total, "recording the inputs of the FFNs")
+
+
+def without_logits(model: Any, batch: Batch) -> Any:
+    """Return the part of a model that runs its FFNs on a batch: of a language model all but the map to its logits."""
+    map_to_logits = getattr(model, "get_output_embeddings", lambda: None)()
+    return model if map_to_logits is None or "decoder_input_ids" in batch.inputs else model.base_model
 
 
 def real_tokens(x: Tensor, batch: Batch, layers: str) -> Tensor:

@@ -13,11 +13,14 @@ from ffn2moe.decompose import oracle
 from ffn2moe.decompose.budget import errors_by_active
 from ffn2moe.decompose.layer import decompose_layer, mixture
 from ffn2moe.decompose.layer_map import LayerJob, LayerResult
+from ffn2moe.decompose.partition import PARTITIONS
 from ffn2moe.decompose.parts import dense_of, dense_parts, mixture_of, mixture_parts
 from ffn2moe.decompose.route import RouterSettings, route_layer
 from ffn2moe.dense.ffn import DenseFFN
 from ffn2moe.moe.layer import MoEFFN
 from ffn2moe.spec import MoESpec
+
+PROVISIONAL_TOKENS = 1024  # that judge a partition which the fit of the routers fills anew
 
 
 def _present(**tensors: Tensor | None) -> dict[str, Tensor]:
@@ -46,12 +49,14 @@ def decompose_job(
 
 def do_decompose(job: LayerJob) -> LayerResult:
     """Return the partition, `neurons` [E, M] and `shared_neurons` [S], with `errors_E` [E] or the oracle's summary."""
-    ffn, x_TD = dense_of(job), job.tensors["x_TD"]
-    moe = decompose_layer(ffn, x_TD, MoESpec.from_dict(job.settings["spec"]), job.layer, seed=job.settings["seed"])
+    ffn, x_TD, spec = dense_of(job), job.tensors["x_TD"], MoESpec.from_dict(job.settings["spec"])
+    moe = decompose_layer(ffn, x_TD, spec, job.layer, seed=job.settings["seed"])
     found = {"neurons": moe.neurons, "shared_neurons": moe.shared_neurons}
     if job.settings["every_budget"]:
         return LayerResult(job.layer, {}, {**found, "errors_E": errors_by_active(moe, x_TD)})
-    return LayerResult(job.layer, _oracle_summary(moe, x_TD), found)
+    method = PARTITIONS.get(spec.partition)  # a worker need not know one of the ablation
+    judged_TD = x_TD[:PROVISIONAL_TOKENS] if method is not None and method.refilled else x_TD
+    return LayerResult(job.layer, _oracle_summary(moe, judged_TD), found)
 
 
 def judge_job(
