@@ -21,7 +21,7 @@ from ffn2moe.runtime.workload import Workload
 from tasks import corpus
 from tasks.lock import locked_outs
 from tasks.stage import StageRun, main
-from tasks.workload import Shapes, shapes_of
+from tasks.workload import shapes_of
 
 TEXTS = 400  # of the evaluation split, which the batches run through
 
@@ -96,7 +96,7 @@ def ship(stage: StageRun, shipment: Shipment, content: Mapping[str, Any]) -> Non
         stage.say(f"that is more than {LARGEST:g}x: no smaller portable plan keeps gate.min_retention of the quality")
 
 
-def workload_of(shapes: Shapes) -> Workload:
+def workload_of(shapes: Sequence[tuple[int | float, ...]]) -> Workload:
     """Return the workload; a shape without a weight comes as often as the others."""
     return Workload.of(
         {(int(batch), int(sequence)): float(*weight or [1]) for batch, sequence, *weight in shapes},

@@ -35,6 +35,10 @@ KEYS = {  # the settings of a `Request` -> their keys
     "active_per_layer": "decompose.active_per_layer",
     "elastic": "distill.elastic",
     "calibration_tokens": "decompose.calibration_tokens",
+    "router_tokens": "train_router.tokens",
+    "judged_texts": "data.evaluation_pairs",
+    "decode_tokens": "benchmark.decode_tokens",
+    "rounds": "benchmark.rounds",
     "steps": "distill.steps",
     "scope": "distill.scope",
     "batch_tokens": "distill.batch_tokens",
@@ -69,6 +73,7 @@ def require_files(params: Params, root: Path) -> None:
 def request_of(params: Params, root: Path) -> Request:
     """Return what the parameters ask for; paths are relative to the workspace."""
     flat, data, settings = params.flat(), params.data, params.decompose
+    shapes = params.benchmark.shapes
     named = {name: flat[key] for name, key in KEYS.items()}
     other = {
         "source": teacher_source(params, root),
@@ -77,6 +82,7 @@ def request_of(params: Params, root: Path) -> Request:
         "corpus": corpus_source(params, root),
         "active_per_layer": settings.active_per_layer if isinstance(settings.active_per_layer, tuple) else (),
         "elastic": tuple(sorted({*params.distill.elastic} - {settings.num_active})),
+        "timed": None if shapes == "auto" else tuple((int(shape[0]), int(shape[1])) for shape in shapes),
     }
     return Request(
         **named | other,

@@ -9,10 +9,12 @@ from functools import cache
 import torch
 
 from ffn2moe import progress
+from ffn2moe.dense.families import positions
 from ffn2moe.numerics import WIDEST_MOMENTS, bf16_supported
 from ffn2moe.preflight.case import Case
 from ffn2moe.preflight.texts import image_files
 from ffn2moe.runtime.engines import cores
+from ffn2moe.runtime.workload import usual_shapes
 
 PROBE_SECONDS, PROBE_TOKENS = 0.1, 256  # of each precision
 # Shares of the product's speed that whole steps reach, and seconds that no product explains: measured in conversions
@@ -22,7 +24,8 @@ DOCSTRING_SECONDS = 60  # of one core, to parse the sources of the packages
 TOKENISE_SECONDS = 1e-6  # of one core, a character
 IMAGE_SECONDS = 0.05  # an image, read and resized
 GRAPH_SECONDS, GRAPH_BYTES = 1.5, 2**26  # a plan: traced, lowered, written and compared; bytes a second on top
-JUDGED_TEXTS, JUDGED_TOKENS = 200, 2**14  # at most; the tokens are those of a language model
+JUDGED_TOKENS = 2**14  # at most, of a language model that `convert` judges
+ONE_TOKEN = 8  # tokens that take as long as one alone: both wait for the weights
 ROUTER_TOKENS = 200 * 1024  # that a layer's router is fitted on
 PASSES = 8  # over a layer's experts, on the calibration tokens
 
@@ -45,15 +48,33 @@ def estimated(case: Case) -> dict[str, float]:
     return {
         "texts": _texts(case, exact, rounded),
         "decomposing": _decompose(case, exact, rounded),
+        "router inputs": 2 * case.request.router_tokens * case.multiplied / exact,
         "distilling": train,
         "judging": 2 * _judged_tokens(case) * 2 * both / (JUDGING * exact) if train else 0,
         "graphs": sum(GRAPH_SECONDS + size / GRAPH_BYTES for size in case.graph_bytes.values()),
+        "racing plans": _racing(case, exact),
     }
 
 
 def _judged_tokens(case: Case) -> int:
-    most = JUDGED_TEXTS * case.max_length
-    return min(most, JUDGED_TOKENS) if case.dense.head == "causal" else most
+    most = case.request.judged_texts * case.max_length
+    return min(most, JUDGED_TOKENS) if case.dense.head == "causal" and not case.request.rounds else most
+
+
+def _racing(case: Case, exact: float) -> float:
+    """Return the seconds in which plans are timed in turn, with one thread.
+
+    About half of the rounds run, at about half of the product's speed: the two cancel out.
+    """
+    asked, head = case.request, case.dense.head
+    shapes = asked.timed
+    if shapes is None:
+        shapes = usual_shapes(head, positions(case.dense.config), asked.decode_tokens)
+    decoded = asked.decode_tokens if head == "causal" else 0
+    tokens = sum(batch * length + max(batch, ONE_TOKEN) * decoded for batch, length in shapes)
+    plans = sum(reason is None for reason in case.plans.values())
+    threads = torch.get_num_threads() if case.device == "cpu" else 1
+    return asked.rounds * plans * tokens * 2 * case.multiplied * threads / exact
 
 
 def _texts(case: Case, exact: float, rounded: float) -> float:

@@ -40,6 +40,11 @@ class Request:
     elastic: tuple[int, ...] = ()
     calibration_tokens: int = 16384
     calibration_batch: int = 16  # texts
+    router_tokens: int = 0  # whose activations in every layer the routers are fitted to, all at once
+    judged_texts: int = 200  # at most
+    timed: tuple[tuple[int, int], ...] | None = ()  # batch and sequence at which plans are raced; None: what is usual
+    decode_tokens: int = 0  # that a language model writes after each prompt of a race
+    rounds: int = 0  # of a race, at most
     steps: int | str | None = None  # of the distillation; auto: what is usual; None: as many as fill the minutes
     minutes: float = 0.0
     scope: str = "experts"  # what is trained: experts, or all

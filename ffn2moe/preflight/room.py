@@ -54,6 +54,7 @@ def room_of(case: Case) -> Room:
         decomposing, scratch = base + 2 * weights + FLOAT32 * asked.calibration_tokens * layers, 0
     if case.model_makes_texts:
         decomposing += weights
+    decomposing = max(decomposing, base + 2 * weights + FLOAT32 * asked.router_tokens * layers)
     graphs, held, kept = case.graph_bytes, 0, 0
     if graphs:
         held = base + 2 * weights + 2 * max(graphs.values())

@@ -17,7 +17,17 @@ from typing import Any
 
 HANDFUL = 6  # the most shapes that real requests are grouped into
 FILES = (".txt", ".jsonl", ".csv")
+USUAL_SHAPES = ((1, 16), (1, 128), (32, 32), (32, 128))
+USUAL_PROMPTS = (16, 128, 512)  # of a language model, which one person at a time talks to; decoding follows each
 _EXAMPLE = "write batch x sequence with a weight each, for example 1x16:0.5,32x128:0.5"
+
+
+def usual_shapes(head: str, positions: int | None, decode_tokens: int) -> tuple[tuple[int, int], ...]:
+    """Return batch and sequence of the usual workload: of a language model prompts that it holds with what follows."""
+    if head != "causal":
+        return USUAL_SHAPES
+    room = USUAL_PROMPTS[-1] if positions is None else max(1, positions - decode_tokens)
+    return tuple((1, length) for length in sorted({min(prompt, room) for prompt in USUAL_PROMPTS}))
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,95 @@
+"""What `auto` means for a training: by the head and the size of the model, never by the machine."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from ffn2moe.conversion.settings import Settings
+from ffn2moe.conversion.task import request_of
+from ffn2moe.distill.usual import FEWEST_STEPS, LANGUAGE_MODEL_WORK, MOST_STEPS, USUAL_STEPS, usual_rate, usual_steps
+from ffn2moe.preflight.case import GENERATED_TEXTS, WRITING_SHARE, Case
+from ffn2moe.preflight.duration import estimated
+from ffn2moe.preflight.room import room_of
+from ffn2moe.runtime.workload import USUAL_SHAPES
+from ffn2moe.spec import MoESpec
+from tasks.params import load_params
+from tasks.workload import shapes_of
+from tests.conftest import make_tiny_llama
+from tests.mixtures import flat_spec
+from tests.texts import PARAMS
+
+
+class Config:
+    """What the number of operations reads of a config."""
+
+    num_attention_heads, num_key_value_heads, vocab_size = 9, 3, 49152
+
+
+def spec_of_size(width: int, layers: int) -> MoESpec:
+    shape = {"width": width, "ffn_width": 4 * width, "expert_width": width, "num_layers": layers, "gated": True}
+    return flat_spec(num_experts=4, head="causal", max_length=128, activation="silu", **shape)
+
+
+def test_a_language_model_learns_for_the_same_work_whatever_its_size():
+    found = {width: usual_steps(spec_of_size(width, 30), Config(), 4096) for width in (32, 576, 768, 4096)}
+    assert found[32] == MOST_STEPS and found[4096] == FEWEST_STEPS
+    assert FEWEST_STEPS < found[768] < found[576] < MOST_STEPS
+    assert usual_steps(spec_of_size(576, 30), Config(), 1024) == pytest.approx(4 * found[576], rel=0.02)
+    assert usual_steps(replace(spec_of_size(576, 30), head="embedding"), Config(), 4096) == USUAL_STEPS
+    assert 4096 * found[576] < LANGUAGE_MODEL_WORK / 1e8
+
+
+def test_the_rate_falls_with_the_width():
+    assert usual_rate(spec_of_size(64, 2)) == 3e-3
+    assert usual_rate(replace(spec_of_size(384, 2), head="embedding")) == 1e-3
+    assert usual_rate(spec_of_size(1024, 2)) == 5e-4
+
+
+def test_the_shapes_of_a_language_model_are_prompts_that_it_can_hold():
+    settings = load_params(PARAMS).benchmark
+    causal = {"spec": {"head": "causal"}, "model": {"positions": 512}}
+    assert shapes_of(settings, {"spec": {"head": "embedding"}}) == USUAL_SHAPES
+    assert shapes_of(settings, causal) == ((1, 16), (1, 128), (1, 496))
+    assert shapes_of(settings, causal | {"model": {"positions": 64}}) == ((1, 16), (1, 48))
+    assert shapes_of(settings, causal | {"model": {}}) == ((1, 16), (1, 128), (1, 512))
+    assert shapes_of(load_params(PARAMS, ["benchmark.shapes=[[2, 8]]"]).benchmark, causal) == ((2, 8),)
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_llama(tmp_path_factory.mktemp("llama") / "model")
+
+
+def case_of(llama: Path, **settings: object) -> Case:
+    values: dict[str, object] = {"num_experts": 4, "max_length": 16, "corpus": "generated", **settings}
+    return Case(request_of(str(llama), None, Settings(**values)))
+
+
+def test_the_minutes_that_are_asked_for_bound_the_writing_too(llama: Path):
+    case = case_of(llama, distill_minutes=10)
+    assert case.writing_seconds == pytest.approx(600 * WRITING_SHARE)
+    assert case.training_minutes + case.writing_seconds / 60 == pytest.approx(10)
+    assert case.most_texts == GENERATED_TEXTS
+    found = estimated(case)
+    assert found["texts"] <= 600 * WRITING_SHARE and found["texts"] + found["distilling"] <= 600
+    read = case_of(llama, distill_minutes=10, corpus="docstrings")
+    assert read.writing_seconds is None and read.training_minutes == 10
+
+
+def test_a_model_writes_no_more_than_it_learns_from(llama: Path):
+    few, more = (case_of(llama, distill_steps=steps, calibration_tokens=1600, batch_tokens=160) for steps in (0, 10))
+    assert 100 <= few.most_texts < more.most_texts <= 2.2 * few.most_texts
+    assert few.writing_seconds is None and case_of(llama, texts=7).most_texts == 7
+    none = case_of(llama, distill_minutes=0, calibration_tokens=1600)
+    assert none.most_texts == few.most_texts
+
+
+def test_the_memory_of_the_logits_does_not_grow_with_the_batch(llama: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("ffn2moe.distill.vocabulary.MOST_LOGITS", 2**14)
+    small, large, larger = (room_of(case_of(llama, batch_tokens=size)).kept for size in (2**10, 2**11, 2**12))
+    assert larger - large == 2 * (large - small)  # the same logits in each
+    one = case_of(llama).dense.config.vocab_size
+    assert large - small < 2**10 * one * 4 * 8, "less than the logits of the tokens that are more"
