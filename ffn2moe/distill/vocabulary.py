@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-MOST_LOGITS = 2**23  # numbers at once; fewer read the output matrix more often
+MOST_LOGITS = 2**22  # numbers at once; fewer read the output matrix more often, more leave the cache
 FEWEST_TOKENS = 16
 PROBED_TOKENS = 8
 

@@ -65,9 +65,10 @@ def memory(case: Case) -> Iterator[str]:
     """Refuse what memory and swap together cannot hold; warn of what is not available now."""
     room, asked = room_of(case), case.request
     most, available = all_memory(), available_memory()
+    recorded = "router_tokens" if asked.router_tokens else "calibration_tokens"  # the larger of the two
     without = "convert it with `ffn2moe convert`, --distill-steps 0 and --no-onnx"
     for needed, what, remedy in (
-        (room.decomposing, "to decompose", f"lower {asked.call('calibration_tokens')}"),
+        (room.decomposing, "to decompose", f"lower {asked.call(recorded)}"),
         (room.held, "for teacher and student", without),
         (room.held + room.kept, "to train", f"lower {asked.call('batch_tokens')} (now {case.batch_tokens})"),
     ):
@@ -81,5 +82,5 @@ def memory(case: Case) -> Iterator[str]:
     if available is not None and room.memory - resident() > available:
         yield Doubt(
             f"{available / GIB:.1f} GiB are available now: it may be stopped by the system, or swap; a lower "
-            f"{asked.call('batch_tokens')} or {asked.call('calibration_tokens')} needs less"
+            f"{asked.call('batch_tokens')} or {asked.call(recorded)} needs less"
         )
