@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from ffn2moe.data.batches import Batch, collate
 from ffn2moe.data.ranks import Ranks
+from ffn2moe.decompose.inputs import layer_inputs
 from ffn2moe.dense.load import load_dense
 from ffn2moe.distill import vocabulary
 from ffn2moe.distill.divergences import DIVERGENCES
@@ -162,3 +163,23 @@ def test_a_model_that_bounds_its_logits_keeps_the_plain_objective(tmp_path: Path
         assert ends_in_matrix(model) == whole
         wanted = NextTokenObjective if whole else LogitsObjective
         assert type(objective_for("causal", teacher=model)) is wanted
+
+
+def test_neither_calibration_nor_a_step_computes_all_logits(models: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch):
+    teacher, student = models
+    objective, batch = objective_for("causal", teacher=teacher), batch_of(models)
+    with torch.no_grad():
+        inputs = {}
+        hooks = [
+            layer.mlp.register_forward_pre_hook(lambda _, args, index=index: inputs.__setitem__(index, args[0]))
+            for index, layer in enumerate(teacher.model.layers)
+        ]
+        teacher(**batch.inputs)
+    for hook in hooks:
+        hook.remove()
+    for model in models:
+        monkeypatch.setattr(model.lm_head, "forward", None)
+    found = layer_inputs(teacher, [batch], max_tokens=1000)
+    assert [one.equal(inputs[index][batch.mask.bool()]) for index, one in enumerate(found)] == [True, True]
+    loss = objective.loss(objective.outputs(student, batch), objective.outputs(teacher, batch), batch, 0.0)
+    assert loss.total.isfinite()

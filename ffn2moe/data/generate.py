@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ffn2moe.dense.precision import bf16_copies, weights_in_bf16
+from ffn2moe.dense.precision import bf16_copies, use_float32_attention, weights_in_bf16
 from ffn2moe.progress import Track, untracked
 
 TIMED_TOKENS = 4  # of each text of a batch
@@ -97,8 +97,13 @@ def _half(model: Any, bf16: bool) -> Iterator[None]:
     if not bf16:
         yield
         return
-    with torch.autocast(model.device.type, torch.bfloat16), weights_in_bf16(bf16_copies(model)):
-        yield
+    attention = model.config._attn_implementation
+    use_float32_attention(model)
+    try:
+        with torch.autocast(model.device.type, torch.bfloat16), weights_in_bf16(bf16_copies(model)):
+            yield
+    finally:
+        model.set_attn_implementation(attention)
 
 
 def _require_positions(model: Any, length: int) -> None:
