@@ -148,17 +148,14 @@ class Bench:
         with working(self.console, f"{name}: {run.steps} steps"):
             for _ in run.run():
                 pass
-        apart_N = self.nats(student.eval()) - self.nats_N
         tokens = run.steps * batch_tokens
-        return Row(
-            name,
-            run.steps,
-            tokens,
-            min(tokens, len(blocks) * options.length),
-            math.exp(apart_N.mean().item()),
-            (apart_N.std() / math.sqrt(len(apart_N))).item(),
-            spent + run.steps * each,
-        )
+        different = min(tokens, len(blocks) * options.length)
+        return Row(name, run.steps, tokens, different, *self.judge(student.eval()), spent + run.steps * each)
+
+    def judge(self, student: Any) -> tuple[float, float]:
+        """Return the perplexity relative to the dense model's, and the standard error of its logarithm."""
+        apart_N = self.nats(student) - self.nats_N
+        return math.exp(apart_N.mean().item()), (apart_N.std() / math.sqrt(len(apart_N))).item()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -201,10 +198,9 @@ def measure(options: argparse.Namespace, console: Console) -> Page:
         )
         with working(console, "making the routed mixture"):
             convert(options.model, work / "routed", settings, say=console.print)
-    bench, rows = Bench(options, work, console), []
-    student = checkpoint.load(work / "routed" / "checkpoint")
-    apart_N = bench.nats(student) - bench.nats_N
-    rows.append(Row("routed, not distilled", 0, 0, 0, math.exp(apart_N.mean().item()), 0.0, 0.0))
+    bench = Bench(options, work, console)
+    routed = bench.judge(checkpoint.load(work / "routed" / "checkpoint"))
+    rows = [Row("routed, not distilled", 0, 0, 0, *routed, 0.0)]
     for name, cell in cells.items():
         kept = work / f"{name.replace('/', '_')}.json"
         if kept.is_file():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from benchmarks import distillation
 from ffn2moe.data.batches import Batch, collate
 from ffn2moe.data.ranks import Ranks
 from ffn2moe.decompose.inputs import layer_inputs
@@ -20,6 +22,7 @@ from ffn2moe.distill.losses import logits_loss
 from ffn2moe.distill.objectives import LogitsObjective, LossWeights, NextTokenObjective, objective_for
 from ffn2moe.distill.vocabulary import OutputMatrix, divergence_sum, ends_in_matrix
 from tests.conftest import make_tiny_llama
+from tests.texts import make_texts
 
 BY_TOKEN = ("forward_kl", "reverse_kl", "taid")
 T, D, V = 37, 8, 50
@@ -183,3 +186,20 @@ def test_neither_calibration_nor_a_step_computes_all_logits(models: tuple[Any, A
     assert [one.equal(inputs[index][batch.mask.bool()]) for index, one in enumerate(found)] == [True, True]
     loss = objective.loss(objective.outputs(student, batch), objective.outputs(teacher, batch), batch, 0.0)
     assert loss.total.isfinite()
+
+
+def test_ways_to_distil_are_compared_for_the_same_time(models: tuple[Any, Any], tmp_path: Path, capsys):
+    folder = make_tiny_llama(tmp_path / "model")
+    texts = tmp_path / "texts.txt"
+    texts.write_text("\n".join(text.replace("\n", " ") for text in make_texts(200)))
+    arguments = f"{folder} --text {texts} --corpora {texts} generated --minutes 0.01 --length 16 --judged 400"
+    arguments += f" --batch-tokens 64 --work {tmp_path / 'work'}"
+    cells = [str(texts), "hidden 0", "every weight", "generated"]
+    assert distillation.main([*arguments.split(), "--cells", *cells, "--out", str(tmp_path / "page.md")]) == 0
+    found = json.loads((tmp_path / "page.json").read_text())["rows"]
+    assert [row["cell"] for row in found] == ["routed, not distilled", str(texts), "generated", *cells[1:3]]
+    assert all(row["steps"] > 0 and row["ratio"] > 0 for row in found[1:])
+    assert "| every weight |" in (tmp_path / "page.md").read_text()
+    capsys.readouterr()
+    assert distillation.main([*arguments.split(), "--cells", "nothing"]) == 2
+    assert "unknown cell 'nothing'; known: " in capsys.readouterr().err
