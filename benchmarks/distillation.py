@@ -110,7 +110,8 @@ class Bench:
         return pack(self.tokenizer(texts)["input_ids"], self.options.length, self.tokenizer.eos_token_id)
 
     def written(self, seconds: float) -> list[list[int]]:
-        begun, drawn = time.process_time(), []
+        begun = time.process_time()
+        drawn: list[list[int]] = []
         while not drawn or time.process_time() - begun < seconds:
             drawn += sample_tokens(
                 self.teacher,

@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import shutil
+import time
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from ffn2moe.spec import MoESpec
 
 REPORTED_EVERY = 10  # steps between the rows of the loss curve
+MOST_LOST = 120.0  # seconds of work that a kill may cost, where steps are slow
 LAYERS = ".cache/layerwise"  # finished layers, until the stage is finished
 
 
@@ -99,13 +101,16 @@ def train(stage: StageRun, distiller: Distiller, progress: Progress) -> None:
     progress.resume(distiller)
     if distiller.step:
         stage.say(f"resuming from the checkpoint at step {distiller.step}")
+    saved = time.monotonic()
     steps = stage.track(distiller.run(), distiller.steps, "distilling", completed=distiller.step)
     for metrics in steps:
         progress.add(metrics)
         if metrics.step % REPORTED_EVERY == 0:
             stage.log_metrics({name: value for name, value in metrics.row().items() if name != "step"}, metrics.step)
-        if distiller.step % settings.checkpoint_every == 0 and distiller.step < distiller.steps:
+        due = distiller.step % settings.checkpoint_every == 0 or time.monotonic() - saved > MOST_LOST
+        if due and distiller.step < distiller.steps:
             progress.save(distiller)
+            saved = time.monotonic()
 
 
 def report(
