@@ -147,7 +147,10 @@ class Settings:
     texts: int | None = field(
         default=None,
         metadata=_option(
-            "--texts", "use at most N texts or images (generated: 4000, others: 40000)", metavar="N", kind=int
+            "--texts",
+            "use at most N texts or images (40000; generated: what the model writes in a fifth of the minutes)",
+            metavar="N",
+            kind=int,
         ),
     )
     max_length: int | None = field(
@@ -163,7 +166,7 @@ class Settings:
         default=10.0,
         metadata=_option(
             "--distill-minutes",
-            "time to train the experts (10; 0: no training)",
+            "time to train the experts, and for the model to write where it writes the corpus (10; 0: no training)",
             metavar="T",
             kind=float,
             fingerprint=False,
