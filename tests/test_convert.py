@@ -103,7 +103,7 @@ class Stop(Exception):
     pass
 
 
-@pytest.mark.parametrize("place", ["sampling texts", "decomposing and routing layers", "distilling", "container"])
+@pytest.mark.parametrize("place", ["writing texts", "decomposing and routing layers", "distilling", "container"])
 def test_a_conversion_that_was_stopped_goes_on_and_ends_the_same(place, llama, tmp_path, monkeypatch):
     convert(llama, tmp_path / "whole", QUICK)
     monkeypatch.setattr(distillation, "CHECKPOINT_SECONDS", -1)
@@ -123,7 +123,7 @@ def test_a_conversion_that_was_stopped_goes_on_and_ends_the_same(place, llama, t
         with pytest.raises(Stop):
             convert(llama, tmp_path / "out", QUICK, track=stopping)
     assert not (tmp_path / "out").exists()
-    assert not list((tmp_path / "out.partial").glob("*.json")) or place != "sampling texts"
+    assert not list((tmp_path / "out.partial").glob("*.json")) or place != "writing texts"
 
     seen: list[str] = []
 
@@ -134,7 +134,7 @@ def test_a_conversion_that_was_stopped_goes_on_and_ends_the_same(place, llama, t
     said: list[str] = []
     convert(llama, tmp_path / "out", QUICK, track=watching, say=said.append)
     assert any("resuming from" in line for line in said)
-    order = ["sampling texts", "decomposing and routing layers", "distilling", "container"]
+    order = ["writing texts", "decomposing and routing layers", "distilling", "container"]
     for done in order[: order.index(place)]:
         assert done not in seen or done == "distilling"
     if place == "distilling":

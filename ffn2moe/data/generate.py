@@ -47,7 +47,7 @@ def sample_tokens(
     drawn: Drawn | None = None
     steps = ((start, place) for start in starts for place in range(places))
     with _half(model, bf16):
-        for start, place in track(steps, len(starts) * places, "writing texts, token by token"):
+        for start, place in track(steps, len(starts) * places, "writing texts"):
             if place == 0:
                 drawn = Drawn(model, min(batch, count - start), length, bos, ends, temperature, generator)
             assert drawn is not None
