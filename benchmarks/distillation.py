@@ -61,8 +61,8 @@ def cells_of(corpora: Sequence[str]) -> dict[str, Cell]:
         "every weight, rate x 0.3": replace(first, scope="all", rate=0.3),
         "rate x 2": replace(first, rate=2.0),
         "rate x 0.5": replace(first, rate=0.5),
-        "step x 0.25": replace(first, step=0.25),
-        "step x 0.5": replace(first, step=0.5),
+        "step x 4": replace(first, step=4.0),
+        "step x 2": replace(first, step=2.0),
     }
     written = {f"generated, {share:g} of the time": Cell("generated", written=share) for share in (0.1, 0.4)}
     return {name: Cell(name) for name in corpora} | changed | (written if "generated" in corpora else {})

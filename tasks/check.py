@@ -81,6 +81,7 @@ def request_of(params: Params, root: Path) -> Request:
         "max_length": None if params.teacher.max_length == "auto" else params.teacher.max_length,
         "corpus": corpus_source(params, root),
         "active_per_layer": settings.active_per_layer if isinstance(settings.active_per_layer, tuple) else (),
+        "batch_tokens": None if params.distill.batch_tokens == "auto" else params.distill.batch_tokens,
         "elastic": tuple(sorted({*params.distill.elastic} - {settings.num_active})),
         "timed": None if shapes == "auto" else tuple((int(shape[0]), int(shape[1])) for shape in shapes),
     }

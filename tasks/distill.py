@@ -67,11 +67,12 @@ def distil(stage: StageRun, ranks: Ranks) -> None:
     teacher, tokenizer = load_dense(str(root / "data/teacher"), head=spec.head)
     training = training_of(stage, spec, teacher.config)
     tokens = read_tokens(root / "data/corpus/train.jsonl", spec.head, tokenizer, spec.max_length, prompt=spec.prompt)
-    batches = tokens.shuffled(batch_tokens=settings.batch_tokens, seed=params.seed)
+    batch_tokens = batch_tokens_of(stage, spec)
+    batches = tokens.shuffled(batch_tokens=batch_tokens, seed=params.seed)
     epochs = training.steps / batches.per_epoch
     stage.say(
         f"{len(tokens.ids)} {'blocks' if spec.head == 'causal' else 'texts'}, {training.steps} steps of "
-        f"{settings.batch_tokens} tokens ({epochs:.1f} epochs), "
+        f"{batch_tokens} tokens ({epochs:.1f} epochs), "
         f"{'bfloat16' if training.bf16 else 'float32'} on {training.device}"
     )
     objective = objective_of(stage, spec, teacher)
@@ -90,7 +91,7 @@ def distil(stage: StageRun, ranks: Ranks) -> None:
     train(stage, distiller, progress)
     with stage.out("models/distilled") as out:
         checkpoint.save(student, tokenizer, spec, out)
-    report(stage, progress.rows, curve, epochs=epochs, training=training)
+    report(stage, progress.rows, curve, epochs=epochs, tokens=training.steps * batch_tokens, training=training)
     progress.discard()
     shutil.rmtree(root / LAYERS, ignore_errors=True)
 
@@ -114,7 +115,13 @@ def train(stage: StageRun, distiller: Distiller, progress: Progress) -> None:
 
 
 def report(
-    stage: StageRun, rows: list[dict[str, Any]], curve: list[dict[str, Any]], *, epochs: float, training: Training
+    stage: StageRun,
+    rows: list[dict[str, Any]],
+    curve: list[dict[str, Any]],
+    *,
+    epochs: float,
+    tokens: int,
+    training: Training,
 ) -> None:
     """Write the metrics and the loss curves of the stage."""
     settings, last = stage.params.distill, rows[-50:]
@@ -123,7 +130,7 @@ def report(
         {
             "steps": training.steps,
             "epochs": epochs,
-            "tokens": training.steps * settings.batch_tokens,
+            "tokens": tokens,
             "loss_last_50": sum(row["loss"] for row in last) / max(1, len(last)),
             "bf16": training.bf16,
             "layerwise_steps": settings.layerwise_steps,
@@ -131,6 +138,14 @@ def report(
     )
     stage.write_csv("metrics/plots/layerwise.csv", curve or [{"layer": 0, "step": 0, "loss": 0.0}])
     stage.write_csv("metrics/plots/distill.csv", rows[::REPORTED_EVERY] or [{"step": 0, "loss": 0.0}])
+
+
+def batch_tokens_of(stage: StageRun, spec: MoESpec) -> int:
+    """Return the tokens of a step from params.yaml."""
+    from ffn2moe.distill.usual import usual_batch_tokens
+
+    asked = stage.params.distill.batch_tokens
+    return usual_batch_tokens(spec.head, spec.stacks[-1].width, spec.max_length) if asked == "auto" else asked
 
 
 def training_of(stage: StageRun, spec: MoESpec, config: Any) -> Training:
@@ -142,7 +157,7 @@ def training_of(stage: StageRun, spec: MoESpec, config: Any) -> Training:
     params, settings = stage.params, stage.params.distill
     device = choose_device(params.compute.device)
     return Training(
-        steps=usual_steps(spec, config, settings.batch_tokens) if settings.steps == "auto" else settings.steps,
+        steps=usual_steps(spec, config, batch_tokens_of(stage, spec)) if settings.steps == "auto" else settings.steps,
         learning_rate=usual_rate(spec) if settings.learning_rate == "auto" else settings.learning_rate,
         balance_step=balance_step_of(stage, spec),
         scope=settings.scope,
@@ -177,7 +192,7 @@ def train_layers(
         batches,
         LayerTraining(
             steps=settings.layerwise_steps,
-            batch_tokens=settings.batch_tokens,
+            batch_tokens=batch_tokens_of(stage, spec),
             learning_rate=training.learning_rate,
             seed=training.seed,
             elastic=training.elastic,

@@ -83,7 +83,7 @@ class TrainRouter(Section):
 class Distill(Section):
     layerwise_steps: int = Field(ge=0)
     steps: Annotated[int, Field(ge=0)] | Literal["auto"]
-    batch_tokens: Count
+    batch_tokens: Count | Literal["auto"]
     learning_rate: Positive | Literal["auto"]
     hidden_weight: NonNegative
     embedding_weight: NonNegative
@@ -191,7 +191,7 @@ class Params(Section):
             ("train_router.batch_tokens", self.train_router.batch_tokens),
             ("distill.batch_tokens", self.distill.batch_tokens),
         ):
-            if tokens < length:
+            if tokens != "auto" and tokens < length:
                 raise ValueError(
                     f"{key} = {tokens} is less than teacher.max_length = {length}: "
                     "a batch could not hold one text; raise the first or lower the second"

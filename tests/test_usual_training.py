@@ -9,7 +9,15 @@ import pytest
 
 from ffn2moe.conversion.settings import Settings
 from ffn2moe.conversion.task import request_of
-from ffn2moe.distill.usual import FEWEST_STEPS, LANGUAGE_MODEL_WORK, MOST_STEPS, USUAL_STEPS, usual_rate, usual_steps
+from ffn2moe.distill.usual import (
+    FEWEST_STEPS,
+    LANGUAGE_MODEL_WORK,
+    MOST_STEPS,
+    USUAL_STEPS,
+    usual_batch_tokens,
+    usual_rate,
+    usual_steps,
+)
 from ffn2moe.preflight.case import GENERATED_TEXTS, WRITING_SHARE, Case
 from ffn2moe.preflight.duration import estimated
 from ffn2moe.preflight.room import room_of
@@ -40,6 +48,11 @@ def test_a_language_model_learns_for_the_same_work_whatever_its_size():
     assert usual_steps(spec_of_size(576, 30), Config(), 1024) == pytest.approx(4 * found[576], rel=0.02)
     assert usual_steps(replace(spec_of_size(576, 30), head="embedding"), Config(), 4096) == USUAL_STEPS
     assert 4096 * found[576] < LANGUAGE_MODEL_WORK / 1e8
+
+
+def test_a_step_grows_with_the_width_of_a_language_model():
+    assert [usual_batch_tokens("causal", width, 128) for width in (64, 576, 8192)] == [512, 1152, 4096]
+    assert usual_batch_tokens("embedding", 64, 128) == 4096 and usual_batch_tokens("causal", 64, 5000) == 5000
 
 
 def test_the_rate_falls_with_the_width():

@@ -1,4 +1,4 @@
-"""Say how a student is trained where the user does not: how many steps, and at what rate."""
+"""Say how a student is trained where the user does not: how many steps of how many tokens, and at what rate."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ USUAL_STEPS = 700  # about 6 minutes for a small encoder on two cores with AMX (
 # counted, not timed: the same model gets the same number of steps on every machine.
 LANGUAGE_MODEL_WORK = 4e14
 FEWEST_STEPS, MOST_STEPS = 50, 4000
+MOST_TOKENS, FEWEST_TOKENS = 4096, 512  # of a step: a language model learns more from many small ones
+TOKENS_BY_WIDTH = 2  # of a step, for each dimension of a language model
 RATE_BY_WIDTH = 0.512  # divided by the model's width it is the learning rate, but at most ...
 PEAK_RATE, PEAK_RATE_CAUSAL = 1e-3, 3e-3  # ... this
 
@@ -21,6 +23,13 @@ def usual_steps(spec: MoESpec, config: object, batch_tokens: int) -> int:
     teacher, student = flops_per_token(spec, config, spec.max_length)
     step = batch_tokens * (teacher.total + 3 * student.total)  # backward takes two forward passes
     return max(FEWEST_STEPS, min(MOST_STEPS, int(LANGUAGE_MODEL_WORK / step)))
+
+
+def usual_batch_tokens(head: str, width: int, length: int) -> int:
+    """Return the tokens of a step, which holds a text of `length` tokens at least."""
+    if head != "causal":
+        return max(length, MOST_TOKENS)
+    return max(length, FEWEST_TOKENS, min(MOST_TOKENS, TOKENS_BY_WIDTH * width))
 
 
 def usual_rate(spec: MoESpec) -> float:

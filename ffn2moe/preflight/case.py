@@ -21,7 +21,7 @@ from ffn2moe.dense.length import usual_length
 from ffn2moe.dense.reduction import Reduction, reduction
 from ffn2moe.dense.tensors import explain, match
 from ffn2moe.dense.weights import weight_headers
-from ffn2moe.distill.usual import usual_steps
+from ffn2moe.distill.usual import usual_batch_tokens, usual_steps
 from ffn2moe.moe.describe import spec_of
 from ffn2moe.numerics import choose_device
 from ffn2moe.preflight.dense import Dense
@@ -36,9 +36,7 @@ from ffn2moe.spec import Gate, MoESpec
 GENERATED_TEXTS, MOST_TEXTS = 4000, 40000  # most texts that the model writes, that are taken from a corpus
 WRITING_SHARE = 0.2  # of the minutes: the model writes, where it writes the corpus, and learns in the rest
 WRITTEN_MORE = 1.1  # times the tokens that are learnt from: some are held out to judge by
-MOST_BATCH_TOKENS, FEWEST_BATCH_TOKENS = 4096, 512  # of a step: a small language model learns more from small ones
 USUAL_TEXT = 400  # characters
-TOKENS_BY_WIDTH = 8  # tokens of a step, for each dimension of a language model
 
 
 class Case:
@@ -280,12 +278,8 @@ class Case:
     @property
     def batch_tokens(self) -> int:
         """The tokens of a training step."""
-        if self.request.batch_tokens:
-            return self.request.batch_tokens
-        if self.dense.head != "causal":
-            return MOST_BATCH_TOKENS
-        width = self.dense.config.get_text_config().hidden_size
-        return max(FEWEST_BATCH_TOKENS, min(MOST_BATCH_TOKENS, TOKENS_BY_WIDTH * width))
+        width = self.dense.config.get_text_config().hidden_size if self.dense.head == "causal" else 0
+        return self.request.batch_tokens or usual_batch_tokens(self.dense.head, width, self.max_length)
 
     @cached_property
     def steps(self) -> int | None:
