@@ -18,6 +18,7 @@ from ffn2moe.distill.usual import (
     usual_rate,
     usual_steps,
 )
+from ffn2moe.preflight import case, mixture
 from ffn2moe.preflight.case import GENERATED_TEXTS, WRITING_SHARE, Case
 from ffn2moe.preflight.duration import estimated
 from ffn2moe.preflight.room import room_of
@@ -82,11 +83,11 @@ def case_of(llama: Path, **settings: object) -> Case:
 
 
 def test_the_minutes_that_are_asked_for_bound_the_writing_too(llama: Path):
-    case = case_of(llama, distill_minutes=10)
-    assert case.writing_seconds == pytest.approx(600 * WRITING_SHARE)
-    assert case.training_minutes + case.writing_seconds / 60 == pytest.approx(10)
-    assert case.most_texts == GENERATED_TEXTS
-    found = estimated(case)
+    ten = case_of(llama, distill_minutes=10)
+    assert ten.writing_seconds == pytest.approx(600 * WRITING_SHARE)
+    assert ten.training_minutes + ten.writing_seconds / 60 == pytest.approx(10)
+    assert ten.most_texts == GENERATED_TEXTS
+    found = estimated(ten)
     assert found["texts"] <= 600 * WRITING_SHARE and found["texts"] + found["distilling"] <= 600
     read = case_of(llama, distill_minutes=10, corpus="docstrings")
     assert read.writing_seconds is None and read.training_minutes == 10
@@ -106,3 +107,12 @@ def test_the_memory_of_the_logits_does_not_grow_with_the_batch(llama: Path, monk
     assert larger - large == 2 * (large - small)  # the same logits in each
     one = case_of(llama).dense.config.vocab_size
     assert large - small < 2**10 * one * 4 * 8, "less than the logits of the tokens that are more"
+
+
+def test_a_small_model_writes_its_corpus_and_a_large_one_reads_docstrings(llama: Path, monkeypatch: pytest.MonkeyPatch):
+    assert case_of(llama, corpus="auto").corpus == "generated"
+    monkeypatch.setattr(case, "LARGEST_WRITER", 0)
+    large = case_of(llama, corpus="auto")
+    assert large.corpus == "docstrings" and any("--corpus generated" in line for line in mixture.corpus(large))
+    monkeypatch.setattr(case, "missing_packages", lambda: ["numpy"])
+    assert case_of(llama, corpus="auto").corpus == "generated"

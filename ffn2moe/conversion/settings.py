@@ -126,7 +126,8 @@ class Settings:
         metadata=_option(
             "--corpus",
             "texts to learn from: docstrings, a .txt, .jsonl, .csv or .tsv file, datasets:NAME, a folder of images, or "
-            "generated, which a language model writes itself (auto: generated, and docstrings for other models)",
+            "generated, which a language model writes itself (auto: generated; docstrings for other models and for "
+            "large ones)",
             metavar="SOURCE",
         ),
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from itertools import chain
 from math import ceil
 from typing import Any
@@ -59,6 +59,8 @@ def layer_inputs(
 
 def _tracked(batches: Iterable[Batch], max_tokens: int, track: Track) -> Iterable[Batch]:
     """Show the progress through as many batches as hold `max_tokens` tokens, if all are like the first."""
+    if isinstance(batches, Sequence):
+        return track(batches, len(batches), "recording the inputs of the FFNs")
     every = iter(batches)
     first = next(every, None)
     if first is None:

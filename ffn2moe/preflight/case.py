@@ -26,7 +26,7 @@ from ffn2moe.moe.describe import spec_of
 from ffn2moe.numerics import choose_device
 from ffn2moe.preflight.dense import Dense
 from ffn2moe.preflight.request import Request
-from ffn2moe.preflight.texts import Sample, sample
+from ffn2moe.preflight.texts import Sample, missing_packages, sample
 from ffn2moe.progress import Say, silent
 from ffn2moe.runtime.engines import installed_engines
 from ffn2moe.runtime.plans import PLANS, UNMEASURED_PLANS, graph_of, obstacle, plan_of, plans_of
@@ -34,6 +34,7 @@ from ffn2moe.spec import Gate, MoESpec
 
 # Where the user names no number:
 GENERATED_TEXTS, MOST_TEXTS = 4000, 40000  # most texts that the model writes, that are taken from a corpus
+LARGEST_WRITER = 2**28  # weights that a token is multiplied by; with more a model writes a calibration for too long
 WRITING_SHARE = 0.2  # of the minutes: the model writes, where it writes the corpus, and learns in the rest
 WRITTEN_MORE = 1.1  # times the tokens that are learnt from: some are held out to judge by
 USUAL_TEXT = 400  # characters
@@ -178,7 +179,8 @@ class Case:
                 raise ValueError(f"{asked.source} reads images: name a folder of them with {asked.call('corpus')}")
             return asked.corpus
         if asked.corpus == "auto":
-            return "generated" if dense.head == "causal" else "docstrings"
+            writes = dense.head == "causal" and (self.multiplied <= LARGEST_WRITER or bool(missing_packages()))
+            return "generated" if writes else "docstrings"
         if asked.corpus == "generated" and dense.head != "causal":
             raise ValueError(
                 f"{asked.call('corpus', 'generated')} asks the model to write the texts, and {asked.source} is "

@@ -24,6 +24,8 @@ def corpus(case: Case) -> Iterator[str]:
     more = asked.texts is not None and (case.sample.count is None or case.sample.count > asked.texts)
     used = f", of which {asked.texts} are used" if more else ""
     yield f"{case.corpus}: {case.sample.number}{used}"
+    if asked.corpus == "auto" and case.dense.head == "causal":
+        yield f"a model of this size writes too slowly: {asked.call('corpus', 'generated')} makes it write all the same"
     if case.pairs:
         columns = asked.text_column
         yield f"read in pairs: {f'the columns {columns}' if ',' in columns else 'made of the texts of the corpus'}"

@@ -36,7 +36,7 @@ def sample(corpus: str, asked: Request) -> Sample:
     if corpus == "generated":
         return Sample([], None, False)
     if corpus == "docstrings":
-        missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
+        missing = missing_packages()
         if missing:
             raise ValueError(
                 f"{asked.call('corpus', 'docstrings')} reads packages of which {', '.join(missing)} are not installed: "
@@ -50,6 +50,11 @@ def sample(corpus: str, asked: Request) -> Sample:
             )
         return Sample([], None, False)
     return _of_file(corpus, asked)
+
+
+def missing_packages() -> list[str]:
+    """Return the packages that the corpus of docstrings reads and that are not installed."""
+    return [name for name in PACKAGES if importlib.util.find_spec(name) is None]
 
 
 def _of_file(corpus: str, asked: Request) -> Sample:
