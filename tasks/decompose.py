@@ -45,9 +45,7 @@ def run(stage: StageRun) -> None:
     model = fewer_layers(stage, teacher, spec, check)
     device = choose_device(params.compute.device)
     batches = list(tokens.first_by_length(settings.calibration_tokens).in_order())
-    inputs = layer_inputs(
-        model, batches, max_tokens=settings.calibration_tokens, device=device, track=stage.track
-    )
+    inputs = layer_inputs(model, batches, max_tokens=settings.calibration_tokens, device=device, track=stage.track)
     model.to("cpu")
     model, lost = narrower(stage, model, spec, inputs)
     if spec.is_dense:

@@ -135,6 +135,7 @@ def write(root: Path, *, kept: float = 0.986, speedup: float = 1.06, folder: boo
         ("metrics/evaluate.json", quality(kept, folder)),
         ("metrics/prepare.json", prepared),
         ("metrics/train_router.json", {"layers": layers()}),
+        ("metrics/distill.json", {"steps": 700}),
         ("exports/minilm/plan.json", plan(speedup)),
         ("models/exported/manifest.json", manifest),
         ("exports/minilm/manifest.json", {"bytes": {"export": 170 * 2**20, "container": 0, "dense": 87 * 2**20}}),
