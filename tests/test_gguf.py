@@ -9,9 +9,12 @@ import numpy as np
 import pytest
 import torch
 
+from ffn2moe import cli
 from ffn2moe.dense.gguf import open_gguf
 from ffn2moe.dense.load import load_dense
+from ffn2moe.dense.plain import plain_folder
 from ffn2moe.dense.source import resolve_source
+from ffn2moe.dense.weights import weight_headers
 from tests.gguf_files import llama, write_gguf
 
 IDS = torch.arange(3, 40).unsqueeze(0)
@@ -72,6 +75,10 @@ def test_a_folder_and_a_package_may_hold_a_gguf_file(tmp_path, monkeypatch):
     ("change", "message"),
     [
         ({"architecture": "rwkv7"}, "of the architecture 'rwkv7', which transformers cannot read"),
+        ({"architecture": "t5"}, "of the architecture 't5', whose kind of FFN and whose tokens transformers guesses"),
+        ({"architecture": "t5encoder"}, "name the model's folder of safetensors instead"),
+        ({"architecture": "mamba"}, "which has no feed-forward layers"),
+        ({"metadata": {"llama.expert_count": 8}}, r"is a mixture of 8 experts already \(llama\)"),
         ({"metadata": {"split.count": 3}}, "one of 3 files of a split GGUF model.*gguf-split --merge"),
         ({"metadata": {"llama.logit_scale": 4.0}}, r"sets llama\.logit_scale, which transformers does not read"),
         ({"metadata": {"llama.rope.scaling.type": "yarn"}}, r"sets llama\.rope\.scaling\.type"),
@@ -149,3 +156,23 @@ def test_the_header_alone_tells_form_and_size(tmp_path):
     file = open_gguf(write_gguf(tmp_path / "tiny.gguf", model, metadata={"general.file_type": 15}))
     assert file.form == "Q4_K_M" and file.parameters == sum(one.numel() for one in model.parameters())
     assert open_gguf(write_gguf(tmp_path / "bare.gguf", model)).form == "Q8_0"
+
+
+def test_a_check_reads_the_header_of_a_file_and_finds_the_same(tmp_path, capsys):
+    file = write_gguf(tmp_path / "tiny.gguf", llama())
+    corpus = tmp_path / "texts.txt"
+    corpus.write_text("\n".join("he th the" + " he" * count for count in range(40)))
+    arguments = ["check", "--corpus", str(corpus), "--experts", "4", "--active", "1", "--no-onnx", "--max-length", "16"]
+    assert cli.main([*arguments, str(file)]) == 0
+    said = capsys.readouterr().out
+    assert "dequantising" not in said and "4 experts of 24" in said
+    (headers,) = (tmp_path / "cache/ffn2moe/models").iterdir()
+    assert (
+        (headers / "model.safetensors").stat().st_blocks * 512 < 2**16 < (headers / "model.safetensors").stat().st_size
+    )
+    whole = plain_folder(str(file))
+    assert whole != headers
+    known = {name: (one.shape, one.dtype) for name, one in weight_headers(whole).items()}
+    assert {name: (one.shape, one.dtype) for name, one in weight_headers(headers).items()} == known
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        assert (headers / name).read_text() == (whole / name).read_text(), name

@@ -31,7 +31,8 @@ def run(options: argparse.Namespace) -> int:
             from ffn2moe.preflight.checks import findings
         silence_transformers()
         refused = 0
-        for found in findings(Case(request_of(options.model, options.out, settings), screen.say)):
+        case = Case(request_of(options.model, options.out, settings), screen.say, weights=False)
+        for found in findings(case):
             if found.error is not None:
                 refused += 1
                 print_error(found.error)

@@ -65,6 +65,14 @@ def constructor_options(config: Any, head: str) -> dict[str, Any]:
     return dict(options_of_class(config))
 
 
+def read_generation(model: Any, folder: str | Path) -> None:
+    """Give a model that was built from its config the generation config of its folder: the tokens that end a text."""
+    from transformers import GenerationConfig
+
+    if model.can_generate() and (Path(folder) / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+
+
 def auto_class(head: str, reads: Reads, family: Family | None) -> str:
     """Return the name of the transformers class that opens a model with this head, input and family."""
     encoder_alone = family is not None and "seq2seq" in family.heads

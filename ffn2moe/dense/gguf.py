@@ -7,6 +7,7 @@ Where what it skips changes the model, it is set here, or the file is refused by
 from __future__ import annotations
 
 import functools
+import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ import torch
 from ffn2moe.dense.cache import save_as_floats
 from ffn2moe.dense.config import auto_class, head_of
 from ffn2moe.dense.families import FAMILIES
+from ffn2moe.dense.weights import tied
 
 # Keys of "ARCHITECTURE.*" that transformers does not read for every architecture -> the config's key (the first that
 # the config has).
@@ -43,6 +45,11 @@ _HARMLESS = {
 GPT2_RULE, SINGLE_DIGITS_RULE = "gpt-2", "smollm"  # the names that files are written with
 _LIKE_GPT2 = {GPT2_RULE, "gpt2", "phi-2", "mpt", "olmo", "jais", "trillion"}
 _SINGLE_DIGITS = {SINGLE_DIGITS_RULE, "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"}
+# Architectures that transformers opens, but of which no teacher can be made -> why.
+_NO_TEACHERS = {
+    **dict.fromkeys(("t5", "t5encoder", "umt5"), "whose kind of FFN and whose tokens transformers guesses"),
+    "mamba": "which has no feed-forward layers",
+}
 _LLAMA3_LOW, _LLAMA3_HIGH, _LLAMA3_CONTEXT = 1.0, 4.0, 8192  # of every LLaMA 3.x; its files hold the result only
 
 
@@ -129,6 +136,17 @@ def _require_readable(file: GgufFile) -> None:
         raise ValueError(
             f"{file.path} is a GGUF file of the architecture {file.architecture!r}, which transformers cannot read "
             "from GGUF: name the model's folder of safetensors instead"
+        )
+    if file.architecture in _NO_TEACHERS:
+        raise ValueError(
+            f"{file.path} is a GGUF file of the architecture {file.architecture!r}, "
+            f"{_NO_TEACHERS[file.architecture]}: name the model's folder of safetensors instead"
+        )
+    experts = file.metadata.get(f"{file.architecture}.expert_count", 0)
+    if experts > 1:
+        raise ValueError(
+            f"{file.path} is a mixture of {experts} experts already ({file.architecture}), and only dense models are "
+            "decomposed: name the dense model that it was made of"
         )
     able = {kind.name for kind in _type_traits} | {GGMLQuantizationType.F32.name, GGMLQuantizationType.F16.name}
     unable = sorted(set(file.types.values()) - able)
@@ -236,13 +254,9 @@ def _llama3_rope(file: GgufFile, config: Any) -> dict[str, Any]:
 
 def write_dequantised(file: GgufFile, out: Path) -> None:
     """Write the model of a GGUF file to the folder `out`: config, float32 weights as safetensors, and tokenizer."""
-    import transformers
-
     with _parsed_once():
-        config = gguf_config(file)
-        name = auto_class(head_of(config), "text", FAMILIES.get(config.model_type))
-        _require_known_tensors(file, config, getattr(transformers, name))
-        model, report = getattr(transformers, name).from_pretrained(
+        config, auto = _config_and_class(file)
+        model, report = auto.from_pretrained(
             file.path.parent,
             gguf_file=file.path.name,
             config=config,
@@ -254,6 +268,36 @@ def write_dequantised(file: GgufFile, out: Path) -> None:
         raise ValueError(f"{file.path} and transformers' {type(model).__name__} do not fit: {', '.join(wrong[:3])}")
     save_as_floats(model, out)
     _tokenizer(file).save_pretrained(out)
+
+
+def write_headers(file: GgufFile, out: Path) -> None:
+    """Write what `write_dequantised` writes without the weights: their file has its header, and takes no disk."""
+    with _parsed_once():
+        config, auto = _config_and_class(file)
+    with torch.device("meta"):
+        model = auto.from_config(config, dtype=torch.float32)
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(out)
+    aliases, header, end = tied(model), {}, 0
+    for name, tensor in model.state_dict().items():
+        if name not in aliases:
+            start, end = end, end + tensor.nbytes
+            header[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [start, end]}
+    content = json.dumps(header).encode()
+    with (out / "model.safetensors").open("wb") as stream:
+        stream.write(len(content).to_bytes(8, "little") + content)
+        stream.truncate(8 + len(content) + end)
+    _tokenizer(file).save_pretrained(out)
+
+
+def _config_and_class(file: GgufFile) -> tuple[Any, Any]:
+    """Return the config of a file and the class that opens it. ValueError for a tensor that it does not read."""
+    import transformers
+
+    config = gguf_config(file)
+    auto = getattr(transformers, auto_class(head_of(config), "text", FAMILIES.get(config.model_type)))
+    _require_known_tensors(file, config, auto)
+    return config, auto
 
 
 def _tokenizer(file: GgufFile) -> Any:

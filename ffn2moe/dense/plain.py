@@ -13,7 +13,7 @@ from ffn2moe.dense.adapters import Adapter, adapter_in, write_merged
 from ffn2moe.dense.cache import cached, save_as_floats
 from ffn2moe.dense.config import auto_class, head_of
 from ffn2moe.dense.families import FAMILIES
-from ffn2moe.dense.gguf import GgufFile, open_gguf, write_dequantised
+from ffn2moe.dense.gguf import GgufFile, open_gguf, write_dequantised, write_headers
 from ffn2moe.dense.quantised import Quantisation, quantisation_of
 from ffn2moe.dense.sentence_folder import transformer_folder
 from ffn2moe.dense.source import download, resolve_source
@@ -25,17 +25,17 @@ _OF_ACTIVATIONS = ("input_scale", "output_scale", "activation_scale", "k_scale",
 _NOT_COPIED = ("*.safetensors", "*.bin", "*.gguf", "*.index.json", "config.json", "adapter_*", ".*")
 
 
-def plain_folder(source: str, revision: str | None = None, *, say: Say = silent) -> Path:
+def plain_folder(source: str, revision: str | None = None, *, say: Say = silent, weights: bool = True) -> Path:
     """Return a folder that holds the model of any source of `resolve_source` as float safetensors.
 
     It is the source's own folder where that is one, or that of a sentence encoder's transformer; else a copy in the
-    user's cache, about which `say` is told.
+    user's cache, about which `say` is told. Without `weights` that of a GGUF file has their headers alone.
     ValueError or FileNotFoundError, with the remedy, before weights are read, for a source that cannot be read.
     """
     _, path = resolve_source(source)
     path = transformer_folder(path or download(source, revision))
     adapter = adapter_in(path) if path.is_dir() else None
-    return _floats(path, say) if adapter is None else _merged(adapter, say)
+    return _floats(path, say, weights) if adapter is None else _merged(adapter, say)
 
 
 def _merged(adapter: Adapter, say: Say) -> Path:
@@ -57,12 +57,12 @@ def _merged(adapter: Adapter, say: Say) -> Path:
     return cached(folder.name, files, write, FLOAT32 * sum(prod(one.shape) for one in weight_headers(base).values()))
 
 
-def _floats(path: Path, say: Say) -> Path:
+def _floats(path: Path, say: Say, weights: bool = True) -> Path:
     """Return a folder with the model of a folder or of a GGUF file as floats."""
     from safetensors import SafetensorError
 
     if path.suffix == ".gguf" and path.is_file():
-        return _of_gguf(open_gguf(path), say)
+        return _of_gguf(open_gguf(path), say, weights)
     try:
         headers = weight_headers(path)
     except (FileNotFoundError, SafetensorError):
@@ -76,8 +76,10 @@ def _floats(path: Path, say: Say) -> Path:
     return cached(path.name, files, lambda out: _dequantise(path, kind, out), needed)
 
 
-def _of_gguf(file: GgufFile, say: Say) -> Path:
+def _of_gguf(file: GgufFile, say: Say, weights: bool) -> Path:
     needed = FLOAT32 * file.parameters
+    if not weights:
+        return cached(f"{file.path.stem}-headers", [file.path], lambda out: write_headers(file, out), needed)
     say(_line(file.path.name, file.form, needed))
     return cached(file.path.stem, [file.path], lambda out: write_dequantised(file, out), needed)
 

@@ -46,15 +46,16 @@ class Case:
     ValueError or FileNotFoundError, with cause and remedy, for what cannot be done.
     """
 
-    def __init__(self, request: Request, say: Say = silent) -> None:
+    def __init__(self, request: Request, say: Say = silent, *, weights: bool = True) -> None:
         self.request = request
         self.say = say  # told of a model that is rewritten before it can be read
+        self._weights = weights  # whether they are read later: if not, those of a GGUF file are not dequantised
 
     @cached_property
     def dense(self) -> Dense:
         """The dense model. ValueError for one that the request has no use for."""
         asked = self.request
-        dense = Dense(asked.source, revision=asked.revision, head=asked.head, say=self.say)
+        dense = Dense(asked.source, revision=asked.revision, head=asked.head, say=self.say, weights=self._weights)
         heads = dense.family.heads if dense.family else (dense.head,)
         if dense.head not in heads:
             raise ValueError(

@@ -21,10 +21,16 @@ class Dense:
     """A dense model: its folder, config, head and family. ValueError or FileNotFoundError where it cannot be opened."""
 
     def __init__(
-        self, source: str, *, revision: str | None = None, head: Head | None = None, say: Say = silent
+        self,
+        source: str,
+        *,
+        revision: str | None = None,
+        head: Head | None = None,
+        say: Say = silent,
+        weights: bool = True,
     ) -> None:
         self.source = source
-        self.folder = plain_folder(source, revision, say=say)
+        self.folder = plain_folder(source, revision, say=say, weights=weights)
         self.config = read_config(source, self.folder)
         self.head: Head = head or head_of(self.config, self.folder)
         self.family: Family | None = FAMILIES.get(self.config.model_type)
