@@ -205,9 +205,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _example(server: Server) -> str:
-    """Return a request that the model answers: a text, or a pair where it was made for pairs."""
+    """Return a request that the model answers: a text, a pair where it was made for pairs, a message where it chats."""
     info = server.ask([], info=True)[1].get("predictions", [{}])[0]
-    body = json.dumps({"inputs": [["A question?", "A passage."] if info.get("pairs") else "A sentence."]})
+    example: Any = ["A question?", "A passage."] if info.get("pairs") else "A sentence."
+    if info.get("chats"):
+        example = {"messages": [{"role": "user", "content": "Who are you?"}]}
+    body = json.dumps({"inputs": [example]})
     return f"  curl -s {server.url}/invocations -H 'Content-Type: application/json' -d '{body}'"
 
 

@@ -137,7 +137,11 @@ SHOWN: tuple[Shown, ...] = (
 )
 
 
-# How the export of a model that reads pairs of texts is used once.
+# How the export of a chat model, and of one that reads pairs of texts, is used once.
+CHAT_COMMAND, CHAT_CALL = (
+    "generate {export} 'Who are you?' --chat",
+    "''.join(export.chat([{'role': 'user', 'content': 'Who are you?'}]))",
+)
 PAIR_COMMAND, PAIR_CALL = (
     "classify {export} 'A passage.' --query 'A question?'",
     "export.answers([('A question?', 'A passage.')])",
@@ -146,6 +150,8 @@ PAIR_COMMAND, PAIR_CALL = (
 
 def usage(manifest: Mapping[str, Any], export: str) -> tuple[str, str]:
     """Return how an export is used once: the arguments of `ffn2moe`, and an expression of Python with `export`."""
+    if at(manifest, ("model", "chats"), False):
+        return CHAT_COMMAND.format(export=export), CHAT_CALL
     row = HEADLINES[at(manifest, ("spec", "head"), "embedding")]
     command, call = (PAIR_COMMAND, PAIR_CALL) if reads_pairs(manifest) else (row.command, row.call)
     return command.format(export=export), call

@@ -30,7 +30,7 @@ from tasks.stage import StageRun, main
 EXAMPLE = ("A mixture of experts runs a part of itself for each token.", "The weather is fine today.")
 PAIRS = (("What does a mixture of experts run?", EXAMPLE[0]), ("What does a mixture of experts run?", EXAMPLE[1]))
 # Packages that the served model imports, besides its engines and the package ffn2moe, which is stored with it.
-REQUIREMENTS = ("numpy", "onnx", "pyyaml", "tokenizers")
+REQUIREMENTS = ("jinja2", "numpy", "onnx", "pyyaml", "tokenizers")
 SAME = 1e-5  # largest difference of components of unit vectors: the same graph, computed twice
 
 

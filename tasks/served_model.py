@@ -33,9 +33,10 @@ class Served(PythonModel):
     """Answer texts with embeddings, with labels or entities as transformers' pipelines give them, or with written text.
 
     A classifier answers pairs, too: `[first, second]` or `{"text": first, "text_pair": second}`. Text is continued or
-    answered greedily. The params {"prompt_name": "query"} write a prompt of a sentence encoder before each text; its
-    default prompt needs no name. A request with the params {"info": true} returns one mapping instead: the model's name
-    and version, its plan, the limits, and the number of requests, texts and seconds since it started.
+    answered greedily; a chat model also answers `{"messages": [{"role": "user", "content": ...}]}`. The params
+    {"prompt_name": "query"} write a prompt of a sentence encoder before each text; its default prompt needs no name. A
+    request with the params {"info": true} returns one mapping instead: the model's name and version, its plan, the
+    limits, and the number of requests, texts and seconds since it started.
     """
 
     def load_context(self, context: Any) -> None:
@@ -80,8 +81,11 @@ class Served(PythonModel):
         """Return one input of a request: a text, or a pair of texts as a tuple."""
         if not isinstance(given, list | tuple | dict):
             return self._text(f"text {index}", given)
+        if self.head == "causal" and isinstance(given, dict) and given.keys() == {"messages"}:
+            return self._messages(index, given["messages"])
         if self.head != "classification":
-            raise Refused(f"text {index} is {type(given).__name__}; this model reads single texts: send strings")
+            chats = ', or {"messages": [...]}' if self.head == "causal" else ""
+            raise Refused(f"text {index} is {type(given).__name__}; this model reads single texts: send strings{chats}")
         if isinstance(given, dict):
             if not {"text"} <= given.keys() <= {"text", "text_pair"}:
                 raise Refused(f"text {index} has the keys {', '.join(map(str, given))}; send text and text_pair")
@@ -92,14 +96,28 @@ class Served(PythonModel):
             raise Refused(f"pair {index} has {len(given)} texts; send two")
         return tuple(self._text(f"text {place} of pair {index}", text) for place, text in enumerate(given, 1))
 
-    def _text(self, name: str, text: Any) -> str:
+    def _messages(self, index: int, messages: Any) -> list[dict[str, str]]:
+        """Return the messages of a conversation."""
+        from ffn2moe.runtime.chat import require_messages
+
+        try:
+            found = require_messages(messages)
+        except ValueError as error:
+            raise Refused(f"text {index}: {error}") from None
+        self._require_short(f"the conversation {index}", sum(len(one["content"]) for one in found))
+        return found
+
+    def _require_short(self, name: str, characters: int) -> None:
         longest = self.limits["max_characters"]
+        if characters > longest:
+            raise Refused(f"{name} has {characters} characters; at most {longest} are accepted: shorten it")
+
+    def _text(self, name: str, text: Any) -> str:
         if not isinstance(text, str):
             raise Refused(f"{name} is {type(text).__name__}, not a string; send text")
         if not text.strip():
             raise Refused(f"{name} is empty; leave it out")
-        if len(text) > longest:
-            raise Refused(f"{name} has {len(text)} characters; at most {longest} are accepted: shorten it")
+        self._require_short(name, len(text))
         try:
             text.encode()
         except UnicodeEncodeError as error:
@@ -123,10 +141,11 @@ class Served(PythonModel):
         except ValueError as error:
             raise Refused(str(error)) from None
 
-    def _written(self, index: int, text: str) -> str:
+    def _written(self, index: int, given: str | list[dict[str, str]]) -> str:
+        write = self.export.generate if isinstance(given, str) else self.export.chat
         try:
-            return "".join(self.export.generate(text))
-        except ValueError as error:  # it is longer than the model's context
+            return "".join(write(given))
+        except ValueError as error:  # it is longer than the model's context, or the model has no chat template
             raise Refused(f"text {index}: {error}") from None
 
     def _info(self) -> dict[str, Any]:
@@ -137,6 +156,7 @@ class Served(PythonModel):
                 "head": self.head,
                 **({"labels": list(self.export.labels)} if hasattr(self.export, "labels") else {}),
                 "pairs": bool(self.export.manifest.get("model", {}).get("pairs", False)),
+                "chats": getattr(self.export, "chat_template", None) is not None,
                 "limits": self.limits,
                 "answered": {**self.answered, "seconds": round(self.answered["seconds"], 3)},
                 "up_seconds": round(time.time() - self._started, 1),

@@ -314,7 +314,7 @@ def test_the_manifest_tells_the_files_and_the_parity_of_every_plan(folder):
         else:
             assert entry["agreement"] > 0.7
     numbers = {"positions": 160, "vocabulary": 192, "bos_token_id": 2, "eos_token_ids": [3]}
-    assert manifest["model"] == {"reads": "text"} | numbers
+    assert manifest["model"] == {"reads": "text", "chats": False} | numbers
 
 
 def test_every_plan_generates(folder):

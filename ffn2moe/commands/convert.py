@@ -54,7 +54,8 @@ def _show(screen: Screen, out: Path, manifest: dict[str, Any]) -> None:
     rows.append(("checkpoint", f"{out / 'checkpoint'} ({opens})"))
     if "container" in manifest:
         folder = out / manifest["container"]["folder"]
-        rows.append(("container", f"{folder} (transformers, vLLM, SGLang, llama.cpp; needs no code of ours)"))
+        rows.append(("container", f"{folder} (transformers, vLLM, SGLang; needs no code of ours)"))
+        rows.append(("llama.cpp", f"ffn2moe gguf {out} {out / 'model.gguf'} --type q8_0"))
     if manifest["plans"]:
         rows.append(("ONNX", f"{', '.join(manifest['plans'])} in {out}"))
     screen.print(facts(rows))
@@ -64,6 +65,8 @@ def _show(screen: Screen, out: Path, manifest: dict[str, Any]) -> None:
 def _next(out: Path, manifest: dict[str, Any], head: str) -> str:
     if not manifest["plans"]:
         return f'python -c "import ffn2moe; model = ffn2moe.load({str(out / "checkpoint")!r})"'
+    if manifest["model"].get("chats"):
+        return f'ffn2moe generate {out} "Who are you?" --chat'
     if head == "causal":
         return f'ffn2moe generate {out} "Once upon a time"'
     if head == "embedding":

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ffn2moe.dense.config import auto_class, constructor_options, head_of
+from ffn2moe.dense.config import auto_class, constructor_options, head_of, read_generation
 from ffn2moe.dense.families import FAMILIES, Stack
 from ffn2moe.dense.load import read_config
 from ffn2moe.dense.locate import family_of, stacks_of
@@ -46,6 +46,7 @@ def skeleton(folder: str | Path, head: Head | None = None) -> Any:
                 module._buffers[key] = torch.empty_like(buffer, device="cpu")
         module.__dict__.pop("_is_hf_initialized", None)
     model.initialize_weights()  # parameters are on the meta device, where this does nothing: it fills the buffers
+    read_generation(model, folder)
     return model.eval()
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ffn2moe.dense.config import constructor_options
+from ffn2moe.dense.config import constructor_options, read_generation
 from ffn2moe.dense.locate import family_of, ffn_layers, ffn_paths, install
 from ffn2moe.dense.sentence import attach
 from ffn2moe.dense.weights import require_finite, tied, weight_files
@@ -151,6 +151,7 @@ def _empty_model(folder: Path, spec: MoESpec, tensors: dict[str, torch.Tensor]) 
         )
         install(model, index, moe)
     connect(model)
+    read_generation(model, folder)
     if spec.sentence is not None:
         attach(model, spec.sentence)
     return model

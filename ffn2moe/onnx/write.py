@@ -293,6 +293,8 @@ def facts(model: Any, spec: MoESpec, reader: Any) -> dict[str, Any]:
             "bos_token_id": token("bos_token_id"),
             "eos_token_ids": [] if ends is None else [ends] if isinstance(ends, int) else list(ends),
         }
+    if spec.head == "causal":
+        facts["chats"] = getattr(reader, "chat_template", None) is not None
     if spec.head == "seq2seq":
         facts["decoder_start_token_id"] = token("decoder_start_token_id")
     return facts

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict, Unpack
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 import numpy as np
 
 from ffn2moe.runtime.batching import pad
+from ffn2moe.runtime.chat import TEMPLATE_FILE, Message, rendered, require_messages, template_of
 from ffn2moe.runtime.engines import Graph
 from ffn2moe.runtime.opened import Opened, require_text
 
@@ -186,6 +188,30 @@ class CausalExport(_Decoder):
         """
         ids = self.token_ids(prompt)
         return self._pieces(self.generate_tokens([ids], **sampling), ids)
+
+    def chat(self, messages: Sequence[Message], **sampling: Unpack[Sampling]) -> Iterator[str]:
+        """Yield the answer to messages of a conversation, piece by piece (`Sampling`).
+
+        A message is {"role": "user", "content": "Who are you?"}. ValueError for a model without a chat template, and
+        as `generate`.
+        """
+        ids = self.chat_ids(messages)
+        return self._pieces(self.generate_tokens([ids], **sampling), ids)
+
+    def chat_ids(self, messages: Sequence[Message]) -> list[int]:
+        """Return the token ids of messages and of the beginning of the answer. ValueError without a chat template."""
+        if self.chat_template is None:
+            raise ValueError(
+                f"{self.path} has no chat template: its model continues texts (`ffn2moe generate` without --chat). If "
+                f"it has learned to chat, put its {TEMPLATE_FILE} into {self.path / 'tokenizer'}"
+            )
+        text = rendered(self.chat_template, require_messages(messages), self.path / "tokenizer")
+        return list(self._tokenizer.encode(text, add_special_tokens=False).ids)  # the template writes them
+
+    @cached_property
+    def chat_template(self) -> str | None:
+        """The template that writes messages as a text; None where the tokenizer came without one."""
+        return template_of(self.path / "tokenizer")
 
     def generate_tokens(
         self, prompts: Sequence[str | Sequence[int]], **sampling: Unpack[Sampling]

@@ -97,11 +97,15 @@ def load_tokenizer(folder: Path, max_length: int | None) -> Tokenizer:
     if max_length is None:
         tokenizer.no_truncation()
     else:
-        config = folder / "tokenizer_config.json"
-        side = _read_json(config, ()).get("truncation_side", "right") if config.is_file() else "right"
-        tokenizer.enable_truncation(max_length, direction=side)
+        tokenizer.enable_truncation(max_length, direction=tokenizer_settings(folder).get("truncation_side", "right"))
     tokenizer.no_padding()
     return tokenizer
+
+
+def tokenizer_settings(folder: Path) -> dict[str, Any]:
+    """Return what tokenizer_config.json of a saved tokenizer says; nothing where there is none."""
+    config = folder / "tokenizer_config.json"
+    return _read_json(config, ()) if config.is_file() else {}
 
 
 def padding_id(folder: Path, tokenizer: Tokenizer) -> int:
@@ -111,8 +115,7 @@ def padding_id(folder: Path, tokenizer: Tokenizer) -> int:
 
 def token_id(folder: Path, tokenizer: Tokenizer, key: str) -> int | None:
     """Return the id of the token under a key of tokenizer_config.json; None where there is none."""
-    config = folder / "tokenizer_config.json"
-    token = _read_json(config, ()).get(key) if config.is_file() else None
+    token = tokenizer_settings(folder).get(key)
     name = token["content"] if isinstance(token, dict) else token
     found: int | None = tokenizer.token_to_id(name) if name else None
     return found
