@@ -104,7 +104,9 @@ def _where(workspace: Workspace, decision: Decision, manifest: dict[str, Any], u
     table.add_row("export", f"{_relative(workspace.export)}: {Size(**manifest['bytes'])}")
     if "container" in manifest:
         container = f"{_relative(workspace.export / 'container')} ({manifest['container']['name']})"
-        table.add_row("container", f"{container}: transformers, vLLM and llama.cpp can load it")
+        table.add_row("container", f"{container}: transformers and vLLM can load it")
+    for kind, file in manifest.get("gguf", {}).get("files", {}).items():
+        table.add_row("llama.cpp", f"{_relative(workspace.export / file)} ({kind})")
     table.add_row("report", _relative(workspace.report))
     table.add_row("registry", f"models:/{decision.model}/{decision.version}, alias {' and '.join(_aliases(decision))}")
     for reason in decision.refused:

@@ -31,6 +31,7 @@ KEYS = {  # the settings of a `Request` -> their keys
     "shared_width": "decompose.shared_width",
     "partition": "decompose.partition",
     "container": "decompose.container",
+    "gguf": "export.gguf",
     "gate": "decompose.gate",
     "active_per_layer": "decompose.active_per_layer",
     "elastic": "distill.elastic",

@@ -13,6 +13,7 @@ from pydantic import GetCoreSchemaHandler, GetJsonSchemaHandler
 from pydantic_core import CoreSchema, core_schema
 
 from ffn2moe.choices import GATES as GATES
+from ffn2moe.containers.gguf.types import GGUF_TYPES as GGUF_TYPES
 from ffn2moe.containers.table import CONTAINERS as CONTAINERS
 from ffn2moe.decompose.objectives import OBJECTIVES as OBJECTIVES
 from ffn2moe.decompose.partition import PARTITIONS as PARTITIONS

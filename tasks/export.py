@@ -78,6 +78,8 @@ def run(stage: StageRun) -> None:
         if spec.container:
             manifest["container"] = write_container(stage, student, teacher, spec, folder / "container", ids)
             write_card(folder / "container", spec, manifest["container"])
+        if params.export.gguf:
+            manifest["gguf"] = write_gguf_files(stage, folder, "container" if spec.container else "checkpoint")
         engines = {"onnxruntime", *params.export.engines}
         packages = (*PACKAGES, *(distribution(engine) or engine for engine in sorted(engines)))
         manifest |= {
@@ -120,6 +122,22 @@ def write_container(
     agreement = {key: rounded(value) for key, value in asdict(found).items()}
     notes = engine_notes(container, teacher.config)
     return {"name": container.name, "folder": "container", "agreement": agreement, "notes": notes}
+
+
+def write_gguf_files(stage: StageRun, folder: Path, source: str) -> dict[str, Any]:
+    """Write the model in the folder `source` as a GGUF file in each wanted type; return what the manifest says."""
+    from ffn2moe.containers.gguf.write import write_gguf
+
+    files: dict[str, str] = {}
+    notes: tuple[str, ...] = ()
+    for kind in stage.params.export.gguf:
+        path = folder / "gguf" / f"{kind}.gguf"
+        written = write_gguf(folder / source, path, kind, track=stage.track)
+        files[kind], notes = f"gguf/{path.name}", written.notes
+        stage.say(f"GGUF {kind}: {written.architecture}, {written.bytes / 2**20:.4g} MiB")
+    for note in notes:
+        stage.say(f"GGUF: {note}")
+    return {"files": files, "notes": list(notes)}
 
 
 def write_card(folder: Path, spec: MoESpec, container: Mapping[str, Any]) -> None:

@@ -20,6 +20,7 @@ from ruamel.yaml.error import YAMLError
 from tasks.choices import (
     DIVERGENCES,
     ENGINES,
+    GGUF_TYPES,
     OBJECTIVES,
     PLANS,
     REMOVED_KEYS,
@@ -105,6 +106,7 @@ class Evaluate(Section):
 class Export(Section):
     engines: tuple[Annotated[str, OneOf(ENGINES)], ...] = Field(min_length=1)
     more_plans: tuple[Annotated[str, OneOf(PLANS)], ...]
+    gguf: tuple[Annotated[str, OneOf(GGUF_TYPES)], ...]
     parity_texts: Count
     float_tolerance: Positive
     tanh_tolerance: Positive
@@ -222,6 +224,22 @@ class Params(Section):
             raise ValueError(
                 f"decompose.container = {self.decompose.container}, but containers hold causal language models and "
                 f"teacher.head = {head}: set decompose.container=none"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _gguf_holds_language_models_in_containers(self) -> Params:
+        named, head, settings = f"export.gguf = {list(self.export.gguf)}", self.teacher.head, self.decompose
+        if not self.export.gguf:
+            return self
+        if head not in ("auto", "causal"):
+            raise ValueError(
+                f"{named}, but GGUF is written of causal language models and teacher.head = {head}: set export.gguf=[]"
+            )
+        if settings.num_experts > 1 and settings.container == "none":
+            raise ValueError(
+                f"{named}, but llama.cpp reads experts of a native container alone: set decompose.container=auto, or "
+                "export.gguf=[]"
             )
         return self
 

@@ -17,7 +17,7 @@ from transformers import AutoTokenizer, GenerationConfig
 from ffn2moe import cli
 from ffn2moe.containers.gguf.source import folder_of
 from ffn2moe.containers.gguf.tokenizer import vocabulary_of
-from ffn2moe.containers.gguf.types import TYPES
+from ffn2moe.containers.gguf.types import GGUF_TYPES
 from ffn2moe.containers.gguf.write import write_gguf
 from ffn2moe.containers.shards import Shards
 from ffn2moe.containers.table import CONTAINERS
@@ -289,7 +289,9 @@ def test_a_type_is_refused_with_the_remedy(tmp_path, capsys):
 
 def test_every_type_of_the_table_is_written(tmp_path):
     dense(tmp_path / "folder", "llama")
-    sizes = {kind: write_gguf(tmp_path / "folder", tmp_path / f"{kind}.gguf", kind).bytes for kind in TYPES.names()}
+    sizes = {
+        kind: write_gguf(tmp_path / "folder", tmp_path / f"{kind}.gguf", kind).bytes for kind in GGUF_TYPES.names()
+    }
     assert sizes["q4_0"] < sizes["q4_1"] <= sizes["q5_0"] < sizes["q5_1"] < sizes["q8_0"] < sizes["f16"] < sizes["f32"]
     assert sizes["f16"] == sizes["bf16"]
 

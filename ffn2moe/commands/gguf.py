@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from ffn2moe.commands._command import Command, silence_transformers
-from ffn2moe.containers.gguf.types import TYPES
+from ffn2moe.containers.gguf.types import GGUF_TYPES
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -16,7 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--type",
         default="f16",
-        metavar=f"{{{','.join(TYPES.names())}}}",
+        metavar=f"{{{','.join(GGUF_TYPES.names())}}}",
         help="how the matrices are stored (f16)",
     )
 

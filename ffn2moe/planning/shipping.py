@@ -18,16 +18,21 @@ from ffn2moe.runtime.files import MANIFEST, PLAN_FILE, graph_files, read_manifes
 from ffn2moe.runtime.plans import PLANS, form_of, is_dense, plan_of
 
 LARGEST = 2.0  # an export over the dense model, in bytes
-_UNCOUNTED = (MANIFEST, PLAN_FILE, "container")
+_CONTAINER, _GGUF = "container", "gguf"
+_UNCOUNTED = (MANIFEST, PLAN_FILE, _CONTAINER, _GGUF)
 
 
 @dataclass(frozen=True)
 class Size:
-    """The bytes of an export, those of its native container apart, and of the dense model: its graph and tokenizer."""
+    """The bytes of an export and of the dense model, its graph and tokenizer.
+
+    Those of its native container and of its GGUF files are apart.
+    """
 
     export: int
     container: int
     dense: int
+    gguf: int = 0
 
     @property
     def share(self) -> float:
@@ -35,7 +40,8 @@ class Size:
 
     def __str__(self) -> str:
         container = f" and a container of {_mib(self.container)}" if self.container else ""
-        return f"{_mib(self.export)}, {self.share:.1f}x the dense model ({_mib(self.dense)}){container}"
+        gguf = f" and GGUF files of {_mib(self.gguf)}" if self.gguf else ""
+        return f"{_mib(self.export)}, {self.share:.1f}x the dense model ({_mib(self.dense)}){container}{gguf}"
 
 
 class Shipment:
@@ -68,7 +74,8 @@ class Shipment:
     def size(self, chosen: Sequence[str]) -> Size:
         """Return how large the export is with these plans and the portable one beside them."""
         graphs = self._bytes([*chosen, self.portable(chosen)])
-        return Size(self._always + graphs, _bytes(self.folder / "container"), self._dense)
+        container, gguf = (_bytes(self.folder / name) for name in (_CONTAINER, _GGUF))
+        return Size(self._always + graphs, container, self._dense, gguf)
 
     def fits(self, chosen: Sequence[str]) -> bool:
         """Return whether the export with these plans is at most `LARGEST` times the dense model."""

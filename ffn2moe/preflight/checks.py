@@ -14,6 +14,7 @@ from ffn2moe.preflight import machine, mixture, model
 from ffn2moe.preflight.case import Case
 from ffn2moe.preflight.doubt import Doubt
 from ffn2moe.preflight.duration import duration
+from ffn2moe.preflight.gguf import gguf
 from ffn2moe.progress import Say
 
 
@@ -52,6 +53,7 @@ CHECKS = (
     Check("corpus", mixture.corpus),
     Check("experts", mixture.experts, needs_ffns=True),
     Check("container", mixture.container),
+    Check("gguf", gguf, needs_ffns=True),
     Check("plans", mixture.plans),
     Check("disk", machine.disk, needs_ffns=True),
     Check("memory", machine.memory, needs_ffns=True),

@@ -35,6 +35,7 @@ class Request:
     shared_width: int = 0
     container: str = "auto"  # auto, none, or a name in CONTAINERS
     needs_container: bool = False  # whether `auto` is refused where no container fits
+    gguf: tuple[str, ...] = ()  # types of the GGUF files that are written
     gate: str = "auto"
     active_per_layer: tuple[int, ...] = ()
     elastic: tuple[int, ...] = ()

@@ -36,7 +36,7 @@ def config_values(dense: DenseModel, spec: MoESpec, M: int, S: int) -> dict[str,
 def engine_notes(dense: DenseModel) -> list[str]:
     """Return what llama.cpp and SGLang do differently with GLM4-MoE."""
     return [
-        "llama.cpp converts glm4_moe with a GLM tokenizer only",
+        "llama.cpp's own converter takes glm4_moe with a GLM tokenizer only: use `ffn2moe gguf`",
         "SGLang's fused router renormalises sigmoid gates whatever the config says, where E is a power of two up to "
         "32: use another E, or unit gates",
     ]

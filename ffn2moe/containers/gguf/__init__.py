@@ -8,7 +8,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
-_EXPORTS = {"TYPES": "types", "Written": "write", "folder_of": "source", "write_gguf": "write"}
+_EXPORTS = {"GGUF_TYPES": "types", "Written": "write", "folder_of": "source", "write_gguf": "write"}
 
 
 def __getattr__(name: str) -> Any:

@@ -23,10 +23,10 @@ class Rope:
 ROPES: Table[Callable[[Any, dict[str, Any]], Rope]] = Table("kind of rotary embedding")
 
 
-def rope_of(config: Any, *, reads_factors: bool) -> Rope:
+def rope_of(config: Any, model_type: str, *, reads_factors: bool) -> Rope:
     """Return the rotary embedding of a transformers config. ValueError for a kind that llama.cpp cannot compute.
 
-    `reads_factors` says whether llama.cpp reads factors of single frequencies for the architecture.
+    `reads_factors` says whether llama.cpp reads factors of single frequencies for models of this type.
     """
     rope = config.rope_parameters
     kind = rope.get("rope_type")
@@ -39,7 +39,7 @@ def rope_of(config: Any, *, reads_factors: bool) -> Rope:
     if found.tensors and not reads_factors:
         raise ValueError(
             f"its rotary embedding is of the kind {kind!r}, whose factors llama.cpp does not read in a "
-            f"{config.model_type}: convert to the container mixtral or granitemoeshared, or serve the folder with "
+            f"{model_type}: convert to the container mixtral or granitemoeshared, or serve the folder with "
             "transformers or vLLM"
         )
     return Rope({"freq_base": float(rope["rope_theta"]), **found.metadata}, found.tensors)

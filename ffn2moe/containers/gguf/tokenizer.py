@@ -7,6 +7,7 @@ llama.cpp knows two kinds of byte-pair tokenizers: of bytes, whose texts are fir
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,7 +38,7 @@ class Vocabulary:
     notes: tuple[str, ...] = ()
 
 
-def vocabulary_of(tokenizer: Any, config: Any, ends: list[int]) -> Vocabulary:
+def vocabulary_of(tokenizer: Any, config: Any, ends: Sequence[int] = ()) -> Vocabulary:
     """Return a transformers tokenizer as metadata; `ends` are the tokens that end a text.
 
     ValueError, which names what is different, for one that llama.cpp cannot run.

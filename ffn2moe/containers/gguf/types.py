@@ -18,7 +18,7 @@ class WeightType:
     file_type: str  # what llama.cpp calls such a file
 
 
-TYPES: Table[WeightType] = Table("type")
+GGUF_TYPES: Table[WeightType] = Table("type")
 for _type in (
     WeightType("f32", "F32", "F32", 1, "ALL_F32"),
     WeightType("f16", "F16", "F16", 1, "MOSTLY_F16"),
@@ -29,7 +29,7 @@ for _type in (
     WeightType("q4_1", "Q4_1", "Q8_0", 32, "MOSTLY_Q4_1"),
     WeightType("q4_0", "Q4_0", "Q8_0", 32, "MOSTLY_Q4_0"),
 ):
-    TYPES.register(_type.name, _type)
+    GGUF_TYPES.register(_type.name, _type)
 
 K_BLOCK = 256  # numbers of a block of llama.cpp's K types, which its own program `llama-quantize` makes
 
@@ -42,4 +42,18 @@ def require_type(name: str) -> WeightType:
             f"FILE OUT {name}`. Its blocks are {K_BLOCK} numbers long: where the width of an expert is no multiple of "
             f"{K_BLOCK}, llama.cpp stores its output matrix in a larger type"
         )
-    return TYPES[name]
+    return GGUF_TYPES[name]
+
+
+def width_in_words(width: int) -> str:
+    """Return what a width of the experts means for the types."""
+    blocks = {row.block for row in GGUF_TYPES.rows() if width % row.block}
+    if blocks:
+        padded = -(-width // max(blocks)) * max(blocks)
+        return f"quantised GGUF types pad experts of {width} neurons to {padded} with zeros, which are computed too"
+    if width % K_BLOCK:
+        return (
+            f"{width} neurons are whole blocks of every type that is written; not of llama.cpp's K types ({K_BLOCK}), "
+            "which store such experts' output matrices in a larger type"
+        )
+    return f"{width} neurons are whole blocks of every type, llama.cpp's K types too"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,10 @@ import numpy as np
 from ffn2moe.containers.gguf.architectures import ARCHITECTURES, Architecture, Widths
 from ffn2moe.containers.gguf.rope import Rope, rope_of
 from ffn2moe.containers.gguf.tensors import Stored, tensors_of, widths_of
-from ffn2moe.containers.gguf.tokenizer import vocabulary_of
+from ffn2moe.containers.gguf.tokenizer import Vocabulary, vocabulary_of
 from ffn2moe.containers.gguf.types import WeightType, require_type
 from ffn2moe.containers.shards import Shards
+from ffn2moe.moe.checkpoint import SPEC_FILE, load_spec
 from ffn2moe.progress import Track, untracked
 
 
@@ -30,10 +32,8 @@ class Written:
     notes: tuple[str, ...]
 
 
-def write_gguf(
-    folder: Path, path: Path, kind: str = "f16", *, name: str | None = None, track: Track = untracked
-) -> Written:
-    """Write the model of a folder as the GGUF file `path`, its matrices in a type of `TYPES`.
+def write_gguf(folder: Path, path: Path, kind: str = "f16", *, track: Track = untracked) -> Written:
+    """Write the model of a folder as the GGUF file `path`, its matrices in a type of `GGUF_TYPES`.
 
     `folder` is a native container or a dense language model. One tensor is in memory at a time, and the file appears
     whole. ValueError, with cause and remedy, before anything is written, for a model, a tokenizer, a rotary embedding
@@ -53,11 +53,20 @@ def write_gguf(
         raise OSError(f"{path} takes {needed / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are left: free some")
     partial = path.with_name(f".{path.name}.partial")
     try:
-        _write(partial, plan, weight_type, name or folder.name, track)
+        _write(partial, plan, weight_type, _name(folder), track)
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
     return Written(path, plan.architecture.name, path.stat().st_size, plan.notes)
+
+
+def _name(folder: Path) -> str:
+    """Return what programs show as the model's name."""
+    if not (folder / SPEC_FILE).is_file():
+        return folder.resolve().name
+    spec = load_spec(folder)
+    teacher = Path(spec.teacher).name.removeprefix("package:")
+    return teacher if spec.is_dense else f"{teacher}, {spec.num_active} of {spec.num_experts} experts"
 
 
 @dataclass(frozen=True)
@@ -74,18 +83,12 @@ def _plan(folder: Path, weight_type: WeightType) -> _Plan:
     from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    if config.model_type not in ARCHITECTURES:
-        raise ValueError(
-            f"it is a {config.model_type!r} model, and GGUF is written of {', '.join(ARCHITECTURES.names())}: serve "
-            "the folder with transformers or ONNX Runtime"
-        )
-    architecture = ARCHITECTURES[config.model_type]
-    _require_model(architecture, config)
-    if not (folder / "tokenizer.json").is_file():
+    if config.model_type in ARCHITECTURES and not (folder / "tokenizer.json").is_file():
         raise ValueError("it has no tokenizer.json: put the model's own beside config.json")
-    ends = _ends(config, GenerationConfig.from_pretrained(folder) if _generates(folder) else None)
-    vocabulary = vocabulary_of(AutoTokenizer.from_pretrained(folder, trust_remote_code=False), config, ends)
-    rope = rope_of(config, reads_factors=architecture.rope_factors)
+    generates = (folder / "generation_config.json").is_file()
+    ends = _ends(config, GenerationConfig.from_pretrained(folder) if generates else None)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    architecture, rope, vocabulary = carried(config.model_type, config, tokenizer, ends)
     widths = widths_of(architecture, config, weight_type)
     tensors = tensors_of(architecture, config, Shards(folder), weight_type, widths)
     tensors += [_factors(name, array) for name, array in rope.tensors.items()]
@@ -94,8 +97,22 @@ def _plan(folder: Path, weight_type: WeightType) -> _Plan:
     return _Plan(architecture, metadata | vocabulary.metadata, tensors, (*vocabulary.notes, *notes))
 
 
-def _generates(folder: Path) -> bool:
-    return (folder / "generation_config.json").is_file()
+def carried(
+    model_type: str, config: Any, tokenizer: Any, ends: Sequence[int] = ()
+) -> tuple[Architecture, Rope, Vocabulary]:
+    """Return what a file says of a model beside its weights; `config` may be that of the dense model before it.
+
+    ValueError, with the remedy, for a model that llama.cpp cannot run as transformers does.
+    """
+    if model_type not in ARCHITECTURES:
+        raise ValueError(
+            f"it is a {model_type!r} model, and GGUF is written of {', '.join(ARCHITECTURES.names())}: serve the "
+            "folder with transformers or ONNX Runtime"
+        )
+    architecture = ARCHITECTURES[model_type]
+    _require_model(architecture, config)
+    rope = rope_of(config, model_type, reads_factors=architecture.rope_factors)
+    return architecture, rope, vocabulary_of(tokenizer, config, ends)
 
 
 def _ends(config: Any, generation: Any) -> list[int]:
