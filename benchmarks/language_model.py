@@ -1,9 +1,10 @@
-"""Compare ways to leave out a part of a language model's FFNs without training: mixtures and static pruning.
+"""Compare ways to leave out a part of a language model's FFNs without training: mixtures and baselines.
 
     python -m benchmarks.language_model ../shared/smollm2 --text ../shared/data/wikitext2/valid.txt
 
 The text is split: every method is fitted to the same tokens of its first part and judged by the perplexity on its end.
-Finished rows stay in --work, so that a stopped run resumes and two processes with different --methods share the work.
+Finished rows stay in --work, with what the FFNs read, so that a stopped run resumes and two processes with different
+--methods share the work.
 """
 
 from __future__ import annotations
@@ -13,31 +14,27 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
-from torch import Tensor, nn
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
-from benchmarks.ablation import methods as _methods  # noqa: F401 - registers the compressors
-from benchmarks.ablation.compressors import build
+from benchmarks.language_methods import METHODS, Case
 from benchmarks.page import Grid, Page, about, parser_of, report, some, working
 from ffn2moe import metrics
 from ffn2moe.data.batches import Batch
 from ffn2moe.decompose.inputs import layer_inputs
-from ffn2moe.decompose.layer import decompose_layer, outputs
-from ffn2moe.decompose.route import RouterSettings, route_layer
-from ffn2moe.dense.ffn import DenseFFN
+from ffn2moe.decompose.layer import outputs
 from ffn2moe.dense.load import load_dense
-from ffn2moe.dense.locate import install, read_ffn
-from ffn2moe.moe.describe import spec_of
+from ffn2moe.dense.locate import read_ffn
 from ffn2moe.numerics import bf16_supported
 
 HELD_OUT_TOKENS = 4096  # after the calibration tokens; the layers' errors are measured on them
-EIGHTHS = 8  # experts of the disjoint partition
 
 
 @dataclass(frozen=True)
@@ -47,7 +44,7 @@ class Row:
     method: str
     share: float  # of the FFNs that is active for a token
     size: float  # of the FFNs over that of the dense ones
-    layer_error: float  # relative, mean over layers, on held-out tokens
+    layer_error: float | None  # relative, mean over layers, on held-out tokens; None where layers are left out
     perplexity: float
     ratio: float  # to the dense model's perplexity
     error: float  # standard error of the logarithm of the ratio, over blocks
@@ -55,117 +52,34 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Made:
-    """Hold an FFN's replacement and its size relative to the dense FFN."""
-
-    module: nn.Module
-    size: float
-
-
-Method = Callable[[Any, int, DenseFFN, Tensor, float], Made]  # (model, layer, FFN, its inputs [T, D], active share)
-
-
-def compressed(name: str) -> Method:
-    """Return the method of a compressor of the ablation."""
-
-    def make(model: Any, layer: int, ffn: DenseFFN, x_TD: Tensor, share: float) -> Made:
-        return Made(build(name, ffn, x_TD, share, num_experts=1), share)
-
-    return make
-
-
-def mixture(partition: str, sizes: Callable[[int, float], tuple[int, int, int, int]]) -> Method:
-    """Return the method of a partition; `sizes` gives E, K, S and M for an FFN width and an active share."""
-
-    def make(model: Any, layer: int, ffn: DenseFFN, x_TD: Tensor, share: float) -> Made:
-        E, K, S, M = sizes(ffn.ffn_width, share)
-        spec = spec_of(
-            model,
-            head="causal",
-            num_experts=E,
-            num_active=K,
-            shared_width=S,
-            partition=partition,
-            teacher="benchmark",
-            max_length=x_TD.shape[0],
-            sentence=None,
-            router_bias=False,
-            expert_width=M,
-        )
-        moe = decompose_layer(ffn, x_TD, spec, layer, seed=0)
-        settings = RouterSettings(steps=200, batch_tokens=1024, seed=layer)
-        route_layer(moe, x_TD, settings, partition=partition, held_out_TD=x_TD[:1])
-        return Made(moe, (S + E * M) / ffn.ffn_width)
-
-    return make
-
-
-def eighths(F: int, share: float) -> tuple[int, int, int, int]:
-    """Return eight experts."""
-    return EIGHTHS, round(EIGHTHS * share), 0, -(-F // EIGHTHS)
-
-
-def same_size(F: int, share: float) -> tuple[int, int, int, int]:
-    """Return as many experts as make the size of the dense FFN; above one half, two and a shared expert."""
-    active = round(share * F)
-    if share > 0.5:
-        return 2, 1, 2 * active - F, F - active
-    return F // active, 1, 0, active
-
-
-def half_more(F: int, share: float) -> tuple[int, int, int, int]:
-    """Return the same with half a dense FFN of experts more."""
-    E, K, S, M = same_size(F, share)
-    return E + F // (2 * M), K, S, M
-
-
-def double(F: int, share: float) -> tuple[int, int, int, int]:
-    """Return the same with a dense FFN of experts more."""
-    E, K, S, M = same_size(F, share)
-    return E + F // M, K, S, M
-
-
-METHODS: dict[str, tuple[str, Method]] = {
-    "pruned": ("static pruning by energy, refit", compressed("pruned")),
-    "needed": ("static pruning by need, refit", compressed("needed")),
-    "coactivation": ("8 disjoint experts, coactivation", mixture("coactivation", eighths)),
-    "clusters": ("experts for clusters of tokens", mixture("token_clusters", same_size)),
-    "clusters_half_more": ("the same, larger by half", mixture("token_clusters", half_more)),
-    "clusters_double": ("the same, doubled", mixture("token_clusters", double)),
-}
-
-
-@dataclass(frozen=True)
 class Bench:
     """What all rows share."""
 
-    model: str
-    inputs: Sequence[Tensor]  # of each layer, [T, D]: calibration tokens, then held-out ones
+    case: Case
+    held_out: Sequence[Tensor]  # what each FFN reads, [T, D], on tokens that nothing is fitted to
     judged_NL: Tensor
     dense_N: Tensor  # nats a token of the dense model, by block
 
     def row(self, name: str, share: float) -> Row:
         """Make a model by one method and judge it."""
         title, make = METHODS[name]
-        model, _ = load_dense(self.model)
-        begun, error, size = time.monotonic(), 0.0, 0.0
-        modules: list[nn.Module] = []
-        for layer, x_TD in enumerate(self.inputs):
-            ffn, fitted_TD, held_out_TD = read_ffn(model, layer), x_TD[:-HELD_OUT_TOKENS], x_TD[-HELD_OUT_TOKENS:]
-            made = make(model, layer, ffn, fitted_TD, share)
-            wanted_TD = outputs(ffn, held_out_TD)
-            with torch.no_grad():
-                error += ((made.module(held_out_TD) - wanted_TD).norm() / wanted_TD.norm()).item()
-            size += made.size
-            modules.append(made.module)
-        for layer, module in enumerate(modules):
-            install(model, layer, module)
+        begun = time.monotonic()
+        made = make(self.case, share)
         seconds = time.monotonic() - begun
-        nats_N = judge(model, self.judged_NL)
-        apart_N, L = nats_N - self.dense_N, len(self.inputs)
+        nats_N = judge(made.model, self.judged_NL)
+        apart_N = nats_N - self.dense_N
         spread = (apart_N.std() / math.sqrt(len(apart_N))).item()
         ratio = math.exp(apart_N.mean().item())
-        return Row(title, share, size / L, error / L, math.exp(nats_N.mean().item()), ratio, spread, seconds)
+        error = self._layer_error(made.ffns) if made.ffns else None
+        return Row(title, share, made.size, error, math.exp(nats_N.mean().item()), ratio, spread, seconds)
+
+    @torch.no_grad()
+    def _layer_error(self, ffns: Sequence[Any]) -> float:
+        dense, found = self.case.model(), []
+        for layer, (ffn, x_TD) in enumerate(zip(ffns, self.held_out, strict=True)):
+            wanted_TD = outputs(read_ffn(dense, layer), x_TD)
+            found.append(((ffn(x_TD) - wanted_TD).norm() / wanted_TD.norm()).item())
+        return sum(found) / len(found)
 
 
 @torch.no_grad()
@@ -230,12 +144,25 @@ def prepare(options: argparse.Namespace, work: Path, console: Console) -> Bench:
         )
     spread = before[torch.linspace(0, len(before) - 1, wanted).long()]  # all over the part
     batches = [Batch({"input_ids": ids_1L}, None) for ids_1L in spread.split(1)]
-    with working(console, "recording what the FFNs read"):
-        inputs = layer_inputs(model, batches, max_tokens=recorded)
+    inputs = _inputs(model, batches, recorded, work, console)
     with working(console, "judging the dense model"):
         dense_N = judge(model, blocks_NL[-judged:])
     (work / "dense.json").write_text(json.dumps(math.exp(dense_N.mean().item())))
-    return Bench(options.model, inputs, blocks_NL[-judged:], dense_N)
+    fitted = batches[: -(-options.tokens // options.length)]
+    case = Case(options.model, [x_TD[:-HELD_OUT_TOKENS] for x_TD in inputs], fitted, work)
+    return Bench(case, [x_TD[-HELD_OUT_TOKENS:] for x_TD in inputs], blocks_NL[-judged:], dense_N)
+
+
+def _inputs(model: Any, batches: Sequence[Batch], tokens: int, work: Path, console: Console) -> list[Tensor]:
+    """Return what each FFN reads, [T, D]; it is kept in the working folder."""
+    kept = work / "inputs.safetensors"
+    if not kept.is_file():
+        with working(console, "recording what the FFNs read"):
+            found = layer_inputs(model, batches, max_tokens=tokens)
+        save_file({str(layer): x_TD for layer, x_TD in enumerate(found)}, kept.with_suffix(".fresh"))
+        kept.with_suffix(".fresh").rename(kept)
+    tensors = load_file(kept)
+    return [tensors[str(layer)] for layer in range(len(tensors))]
 
 
 HEADER = ("FFN active", "method", "size of the FFNs", "layer error", "perplexity", "of dense")
@@ -252,7 +179,7 @@ def page(options: argparse.Namespace, rows: Sequence[Row]) -> Page:
                 f"{100 * row.share:.0f} %",
                 row.method,
                 f"{row.size:.2f}x",
-                f"{row.layer_error:.3f}",
+                "" if row.layer_error is None else f"{row.layer_error:.3f}",
                 f"{row.perplexity:.2f}",
                 f"**{ratio}**" if row.ratio == best[row.share] else ratio,
             ]

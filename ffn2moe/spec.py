@@ -30,8 +30,9 @@ Head = str
 class FFNShape:
     """The FFNs of one stack of equal layers. A decoder-only model has one stack, an encoder-decoder two.
 
-    Sizes are in neurons or dimensions. `shared_width + num_experts * expert_width >= ffn_width`, unless the model was
-    shrunk: experts that the partition leaves short are padded with zero neurons, which change nothing.
+    Sizes are in neurons or dimensions. Where a width differs from layer to layer, the number is the largest, and the
+    tuple of the same name has that of each layer. Else `shared_width + num_experts * expert_width >= ffn_width`, unless
+    the model was shrunk: experts that the partition leaves short are padded with zero neurons, which change nothing.
     """
 
     layers: str  # where the stack is: the path of its ModuleList, relative to the model's base model
@@ -46,6 +47,32 @@ class FFNShape:
     layers_kept: tuple[int, ...] = ()  # the teacher's layers that the student has, ascending; empty = all
     teacher_layers: int | None = None  # the number of the teacher's layers; None = as many
     teacher_ffn_width: int | None = None  # F of the teacher; None = the same
+    # The widths of each layer; empty = the same in all of them:
+    ffn_widths: tuple[int, ...] = ()  # of a student without experts
+    expert_widths: tuple[int, ...] = ()
+    shared_widths: tuple[int, ...] = ()
+
+    @property
+    def varied(self) -> bool:
+        """Whether some width differs from layer to layer."""
+        return any((self.ffn_widths, self.expert_widths, self.shared_widths))
+
+    def of_layer(self, layer: int) -> FFNShape:
+        """Return the shape with the widths of one layer, counted from 0, for all layers."""
+        if not self.varied:
+            return self
+        F = self.ffn_widths[layer] if self.ffn_widths else self.ffn_width
+        M = self.expert_widths[layer] if self.expert_widths else F if self.ffn_widths else self.expert_width
+        S = self.shared_widths[layer] if self.shared_widths else self.shared_width
+        same: dict[str, Any] = dict.fromkeys(VARIED, ())
+        return replace(self, ffn_width=F, expert_width=M, shared_width=S, **same)
+
+    def describe(self, width: str) -> str:
+        """Return `ffn_width`, `expert_width` or `shared_width` in words: a number, or the range over the layers."""
+        each: tuple[int, ...] = getattr(self, f"{width}s")
+        if not each:
+            return str(getattr(self, width))
+        return f"{min(each)} to {max(each)} ({sum(each) / len(each):.0f} on average)"
 
     @property
     def dense_layers(self) -> int:
@@ -72,7 +99,8 @@ class FFNShape:
 
     def describe_neurons(self) -> str:
         """Return the width of the FFNs in words."""
-        return f"{self.ffn_width}{f' of {self.teacher_ffn_width}' if self.teacher_ffn_width else ''} neurons"
+        of = f" of {self.teacher_ffn_width}" if self.teacher_ffn_width else ""
+        return f"{self.describe('ffn_width')}{of} neurons"
 
     def __post_init__(self) -> None:
         if self.layers_kept and (len(self.layers_kept) != self.num_layers or self.layers_kept[-1] >= self.dense_layers):
@@ -87,6 +115,16 @@ class FFNShape:
                 f"shared_width = {self.shared_width} must be between 0 and ffn_width - 1 = {self.ffn_width - 1}: "
                 "the routed experts need neurons too"
             )
+        for name in VARIED:
+            each, largest = getattr(self, name), getattr(self, name.removesuffix("s"))
+            if each and (len(each) != self.num_layers or max(each) != largest or min(each) < (name != "shared_widths")):
+                raise ValueError(
+                    f"{name} = {list(each)} must give each of the {self.num_layers} layers a width, the largest "
+                    f"{largest}"
+                )
+
+
+VARIED = ("ffn_widths", "expert_widths", "shared_widths")  # the fields of a shape that have a width for each layer
 
 
 class _OneStack:
@@ -166,11 +204,16 @@ class MoESpec(_OneStack):
 
     @property
     def is_dense(self) -> bool:
-        """Whether the student has no experts: one expert is an FFN, with nothing to route (`whole` of variants aside).
+        """Whether the student has no experts: one expert is an FFN, with nothing to route.
 
-        Its checkpoint is an ordinary transformers folder.
+        (`whole` of variants aside.)
         """
         return self.num_experts == 1 and self.shrunk is None
+
+    @property
+    def is_ordinary(self) -> bool:
+        """Whether its checkpoint is an ordinary transformers folder: no experts, and the same width in all layers."""
+        return self.is_dense and not any(shape.varied for shape in self.stacks)
 
     @property
     def num_layers(self) -> int:
@@ -193,10 +236,10 @@ class MoESpec(_OneStack):
         return tuple(found)
 
     def shape_of(self, layer: int) -> FFNShape:
-        """Return the shape of one layer, counted over all stacks in order."""
+        """Return the shape of one layer, counted over all stacks in order, with the widths of that layer."""
         for shape in self.stacks:
             if layer < shape.num_layers:
-                return shape
+                return shape.of_layer(layer)
             layer -= shape.num_layers
         raise IndexError(f"there are only {self.num_layers} layers")
 
@@ -304,7 +347,7 @@ def _check_sizes(spec: MoESpec) -> None:
                 f"num_experts = {spec.num_experts} is more than the {routed} neurons of the FFN that are routed: "
                 "every expert needs at least one neuron"
             )
-        if spec.num_experts * shape.expert_width < routed and spec.shrunk is None:
+        if spec.num_experts * shape.expert_width < routed and spec.shrunk is None and not shape.varied:
             raise ValueError(
                 f"{spec.num_experts} experts of {shape.expert_width} neurons hold fewer than the "
                 f"{routed} neurons of the FFN"
@@ -353,6 +396,11 @@ def _check_container(spec: MoESpec) -> None:
                 f"{name} = {getattr(spec, name)}, and the container {spec.container} runs the same number of experts "
                 "for every token in every layer, chosen by each layer: use container none"
             )
+    if any(shape.varied for shape in spec.stacks):
+        raise ValueError(
+            f"the container {spec.container} has one width for all layers, and these layers have different ones: use "
+            "container none, or one width"
+        )
 
 
 def _require_keys(values: dict[str, Any], kind: type) -> None:

@@ -29,6 +29,7 @@ KEYS = {  # the settings of a `Request` -> their keys
     "num_experts": "decompose.num_experts",
     "num_active": "decompose.num_active",
     "shared_width": "decompose.shared_width",
+    "width_per_layer": "decompose.width_per_layer",
     "partition": "decompose.partition",
     "container": "decompose.container",
     "gguf": "export.gguf",

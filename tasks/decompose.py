@@ -13,6 +13,7 @@ from tasks.layer_map import in_order, layer_map
 from tasks.length import text_length
 from tasks.stage import StageRun, main
 from tasks.tokens import read_tokens
+from tasks.widths import widths_by_need
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,7 +31,9 @@ CHECKED_TEXTS, CHECKED_LONG_OUTPUTS = 32, 4
 
 def run(stage: StageRun) -> None:
     from ffn2moe.decompose.inputs import layer_inputs
+    from ffn2moe.decompose.widths import chosen_by_need
     from ffn2moe.dense.load import load_dense
+    from ffn2moe.dense.locate import read_ffn
     from ffn2moe.dense.reduction import reduction
     from ffn2moe.numerics import choose_device
 
@@ -47,6 +50,9 @@ def run(stage: StageRun) -> None:
     batches = list(tokens.first_by_length(settings.calibration_tokens).in_order())
     inputs = layer_inputs(model, batches, max_tokens=settings.calibration_tokens, device=device, track=stage.track)
     model.to("cpu")
+    if spec.is_dense and chosen_by_need(settings.width_per_layer, spec):
+        ffns = [read_ffn(model, layer) for layer in range(spec.num_layers)]
+        spec = widths_by_need(stage, model, spec, ffns, inputs, tokens.in_order())
     model, lost = narrower(stage, model, spec, inputs)
     if spec.is_dense:
         figures: dict[str, Any] = {"layers": [{"layer": index} for index in range(spec.num_layers)]}
@@ -89,7 +95,8 @@ def narrower(stage: StageRun, model: Any, spec: MoESpec, inputs: list[Tensor]) -
     if shape.teacher_ffn_width is None:
         return model, [{} for _ in inputs]
     stage.say(f"keeping {shape.describe_neurons()} of each FFN")
-    model, errors = with_narrow_ffns(model, inputs, shape.ffn_width, spec.head, stage.track)
+    widths = [spec.shape_of(layer).ffn_width for layer in range(spec.num_layers)]
+    model, errors = with_narrow_ffns(model, inputs, widths, spec.head, stage.track)
     return model, [{"narrow_error": error} for error in errors]
 
 
@@ -157,7 +164,7 @@ def within_budget(
 
     errors_LE = torch.stack([done.tensors["errors_E"] for done in decomposed])
     parts = errors_LE.split([shape.num_layers for shape in spec.stacks])
-    active = tuple(K for part in parts for K in budget.allocate(part, spec.num_active))
+    active = tuple(K for part in parts for K in budget.allocate(part, spec.num_active * len(part)))
     spec = replace(spec, active_per_layer=active)
     stage.say(f"experts a token runs, layer by layer: {', '.join(map(str, active))}")
     jobs = [
@@ -175,6 +182,7 @@ def describe(stage: StageRun, model: Any, tokenizer: Any, kept: Reduction | None
     """
     from ffn2moe.containers.fit import require_fit
     from ffn2moe.decompose.partition import PARTITIONS, settled
+    from ffn2moe.decompose.widths import chosen_by_need
     from ffn2moe.dense.config import head_of
     from ffn2moe.moe.describe import spec_of
 
@@ -202,6 +210,7 @@ def describe(stage: StageRun, model: Any, tokenizer: Any, kept: Reduction | None
     if container:
         require_fit(container, model.config, spec=spec)
     spec = settled(spec)
+    chosen_by_need(settings.width_per_layer, spec)
     for shape in spec.stacks:
         padding = shape.shared_width + spec.num_experts * shape.expert_width - shape.ffn_width
         if padding and not PARTITIONS[spec.partition].refilled:

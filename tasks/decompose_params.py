@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
+from ffn2moe.literals import Widths
 from tasks.choices import CONTAINERS, GATES, PARTITIONS, OneOf
 from tasks.section import Count, Section
 
@@ -39,6 +40,7 @@ class Decompose(Section):
     partition: Annotated[str, OneOf(PARTITIONS, ("auto",))]
     shared_width: int = Field(ge=0)
     active_per_layer: Literal["same", "budget"] | tuple[Count, ...]
+    width_per_layer: Widths
     container: Annotated[str, OneOf(CONTAINERS, ("none", "auto"))]
     gate: Annotated[str, OneOf(GATES, ("auto",))]
     calibration_tokens: Count
@@ -109,5 +111,14 @@ class Decompose(Section):
             raise ValueError(
                 f"decompose.active_per_layer = {self.active_per_layer}, but a native container runs the same number of "
                 "experts in every layer: set decompose.container=none, or decompose.active_per_layer=same"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _containers_have_one_width(self) -> Decompose:
+        if self.container != "none" and self.width_per_layer == "budget":
+            raise ValueError(
+                "decompose.width_per_layer = budget gives each layer a width of its own, and a native container has "
+                "one width for all layers: set decompose.container=none, or decompose.width_per_layer=auto"
             )
         return self

@@ -215,14 +215,20 @@ def experts(routed: Sequence[Mapping[str, Any]], quality: Mapping[str, Any]) -> 
 def shape_of(spec: Mapping[str, Any]) -> dict[str, str]:
     """Return the sizes of the FFNs and the experts a token runs, as text; several stacks follow each other."""
 
+    shapes = MoESpec.from_dict(dict(spec)).stacks
+
     def each(key: str) -> str:
-        return " and ".join(dict.fromkeys(str(stack[key]) for stack in spec["stacks"]))
+        return " and ".join(dict.fromkeys(str(getattr(shape, key)) for shape in shapes))
+
+    def widths(key: str) -> str:
+        return " and ".join(dict.fromkeys(shape.describe(key) for shape in shapes))
 
     varied = spec.get("active_per_layer")
     return {
         "active": f"{', '.join(map(str, varied))} in the layers in turn" if varied else str(spec["num_active"]),
         "layers": " + ".join(str(stack["num_layers"]) for stack in spec["stacks"]),
-        **{key: each(key) for key in ("width", "ffn_width", "expert_width", "shared_width", "activation")},
+        **{key: each(key) for key in ("width", "activation")},
+        **{key: widths(key) for key in ("ffn_width", "expert_width", "shared_width")},
         "gated": "gated " if all(stack["gated"] for stack in spec["stacks"]) else "",
     }
 

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from tasks.layer_map import in_order, layer_map
 from tasks.stage import StageRun, main
-from tasks.tokens import read_tokens
+from tasks.tokens import Tokens, read_tokens
+from tasks.widths import widths_by_need
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -24,10 +25,14 @@ HELD_OUT_TOKENS = 8192  # of the calibration texts, which the routers are not tr
 def run(stage: StageRun) -> None:
     from ffn2moe.decompose.inputs import layer_inputs
     from ffn2moe.decompose.jobs import route_job
+    from ffn2moe.decompose.layer import dense_ffn
+    from ffn2moe.decompose.parts import mixture_from
     from ffn2moe.decompose.route import RouterSettings
+    from ffn2moe.decompose.widths import chosen_by_need, widths_for
     from ffn2moe.dense.load import load_dense
     from ffn2moe.dense.reduction import same_layers
     from ffn2moe.moe import checkpoint
+    from ffn2moe.moe.install import install_moe
     from ffn2moe.moe.layer import moe_layers
     from ffn2moe.numerics import choose_device
 
@@ -40,18 +45,25 @@ def run(stage: StageRun) -> None:
         return save(stage, student, tokenizer, spec, [], [], tokens=0)
     teacher = same_layers(teacher, spec)
 
+    device = choose_device(params.compute.device)
+
+    def tokens_of(split: str) -> Tokens:
+        path = root / f"data/corpus/{split}.jsonl"
+        return read_tokens(path, spec.head, tokenizer, spec.max_length, prompt=spec.prompt)
+
     def inputs_on(split: str, max_tokens: int) -> list[Tensor]:
         """Return the inputs of every layer on the texts of a split."""
-        path = root / f"data/corpus/{split}.jsonl"
-        tokens = read_tokens(path, spec.head, tokenizer, spec.max_length, prompt=spec.prompt)
-        device = choose_device(params.compute.device)
-        batches = list(tokens.first_by_length(max_tokens).in_order())
+        batches = list(tokens_of(split).first_by_length(max_tokens).in_order())
         return layer_inputs(teacher, batches, max_tokens=max_tokens, device=device, track=stage.track)
 
     train, held_out = inputs_on("train", settings.tokens), inputs_on("calibration", HELD_OUT_TOKENS)
     rows: list[dict[str, Any]] = []
     curve: list[dict[str, Any]] = []
     layers = moe_layers(student)
+    wide = spec
+    if chosen_by_need(params.decompose.width_per_layer, spec):
+        ffns = [dense_ffn(moe) for moe in layers]
+        spec = widths_by_need(stage, teacher, spec, ffns, train, tokens_of("train").in_order())
     router = RouterSettings(
         steps=settings.steps,
         batch_tokens=settings.batch_tokens,
@@ -65,16 +77,17 @@ def run(stage: StageRun) -> None:
     jobs = [
         route_job(
             moe,
-            spec,
+            wide,
             index,
             router.for_layer(index),
             x_TD=train[index],
             held_out_TD=held_out[index],
+            widths=widths_for(spec, index),
         )
         for index, moe in enumerate(layers)
     ]
     for done in in_order(stage.track(layer_map()(jobs), len(jobs), "training routers")):
-        layers[done.layer].load_state_dict(done.tensors)
+        layers[done.layer] = mixture_from(done.tensors, spec, done.layer)
         curve += [
             {"layer": done.layer, "step": step, "loss": loss}
             for step, loss in enumerate(done.summary["losses"])
@@ -82,6 +95,7 @@ def run(stage: StageRun) -> None:
         ]
         rows.append({"layer": done.layer, **done.summary["row"]})
         stage.log_metrics({f"router_error.layer_{done.layer}": rows[-1]["router_error"]})
+    install_moe(student, layers)
     save(stage, student, tokenizer, spec, rows, curve, tokens=len(train[0]))
     recall = sum(row["router_recall"] for row in rows) / len(rows)
     stage.say(f"the routers find {100 * recall:.0f} % of the experts that the oracle chooses")

@@ -175,7 +175,7 @@ def test_no_k_per_layer_within_the_budget_loses_less_than_the_allocated_one(laye
     generator = torch.Generator().manual_seed(seed)
     errors_LE = torch.rand(layers, num_experts, generator=generator, dtype=torch.float64)
     errors_LE = errors_LE.sort(1, descending=True).values
-    active = budget.allocate(errors_LE, num_active)
+    active = budget.allocate(errors_LE, num_active * layers)
     assert len(active) == layers and sum(active) <= num_active * layers
     assert all(1 <= K <= num_experts for K in active)
 

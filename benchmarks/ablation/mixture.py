@@ -82,7 +82,7 @@ def decomposed(bench: Bench, cell: Cell, model: Any) -> tuple[MoESpec, list[MoEF
         layers.append(decomposed_layer(bench, cell, spec, index, ffn, x_TD, partitions[index], shared_S))
     if method.active_per_layer == "budget":
         errors = [layer_budget.errors_by_active(moe, x_TD) for moe, x_TD in zip(layers, inputs, strict=True)]
-        spec = replace(spec, active_per_layer=layer_budget.allocate(torch.stack(errors), spec.num_active))
+        spec = replace(spec, active_per_layer=layer_budget.allocate(torch.stack(errors), spec.num_active * len(errors)))
         layers = [
             one_mixture(ffn, moe.neurons, moe.shared_neurons, spec, index)
             for index, (ffn, moe) in enumerate(zip(ffns, layers, strict=True))

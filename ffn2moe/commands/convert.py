@@ -50,7 +50,7 @@ def _show(screen: Screen, out: Path, manifest: dict[str, Any]) -> None:
         kept = [f"{shape.describe_layers()}, {shape.describe_neurons()} of each FFN" for shape in spec.stacks]
         rows.append(("kept", "; ".join(kept)))
     rows += [(name, summary(found)) for name, found in quality.items()]
-    opens = "transformers; needs no code of ours" if spec.is_dense else "ffn2moe.load"
+    opens = "transformers; needs no code of ours" if spec.is_ordinary else "ffn2moe.load"
     rows.append(("checkpoint", f"{out / 'checkpoint'} ({opens})"))
     if "container" in manifest:
         folder = out / manifest["container"]["folder"]

@@ -82,8 +82,8 @@ def _experts(spec: MoESpec) -> str:
     if spec.is_dense:
         neurons = " and ".join(dict.fromkeys(shape.describe_neurons() for shape in spec.stacks))
         return f"none: a dense model, FFNs of {neurons}: {100 * spec.active_share:.0f} % of the teacher's FFNs"
-    neurons = " or ".join(dict.fromkeys(str(shape.expert_width) for shape in spec.stacks))
-    shared = " and ".join(dict.fromkeys(str(shape.shared_width) for shape in spec.stacks if shape.shared_width))
+    neurons = " or ".join(dict.fromkeys(shape.describe("expert_width") for shape in spec.stacks))
+    shared = " and ".join(dict.fromkeys(shape.describe("shared_width") for shape in spec.stacks if shape.shared_width))
     return (
         f"{spec.num_experts} of {neurons} neurons a layer, {_choice(spec)}"
         + (f", and a shared one of {shared}" if shared else "")

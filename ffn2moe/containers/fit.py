@@ -113,6 +113,8 @@ def _spec_obstacles(container: Container, spec: MoESpec) -> Iterator[str]:
         yield f"the head is {spec.head!r}, and containers are causal language models"
     if len(spec.stacks) != 1:
         yield f"the model has {len(spec.stacks)} stacks of layers, and a container has one"
+    if any(shape.varied for shape in spec.stacks):
+        yield "its layers have different widths, and a container has one width"
     if not spec.gated or spec.activation != "silu":
         yield f"its experts are {'' if spec.gated else 'not '}gated with {spec.activation}, not gated with silu"
     if spec.router_bias:

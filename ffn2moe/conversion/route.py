@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,8 @@ from ffn2moe.decompose.narrow import with_narrow_ffns
 from ffn2moe.decompose.route import RouterSettings, route_layer
 from ffn2moe.decompose.source import NotStreamable, skeleton
 from ffn2moe.decompose.stream import HELD_OUT_SHARE, StreamSettings, decompose
+from ffn2moe.decompose.stream_widths import streamed_widths
+from ffn2moe.decompose.widths import active_widths, by_need, widths_for
 from ffn2moe.dense.load import load_dense
 from ffn2moe.dense.locate import read_ffn
 from ffn2moe.dense.reduction import with_layers
@@ -59,14 +62,34 @@ def _streamed(task: Task, data: Data, router: RouterSettings) -> list[dict[str, 
     if task.case.whole_only is not None:
         raise NotStreamable(task.case.whole_only)
     spec = task.spec(skeleton(dense.folder, dense.head))
-    settings = StreamSettings(spec, router, torch.float32)
+    widths = _streamed_widths(task, data, spec) if task.case.widths_by_need else None
+    settings = StreamSettings(spec, router, torch.float32, widths)
     return decompose(dense.folder, task.routed, data.calibration, settings, track=task.track)
+
+
+def _streamed_widths(task: Task, data: Data, spec: MoESpec) -> MoESpec:
+    """Return the spec with a width for each layer; one that a stopped conversion chose stays."""
+    kept = task.work / "widths.json"
+    if not kept.is_file():
+        seed, scratch = task.settings.seed, task.work
+        found = streamed_widths(task.dense.folder, spec, data.calibration, seed=seed, scratch=scratch, track=task.track)
+        fresh = kept.with_suffix(".fresh")
+        fresh.write_text(json.dumps(found.to_dict()))
+        os.replace(fresh, kept)
+        _say_widths(task, found)
+    return MoESpec.from_dict(json.loads(kept.read_text()))
+
+
+def _say_widths(task: Task, spec: MoESpec) -> None:
+    task.say(f"neurons that a token uses, layer by layer: {', '.join(map(str, active_widths(spec)))}")
 
 
 def _in_memory(task: Task, data: Data, router: RouterSettings) -> list[dict[str, Any]]:
     spec = task.spec(task.dense.model)
-    student, inputs = _start(task, data, spec)
-    rows = [] if spec.is_dense else _mixtures(task, data, router, spec, student, inputs)
+    student, spec, inputs = _start(task, data, spec)
+    rows: list[dict[str, Any]] = []
+    if not spec.is_dense:
+        rows, spec = _mixtures(task, data, router, spec, student, inputs)
     partial = task.routed.with_name("routed.partial")
     shutil.rmtree(partial, ignore_errors=True)
     checkpoint.save(student, None, spec, partial)
@@ -74,8 +97,11 @@ def _in_memory(task: Task, data: Data, router: RouterSettings) -> list[dict[str,
     return rows
 
 
-def _start(task: Task, data: Data, spec: MoESpec) -> tuple[Any, list[Tensor]]:
-    """Return the dense model that the student is made of, apart from the teacher, and the inputs of its FFNs."""
+def _start(task: Task, data: Data, spec: MoESpec) -> tuple[Any, MoESpec, list[Tensor]]:
+    """Return the dense model that the student is made of, apart from the teacher, and the inputs of its FFNs.
+
+    The spec is returned with the width of each FFN of a student without experts.
+    """
     teacher, shape, head = task.dense.model, spec.stacks[0], spec.head
     if shape.layers_kept:
         model = with_layers(teacher, shape.layers_kept, head, data.calibration[0].inputs)
@@ -86,15 +112,32 @@ def _start(task: Task, data: Data, spec: MoESpec) -> tuple[Any, list[Tensor]]:
     )
     model.to("cpu")
     if shape.teacher_ffn_width is not None:
-        model, errors = with_narrow_ffns(model, inputs, shape.ffn_width, head, task.track)
-        task.say(f"{shape.describe_neurons()}: the relative error of the FFNs is {sum(errors) / len(errors):.2f}")
-    return model, inputs
+        if spec.is_dense and task.case.widths_by_need:
+            spec = _by_need(task, data, spec, model, inputs)
+        widths = [spec.shape_of(layer).ffn_width for layer in range(spec.num_layers)]
+        model, errors = with_narrow_ffns(model, inputs, widths, head, task.track)
+        task.say(
+            f"{spec.stacks[0].describe_neurons()}: the relative error of the FFNs is {sum(errors) / len(errors):.2f}"
+        )
+    return model, spec, inputs
+
+
+def _by_need(task: Task, data: Data, spec: MoESpec, model: Any, inputs: list[Tensor]) -> MoESpec:
+    """Return the spec with a width for each layer of the dense model; say which."""
+    ffns = [read_ffn(model, index) for index in range(len(inputs))]
+    found = by_need(
+        model, spec, ffns, inputs, data.calibration, seed=task.settings.seed, device=task.device, track=task.track
+    )
+    model.to("cpu")
+    _say_widths(task, found)
+    return found
 
 
 def _mixtures(
     task: Task, data: Data, router: RouterSettings, spec: MoESpec, student: Any, inputs: list[Tensor]
-) -> list[dict[str, Any]]:
-    """Put routed mixtures in the place of the student's FFNs; return a row for each layer."""
+) -> tuple[list[dict[str, Any]], MoESpec]:
+    """Put routed mixtures in the place of the student's FFNs; return a row for each layer, and the spec."""
+    filled = _by_need(task, data, spec, student, inputs) if task.case.widths_by_need else spec
     layers = [
         decompose_layer(read_ffn(student, index), x_TD, spec, index, seed=task.settings.seed)
         for index, x_TD in task.track(enumerate(inputs), len(inputs), "decomposing layers")
@@ -110,9 +153,10 @@ def _mixtures(
             router.for_layer(index),
             partition=spec.partition,
             held_out_TD=held_out_TD if len(held_out_TD) else None,
+            widths=widths_for(filled, index),
         )
         rows.append({"layer": index, **found.row})
-    return rows
+    return rows, filled
 
 
 @torch.no_grad()

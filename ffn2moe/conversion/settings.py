@@ -10,6 +10,7 @@ from ffn2moe.choices import GATES, HEADS
 from ffn2moe.containers.table import CONTAINERS
 from ffn2moe.decompose.objectives import OBJECTIVES
 from ffn2moe.decompose.partition import AUTO, PARTITIONS
+from ffn2moe.literals import Widths
 from ffn2moe.table import UnknownName, unknown
 
 Scope = Literal["experts", "all"]
@@ -86,6 +87,15 @@ class Settings:
     shared_width: int = field(
         default=0,
         metadata=_option("--shared", "neurons of each FFN that every token uses (0)", metavar="N", kind=int, minimum=0),
+    )
+    width_per_layer: Widths = field(
+        default="auto",
+        metadata=_option(
+            "--width-per-layer",
+            "same in all layers, or a budget: each gets what it needs (auto: budget for experts for clusters of tokens "
+            "without a native container, else same)",
+            names=lambda: get_args(Widths),
+        ),
     )
     container: str = field(
         default="auto",

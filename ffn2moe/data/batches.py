@@ -52,6 +52,10 @@ class Batch:
         """Return the batch on another device."""
         return self._each(lambda tensor: tensor.to(device))
 
+    def rows(self, rows: slice) -> Batch:
+        """Return some of the texts, with the same padding."""
+        return self._each(lambda tensor: tensor[rows])
+
     def part(self, ranks: Ranks) -> Batch:
         """Return the texts of this process, with the same padding."""
         rows = ranks.part(len(next(iter(self.inputs.values()))))

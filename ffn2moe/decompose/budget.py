@@ -1,4 +1,4 @@
-"""Share a budget of experts among layers: K of each layer by the oracle's errors."""
+"""Share a budget among layers, such as experts: K of each layer by the oracle's errors."""
 
 from __future__ import annotations
 
@@ -25,15 +25,14 @@ def errors_by_active(moe: MoEFFN, x_TD: Tensor, chunk: int = 4096) -> Tensor:
     return torch.tensor(errors, dtype=torch.float64)
 
 
-def allocate(errors_LE: Tensor, num_active: int) -> tuple[int, ...]:
-    """Return K of each layer, from 1 to E and at most `num_active` on average, with the least sum of errors.
+def allocate(errors_LE: Tensor, total: int) -> tuple[int, ...]:
+    """Return how many of E parts each layer gets, 1 to E and at most `total` together, with the least sum of errors.
 
-    `errors_LE` holds the error of each layer with 1 to E experts. This is exact, by dynamic programming over the
-    layers. Where errors fall by less with each expert, it equals adding the most useful expert one at a time.
+    `errors_LE` holds the error of each layer with 1 to E parts, such as experts. This is exact, by dynamic programming
+    over the layers. Where errors fall by less with each part, it equals adding the most useful part one at a time.
     """
-    L, E = errors_LE.shape
-    budget = num_active * L
-    best_B = np.zeros(budget + 1)  # least error of the layers so far with at most b experts
+    E, budget = errors_LE.shape[1], total
+    best_B = np.zeros(budget + 1)  # least error of the layers so far with at most b parts
     taken = []
     for error_E in errors_LE.double().numpy():
         options_EB = np.full((E, budget + 1), np.inf)
@@ -41,8 +40,8 @@ def allocate(errors_LE: Tensor, num_active: int) -> tuple[int, ...]:
             options_EB[K - 1, K:] = best_B[: budget + 1 - K] + error_E[K - 1]
         taken.append(options_EB.argmin(0) + 1)
         best_B = options_EB.min(0)
-    active = []
+    shares = []
     for taken_B in reversed(taken):
-        active.append(int(taken_B[budget]))
-        budget -= active[-1]
-    return tuple(reversed(active))
+        shares.append(int(taken_B[budget]))
+        budget -= shares[-1]
+    return tuple(reversed(shares))

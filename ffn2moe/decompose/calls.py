@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,8 @@ from ffn2moe.data.batches import Batch
 from ffn2moe.decompose.inputs import real_tokens
 from ffn2moe.decompose.source import NotStreamable, Source, layers_path
 from ffn2moe.dense.families import Stack
+
+RETURNED = (None, (), (None,))  # what layers return beside hidden states; None: a tensor alone, no tuple
 
 
 @dataclass
@@ -38,7 +41,7 @@ def record_calls(model: Any, layers: nn.ModuleList, batch: Batch) -> tuple[Tenso
     The weights outside the layers must be loaded. NotStreamable where the model does more between its layers than pass
     hidden states on.
     """
-    for rest in (None, (), (None,)):  # what the layers of this model return: a tensor, or a tuple that begins with it
+    for rest in RETURNED:
         try:
             return _record_calls(model, layers, batch, rest)
         except (_Unusable, TypeError, IndexError, AttributeError, ValueError, RuntimeError) as error:
@@ -63,16 +66,37 @@ def _record_calls(
         calls.append(LayerCall(args[1:], kwargs))
         return hidden if rest is None else (hidden, *rest)
 
-    for layer in layers:
-        layer.forward = forward
-    try:
+    with _replaced(layers, forward):
         model.base_model(**batch.inputs)
-    finally:
-        for layer in layers:
-            del layer.forward
     if len(calls) != len(layers):
         raise _Unusable(f"{len(calls)} of {len(layers)} layers were called")
     return seen[0], calls
+
+
+@contextmanager
+def _replaced(layers: nn.ModuleList, forward: Callable[..., Any]) -> Iterator[None]:
+    """Let `forward` stand in for each layer inside the context."""
+    for layer in layers:
+        layer.forward = forward
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward
+
+
+def after_layers(layers: nn.ModuleList, hidden: Tensor, run: Callable[[], Tensor]) -> Tensor:
+    """Return what `run`, a call of the model, gives where `hidden` are the hidden states after the last layer.
+
+    The weights outside the layers must be loaded. NotStreamable where the layers return something unknown.
+    """
+    for rest in RETURNED:
+        try:
+            with _replaced(layers, lambda *args, rest=rest, **kwargs: hidden if rest is None else (hidden, *rest)):
+                return run()
+        except (TypeError, IndexError, AttributeError, ValueError, RuntimeError) as error:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    raise NotStreamable(f"the output does not follow from the last layer's hidden states ({reason}): convert in memory")
 
 
 @dataclass

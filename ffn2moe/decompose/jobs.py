@@ -1,4 +1,4 @@
-"""Jobs on single layers for `ffn2moe.decompose.layer_map`: partition, judgement, router.
+"""Jobs on single layers for `ffn2moe.decompose.layer_map`: partition, judgement, widths, router.
 
 A function `..._job` makes a job; a function `do_...` does it in a worker.
 """
@@ -16,6 +16,7 @@ from ffn2moe.decompose.layer_map import LayerJob, LayerResult
 from ffn2moe.decompose.partition import PARTITIONS
 from ffn2moe.decompose.parts import dense_of, dense_parts, mixture_of, mixture_parts
 from ffn2moe.decompose.route import RouterSettings, route_layer
+from ffn2moe.decompose.width_costs import costs, moments_of
 from ffn2moe.dense.ffn import DenseFFN
 from ffn2moe.moe.layer import MoEFFN
 from ffn2moe.spec import MoESpec
@@ -85,6 +86,22 @@ def _oracle_summary(moe: MoEFFN, x_TD: Tensor) -> dict[str, float]:
     return {"oracle_error": float(best.error), "scale": float(best.scale)}
 
 
+# --- widths -------------------------------------------------------------------------------------------------------
+
+
+def widths_job(ffn: DenseFFN, x_TD: Tensor, fisher_DD: Tensor, layer: int) -> LayerJob:
+    """Make the job that finds what each width of a layer's FFN costs (`width_costs.costs`)."""
+    tensors = {**dense_parts(ffn), "x_TD": x_TD, "fisher_DD": fisher_DD}
+    return LayerJob("widths", layer, {"activation": ffn.activation}, tensors)
+
+
+def do_widths(job: LayerJob) -> LayerResult:
+    """Return `costs_N`, the cost of each width in nats a token."""
+    ffn, x_TD = dense_of(job), job.tensors["x_TD"]
+    costs_N = costs(ffn, moments_of(ffn, x_TD), job.tensors["fisher_DD"]) / len(x_TD)
+    return LayerResult(job.layer, {}, {"costs_N": costs_N})
+
+
 # --- router -------------------------------------------------------------------------------------------------------
 
 
@@ -96,20 +113,23 @@ def route_job(
     *,
     x_TD: Tensor,
     held_out_TD: Tensor,
+    widths: tuple[int, int] | None = None,
 ) -> LayerJob:
     """Make the job of `route_layer` on a decomposed layer; the arguments are its own."""
     tensors = {**mixture_parts(moe), "x_TD": x_TD, "held_out_TD": held_out_TD}
-    return LayerJob("route", layer, {"spec": spec.to_dict(), "router": asdict(settings)}, tensors)
+    settings_ = {"spec": spec.to_dict(), "router": asdict(settings), "widths": widths and list(widths)}
+    return LayerJob("route", layer, settings_, tensors)
 
 
 def do_route(job: LayerJob) -> LayerResult:
     """Return the tensors of the routed mixture; the summary holds `losses` and `row` of `route_layer`."""
-    moe = mixture_of(job)
+    moe, widths = mixture_of(job), job.settings["widths"]
     found = route_layer(
         moe,
         job.tensors["x_TD"],
         RouterSettings(**job.settings["router"]),
         partition=job.settings["spec"]["partition"],
         held_out_TD=job.tensors["held_out_TD"],
+        widths=widths and tuple(widths),
     )
     return LayerResult(job.layer, {"losses": found.losses, "row": found.row}, dict(moe.state_dict()))

@@ -37,6 +37,7 @@ FEWEST_NUMBERS = 2**24  # of the jobs together: with fewer, processes cost more 
 KINDS = {
     "decompose": "ffn2moe.decompose.jobs:do_decompose",
     "judge": "ffn2moe.decompose.jobs:do_judge",
+    "widths": "ffn2moe.decompose.jobs:do_widths",
     "route": "ffn2moe.decompose.jobs:do_route",
     "distil": "ffn2moe.distill.layerwise:distillation",
 }

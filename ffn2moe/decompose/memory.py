@@ -8,12 +8,15 @@ from pathlib import Path
 
 import torch
 
+from ffn2moe.decompose.gradients import TOKENS_AT_ONCE
 from ffn2moe.decompose.partition import PARTITIONS
 from ffn2moe.decompose.source import Source, layers_path, skeleton
+from ffn2moe.decompose.widths import FISHER_TOKENS
 from ffn2moe.numerics import chunk_of
 from ffn2moe.spec import FFNShape, MoESpec
 
 CGROUP = Path("/sys/fs/cgroup")
+LOGITS = 4  # copies of a batch's logits that a gradient takes
 OVERHEAD = 2**28  # bytes of later imports, and of what allocators and kernels keep (measured)
 
 
@@ -44,12 +47,13 @@ def estimate(
     batch_tokens: int,
     dtype: torch.dtype | None = None,
     copies: int = 1,
+    by_need: bool = False,
 ) -> Estimate:
     """Return what decomposing the model in `folder` into the mixture of `spec` takes; no weight is read.
 
     `calibration_tokens` pass through a layer in batches of `batch_tokens`; `dtype` is that of the written weights
     (None: as in the source); `copies` is how many forms of the model are written, such as a container beside the
-    checkpoint. The errors are those of `Source`.
+    checkpoint; `by_need` says whether each layer gets a width of its own. The errors are those of `Source`.
     """
     model = skeleton(folder, spec.head)
     path = layers_path(model)
@@ -62,12 +66,18 @@ def estimate(
     work = _work(shape, spec.num_experts, calibration_tokens, batch_tokens)
     if PARTITIONS[spec.partition].refilled:
         work = max(work, _refilling(shape, spec.num_experts))
+    waiting = 0
+    if by_need:
+        outside = (name for name in model.state_dict() if not name.startswith(path) and name not in source.aliases)
+        head = LOGITS * 4 * TOKENS_AT_ONCE * model.config.get_text_config().vocab_size
+        work = max(work, _weighing(shape), sum(source.bytes_of(name, torch.float32) for name in outside) + head)
+        waiting = 4 * shape.num_layers * (FISHER_TOKENS * shape.width + _moments(shape))
     return Estimate(
         layers=shape.num_layers,
         layer=layer,
         states=states,
         memory=resident() + OVERHEAD + states + layer + work,
-        disk=int(copies * written * padded) + states,
+        disk=int(copies * written * padded) + states + waiting,
     )
 
 
@@ -88,6 +98,19 @@ def _work(shape: FFNShape, num_experts: int, calibration_tokens: int, batch_toke
     # In float64: H'H and its factor; what is solved for and its copies. In float32: activations, tokens and outputs.
     refitting = 2 * 8 * F * F + 4 * 8 * F * D + 2 * 4 * chunk_of(F) * F + 4 * 3 * calibration_tokens * D
     return max(forward, ffn + partitioning, slicing, fitting, refitting)
+
+
+def _moments(shape: FFNShape) -> int:
+    """Return how many second moments of a layer's neurons are kept."""
+    from ffn2moe.numerics import WIDEST_MOMENTS
+
+    return shape.ffn_width if shape.ffn_width > WIDEST_MOMENTS else shape.ffn_width**2
+
+
+def _weighing(shape: FFNShape) -> int:
+    """Return what finding the cost of each width of a layer takes, in bytes: an elimination, mostly in float32."""
+    D, F = shape.width, shape.ffn_width
+    return 4 * (3 if shape.gated else 2) * D * F + 4 * 8 * _moments(shape) + 8 * 4 * D * D + 4 * 4 * chunk_of(F) * F
 
 
 def _refilling(shape: FFNShape, num_experts: int) -> int:

@@ -49,12 +49,12 @@ def relative_error(narrow: DenseFFN, ffn: DenseFFN, x_TD: Tensor) -> float:
 
 
 def with_narrow_ffns(
-    model: Any, inputs: Sequence[Tensor], width: int, head: str, track: Track = untracked
+    model: Any, inputs: Sequence[Tensor], widths: Sequence[int], head: str, track: Track = untracked
 ) -> tuple[Any, list[float]]:
-    """Return a new model whose FFNs are `narrowed` to `width` on their inputs, [T, D] each, and the error of each."""
+    """Return a new model whose FFNs are `narrowed` to `widths` on their inputs, [T, D] each, and the error of each."""
     ffns, errors = [], []
     for index, x_TD in track(enumerate(inputs), len(inputs), "narrowing FFNs"):
         ffn = read_ffn(model, index)
-        ffns.append(narrowed(ffn, x_TD, width))
+        ffns.append(narrowed(ffn, x_TD, widths[index]))
         errors.append(relative_error(ffns[-1], ffn, x_TD))
     return with_ffns(model, ffns, head), errors

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from torch import Tensor
 
 from ffn2moe.decompose.layer_map import LayerJob, under
@@ -27,8 +29,12 @@ def mixture_parts(moe: MoEFFN) -> dict[str, Tensor]:
 
 def mixture_of(job: LayerJob) -> MoEFFN:
     """Return the mixture of a job, whose settings hold the spec."""
-    spec, tensors = MoESpec.from_dict(job.settings["spec"]), under("ffn.", job.tensors)
+    return mixture_from(under("ffn.", job.tensors), MoESpec.from_dict(job.settings["spec"]), job.layer)
+
+
+def mixture_from(tensors: Mapping[str, Tensor], spec: MoESpec, layer: int) -> MoEFFN:
+    """Return the mixture of a layer that has these tensors."""
     biases = {name: name in tensors for name in ("b_in", "b_out", "b_gate")}
-    moe = MoEFFN(spec, job.layer, **biases)
+    moe = MoEFFN(spec, layer, **biases)
     moe.load_state_dict(tensors)
     return moe.eval()

@@ -31,6 +31,7 @@ from ffn2moe.decompose.layer import decompose_layer, require_identity
 from ffn2moe.decompose.route import RouterSettings, route_layer
 from ffn2moe.decompose.shards import ShardLayout, UnfinishedCheckpoint
 from ffn2moe.decompose.source import Source, layers_path, only_stack, skeleton
+from ffn2moe.decompose.widths import widths_for
 from ffn2moe.dense.families import positions
 from ffn2moe.dense.locate import install, read_ffn
 from ffn2moe.dense.weights import weight_files
@@ -47,10 +48,16 @@ class StreamSettings:
     spec: MoESpec  # of the mixture that is made
     router: RouterSettings  # its seed is also that of the partitions
     dtype: torch.dtype | None = None  # of the weights that are written; None: as in the source
+    widths: MoESpec | None = None  # the same spec with a width for each layer, which the fit of the routers gives
+
+    @property
+    def written(self) -> MoESpec:
+        """The spec of the checkpoint."""
+        return self.widths or self.spec
 
     def fingerprint(self) -> str:
         """Return the settings as text."""
-        content = {"spec": self.spec.to_dict(), "router": asdict(self.router), "dtype": str(self.dtype)}
+        content = {"spec": self.written.to_dict(), "router": asdict(self.router), "dtype": str(self.dtype)}
         return json.dumps(content, sort_keys=True)
 
 
@@ -102,7 +109,7 @@ def decompose(
     for shard, names in shards.outer.items():
         work.write(shard, shards.stored("", {name: source.read(name, None) for name in names}))
     model.config.use_cache = use_cache
-    work.finish(out, model, settings.spec, shards, Path(folder))
+    work.finish(out, model, settings.written, shards, Path(folder))
     return rows
 
 
@@ -128,7 +135,12 @@ def _route(
     require_identity([moe], after[0], lambda: calls[0].run(layer, hidden[0]), name=f"layer {index}", family=spec.family)
     judged_TD = torch.cat(inputs[-held_out:]) if held_out else None
     found = route_layer(
-        moe, fitted_TD, settings.router.for_layer(index), partition=spec.partition, held_out_TD=judged_TD
+        moe,
+        fitted_TD,
+        settings.router.for_layer(index),
+        partition=spec.partition,
+        held_out_TD=judged_TD,
+        widths=widths_for(settings.written, index),
     )
     return {"layer": index, **found.row}, after
 

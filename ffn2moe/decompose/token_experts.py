@@ -38,21 +38,27 @@ SHRINKAGE = 0.25  # weight of all tokens beside those of an expert, where its ne
 
 
 @torch.no_grad()
-def fill(moe: MoEFFN, ffn: DenseFFN, x_TD: Tensor, target_TD: Tensor, settings: RouterSettings) -> list[float]:
+def fill(
+    moe: MoEFFN,
+    ffn: DenseFFN,
+    x_TD: Tensor,
+    target_TD: Tensor,
+    settings: RouterSettings,
+    widths: tuple[int, int] | None = None,
+) -> list[float]:
     """Fit router and experts of a layer in place to what `ffn` gives on tokens [T, D]; return the router's losses.
 
-    `target_TD` is the output of `ffn`, the FFN that the layer was decomposed from. The experts keep their width, the
-    shared expert too. ValueError where a token uses more than one expert, and without a refit.
+    `target_TD` is the output of `ffn`, the FFN that the layer was decomposed from. `widths` are M of the experts and S
+    of the shared one; None keeps both. ValueError where a token uses more than one expert, and without a refit.
     """
     _require_fit(moe, settings)
     clusters_N = cluster_tokens(ffn, x_TD[:CLUSTERED_TOKENS], moe.num_experts, settings.seed)
     losses = _fit_router(moe, x_TD[:CLUSTERED_TOKENS], clusters_N, settings)
     scores_TE = moe.scores(x_TD)
     choice = moe.router.choose(scores_TE, 1)
-    neurons_EM, shared_S = _neurons(moe, ffn, x_TD, choice.experts_TK[:, 0])
-    moe.take(copy_experts(ffn, neurons_EM, shared_S))
-    moe.neurons.copy_(neurons_EM)
-    moe.shared_neurons.copy_(shared_S)
+    M, S = widths or (moe.neurons.shape[1], len(moe.shared_neurons))
+    neurons_EM, shared_S = _neurons(ffn, x_TD, choice.experts_TK[:, 0], (moe.num_experts, M, S))
+    moe.refill(copy_experts(ffn, neurons_EM, shared_S), neurons_EM, shared_S)
     moe.set_scale(1.0 / moe.router.weigh(scores_TE, choice).mean().item())
     refit_outputs(moe, x_TD, target_TD, penalty=settings.refit, chunk=chunk_of(moe.neurons.numel()))
     return losses
@@ -112,12 +118,12 @@ def _fit_router(moe: MoEFFN, x_TD: Tensor, clusters_T: Tensor, settings: RouterS
 
 
 @torch.no_grad()
-def _neurons(moe: MoEFFN, ffn: DenseFFN, x_TD: Tensor, expert_T: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the neurons of each expert, [E, M], and those of the shared one, [S].
+def _neurons(ffn: DenseFFN, x_TD: Tensor, expert_T: Tensor, sizes: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
+    """Return the neurons of each expert, [E, M], and those of the shared one, [S], for the `sizes` E, M and S.
 
     FFNs wider than `WIDEST_MOMENTS` neurons take those with most output energy, as F x F moments cost too much.
     """
-    (E, M), S = moe.neurons.shape, len(moe.shared_neurons)
+    E, M, S = sizes
     wide = ffn.ffn_width > WIDEST_MOMENTS
     shape = (E, ffn.ffn_width) if wide else (E, ffn.ffn_width, ffn.ffn_width)
     moments = torch.zeros(shape)

@@ -163,14 +163,16 @@ def with_layers(model: Any, kept: Sequence[int], head: str, inputs: Mapping[str,
 
 @torch.no_grad()
 def with_ffns(model: Any, ffns: Sequence[DenseFFN], head: str) -> Any:
-    """Return a new model of the same class with these FFNs, one a layer and all of one width.
+    """Return a new model of the same class with these FFNs, one a layer.
 
-    ValueError where the model's config does not set the width of its FFNs.
+    Its config has the width of the widest one. ValueError where the model's config does not set it.
     """
     stack, layers = only_stack(model)
     part, before = _part(model.config, stack), ffn_width_of(model)
-    options = [{key: ffns[0].ffn_width} for key in _keys(part, _WIDTH_KEYS, (before, None))]
-    smaller = _built(model, stack, options, head, lambda fresh: ffn_width_of(fresh) == ffns[0].ffn_width)
+    widths = [ffn.ffn_width for ffn in ffns]
+    options = [{key: max(widths)} for key in _keys(part, _WIDTH_KEYS, (before, None))]
+    smaller = _built(model, stack, options, head, lambda fresh: ffn_width_of(fresh) == max(widths))
+    set_ffn_widths(smaller, widths)
     ours = {
         id(parameter)
         for layer in layers
@@ -184,6 +186,31 @@ def with_ffns(model: Any, ffns: Sequence[DenseFFN], head: str) -> Any:
     for block, ffn in zip(only_stack(smaller)[1], ffns, strict=True):
         write_block(block, stack, ffn)
     return smaller
+
+
+def set_ffn_widths(model: nn.Module, widths: Sequence[int]) -> None:
+    """Give the FFN of each layer of a model another width; the weights of those that change are 0 then."""
+    stack, layers = only_stack(model)
+    for block, width in zip(layers, widths, strict=True):
+        _set_size(block.get_submodule(stack.w_in), (2 if stack.fused else 1) * width, outputs=True)
+        _set_size(block.get_submodule(stack.w_out), width, outputs=False)
+        if stack.w_gate:
+            _set_size(block.get_submodule(stack.w_gate), width, outputs=True)
+
+
+def _set_size(linear: nn.Module, size: int, *, outputs: bool) -> None:
+    """Give a linear map so many outputs, or inputs."""
+    transposed = isinstance(linear, Conv1D)  # it keeps [in, out]
+    weight = linear.get_parameter("weight")
+    axis = int(outputs == transposed)
+    if weight.shape[axis] == size:
+        return
+    shape = [size if place == axis else count for place, count in enumerate(weight.shape)]
+    linear.weight = nn.Parameter(weight.new_zeros(shape), weight.requires_grad)
+    if outputs and linear.bias is not None:
+        linear.bias = nn.Parameter(linear.get_parameter("bias").new_zeros(size), weight.requires_grad)
+    names = ("nf", "nx") if transposed else ("out_features", "in_features")
+    setattr(linear, names[0] if outputs else names[1], size)
 
 
 def _built(

@@ -16,6 +16,7 @@ from torch import nn
 
 from ffn2moe.dense.config import constructor_options, read_generation
 from ffn2moe.dense.locate import family_of, ffn_layers, ffn_paths, install
+from ffn2moe.dense.reduction import set_ffn_widths
 from ffn2moe.dense.sentence import attach
 from ffn2moe.dense.weights import require_finite, tied, weight_files
 from ffn2moe.moe.layer import MoEFFN, connect
@@ -57,7 +58,7 @@ def describe(model: Any, spec: MoESpec, folder: Path) -> None:
     """Write the config, the spec and the generation config of a model: everything except weights and tokenizer."""
     config = model.config.to_dict()
     config.pop("_name_or_path", None)  # a path of this machine
-    if spec.is_dense:  # an ordinary folder names its class
+    if spec.is_ordinary:  # an ordinary folder names its class
         config["architectures"] = [spec.model_class]
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     (folder / SPEC_FILE).write_text(
@@ -141,6 +142,8 @@ def _empty_model(folder: Path, spec: MoESpec, tensors: dict[str, torch.Tensor]) 
     model = getattr(transformers, spec.model_class)(config, **constructor_options(config, spec.head))
     if family_of(model).name != spec.family or len(ffn_layers(model)) != spec.num_layers:
         raise ValueError(f"{folder}: config.json and {SPEC_FILE} describe different models")
+    if spec.is_dense and spec.stacks[0].ffn_widths:
+        set_ffn_widths(model, spec.stacks[0].ffn_widths)
     for index, name in enumerate(() if spec.is_dense else ffn_paths(model)):
         moe = MoEFFN(
             spec,

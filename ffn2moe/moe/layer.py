@@ -57,20 +57,8 @@ class _Experts(nn.Module):
     @torch.no_grad()
     def take(self, weights: ExpertWeights) -> None:
         """Copy these weights."""
-        shared = weights.shared
-        for parameter, value in (
-            (self.w_in, weights.w_in_EMD),
-            (self.w_out, weights.w_out_EDM),
-            (self.b_in, weights.b_in_EM),
-            (self.b_out, weights.b_out_D),
-            (self.w_gate, weights.w_gate_EMD),
-            (self.b_gate, weights.b_gate_EM),
-            (self.shared_in, shared and shared.w_in_FD),
-            (self.shared_out, shared and shared.w_out_DF),
-            (self.shared_gate, shared and shared.w_gate_FD),
-            (self.shared_b_in, shared and shared.b_in_F),
-            (self.shared_b_gate, shared and shared.b_gate_F),
-        ):
+        for name, value in _named(weights).items():
+            parameter = getattr(self, name)
             if parameter is not None and value is not None:
                 parameter.copy_(value)
 
@@ -112,6 +100,24 @@ class _Experts(nn.Module):
     def all_experts(self, x_TD: Tensor) -> Tensor:
         """Return the sum over all E experts, each once, with shared expert and output bias: the dense FFN. [T, D]."""
         return self._with_shared(x_TD, torch.stack([self.expert(i, x_TD) for i in range(self.num_experts)]).sum(0))
+
+
+def _named(weights: ExpertWeights) -> dict[str, Tensor | None]:
+    """Return the weights by the names of the parameters that hold them."""
+    shared = weights.shared
+    return {
+        "w_in": weights.w_in_EMD,
+        "w_out": weights.w_out_EDM,
+        "b_in": weights.b_in_EM,
+        "b_out": weights.b_out_D,
+        "w_gate": weights.w_gate_EMD,
+        "b_gate": weights.b_gate_EM,
+        "shared_in": shared and shared.w_in_FD,
+        "shared_out": shared and shared.w_out_DF,
+        "shared_gate": shared and shared.w_gate_FD,
+        "shared_b_in": shared and shared.b_in_F,
+        "shared_b_gate": shared and shared.b_gate_F,
+    }
 
 
 class MoEFFN(_Experts):
@@ -166,6 +172,15 @@ class MoEFFN(_Experts):
         if shared_S is not None:
             moe.shared_neurons.copy_(shared_S)
         return moe
+
+    def refill(self, weights: ExpertWeights, neurons_EM: Tensor, shared_S: Tensor) -> None:
+        """Take other experts of the same dense FFN, of any width: `neurons_EM` of it, and `shared_S` in the shared one.
+
+        The router stays.
+        """
+        for name, value in _named(weights).items():
+            setattr(self, name, None if value is None else nn.Parameter(value))
+        self.neurons, self.shared_neurons = neurons_EM, shared_S
 
     @property
     def budgets(self) -> tuple[int, ...]:

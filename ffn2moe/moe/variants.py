@@ -24,6 +24,7 @@ from ffn2moe.moe.experts import slice_experts
 from ffn2moe.moe.layer import MoEFFN, set_active
 from ffn2moe.spec import FFNShape, MoESpec
 
+MOST_SHARES = 4
 LARGE_SHARE = 0.5  # a layer in which a token runs a smaller share of the FFN gains whenever the others do
 
 
@@ -61,7 +62,8 @@ class Variant:
             spec.num_experts if layer in self.dense_layers else spec.active_of(layer)
             for layer in range(spec.num_layers)
         ]
-        return replace(spec, active_per_layer=tuple(active), elastic=(), container=None)
+        stacks = _with_whole_layers(spec, self.dense_layers)
+        return replace(spec, stacks=stacks, active_per_layer=tuple(active), elastic=(), container=None)
 
     @contextmanager
     def of_model(self, student: nn.Module, spec: MoESpec, teacher: nn.Module | None) -> Iterator[None]:
@@ -81,6 +83,26 @@ class Variant:
             yield
 
 
+def _with_whole_layers(spec: MoESpec, dense: Sequence[int]) -> tuple[FFNShape, ...]:
+    """Return the shapes of a spec in which the experts of the layers `dense` hold all neurons once.
+
+    They do anyway where all layers have one width.
+    """
+    stacks, first, E = [], 0, spec.num_experts
+    for shape in spec.stacks:
+        if shape.varied:
+            sizes = [
+                divmod(shape.ffn_width, E) if first + layer in dense else (one.expert_width, one.shared_width)
+                for layer, one in enumerate(map(shape.of_layer, range(shape.num_layers)))
+            ]
+            own, shared = map(tuple, zip(*sizes, strict=True))
+            widest = {"expert_width": max(own), "shared_width": max(shared)}
+            shape = replace(shape, expert_widths=own, shared_widths=shared if any(shared) else (), **widest)
+        stacks.append(shape)
+        first += shape.num_layers
+    return tuple(stacks)
+
+
 def variants_of(spec: MoESpec, *, with_teacher: bool = True) -> list[Variant]:
     """Return the variants that may be worth a plan, without the spec itself."""
     found = [Variant(num_active=other) for other in spec.elastic]
@@ -95,13 +117,12 @@ def may_stay_dense(spec: MoESpec) -> list[tuple[int, ...]]:
     Layers of a stack with the same K do the same work, so they are chosen together; and if one gains, so does any layer
     with a smaller share. So there are few sets: the layers of the largest share, then also those of the next share and
     so on, down to `LARGE_SHARE`; and each stack as a whole, as the stacks of a seq2seq model read batches of different
-    sizes.
+    sizes. Where layers have many different widths, `MOST_SHARES` of these shares are taken, far apart.
     """
     mixed = [layer for layer in range(spec.num_layers) if not _is_dense(spec, layer)]
-    sets = []
-    for share in sorted({_share(spec, layer) for layer in mixed}, reverse=True):
-        if share >= LARGE_SHARE:
-            sets.append([layer for layer in mixed if _share(spec, layer) >= share])
+    large = sorted({share for layer in mixed if (share := _share(spec, layer)) >= LARGE_SHARE}, reverse=True)
+    some = large[:: -(-len(large) // MOST_SHARES)] if large else []
+    sets = [[layer for layer in mixed if _share(spec, layer) >= share] for share in some]
     first = 0
     for shape in spec.stacks:
         sets.append([layer for layer in mixed if first <= layer < first + shape.num_layers])

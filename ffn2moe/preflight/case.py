@@ -15,6 +15,7 @@ from ffn2moe.containers.fit import choose, require_fit
 from ffn2moe.containers.table import CONTAINERS
 from ffn2moe.decompose.partition import settled
 from ffn2moe.decompose.source import NotStreamable, Source, only_stack, skeleton
+from ffn2moe.decompose.widths import chosen_by_need
 from ffn2moe.dense.cross_encoder import reads_pairs
 from ffn2moe.dense.families import positions
 from ffn2moe.dense.length import usual_length
@@ -106,6 +107,14 @@ class Case:
                     f"{asked.call('container', 'none')}"
                 )
             return None, "none: a student without experts is an ordinary folder of its own architecture"
+        if asked.width_per_layer == "budget" and asked.container not in ("auto", "none"):
+            raise ValueError(
+                f"{asked.call('width_per_layer', 'budget')} gives each layer a width of its own, and the container "
+                f"{asked.container} has one width for all layers: set {asked.call('container', 'none')}, or "
+                f"{asked.call('width_per_layer', 'same')}"
+            )
+        if asked.width_per_layer == "budget" and not needed:
+            return None, "none: a native container has one width for all layers"
         if asked.container == "none" or (asked.container == "auto" and dense.head != "causal" and not needed):
             return None, "none"
         if asked.container != "auto":
@@ -254,6 +263,8 @@ class Case:
         """Why the model is not decomposed layer by layer; None where it is. ValueError for weights that do not fit."""
         if self.reduction is not None:
             return "a smaller student is made of the whole model"
+        if self.widths_by_need and self.dense.head == "embedding":
+            return "a width for each layer follows from the embeddings of the whole model"
         try:
             only_stack(self.model)
             Source(self.dense.folder, self.model)
@@ -352,3 +363,12 @@ class Case:
         if container:
             require_fit(container, self.dense.config, spec=spec)
         return settled(spec)
+
+    @cached_property
+    def widths_by_need(self) -> bool:
+        """Whether each layer gets a width of its own. ValueError where the student cannot have one."""
+        try:
+            return chosen_by_need(self.request.width_per_layer, self.spec)
+        except ValueError as error:
+            asked = self.request
+            raise ValueError(f"{asked.call('width_per_layer', asked.width_per_layer)}: {error}") from None

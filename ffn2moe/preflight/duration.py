@@ -9,6 +9,8 @@ from functools import cache
 import torch
 
 from ffn2moe import progress
+from ffn2moe.decompose.width_costs import COST_TOKENS
+from ffn2moe.decompose.widths import FISHER_TOKENS
 from ffn2moe.dense.families import positions
 from ffn2moe.numerics import WIDEST_MOMENTS, bf16_supported
 from ffn2moe.preflight.case import Case
@@ -104,7 +106,19 @@ def _decompose(case: Case, exact: float, rounded: float) -> float:
         router = 6 * ROUTER_TOKENS * D * case.spec.num_experts
         judging = 2 * PASSES * tokens * ffn / (rounded if wide else exact)
         seconds += shape.num_layers * ((moments + solving + router) / exact + judging)
-    return seconds / DECOMPOSING
+    return (seconds + (_widths(case) / exact if case.widths_by_need else 0)) / DECOMPOSING
+
+
+def _widths(case: Case) -> float:
+    """Return the operations in which each layer's width is found: gradients, moments and an elimination."""
+    tokens = min(case.request.calibration_tokens, COST_TOKENS)
+    work = 3 * 2 * min(tokens, FISHER_TOKENS) * case.multiplied
+    for shape in case.spec.stacks:
+        D, F = shape.width, shape.dense_ffn_width
+        neurons = 2 * 2 * tokens * D * F
+        wide = F > WIDEST_MOMENTS
+        work += shape.num_layers * (neurons if wide else neurons + 2 * tokens * F**2 + 8 * F**3)
+    return work
 
 
 @cache

@@ -56,6 +56,8 @@ def experts(case: Case) -> Iterator[str]:
             f"{spec.num_active} of {spec.num_experts} disjoint experts lose more in a gated language model than "
             f"pruning does: {case.request.call('num_active', 1)} gives experts for clusters of tokens, which lose less"
         )
+    if case.widths_by_need:
+        yield "that is the width on average: each layer gets what it is worth to the model"
     yield f"{100 * spec.active_share:.0f} % of the FFNs is active for a token"
 
 

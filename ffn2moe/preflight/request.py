@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from ffn2moe.literals import Widths
+
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
@@ -33,6 +35,7 @@ class Request:
     ffn_width: str | int | float = "full"  # full, a number of neurons, or a share
     partition: str = "auto"
     shared_width: int = 0
+    width_per_layer: Widths = "auto"
     container: str = "auto"  # auto, none, or a name in CONTAINERS
     needs_container: bool = False  # whether `auto` is refused where no container fits
     gguf: tuple[str, ...] = ()  # types of the GGUF files that are written

@@ -48,6 +48,7 @@ def room_of(case: Case) -> Room:
             calibration_tokens=asked.calibration_tokens,
             batch_tokens=asked.calibration_batch * case.max_length,
             dtype=torch.float32,
+            by_need=case.widths_by_need,
         )
         decomposing, scratch = found.memory + texts, found.states
     else:

@@ -16,7 +16,7 @@ from ffn2moe.progress import Track, untracked
 from ffn2moe.shrinking import SHRINK_METHODS, Layer, ShrinkMethod
 from ffn2moe.shrinking.fit import imitate
 from ffn2moe.shrinking.usage import Tokens, chunks, most_used, usage
-from ffn2moe.spec import MoESpec
+from ffn2moe.spec import FFNShape, MoESpec
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def shrink_model(
     smaller = replace(
         spec,
         num_experts=keep,
-        stacks=(replace(spec.stacks[0], expert_width=_width(row, layers, keep)),),
+        stacks=(_shape(spec.stacks[0], row, layers, keep),),
         max_active=None if spec.max_active is None else min(spec.max_active, keep),
         elastic=tuple(active for active in spec.elastic if active <= keep),
         container=None,  # no native container is written
@@ -103,8 +103,9 @@ def shrink_model(
     return smaller, reports
 
 
-def _width(row: ShrinkMethod, layers: Sequence[MoEFFN], keep: int) -> int:
-    return row.width(layers, keep) if row.width else layers[0].w_in.shape[1]
+def _shape(shape: FFNShape, row: ShrinkMethod, layers: Sequence[MoEFFN], keep: int) -> FFNShape:
+    """Return the sizes of the layers; a method that makes experts of other widths makes all layers' alike."""
+    return replace(shape, expert_width=row.width(layers, keep), expert_widths=()) if row.width else shape
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks.ablation.bench import Bench
@@ -20,12 +20,11 @@ from benchmarks.ablation.grid import Cell
 from benchmarks.ablation.method import Method, add
 from benchmarks.ablation.recipes import RECIPES, Recipe, train_ours
 from ffn2moe.data.batches import Batch
+from ffn2moe.decompose import gradients as core
 from ffn2moe.decompose.clustering import balanced_kmeans
-from ffn2moe.decompose.inputs import real_tokens
 from ffn2moe.decompose.partition import PARTITIONS, Partition
 from ffn2moe.decompose.statistics import NeuronStatistics
 from ffn2moe.dense.ffn import DenseFFN
-from ffn2moe.dense.locate import stacks_of
 from ffn2moe.dense.sentence import embed
 from ffn2moe.numerics import chunk_of, low_precision
 
@@ -135,33 +134,14 @@ def output_gradients(
     how far the output moves.
     """
     generator = torch.Generator().manual_seed(seed)
-    outputs = [layer.get_submodule(stack.w_out) for stack, layers in stacks_of(model) for layer in layers]
-    paths = [stack.layers for stack, layers in stacks_of(model) for _ in layers]
-    found: list[list[Tensor]] = [[] for _ in outputs]
-    probes: list[Tensor] = []
-
-    def add_probe(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        probes.append(torch.zeros_like(output, requires_grad=True))
-        return output + probes[-1]
-
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    hooks = [module.register_forward_hook(add_probe) for module in outputs]
-    model.to(device).eval().requires_grad_(False)
-    try:
-        for batch in batches:
-            batch = batch.to(torch.device(device))
-            probes.clear()
-            gradients = torch.autograd.grad(_loss(model, batch, head, generator), probes)
-            for parts, gradient, path in zip(found, gradients, paths, strict=True):
-                parts.append(real_tokens(gradient, batch, path).float().cpu())
-            if all(sum(map(len, parts)) >= max_tokens for parts in found):
-                break
-    finally:
-        for hook in hooks:
-            hook.remove()
-        for parameter in trained:
-            parameter.requires_grad_(True)
-    return [torch.cat(parts)[:max_tokens] for parts in found]
+    found: list[list[Tensor]] = []
+    for gradients in core.output_gradients(
+        model, batches, lambda model, batch: _loss(model, batch, head, generator), device=device
+    ):
+        found.append(gradients)
+        if all(sum(map(len, parts)) >= max_tokens for parts in zip(*found, strict=True)):
+            break
+    return [torch.cat(parts)[:max_tokens] for parts in zip(*found, strict=True)]
 
 
 def _loss(model: Any, batch: Batch, head: str, generator: torch.Generator) -> Tensor:
