@@ -52,7 +52,7 @@ def test_a_language_model_learns_for_the_same_work_whatever_its_size():
 
 
 def test_a_step_grows_with_the_width_of_a_language_model():
-    assert [usual_batch_tokens("causal", width, 128) for width in (64, 576, 8192)] == [512, 1152, 4096]
+    assert [usual_batch_tokens("causal", width, 128) for width in (64, 576, 8192)] == [512, 1152, 2048]
     assert usual_batch_tokens("embedding", 64, 128) == 4096 and usual_batch_tokens("causal", 64, 5000) == 5000
 
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from ffn2moe.conversion.task import Task
 
 EVALUATION_SHARE, MOST_EVALUATED = 0.05, 200  # of the texts are held out to judge by
-MOST_JUDGED_TOKENS = 2**14  # of them, for a language model
+MOST_JUDGED_TOKENS = 2**13  # of them, for a language model
 MOST_JUDGED_NUMBERS = 2**26  # most logits that are compared together
 AT_ONCE = 64  # texts that the model writes together, or answers, ...
 CACHED_NUMBERS = 2**28  # ... unless their keys and values are more numbers than this

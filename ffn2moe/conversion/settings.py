@@ -206,7 +206,10 @@ class Settings:
     batch_tokens: int | None = field(
         default=None,
         metadata=_option(
-            "--batch-tokens", "tokens of a step (4096; fewer for small language models)", metavar="N", kind=int
+            "--batch-tokens",
+            "tokens of a step (4096; language models: twice the width, 512 to 2048)",
+            metavar="N",
+            kind=int,
         ),
     )
     scope: Scope = field(

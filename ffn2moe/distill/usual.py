@@ -10,7 +10,8 @@ USUAL_STEPS = 700  # about 6 minutes for a small encoder on two cores with AMX (
 # counted, not timed: the same model gets the same number of steps on every machine.
 LANGUAGE_MODEL_WORK = 4e14
 FEWEST_STEPS, MOST_STEPS = 50, 4000
-MOST_TOKENS, FEWEST_TOKENS = 4096, 512  # of a step: a language model learns more from many small ones
+USUAL_TOKENS = 4096  # of a step
+FEWEST_TOKENS, MOST_TOKENS = 512, 2048  # of a step of a language model, which learns more from many small ones
 TOKENS_BY_WIDTH = 2  # of a step, for each dimension of a language model
 RATE_BY_WIDTH = 0.512  # divided by the model's width it is the learning rate, but at most ...
 PEAK_RATE, PEAK_RATE_CAUSAL = 1e-3, 3e-3  # ... this
@@ -28,7 +29,7 @@ def usual_steps(spec: MoESpec, config: object, batch_tokens: int) -> int:
 def usual_batch_tokens(head: str, width: int, length: int) -> int:
     """Return the tokens of a step, which holds a text of `length` tokens at least."""
     if head != "causal":
-        return max(length, MOST_TOKENS)
+        return max(length, USUAL_TOKENS)
     return max(length, FEWEST_TOKENS, min(MOST_TOKENS, TOKENS_BY_WIDTH * width))
 
 
