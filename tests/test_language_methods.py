@@ -12,8 +12,10 @@ from benchmarks import cmoe, flap, language_model
 from benchmarks.language_methods import METHODS, Case
 from ffn2moe.data.batches import Batch
 from ffn2moe.decompose.inputs import layer_inputs
-from tests.test_families import tiny
+from ffn2moe.dense.load import load_dense
+from tests.conftest import make_tiny_llama
 from tests.test_token_experts import make_ffn, tokens
+from tests.texts import make_texts
 
 SIZES = {  # of the FFNs at half of them active
     **dict.fromkeys(("factorllm_released", "factorllm_published", "cmoe", "coactivation", "clusters"), 1.0),
@@ -26,10 +28,9 @@ SIZES = {  # of the FFNs at half of them active
 @pytest.fixture(scope="module")
 def case(tmp_path_factory) -> Case:
     folder = tmp_path_factory.mktemp("case")
-    model = tiny("llama")
-    model.save_pretrained(folder / "dense")
+    model, _ = load_dense(str(make_tiny_llama(folder / "dense")))
     (folder / "work").mkdir()
-    ids_NL = torch.randint(5, 60, (24, 32), generator=torch.Generator().manual_seed(0))
+    ids_NL = torch.randint(5, 90, (24, 32), generator=torch.Generator().manual_seed(0))
     batches = [Batch({"input_ids": ids_1L}, None) for ids_1L in ids_NL.split(1)]
     return Case(str(folder / "dense"), layer_inputs(model, batches, max_tokens=700), batches, folder / "work")
 
@@ -74,9 +75,6 @@ def test_cmoe_with_every_expert_is_the_dense_ffn():
 
 def test_the_command_resumes_and_writes_a_page(tmp_path: Path, monkeypatch):
     monkeypatch.setattr(language_model, "HELD_OUT_TOKENS", 256)
-    from tests.conftest import make_tiny_llama
-    from tests.texts import make_texts
-
     folder = make_tiny_llama(tmp_path / "llama")
     text = tmp_path / "text.txt"
     text.write_text("\n".join(make_texts(400)), encoding="utf-8")
