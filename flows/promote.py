@@ -38,7 +38,7 @@ from ffn2moe.runtime.export import open_export  # noqa: E402
 from flows.errors import report, stop_on_terminate  # noqa: E402
 from flows.serve import Server, served  # noqa: E402
 from flows.workspace import FlowError  # noqa: E402
-from tasks.measures import HEADLINES  # noqa: E402
+from tasks.measures import HEADLINES, TASKS_KEPT  # noqa: E402
 from tasks.params import Gate, load_params  # noqa: E402
 from tasks.register import answers, example_of, same  # noqa: E402
 from tasks.registry import CHALLENGER, CHAMPION, Registry, RegistryError  # noqa: E402
@@ -122,6 +122,12 @@ def judge(
             f"runs at {speedup:.2f}x the best dense plan; must be above gate.min_speedup = {gate.min_speedup}",
         ),
     ]
+    tasks = ".".join(("retention", *TASKS_KEPT))
+    if tasks in mine:
+        reason = f"keeps {float(mine[tasks]):.4f} of the teacher's accuracy above chance"
+        checks.append(
+            Check(float(mine[tasks]) >= gate.min_tasks_kept, f"{reason}; gate.min_tasks_kept = {gate.min_tasks_kept}")
+        )
     if champion is None:
         return checks
     if f"retention.{key}" not in its and its.get("head", head) == head:  # an earlier version judged by another figure

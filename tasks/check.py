@@ -14,6 +14,7 @@ from pathlib import Path
 from ffn2moe.preflight.request import Request
 from ffn2moe.progress import Say
 from tasks.corpus import FEWEST_TRAIN_TEXTS
+from tasks.language_sets import about_tokens, of_folder
 from tasks.params import Params, load_params, validate
 
 KEYS = {  # the settings of a `Request` -> their keys
@@ -58,7 +59,10 @@ def check(params: Params, root: Path, say: Say) -> None:
     from ffn2moe.preflight.checks import preflight
 
     require_files(params, root)
-    preflight(Case(request_of(params, root)), say)
+    case = Case(request_of(params, root))
+    preflight(case, say)
+    if params.data.folder is not None and case.dense.head == "causal":
+        of_folder(root / params.data.folder)
 
 
 def require_files(params: Params, root: Path) -> None:
@@ -96,6 +100,7 @@ def request_of(params: Params, root: Path) -> Request:
         needs_container=settings.container == "auto",
         checkpoints=CHECKPOINTS,
         stored=STORED,
+        question_tokens=0 if data.folder is None else about_tokens(root / data.folder),
     )
 
 

@@ -116,8 +116,8 @@ def pair_of(text: str) -> Pair | None:
 # --- a folder of labelled sets --------------------------------------------------------------------
 
 
-def read_folder(folder: Path, *, language_model: bool = False) -> LabelledFolder:
-    """Read the sets of a data folder; some can be missing, but not all.
+def read_folder(folder: Path, *, language_model: bool = False, required: bool = True) -> LabelledFolder:
+    """Read the sets of a data folder; some can be missing, and all where `required` is false.
 
     `stsb/{train,dev}.csv` (tab-separated, no quoting, columns 5 to 7: score, two sentences),
     `ag_news/sample.csv` (class, title, body; split by content), `sst2/{train,dev}.tsv` (sentence, label),
@@ -144,7 +144,8 @@ def read_folder(folder: Path, *, language_model: bool = False) -> LabelledFolder
         classification["sst2"] = (train, dev)
     elif sst2[0].is_file():
         found.append(("sst2", [row.text for row in _read_sst2(sst2[0])]))
-    wikitext = _read_wikitext(file) if (file := folder / "wikitext2" / "valid.txt").is_file() else []
+    file = folder / "wikitext2" / "valid.txt"
+    wikitext = wikitext_paragraphs(read_lines(file)) if file.is_file() else []
     beside = [(file.stem, read_documents(file)) for file in sorted(folder.glob("*.txt"))]
     beside += [(file.stem, read_jsonl_column(file, "text")) for file in sorted(folder.glob("*.jsonl"))]
     fitted = [(name, [row.text for row in train]) for name, (train, _) in classification.items()]
@@ -160,10 +161,11 @@ def read_folder(folder: Path, *, language_model: bool = False) -> LabelledFolder
             if text:
                 texts.append(text)
                 sources.setdefault(text, source)
-    if not texts and not stsb and not wikitext:
+    if required and not texts and not stsb and not wikitext:
         raise ValueError(
-            f"data.folder = {folder} holds none of stsb/*.csv, ag_news/sample.csv, sst2/*.tsv, "
-            "wikitext2/valid.txt, general_text/*.jsonl, *.txt, *.jsonl; see README.md for the layout"
+            f"data.folder = {folder} holds none of stsb/*.csv, ag_news/sample.csv, sst2/*.tsv, wikitext2/valid.txt, "
+            "general_text/*.jsonl, *.txt, *.jsonl, nor hellaswag/*.jsonl or blimp/*.jsonl for a language model; see "
+            "README.md for the layout"
         )
     classification = {name: _fit_set(train, dev) for name, (train, dev) in classification.items()}
     return LabelledFolder(texts, sources, stsb, classification, list(map(clean, wikitext)) if language_model else [])
@@ -209,11 +211,10 @@ def _read_sst2(path: Path) -> list[LabelledText]:
     return rows
 
 
-def _read_wikitext(path: Path) -> list[str]:
-    """Return the paragraphs, without headings and the marks of WikiText's tokeniser."""
-    paragraphs = (line.strip() for line in read_lines(path))
+def wikitext_paragraphs(lines: Iterable[str]) -> list[str]:
+    """Return the paragraphs of WikiText, without headings and the marks of its tokeniser."""
     texts = []
-    for paragraph in paragraphs:
+    for paragraph in map(str.strip, lines):
         if paragraph and not paragraph.startswith("= "):
             text = re.sub(r" @([-,.])@ ", r"\1", paragraph.replace("<unk>", ""))
             texts.append(re.sub(r"\s+", " ", re.sub(r" ([.,;:!?)])", r"\1", text)))

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from tasks.examples import examples
+from tasks.judge_language import add_sets
 from tasks.scores import Scores, payload
 from tasks.stage import StageRun
 from tasks.tokens import Tokens, read_tokens
@@ -52,6 +53,7 @@ def judge(stage: StageRun, models: Mapping[str, Any], tokenizer: Any, spec: MoES
         if name != "teacher":
             add_nearness(scores[name], model, judged["teacher"], spec.head, stage.params.seed)
         stage.say(f"{name}: {summary(scores[name])}")
+    asked = add_sets(stage, models, tokenizer, scores) if spec.head == "causal" else {}
     return payload(scores) | {
         "head": spec.head,
         "examples": examples(stage, models, tokenizer, tokens, None),
@@ -59,6 +61,7 @@ def judge(stage: StageRun, models: Mapping[str, Any], tokenizer: Any, spec: MoES
             "texts": len(tokens.ids),
             "positions": int(judged["teacher"].positions_N.sum()),
             "classification": {},
+            **asked,
         },
     }
 

@@ -119,8 +119,17 @@ class Shown:
     form: str  # how the number is written
 
 
+TASKS_KEPT = ("tasks", "kept")  # what a language model keeps of its teacher's accuracy above chance, mean over tasks
+
 SHOWN: tuple[Shown, ...] = (
     Shown(("language", "perplexity"), "perplexity on held-out text", "{:.3f}"),
+    Shown(TASKS_KEPT, "tasks kept: accuracy above chance over the teacher's", "{:.4f}"),
+    Shown(("tasks", "hellaswag", "accuracy_normalised"), "HellaSwag, accuracy, normalised by characters", "{:.4f}"),
+    Shown(("tasks", "hellaswag", "accuracy"), "HellaSwag, accuracy", "{:.4f}"),
+    Shown(("tasks", "blimp", "accuracy"), "BLiMP, accuracy", "{:.4f}"),
+    Shown(("text", "perplexity"), "perplexity on WikiText-2", "{:.3f}"),
+    Shown(("text", "agreement"), "agreement with the teacher on WikiText-2", "{:.4f}"),
+    Shown(("text", "divergence"), "nats from the teacher on WikiText-2 (KL)", "{:.4f}"),
     Shown(("to_teacher", "concordance"), "concordance with the teacher's scores", "{:.4f}"),
     Shown(("to_teacher", "kappa"), "kappa with the teacher's choices", "{:.4f}"),
     Shown(("to_teacher", "agreement"), "agreement with the teacher", "{:.4f}"),

@@ -101,6 +101,7 @@ class Distill(Section):
 class Evaluate(Section):
     batch_texts: Count
     continuation: Count
+    most_questions: Count
 
 
 class Export(Section):
@@ -153,6 +154,7 @@ class Benchmark(Section):
 
 class Gate(Section):
     min_retention: NonNegative
+    min_tasks_kept: NonNegative
     min_speedup: NonNegative
     max_quality_loss: float = Field(ge=0, lt=1)
     max_slowdown: Positive

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,7 @@ from ffn2moe.choices import HEADS, PROBLEMS, problem_of
 from ffn2moe.progress import silent
 from tasks import corpus, pairing
 from tasks.check import check, corpus_source, teacher_source
+from tasks.language_sets import LanguageSets, of_folder
 from tasks.length import text_length
 from tasks.stage import StageRun, main
 
@@ -67,9 +68,13 @@ def run(stage: StageRun) -> None:
     data = stage.params.data
     check(stage.params, stage.root, silent)
     teacher = open_teacher(stage)
+    questions = language_sets_of(stage, teacher)
     folder = corpus.LabelledFolder([])
     if data.folder:
-        folder = corpus.read_folder(stage.root / data.folder, language_model=teacher.head == "causal")
+        folder = corpus.read_folder(
+            stage.root / data.folder, language_model=teacher.head == "causal", required=not questions
+        )
+        folder = replace(folder, held_out=[*folder.held_out, *questions.judged()])
     if teacher.head == "embedding":
         splits, benchmark = split_corpus(stage, folder)
         rows: dict[str, list[dict[str, Any]]] = {
@@ -97,6 +102,7 @@ def run(stage: StageRun) -> None:
             about = {name: {"train": len(train), "dev": len(dev)} for name, (train, dev) in sets.items()}
             text = json.dumps({"head": teacher.head, "labelled_sets": about}, indent=2, sort_keys=True)
             (out / "about.json").write_text(text + "\n", encoding="utf-8")
+            questions.write(out / "language")
         for name, parts in sets.items():
             for part, found in zip(("train", "dev"), parts, strict=True):
                 corpus.write_jsonl(out / "classification" / name / f"{part}.jsonl", found)
@@ -350,6 +356,22 @@ def tokenised_pairs(teacher: Teacher, texts: Sequence[Any], limit: dict[str, Any
         for row, type_ids in zip(rows, found["token_type_ids"], strict=True):
             row["type_ids"] = type_ids
     return rows
+
+
+def language_sets_of(stage: StageRun, teacher: Teacher) -> LanguageSets:
+    """Return what judges a language model; nothing for another. ValueError for what its tokenizer cannot ask."""
+    from ffn2moe.dense.families import positions
+    from ffn2moe.judges.asked import ask
+    from ffn2moe.judges.items import TASKS
+
+    folder = stage.params.data.folder
+    if folder is None or teacher.head != "causal":
+        return LanguageSets()
+    sets = of_folder(stage.root / folder)
+    for name, items in sets.questions.items():
+        cut = ask(items, teacher.tokenizer, positions(teacher.model.config)).cut
+        stage.say(f"{len(items)} questions of {TASKS[name].title}" + (f"; {cut} contexts are cut" if cut else ""))
+    return sets
 
 
 def labelled_sets(

@@ -12,7 +12,7 @@ from typing import Any
 from ffn2moe.planning.shipping import Size
 from ffn2moe.spec import MoESpec
 from tasks import figures
-from tasks.measures import SHOWN, at, headline, usage
+from tasks.measures import SHOWN, TASKS_KEPT, at, headline, usage
 from tasks.params import Gate, Params
 from tasks.stage import StageRun, main
 from tasks.timings import timings
@@ -99,6 +99,12 @@ def verdict(
     reasons = []
     if kept < gate.min_retention:
         reasons.append(f"it keeps {100 * kept:.1f} % of the teacher, and {100 * gate.min_retention:g} % is required")
+    tasks = at(quality["retention"], TASKS_KEPT)
+    if tasks is not None and tasks < gate.min_tasks_kept:
+        reasons.append(
+            f"it keeps {100 * tasks:.1f} % of the teacher's accuracy above chance, and {100 * gate.min_tasks_kept:g} % "
+            "is required"
+        )
     if not shown["chosen"]:
         reasons.append(plan["reason"])
     elif gained <= gate.min_speedup:

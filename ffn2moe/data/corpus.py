@@ -230,18 +230,22 @@ def read_documents(path: Path, most: int | None = None) -> list[str]:
 
 def read_jsonl_column(path: Path, column: str, most: int | None = None) -> list[str]:
     """Return a column of a .jsonl file, with "" where it is null."""
-    texts = []
+    return [_cell(row, column, where) for where, row in read_rows(path, most)]
+
+
+def read_rows(path: Path, most: int | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield each row of a .jsonl file after its place, PATH:LINE; empty lines are skipped. ValueError for no object."""
     for number, line in enumerate(read_lines(path, most), 1):
         if not line.strip():
             continue
+        where = f"{path}:{number}"
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:
-            raise ValueError(f"{path}:{number} is not JSON ({error.msg}); every line must be an object") from None
+            raise ValueError(f"{where} is not JSON ({error.msg}); every line must be an object") from None
         if not isinstance(row, dict):
-            raise ValueError(f"{path}:{number} is not an object; every line must be one, with a {column!r}")
-        texts.append(_cell(row, column, f"{path}:{number}"))
-    return texts
+            raise ValueError(f"{where} is not an object; every line must be one, with a value for each column")
+        yield where, row
 
 
 def _table_column(path: Path, column: str, delimiter: str, most: int | None) -> list[str]:

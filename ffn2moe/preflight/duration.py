@@ -47,12 +47,15 @@ def estimated(case: Case) -> dict[str, float]:
     if case.steps is not None:
         per_token = 2 * (case.multiplied + 3 * case.multiplied_by_student)
         train = case.steps * case.batch_tokens * per_token / (TRAINING * rounded)
+    judged = 2 * _judged_tokens(case) * both if train else 0
+    if case.dense.head == "causal":  # by questions, each by teacher, training-free mixture and student
+        judged += case.request.question_tokens * (both + case.multiplied_by_student)
     return {
         "texts": _texts(case, exact, rounded),
         "decomposing": _decompose(case, exact, rounded),
         "router inputs": 2 * case.request.router_tokens * case.multiplied / exact,
         "distilling": train,
-        "judging": 2 * _judged_tokens(case) * 2 * both / (JUDGING * exact) if train else 0,
+        "judging": 2 * judged / (JUDGING * exact),
         "graphs": sum(GRAPH_SECONDS + size / GRAPH_BYTES for size in case.graph_bytes.values()),
         "racing plans": _racing(case, exact),
     }

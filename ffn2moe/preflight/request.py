@@ -60,6 +60,7 @@ class Request:
     checkpoints: int = 2  # of the whole model that are written
     stored: int = 1  # times that each file is stored
     device: str = "auto"
+    question_tokens: int = 0  # of questions and a text beside the corpus, by which a language model is judged, about
 
     def call(self, setting: str, value: object | None = None) -> str:
         """Return a setting as the user writes it, with a value where one is given."""

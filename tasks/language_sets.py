@@ -1,0 +1,97 @@
+"""Take what judges language models from a data folder: questions, and a text that nothing learns from."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ffn2moe.data.corpus import clean, read_file
+from ffn2moe.judges.items import TASKS, Item
+from tasks import corpus
+
+HELD_OUT_SHARE = 0.1  # of wikitext2/valid.txt, where there is no test.txt
+BYTES_BY_TOKEN = 4  # of a file, about
+MOST_CHARACTERS = 2**17  # of the text: about 32,000 tokens
+
+
+@dataclass(frozen=True)
+class LanguageSets:
+    """Questions by the names of `TASKS`, and a text in its raw form."""
+
+    questions: dict[str, list[Item]] = field(default_factory=dict)
+    text: str | None = None
+
+    def __bool__(self) -> bool:
+        return bool(self.questions) or self.text is not None
+
+    def judged(self) -> list[str]:
+        """Return every text that must not be learnt from, in the form that texts to learn from have."""
+        found = [] if self.text is None else corpus.wikitext_paragraphs(self.text.split("\n"))
+        for items in self.questions.values():
+            for item in items:
+                if item.context is None:
+                    found += item.choices
+                else:
+                    found += [item.context, f"{item.context} {item.choices[item.label]}"]
+        return [clean(text) for text in found]
+
+    def write(self, folder: Path) -> None:
+        """Write the sets to a folder that `read` takes."""
+        for name, items in self.questions.items():
+            corpus.write_jsonl(folder / f"{name}.jsonl", (vars(item) for item in items))
+        if self.text is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "text.json").write_text(json.dumps(self.text) + "\n", encoding="utf-8")
+
+
+def read(folder: Path) -> LanguageSets:
+    """Return the sets that `write` wrote; none where there is no folder."""
+    questions = {
+        name: [Item(**row | {"choices": tuple(row["choices"])}) for row in corpus.read_jsonl(path)]
+        for name in TASKS
+        if (path := folder / f"{name}.jsonl").is_file()
+    }
+    text = folder / "text.json"
+    return LanguageSets(questions, json.loads(text.read_text(encoding="utf-8")) if text.is_file() else None)
+
+
+def of_folder(folder: Path) -> LanguageSets:
+    """Return the sets of a data folder: `TASK/*.jsonl`, and wikitext2/test.txt or the end of wikitext2/valid.txt.
+
+    ValueError or FileNotFoundError, with file and line, for a set that cannot be used.
+    """
+    questions = {name: TASKS[name].read(_file_of(folder / name)) for name in TASKS if (folder / name).is_dir()}
+    test, valid = (folder / "wikitext2" / f"{name}.txt" for name in ("test", "valid"))
+    if test.is_file():
+        return LanguageSets(questions, _whole_lines(read_file(test)))
+    return LanguageSets(questions, _whole_lines(_end_of(read_file(valid))) if valid.is_file() else None)
+
+
+def about_tokens(folder: Path) -> int:
+    """Return about how many tokens a language model is judged by, from the sizes of the files alone."""
+    sizes = [file.stat().st_size for name in TASKS for file in (folder / name).glob("*.jsonl")]
+    text = MOST_CHARACTERS if (folder / "wikitext2").is_dir() else 0
+    return (sum(sizes) + text) // BYTES_BY_TOKEN
+
+
+def _file_of(folder: Path) -> Path:
+    """Return the file of questions in a folder."""
+    files = sorted(folder.glob("*.jsonl"))
+    if len(files) != 1:
+        names = ", ".join(file.name for file in files) or "none"
+        raise ValueError(f"{folder} must hold one .jsonl file of questions to judge by, and has {names}")
+    return files[0]
+
+
+def _end_of(text: str) -> str:
+    """Return the last articles of a text in the form of WikiText, or its last lines where no article begins there."""
+    start = text.find("\n", int((1 - HELD_OUT_SHARE) * len(text))) + 1
+    article = re.compile(r"^ = [^=]", re.MULTILINE).search(text, start)
+    return text[article.start() if article else start :]
+
+
+def _whole_lines(text: str) -> str:
+    """Return the lines that fit into `MOST_CHARACTERS`."""
+    return text if len(text) <= MOST_CHARACTERS else text[: text.rfind("\n", 0, MOST_CHARACTERS) + 1]
