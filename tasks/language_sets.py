@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -11,7 +10,6 @@ from ffn2moe.data.corpus import clean, read_file
 from ffn2moe.judges.items import TASKS, Item
 from tasks import corpus
 
-HELD_OUT_SHARE = 0.1  # of wikitext2/valid.txt, where there is no test.txt
 BYTES_BY_TOKEN = 4  # of a file, about
 MOST_CHARACTERS = 2**17  # of the text: about 32,000 tokens
 
@@ -58,15 +56,14 @@ def read(folder: Path) -> LanguageSets:
 
 
 def of_folder(folder: Path) -> LanguageSets:
-    """Return the sets of a data folder: `TASK/*.jsonl`, and wikitext2/test.txt or the end of wikitext2/valid.txt.
+    """Return the sets of a data folder: `TASK/*.jsonl`, and the beginning of wikitext2/test.txt, or of valid.txt there.
 
     ValueError or FileNotFoundError, with file and line, for a set that cannot be used.
     """
     questions = {name: TASKS[name].read(_file_of(folder / name)) for name in TASKS if (folder / name).is_dir()}
-    test, valid = (folder / "wikitext2" / f"{name}.txt" for name in ("test", "valid"))
-    if test.is_file():
-        return LanguageSets(questions, _whole_lines(read_file(test)))
-    return LanguageSets(questions, _whole_lines(_end_of(read_file(valid))) if valid.is_file() else None)
+    files = [folder / "wikitext2" / name for name in ("test.txt", "valid.txt")]
+    text = next((_whole_lines(read_file(file)) for file in files if file.is_file()), None)
+    return LanguageSets(questions, text)
 
 
 def about_tokens(folder: Path) -> int:
@@ -83,13 +80,6 @@ def _file_of(folder: Path) -> Path:
         names = ", ".join(file.name for file in files) or "none"
         raise ValueError(f"{folder} must hold one .jsonl file of questions to judge by, and has {names}")
     return files[0]
-
-
-def _end_of(text: str) -> str:
-    """Return the last articles of a text in the form of WikiText, or its last lines where no article begins there."""
-    start = text.find("\n", int((1 - HELD_OUT_SHARE) * len(text))) + 1
-    article = re.compile(r"^ = [^=]", re.MULTILINE).search(text, start)
-    return text[article.start() if article else start :]
 
 
 def _whole_lines(text: str) -> str:
