@@ -274,7 +274,8 @@ def language_model(tmp_path_factory) -> tuple:
     make_tokenizer(path.parent)
     tokenizer = transformers.AutoTokenizer.from_pretrained(path.parent)
     more = ("ov-dense", "ov-sorted")
-    manifest = export_model(student, teacher, tokenizer, spec, path, plans=("sorted",), more_plans=more)
+    blocks = ("dense4", "dense8b", "ov-dense4", "ov-dense8b", "ov-native8b", "ov-native4b")
+    manifest = export_model(student, teacher, tokenizer, spec, path, plans=("sorted", *blocks), more_plans=more)
     write_manifest(path, manifest)
     return path, teacher, student
 
@@ -287,10 +288,54 @@ def test_language_models_decode_in_openvino_as_in_pytorch(language_model, batch)
         assert decoder.check_decoding(model, export, decoder.PROMPTS[batch], 12) < 1e-4
 
 
-def test_prefill_and_decoding_may_run_in_two_engines(language_model):
+def test_attention_writes_keys_and_values_in_place_in_openvino(language_model):
+    path, *_ = language_model
+    graph = open_graphs([path / "onnx/dense.onnx"], "ov-dense", threads=1)[0]
+    kinds = [
+        node.get_rt_info()["layerType"].astype(str) for node in graph._compiled[None].get_runtime_model().get_ops()
+    ]
+    layers = len(graph._kept) // 2
+    assert kinds.count("ScaledDotProductAttention") == layers, "attention is taken apart, and copies its cache"
+    assert kinds.count("MemoryInput") == 2 * layers
+
+
+def test_texts_that_are_written_in_turns_keep_their_own_cache_in_openvino(language_model):
+    path, teacher, _ = language_model
+    export = open_export(path, "ov-dense", 1, precision="float32")
+    prompts = decoder.PROMPTS[3]
+    running = [export.generate_tokens([prompt], max_new_tokens=6, stop_at_end=False) for prompt in prompts]
+    tokens_NB = [[int(token) for steps in running for token in next(steps)] for _ in range(6)]
+    expected = [decoder.greedy(teacher, prompt, 6)[0] for prompt in prompts]
+    assert [list(row) for row in zip(*tokens_NB, strict=True)] == expected
+
+
+@pytest.mark.parametrize("bits", ["4", "8b"])
+def test_weights_in_blocks_are_the_same_numbers_in_both_engines(language_model, bits):
+    path, *_ = language_model
+    entries = manifest_of(path)["plans"]
+    assert entries[f"ov-dense{bits}"]["file"] == entries[f"dense{bits}"]["file"]
+    one, other = (
+        open_export(path, plan, 1).logits(decoder.PROMPTS[1][0]) for plan in (f"dense{bits}", f"ov-dense{bits}")
+    )
+    assert np.linalg.norm(one - other) < 0.03 * np.linalg.norm(one), "activations alone are rounded differently"
+
+
+@needs_operator
+def test_mixtures_with_all_weights_in_blocks_are_near_pytorch(language_model):
+    path, *_ = language_model
+    entries = manifest_of(path)["plans"]
+    assert entries["ov-native8b"]["agreement"] > 0.98 and entries["ov-native4b"]["agreement"] > 0.7
+    assert entries["ov-native8b"]["precision"] == "int8" and entries["ov-native4b"]["precision"] == "int4"
+
+
+@pytest.mark.parametrize("engines_in_order", [("ov-sorted", "sorted"), ("sorted", "ov-sorted")])
+def test_prefill_and_decoding_may_run_in_two_engines(language_model, engines_in_order):
     path, _, student = language_model
     row = {"batch": 1, "sequence": 4, "threads": 1, "weight": 1.0}
-    rows = [row | {"phase": "prefill", "plan": "ov-sorted"}, row | {"phase": "decode", "plan": "sorted"}]
+    rows = [
+        row | {"phase": phase, "plan": plan}
+        for phase, plan in zip(("prefill", "decode"), engines_in_order, strict=True)
+    ]
     plan_file.write(path, {"default_plan": "sorted", "timings": {}, "choices": rows})
     try:
         export = open_export(path, threads=1, precision="float32")
@@ -319,5 +364,5 @@ def test_plans_of_few_bits_are_made_for_encoders_that_ask_for_them(teacher, tmp_
 
 def test_a_plan_that_the_head_has_not_cannot_be_asked_for(teacher, tmp_path):
     student, spec = carve(teacher)
-    with pytest.raises(ValueError, match=r"'sorted' cannot be asked for with .* 'embedding': dense4, qmoe4, qmoe8"):
+    with pytest.raises(ValueError, match=r"'sorted' cannot be asked for with .* 'embedding': dense4, dense8b, "):
         export_model(student, None, None, spec, tmp_path, plans=(), more_plans=("sorted",))

@@ -209,7 +209,7 @@ def test_a_narrow_language_model_is_an_ordinary_folder_that_writes(tmp_path):
     with torch.no_grad():
         assert torch.equal(plain.eval()(ids).logits, student(ids).logits)
     assert set(read(root / "models/exported/manifest.json")["plans"]) == {
-        *("dense", "dense4", "dense8", "student", "student4", "student8")
+        *("dense", "dense4", "dense8", "dense8b", "student", "student4", "student8", "student8b")
     }
     assert "".join(ffn2moe.open_export(root / "models/exported", "student").generate("the list", max_new_tokens=4))
     assert not (export / "container").exists()

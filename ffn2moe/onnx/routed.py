@@ -12,7 +12,7 @@ from ffn2moe.onnx.editor import Editor, constant_of, only_use, replace
 from ffn2moe.onnx.mixture import Mixture, PlanRefused, mixtures_of
 from ffn2moe.onnx.sorted import every_expert
 from ffn2moe.runtime import native
-from ffn2moe.runtime.plans import Plan
+from ffn2moe.runtime.plans import BLOCKS, Plan
 from ffn2moe.table import unknown
 
 
@@ -31,7 +31,8 @@ def use_routed_experts(graph: ir.Model, plan: Plan) -> None:
         else:
             _require_op(plan, mixture)
             _routed_experts(editor, mixture, native.weights_of(plan.bits), plan.activations)
-    _bfloat16_between_layers(graph)
+    if BLOCKS not in plan.steps:  # with weights in blocks, OpenVINO computes in float32
+        _bfloat16_between_layers(graph)
 
 
 def _require_op(plan: Plan, mixture: Mixture) -> None:

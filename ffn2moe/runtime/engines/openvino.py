@@ -6,6 +6,7 @@ import math
 import sys
 import threading
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,9 @@ from typing import Any
 import numpy as np
 
 from ffn2moe.runtime.engines import Engine, EngineMissing, EngineRefused, Precision
+from ffn2moe.runtime.engines._openvino_model import BEAMS, has_blocks, keep_cache, plain_attention, share_weights
 
 OPENVINO_EXTRA = 'pip install "ffn2moe[openvino]"'
-MASKED = -1e9  # added to the score of a masked token: its share is 0 in float32 and bfloat16, and nothing is infinite
 ROOM = 1.25  # a batch is padded to a fixed shape of at most this many times its numbers: that is what the shape gains
 
 
@@ -54,10 +55,18 @@ class OpenVinoGraph:
     packed weights once more, and saves what OpenVINO does for a shape that it cannot know: docs/decisions/0015.
     A batch that is a little smaller than a fixed shape is filled up to it. Threads share the graph: each has requests
     of its own, and OpenVINO runs them one after the other.
+
+    The keys and values of a model that decodes stay in OpenVINO (`keep_cache`): every text, or batch of texts, has a
+    request of its own, which holds them. `run_values` takes an empty cache, or what the last run gave.
     """
 
     def __init__(
-        self, graph: Path | bytes, *, threads: int | None, precision: Precision, extension: Path | None = None
+        self,
+        graph: Path | bytes,
+        *,
+        threads: int | None,
+        precision: Precision | None = None,
+        extension: Path | None = None,
     ) -> None:
         ov = import_openvino()
         self._core = ov.Core()
@@ -66,7 +75,6 @@ class OpenVinoGraph:
             "NUM_STREAMS": 1,
             "INFERENCE_NUM_THREADS": threads or 0,
             "ENABLE_CPU_PINNING": False,  # another process may be pinned to the same core, and stay there
-            "INFERENCE_PRECISION_HINT": {"float32": "f32", "bfloat16": "bf16"}[precision],
         }
         self._name = graph.name if isinstance(graph, Path) else "this graph"
         try:
@@ -75,11 +83,18 @@ class OpenVinoGraph:
             self._model = self._core.read_model(graph)
         except RuntimeError as error:
             raise self._cannot(error) from error
-        _share_weights(self._model)
-        _plain_attention(self._model)
-        self.precision = precision
+        share_weights(self._model)
+        plain_attention(self._model)
         self.inputs = {port.any_name: _shape(port) for port in self._model.inputs}
         self.outputs = {port.any_name: _shape(port) for port in self._model.outputs}
+        self._kept = keep_cache(self._model)
+        blocks = has_blocks(self._model)  # in float32 their kernels quantise activations, which is faster than bfloat16
+        self.precision: Precision = precision or ("float32" if blocks else openvino_precision())
+        exact = self.precision == "float32" and not blocks
+        self._settings |= {
+            "INFERENCE_PRECISION_HINT": {"float32": "f32", "bfloat16": "bf16"}[self.precision],
+            "KV_CACHE_PRECISION": "f32" if exact else "f16",
+        }
         self._compiled: dict[tuple[int, ...] | None, Any] = {None: self._compile(None)}  # None: for every shape
         self._compiling = threading.Lock()
         self._fixed: tuple[tuple[int, ...], ...] = ()
@@ -94,13 +109,14 @@ class OpenVinoGraph:
             self._requests = threading.local()
 
     def run(self, outputs: Sequence[str], inputs: Mapping[str, Any]) -> list[np.ndarray]:
+        if self._kept:
+            return [self.array(value) for value in self.run_values(outputs, inputs)]
         fixed = self._fixed_for(inputs)
         given = {name: np.ascontiguousarray(value) for name, value in inputs.items()}
         if fixed is not None:
             given = {name: _filled(value, fixed) for name, value in given.items()}
         request = self._request(fixed)
-        request.start_async(given, share_inputs=True)  # `infer` on one thread keeps a node's error to itself
-        request.wait()
+        _run(request, given)
         found = [request.get_tensor(name).data for name in outputs]
         if fixed is not None:
             size = next(iter(inputs.values())).shape
@@ -108,11 +124,29 @@ class OpenVinoGraph:
         return [array.copy() for array in found]  # the next run writes over them
 
     def run_values(self, outputs: Sequence[str], inputs: Mapping[str, Any]) -> list[Any]:
-        return self.run(outputs, inputs)
+        if not self._kept:
+            return self.run(outputs, inputs)
+        cache = self._cache_of({name: value for name, value in inputs.items() if name in self._kept})
+        given = {name: np.ascontiguousarray(value) for name, value in inputs.items() if name not in self._kept}
+        _run(cache.request, given | {BEAMS: np.arange(len(inputs["input_ids"]), dtype=np.int32)})
+        cache.steps += 1
+        held = {output: _Held(cache, name, cache.steps) for name, output in self._kept.items()}
+        return [held[name] if name in held else cache.request.get_tensor(name).data.copy() for name in outputs]
 
     def array(self, value: Any) -> np.ndarray:
-        found: np.ndarray = value
-        return found
+        return value.array() if isinstance(value, _Held) else np.asarray(value)
+
+    def _cache_of(self, past: Mapping[str, Any]) -> _Cache:
+        """Return the cache that these values are of; arrays begin a new one."""
+        first = next(iter(past.values()))
+        if isinstance(first, _Held):
+            assert first.steps == first.cache.steps, "a cache goes on from its last token only"
+            return first.cache
+        cache = _Cache(self._compiled[None].create_infer_request())
+        if first.shape[2]:  # of another engine
+            for name, array in past.items():
+                cache.state(name).state = import_openvino().Tensor(np.ascontiguousarray(array))
+        return cache
 
     def _fixed_for(self, inputs: Mapping[str, Any]) -> tuple[int, ...] | None:
         """Return the smallest fixed shape that holds these inputs without too much padding; None if there is none."""
@@ -164,66 +198,34 @@ class OpenVinoGraph:
         return tuple(slice(length) if axis is None else slice(None) for axis, length in free)
 
 
-def _share_weights(model: Any) -> None:
-    """Transpose the matrices of products once, to [out, in] in float32, as OpenVINO wants them.
+class _Cache:
+    """The keys and values of a text, or a batch of texts, in a request of their own."""
 
-    Otherwise it does so whenever it compiles the model, and every compiled model has a copy of its own.
-    """
-    from openvino import opset13
+    def __init__(self, request: Any) -> None:
+        self.request = request
+        self.steps = 0  # runs of the model that made it
 
-    for product in model.get_ordered_ops():
-        if product.get_type_name() != "MatMul":
-            continue
-        weight, turned = product.input_value(1).get_node(), product.get_attributes()
-        if weight.get_type_name() == "Convert":  # the plan keeps them in float16
-            weight = weight.input_value(0).get_node()
-        if weight.get_type_name() != "Constant" or turned["transpose_b"] or len(weight.shape) != 2:
-            continue
-        weight_NK = opset13.constant(np.ascontiguousarray(weight.data.T, dtype=np.float32))
-        same = opset13.matmul(product.input_value(0), weight_NK, turned["transpose_a"], True)
-        same.set_friendly_name(product.get_friendly_name())
-        product.output(0).replace(same.output(0))
+    def state(self, name: str) -> Any:
+        """Return the state that stands for an input: its name begins with that of the input."""
+        return next(state for state in self.request.query_state() if state.name.startswith(name))
 
 
-def _plain_attention(model: Any) -> None:
-    """Rewrite attention so that OpenVINO computes it, and fast; the numbers stay those of ONNX's operator.
+@dataclass(frozen=True)
+class _Held:
+    """A part of a cache, by the name of its input, after a number of runs."""
 
-    - Masks are numbers to add, made of booleans once and not in every layer, and finite: so nothing is NaN that ONNX
-      wants as 0, and the two nodes that look for NaN go.
-    - Keys and values that several heads share are repeated: OpenVINO 2026.4 takes such a model, and then finds batches
-      of products that do not fit (on one thread without a word, and the outputs stay empty).
-    """
-    from openvino import opset13
+    cache: _Cache
+    name: str
+    steps: int
 
-    def number(value: Any, kind: type = np.int64) -> Any:
-        return opset13.constant(np.array(value, dtype=kind))
+    def array(self) -> np.ndarray:
+        assert self.steps == self.cache.steps, "a cache holds its last tokens only"
+        return np.array(self.cache.state(self.name).state.data, dtype=np.float32)
 
-    masks: dict[Any, Any] = {}  # of booleans -> of numbers
-    for node in model.get_ordered_ops():
-        if node.get_type_name() != "ScaledDotProductAttention" or node.get_input_size() < 4:
-            continue
-        query, key, value, mask = (node.input_value(index) for index in range(4))
-        if mask.get_element_type().get_type_name() == "boolean":
-            source = (mask.get_node().get_friendly_name(), mask.get_index())
-            if source not in masks:
-                masks[source] = opset13.select(mask, number(0, np.float32), number(MASKED, np.float32))
-            node.input(3).replace_source_output(masks[source].output(0))
-            for checked in [target.get_node() for target in node.output(0).get_target_inputs()]:
-                if checked.get_type_name() == "Select":
-                    checked.output(0).replace(node.output(0))
-        heads, shared = query.get_partial_shape()[1], key.get_partial_shape()[1]
-        if heads.is_static and shared.is_static and heads.get_length() == shared.get_length():
-            continue
-        heads_1 = opset13.gather(opset13.shape_of(query), number([1]), number(0))
-        for index, one in ((1, key), (2, value)):
-            size = opset13.shape_of(one)
-            before, held, after = (opset13.gather(size, number(axes), number(0)) for axes in ([0], [1], [2, 3]))
-            times = opset13.divide(heads_1, held)
-            repeats = opset13.concat([number([1, 1]), times, number([1, 1])], 0)
-            repeated = opset13.tile(opset13.unsqueeze(one, number(2)), repeats)
-            whole = opset13.reshape(repeated, opset13.concat([before, heads_1, after], 0), False)
-            node.input(index).replace_source_output(whole.output(0))
-    model.validate_nodes_and_infer_types()
+
+def _run(request: Any, given: Mapping[str, np.ndarray]) -> None:
+    request.start_async(given, share_inputs=True)  # `infer` on one thread keeps a node's error to itself
+    request.wait()
 
 
 def _filled(value: np.ndarray, fixed: Sequence[int]) -> np.ndarray:
@@ -259,7 +261,7 @@ def _lacks(config: Any) -> str | None:
 def _open(
     file: Path, *, threads: int | None, providers: Sequence[str], precision: Precision | None, extension: Path | None
 ) -> OpenVinoGraph:
-    return OpenVinoGraph(file, threads=threads, precision=precision or openvino_precision(), extension=extension)
+    return OpenVinoGraph(file, threads=threads, precision=precision, extension=extension)
 
 
 ROW = Engine(

@@ -113,9 +113,11 @@ def _native(name: str, bits: int, activations: str, summary: str) -> Plan:
     return _in_openvino(name, summary, bits=bits, activations=activations, operator=EXPERTS, steps=steps)
 
 
-def _in_blocks(name: str, summary: str, **how: Any) -> Plan:
+def _in_blocks(name: str, summary: str, engine: str = "onnxruntime", **how: Any) -> Plan:
     """Return a plan of few bits for decoding: its weights are in blocks, its kernels quantise the activations."""
-    return Plan(name, summary, "onnxruntime", DECODES, on_request=READS_AT_ONCE, activations="int8", **how)
+    if engine == "openvino":
+        return Plan(name, summary, engine, ("causal",), activations="int8", **how)
+    return Plan(name, summary, engine, DECODES, on_request=READS_AT_ONCE, activations="int8", **how)
 
 
 # --- the rows -------------------------------------------------------------------------------------------------------
@@ -144,6 +146,13 @@ for _plan in (
         "dense4",
         "`dense` with every linear map a `MatMulNBits` of 4 bits",
         bits=4,
+        dense=True,
+        steps=(BLOCKS, HALF_TABLES),
+    ),
+    _in_blocks(
+        "dense8b",
+        "`dense` with every linear map a `MatMulNBits` of 8 bits",
+        bits=8,
         dense=True,
         steps=(BLOCKS, HALF_TABLES),
     ),
@@ -192,6 +201,13 @@ for _plan in (
         dense=True,
         steps=(INT8_WEIGHTS, HALF_TABLES),
     ),
+    # With weights in blocks OpenVINO computes in float32, and its kernels quantise the activations.
+    _in_blocks(
+        *("ov-dense4", "the graph of `dense4` in OpenVINO", "openvino"), bits=4, dense=True, same_graph_as="dense4"
+    ),
+    _in_blocks(
+        *("ov-dense8b", "the graph of `dense8b` in OpenVINO", "openvino"), bits=8, dense=True, same_graph_as="dense8b"
+    ),
     _in_openvino("ov-sorted", "the graph of `sorted` in OpenVINO", same_graph_as="sorted"),
     _native(
         *("ov-native", 16, "bf16"),
@@ -205,6 +221,22 @@ for _plan in (
     _native(
         *("ov-native4", 4, "int8"),
         "the same with experts of 4 bits a weight and activations of 8, one scale a token",
+    ),
+    _in_blocks(
+        "ov-native8b",
+        "`ov-native8a8` with every other linear map a `MatMulNBits` of 8 bits: for decoding",
+        "openvino",
+        bits=8,
+        operator=EXPERTS,
+        steps=(ROUTED_NODES, BLOCKS, HALF_TABLES),
+    ),
+    _in_blocks(
+        "ov-native4b",
+        "`ov-native4` with every other linear map a `MatMulNBits`, of 4 bits: for decoding",
+        "openvino",
+        bits=4,
+        operator=EXPERTS,
+        steps=(ROUTED_NODES, BLOCKS, HALF_TABLES),
     ),
 ):
     register_plan(_plan)
@@ -275,7 +307,7 @@ def plans_of(head: str, engines: Sequence[str] = ("onnxruntime",), *, without_ex
 def plans_on_request(head: str, *, without_experts: bool = False) -> tuple[str, ...]:
     """Return the plans that models with this head get only when they are asked for.
 
-    Plans of few bits pay for decoding, not for batches of texts. OpenVINO copies a language model's cache every step.
+    Plans of few bits pay for decoding, those of more bits for batches of texts.
     """
     return tuple(name for name, plan in PLANS.items() if head in plan.on_request and _fits(plan, without_experts))
 
