@@ -178,6 +178,15 @@ def test_every_gate_and_a_shared_expert_are_exported(gate):
     check(model, spec, ("sorted", "fused"))
 
 
+@pytest.mark.parametrize("gate", ["unit", "softmax_topk", "softmax"])
+def test_a_shared_expert_beside_one_chosen_expert_is_exported(gate):
+    model, spec = carve(language_model("llama"), "causal", gate=gate, shared_width=8, num_active=1)
+    check(model, spec, ("sorted", "fused"))
+    graph = lowered(onnx_decoder.canonical_graphs(model, "causal"), "fused")["main"].graph
+    products = [node for node in graph if node.op_type in ("Gemm", "MatMul") and "router" not in (node.name or "")]
+    assert len(products) == (4 + 1 if gate != "softmax" else 4 + 1 + 3), "attention, logits, and an expert of its own"
+
+
 @pytest.mark.parametrize("num_active", [1, 3, 4])
 def test_any_number_of_weighed_experts_is_exported(num_active):
     model, spec = carve(language_model("llama"), "causal", gate="sigmoid", num_active=num_active)
@@ -235,7 +244,7 @@ def models() -> tuple[Any, Any, MoESpec]:
 def folder(tmp_path_factory, tokenizer, models) -> Path:
     teacher, student, spec = models
     path = tmp_path_factory.mktemp("causal") / "export"
-    write_manifest(path, export_model(student, teacher, tokenizer, spec, path))
+    write_manifest(path, export_model(student, teacher, tokenizer, spec, path, engines=("onnxruntime",)))
     return path
 
 
@@ -326,6 +335,18 @@ def test_every_plan_generates(folder):
 def test_fewer_bits_are_smaller_files(folder):
     size = {plan: (folder / f"onnx/{plan}.onnx").stat().st_size for plan in plans_of("causal")}
     assert size["qmoe4"] < size["qmoe8"] < size["fused"] and size["dense4"] < size["dense8"] < size["dense"]
+
+
+@pytest.mark.parametrize("family", list(LANGUAGE_MODELS))
+def test_a_prompt_has_logits_for_its_last_token_alone(family):
+    graphs = onnx_decoder.canonical_graphs(language_model(family), "causal")
+    export = opened(lowered(graphs, "dense"))
+    ids_BL = np.array([[2, 40, 41, 42, 43], [2, 50, 51, 52, 53]])
+    mask = {"attention_mask": np.ones_like(ids_BL)}
+    whole_BLV = export._step(ids_BL, export._empty_cache(2), mask)
+    last_B1V = export._step(ids_BL, export._empty_cache(2), mask, decoders.LAST)
+    assert whole_BLV.shape == (2, 5, VOCABULARY) and last_B1V.shape == (2, 1, VOCABULARY)
+    np.testing.assert_allclose(last_B1V, whole_BLV[:, -1:], atol=1e-5)
 
 
 def test_a_text_comes_in_pieces_that_are_the_decoded_tokens(export, tokenizer):

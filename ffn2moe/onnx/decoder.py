@@ -2,7 +2,7 @@
 
 | graph | inputs | outputs |
 |---|---|---|
-| `causal` | `input_ids` [B, L], `attention_mask` [B, P + L], past | `logits` [B, L, V], present |
+| `causal` | `input_ids` [B, L], `attention_mask` [B, P + L], past, `logits_at` [n] | `logits` [B, n, V], present |
 | `seq2seq`: decoder | `input_ids`, `encoder_attention_mask` [B, S] (of texts), cross, past | `logits`, present |
 | its encoder | `input_ids` and `attention_mask` [B, S], or `input_features` | `last_hidden_state`, cross |
 | `classification` | `input_ids` and `attention_mask` [B, L], or `pixel_values` | `logits` [B, classes] |
@@ -13,6 +13,7 @@ past: `past_key_values.N.key` and `.value` [B, H, P, d] of each layer N; present
 by L; cross: `cross.N.key` and `.value` [B, H, S, d]; pixels are [B, channels, H, W] and sounds [B, mel bins, frames].
 A classifier that tells the texts of a pair apart (BERT) has the input `token_type_ids` [B, L], too.
 
+`logits_at` has the places of the n tokens, of the L new ones, whose logits are computed (`ffn2moe.onnx.last_logits`).
 Reading a prompt and decoding are one graph: P may be 0, and L any number of new tokens. Positions are counted from the
 mask, so that a batch of prompts is padded on the left. The keys and values that a decoder reads of its encoder are
 computed once, by the encoder's graph.
@@ -35,6 +36,7 @@ from ffn2moe.dense.config import takes_token_types
 from ffn2moe.dense.locate import family_of
 from ffn2moe.onnx.editor import BATCH, SEQUENCE
 from ffn2moe.onnx.graph import canonical_graph, decodes, rotary_positions, traced
+from ffn2moe.onnx.last_logits import logits_of_chosen_tokens
 from ffn2moe.onnx.parity import input_shape
 from ffn2moe.runtime.at_once import TOKEN_TYPES
 from ffn2moe.spec import Head
@@ -154,7 +156,7 @@ def _causal(model: Any) -> ir.Model:
         past = [torch.zeros_like(tensor)[:, :, :3] for tensor in _tensors(model(ids, use_cache=True).past_key_values)]
     past_axes = [{0: BATCH, 2: "past"}] * len(past)
     with onnx_attention(model):
-        return traced(
+        graph = traced(
             model,
             _LanguageModel(model),
             (ids, torch.ones((2, 8), dtype=torch.int64), past),
@@ -163,6 +165,8 @@ def _causal(model: Any) -> ir.Model:
             {"input_ids": {0: BATCH, 1: SEQUENCE}, "attention_mask": {0: BATCH, 1: "total"}, "past": past_axes},
             name="decoder",
         )
+    logits_of_chosen_tokens(graph)
+    return graph
 
 
 def _require_fixed_positions(model: Any) -> None:

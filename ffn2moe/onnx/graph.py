@@ -29,6 +29,7 @@ from onnx_ir.passes.common import (
 )
 from torch import Tensor, nn
 
+from ffn2moe.choices import GATES
 from ffn2moe.dense.locate import family_of
 from ffn2moe.dense.sentence import modules_of
 from ffn2moe.moe.layer import MoEFFN
@@ -48,18 +49,32 @@ OPSET = 23  # the first with a standard Attention op
 LARGEST_FILE = 2**31 - 2**24  # bytes of weights inside one file
 INPUTS = ("input_ids", "attention_mask")
 OUTPUTS = ("last_hidden_state", "sentence_embedding")
+# What a layer calls a part of its shared expert.
+SHARED_PARTS = {
+    "w_in": "shared_in",
+    "b_in": "shared_b_in",
+    "w_gate": "shared_gate",
+    "b_gate": "shared_b_gate",
+    "w_out": "shared_out",
+}
 
 
 # --- out of PyTorch -------------------------------------------------------------------------------------------------
 
 
 class ExportedMoE(nn.Module):
-    """Stand in for a `MoEFFN` while the exporter traces: the same function, the routed experts in one node."""
+    """Stand in for a `MoEFFN` while the exporter traces: the same function, the routed experts in one node.
+
+    Where every token runs one expert at a gate of 1, each expert holds the shared one's neurons, too: the file is
+    larger, and a token reads the same weights in half as many products.
+    """
 
     def __init__(self, moe: MoEFFN) -> None:
         super().__init__()
-        self.shared = moe if moe.shared_in is not None else None
         router = moe.router
+        alone = moe.num_active == 1 and router.selection == "topk" and GATES[moe.gate].constant != "never"
+        joins = alone and moe.shared_in is not None
+        self.shared = moe if moe.shared_in is not None and not joins else None
         # A selection, routing or gate without a form in ONNX is refused by `ffn2moe.onnx.mixture`, by its name.
         self.attributes = {
             "selection": "topk" if moe.num_active == moe.num_experts else router.selection,
@@ -84,6 +99,9 @@ class ExportedMoE(nn.Module):
                 "w_out": moe.w_out * moe.scale,
                 "b_out": moe.b_out,
             }
+            if joins:
+                for name in ("w_in", "b_in", "w_gate", "b_gate", "w_out"):
+                    parts[name] = _joined(parts[name], getattr(moe, SHARED_PARTS[name]), -1 if name == "w_out" else 1)
             for name in PARTS:
                 part = parts[name]
                 self.register_parameter(name, None if part is None else nn.Parameter(part.detach().clone()))
@@ -101,6 +119,13 @@ class ExportedMoE(nn.Module):
         if self.shared is not None:
             y_TD = y_TD + self.shared.shared(x_TD)
         return y_TD.reshape(x.shape)
+
+
+def _joined(stack: Tensor | None, shared: Tensor | None, dim: int) -> Tensor | None:
+    """Return the neurons of each expert, [E, ...], with those of the shared expert behind them."""
+    if stack is None or shared is None:
+        return stack
+    return torch.cat([stack, shared.expand(len(stack), *shared.shape)], dim)
 
 
 class _SentenceEncoder(nn.Module):

@@ -19,7 +19,9 @@ from ffn2moe.runtime.opened import Opened, require_text
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-PREFILL_TOKENS = 512  # read at once from a prompt: the logits of all of them are in memory together
+PREFILL_TOKENS = 512  # read at once from a prompt: the logits of all of them may be in memory together
+LOGITS_AT = "logits_at"  # input [n]: the places of the tokens whose logits are computed
+LAST = np.array([-1])  # the place of the last token
 
 
 class Sampling(TypedDict, total=False):
@@ -60,9 +62,17 @@ class _Decoder(Opened):
             for name, shape in self._cache_shapes.items()
         }
 
-    def _step(self, ids_BL: np.ndarray, cache: dict[str, Any], others: Mapping[str, Any]) -> np.ndarray:
-        """Return logits [B, L, V] after these tokens, and replace the cache by the longer one."""
-        found = self._graph.run_values(self._outputs, {"input_ids": ids_BL, **others, **cache})
+    def _step(
+        self, ids_BL: np.ndarray, cache: dict[str, Any], others: Mapping[str, Any], at_n: np.ndarray | None = None
+    ) -> np.ndarray:
+        """Return logits [B, n, V] at these places (None: all L, [B, L, V]), and replace the cache by the longer one.
+
+        A graph without the input `LOGITS_AT` gives all of them.
+        """
+        given = {"input_ids": ids_BL, **others, **cache}
+        if LOGITS_AT in self._graph.inputs:
+            given[LOGITS_AT] = np.arange(ids_BL.shape[1]) if at_n is None else at_n
+        found = self._graph.run_values(self._outputs, given)
         by_name = dict(zip(self._outputs, found, strict=True))
         for name in cache:
             cache[name] = by_name[name.replace("past_key_values", "present")]
@@ -117,7 +127,7 @@ class _Decoder(Opened):
             logits_BV, proceed = start()
             done_B = np.zeros(len(logits_BV), dtype=bool)
             for step in range(steps):
-                if not np.isfinite(logits_BV[~done_B]).all():
+                if not np.isfinite(logits_BV.max(-1)[~done_B]).all():  # NaN is the largest of any row
                     raise RuntimeError(
                         f"the plan {self.plan} gave logits that are NaN or infinite: run `ffn2moe verify {self.path}`"
                     )
@@ -228,12 +238,13 @@ class CausalExport(_Decoder):
             cache, mask = self._empty_cache(len(rows)), mask_BL
             for first in range(0, longest, PREFILL_TOKENS):
                 end = min(first + PREFILL_TOKENS, longest)
-                logits_BLV = self._step(ids_BL[:, first:end], cache, {"attention_mask": mask[:, :end]})
+                logits_BLV = self._step(ids_BL[:, first:end], cache, {"attention_mask": mask[:, :end]}, LAST)
 
             def proceed(tokens_B: np.ndarray) -> np.ndarray:
                 nonlocal mask
                 mask = np.concatenate([mask, np.ones((len(rows), 1), dtype=np.int64)], axis=1)
-                logits: np.ndarray = self._step(tokens_B[:, None].astype(np.int64), cache, {"attention_mask": mask})
+                ids_B1 = tokens_B[:, None].astype(np.int64)
+                logits: np.ndarray = self._step(ids_B1, cache, {"attention_mask": mask}, LAST)
                 return logits[:, -1]
 
             return logits_BLV[:, -1], proceed
