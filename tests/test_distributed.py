@@ -27,7 +27,7 @@ from ffn2moe.data.ranks import ALONE, Ranks, joined
 from ffn2moe.dense.load import load_dense
 from ffn2moe.dense.locate import read_ffn
 from ffn2moe.distill.distiller import Distiller, Training
-from ffn2moe.distill.objectives import EmbeddingObjective, LogitsObjective, Objective
+from ffn2moe.distill.objectives import EmbeddingObjective, LogitsObjective, NextTokenObjective, Objective
 from ffn2moe.moe.describe import spec_of
 from ffn2moe.moe.experts import neurons_by_expert, slice_experts
 from ffn2moe.moe.install import install_moe
@@ -51,18 +51,18 @@ LENGTHS = {"causal": (16, 17)}  # all texts of a language model are blocks of on
 
 def distiller(case: str, teachers: Path, ranks: Ranks) -> Distiller:
     """A distillation that is the same wherever it is made. Batches have 5, 2 and 1 texts, or 3 blocks."""
-    head = {"causal": "causal", "sinkhorn": "classification"}.get(case, "embedding")
+    head = {"causal": "causal", "next_token": "causal", "sinkhorn": "classification"}.get(case, "embedding")
     teacher, _ = load_dense(str(teachers / head), head=head)
     student, _ = load_dense(str(teachers / head), head=head)
     spec = spec_of(
         student,
         head=head,
         num_experts=4,
-        num_active=2 if case == "causal" else 1,
+        num_active=2 if head == "causal" else 1,
         partition="contiguous",
         teacher="tiny",
         max_length=48,
-        gate="softmax" if case in ("causal", "threshold") else "unit",
+        gate="softmax" if case in ("causal", "next_token", "threshold") else "unit",
         sentence=SentenceModules() if head == "embedding" else None,
         selection="threshold" if case == "threshold" else "topk",
         elastic=(2,) if case == "elastic" else (),
@@ -79,6 +79,7 @@ def distiller(case: str, teachers: Path, ranks: Ranks) -> Distiller:
     texts = [torch.randint(5, 100, (length,), generator=generator).tolist() for length in lengths]
     objective: Objective = {
         "causal": LogitsObjective("selected_tokens", logits_weight=1.0, hidden_weight=1.0),
+        "next_token": NextTokenObjective("forward_kl", logits_weight=1.0, hidden_weight=1.0),
         "sinkhorn": LogitsObjective("sinkhorn", logits_weight=1.0, hidden_weight=1.0),
     }.get(case) or EmbeddingObjective(hidden_weight=1.0, embedding_weight=10.0, relational_weight=100.0)
     return Distiller(
@@ -91,7 +92,7 @@ def distiller(case: str, teachers: Path, ranks: Ranks) -> Distiller:
     )
 
 
-CASES = ("embedding", "threshold", "elastic", "causal", "sinkhorn")
+CASES = ("embedding", "threshold", "elastic", "causal", "next_token", "sinkhorn")
 Found = dict[str, Any]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks import distillation
-from ffn2moe.data.batches import Batch, collate
+from ffn2moe.data.batches import Batch, Batches, collate
 from ffn2moe.data.ranks import Ranks
 from ffn2moe.decompose.inputs import layer_inputs
 from ffn2moe.dense.load import load_dense
 from ffn2moe.distill import vocabulary
+from ffn2moe.distill.distiller import Distiller, Training
 from ffn2moe.distill.divergences import DIVERGENCES
 from ffn2moe.distill.losses import logits_loss
 from ffn2moe.distill.objectives import LogitsObjective, LossWeights, NextTokenObjective, objective_for
@@ -186,6 +188,28 @@ def test_neither_calibration_nor_a_step_computes_all_logits(models: tuple[Any, A
     assert [one.equal(inputs[index][batch.mask.bool()]) for index, one in enumerate(found)] == [True, True]
     loss = objective.loss(objective.outputs(student, batch), objective.outputs(teacher, batch), batch, 0.0)
     assert loss.total.isfinite()
+
+
+def test_a_training_that_was_stopped_ends_in_the_same_bits(models: tuple[Any, Any]):
+    teacher, ids = models[0], torch.randint(3, 100, (40, 16)).tolist()
+
+    def run(scope: str) -> Distiller:
+        training = Training(steps=6, learning_rate=1e-3, bf16=True, scope="all" if scope == "all" else "experts")
+        batches = Batches(ids, batch_tokens=64, seed=0, head="causal")
+        student = copy.deepcopy(models[1])
+        return Distiller(teacher, student, batches, objective_for("causal", teacher=teacher), training)
+
+    for scope in ("experts", "all"):
+        whole = run(scope)
+        losses = [found.loss for found in whole.run()]
+        stopped = run(scope)
+        for _ in zip(range(2), stopped.run(), strict=False):
+            pass
+        resumed = run(scope)
+        resumed.restore(stopped.step, {name: tensor.clone() for name, tensor in stopped.state().items()})
+        assert [found.loss for found in resumed.run()] == losses[stopped.step :]
+        wanted, found = whole.student.state_dict(), resumed.student.state_dict()
+        assert [name for name in wanted if not torch.equal(wanted[name], found[name])] == []
 
 
 def test_ways_to_distil_are_compared_for_the_same_time(models: tuple[Any, Any], tmp_path: Path, capsys):
