@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -155,19 +156,40 @@ def test_under_autocast_the_matrix_is_in_bfloat16_and_the_loss_is_near(models: t
     assert found[1].item() == pytest.approx(found[0].item(), rel=0.05)
 
 
-def test_a_model_that_bounds_its_logits_keeps_the_plain_objective(tmp_path: Path):
-    from transformers import Gemma2Config, Gemma2ForCausalLM
+SIZES = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "head_dim": 8}
 
-    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    torch.manual_seed(0)
-    for cap, whole in ((None, True), (0.02, False)):
-        config = Gemma2Config(
-            vocab_size=V, **sizes, num_key_value_heads=1, head_dim=8, final_logit_softcapping=cap, pad_token_id=0
-        )
-        model = Gemma2ForCausalLM(config).eval()
-        assert ends_in_matrix(model) == whole
-        wanted = NextTokenObjective if whole else LogitsObjective
-        assert type(objective_for("causal", teacher=model)) is wanted
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("Gemma2", {"final_logit_softcapping": 0.02}),
+        ("Granite", {"logits_scaling": 8.0}),
+        ("Cohere", {"logit_scale": 0.1}),
+    ],
+)
+def test_logits_that_a_model_scales_or_bounds_are_compared_as_it_makes_them(name: str, settings: dict[str, float]):
+    config = getattr(transformers, f"{name}Config")(
+        vocab_size=V, **SIZES, num_key_value_heads=1, pad_token_id=0, bos_token_id=1, eos_token_id=2, **settings
+    )
+    models, gradients = [], []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        models.append(getattr(transformers, f"{name}ForCausalLM")(config).eval())
+    batch = collate("causal", [list(range(3, 30)), list(range(9, 20))])
+    for objective in (objective_for("causal", teacher=models[0]), objective_for("causal")):
+        models[1].zero_grad()
+        objective.loss(*(objective.outputs(one, batch) for one in reversed(models)), batch, 0.0).total.backward()
+        gradients.append([one.grad for one in models[1].parameters()])
+        assert type(objective) is (LogitsObjective if gradients[1:] else NextTokenObjective)
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
+def test_a_model_that_does_something_else_to_its_logits_keeps_the_plain_objective(models: tuple[Any, Any]):
+    changed = copy.deepcopy(models[0])
+    changed.lm_head.register_forward_hook(lambda module, states, logits: 2 * logits.sin())
+    assert ends_in_matrix(models[0]) and not ends_in_matrix(changed)
+    assert type(objective_for("causal", teacher=changed)) is LogitsObjective
 
 
 def test_neither_calibration_nor_a_step_computes_all_logits(models: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch):

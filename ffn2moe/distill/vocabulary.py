@@ -25,31 +25,44 @@ Compare = Callable[[Tensor, Tensor], Tensor]  # logits [T, V] of student and tea
 
 @dataclass(frozen=True)
 class OutputMatrix:
-    """The linear map from the last hidden states [T, D] to the logits [T, V]."""
+    """The map from the last hidden states [T, D] to the logits [T, V]: linear; some models scale or bound its result."""
 
     weight_VD: Tensor
     bias_V: Tensor | None
+    scale: float = 1.0
+    bound: float | None = None
+
+    def product(self, states_TD: Tensor) -> Tensor:
+        """Return the linear part in float32."""
+        return F.linear(states_TD.to(self.weight_VD.dtype), self.weight_VD, self.bias_V).float()
+
+    def finish(self, product_TV: Tensor) -> Tensor:
+        """Return the logits of the linear part."""
+        logits_TV = product_TV if self.scale == 1.0 else self.scale * product_TV
+        return logits_TV if self.bound is None else self.bound * torch.tanh(logits_TV / self.bound)
 
     def logits(self, states_TD: Tensor) -> Tensor:
         """Return the logits in float32."""
-        return F.linear(states_TD.to(self.weight_VD.dtype), self.weight_VD, self.bias_V).float()
+        return self.finish(self.product(states_TD))
 
 
 def output_matrix(model: Any) -> OutputMatrix:
     """Return the output matrix of a language model; under autocast in the dtype that it would be multiplied in."""
-    layer = model.get_output_embeddings()
-    kind = layer.weight.device.type
-    if not torch.is_autocast_enabled(kind):
-        return OutputMatrix(layer.weight, layer.bias)
-    dtype = torch.get_autocast_dtype(kind)
-    return OutputMatrix(layer.weight.to(dtype), None if layer.bias is None else layer.bias.to(dtype))
+    layer, config = model.get_output_embeddings(), model.config.get_text_config()
+    weight_VD, bias_V, kind = layer.weight, layer.bias, layer.weight.device.type
+    if torch.is_autocast_enabled(kind):
+        dtype = torch.get_autocast_dtype(kind)
+        weight_VD, bias_V = weight_VD.to(dtype), None if bias_V is None else bias_V.to(dtype)
+    # As Cohere, Granite and Gemma 2 name them.
+    scale = (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
+    return OutputMatrix(weight_VD, bias_V, scale, getattr(config, "final_logit_softcapping", None))
 
 
 @torch.no_grad()
 def ends_in_matrix(model: Any) -> bool:
-    """Return whether a language model's logits are its last hidden states times a matrix, and nothing else.
+    """Return whether a language model's logits are what its `output_matrix` makes of its last hidden states.
 
-    The model is run on a few tokens: some divide their logits, or bound them.
+    The model is run on a few tokens, because it may do something else to them, too.
     """
     if not isinstance(model.get_output_embeddings(), nn.Linear) or model.base_model is model:
         return False
@@ -70,7 +83,7 @@ def divergence_sum(
     student_TD: Tensor, student: OutputMatrix, teacher_TD: Tensor, teacher: OutputMatrix, compare: Compare
 ) -> Tensor:
     """Return the sum of the divergences of all tokens, with the gradient of what the student's logits are made of."""
-    total: Tensor = _Divided.apply(student_TD, student.weight_VD, student.bias_V, teacher_TD, teacher, compare)
+    total: Tensor = _Divided.apply(student_TD, student.weight_VD, student.bias_V, student, teacher_TD, teacher, compare)
     return total
 
 
@@ -83,11 +96,11 @@ class _Divided(torch.autograd.Function):
         states_TD: Tensor,
         weight_VD: Tensor,
         bias_V: Tensor | None,
+        student: OutputMatrix,
         teacher_TD: Tensor,
         teacher: OutputMatrix,
         compare: Compare,
     ) -> Tensor:
-        student = OutputMatrix(weight_VD, bias_V)
         of_states, of_weight, of_bias = context.needs_input_grad[:3]
         total = torch.zeros((), dtype=torch.float32, device=states_TD.device)
         states_grad = torch.empty_like(states_TD) if of_states else None
@@ -97,13 +110,13 @@ class _Divided(torch.autograd.Function):
         for some_TD, other_TD, place in zip(
             states_TD.split(size), teacher_TD.split(size), range(0, len(states_TD), size), strict=True
         ):
-            logits_TV = student.logits(some_TD).requires_grad_(any(context.needs_input_grad[:3]))
+            product_TV = student.product(some_TD).requires_grad_(any(context.needs_input_grad[:3]))
             with torch.enable_grad():
-                found = compare(logits_TV, teacher.logits(other_TD)).sum()
+                found = compare(student.finish(product_TV), teacher.logits(other_TD)).sum()
             total += found.detach()
-            if not logits_TV.requires_grad:
+            if not product_TV.requires_grad:
                 continue
-            (gradient_TV,) = torch.autograd.grad(found, logits_TV)
+            (gradient_TV,) = torch.autograd.grad(found, product_TV)
             rounded_TV = gradient_TV.to(weight_VD.dtype)
             if states_grad is not None:
                 states_grad[place : place + size] = rounded_TV @ weight_VD
@@ -118,4 +131,4 @@ class _Divided(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(context: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         gradients = (None if one is None else upstream * one for one in context.saved_tensors)
-        return (*gradients, None, None, None)
+        return (*gradients, None, None, None, None)
