@@ -47,7 +47,7 @@ def run(stage: StageRun) -> None:
     check = next(tokens.in_order(CHECKED_LONG_OUTPUTS if HEADS[spec.head].generates else CHECKED_TEXTS))
     model = fewer_layers(stage, teacher, spec, check)
     device = choose_device(params.compute.device)
-    batches = list(tokens.first_by_length(settings.calibration_tokens).in_order())
+    batches = list(tokens.first_by_length(settings.calibration_tokens).in_order(tokens.at_once))
     inputs = layer_inputs(model, batches, max_tokens=settings.calibration_tokens, device=device, track=stage.track)
     model.to("cpu")
     if spec.is_dense and chosen_by_need(settings.width_per_layer, spec):

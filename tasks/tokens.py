@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ffn2moe.choices import HEADS
 from tasks.corpus import read_jsonl
 
 if TYPE_CHECKING:
@@ -43,6 +44,11 @@ class Tokens:
         )
         assert ids is not None
         return Tokens(self.head, ids, decoder_ids, self.pad_id, type_ids, self.pairs)
+
+    @property
+    def at_once(self) -> int:
+        """The number of texts to calibrate on together: blocks of a language model are long, and all equally so."""
+        return 16 if HEADS[self.head].generates else 64
 
     def in_order(self, batch_texts: int = 64) -> Iterator[Batch]:
         """Yield batches of `batch_texts` sequences, in order, once."""

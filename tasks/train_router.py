@@ -53,7 +53,8 @@ def run(stage: StageRun) -> None:
 
     def inputs_on(split: str, max_tokens: int) -> list[Tensor]:
         """Return the inputs of every layer on the texts of a split."""
-        batches = list(tokens_of(split).first_by_length(max_tokens).in_order())
+        tokens = tokens_of(split).first_by_length(max_tokens)
+        batches = list(tokens.in_order(tokens.at_once))
         return layer_inputs(teacher, batches, max_tokens=max_tokens, device=device, track=stage.track)
 
     train, held_out = inputs_on("train", settings.tokens), inputs_on("calibration", HELD_OUT_TOKENS)

@@ -25,7 +25,7 @@ Compare = Callable[[Tensor, Tensor], Tensor]  # logits [T, V] of student and tea
 
 @dataclass(frozen=True)
 class OutputMatrix:
-    """The map from the last hidden states [T, D] to the logits [T, V]: linear; some models scale or bound its result."""
+    """The map from the last hidden states [T, D] to the logits [T, V]: linear, and scaled or bounded by some models."""
 
     weight_VD: Tensor
     bias_V: Tensor | None
