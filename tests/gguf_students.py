@@ -5,12 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
 from transformers.tokenization_utils_base import generate_merges
 
 from ffn2moe.containers import write
+from ffn2moe.dense.reduction import set_ffn_widths
 from tests.test_containers import config_of, dense_of, student_of
 from tests.texts import make_texts
 
@@ -78,6 +80,19 @@ def dense(folder: Path, source: str, tokenizer: Any = None, **changes: Any) -> A
     tokenizer = tokenizer or byte_level()
     ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id, "vocab_size": VOCABULARY}
     model = dense_of(config_of(source, **ids | changes))
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return model
+
+
+def varied(folder: Path, source: str, widths: tuple[int, ...]) -> Any:
+    """Save a tiny dense student whose FFNs have a width each; return it."""
+    model, tokenizer = dense_of(config_of(source, vocab_size=VOCABULARY)), byte_level()
+    set_ffn_widths(model, widths)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".mlp." in name:
+                parameter.normal_(0, 0.3)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return model

@@ -18,7 +18,7 @@ import torch
 from ffn2moe.containers.checks import open_native
 from ffn2moe.containers.gguf.write import write_gguf
 from ffn2moe.dense.load import load_dense
-from tests.gguf_students import TEXTS, VOCABULARY, byte_level, container, dense, pieces
+from tests.gguf_students import TEXTS, VOCABULARY, byte_level, container, dense, pieces, varied
 from tests.test_containers import LLAMA3, THETA, WAYS
 
 llama_cpp = pytest.importorskip("llama_cpp", reason="llama_cpp is not installed, so no GGUF file is run")
@@ -119,6 +119,14 @@ def test_a_dense_model_has_the_same_logits(tmp_path, source, changes):
     dense(tmp_path / "folder", source, **changes)
     path = write_gguf(tmp_path / "folder", tmp_path / "out.gguf", "f32").path
     mean, same = compared(tmp_path / "folder", path)
+    assert mean < 1e-5 and same == 1
+
+
+def test_a_width_for_each_layer_is_read(tmp_path):
+    model = varied(tmp_path / "folder", "llama", (43, 64, 20))
+    path = write_gguf(tmp_path / "folder", tmp_path / "out.gguf", "f32").path
+    with torch.no_grad():
+        mean, same = difference(logits_of(path, ids()), model(torch.tensor([ids()])).logits[0])
     assert mean < 1e-5 and same == 1
 
 

@@ -26,7 +26,7 @@ from ffn2moe.dense.load import load_dense
 from ffn2moe.dense.source import resolve_source
 from ffn2moe.moe import checkpoint
 from tests.conftest import make_tokenizer
-from tests.gguf_students import SPECIALS, TEMPLATE, TEXTS, VOCABULARY, byte_level, container, dense, pieces
+from tests.gguf_students import SPECIALS, TEMPLATE, TEXTS, VOCABULARY, byte_level, container, dense, pieces, varied
 from tests.test_containers import LLAMA3, THETA, WAYS, config_of, student_of
 
 NAMES = {
@@ -151,6 +151,17 @@ def test_padded_neurons_of_a_dense_model_change_nothing(tmp_path):
     ids = torch.arange(4, 60).unsqueeze(0)
     with torch.no_grad():
         torch.testing.assert_close(load_dense(str(file))[0](ids).logits, model(ids).logits, atol=1e-4, rtol=1e-4)
+
+
+def test_a_student_with_a_width_for_each_layer_is_written_where_llama_cpp_reads_them(tmp_path):
+    varied(tmp_path / "folder", "llama", (43, 64, 20))
+    written = write_gguf(tmp_path / "folder", tmp_path / "out.gguf", "q8_0")
+    metadata, tensors = read(written.path)
+    assert written.architecture == "deci" and metadata["deci.feed_forward_length"] == [64, 64, 32]
+    assert tensors["blk.2.ffn_down.weight"].shape.tolist() == [32, 32]
+    varied(tmp_path / "qwen", "qwen2", (43, 64, 20))
+    with pytest.raises(ValueError, match=r"one width for all layers of a qwen2: .* --width-per-layer same"):
+        write_gguf(tmp_path / "qwen", tmp_path / "qwen.gguf", "f16")
 
 
 # Tokenizers

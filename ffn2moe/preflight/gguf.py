@@ -11,13 +11,15 @@ from ffn2moe.preflight.doubt import Doubt
 def gguf(case: Case) -> Iterator[str]:
     """Find what forbids a GGUF file: an error where one is asked for, else a doubt."""
     from ffn2moe.containers.gguf.types import width_in_words
-    from ffn2moe.containers.gguf.write import carried
+    from ffn2moe.containers.gguf.write import carried, with_widths
 
     asked, dense, spec, container = case.request, case.dense, case.spec, case.container
     if dense.head != "causal" or (container is None and not spec.is_dense):
         return
     try:
-        carried(container.name if container else dense.config.model_type, dense.config, dense.reader)
+        found, _, _ = carried(container.name if container else dense.config.model_type, dense.config, dense.reader)
+        if case.widths_by_need:
+            with_widths(found)
     except ValueError as error:
         if asked.gguf:
             raise ValueError(f"{asked.call('gguf', list(asked.gguf))}, but {error}") from None

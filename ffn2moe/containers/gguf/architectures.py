@@ -16,10 +16,20 @@ SIGMOID = 2  # llama.cpp's number of this gate formula
 
 @dataclass(frozen=True)
 class Widths:
-    """Neurons of the FFNs in the file: of a routed expert (of the FFN, where there are none), and of the shared one."""
+    """Neurons of the FFNs in the file: of each layer's experts, or of its dense FFN, and of the shared expert."""
 
-    expert: int
+    layers: tuple[int, ...]
     shared: int
+
+    @property
+    def varied(self) -> bool:
+        """Whether layers differ."""
+        return len(set(self.layers)) > 1
+
+    @property
+    def expert(self) -> int:
+        """The widest layer's: that of all layers, where they do not differ."""
+        return max(self.layers)
 
 
 def _no_metadata(config: Any, widths: Widths) -> dict[str, Any]:
@@ -44,6 +54,7 @@ class Architecture:
 
     model_type: str  # of transformers
     name: str  # of llama.cpp, in metadata
+    varied: str | None = None  # llama.cpp's name of the same with a width for each dense FFN; None: it has one width
     interleaved: bool = False  # rotates neighbouring numbers: rows of queries and keys are in another order
     rope_factors: bool = False  # reads factors of single rotary frequencies
     plain_heads: bool = False  # takes the width of a head as hidden_size / num_attention_heads
@@ -95,8 +106,8 @@ def _glm4_moe(config: Any, widths: Widths) -> dict[str, Any]:
 ARCHITECTURES: Table[Architecture] = Table("model type")
 _LLAMA: dict[str, Any] = {"name": "llama", "interleaved": True, "rope_factors": True, "output_bias": True}
 for _row in (
-    Architecture(model_type="llama", **_LLAMA),
-    Architecture(model_type="mistral", window=_one_window, **_LLAMA),
+    Architecture(model_type="llama", varied="deci", **_LLAMA),
+    Architecture(model_type="mistral", varied="deci", window=_one_window, **_LLAMA),
     Architecture(model_type="qwen2", name="qwen2", plain_heads=True, window=_window_of_layers),
     Architecture(model_type="qwen3", name="qwen3", window=_window_of_layers),
     Architecture(model_type="mixtral", experts="num_local_experts", window=_one_window, **_LLAMA),

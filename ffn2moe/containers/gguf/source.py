@@ -29,7 +29,6 @@ def folder_of(source: str, *, say: Say = silent) -> Path:
                 f"{path} is a checkpoint of this project, whose experts no engine reads: name the native container "
                 "beside it, or the folder of both"
             )
-        _require_one_width(path, load_spec(path))
         return path
     return plain_folder(source, say=say)
 
@@ -41,18 +40,9 @@ def _of_export(path: Path) -> Path:
         return path / manifest["container"]["folder"]
     if spec.head != "causal":
         raise ValueError(f"{path} is no language model ({spec.head}), and GGUF is written of language models alone")
-    _require_one_width(path, spec)
     if spec.is_dense:
         return path / "checkpoint"
     raise ValueError(
         f"{path} has no native container, and llama.cpp reads no other mixture: convert it again with --container "
         "auto, or run the pipeline with decompose.container=auto"
     )
-
-
-def _require_one_width(path: Path, spec: MoESpec) -> None:
-    if any(shape.varied for shape in spec.stacks):
-        raise ValueError(
-            f"{path} has FFNs of different widths, and llama.cpp reads one width for all layers of a model: convert it "
-            "again with --width-per-layer same, or run the pipeline with decompose.width_per_layer=same"
-        )

@@ -52,13 +52,16 @@ class Stored:
         return np.ascontiguousarray(gguf.quants.quantize(tensor.float().numpy(), self.kind))
 
 
-def widths_of(architecture: Architecture, config: Any, weight_type: WeightType) -> Widths:
+def widths_of(architecture: Architecture, config: Any, shards: Shards, weight_type: WeightType) -> Widths:
     """Return the widths of the FFNs in the file: padded with zero neurons to whole blocks, which changes no result."""
-    own, shared = getattr(config, architecture.width), architecture.shared(config)
-    expert = padded(own, weight_type.block)
-    if architecture.shared_in_experts:
-        return Widths(expert, shared // own * expert)
-    return Widths(expert, padded(shared, weight_type.block))
+    block, layers = weight_type.block, range(config.num_hidden_layers)
+    if architecture.experts is None:
+        own = [shards.layout(f"model.layers.{layer}.{_DENSE_FFN.up}")[0][0] for layer in layers]
+        return Widths(tuple(padded(width, block) for width in own), 0)
+    width, shared = getattr(config, architecture.width), architecture.shared(config)
+    expert = padded(width, block)
+    shared = shared // width * expert if architecture.shared_in_experts else padded(shared, block)
+    return Widths((expert,) * len(layers), shared)
 
 
 def tensors_of(
@@ -116,13 +119,13 @@ def _ffn(
     architecture: Architecture, config: Any, shards: Shards, layer: int, widths: Widths
 ) -> Iterator[tuple[str, tuple[int, ...], Callable[[], Tensor], list[str]]]:
     """Yield the matrices of one FFN: name, shape, what makes it, and the names that it reads."""
-    D, before = config.hidden_size, f"model.layers.{layer}."
+    D, M, before = config.hidden_size, widths.layers[layer], f"model.layers.{layer}."
     if architecture.experts is None:
-        yield from _matrices(shards, before, _DENSE_FFN, 0, f"blk.{layer}.ffn_{{}}.weight", (widths.expert, D))
+        yield from _matrices(shards, before, _DENSE_FFN, 0, f"blk.{layer}.ffn_{{}}.weight", (M, D))
         return
     container: Container = CONTAINERS[config.model_type]
     E = getattr(config, architecture.experts)
-    yield from _matrices(shards, before, container.experts, E, f"blk.{layer}.ffn_{{}}_exps.weight", (widths.expert, D))
+    yield from _matrices(shards, before, container.experts, E, f"blk.{layer}.ffn_{{}}_exps.weight", (M, D))
     if container.shared_expert is not None and widths.shared:
         target = f"blk.{layer}.ffn_{{}}_shexp.weight"
         yield from _matrices(shards, before, container.shared_expert, 0, target, (widths.shared, D))

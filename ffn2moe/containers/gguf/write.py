@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -89,8 +89,11 @@ def _plan(folder: Path, weight_type: WeightType) -> _Plan:
     ends = _ends(config, GenerationConfig.from_pretrained(folder) if generates else None)
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     architecture, rope, vocabulary = carried(config.model_type, config, tokenizer, ends)
-    widths = widths_of(architecture, config, weight_type)
-    tensors = tensors_of(architecture, config, Shards(folder), weight_type, widths)
+    shards = Shards(folder)
+    widths = widths_of(architecture, config, shards, weight_type)
+    if widths.varied:
+        architecture = with_widths(architecture)
+    tensors = tensors_of(architecture, config, shards, weight_type, widths)
     tensors += [_factors(name, array) for name, array in rope.tensors.items()]
     context, notes = _context(architecture, config)
     metadata = _metadata(architecture, config, widths, rope, context)
@@ -113,6 +116,16 @@ def carried(
     _require_model(architecture, config)
     rope = rope_of(config, model_type, reads_factors=architecture.rope_factors)
     return architecture, rope, vocabulary_of(tokenizer, config, ends)
+
+
+def with_widths(architecture: Architecture) -> Architecture:
+    """Return the architecture that has a width for each FFN. ValueError, with the remedy, where llama.cpp has none."""
+    if architecture.varied is None:
+        raise ValueError(
+            f"its FFNs have different widths, and llama.cpp reads one width for all layers of a {architecture.name}: "
+            "convert again with --width-per-layer same, or run the pipeline with decompose.width_per_layer=same"
+        )
+    return replace(architecture, name=architecture.varied)
 
 
 def _ends(config: Any, generation: Any) -> list[int]:
@@ -157,7 +170,7 @@ def _metadata(architecture: Architecture, config: Any, widths: Widths, rope: Rop
         "context_length": context,
         "block_count": config.num_hidden_layers,
         "embedding_length": config.hidden_size,
-        "feed_forward_length": widths.expert if architecture.experts is None else config.intermediate_size,
+        "feed_forward_length": list(widths.layers) if widths.varied else widths.expert,
         "attention.head_count": config.num_attention_heads,
         "attention.head_count_kv": config.num_key_value_heads,
         "attention.key_length": head,
@@ -171,8 +184,8 @@ def _metadata(architecture: Architecture, config: Any, widths: Widths, rope: Rop
             "expert_count": getattr(config, architecture.experts),
             "expert_used_count": config.num_experts_per_tok,
         }
-        if architecture.width == "intermediate_size":  # no other key holds the width of its experts
-            own["feed_forward_length"] = widths.expert
+        if architecture.width != "intermediate_size":  # another key holds the width of its experts
+            own["feed_forward_length"] = config.intermediate_size
     own |= architecture.metadata(config, widths)
     return {f"{architecture.name}.{key}": value for key, value in own.items()}
 
