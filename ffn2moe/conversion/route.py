@@ -62,7 +62,7 @@ def _streamed(task: Task, data: Data, router: RouterSettings) -> list[dict[str, 
     if task.case.whole_only is not None:
         raise NotStreamable(task.case.whole_only)
     spec = task.spec(skeleton(dense.folder, dense.head))
-    widths = _streamed_widths(task, data, spec) if task.case.widths_by_need else None
+    widths = _streamed_widths(task, data, spec) if task.case.chooses_widths(spec) else None
     settings = StreamSettings(spec, router, torch.float32, widths)
     return decompose(dense.folder, task.routed, data.calibration, settings, track=task.track)
 
@@ -112,7 +112,7 @@ def _start(task: Task, data: Data, spec: MoESpec) -> tuple[Any, MoESpec, list[Te
     )
     model.to("cpu")
     if shape.teacher_ffn_width is not None:
-        if spec.is_dense and task.case.widths_by_need:
+        if spec.is_dense and task.case.chooses_widths(spec):
             spec = _by_need(task, data, spec, model, inputs)
         widths = [spec.shape_of(layer).ffn_width for layer in range(spec.num_layers)]
         model, errors = with_narrow_ffns(model, inputs, widths, head, task.track)
@@ -137,7 +137,7 @@ def _mixtures(
     task: Task, data: Data, router: RouterSettings, spec: MoESpec, student: Any, inputs: list[Tensor]
 ) -> tuple[list[dict[str, Any]], MoESpec]:
     """Put routed mixtures in the place of the student's FFNs; return a row for each layer, and the spec."""
-    filled = _by_need(task, data, spec, student, inputs) if task.case.widths_by_need else spec
+    filled = _by_need(task, data, spec, student, inputs) if task.case.chooses_widths(spec) else spec
     layers = [
         decompose_layer(read_ffn(student, index), x_TD, spec, index, seed=task.settings.seed)
         for index, x_TD in task.track(enumerate(inputs), len(inputs), "decomposing layers")

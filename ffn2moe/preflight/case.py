@@ -13,7 +13,7 @@ from ffn2moe.choices import HEADS
 from ffn2moe.containers.container import Container
 from ffn2moe.containers.fit import choose, require_fit
 from ffn2moe.containers.table import CONTAINERS
-from ffn2moe.decompose.partition import settled
+from ffn2moe.decompose.partition import PARTITIONS, settled
 from ffn2moe.decompose.source import NotStreamable, Source, only_stack, skeleton
 from ffn2moe.decompose.widths import chosen_by_need
 from ffn2moe.dense.cross_encoder import reads_pairs
@@ -263,7 +263,10 @@ class Case:
         """Why the model is not decomposed layer by layer; None where it is. ValueError for weights that do not fit."""
         if self.reduction is not None:
             return "a smaller student is made of the whole model"
-        if self.widths_by_need and self.dense.head == "embedding":
+        asked = self.request
+        refilled = asked.partition in PARTITIONS and PARTITIONS[asked.partition].refilled
+        by_need = asked.width_per_layer == "budget" or (asked.width_per_layer == "auto" and refilled)
+        if by_need and self.dense.head == "embedding":
             return "a width for each layer follows from the embeddings of the whole model"
         try:
             only_stack(self.model)
@@ -366,9 +369,13 @@ class Case:
 
     @cached_property
     def widths_by_need(self) -> bool:
-        """Whether each layer gets a width of its own. ValueError where the student cannot have one."""
+        """Whether each layer gets a width of its own."""
+        return self.chooses_widths(self.spec)
+
+    def chooses_widths(self, spec: MoESpec) -> bool:
+        """Return whether each layer gets a width of its own. ValueError where such a student cannot have one."""
+        asked = self.request
         try:
-            return chosen_by_need(self.request.width_per_layer, self.spec)
+            return chosen_by_need(asked.width_per_layer, spec)
         except ValueError as error:
-            asked = self.request
             raise ValueError(f"{asked.call('width_per_layer', asked.width_per_layer)}: {error}") from None
