@@ -51,7 +51,7 @@ if step == "measure":
                for plan, speed in speeds.items()}
     plans = {"dense": {"retention": 1.0}, "sorted": {"retention": 0.9 + 0.02 * active}}
     (export / "plan.json").write_text(json.dumps({"timings": timings}))
-    (export / "manifest.json").write_text(json.dumps({"plans": plans}))
+    (export / "manifest.json").write_text(json.dumps({"plans": plans, "spec": {"head": "embedding"}}))
     print("memory: the largest process held 30 MiB")
 """
 COMPARE = """\
