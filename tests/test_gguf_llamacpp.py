@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy as np
 import pytest
 import torch
@@ -79,20 +80,37 @@ def compared(folder: Path, path: Path, context: int = 128, length: int = LENGTH)
 @pytest.mark.parametrize(("name", "shared_width"), WAYS)
 def test_a_container_has_the_same_logits(tmp_path, name, shared_width):
     container(tmp_path / "folder", name, shared_width)
-    for kind, most in (("f32", 1e-5), ("f16", 5e-3), ("bf16", 5e-2)):
+    # Random routers are close to ties: a rounded weight may change which expert is chosen.
+    for kind, most, least in (("f32", 1e-5, 1.0), ("f16", 2e-2, 0.95), ("bf16", 0.2, 0.8)):
         path = write_gguf(tmp_path / "folder", tmp_path / f"{kind}.gguf", kind).path
         mean, same = compared(tmp_path / "folder", path)
-        assert mean < most and same > 0.9, (kind, mean, same)
+        assert mean < most and same >= least, (kind, mean, same)
 
 
 @pytest.mark.parametrize("kind", ["q8_0", "q4_0", "q4_1", "q5_0", "q5_1"])
 @pytest.mark.parametrize(("name", "shared_width"), [("mixtral", 0), ("granitemoeshared", 11), ("glm4_moe", 11)])
 def test_a_quantised_file_is_the_model_of_its_rounded_weights(tmp_path, name, shared_width, kind):
-    wide = {"hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 32}
-    container(tmp_path / "folder", name, shared_width, **wide)
+    container(tmp_path / "folder", name, shared_width, K=4)  # all experts: none is chosen otherwise
     path = write_gguf(tmp_path / "folder", tmp_path / "out.gguf", kind).path
-    mean, _ = compared(tmp_path / "folder", path)
-    assert mean < {"q8_0": 0.1}.get(kind, 1.0), mean
+    model = open_native(tmp_path / "folder")
+    with torch.no_grad():
+        whole = model(torch.tensor([ids()])).logits[0]
+        for parameter_name, parameter in model.named_parameters():
+            if parameter.ndim > 1 and not parameter_name.endswith((".gate.weight", "router.layer.weight")):
+                of_vocabulary = parameter_name.endswith(("embed_tokens.weight", "lm_head.weight"))
+                parameter.copy_(rounded(parameter, "q8_0" if of_vocabulary else kind))
+        known = model(torch.tensor([ids()])).logits[0]
+    mean, same = difference(logits_of(path, ids()), known)
+    assert mean < 0.12 and same > 0.8, (mean, same)  # llama.cpp rounds activations to 8 bits, too
+    if kind.startswith("q4"):
+        assert mean < difference(whole.numpy(), known)[0]
+
+
+def rounded(parameter: torch.Tensor, kind: str) -> torch.Tensor:
+    """The numbers of a parameter after they were stored in a type, in rows that zeros fill up."""
+    stored, width = gguf.GGMLQuantizationType[kind.upper()], parameter.shape[-1]
+    rows = torch.nn.functional.pad(parameter, (0, -width % 32)).numpy()
+    return torch.from_numpy(gguf.quants.dequantize(gguf.quants.quantize(rows, stored), stored)[..., :width].copy())
 
 
 @pytest.mark.parametrize(
@@ -131,9 +149,10 @@ def test_a_width_for_each_layer_is_read(tmp_path):
 
 
 def test_the_short_factors_of_longrope_serve_short_contexts(tmp_path):
-    dense(tmp_path / "folder", "llama", rope_parameters=LONG)
-    path = write_gguf(tmp_path / "folder", tmp_path / "out.gguf", "f32").path
-    mean, same = compared(tmp_path / "folder", path, context=32, length=24)
+    dense(tmp_path / "folder", "llama", rope_parameters=LONG | {"original_max_position_embeddings": 256})
+    written = write_gguf(tmp_path / "folder", tmp_path / "out.gguf", "f32")
+    assert any("a context of more than 256 tokens" in note for note in written.notes)
+    mean, same = compared(tmp_path / "folder", written.path, context=256)
     assert mean < 1e-5 and same == 1
 
 

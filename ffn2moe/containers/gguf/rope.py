@@ -18,6 +18,7 @@ class Rope:
 
     metadata: dict[str, Any] = field(default_factory=dict)
     tensors: dict[str, np.ndarray] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()  # what llama.cpp does differently
 
 
 ROPES: Table[Callable[[Any, dict[str, Any]], Rope]] = Table("kind of rotary embedding")
@@ -42,7 +43,7 @@ def rope_of(config: Any, model_type: str, *, reads_factors: bool) -> Rope:
             f"{model_type}: convert to the container mixtral or granitemoeshared, or serve the folder with "
             "transformers or vLLM"
         )
-    return Rope({"freq_base": float(rope["rope_theta"]), **found.metadata}, found.tensors)
+    return Rope({"freq_base": float(rope["rope_theta"]), **found.metadata}, found.tensors, found.notes)
 
 
 def _default(config: Any, rope: dict[str, Any]) -> Rope:
@@ -100,6 +101,7 @@ def _longrope(config: Any, rope: dict[str, Any]) -> Rope:
             f"rope_factors_{name}.weight": np.array(rope[f"{name}_factor"], dtype=np.float32)
             for name in ("long", "short")
         },
+        (f"with a context of more than {original} tokens llama.cpp takes the long factors for short texts, too",),
     )
 
 

@@ -97,7 +97,7 @@ def _plan(folder: Path, weight_type: WeightType) -> _Plan:
     tensors += [_factors(name, array) for name, array in rope.tensors.items()]
     context, notes = _context(architecture, config)
     metadata = _metadata(architecture, config, widths, rope, context)
-    return _Plan(architecture, metadata | vocabulary.metadata, tensors, (*vocabulary.notes, *notes))
+    return _Plan(architecture, metadata | vocabulary.metadata, tensors, (*vocabulary.notes, *rope.notes, *notes))
 
 
 def carried(
