@@ -59,9 +59,18 @@ class Case:
         """Return the dense model."""
         return load_dense(self.source)[0]
 
-    @cached_property
+    @property
     def costs(self) -> list[Tensor]:
-        """What each width of each layer costs (`ffn2moe.decompose.width_costs`), kept in the working folder."""
+        """What each width of each layer costs (`ffn2moe.decompose.width_costs`)."""
+        return self._weighed[0]
+
+    @property
+    def fishers(self) -> list[Tensor]:
+        """The Fisher information of each FFN's output, [D, D]."""
+        return self._weighed[1]
+
+    @cached_property
+    def _weighed(self) -> tuple[list[Tensor], list[Tensor]]:
         kept = self.work / "costs.safetensors"
         if not kept.is_file():
             model = self.model()
@@ -69,10 +78,11 @@ class Case:
             found = {}
             for layer, x_TD in self.track(enumerate(self.inputs), len(self.inputs), "weighing neurons"):
                 ffn = read_ffn(model, layer)
-                found[str(layer)] = costs(ffn, moments_of(ffn, x_TD), weights[layer]) / len(x_TD)
+                found[f"fisher.{layer}"] = weights[layer]
+                found[f"costs.{layer}"] = costs(ffn, moments_of(ffn, x_TD), weights[layer]) / len(x_TD)
             save_file(found, kept)
-        found = load_file(kept)
-        return [found[str(layer)] for layer in range(len(found))]
+        found, layers = load_file(kept), range(len(self.inputs))
+        return [found[f"costs.{layer}"] for layer in layers], [found[f"fisher.{layer}"] for layer in layers]
 
 
 Method = Callable[[Case, float], Made]  # of an active share
@@ -154,7 +164,9 @@ def narrower(by_need: bool) -> Method:
         spec = spec_of(model, num_experts=1, num_active=1, reduction=kept, **_facts("none", case))
         spec = with_widths(spec, case.costs) if by_need else spec
         widths = [spec.shape_of(layer).ffn_width for layer in range(spec.num_layers)]
-        smaller, _ = with_narrow_ffns(model, case.inputs, widths, "causal", case.track)
+        smaller, _ = with_narrow_ffns(
+            model, case.inputs, widths, "causal", case.track, case.fishers if by_need else None
+        )
         ffns: list[DenseFFN] = [read_ffn(smaller, layer) for layer in range(spec.num_layers)]
         return Made(smaller, spec.active_share, ffns)
 

@@ -50,10 +50,11 @@ def run(stage: StageRun) -> None:
     batches = list(tokens.first_by_length(settings.calibration_tokens).in_order(tokens.at_once))
     inputs = layer_inputs(model, batches, max_tokens=settings.calibration_tokens, device=device, track=stage.track)
     model.to("cpu")
+    fishers = None
     if spec.is_dense and chosen_by_need(settings.width_per_layer, spec):
         ffns = [read_ffn(model, layer) for layer in range(spec.num_layers)]
-        spec = widths_by_need(stage, model, spec, ffns, inputs, tokens.in_order())
-    model, lost = narrower(stage, model, spec, inputs)
+        spec, fishers = widths_by_need(stage, model, spec, ffns, inputs, tokens.in_order())
+    model, lost = narrower(stage, model, spec, inputs, fishers)
     if spec.is_dense:
         figures: dict[str, Any] = {"layers": [{"layer": index} for index in range(spec.num_layers)]}
         stage.say("a student without experts: there is nothing to partition")
@@ -87,7 +88,9 @@ def fewer_layers(stage: StageRun, teacher: Any, spec: MoESpec, check: Batch) -> 
     return with_layers(teacher, shape.layers_kept, spec.head, check.inputs)
 
 
-def narrower(stage: StageRun, model: Any, spec: MoESpec, inputs: list[Tensor]) -> tuple[Any, list[dict[str, float]]]:
+def narrower(
+    stage: StageRun, model: Any, spec: MoESpec, inputs: list[Tensor], fishers: list[Tensor] | None
+) -> tuple[Any, list[dict[str, float]]]:
     """Return the model with FFNs of the width of the spec, and the error of each on the tokens of its fit."""
     from ffn2moe.decompose.narrow import with_narrow_ffns
 
@@ -96,7 +99,7 @@ def narrower(stage: StageRun, model: Any, spec: MoESpec, inputs: list[Tensor]) -
         return model, [{} for _ in inputs]
     stage.say(f"keeping {shape.describe_neurons()} of each FFN")
     widths = [spec.shape_of(layer).ffn_width for layer in range(spec.num_layers)]
-    model, errors = with_narrow_ffns(model, inputs, widths, spec.head, stage.track)
+    model, errors = with_narrow_ffns(model, inputs, widths, spec.head, stage.track, fishers)
     return model, [{"narrow_error": error} for error in errors]
 
 

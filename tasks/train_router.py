@@ -64,7 +64,7 @@ def run(stage: StageRun) -> None:
     wide = spec
     if chosen_by_need(params.decompose.width_per_layer, spec):
         ffns = [dense_ffn(moe) for moe in layers]
-        spec = widths_by_need(stage, teacher, spec, ffns, train, tokens_of("train").in_order())
+        spec, _ = widths_by_need(stage, teacher, spec, ffns, train, tokens_of("train").in_order())
     router = RouterSettings(
         steps=settings.steps,
         batch_tokens=settings.batch_tokens,

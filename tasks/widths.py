@@ -23,12 +23,12 @@ def widths_by_need(
     ffns: Sequence[DenseFFN],
     inputs: Sequence[Tensor],
     batches: Iterable[Batch],
-) -> MoESpec:
-    """Return the spec with a width for each layer of the dense model; say which. See `widths.by_need`."""
+) -> tuple[MoESpec, list[Tensor]]:
+    """Return what `widths.by_need` does; say the width of each layer."""
     from ffn2moe.decompose import widths
     from ffn2moe.numerics import choose_device
 
-    found = widths.by_need(
+    found, weights = widths.by_need(
         model,
         spec,
         ffns,
@@ -42,4 +42,4 @@ def widths_by_need(
     model.to("cpu")
     used = ", ".join(map(str, widths.active_widths(found)))
     stage.say(f"neurons that a token uses, layer by layer: {used}")
-    return found
+    return found, weights

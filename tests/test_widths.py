@@ -21,6 +21,7 @@ from ffn2moe.decompose.elimination import errors_by_width, most_needed
 from ffn2moe.decompose.gradients import fisher
 from ffn2moe.decompose.inputs import layer_inputs
 from ffn2moe.decompose.layer import decompose_layer
+from ffn2moe.decompose.narrow import narrowed
 from ffn2moe.decompose.route import RouterSettings, route_layer
 from ffn2moe.decompose.stream_widths import streamed_widths
 from ffn2moe.decompose.width_costs import costs, moments_of, widths_of
@@ -136,6 +137,16 @@ def test_the_fisher_information_says_how_far_an_error_moves_the_model(make, head
             moved = (after - before).square().sum().item() / 2
         error_TD = error_BLD.flatten(0, 1)
         assert moved == pytest.approx((error_TD @ fisher_DD * error_TD).sum().item() / 2, rel=0.25)
+
+
+def test_the_neurons_that_stay_are_those_that_the_model_feels():
+    """Where the first output alone counts, the neurons that stay are nearer in it than those that serve all outputs."""
+    ffn, (x_TD, _) = make_ffn(), tokens(2000, seed=1)
+    fisher_DD = torch.zeros(len(ffn.w_out_DF), len(ffn.w_out_DF))
+    fisher_DD[0, 0] = 1.0
+    wanted_T = ffn(x_TD)[:, 0]
+    plain, weighed = (narrowed(ffn, x_TD, 12, one)(x_TD)[:, 0] for one in (None, fisher_DD))
+    assert (weighed - wanted_T).norm() < 0.9 * (plain - wanted_T).norm()
 
 
 def test_widths_add_up_to_the_budget_and_the_layer_that_needs_more_gets_more():
@@ -291,8 +302,9 @@ def test_widths_from_shards_are_those_of_the_whole_model(case, tmp_path):
     ids = torch.randint(5, 60, (90, 16), generator=torch.Generator().manual_seed(0)).tolist()
     batches = list(in_order("causal", ids, batch_texts=40))
     ffns = [read_ffn(model, layer) for layer in range(spec.num_layers)]
-    whole = by_need(model, spec, ffns, layer_inputs(model, batches, max_tokens=2000), batches, seed=3)
+    whole, fishers = by_need(model, spec, ffns, layer_inputs(model, batches, max_tokens=2000), batches, seed=3)
     assert streamed_widths(tmp_path / "teacher", spec, batches, seed=3, scratch=tmp_path) == whole
+    assert [one.shape for one in fishers] == [(32, 32)] * spec.num_layers
     assert sorted(path.name for path in tmp_path.iterdir()) == ["teacher"]
 
 

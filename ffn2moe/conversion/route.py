@@ -112,32 +112,33 @@ def _start(task: Task, data: Data, spec: MoESpec) -> tuple[Any, MoESpec, list[Te
     )
     model.to("cpu")
     if shape.teacher_ffn_width is not None:
+        fishers = None
         if spec.is_dense and task.case.chooses_widths(spec):
-            spec = _by_need(task, data, spec, model, inputs)
+            spec, fishers = _by_need(task, data, spec, model, inputs)
         widths = [spec.shape_of(layer).ffn_width for layer in range(spec.num_layers)]
-        model, errors = with_narrow_ffns(model, inputs, widths, head, task.track)
+        model, errors = with_narrow_ffns(model, inputs, widths, head, task.track, fishers)
         task.say(
             f"{spec.stacks[0].describe_neurons()}: the relative error of the FFNs is {sum(errors) / len(errors):.2f}"
         )
     return model, spec, inputs
 
 
-def _by_need(task: Task, data: Data, spec: MoESpec, model: Any, inputs: list[Tensor]) -> MoESpec:
-    """Return the spec with a width for each layer of the dense model; say which."""
+def _by_need(task: Task, data: Data, spec: MoESpec, model: Any, inputs: list[Tensor]) -> tuple[MoESpec, list[Tensor]]:
+    """Return what `by_need` does of the dense model; say the width of each layer."""
     ffns = [read_ffn(model, index) for index in range(len(inputs))]
-    found = by_need(
+    found, fishers = by_need(
         model, spec, ffns, inputs, data.calibration, seed=task.settings.seed, device=task.device, track=task.track
     )
     model.to("cpu")
     _say_widths(task, found)
-    return found
+    return found, fishers
 
 
 def _mixtures(
     task: Task, data: Data, router: RouterSettings, spec: MoESpec, student: Any, inputs: list[Tensor]
 ) -> tuple[list[dict[str, Any]], MoESpec]:
     """Put routed mixtures in the place of the student's FFNs; return a row for each layer, and the spec."""
-    filled = _by_need(task, data, spec, student, inputs) if task.case.chooses_widths(spec) else spec
+    filled = _by_need(task, data, spec, student, inputs)[0] if task.case.chooses_widths(spec) else spec
     layers = [
         decompose_layer(read_ffn(student, index), x_TD, spec, index, seed=task.settings.seed)
         for index, x_TD in task.track(enumerate(inputs), len(inputs), "decomposing layers")

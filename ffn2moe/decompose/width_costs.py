@@ -38,15 +38,21 @@ def moments_of(ffn: DenseFFN, x_TD: Tensor) -> Tensor:
 
 
 @torch.no_grad()
+def weighed(ffn: DenseFFN, fisher_DD: Tensor) -> Tensor:
+    """Return the output matrix in directions whose squares are what an error in them costs, [D, F]."""
+    damped_DD = fisher_DD.double()
+    damped_DD.diagonal().add_((DAMPING * damped_DD.diagonal().mean()).clamp(min=1e-30))
+    return torch.linalg.cholesky(damped_DD).float().T @ ffn.w_out_DF
+
+
+@torch.no_grad()
 def costs(ffn: DenseFFN, moments: Tensor, fisher_DD: Tensor) -> Tensor:
     """Return what each of `widths_of` costs the model, [N] float64, in nats summed over the tokens of `moments_of`.
 
     The neurons that stay are those of the elimination under the same weights, with the best output matrix for them. In
     FFNs wider than `WIDEST_MOMENTS` those of most energy stay, and none takes over what the others gave.
     """
-    damped_DD, widths = fisher_DD.double(), widths_of(ffn.ffn_width)
-    damped_DD.diagonal().add_((DAMPING * damped_DD.diagonal().mean()).clamp(min=1e-30))
-    weighed_DF = torch.linalg.cholesky(damped_DD).float().T @ ffn.w_out_DF
+    weighed_DF, widths = weighed(ffn, fisher_DD), widths_of(ffn.ffn_width)
     if moments.dim() == 2:
         return errors_by_width(moments, weighed_DF, widths) / 2
     energy_F = (moments * weighed_DF.square().sum(0)).double().sort().values

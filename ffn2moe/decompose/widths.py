@@ -65,8 +65,8 @@ def by_need(
     device: str | torch.device = "cpu",
     do: LayerMap = here,
     track: Track = untracked,
-) -> MoESpec:
-    """Return the spec with a width for each layer of a dense model, by what its neurons are worth to it.
+) -> tuple[MoESpec, list[Tensor]]:
+    """Return the spec with a width for each layer of a dense model, and the `fisher` information of each, [D, D].
 
     `ffns` are those that are made narrower or into experts, with their inputs on calibration tokens, [T, D] each;
     `batches` are texts for the gradients. The model is moved to `device`.
@@ -79,7 +79,7 @@ def by_need(
     costs_LN: dict[int, Tensor] = {}
     for done in track(do(jobs), len(jobs), "weighing neurons"):
         costs_LN[done.layer] = done.tensors["costs_N"]
-    return with_widths(spec, [costs_LN[layer] for layer in range(len(jobs))])
+    return with_widths(spec, [costs_LN[layer] for layer in range(len(jobs))]), weights
 
 
 def active_widths(spec: MoESpec) -> list[int]:
