@@ -13,7 +13,7 @@ from pathlib import Path
 
 from ffn2moe.preflight.request import Request
 from ffn2moe.progress import Say
-from tasks.corpus import FEWEST_TRAIN_TEXTS
+from tasks.corpus import FEWEST_TRAIN_TEXTS, texts_to_write
 from tasks.language_sets import about_tokens, of_folder
 from tasks.params import Params, load_params, validate
 
@@ -78,8 +78,11 @@ def require_files(params: Params, root: Path) -> None:
 
 def request_of(params: Params, root: Path) -> Request:
     """Return what the parameters ask for; paths are relative to the workspace."""
+    from ffn2moe.dense.length import LONGEST_CAUSAL
+
     flat, data, settings = params.flat(), params.data, params.decompose
     shapes = params.benchmark.shapes
+    length = LONGEST_CAUSAL if params.teacher.max_length == "auto" else params.teacher.max_length
     named = {name: flat[key] for name, key in KEYS.items()}
     other = {
         "source": teacher_source(params, root),
@@ -87,6 +90,7 @@ def request_of(params: Params, root: Path) -> Request:
         "max_length": None if params.teacher.max_length == "auto" else params.teacher.max_length,
         "corpus": corpus_source(params, root),
         "active_per_layer": settings.active_per_layer if isinstance(settings.active_per_layer, tuple) else (),
+        "texts": data.max_texts if data.corpus != "generated" else texts_to_write(data.max_texts, length),
         "batch_tokens": None if params.distill.batch_tokens == "auto" else params.distill.batch_tokens,
         "elastic": tuple(sorted({*params.distill.elastic} - {settings.num_active})),
         "timed": None if shapes == "auto" else tuple((int(shape[0]), int(shape[1])) for shape in shapes),

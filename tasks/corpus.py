@@ -28,6 +28,7 @@ FEWEST_OWN_PAIRS = 100  # a corpus with fewer pairs cannot be its own retrieval 
 LARGEST_PAIR_SHARE = 0.25  # of a corpus, held out for its own retrieval benchmark
 FEWEST_TRAIN_TEXTS = 32
 AG_NEWS_DEV_SHARE = 0.25
+MOST_WRITTEN_TOKENS = 2**19  # that a language model writes: as many as it usually learns from
 MOST_CLASSIFIER_TEXTS = 1000  # to fit a classifier on: enough for a stable accuracy, quick to embed
 
 
@@ -76,6 +77,11 @@ class Splits:
     calibration: list[str]
     evaluation: list[str]
     pairs: list[Pair]
+
+
+def texts_to_write(most: int, length: int) -> int:
+    """Return how many texts of `length` tokens a language model writes, where at most so many are wanted."""
+    return min(most, max(1, MOST_WRITTEN_TOKENS // length))
 
 
 # --- identity of a text ---------------------------------------------------------------------------

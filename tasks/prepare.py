@@ -299,7 +299,7 @@ def write_texts(stage: StageRun, teacher: Teacher) -> dict[str, list[int]]:
     cached = 2 * teacher.summary["layers"] * teacher.summary["width"] * teacher.length
     drawn = sample_tokens(
         teacher.model,
-        count=params.data.max_texts,
+        count=corpus.texts_to_write(params.data.max_texts, teacher.length),
         length=teacher.length,
         seed=params.seed,
         bos=teacher.model.generation_config.bos_token_id if bos is None else bos,

@@ -24,6 +24,7 @@ from ffn2moe.preflight.duration import estimated
 from ffn2moe.preflight.room import room_of
 from ffn2moe.runtime.workload import USUAL_SHAPES
 from ffn2moe.spec import MoESpec
+from tasks import check
 from tasks.params import load_params
 from tasks.workload import shapes_of
 from tests.conftest import make_tiny_llama
@@ -107,6 +108,17 @@ def test_the_memory_of_the_logits_does_not_grow_with_the_batch(llama: Path, monk
     assert larger - large == 2 * (large - small)  # the same logits in each
     one = case_of(llama).dense.config.vocab_size
     assert large - small < 2**10 * one * 4 * 8, "less than the logits of the tokens that are more"
+
+
+def test_a_teacher_of_the_pipeline_writes_what_it_usually_learns_from_at_most():
+    written = ["data.corpus=generated", "teacher.max_length=128"]
+    for settings, texts in (
+        (written, 4096),
+        ([*written, "data.max_texts=2000"], 2000),
+        (["data.corpus=generated", "teacher.max_length=auto"], 2048),
+        (["teacher.max_length=128"], 40000),
+    ):
+        assert check.request_of(load_params(PARAMS, settings), Path()).texts == texts
 
 
 def test_a_small_model_writes_its_corpus_and_a_large_one_reads_docstrings(llama: Path, monkeypatch: pytest.MonkeyPatch):
