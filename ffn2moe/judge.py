@@ -118,17 +118,19 @@ class Subject:
 
     def open(self) -> tuple[Any, Any]:
         """Return the model, float32, and its tokenizer."""
+        if self.config.model_type in CONTAINERS:  # it may hold a spec, too
+            return open_native(self.folder), self._tokenizer()
         if (self.folder / checkpoint.SPEC_FILE).is_file():
             return checkpoint.load(self.folder), self._tokenizer()
-        if self.config.model_type in CONTAINERS:
-            return open_native(self.folder), self._tokenizer()
         return load_dense(str(self.folder), head="causal")
 
     def _tokenizer(self) -> Any:
         from transformers import AutoTokenizer
 
+        beside = self.folder.parent / "tokenizer"  # of an export
+        folder = beside if (beside / "tokenizer.json").is_file() else self.folder
         try:
-            return AutoTokenizer.from_pretrained(self.folder, trust_remote_code=False)
+            return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         except (OSError, ValueError) as error:
             reason = str(error).strip().splitlines()[0]
             raise ValueError(f"{self.source} has no tokenizer that can be read ({reason}): copy its files") from None

@@ -26,6 +26,7 @@ from transformers import (
 )
 
 from ffn2moe import cli
+from ffn2moe.convert import Settings, convert
 from ffn2moe.judges import likelihood
 from ffn2moe.judges.answers import Compared, by_group, kept, kept_interval, right
 from ffn2moe.judges.asked import Asked, ask, first_token
@@ -393,6 +394,25 @@ def test_the_table_shows_the_figures(files, capsys):
     shown = " ".join(capsys.readouterr().out.split())
     for word in ("HellaSwag, normalised", "30 questions, chance 25.0 %", "KL from the teacher", "kept (95 % interval)"):
         assert word in shown, word
+
+
+@pytest.mark.parametrize("container", ["mixtral", "qwen2_moe"])
+def test_an_export_its_checkpoint_and_its_container_are_one_model(files, tmp_path, capsys, container):
+    texts = write(tmp_path, "texts.jsonl", [{"text": text} for text in make_texts(60)])
+    settings = Settings(
+        num_experts=4, num_active=2, distill_steps=0, onnx=False, corpus=str(texts), max_length=16, container=container
+    )
+    convert(str(files["teacher"]), tmp_path / "out", settings)
+    found = [
+        judged(files, str(tmp_path / name), "--teacher", "teacher", capsys=capsys)
+        for name in ("out", "out/checkpoint", f"out/{container}")
+    ]
+    assert found[0]["text"] == found[1]["text"] and found[0]["tasks"] == found[1]["tasks"]
+    for key in ("divergence", "agreement", "kept"):
+        assert found[0]["text"][key] == pytest.approx(found[2]["text"][key], rel=1e-4)
+    assert found[0]["text"]["divergence"] > 1e-3
+    for task in ("hellaswag", "blimp"):
+        assert found[0]["tasks"][task]["model"]["accuracy"] == found[2]["tasks"][task]["model"]["accuracy"]
 
 
 @pytest.mark.parametrize(
