@@ -394,6 +394,7 @@ def test_the_table_shows_the_figures(files, capsys):
     shown = " ".join(capsys.readouterr().out.split())
     for word in ("HellaSwag, normalised", "30 questions, chance 25.0 %", "KL from the teacher", "kept (95 % interval)"):
         assert word in shown, word
+    assert "…" not in shown, "a figure is cut"
 
 
 @pytest.mark.parametrize("container", ["mixtral", "qwen2_moe"])

@@ -60,9 +60,8 @@ def _table(found: dict[str, Any]) -> Any:
     from rich.table import Table
 
     both = "teacher" in found
-    table = Table(
-        title=f"{found['model']}, judged", title_justify="left", caption=_basis(found), caption_justify="left"
-    )
+    title = f"{found['model']}, judged"
+    table = Table(title=title, caption=_basis(found), title_justify="left", caption_justify="left", box=None)
     table.add_column("", no_wrap=True)
     for column in ("model", *(("teacher", "kept (95 % interval)") if both else ())):
         table.add_column(column, justify="right", no_wrap=True)
