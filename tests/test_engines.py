@@ -18,7 +18,7 @@ import transformers
 from ffn2moe.dense.load import load_dense
 from ffn2moe.onnx import graph as onnx_graph
 from ffn2moe.onnx import lower as onnx_plans
-from ffn2moe.onnx.verify import verify
+from ffn2moe.onnx.verify import PlanDiffers, plan_parity, verify
 from ffn2moe.onnx.write import export_model, write_manifest
 from ffn2moe.planning import plan_file
 from ffn2moe.runtime import engines, native
@@ -224,6 +224,28 @@ def test_a_plan_that_openvino_cannot_run_leaves_the_plans_of_other_engines(teach
     assert {file.name for file in (tmp_path / "onnx").iterdir()} == {"dense.onnx", "sorted.onnx"}
     with pytest.raises(engines.EngineRefused, match="no kernel for this"):
         export_model(student, dense, tokenizer, spec, tmp_path / "alone", plans=("ov-dense",))
+
+
+@pytest.mark.parametrize("wrong", ["fused", "sorted"])
+def test_an_operator_that_computes_something_else_is_left_out_and_a_wrong_graph_stops(
+    teacher, tmp_path, monkeypatch, wrong
+):
+    def measured(plan, run, known, *tolerances):
+        def off(sample):
+            return {name: 1.01 * array for name, array in run(sample).items()}
+
+        return plan_parity(plan, off if plan == wrong else run, known, *tolerances)
+
+    monkeypatch.setattr("ffn2moe.onnx.write.plan_parity", measured)
+    dense, tokenizer = load_dense(str(teacher))
+    student, spec = carve(teacher)
+    if wrong == "sorted":
+        with pytest.raises(PlanDiffers, match="the plan sorted does not compute what PyTorch does"):
+            export_model(student, dense, tokenizer, spec, tmp_path, plans=("dense", "sorted", "fused"))
+        return
+    manifest = export_model(student, dense, tokenizer, spec, tmp_path, plans=("dense", "sorted", "fused"))
+    assert set(manifest["plans"]) == {"dense", "sorted"}
+    assert "does not compute what PyTorch does" in manifest["refused"]["fused"]
 
 
 def test_bytes_that_are_no_graph_are_refused(tmp_path):

@@ -43,6 +43,10 @@ INT8_AGREEMENT, INT4_AGREEMENT = 0.9, 0.7
 BF16_AGREEMENT = 0.95  # the same for bfloat16, which also moves near ties of the router
 
 
+class PlanDiffers(ValueError):
+    """A plan computes something else than PyTorch; the message says by how much."""
+
+
 @dataclass(frozen=True)
 class Known:
     """PyTorch's outputs for the samples that graphs are compared on."""
@@ -74,7 +78,7 @@ def plan_parity(
 ) -> tuple[float, Parity]:
     """Return how far a plan is from PyTorch, and the details.
 
-    ValueError for a float32 plan beyond its tolerance, which is a share of the output's own numbers (`Gap.share`).
+    PlanDiffers for a float32 plan beyond its tolerance, which is a share of the output's own numbers (`Gap.share`).
 
     The MoE op's GELU is the tanh form on a CPU. A plan that is not `exact` must therefore equal PyTorch with that GELU,
     and its main output must be near the true model's on the rows where the difference moves no token to another expert.
@@ -92,7 +96,7 @@ def plan_parity(
         exact = parity(run, references)  # on a runtime whose GELU is the erf form
         _require(plan, exact, exact.widest, float_tolerance)
         return exact.max_abs, exact
-    except ValueError:
+    except PlanDiffers:
         tanh = parity(run, known.tanh)
         _require(plan, tanh, tanh.widest, float_tolerance)
     found = parity(run, references, only=same_choices(references, known.tanh))
@@ -105,7 +109,7 @@ def plan_parity(
 def _require(plan: str, found: Parity, output: str, tolerance: float) -> None:
     gap = found.gaps[output]
     if not gap.share <= tolerance:  # nor NaN
-        raise ValueError(
+        raise PlanDiffers(
             f"the plan {plan} does not compute what PyTorch does: its {output} differs by {gap.difference:.2e} where "
             f"the numbers reach {gap.scale:.3g}, a share of {gap.share:.1e}; {tolerance:.0e} is allowed. A share near "
             "the bound is rounding that this model amplifies: raise export.float_tolerance and judge the plan's "

@@ -27,7 +27,7 @@ from ffn2moe.onnx.decoder import canonical_graphs
 from ffn2moe.onnx.graph import save_graph
 from ffn2moe.onnx.lower import PlanRefused, lower
 from ffn2moe.onnx.parity import Parity, Sample, agreement, random_samples
-from ffn2moe.onnx.verify import FLOAT_TOLERANCE, TANH_TOLERANCE, Known, plan_parity
+from ffn2moe.onnx.verify import FLOAT_TOLERANCE, TANH_TOLERANCE, Known, PlanDiffers, plan_parity
 from ffn2moe.progress import Say, Track, untracked
 from ffn2moe.runtime import export as runtime
 from ffn2moe.runtime import files
@@ -84,8 +84,8 @@ def export_model(
     where the plan rounds more than float32 does. A plan that runs in bfloat16 has the parity of its graph in float32.
     The caller may add to the manifest, and writes it with `write_manifest`: before that the folder is no export.
 
-    ValueError for an unknown plan or engine, a graph beyond its tolerance, or a model that cannot be exported;
-    EngineMissing for an engine that is asked for and not installed.
+    ValueError for an unknown plan or engine, a graph of standard operators beyond its tolerance, or a model that cannot
+    be exported; EngineMissing for an engine that is asked for and not installed.
     """
     folder = Path(folder)
     (folder / GRAPHS).mkdir(parents=True, exist_ok=True)
@@ -116,7 +116,11 @@ def _check_plans(
     tolerances: tuple[float, float],
     track: Track,
 ) -> None:
-    """Compare each plan with PyTorch and complete its entry; move one that its engine cannot run to `refused`."""
+    """Compare each plan with PyTorch and complete its entry; move one that its engine cannot run to `refused`.
+
+    A plan on an engine's own operator that computes something else is moved there, too: the others do without it. Any
+    other plan that does is an error in a graph that the others share.
+    """
     references: dict[Variant, Known] = {}
     entries: dict[str, dict[str, Any]] = manifest["plans"]
     for plan in track(tuple(entries), len(entries), "checking plans"):
@@ -125,7 +129,9 @@ def _check_plans(
             references[variant] = models.references(variant, samples)
         try:
             entries[plan] |= _check(plan, folder, manifest, references[variant], *tolerances)
-        except EngineRefused as error:  # the plans of other engines stay
+        except (EngineRefused, PlanDiffers) as error:
+            if isinstance(error, PlanDiffers) and plan_of(plan).exact:
+                raise
             manifest["refused"][plan] = f"{plan}: {error}"
             _leave_out(plan, entries, folder)
             if not entries:
