@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,6 +15,9 @@ from ffn2moe.dense.load import load_dense
 from ffn2moe.judges import answers
 from ffn2moe.judges.asked import ask
 from ffn2moe.judges.items import TASKS
+from ffn2moe.preflight import room
+from ffn2moe.preflight.case import Case
+from ffn2moe.preflight.duration import estimated
 from tasks import check, corpus, evaluate, language_sets, prepare
 from tasks.measures import TASKS_KEPT, at
 from tasks.params import load_params
@@ -162,3 +166,15 @@ def test_a_folder_with_questions_alone_is_enough_for_a_language_model(prepared, 
     prepare.run(make_stage("prepare", tmp_path, *SETTINGS))
     assert json.loads((tmp_path / "data/benchmarks/about.json").read_text())["head"] == "causal"
     assert set(language_sets.read(tmp_path / "data/benchmarks/language").questions) == {"blimp"}
+
+
+def test_the_check_knows_the_time_and_the_memory_of_judging(prepared, monkeypatch):
+    params = load_params(PARAMS, [*SETTINGS, "decompose.num_experts=4", "decompose.num_active=1"])
+    asked = check.request_of(params, prepared)
+    none = replace(asked, question_tokens=0)
+    assert asked.question_tokens > 10_000
+    assert estimated(Case(asked))["judging"] > estimated(Case(none))["judging"]
+    assert room.room_of(Case(asked)).judging > room.room_of(Case(none)).judging == 0
+    monkeypatch.setattr(room, "logits_bytes", lambda vocabulary, length, models: 2**60)
+    with pytest.raises(ValueError, match=r"of memory to judge, .*: take wikitext2, hellaswag and blimp out of data"):
+        check.check(params, prepared, lambda line: None)

@@ -129,6 +129,14 @@ def test_a_lower_perplexity_is_the_better_one():
     assert all(check.passed for check in judge(GATE, 2, its, 1, mine))
 
 
+@pytest.mark.parametrize(("kept", "passes"), [("0.85", False), ("0.95", True), (None, True)])
+def test_a_language_model_keeps_its_tasks_where_they_were_asked(kept, passes):
+    figures = FIGURES | {"head": "causal", "retention.language.perplexity": "0.99"}
+    checks = judge(GATE, 2, figures | ({} if kept is None else {"retention.tasks.kept": kept}), None, {})
+    assert all(check.passed for check in checks) == passes
+    assert any("accuracy above chance" in check.message for check in checks) == (kept is not None)
+
+
 def test_classifiers_of_another_problem_or_from_before_concordance_are_not_taken_for_comparable():
     figures = {"head": "classification", "speedup_vs_best_dense": "1.2", "bytes": "1000"}
     mine = figures | {key: "1" for key in ("retention.to_teacher.concordance", "student.to_teacher.concordance")}

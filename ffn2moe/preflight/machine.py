@@ -71,6 +71,7 @@ def memory(case: Case) -> Iterator[str]:
         (room.decomposing, "to decompose", f"lower {asked.call(recorded)}"),
         (room.held, "for teacher and student", without),
         (room.held + room.kept, "to train", f"lower {asked.call('batch_tokens')} (now {case.batch_tokens})"),
+        (room.judging, "to judge", "take wikitext2, hellaswag and blimp out of data.folder"),
     ):
         if most is not None and needed > most:
             raise ValueError(

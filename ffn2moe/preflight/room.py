@@ -9,7 +9,9 @@ import torch
 
 from ffn2moe.choices import HEADS
 from ffn2moe.decompose.memory import OVERHEAD, available_memory, estimate, resident
+from ffn2moe.dense.families import positions
 from ffn2moe.distill.vocabulary import tokens_at_once
+from ffn2moe.judges.reading import BLOCK, logits_bytes
 from ffn2moe.numerics import bf16_supported
 from ffn2moe.preflight.case import Case
 
@@ -26,12 +28,13 @@ class Room:
     decomposing: int
     held: int  # then: teacher, student and what their training adds, or the graphs that are written
     kept: int  # the activations of a training step, on top
+    judging: int  # three models and the logits of two, where a language model is judged by a data folder
     disk: int
 
     @property
     def memory(self) -> int:
         """The most memory of any step."""
-        return max(self.decomposing, self.held + self.kept)
+        return max(self.decomposing, self.held + self.kept, self.judging)
 
 
 def room_of(case: Case) -> Room:
@@ -65,7 +68,8 @@ def room_of(case: Case) -> Room:
     padded = max((one.shared_width + spec.num_experts * one.expert_width) / one.ffn_width for one in spec.stacks)
     forms = asked.checkpoints + (case.container is not None)
     written = asked.stored * (forms * weights + sum(graphs.values()))
-    return Room(decomposing, held, kept, int(padded * written) + scratch)
+    judging = base + 3 * weights + _judged_logits(case) if asked.question_tokens and spec.head == "causal" else 0
+    return Room(decomposing, held, kept, judging, int(padded * written) + scratch)
 
 
 def _kept_bytes(case: Case) -> int:
@@ -75,6 +79,14 @@ def _kept_bytes(case: Case) -> int:
         neurons = (shape.shared_width + spec.num_active * shape.expert_width) * (2 if shape.gated else 1)
         kept += shape.num_layers * (KEPT_BY_WIDTH * shape.width + KEPT_BY_NEURON * neurons)
     return kept * (FLOAT32 // 2 if bf16_supported(case.device) else FLOAT32)
+
+
+def _judged_logits(case: Case) -> int:
+    """Return the bytes of the logits of a block of text for the models that are compared."""
+    config = case.dense.config
+    longest = positions(config)
+    length = BLOCK if longest is None else min(BLOCK, longest)
+    return logits_bytes(config.get_text_config(decoder=True).vocab_size, length, 3)
 
 
 def _logits(case: Case) -> int:
