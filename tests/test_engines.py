@@ -25,7 +25,7 @@ from ffn2moe.runtime import engines, native
 from ffn2moe.runtime.engines import openvino as openvino_engine
 from ffn2moe.runtime.export import open_export, open_graphs
 from ffn2moe.runtime.native import compiler, selftest
-from ffn2moe.runtime.plans import PLANS, plans_of
+from ffn2moe.runtime.plans import PLANS, is_dense, plans_of
 from tests import test_decoder as decoder
 from tests.conftest import make_tiny_bert, make_tokenizer
 from tests.mixtures import carve
@@ -329,6 +329,11 @@ def test_texts_that_are_written_in_turns_keep_their_own_cache_in_openvino(langua
     tokens_NB = [[int(token) for steps in running for token in next(steps)] for _ in range(6)]
     expected = [decoder.greedy(teacher, prompt, 6)[0] for prompt in prompts]
     assert [list(row) for row in zip(*tokens_NB, strict=True)] == expected
+
+
+def test_a_language_models_mixture_is_compared_with_dense_plans_of_few_bits_in_both_engines():
+    compared = {plan for plan in plans_of("causal", ("onnxruntime", "openvino")) if is_dense(plan)}
+    assert {"dense4", "dense8b", "ov-dense4", "ov-dense8b"} <= compared
 
 
 @pytest.mark.parametrize("bits", ["4", "8b"])
