@@ -347,6 +347,13 @@ def test_weights_in_blocks_are_the_same_numbers_in_both_engines(language_model, 
     assert np.linalg.norm(one - other) < 0.03 * np.linalg.norm(one), "activations alone are rounded differently"
 
 
+def test_queries_keys_and_values_are_one_product_in_blocks(language_model):
+    path, *_ = language_model
+    nodes = ir.load(path / "onnx/dense4.onnx").graph
+    products = [node for node in nodes if node.op_type == "MatMulNBits"]
+    assert len(products) == 1 + 1 + 3 + 1, "attention's inputs and output, the FFN, the logits"
+
+
 @needs_operator
 def test_mixtures_with_all_weights_in_blocks_are_near_pytorch(language_model):
     path, *_ = language_model
