@@ -256,6 +256,16 @@ def test_a_run_that_misses_the_gate_says_so_and_why(tmp_path):
     assert "Nothing was trained" in page and page.count("<svg") == 5
 
 
+def test_a_language_model_that_loses_its_tasks_misses_the_gate():
+    known = quality(0.99)
+    known["retention"]["tasks"] = {"kept": 0.85}
+    gate, timed = make_stage("report", Path()).params.gate, plan()
+    reasons = report.verdict(gate, known, timings(timed), timed)["reasons"]
+    assert reasons == ["it keeps 85.0 % of the teacher's accuracy above chance, and 90 % is required"]
+    known["retention"]["tasks"] = {"kept": 0.95}
+    assert report.verdict(gate, known, timings(timed), timed)["passed"]
+
+
 def test_where_dense_wins_the_nearest_mixture_is_shown_and_the_reason_given():
     timed = plan(0.9, chosen="dense8")
     shown = timings(timed)["shown"]
