@@ -189,8 +189,9 @@ def test_weights_in_blocks_come_back_as_near_as_their_bits_allow(bits):
     packed, scales = quantise.quantize_blocks(weight, bits)
     assert packed.shape == (3, 5, 2 * quantise.BLOCK * bits // 8) and scales.shape == (3, 5, 2)
     back = quantise.dequantize_blocks(packed, scales, bits)
-    half_a_step = np.repeat(scales, quantise.BLOCK, axis=-1) / 2
-    assert (np.abs(back - weight) <= half_a_step * 1.001).all() and (back[1, 2] == 0).all()
+    error = np.linalg.norm(back - weight) / np.linalg.norm(weight)
+    assert error < {8: 0.006, 4: 0.09}[bits], "plain rounding to the largest weight has more than 0.1 with 4 bits"
+    assert (back[1, 2] == 0).all()
 
 
 def test_a_moe_op_that_computes_something_else_fails_the_self_test(monkeypatch):
