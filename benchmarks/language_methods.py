@@ -190,7 +190,7 @@ def _facts(partition: str, case: Case) -> dict[str, Any]:
 def mixture(
     partition: str,
     sizes: Callable[[int, float], tuple[int, int, int, int]],
-    fit: Callable[[MoEFFN, Tensor, MoESpec, int], None],
+    fit: Callable[[MoEFFN, Tensor, MoESpec, int, Tensor | None], None],
     *,
     by_need: bool = False,
 ) -> Method:
@@ -205,7 +205,7 @@ def mixture(
         modules = []
         for layer, x_TD in case.track(enumerate(case.inputs), len(case.inputs), partition):
             moe = decompose_layer(read_ffn(model, layer), x_TD, spec, layer, seed=0)
-            fit(moe, x_TD, filled, layer)
+            fit(moe, x_TD, filled, layer, case.fishers[layer] if by_need else None)
             modules.append(moe)
         shapes = [filled.shape_of(layer) for layer in range(filled.num_layers)]
         held = sum(shape.shared_width + E * shape.expert_width for shape in shapes)
@@ -214,20 +214,21 @@ def mixture(
     return make
 
 
-def ours(moe: MoEFFN, x_TD: Tensor, spec: MoESpec, layer: int) -> None:
+def ours(moe: MoEFFN, x_TD: Tensor, spec: MoESpec, layer: int, fisher_DD: Tensor | None) -> None:
     """Fit router and outputs as the product does."""
-    settings, widths = ROUTER.for_layer(layer), widths_for(spec, layer)
-    route_layer(moe, x_TD, settings, partition=spec.partition, held_out_TD=x_TD[:1], widths=widths)
+    settings = ROUTER.for_layer(layer)
+    how: dict[str, Any] = {"partition": spec.partition, "widths": widths_for(spec, layer), "fisher_DD": fisher_DD}
+    route_layer(moe, x_TD, settings, held_out_TD=x_TD[:1], **how)
 
 
-def released(moe: MoEFFN, x_TD: Tensor, spec: MoESpec, layer: int) -> None:
+def released(moe: MoEFFN, x_TD: Tensor, spec: MoESpec, layer: int, fisher_DD: Tensor | None) -> None:
     """Leave the router random, as FactorLLM's code does: it gets no gradient."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(layer)
         set_router(moe)
 
 
-def published(moe: MoEFFN, x_TD: Tensor, spec: MoESpec, layer: int) -> None:
+def published(moe: MoEFFN, x_TD: Tensor, spec: MoESpec, layer: int, fisher_DD: Tensor | None) -> None:
     """Train the router, and nothing else, by FactorLLM's Prior-Approximate loss."""
     settings = RouterSettings(
         steps=ROUTER.steps, batch_tokens=ROUTER.batch_tokens, seed=layer, start="zeros", objective="factorllm"

@@ -61,10 +61,10 @@ def run(stage: StageRun) -> None:
     rows: list[dict[str, Any]] = []
     curve: list[dict[str, Any]] = []
     layers = moe_layers(student)
-    wide = spec
+    wide, fishers = spec, None
     if chosen_by_need(params.decompose.width_per_layer, spec):
         ffns = [dense_ffn(moe) for moe in layers]
-        spec, _ = widths_by_need(stage, teacher, spec, ffns, train, tokens_of("train").in_order())
+        spec, fishers = widths_by_need(stage, teacher, spec, ffns, train, tokens_of("train").in_order())
     router = RouterSettings(
         steps=settings.steps,
         batch_tokens=settings.batch_tokens,
@@ -84,6 +84,7 @@ def run(stage: StageRun) -> None:
             x_TD=train[index],
             held_out_TD=held_out[index],
             widths=widths_for(spec, index),
+            fisher_DD=fishers[index] if fishers else None,
         )
         for index, moe in enumerate(layers)
     ]

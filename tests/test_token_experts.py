@@ -102,6 +102,19 @@ def test_each_expert_holds_rows_of_the_dense_ffn_and_a_neuron_may_stand_in_sever
     assert len(moe.neurons.unique()) < moe.neurons.numel()
 
 
+def test_under_weights_the_experts_have_the_neurons_that_the_model_feels():
+    """Where the first output alone counts, the layer is nearer in it than with neurons that serve all outputs."""
+    ffn, x_TD = make_ffn(), tokens(2000, seed=1)[0]
+    fisher_DD = torch.zeros(D, D)
+    fisher_DD[0, 0] = 1.0
+    errors = []
+    for weights in (None, fisher_DD):
+        moe = decompose_layer(ffn, x_TD, spec_for(16, 0), 0, seed=0)
+        route_layer(moe, x_TD, SETTINGS, partition="token_clusters", fisher_DD=weights)
+        errors.append((moe(x_TD) - ffn(x_TD))[:, 0].norm().item())
+    assert errors[1] < 0.8 * errors[0]
+
+
 def test_places_that_no_neuron_is_left_for_are_empty():
     ffn = make_ffn()
     moe, row = filled(spec_for(40, 16), ffn)

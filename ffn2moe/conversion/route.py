@@ -138,7 +138,9 @@ def _mixtures(
     task: Task, data: Data, router: RouterSettings, spec: MoESpec, student: Any, inputs: list[Tensor]
 ) -> tuple[list[dict[str, Any]], MoESpec]:
     """Put routed mixtures in the place of the student's FFNs; return a row for each layer, and the spec."""
-    filled = _by_need(task, data, spec, student, inputs)[0] if task.case.chooses_widths(spec) else spec
+    filled, fishers = spec, None
+    if task.case.chooses_widths(spec):
+        filled, fishers = _by_need(task, data, spec, student, inputs)
     layers = [
         decompose_layer(read_ffn(student, index), x_TD, spec, index, seed=task.settings.seed)
         for index, x_TD in task.track(enumerate(inputs), len(inputs), "decomposing layers")
@@ -155,6 +157,7 @@ def _mixtures(
             partition=spec.partition,
             held_out_TD=held_out_TD if len(held_out_TD) else None,
             widths=widths_for(filled, index),
+            fisher_DD=fishers[index] if fishers else None,
         )
         rows.append({"layer": index, **found.row})
     return rows, filled

@@ -114,9 +114,11 @@ def route_job(
     x_TD: Tensor,
     held_out_TD: Tensor,
     widths: tuple[int, int] | None = None,
+    fisher_DD: Tensor | None = None,
 ) -> LayerJob:
     """Make the job of `route_layer` on a decomposed layer; the arguments are its own."""
-    tensors = {**mixture_parts(moe), "x_TD": x_TD, "held_out_TD": held_out_TD}
+    more = _present(x_TD=x_TD, held_out_TD=held_out_TD, fisher_DD=fisher_DD)
+    tensors = {**mixture_parts(moe), **more}
     settings_ = {"spec": spec.to_dict(), "router": asdict(settings), "widths": widths and list(widths)}
     return LayerJob("route", layer, settings_, tensors)
 
@@ -131,5 +133,6 @@ def do_route(job: LayerJob) -> LayerResult:
         partition=job.settings["spec"]["partition"],
         held_out_TD=job.tensors["held_out_TD"],
         widths=widths and tuple(widths),
+        fisher_DD=job.tensors.get("fisher_DD"),
     )
     return LayerResult(job.layer, {"losses": found.losses, "row": found.row}, dict(moe.state_dict()))

@@ -59,18 +59,20 @@ def route_layer(
     partition: str | None = None,
     held_out_TD: Tensor | None = None,
     widths: tuple[int, int] | None = None,
+    fisher_DD: Tensor | None = None,
 ) -> Routing:
     """Fit the router of a decomposed layer in place, judge it, and refit the experts' outputs to the dense FFN.
 
     `moe` comes from `decompose_layer`: its experts are still slices of the dense FFN. The router and the outputs are
     fitted on tokens `x_TD` [T, D]; `held_out_TD` judges them (None: `x_TD` itself). The experts are filled anew where
-    `partition`, a name in PARTITIONS, says so, then M and S neurons wide for `widths` (None: as wide as they are).
+    `partition`, a name in PARTITIONS, says so, then M and S neurons wide for `widths` (None: as wide as they are) and
+    with neurons chosen under the weights `fisher_DD` [D, D].
     """
     held_out_TD = x_TD if held_out_TD is None else held_out_TD
     method = None if partition is None else PARTITIONS.get(partition)  # a worker need not know one of the ablation
     if method is not None and method.refilled:
         ffn = dense_ffn(moe)
-        losses = token_experts.fill(moe, ffn, x_TD, outputs(ffn, x_TD), settings, widths)
+        losses = token_experts.fill(moe, ffn, x_TD, outputs(ffn, x_TD), settings, widths, fisher_DD)
         return Routing(losses, token_experts.judge(moe, held_out_TD, outputs(ffn, held_out_TD)))
     wanted_TD = judged_TD = None
     if settings.refit:

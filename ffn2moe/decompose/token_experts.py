@@ -11,6 +11,7 @@ A token uses one expert. Letters beside those of `ffn2moe.spec`: P directions th
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -22,6 +23,7 @@ from ffn2moe.decompose.objectives import Phase
 from ffn2moe.decompose.reconstruct import refit_outputs
 from ffn2moe.decompose.router_fit import train_router
 from ffn2moe.decompose.starts.ridge import ridge
+from ffn2moe.decompose.width_costs import weighed
 from ffn2moe.moe.choice import Choice
 from ffn2moe.moe.experts import copy_experts
 from ffn2moe.numerics import WIDEST_MOMENTS, chunk_of, low_precision
@@ -45,11 +47,13 @@ def fill(
     target_TD: Tensor,
     settings: RouterSettings,
     widths: tuple[int, int] | None = None,
+    fisher_DD: Tensor | None = None,
 ) -> list[float]:
     """Fit router and experts of a layer in place to what `ffn` gives on tokens [T, D]; return the router's losses.
 
     `target_TD` is the output of `ffn`, the FFN that the layer was decomposed from. `widths` are M of the experts and S
-    of the shared one; None keeps both. ValueError where a token uses more than one expert, and without a refit.
+    of the shared one; None keeps both. `fisher_DD` weighs the error that neurons are chosen by
+    (`ffn2moe.decompose.gradients`). ValueError where a token uses more than one expert, and without a refit.
     """
     _require_fit(moe, settings)
     clusters_N = cluster_tokens(ffn, x_TD[:CLUSTERED_TOKENS], moe.num_experts, settings.seed)
@@ -57,7 +61,8 @@ def fill(
     scores_TE = moe.scores(x_TD)
     choice = moe.router.choose(scores_TE, 1)
     M, S = widths or (moe.neurons.shape[1], len(moe.shared_neurons))
-    neurons_EM, shared_S = _neurons(ffn, x_TD, choice.experts_TK[:, 0], (moe.num_experts, M, S))
+    felt = ffn if fisher_DD is None else replace(ffn, w_out_DF=weighed(ffn, fisher_DD))
+    neurons_EM, shared_S = _neurons(felt, x_TD, choice.experts_TK[:, 0], (moe.num_experts, M, S))
     moe.refill(copy_experts(ffn, neurons_EM, shared_S), neurons_EM, shared_S)
     moe.set_scale(1.0 / moe.router.weigh(scores_TE, choice).mean().item())
     refit_outputs(moe, x_TD, target_TD, penalty=settings.refit, chunk=chunk_of(moe.neurons.numel()))
