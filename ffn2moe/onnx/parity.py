@@ -8,7 +8,7 @@ the left for a language model; `decoder_input_ids` [B, L] beside the source of a
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -30,6 +30,9 @@ Sample = Mapping[str, np.ndarray]
 Run = Callable[[Sample], Mapping[str, np.ndarray]]
 # Two experts closer than this share of the layer's typical score may swap by rounding alone.
 NEAR_TIE = 1e-5
+# Rounding moves a number by some 1e-7 of itself. Where a change of the embedded tokens by NUDGE, a share of each
+# number, moves an output by more than MOST_MOVED of its largest number, rounding alone decides what comes out.
+NUDGE, MOST_MOVED = 1e-6, 1e-5
 LARGEST_BATCH = 8
 LONGEST_ANSWER = 16  # tokens of a seq2seq model's decoder
 
@@ -40,7 +43,9 @@ class Reference:
 
     sample: Sample
     outputs: Mapping[str, np.ndarray]
-    margin_B: np.ndarray  # least change of a score that changes a choice, as a share of the layer's typical score
+    # Least change of a score that changes a choice, as a share of the layer's typical score; 0 for a row whose output
+    # rounding alone moves.
+    margin_B: np.ndarray
     choices: tuple[np.ndarray, ...]  # of each layer, as indicators [B, L, E], false at padding
 
     def counts(self, output: str) -> np.ndarray:
@@ -112,11 +117,38 @@ def reference(
                 lead_BL = _lead(moe, scores_TE, used_TE).reshape(read_BL.shape)
                 margin_B = margin_B.minimum(lead_BL.masked_fill(~read_BL, torch.inf).amin(1))
             arrays = {name: tensor.numpy() for name, tensor in outputs.items()}
-            found.append(Reference(sample, arrays, margin_B.numpy(), tuple(choices)))
+            one = Reference(sample, arrays, margin_B.numpy(), tuple(choices))
+            found.append(replace(one, margin_B=np.where(_moved(model, head, one) > MOST_MOVED, 0.0, one.margin_B)))
         return found
     finally:
         for moe, (observer, activation) in zip(mixtures, before, strict=True):
             moe.observer, moe.activation = observer, activation
+
+
+def _moved(model: nn.Module, head: Head, known: Reference) -> np.ndarray:
+    """Return by how much the outputs of each row move, [B], where the embedded tokens change by NUDGE.
+
+    It is a share of the largest number of the vector that moves most. Zeros for a model that embeds no tokens.
+    """
+    B = len(known.margin_B)
+    if "input_ids" not in known.sample:
+        return np.zeros(B)
+    generator = torch.Generator().manual_seed(0)
+
+    def nudged(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+        return output * (1 + NUDGE * (2 * torch.rand(output.shape, generator=generator) - 1))
+
+    hook = model.get_input_embeddings().register_forward_hook(nudged)
+    try:
+        outputs = torch_outputs(model, head, known.sample)
+    finally:
+        hook.remove()
+    moved_B = np.zeros(B)
+    for name, before in known.outputs.items():
+        scale = np.maximum(1.0, np.abs(before).max(-1))
+        share = np.where(known.counts(name), np.abs(outputs[name].numpy() - before).max(-1) / scale, 0.0)
+        moved_B = np.maximum(moved_B, share.reshape(B, -1).max(1))
+    return moved_B
 
 
 def _lead(moe: MoEFFN, scores_TE: Tensor, used_TE: Tensor) -> Tensor:
@@ -166,7 +198,9 @@ def parity(run: Run, references: Sequence[Reference], only: Sequence[np.ndarray]
 
     `only` names the rows [B] of each sample to compare, where others are known to differ.
 
-    A near tie is a true discontinuity of the mixture: the last bit of a score sends a token to another expert.
+    A near tie is a true discontinuity of the mixture: the last bit of a score sends a token to another expert. A row
+    whose output rounding alone moves is left out with them: some texts of few tokens make a model multiply the last bit
+    a thousandfold.
     ValueError if the routing of every row is one: then nothing can be compared.
     """
     largest: dict[str, float] = {}
