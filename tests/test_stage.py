@@ -246,7 +246,7 @@ def test_a_stage_is_recorded_under_its_parent_and_a_broken_record_does_not_stop_
     run = client.get_run(record.run_id)
     assert run.data.tags["mlflow.parentRunId"] == parent.run_id
     assert run.info.status == "FINISHED"
-    assert run.data.params["learning_rate"] == "0.001"
+    assert run.data.params["learning_rate"] == "auto"
     assert [metric.value for metric in client.get_metric_history(record.run_id, "loss")] == [1.0, 0.5, 1 / 3]
     assert run.data.metrics["final.loss"] == 0.3
 

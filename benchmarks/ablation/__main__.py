@@ -122,12 +122,16 @@ def work(options: argparse.Namespace, arguments: list[str], console: Console) ->
 def budget_of(options: argparse.Namespace) -> Budget:
     """Return the budget of every cell: params.yaml, with the command line's changes."""
     from benchmarks.ablation.bench import PARAMS
+    from ffn2moe.distill.usual import PEAK_RATE
     from tasks.params import load_params
 
     params = load_params(PARAMS, options.set)
     if params.teacher.max_length == "auto":
         raise ValueError("the ablation cuts the texts of all models alike: set teacher.max_length to a number")
     router = {f"router_{name}": getattr(params.train_router, name) for name in OF_ROUTERS}
+    trained = {name: getattr(params.distill, name) for name in OF_DISTILLATION}
+    if trained["learning_rate"] == "auto":
+        trained["learning_rate"] = PEAK_RATE  # one for all models
     return Budget(
         experts=options.experts,
         steps=options.steps,
@@ -138,7 +142,7 @@ def budget_of(options: argparse.Namespace) -> Budget:
         held_out_tokens=min(HELD_OUT_TOKENS, params.decompose.calibration_tokens),
         max_length=params.teacher.max_length,
         **router,
-        **{name: getattr(params.distill, name) for name in OF_DISTILLATION},
+        **trained,
     )
 
 
