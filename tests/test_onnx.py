@@ -234,6 +234,18 @@ def test_routing_that_rounding_decides_is_refused_with_the_remedy(small_teacher)
         parity(lambda sample: known[0].outputs, known)
 
 
+def test_a_text_whose_output_rounding_alone_moves_is_left_out_and_no_other_one(small_teacher):
+    model, _ = carve(small_teacher)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[7] = 1000.0  # LayerNorm divides by what is left beside this constant
+    (known,) = reference(model, list(text_samples([[5, 7, 6], [5, 8, 6]], "embedding", 0)), "embedding")
+    moved_B = (known.sample["input_ids"] == 7).any(1)
+    assert moved_B.tolist().count(True) == 1
+    assert (known.margin_B[moved_B] == 0).all() and (known.margin_B[~moved_B] > 0).all()
+    found = parity(lambda sample: known.outputs, [known])
+    assert (found.rows, found.near_ties) == (1, 1)
+
+
 def test_a_difference_above_the_tolerance_is_an_error(mixture, plans):
     model, spec = mixture
     known = Known.of(spec, model, list(text_samples([[5, 6, 7]] * 4, "embedding", 0)))

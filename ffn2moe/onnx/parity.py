@@ -224,8 +224,9 @@ def parity(run: Run, references: Sequence[Reference], only: Sequence[np.ndarray]
                 gaps[name] = _wider(gaps[name], _widest(differences, expected[compared]))
     if rows == 0 and only is None:
         raise ValueError(
-            "the router scores the experts alike for every text, so its choice is arbitrary and no graph can be "
-            "compared with PyTorch: train the router first"
+            "rounding alone decides what comes out for every text, so no graph can be compared with PyTorch. Where the "
+            "router scores the experts alike, its choice is arbitrary: train the router first. Else the model is "
+            "damaged: it multiplies a change in the last digit of its inputs a hundredfold"
         )
     return Parity(largest, gaps, rows, near_ties)
 
