@@ -19,10 +19,31 @@ from ffn2moe.sentence import SentenceModules
 from ffn2moe.spec import FFNShape, MoESpec
 from ffn2moe.table import Table
 
+ALIKE = 1e-6  # similarities that differ by less differ by rounding alone
+
 
 def embedding_cosine(first_ND: Tensor, second_ND: Tensor) -> float:
     """Return the mean cosine between two models' embeddings of the same texts, between -1 and 1."""
     return F.cosine_similarity(first_ND.double(), second_ND.double(), dim=-1).mean().item()
+
+
+def general_agreement(student_ND: Tensor, teacher_ND: Tensor) -> dict[str, float]:
+    """Return how near a student's embeddings are to the teacher's on the same texts: three figures, 1 at best.
+
+    `rank_correlation` is Spearman's of the similarities of all pairs of texts, as in representational similarity
+    analysis (Kriegeskorte et al. 2008): whether both models order pairs alike, which is what search and similarity use.
+    It is 0 for a student that embeds all texts alike. `cosine` is the mean over the texts, `cosine_low` its 5 %
+    quantile. A cosine alone cannot tell such a student where the teacher's own embeddings are all near each other.
+    """
+    pair = torch.triu_indices(len(teacher_ND), len(teacher_ND), 1)
+    student_P, teacher_P = ((side.double() @ side.double().T)[pair[0], pair[1]] for side in (student_ND, teacher_ND))
+    cosine_N = F.cosine_similarity(student_ND.double(), teacher_ND.double(), dim=-1)
+    alike = (student_P.max() - student_P.min()).item() < ALIKE
+    return {
+        "rank_correlation": 0.0 if alike else spearman(student_P, teacher_P) / 100,
+        "cosine": cosine_N.mean().item(),
+        "cosine_low": cosine_N.quantile(0.05).item(),
+    }
 
 
 def comparable(embeddings_ND: Tensor, sentence: SentenceModules | None) -> Tensor:

@@ -38,7 +38,7 @@ from ffn2moe.runtime.export import open_export  # noqa: E402
 from flows.errors import report, stop_on_terminate  # noqa: E402
 from flows.serve import Server, served  # noqa: E402
 from flows.workspace import FlowError  # noqa: E402
-from tasks.measures import HEADLINES, TASKS_KEPT  # noqa: E402
+from tasks.measures import GENERAL, HEADLINES, TASKS_KEPT  # noqa: E402
 from tasks.params import Gate, load_params  # noqa: E402
 from tasks.register import answers, example_of, same  # noqa: E402
 from tasks.registry import CHALLENGER, CHAMPION, Registry, RegistryError  # noqa: E402
@@ -127,6 +127,12 @@ def judge(
         reason = f"keeps {float(mine[tasks]):.4f} of the teacher's accuracy above chance"
         checks.append(
             Check(float(mine[tasks]) >= gate.min_tasks_kept, f"{reason}; gate.min_tasks_kept = {gate.min_tasks_kept}")
+        )
+    general = ".".join(("student", *GENERAL))
+    if general in mine:
+        reason = f"orders pairs of general sentences as its teacher does by {float(mine[general]):.4f}"
+        checks.append(
+            Check(float(mine[general]) >= gate.min_general, f"{reason}; gate.min_general = {gate.min_general}")
         )
     if champion is None:
         return checks

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from ffn2moe.preflight.request import Request
 from ffn2moe.progress import Say
-from tasks.corpus import FEWEST_TRAIN_TEXTS, texts_to_write
+from tasks.corpus import FEWEST_TRAIN_TEXTS, INSTALLED, texts_to_write
 from tasks.language_sets import about_tokens, of_folder
 from tasks.params import Params, load_params, validate
 
@@ -117,7 +117,7 @@ def teacher_source(params: Params, root: Path) -> str:
 def corpus_source(params: Params, root: Path) -> str:
     """Return the corpus as `read_corpus` takes it; a path is relative to the workspace."""
     source = params.data.corpus
-    if source in ("docstrings", "generated") or source.startswith("datasets:"):
+    if source in (*INSTALLED, "generated") or source.startswith("datasets:"):
         return source
     return str(root / Path(source).expanduser())
 

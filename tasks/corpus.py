@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ffn2moe.data.corpus import INSTALLED as INSTALLED
 from ffn2moe.data.corpus import PACKAGES as PACKAGES
 from ffn2moe.data.corpus import clean, read_documents, read_jsonl_column, read_lines, read_table
 from ffn2moe.data.corpus import docstrings as docstrings
@@ -245,6 +246,14 @@ def _fit_set(
     fitted = {normalise(row.text): row for row in train if row.text and normalise(row.text) not in judged}
     ordered = sorted(fitted.values(), key=lambda row: content_hash(row.text))
     return ordered[:MOST_CLASSIFIER_TEXTS], list(judged.values())
+
+
+def general_sentences() -> list[str]:
+    """Return sentences about everyday life, of the project's own, that judge an encoder and that none learns from.
+
+    In groups of four: two that mean about the same, and two more about something near. So similarities spread.
+    """
+    return read_lines(Path(__file__).with_name("general_sentences.txt"))
 
 
 # --- splits ---------------------------------------------------------------------------------------

@@ -76,14 +76,15 @@ def _corpus(params: Params, root: Path) -> dict[str, object]:
         return {"kind": "generated"}
     # A corpus with too few pairs is judged on docstrings, so their packages matter for every corpus.
     docstrings = {"python": platform.python_version(), **_versions(corpus.PACKAGES.values(), "data.corpus")}
-    if source == "docstrings":
-        return {"kind": "docstrings", **docstrings}
+    if source in corpus.INSTALLED:
+        return {"kind": source, **docstrings}
     if source.startswith("datasets:"):
         return {"kind": "datasets", "name": source.removeprefix("datasets:"), "docstrings": docstrings}
     path = root / Path(source).expanduser()
     if not path.is_file():
         raise FileNotFoundError(
-            f"data.corpus = {source} is not a file; check the path, or use docstrings or datasets:NAME"
+            f"data.corpus = {source} is not a file; check the path, or use {', '.join(corpus.INSTALLED)} or "
+            "datasets:NAME"
         )
     return {"kind": "file", "sha256": _sha256(path), "docstrings": docstrings}
 

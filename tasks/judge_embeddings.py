@@ -26,7 +26,9 @@ def judge(stage: StageRun, models: Mapping[str, Any], tokenizer: Any, spec: MoES
 
     params = stage.params
     benchmarks = Benchmarks.read(stage.root / "data/benchmarks")
-    texts = benchmarks.texts()
+    general = corpus.general_sentences()
+    texts = [*benchmarks.texts(), *general]
+    judged_rows, general_rows = slice(-len(general)), slice(-len(general), None)
     judged = {}
     for name, model in models.items():
         embeddings_ND = encode(
@@ -43,9 +45,9 @@ def judge(stage: StageRun, models: Mapping[str, Any], tokenizer: Any, spec: MoES
         stage.say(f"{name}: retrieval nDCG@10 {judged[name].figures['retrieval']['ndcg_at_10']:.4f}")
     found: dict[str, Any] = {name: model.figures for name, model in judged.items()}
     for name, suffix in (("student", ""), ("training_free", "_training_free")):
-        found[name]["embedding_cosine"] = metrics.embedding_cosine(
-            judged[name].embeddings_ND, judged["teacher"].embeddings_ND
-        )
+        student_ND, teacher_ND = judged[name].embeddings_ND, judged["teacher"].embeddings_ND
+        found[name]["embedding_cosine"] = metrics.embedding_cosine(student_ND[judged_rows], teacher_ND[judged_rows])
+        found[name]["general"] = metrics.general_agreement(student_ND[general_rows], teacher_ND[general_rows])
         found[f"retention{suffix}"], found[f"retention_interval{suffix}"] = retention(
             judged[name], judged["teacher"], benchmarks, params.seed
         )

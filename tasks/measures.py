@@ -121,6 +121,8 @@ class Shown:
 
 TASKS_KEPT = ("tasks", "kept")  # what a language model keeps of its teacher's accuracy above chance, mean over tasks
 
+GENERAL = ("general", "rank_correlation")  # whether an encoder orders pairs of general sentences as its teacher does
+
 SHOWN: tuple[Shown, ...] = (
     Shown(("language", "perplexity"), "perplexity on held-out text", "{:.3f}"),
     Shown(TASKS_KEPT, "tasks kept: accuracy above chance over the teacher's", "{:.4f}"),
@@ -140,6 +142,9 @@ SHOWN: tuple[Shown, ...] = (
     Shown(("to_teacher", "relative_error"), "error over the teacher's spread", "{:.4f}"),
     Shown(("retrieval", "ndcg_at_10"), "retrieval, nDCG@10", "{:.4f}"),
     Shown(("retrieval", "mrr"), "retrieval, MRR", "{:.4f}"),
+    Shown(GENERAL, "general sentences, rank correlation with the teacher", "{:.4f}"),
+    Shown(("general", "cosine"), "general sentences, cosine with the teacher's embedding", "{:.4f}"),
+    Shown(("general", "cosine_low"), "the same, of the worst twentieth", "{:.4f}"),
     Shown(("stsb", "spearman"), "STS-B dev, Spearman x 100", "{:.2f}"),
     Shown(("classification", "ag_news", "accuracy"), "AG News, accuracy", "{:.4f}"),
     Shown(("classification", "sst2", "accuracy"), "SST-2, accuracy", "{:.4f}"),

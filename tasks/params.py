@@ -155,6 +155,7 @@ class Benchmark(Section):
 class Gate(Section):
     min_retention: NonNegative
     min_tasks_kept: NonNegative
+    min_general: NonNegative
     min_speedup: NonNegative
     max_quality_loss: float = Field(ge=0, lt=1)
     max_slowdown: Positive

@@ -75,8 +75,9 @@ def run(stage: StageRun) -> None:
             stage.root / data.folder, language_model=teacher.head == "causal", required=not questions
         )
         folder = replace(folder, held_out=[*folder.held_out, *questions.judged()])
+    sources: Mapping[str, str] = folder.sources
     if teacher.head == "embedding":
-        splits, benchmark = split_corpus(stage, folder)
+        splits, benchmark, sources = split_corpus(stage, folder, teacher.tokenizer)
         rows: dict[str, list[dict[str, Any]]] = {
             name: [{"text": text} for text in getattr(splits, name)] for name in SPLITS
         }
@@ -86,7 +87,7 @@ def run(stage: StageRun) -> None:
         sets = labelled_sets(stage, folder, teacher)
     for name in SPLITS:
         for row, text in zip(rows[name], getattr(splits, name), strict=True):
-            row["source"] = folder.sources.get(text, corpus_name(data.corpus))
+            row["source"] = sources.get(text, corpus_name(data.corpus))
 
     with stage.out("data/teacher") as out:
         copy_teacher(teacher, out)
@@ -184,18 +185,27 @@ def copy_teacher(teacher: Teacher, out: Path) -> None:
 
 
 def corpus_name(source: str) -> str:
-    """Return the source name of a corpus's texts: a file's name without its ending, else the name as it is written."""
+    """Return the source name of a corpus's texts: a file's name without its ending, else the name as it is written.
+
+    The first lines of the general corpus are those of docstrings.
+    """
+    if source == "general":
+        return "docstrings"
     return Path(source).stem if Path(source).suffix else source
 
 
-def split_corpus(stage: StageRun, folder: corpus.LabelledFolder) -> tuple[corpus.Splits, str]:
-    """Return the splits and the source of the retrieval pairs: the corpus itself if it has enough pairs."""
+def split_corpus(
+    stage: StageRun, folder: corpus.LabelledFolder, tokenizer: Any
+) -> tuple[corpus.Splits, str, Mapping[str, str]]:
+    """Return the splits, the source of the retrieval pairs, and where texts come from.
+
+    The corpus itself gives the pairs if it has enough of them, else docstrings do.
+    """
     data, workers = stage.params.data, stage.params.compute.threads
-    is_docstrings = data.corpus == "docstrings"
-    texts = corpus.read_corpus(
-        corpus_source(stage.params, stage.root), data.text_column, workers=workers, track=stage.track
-    )
-    judged = folder.judged()
+    is_docstrings = data.corpus in corpus.INSTALLED
+    source = "docstrings" if is_docstrings else corpus_source(stage.params, stage.root)
+    texts = corpus.read_corpus(source, data.text_column, workers=workers, track=stage.track)
+    judged = [*folder.judged(), *corpus.general_sentences()]
 
     wanted = data.evaluation_pairs if is_docstrings else corpus.own_pairs(texts, data.evaluation_pairs)
     pairs = corpus.benchmark_pairs(texts, wanted, judged)
@@ -211,6 +221,9 @@ def split_corpus(stage: StageRun, folder: corpus.LabelledFolder) -> tuple[corpus
         library = corpus.docstrings(workers=workers, track=stage.track)
         pairs = corpus.benchmark_pairs(library, data.evaluation_pairs, [*judged, *texts])
         evaluation_texts = min(data.evaluation_pairs, int(EVALUATION_SHARE * len(texts)))
+    if data.corpus == "general":
+        learnt, folder = general_texts(stage, folder, [text for text in texts if text not in pairs], tokenizer)
+        texts = [*learnt, *pairs]
     splits = corpus.split(
         texts,
         pairs=pairs,
@@ -220,13 +233,30 @@ def split_corpus(stage: StageRun, folder: corpus.LabelledFolder) -> tuple[corpus
         judged=judged,
         evaluation_texts=evaluation_texts,
     )
-    return splits, "the corpus" if own and not is_docstrings else "docstrings"
+    return splits, "the corpus" if own and not is_docstrings else "docstrings", folder.sources
+
+
+def general_texts(
+    stage: StageRun, folder: corpus.LabelledFolder, docstrings: Sequence[str], tokenizer: Any
+) -> tuple[list[str], corpus.LabelledFolder]:
+    """Return docstrings to learn from, and the folder with the other texts of the general corpus beside its own.
+
+    They are made of `docstrings`, which hold none of the retrieval benchmark.
+    """
+    from ffn2moe.data.general import mixed, words_of
+
+    kinds = mixed(docstrings, words_of(tokenizer), max(stage.params.data.max_texts - len(folder.texts), 0))
+    others = [text for text, kind in kinds.items() if kind != "docstrings"]
+    learnt = [text for text, kind in kinds.items() if kind == "docstrings"]
+    return learnt, replace(folder, texts=[*folder.texts, *others], sources={**kinds, **folder.sources})
 
 
 def rows_for_logits(
     stage: StageRun, folder: corpus.LabelledFolder, teacher: Teacher
 ) -> tuple[corpus.Splits, dict[str, list[dict[str, Any]]]]:
     """Return the splits for a model with logits, and the rows of each: texts or pairs with their ids."""
+    from ffn2moe.data.general import words_of
+
     data = stage.params.data
     joined: dict[str, Pair] = {}  # a pair of two columns, under its two texts as one
     written: dict[str, list[int]] = {}  # a text that the teacher wrote -> its ids
@@ -236,7 +266,15 @@ def rows_for_logits(
             found = pairing.read_joined(source, data.text_column)
             joined.update(found)
             return list(found)
-        return corpus.read_corpus(source, data.text_column, workers=stage.params.compute.threads, track=stage.track)
+        words = () if HEADS[teacher.head].generates else words_of(teacher.tokenizer)
+        return corpus.read_corpus(
+            source,
+            data.text_column,
+            words=words,
+            count=data.max_texts,
+            workers=stage.params.compute.threads,
+            track=stage.track,
+        )
 
     if data.corpus == "generated":
         written = write_texts(stage, teacher)

@@ -12,7 +12,7 @@ from typing import Any
 from ffn2moe.planning.shipping import Size
 from ffn2moe.spec import MoESpec
 from tasks import figures
-from tasks.measures import SHOWN, TASKS_KEPT, at, headline, usage
+from tasks.measures import GENERAL, SHOWN, TASKS_KEPT, at, headline, usage
 from tasks.params import Gate, Params
 from tasks.stage import StageRun, main
 from tasks.timings import timings
@@ -104,6 +104,12 @@ def verdict(
         reasons.append(
             f"it keeps {100 * tasks:.1f} % of the teacher's accuracy above chance, and {100 * gate.min_tasks_kept:g} % "
             "is required"
+        )
+    general = at(quality["student"], GENERAL)
+    if general is not None and general < gate.min_general:
+        reasons.append(
+            f"on general sentences, which it did not learn from, its rank correlation with the teacher is "
+            f"{general:.3f}, and {gate.min_general:g} is required"
         )
     if not shown["chosen"]:
         reasons.append(plan["reason"])

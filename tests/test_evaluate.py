@@ -94,12 +94,14 @@ def test_a_student_that_uses_every_expert_keeps_everything(found):
     assert found["retention"]["retrieval"] == {"ndcg_at_10": 1.0, "mrr": 1.0}
     assert found["retention_interval"]["retrieval"]["mrr"] == {"low": 1.0, "high": 1.0}
     assert found["retention"]["stsb"]["spearman"] == pytest.approx(1, abs=1e-3)
+    assert found["student"]["general"] == pytest.approx({"rank_correlation": 1, "cosine": 1, "cosine_low": 1}, abs=1e-5)
     assert found["active_ffn_share"] == 1 and found["amdahl_bound"] == 1
     assert all(row["oracle_error"] < 1e-3 and row["router_recall"] == 1 for row in found["layers"])
 
 
 def test_a_mixture_that_leaves_experts_out_differs(found):
     assert found["training_free"]["embedding_cosine"] < 0.999
+    assert 0 < found["training_free"]["general"]["rank_correlation"] < 0.999
     interval = found["retention_interval_training_free"]["retrieval"]["ndcg_at_10"]
     assert interval["low"] < found["retention_training_free"]["retrieval"]["ndcg_at_10"] < interval["high"]
 
@@ -167,7 +169,7 @@ def test_evaluating_again_gives_the_same_bytes_and_needs_no_data_folder(workspac
     shutil.rmtree(tmp_path / "data/benchmarks/classification")
     evaluate.run(stage)
     found = json.loads((tmp_path / "metrics/evaluate.json").read_text())
-    assert set(found["student"]) == {"retrieval", "embedding_cosine"} and set(found["retention"]) == {"retrieval"}
+    assert set(found["student"]) == {"retrieval", "embedding_cosine", "general"} and set(found["retention"]) == {"retrieval"}
 
 
 def test_a_teacher_that_finds_nothing_is_refused(workspace):

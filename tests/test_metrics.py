@@ -113,6 +113,21 @@ def test_embedding_cosine_is_one_of_a_model_with_itself():
     assert metrics.embedding_cosine(a, -a) == pytest.approx(-1)
 
 
+def test_the_agreement_on_general_sentences_tells_a_right_student_from_a_constant_one():
+    near = torch.nn.functional.normalize(unit(60, 16) + 3 * torch.ones(16), dim=-1)  # all near each other, as in E5
+    noisy = torch.nn.functional.normalize(near + 0.05 * unit(60, 16, seed=1), dim=-1)
+    constant = near.mean(0).expand(60, 16)
+    right, worse, none = (metrics.general_agreement(student, near) for student in (near, noisy, constant))
+    assert right == pytest.approx({"rank_correlation": 1, "cosine": 1, "cosine_low": 1})
+    assert none["rank_correlation"] == 0, "though its cosines are high"
+    assert none["cosine"] > 0.95 and 0 < worse["rank_correlation"] < 0.98
+    assert worse["cosine_low"] < worse["cosine"]
+    order = torch.randperm(60, generator=torch.Generator().manual_seed(0))
+    assert abs(metrics.general_agreement(near[order], near)["rank_correlation"]) < 0.2, (
+        "the right vectors, of other texts"
+    )
+
+
 def test_the_interval_of_a_ratio_holds_the_ratio_and_is_repeatable():
     generator = torch.Generator().manual_seed(0)
     teacher = torch.rand(500, generator=generator)

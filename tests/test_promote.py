@@ -122,6 +122,14 @@ def test_a_challenger_is_compared_with_the_champion(mine, its, reason):
     assert check.passed == ("different data" in reason)  # its student is worse, but on data of its own
 
 
+@pytest.mark.parametrize(("measured", "passes"), [("0.99", True), ("0.5", False), ("0.0", False), (None, True)])
+def test_an_encoder_must_order_general_sentences_as_its_teacher_does(measured, passes):
+    figures = FIGURES | ({} if measured is None else {"student.general.rank_correlation": measured})
+    checks = judge(GATE, 2, figures, None, {})
+    assert all(check.passed for check in checks) == passes
+    assert any(f"gate.min_general = {GATE.min_general}" in check.message for check in checks) == (measured is not None)
+
+
 def test_a_lower_perplexity_is_the_better_one():
     figures = FIGURES | {"head": "causal", "retention.language.perplexity": "0.99", "evaluated_on": "a"}
     mine, its = ({**figures, "student.language.perplexity": value} for value in ("10.0", "9.0"))

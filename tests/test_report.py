@@ -266,6 +266,18 @@ def test_a_language_model_that_loses_its_tasks_misses_the_gate():
     assert report.verdict(gate, known, timings(timed), timed)["passed"]
 
 
+def test_an_encoder_that_differs_on_general_sentences_misses_the_gate():
+    known = quality(0.99)
+    known["student"]["general"] = {"rank_correlation": 0.5, "cosine": 0.6, "cosine_low": 0.4}
+    gate, timed = make_stage("report", Path()).params.gate, plan()
+    (reason,) = report.verdict(gate, known, timings(timed), timed)["reasons"]
+    assert reason.endswith(f"its rank correlation with the teacher is 0.500, and {gate.min_general:g} is required")
+    known["student"]["general"]["rank_correlation"] = 0.99
+    assert report.verdict(gate, known, timings(timed), timed)["passed"]
+    labels = [row["label"] for row in report.benchmark_rows(known)]
+    assert "general sentences, rank correlation with the teacher" in labels
+
+
 def test_where_dense_wins_the_nearest_mixture_is_shown_and_the_reason_given():
     timed = plan(0.9, chosen="dense8")
     shown = timings(timed)["shown"]

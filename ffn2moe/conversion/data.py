@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from ffn2moe.choices import HEADS
 from ffn2moe.data.batches import Batch, Batches, BatchSource, in_order, pack
 from ffn2moe.data.corpus import read_corpus
+from ffn2moe.data.general import words_of
 from ffn2moe.data.generate import greedy_answers, sample_tokens, texts_in
 from ffn2moe.data.pairs import Pair, encode_pairs, pairs_of, read_pairs
 from ffn2moe.dense.config import takes_token_types
@@ -159,12 +160,19 @@ def _chosen(task: Task, rows: Sequence[Row]) -> list[Row]:
     return distinct[: task.case.most_texts]
 
 
+def _texts(task: Task) -> list[str]:
+    """Return the texts of the corpus; a model that writes learns from no composed ones."""
+    words = () if HEADS[task.dense.head].generates else words_of(task.dense.reader)
+    column, count = task.settings.text_column, task.case.most_texts
+    return read_corpus(task.corpus, column, words=words, count=count, track=task.track)
+
+
 def _pairs(task: Task) -> list[Pair]:
     """Return the pairs of two columns, or pairs made of the texts of one."""
     column = task.settings.text_column
     if "," in column:
         return read_pairs(task.corpus, column)
-    return pairs_of(list(dict.fromkeys(read_corpus(task.corpus, column, track=task.track))), task.settings.seed)
+    return pairs_of(list(dict.fromkeys(_texts(task))), task.settings.seed)
 
 
 def _of_pairs(task: Task, pairs: Sequence[Pair]) -> Tokens:
@@ -175,10 +183,10 @@ def _of_pairs(task: Task, pairs: Sequence[Pair]) -> Tokens:
 
 def _of_corpus(task: Task) -> Tokens:
     """Return the distinct texts of the corpus in a seeded order: as blocks for language models, else truncated."""
-    settings, tokenizer, length = task.settings, task.dense.reader, task.max_length
+    tokenizer, length = task.dense.reader, task.max_length
     if task.case.pairs:
         return _of_pairs(task, _chosen(task, _pairs(task)))
-    texts = _chosen(task, read_corpus(task.corpus, settings.text_column, track=task.track))
+    texts = _chosen(task, _texts(task))
     if task.dense.head == "causal":
         whole = tokenizer(texts)["input_ids"]
         begins = whole[0][:1] == [tokenizer.bos_token_id]  # then texts need nothing between them

@@ -19,6 +19,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+from ffn2moe.data import general
 from ffn2moe.progress import Track, untracked
 
 # Import name -> distribution name of the packages whose docstrings, with those of the standard library, are the default
@@ -36,6 +37,8 @@ PACKAGES: dict[str, str] = {
     "transformers": "transformers",
 }
 
+INSTALLED = ("general", "docstrings")  # corpora that are made from installed packages, without a file
+USUAL_TEXTS = 40000  # of the general corpus
 SHORTEST_DOCSTRING = 8  # words; shorter ones ("Return self.") carry no information
 END_OF_TEXT = "<|endoftext|>"  # a line between texts of several lines, as in TinyStories and WebText
 LONGEST_TEXT = 4000  # characters; bounds memory, far above what an encoder reads
@@ -132,16 +135,26 @@ def _die_with_parent() -> None:
 
 
 def read_corpus(
-    source: str, column: str = "text", *, workers: int = 0, track: Track = untracked, most: int | None = None
+    source: str,
+    column: str = "text",
+    *,
+    words: Sequence[str] = (),
+    count: int = USUAL_TEXTS,
+    workers: int = 0,
+    track: Track = untracked,
+    most: int | None = None,
 ) -> list[str]:
     """Return the texts of a corpus, cleaned, without empty ones, in the order of the source.
 
-    The source is `docstrings`; a .txt file (one text a line, or texts between lines of <|endoftext|>); a .jsonl, .csv
-    or .tsv file, whose `column` holds the text; or `datasets:NAME` (also `datasets:NAME:CONFIGURATION`). With `most`,
-    only so many first bytes of a file are read. FileNotFoundError or ValueError with the remedy.
+    The source is `docstrings`; `general`, which is `count` texts over `words` (`ffn2moe.data.general`); a .txt file
+    (one text a line, or texts between lines of <|endoftext|>); a .jsonl, .csv or .tsv file, whose `column` holds the
+    text; or `datasets:NAME` (also `datasets:NAME:CONFIGURATION`). With `most`, only so many first bytes of a file are
+    read. FileNotFoundError or ValueError with the remedy.
     """
     if source == "docstrings":
         return docstrings(workers=workers, track=track)
+    if source == "general":
+        return list(general.mixed(docstrings(workers=workers, track=track), words, count))
     texts = [text for text in map(clean, read_column(source, column, most)) if text]
     if not texts:
         raise ValueError(f"the corpus {source} holds no text: every line or row is empty; give another")
@@ -164,7 +177,7 @@ def _file_texts(path: Path, column: str, most: int | None) -> list[str]:
     }
     if path.suffix.lower() not in readers:
         raise ValueError(
-            f"the corpus {path} is no file of texts: use docstrings, datasets:NAME, "
+            f"the corpus {path} is no file of texts: use {', '.join(INSTALLED)}, datasets:NAME, "
             f"or a file that ends in {', '.join(readers)}"
         )
     return readers[path.suffix.lower()]()

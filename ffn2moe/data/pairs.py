@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from ffn2moe.data.corpus import clean, read_column
+from ffn2moe.data.corpus import INSTALLED, clean, read_column
 
 Pair = tuple[str, str]
 LONGEST_FIRST = 32  # words of a first text that is made of one without a first line or sentence
@@ -23,7 +23,7 @@ def read_pairs(source: str, columns: str, most: int | None = None) -> list[Pair]
     names = [name.strip() for name in columns.split(",")]
     if len(names) != 2:
         raise ValueError(f"{columns!r} names {len(names)} columns, and a pair has two: name them as first,second")
-    if source == "docstrings" or source.lower().endswith(".txt"):
+    if source in INSTALLED or source.lower().endswith(".txt"):
         raise ValueError(f"the corpus {source} has no columns: leave --text-column out, or give a .jsonl, .csv or .tsv")
     first_N, second_N = (map(clean, read_column(source, name, most)) for name in names)
     pairs = list(zip(first_N, second_N, strict=True))

@@ -189,8 +189,9 @@ class Case:
                 raise ValueError(f"{asked.source} reads images: name a folder of them with {asked.call('corpus')}")
             return asked.corpus
         if asked.corpus == "auto":
-            writes = dense.head == "causal" and (self.multiplied <= LARGEST_WRITER or bool(missing_packages()))
-            return "generated" if writes else "docstrings"
+            if dense.head == "causal" and (self.multiplied <= LARGEST_WRITER or bool(missing_packages())):
+                return "generated"
+            return "docstrings" if HEADS[dense.head].generates else "general"
         if asked.corpus == "generated" and dense.head != "causal":
             raise ValueError(
                 f"{asked.call('corpus', 'generated')} asks the model to write the texts, and {asked.source} is "

@@ -9,6 +9,7 @@ from functools import cache
 import torch
 
 from ffn2moe import progress
+from ffn2moe.data.corpus import INSTALLED
 from ffn2moe.decompose.width_costs import COST_TOKENS
 from ffn2moe.decompose.widths import FISHER_TOKENS
 from ffn2moe.dense.families import positions
@@ -92,7 +93,7 @@ def _texts(case: Case, exact: float, rounded: float) -> float:
         return most if case.writing_seconds is None else max(fewest, min(most, case.writing_seconds))
     if case.model_makes_texts:
         return case.most_texts * each / exact
-    parsing = DOCSTRING_SECONDS if case.corpus == "docstrings" else 0
+    parsing = DOCSTRING_SECONDS if case.corpus in INSTALLED else 0
     return (parsing + TOKENISE_SECONDS * case.characters) / min(cores(), 8)
 
 

@@ -6,7 +6,7 @@ import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
 
-from ffn2moe.data.corpus import PACKAGES, read_corpus
+from ffn2moe.data.corpus import INSTALLED, PACKAGES, read_corpus
 from ffn2moe.data.pairs import read_pairs
 from ffn2moe.preflight.request import Request
 
@@ -35,11 +35,11 @@ def sample(corpus: str, asked: Request) -> Sample:
     """Return the first texts of a corpus. FileNotFoundError or ValueError for one that cannot be used."""
     if corpus == "generated":
         return Sample([], None, False)
-    if corpus == "docstrings":
+    if corpus in INSTALLED:
         missing = missing_packages()
         if missing:
             raise ValueError(
-                f"{asked.call('corpus', 'docstrings')} reads packages of which {', '.join(missing)} are not installed: "
+                f"{asked.call('corpus', corpus)} reads packages of which {', '.join(missing)} are not installed: "
                 f"pip install {' '.join(PACKAGES[name] for name in missing)}, or name a file of texts"
             )
         return Sample([], DOCSTRINGS, False)
@@ -53,7 +53,7 @@ def sample(corpus: str, asked: Request) -> Sample:
 
 
 def missing_packages() -> list[str]:
-    """Return the packages that the corpus of docstrings reads and that are not installed."""
+    """Return the packages that the corpora of docstrings read and that are not installed."""
     return [name for name in PACKAGES if importlib.util.find_spec(name) is None]
 
 
