@@ -18,9 +18,7 @@ DOCSTRINGS = [
     f">>> table.{name}()\n3"
     for name in ("length", "width", "colour", "title", "weight", "owner", "age", "origin")
 ]
-WORDS = [f"common{chr(97 + n // 26)}{chr(97 + n % 26)}" for n in range(general.COMMON_WORDS)] + [
-    a + b + c for a in "bdfgk" for b in "aeiou" for c in ("ln", "mp", "rt")
-]
+WORDS = ["the", "of", *(a + b + c + d for a in "bdfgk" for b in "aeiou" for c in "lmnr" for d in ("ka", "po"))]  # 202
 
 
 class Tokenizer:
@@ -54,18 +52,21 @@ def test_composed_texts_hold_every_word_and_are_the_same_each_time():
     sentences = general.sentences_of(DOCSTRINGS)
     texts = list(islice(general.composed(sentences, WORDS), 300))
     assert texts == list(islice(general.composed(sentences, WORDS), 300))
-    found = {word.lower() for text in texts for word in re.findall(r"[^\W\d_]+", text)}
-    assert found.issuperset(WORDS[general.COMMON_WORDS :])
-    assert not found.intersection(WORDS[: general.COMMON_WORDS]), "common words stay in place and are not put elsewhere"
+    assert {word.lower() for text in texts for word in re.findall(r"[^\W\d_]+", text)}.issuperset(WORDS)
     lengths = [len(text.split()) for text in texts]
     assert min(lengths) == 1 and max(lengths) > general.LONGEST_SENTENCE
 
 
 def test_common_words_of_a_sentence_stay():
-    words = ["the", "of", *WORDS[2:]]
-    texts = islice(general.composed(["the value of the table"], words), 50)
-    sentences = [text.split() for text in texts if " of the " in text]
-    assert sentences and all(text[0] == "the" and text[2:4] == ["of", "the"] for text in sentences)
+    texts = [text.split() for text in islice(general.composed(["the value of the table"], WORDS), 50)]
+    sentences = [text for text in texts if "the" in text]
+    assert len(sentences) > 25 and all(text[0] == "the" and text[2:4] == ["of", "the"] for text in sentences)
+    assert not any("of" in text for text in texts if text not in sentences), "common words come from sentences alone"
+
+
+def test_a_vocabulary_without_words_gives_docstrings_and_one_word_is_enough():
+    assert list(general.mixed(DOCSTRINGS, general.words_of(Tokenizer(list("abc"))), 40)) == DOCSTRINGS
+    assert "composed" in general.mixed(DOCSTRINGS, ["word"], 40).values()
 
 
 def test_a_mixture_has_every_kind_and_without_words_docstrings_alone():

@@ -135,9 +135,9 @@ class Settings:
         default="auto",
         metadata=_option(
             "--corpus",
-            "texts to learn from: docstrings, a .txt, .jsonl, .csv or .tsv file, datasets:NAME, a folder of images, or "
-            "generated, which a language model writes itself (auto: generated; docstrings for other models and for "
-            "large ones)",
+            "texts to learn from: general, docstrings, a .txt, .jsonl, .csv or .tsv file, datasets:NAME, a folder of "
+            "images, or generated, which a language model writes itself (auto: general for models that write no text, "
+            "generated for those that do, docstrings for large ones)",
             metavar="SOURCE",
         ),
     )

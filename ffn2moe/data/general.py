@@ -15,7 +15,7 @@ from itertools import accumulate, islice
 from typing import Any
 
 SHARES = {"docstrings": 0.25, "sentences": 0.15, "composed": 0.5}  # of the texts; the rest are docstrings' first lines
-COMMON_WORDS = 200  # the first words of a vocabulary, such as "the" and "after", stay where they stand
+COMMON = 0.01  # share of a vocabulary's words, its first, that stay where they stand, such as "the" and "after"
 REPLACED = 0.8  # share of the other words of a sentence that are replaced
 EVEN = 0.5  # share of words that are drawn evenly, each once in a round, so that rare ones occur; others as in text
 RANK_OFFSET = 2000  # a word at this place of the vocabulary is drawn half as often as the first (Zipf-Mandelbrot)
@@ -72,8 +72,8 @@ def sentences_of(texts: Iterable[str]) -> list[str]:
 def composed(sentences: Sequence[str], words: Sequence[str], seed: int = 0) -> Iterator[str]:
     """Yield texts over all `words`, without end: sentences of other words, queries, and paragraphs."""
     generator = random.Random(f"composed/{seed}")
-    other = _other_words(words[COMMON_WORDS:], generator)
-    common = set(words[:COMMON_WORDS])
+    border = int(COMMON * len(words))
+    common, other = set(words[:border]), _other_words(words[border:], generator)
 
     def word(found: re.Match[str]) -> str:
         given = found.group()
