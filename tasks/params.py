@@ -56,6 +56,7 @@ class Data(Section):
     max_texts: Count
     evaluation: str | None
     folder: str | None
+    learn_from_folder: bool
     calibration_texts: Count
     evaluation_pairs: Count
 

@@ -75,6 +75,8 @@ def run(stage: StageRun) -> None:
             stage.root / data.folder, language_model=teacher.head == "causal", required=not questions
         )
         folder = replace(folder, held_out=[*folder.held_out, *questions.judged()])
+        if not data.learn_from_folder:
+            folder = replace(folder, texts=[])
     sources: Mapping[str, str] = folder.sources
     if teacher.head == "embedding":
         splits, benchmark, sources = split_corpus(stage, folder, teacher.tokenizer)

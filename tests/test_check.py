@@ -176,7 +176,7 @@ TEXTS: dict[str, tuple[str, bytes, str]] = {
     "Latin 1": ("a.txt", "café\nthe".encode("latin-1"), "is not UTF-8 text .* iconv -f latin1"),
     "a cut UTF-16": ("a.txt", "a word\nother".encode("utf-16")[:-1], "is not UTF-16.* text"),
     "no table": ("a.csv", b'text\n"a" word"\n"', "is not a row of a table|holds 1 distinct text"),
-    "another format": ("a.pdf", b"%PDF", "is no file of texts: use docstrings"),
+    "another format": ("a.pdf", b"%PDF", "is no file of texts: use general, docstrings"),
 }
 
 

@@ -30,6 +30,10 @@ def run(root: Path, teacher: Path, *overrides: str) -> dict:
     return json.loads((root / "metrics/prepare.json").read_text())
 
 
+def benchmarks(root: Path) -> dict[str, bytes]:
+    return {name: content for name, content in files(root).items() if name.startswith("data/benchmarks")}
+
+
 def files(root: Path) -> dict[str, bytes]:
     return {
         str(path.relative_to(root)): path.read_bytes()
@@ -84,6 +88,11 @@ def test_a_data_folder_joins_training_and_evaluation(workspace, tiny_teacher):
     learnt = corpus.read_texts(workspace / "data/corpus/train.jsonl")
     learnt += corpus.read_texts(workspace / "data/corpus/calibration.jsonl")
     assert "a good film" in learnt and "no bad film" not in learnt and "the dog is dark" not in learnt
+
+    judged = benchmarks(workspace)
+    counts = run(workspace, tiny_teacher, "data.folder=sets", "data.learn_from_folder=false")
+    assert len(judged) == 4 and benchmarks(workspace) == judged and counts["joined_from_folder"] == 0
+    assert "a good film" not in corpus.read_texts(workspace / "data/corpus/train.jsonl")
 
     run(workspace, tiny_teacher)
     assert not (workspace / "data/benchmarks/sts").exists(), "what an earlier run wrote is gone"
