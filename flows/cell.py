@@ -51,6 +51,10 @@ def measure(job: dict[str, Any]) -> None:
         texts = workspace.root / "data" / "corpus" / "evaluation.jsonl"
         if texts.is_file():
             shutil.copy2(texts, record / "texts.jsonl")
+        # A front judges the plans by them.
+        benchmarks = workspace.root / "data" / "benchmarks"
+        if benchmarks.is_dir():
+            shutil.copytree(benchmarks, record / "benchmarks", dirs_exist_ok=True)
         bring_back(workspace)
         # The session times plans that no cell chose, and the dense ones.
         if (workspace.root / "models" / "exported").is_dir():

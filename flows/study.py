@@ -11,13 +11,14 @@ import math
 import re
 import sqlite3
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from flows.axes import Axis, combinations, distributions
+from flows.recipes import RECIPE
 from flows.workspace import FlowError, plan
 from tasks import params as parameters
 from tasks.params import Params, ParamsError
@@ -40,9 +41,12 @@ class Cell:
     number: int
     name: str  # name of its workspace, its export and its runs
     settings: tuple[str, ...]  # KEY=VALUE
+    recipe: str | None = None  # the name of its recipe, in a front
 
     @property
     def label(self) -> str:
+        if self.recipe is not None:
+            return " ".join([self.recipe, *(setting for setting in self.settings if setting.startswith("seed="))])
         return " ".join(setting for setting in self.settings if not setting.startswith("name=")) or "as committed"
 
 
@@ -99,45 +103,56 @@ class Ledger:
         return self._study.get_trials(deepcopy=False, states=(TrialState[state],))
 
     def _of(self, trial: Any) -> Cell:
-        return Cell(trial.number, f"{self.name}-{trial.number:03}", tuple(trial.user_attrs["settings"]))
-
-    def _cell(self, number: int, values: Mapping[str, str]) -> Cell:
-        name = f"{self.name}-{number:03}"
-        return Cell(number, name, (f"name={name}", *(f"{key}={value}" for key, value in values.items())))
+        known = trial.user_attrs
+        name = f"{self.name}-{trial.number:03}"
+        return Cell(trial.number, name, tuple(known["settings"]), known.get(RECIPE))
 
 
 class Study(Ledger):
     """Hand out the cells that have not run."""
 
     def __init__(
-        self, source: Path, name: str, axes: Mapping[str, Axis], search: int | None, called_from: Path
+        self,
+        source: Path,
+        name: str,
+        axes: Mapping[str, Axis],
+        search: int | None,
+        called_from: Path,
+        recipes: Mapping[str, Sequence[str]] | None = None,
     ) -> None:
         """Begin or resume a study in sweeps/NAME.
 
-        `search` is the number of cells that a search may try, None for a grid. FlowError (also ParamsError) for an
-        unknown key, an empty grid, only illegal cells, or a study of that name with other values.
+        `search` is the number of cells that a search may try, None for a grid. `recipes` are the settings behind the
+        names on the axis `recipe`; a study of recipes may get more of them, and more seeds. FlowError (also
+        ParamsError) for an unknown key, an empty grid, only illegal cells, an illegal recipe, or a study of that name
+        with other values.
         """
         self.folder = source / "sweeps" / name
         self.name = name
         self.search = search
         self._source = source
         self._axes = dict(axes)
+        self._recipes = {name: list(settings) for name, settings in (recipes or {}).items()}
         self._params: dict[tuple[str, ...], Params] = {}
         raw = parameters.read(source / "params.yaml")
         committed = parameters.validate(raw)
         # An unknown key is an error at once, not once for every cell.
-        firsts = [f"{key}={axis[0] if isinstance(axis, tuple) else axis.low}" for key, axis in axes.items()]
-        parameters.override(raw, firsts)
+        firsts = {key: str(axis[0] if isinstance(axis, tuple) else axis.low) for key, axis in axes.items()}
+        parameters.override(raw, self._cell(0, firsts).settings)
         if search is None:
             waiting = combinations(axes)
         elif all(isinstance(axis, tuple) and len(axis) < 2 for axis in axes.values()):
             raise FlowError("a search needs a choice: give at least one key several values, or a range LOW..HIGH")
+        self._called_from = called_from
+        for recipe in self._recipes:
+            if reason := self._illegal(self._cell(0, firsts | {RECIPE: recipe})):
+                raise FlowError(f"the recipe {recipe}: {reason}")
         definition: dict[str, Any] = {
             "keys": {key: list(axis) if isinstance(axis, tuple) else vars(axis) for key, axis in axes.items()},
             "kind": "grid" if search is None else "search",
             "params.yaml": {key: str(value) for key, value in committed.flat().items()},
+            **({"recipes": self._recipes} if self._recipes else {}),
         }
-        self._called_from = called_from
         known = (self.folder / "study.db").is_file()
         if not known and search is None:
             reasons = [self._illegal(self._cell(number, values)) for number, values in enumerate(waiting)]
@@ -147,9 +162,12 @@ class Study(Ledger):
         before = self._study.user_attrs.get("definition")
         if before is None:
             self._study.set_user_attr("called_from", str(called_from))
-            # The definition comes last: a study that is cut short here has none, and begins again.
-            for values in waiting[len(self._study.trials) :] if search is None else ():
-                self._study.enqueue_trial(values)
+        if before is None or _grows(before, definition):
+            # The definition comes last: a study that is cut short here gets the rest when it is opened again.
+            known_values = [trial.system_attrs.get("fixed_params") for trial in self._study.trials]
+            for values in waiting if search is None else ():
+                if values not in known_values:
+                    self._study.enqueue_trial(values)
             self._study.set_user_attr("definition", definition)
         elif before != definition:
             raise FlowError(
@@ -180,8 +198,9 @@ class Study(Ledger):
                 return None
             if self.search is not None and (self._tried() >= self.search or self._exhausted()):
                 return None
-            trial = self._study.ask(distributions(self._axes))
-            if cell := self._admit(trial.number, trial.params):
+            # Optuna keeps the values of an axis for good, and those of a front may grow.
+            trial = self._study.ask({} if self._recipes else distributions(self._axes))
+            if cell := self._admit(trial.number, trial.system_attrs["fixed_params"] if self._recipes else trial.params):
                 return cell
         return None
 
@@ -192,7 +211,8 @@ class Study(Ledger):
         cell = self._cell(number, {key: _text(value) for key, value in values.items()})
         reason = "stopped before it was chosen" if len(values) < len(self._axes) else None
         reason = reason or self._illegal(cell) or self._known(cell)
-        self.note(cell, settings=list(cell.settings), **({"reason": reason} if reason else {}))
+        noted = {"reason": reason, RECIPE: cell.recipe}
+        self.note(cell, settings=list(cell.settings), **{key: value for key, value in noted.items() if value})
         if reason is None:
             return cell
         self._study.tell(number, state=TrialState.PRUNED)
@@ -213,6 +233,22 @@ class Study(Ledger):
 
     def _tried(self) -> int:
         return len(self._trials("RUNNING")) + len(self._trials("COMPLETE")) + len(self._trials("FAIL"))
+
+    def _cell(self, number: int, values: Mapping[str, str]) -> Cell:
+        name = f"{self.name}-{number:03}"
+        settings = [f"{key}={value}" for key, value in values.items() if key != RECIPE]
+        recipe = values.get(RECIPE)
+        own = self._recipes[recipe] if recipe is not None else ()
+        return Cell(number, name, (f"name={name}", *settings, *own), recipe)
+
+    @property
+    def recipes(self) -> list[str]:
+        """Return the names of the recipes; none in a sweep without."""
+        return list(self._recipes)
+
+    def recipe(self, name: str) -> list[str]:
+        """Return the settings of a recipe."""
+        return self._recipes[name]
 
     def params(self, cell: Cell) -> Params:
         """Return the validated parameters of a cell; ParamsError if they contradict each other."""
@@ -235,6 +271,15 @@ class Study(Ledger):
             if same and trial.number < cell.number and trial.state.name != "PRUNED":
                 return f"the same as cell {trial.number}"
         return None
+
+
+def _grows(before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
+    """Return whether a study of recipes has all that it had before, and more recipes or seeds."""
+    if "recipes" not in before or "recipes" not in now or before == now:
+        return False
+    old, new = ({**one, "recipes": None, "keys": {**one["keys"], RECIPE: None, "seed": None}} for one in (before, now))
+    kept = all(now["recipes"].get(name) == settings for name, settings in before["recipes"].items())
+    return old == new and kept and all(set(before["keys"][key]) <= set(now["keys"][key]) for key in (RECIPE, "seed"))
 
 
 def history(folder: Path) -> list[dict[str, Any]]:
@@ -309,6 +354,8 @@ def _text(value: Any) -> str:
 def _difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     if before["kind"] != now["kind"]:
         return f"a {before['kind']}, and this is a {now['kind']}"
+    if before.get("recipes", {}) != now.get("recipes", {}):
+        return "other recipes, or other settings of them"
     if before["keys"] != now["keys"]:
         return f"other values ({json.dumps(before['keys'])})"
     changed = [key for key, value in now["params.yaml"].items() if before["params.yaml"].get(key) != value]

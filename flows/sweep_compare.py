@@ -35,7 +35,7 @@ def compare_cells(study: Study, root: Path, time: Timer) -> list[dict[str, Any]]
     # Cells of one teacher share its dense plans. Each teacher has a session of its own.
     by_teacher = sorted(cells, key=lambda cell: str(study.params(cell).teacher))
     for number, (_, group) in enumerate(groupby(by_teacher, key=lambda cell: str(study.params(cell).teacher))):
-        for part, several in enumerate(_in_memory(list(group), root)):
+        for part, several in enumerate(in_memory(list(group), root)):
             found += _session(study, several, study.folder / f"session-{number}-{part}.json", root, time)
     best = compare.best_of(found)
     labels = {cell.number: cell.label for cell in cells}
@@ -68,7 +68,7 @@ def without_figures(study: Study) -> list[str]:
     ]
 
 
-def _in_memory(cells: list[Cell], root: Path) -> list[list[Cell]]:
+def in_memory(cells: list[Cell], root: Path) -> list[list[Cell]]:
     """Group the cells into sessions that fit in memory, by the size of their graphs; mostly one session."""
     sizes = [sum(path.stat().st_size for path in (root / "exports" / cell.name).rglob("*.onnx*")) for cell in cells]
     # While a plan opens, it holds up to twice the size of its file.
@@ -79,7 +79,7 @@ def _in_memory(cells: list[Cell], root: Path) -> list[list[Cell]]:
 def _session(study: Study, cells: list[Cell], path: Path, root: Path, time: Timer) -> list[compare.Point]:
     """Return the points of some cells, timed in turn beside the dense plans of their teacher.
 
-    A cell takes part with the plans of its own Pareto front. A finished session of the same plans is not repeated.
+    A cell takes part with the plans of its own Pareto front.
     """
     params = study.params(cells[0])
     first = root / "exports" / cells[0].name
@@ -97,12 +97,7 @@ def _session(study: Study, cells: list[Cell], path: Path, root: Path, time: Time
         "rounds": params.benchmark.rounds,
         "decode_tokens": params.benchmark.decode_tokens,
     }
-    out, text = path.with_suffix(".timings.json"), json.dumps(job, indent=2) + "\n"
-    if not (out.is_file() and path.is_file() and path.read_text(encoding="utf-8") == text):
-        out.unlink(missing_ok=True)
-        path.write_text(text, encoding="utf-8")
-        time(path, out)
-    rows = {row["plan"]: row for row in json.loads(out.read_text(encoding="utf-8"))}
+    rows = run_session(job, path, time)
     return [
         compare.Point(
             one.cell,
@@ -114,6 +109,16 @@ def _session(study: Study, cells: list[Cell], path: Path, root: Path, time: Time
         )
         for label, one in own.items()
     ]
+
+
+def run_session(job: Mapping[str, Any], path: Path, time: Timer) -> dict[str, dict[str, Any]]:
+    """Return label -> row of a session; a finished one with the same job is not repeated."""
+    out, text = path.with_suffix(".timings.json"), json.dumps(job, indent=2) + "\n"
+    if not (out.is_file() and path.is_file() and path.read_text(encoding="utf-8") == text):
+        out.unlink(missing_ok=True)
+        path.write_text(text, encoding="utf-8")
+        time(path, out)
+    return {row["plan"]: row for row in json.loads(out.read_text(encoding="utf-8"))}
 
 
 def _shape(params: Params, export: Path) -> list[int]:
@@ -144,7 +149,7 @@ def log_front(study: Study, root: Path, rows: Sequence[Mapping[str, Any]], recor
             f"sweep.{row['plan']}.{key}": row[key]
             for row in rows
             for key in ("kept", "vs_best_dense", "vs_dense", "median_ms")
-            if row["cell"] == cell.number
+            if row["cell"] == cell.number and key in row
         }
         on_front = any(row["on_front"] for row in rows if row["cell"] == cell.number)
         own.add(values, tags={"on_front": str(on_front).lower()})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,11 @@ from rich.console import Console
 from rich.table import Table
 
 from flows.axes import EXAMPLE
+from flows.recipes import RECIPE
 from flows.study import history
 from flows.sweep_compare import write_csv
 from flows.workspace import FlowError
-from tasks import compare
+from tasks import front, front_picture, pareto
 from tasks.store import MLFLOW_UI, default_tracking_uri, mlflow_client, page_of_runs, without_password
 
 console = Console(width=None if sys.stdout.isatty() else 110, highlight=False, markup=False, soft_wrap=True)
@@ -24,6 +26,23 @@ def show(root: Path, folder: Path) -> None:
     """Print the Pareto front of a finished sweep, and the cells without figures."""
     results = _results(root, folder)
     rows = results["points"]
+    console.print(_table_of_recipes(folder) if RECIPE in rows[0] else _table(folder, rows))
+    for line in results["without_figures"]:
+        console.print(line)
+    where = folder.relative_to(root)
+    console.print(f"all {len(rows)} plans: {where}/points.csv, the picture: {where}/front.png")
+    console.print(
+        f"the fastest that keeps 99 %: python -m flows.sweep best {folder.name} --keeps 0.99",
+    )
+    uri = default_tracking_uri(root)
+    shown, client = without_password(uri), mlflow_client(uri)
+    if uri.startswith("http"):
+        console.print(f"run record: {page_of_runs(shown, client)}")
+    else:
+        console.print(f"run record: mlflow ui --backend-store-uri {shown} serves {page_of_runs(MLFLOW_UI, client)}")
+
+
+def _table(folder: Path, rows: Sequence[Mapping[str, Any]]) -> Table:
     table = Table(title=f"{folder.name}: Pareto front, from the most kept to the fastest", title_justify="left")
     for heading in ("cell", "settings", "plan"):
         table.add_column(heading, overflow="fold")
@@ -40,20 +59,30 @@ def show(root: Path, folder: Path) -> None:
                 f"{row['vs_dense']:.2f}x",
                 f"{row['median_ms']:.2f}",
             )
-    console.print(table)
-    for line in results["without_figures"]:
-        console.print(line)
-    where = folder.relative_to(root)
-    console.print(f"all {len(rows)} plans: {where}/points.csv, the picture: {where}/front.png")
-    console.print(
-        f"the fastest that keeps 99 %: python -m flows.sweep best {folder.name} --keeps 0.99",
-    )
-    uri = default_tracking_uri(root)
-    shown, client = without_password(uri), mlflow_client(uri)
-    if uri.startswith("http"):
-        console.print(f"run record: {page_of_runs(shown, client)}")
-    else:
-        console.print(f"run record: mlflow ui --backend-store-uri {shown} serves {page_of_runs(MLFLOW_UI, client)}")
+    return table
+
+
+def _table_of_recipes(folder: Path) -> Table:
+    """Return the table of a front: the best plans of every recipe, with what each of them takes."""
+    title = f"{folder.name}: recipes, from the most kept to the fastest (* no other beats it in both)"
+    table = Table(title=title, title_justify="left")
+    for heading in ("recipe", "plan"):
+        table.add_column(heading, overflow="fold")
+    for heading in ("seeds", "kept", "over best dense", "over the best baseline", "FLOPs", "MiB", "memory"):
+        table.add_column(heading, justify="right")
+    for point in front_picture.shown(front.read(folder / "front.jsonl")):
+        table.add_row(
+            f"{'* ' if point.on_front else '  '}{point.recipe or 'the teacher'}",
+            point.plan,
+            str(len(point.seeds)),
+            front.percent(point.quality, point.spread),
+            f"{point.speed:.2f}x",
+            front_picture.beside_baseline(point),
+            front.percent(point.flops),
+            f"{point.bytes / 2**20:.0f}",
+            f"{point.memory_mib:.0f} MiB",
+        )
+    return table
 
 
 def cells(folder: Path) -> None:
@@ -72,31 +101,59 @@ def cells(folder: Path) -> None:
     console.print(f"{again} resumed after an interruption; a stage ran to its end twice: {which}")
 
 
-def best(root: Path, folder: Path, keeps: float) -> None:
-    """Print the cheapest cell that keeps a share of the quality: its settings, its export, how to use it."""
+def best(root: Path, folder: Path, *, keeps: float | None = None, speedup: float | None = None) -> None:
+    """Print the fastest plan that keeps a share of the quality, or the best that is so fast, and how to use it.
+
+    FlowError, with the nearest ones, where no plan reaches it.
+    """
     rows = _results(root, folder)["points"]
-    found = [compare.Point(**{key: row[key] for key in compare.Point.__dataclass_fields__}) for row in rows]
-    point = compare.cheapest_of(found, keeps)
-    if point is None:
-        most = max(rows, key=lambda row: row["kept"])
-        raise FlowError(
-            f"no plan of {folder.name} keeps {100 * keeps:g} %; the most is {100 * most['kept']:.1f} % "
-            f"(cell {most['cell']}, {most['settings']}, plan {most['plan']})"
+    figures = [(row["kept"], row["vs_best_dense"]) for row in rows]
+    if keeps is not None:
+        place, wanted = pareto.cheapest(figures, keeps), f"keeps {100 * keeps:g} %"
+    else:
+        assert speedup is not None
+        place, wanted = pareto.cheapest([(speed, kept) for kept, speed in figures], speedup), f"runs at {speedup:g}x"
+    if place is None:
+        key, most = ("kept", "the most is") if keeps is not None else ("vs_best_dense", "the fastest are")
+        near = sorted(rows, key=lambda row: -row[key])[: 1 if keeps is not None and RECIPE not in rows[0] else 3]
+        listed = "; ".join(
+            f"{100 * row['kept']:.1f} % at {row['vs_best_dense']:.2f}x (cell {row['cell']}, "
+            f"{row.get(RECIPE) or row['settings']}, plan {row['plan']})"
+            for row in near
         )
-    row = rows[found.index(point)]
+        raise FlowError(f"no plan of {folder.name} {wanted}; {most} {listed}")
+    row = rows[place]
     lines = [
-        f"keeps    {100 * point.kept:.1f} % of the teacher's quality",
-        f"speed    {point.vs_best_dense:.2f}x the best dense plan, {point.vs_dense:.2f}x dense float32",
+        f"keeps    {100 * row['kept']:.1f} % of the teacher's quality",
+        f"speed    {row['vs_best_dense']:.2f}x the best dense plan"
+        + (f", {row['vs_dense']:.2f}x dense float32" if "vs_dense" in row else ""),
+        *([f"recipe   {row[RECIPE] or 'none: the teacher, dense'}"] if RECIPE in row else []),
         f"params   {row['settings']}",
-        f"export   {row['export']}, plan {point.plan}",
-        f'use it   ffn2moe.open_export("{row["export"]}", "{point.plan}")',
-        f'register make run SET="name={folder.name}-best {row["settings"]}"  (from the cache, up to the benchmark)',
+        f"export   {row['export']}, plan {row['plan']}",
+        f'use it   ffn2moe.open_export("{row["export"]}", "{row["plan"]}")',
     ]
-    if point.vs_best_dense <= 1:
-        lines.insert(
-            2, "         the best dense plan is at least as fast: no mixture of this sweep pays on this machine"
+    if row.get(RECIPE) != "":
+        lines.append(
+            f'register make run SET="name={folder.name}-best {row["settings"]}"  (from the cache, up to the benchmark)'
         )
+    if row["vs_best_dense"] <= 1 and row.get(RECIPE) != "":
+        lines.insert(2, "         the best dense plan is at least as fast: nothing of this sweep pays on this machine")
     console.print("\n".join(lines))
+
+
+def publish(root: Path, folder: Path) -> None:
+    """Write a front into docs/results; it replaces the points of the same model."""
+    path = folder / "front.jsonl"
+    if not path.is_file():
+        raise FlowError(
+            f"{folder.relative_to(root)} holds no finished front; begin or resume one: make front, or "
+            "python -m flows.sweep run --recipes recipes/encoder.yaml"
+        )
+    new = front.read(path)
+    kept = [point for point in front.committed(root) if point.model != new[0].model]
+    front.write([*kept, *new], root / front.FRONT)
+    written = front_picture.write_page([*kept, *new], root / front.FRONT.parent)
+    console.print(f"wrote {front.FRONT}, {', '.join(str(one.relative_to(root)) for one in written)}: look, and commit")
 
 
 def _results(root: Path, folder: Path) -> dict[str, Any]:

@@ -10,15 +10,17 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 from tasks import pareto
 from tasks.stage import explain
 
 TEXTS = 400  # the batches are made of them, as in the stage `benchmark`
+WHOLE = ("whole", "request")  # the phases of all the work of a batch
 
 
 @dataclass(frozen=True)
@@ -33,8 +35,11 @@ class Point:
     median_ms: float
 
 
-def points(cell: int, export: Path) -> list[Point]:
-    """Return every mixture plan, as the export's own benchmark timed it."""
+def points(cell: int, export: Path, shapes: Collection[tuple[int, int]] = ()) -> list[Point]:
+    """Return every plan of the student, as the export's own benchmark timed it: at the deciding shape, or at `shapes`.
+
+    The speeds are then their means over the shapes; a plan that was dropped at one of them is left out.
+    """
     from ffn2moe.runtime.plans import is_dense
 
     manifest, timed = _json(export / "manifest.json"), _json(export / "plan.json")["timings"]
@@ -42,9 +47,12 @@ def points(cell: int, export: Path) -> list[Point]:
     for plan, rows in timed.items():
         if is_dense(plan):
             continue
-        row = deciding(rows)
-        figures = (row["speedup_vs_best_dense"], row["speedup_vs_dense"], row["median_ms"])
-        found.append(Point(cell, plan, float(manifest["plans"][plan]["retention"]), *figures))
+        used = [row for row in rows if (row["batch"], row["sequence"]) in shapes and row.get("phase", "whole") in WHOLE]
+        used = used if shapes else [deciding(rows)]
+        if len(used) >= len(shapes):
+            keys = ("speedup_vs_best_dense", "speedup_vs_dense", "median_ms")
+            figures = (mean(row[key] for row in used) for key in keys)
+            found.append(Point(cell, plan, float(manifest["plans"][plan]["retention"]), *figures))
     return found
 
 
@@ -59,7 +67,7 @@ def dense_plans(export: Path, wanted: float) -> list[str]:
 
 def deciding(rows: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
     """Return the timing that judges a plan: all the work, the most tokens, the first number of threads."""
-    whole = [row for row in rows if row.get("phase", "whole") in ("whole", "request")]
+    whole = [row for row in rows if row.get("phase", "whole") in WHOLE]
     return max(whole, key=lambda row: row["batch"] * row["sequence"])
 
 
@@ -84,6 +92,8 @@ def session(job: Mapping[str, Any]) -> list[dict[str, Any]]:
     lines = read_lines(Path(job["texts"]))[:TEXTS]
     opened = {label: open_export(folder, plan, job["threads"]) for label, (folder, plan) in job["exports"].items()}
     batch, sequence = job["shape"]
+    # As the plans are used, and as the stage `benchmark` times them.
+    timing.fix(opened, [(batch, sequence)])
     batches = timing.full_batches(opened["dense"], [json.loads(line)["text"] for line in lines], batch, sequence)
     race = timing.Race(
         opened,
