@@ -37,7 +37,7 @@ from prefect.logging import get_run_logger  # noqa: E402
 from prefect.states import Completed, State  # noqa: E402
 from rich.console import Console  # noqa: E402
 
-from flows import dvc, summary  # noqa: E402
+from flows import dvc, summary, target  # noqa: E402
 from flows.errors import STOPPED, report  # noqa: E402
 from flows.guardian import MARK, guard  # noqa: E402
 from flows.progress import Board  # noqa: E402
@@ -118,9 +118,11 @@ def compress(
     """
     check(ROOT)
     _guardian = None if MARK in os.environ else guard(ROOT)  # keep it: it acts when this end of its pipe closes
-    chosen = [*(settings.assignments() if settings else ()), *(overrides or ())]
+    chosen = [*(settings.assignments() if settings else ()), *(overrides or ())] or target.committed(ROOT)
     if chosen:
         workspace = isolate(ROOT, chosen, Path(called_from or ROOT))
+        for line in target.lines(ROOT, chosen):
+            _say(line)
         _say(f"settings of this run only: it has its own workspace, {workspace.root.relative_to(ROOT)}")
     else:
         workspace = Workspace(ROOT, ROOT, load_params(ROOT / "params.yaml").name)
@@ -278,7 +280,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         check(ROOT)
         if "PREFECT_API_URL" not in os.environ:
             check_database(ROOT)
-        raw, _ = plan(ROOT, settings, Path.cwd())  # raises for wrong settings before anything starts
+        raw, _ = plan(
+            ROOT, settings or target.committed(ROOT), Path.cwd()
+        )  # raises for wrong settings before anything starts
         if not check_inputs(ROOT, raw):
             return USER_ERROR
         mlflow_client(default_tracking_uri(ROOT))  # and for a run record that cannot be used

@@ -199,8 +199,9 @@ class Study(Ledger):
             if self.search is not None and (self._tried() >= self.search or self._exhausted()):
                 return None
             # Optuna keeps the values of an axis for good, and those of a front may grow.
-            trial = self._study.ask({} if self._recipes else distributions(self._axes))
-            if cell := self._admit(trial.number, trial.system_attrs["fixed_params"] if self._recipes else trial.params):
+            number = self._study.ask({} if self._recipes else distributions(self._axes)).number
+            chosen = self._study.trials[number]
+            if cell := self._admit(number, chosen.system_attrs["fixed_params"] if self._recipes else chosen.params):
                 return cell
         return None
 

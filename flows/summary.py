@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console, Group
+from rich.console import Console, Group, RenderableType
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
@@ -16,7 +16,9 @@ from rich.text import Text
 from ffn2moe.planning.shipping import Size
 from flows.promote import Decision
 from flows.workspace import Workspace
+from tasks import front, front_beside
 from tasks.measures import SHOWN, at, headline, usage
+from tasks.params import load_params
 from tasks.registry import CHALLENGER, CHAMPION
 from tasks.store import MLFLOW_UI, mlflow_client, page_of_runs, without_password
 
@@ -39,6 +41,7 @@ def show(workspace: Workspace, decision: Decision, uri: str, console: Console) -
         gained(plan),
         Text(plan["reason"]),
         Text(f"{100 * share:.0f} % of the FFN is active; in equal arithmetic at most {bound:.2f}x (Amdahl)"),
+        *_baselines(workspace, quality, plan),
         Text("\nWhere it is", style="bold"),
         _where(workspace, decision, manifest, uri),
     )
@@ -92,6 +95,25 @@ def gained(plan: dict[str, Any]) -> Table:
             "1.00x, it is the best" if is_best else _with_noise(row),
         )
     return table
+
+
+def _baselines(workspace: Workspace, quality: dict[str, Any], plan: dict[str, Any]) -> list[RenderableType]:
+    """Return the nearest baselines of the committed front; nothing where it has none of this model."""
+    model = load_params(workspace.root / "params.yaml").teacher.source
+    found = front_beside.beside(front.committed(workspace.root), model, quality, plan)
+    if found is None:
+        return []
+    table = Table(box=None, pad_edge=False)
+    for place, head in enumerate(found.heads):
+        table.add_column(head, justify="right" if 0 < place < len(found.heads) - 1 else "left")
+    for row in found.rows:
+        table.add_row(*row)
+    return [
+        Text(f"\nBeside the baselines of {front.FRONT}", style="bold"),
+        table,
+        Text(found.sentence),
+        Text(found.note),
+    ]
 
 
 def _with_noise(row: dict[str, Any]) -> str:

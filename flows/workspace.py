@@ -20,6 +20,7 @@ from typing import Any, TextIO
 import psutil
 from ruamel.yaml import YAML, YAMLError
 
+from flows import target
 from flows.guardian import orphaned
 from tasks import params as parameters
 from tasks.stage import clock, remove, replace_folder
@@ -253,6 +254,7 @@ def plan(source: Path, overrides: Sequence[str], called_from: Path) -> tuple[dic
     keys = [item.partition("=")[0] for item in overrides]
     raw = parameters.with_absolute_paths(raw, source)
     raw = parameters.with_absolute_paths(parameters.override(raw, overrides), called_from, keys)
+    target.resolve(raw, source, keys)
     if raw["name"] == committed.name:
         # The committed run has that name. Another name keeps both exports and both model histories.
         raw["name"] = _name_for(committed.name, overrides)

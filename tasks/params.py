@@ -31,6 +31,7 @@ from tasks.choices import (
 from tasks.decompose_params import Decompose
 from tasks.measures import HEADLINES
 from tasks.section import Count, NonNegative, Positive, Section
+from tasks.target import Target
 
 
 class ParamsError(ValueError):
@@ -173,6 +174,7 @@ class Params(Section):
     # A folder name, a part of DVC paths and a model name at once.
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,79}$")
     seed: int = Field(ge=0, lt=2**32)
+    target: Target
     compute: Compute
     teacher: Teacher
     data: Data

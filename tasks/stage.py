@@ -155,6 +155,11 @@ def main(name: str, function: Callable[[StageRun], None], *, torch: bool = True,
     try:
         root = Path.cwd()
         params = load_params(root / "params.yaml")
+        if params.target.wanted:
+            raise ValueError(
+                f"params.yaml has a target, {params.target.wanted}, and only `make run` takes the recipe for it: run "
+                "that, or set target.keeps and target.speedup to null"
+            )
         prepare_process(params, torch=torch)
         record = RunRecord.attach(name, params) if recorded else None
         stage = StageRun(name, params, root, record)

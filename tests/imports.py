@@ -12,7 +12,7 @@ PACKAGES = ("ffn2moe", "tasks", "flows")
 
 # They say what params.yaml can hold and whether a run can be done. That decides whether a stage runs, not what it
 # writes.
-CHECKS = ("tasks.choices", "tasks.check", "tasks.section", "tasks.decompose_params")
+CHECKS = ("tasks.choices", "tasks.check", "tasks.section", "tasks.decompose_params", "tasks.target")
 
 
 def closure(module: str) -> set[str]:

@@ -6,7 +6,6 @@ import csv
 import json
 import re
 import shutil
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -24,7 +23,8 @@ from flows.study import Study
 from flows.workspace import FlowError
 from tasks import pareto
 from tasks.params import ParamsError, override, read, write
-from tests.toy import PROJECT, environment, make_toy
+from tests.sweeps import SWEEP, start
+from tests.toy import PROJECT, make_toy
 
 # A cell that takes no time: it notes that it ran, and writes what a benchmark would have found. The second fails.
 CELL = """\
@@ -67,50 +67,6 @@ for label, (folder, plan) in job["exports"].items():
     rows.append(row | {"plan": label})
 Path(sys.argv[2]).write_text(json.dumps(rows))
 """
-# The flow without Prefect's server, which takes seconds to start and is not what is tested here.
-SWEEP = """\
-import sys
-from concurrent.futures import ThreadPoolExecutor
-
-from flows import sweep
-from prefect.states import Completed, Failed
-
-
-class Here:
-    threads = ThreadPoolExecutor(2)
-
-    def __init__(self, task):
-        self.run = task.fn
-
-    def __call__(self, *arguments, return_state=False):
-        try:
-            self.run(*arguments)
-        except Exception as error:
-            self.state = Failed(data=error)
-        else:
-            self.state = Completed()
-        return self.state
-
-    def submit(self, *arguments):
-        one = Here.__new__(Here)
-        one.run = self.run
-        one.wait = self.threads.submit(one, *arguments).result
-        return one
-
-
-class Flow:
-    def with_options(self, **options):
-        return flow.fn
-
-
-flow = sweep.sweep
-sweep.sweep = Flow()
-sweep.get_run_logger = lambda: __import__("logging").getLogger()
-for name in ("make", "measure", "time_side_by_side"):
-    setattr(sweep, name, Here(getattr(sweep, name)))
-sweep.CELL, sweep.COMPARE = ("cell.py",), ("compare.py",)
-sys.exit(sweep.main(sys.argv[1:]))
-"""
 GRID = ("decompose.num_experts=2,4,8", "decompose.num_active=1,2,4")  # 2 of which 4 are active: illegal
 
 
@@ -137,18 +93,6 @@ def toy(tmp_path_factory) -> Path:
     assert process.returncode == 0, output
     (folder / "output.txt").write_text(output)
     return folder
-
-
-def start(toy: Path, *arguments: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "sweep.py", *arguments],
-        cwd=toy,
-        env=environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
 
 
 def test_an_interrupted_sweep_goes_on_and_no_cell_runs_twice(toy):
