@@ -5,6 +5,7 @@
 # SET="..."    settings of one run: make run SET="name=trial decompose.num_active=2"
 # DASK=ADDRESS a Dask scheduler whose workers compute the single layers: make run DASK=tcp://127.0.0.1:8786
 # GRID="..."   keys and values of a sweep: make sweep GRID="decompose.num_experts=4,8 --search 12"
+# RECIPES=FILE SEEDS=0,1,2   what a front compares: make front SET="distill.steps=1200 data.folder=../data"
 
 VENV ?= .venv
 SET ?=
@@ -14,6 +15,8 @@ PREFECT_PORT ?=
 MLFLOW_PORT ?=
 NOTIFY ?=
 GRID ?=
+RECIPES ?= recipes/encoder.yaml
+SEEDS ?= 0,1,2
 TESTS ?= tests
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
@@ -34,11 +37,12 @@ export MLFLOW_DISABLE_TELEMETRY := true
 export HF_HUB_DISABLE_TELEMETRY := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run up down status promote rollback serve score sweep repro plans push pull test check bench native clean
+.PHONY: help setup run up down status promote rollback serve score sweep front repro plans push pull test check bench native clean
 
 help:
 	@echo 'make run       convert, measure, export and register a model; SET="name=trial decompose.num_active=2" for other settings'
 	@echo 'make sweep     run many settings; GRID="decompose.num_experts=4,8 decompose.num_active=1,2"'
+	@echo 'make front     compare recipes by quality and measured speed; RECIPES=recipes/encoder.yaml SEEDS=0,1,2 SET="distill.steps=1200"'
 	@echo 'make promote   make the newest version champion if it passes the gate; VERSION=N picks another version'
 	@echo 'make rollback  return to the previous champion; REASON="..."'
 	@echo 'make serve     serve the champion over HTTP on this machine; PORT=5001 VERSION=N'
@@ -108,6 +112,9 @@ score: $(STAMP) $(MLFLOW_DB)
 
 sweep: $(STAMP) $(MLFLOW_DB)
 	@$(BIN)/python -m flows.sweep run $(GRID)
+
+front: $(STAMP) $(MLFLOW_DB)
+	@$(BIN)/python -m flows.sweep run --recipes $(RECIPES) --seeds $(SEEDS) $(SET)
 
 repro: $(STAMP) $(MLFLOW_DB)
 	@$(ENV) PATH="$(abspath $(BIN)):$$PATH" $(BIN)/dvc repro

@@ -73,7 +73,7 @@ def read(path: Path) -> list[Point]:
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
         try:
             row = json.loads(line)
-            row |= {key: row[key] and tuple(row[key]) for key in ("settings", "seeds", "by_seed", "interval")}
+            row |= {key: tuple(value) for key, value in row.items() if isinstance(value, list)}
             points.append(Point(**row))
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(

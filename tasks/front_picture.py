@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from tasks import pareto
 from tasks.front import Point, of_model, percent
 from tasks.measures import SHOWN
 
@@ -44,19 +45,16 @@ def kind(point: Point) -> str:
 
 
 def shown(points: Sequence[Point]) -> list[Point]:
-    """Return the best point of each recipe at its speeds: those that no other plan of the same recipe beats."""
-    return [
-        point
-        for point in points
-        if point.on_front
-        or not any(
-            other.recipe == point.recipe
-            and other.quality >= point.quality
-            and other.speed >= point.speed
-            and (other.quality, other.speed) != (point.quality, point.speed)
-            for other in points
-        )
-    ]
+    """Return the points worth a look: of each recipe the plans that no other of its plans beats.
+
+    Those slower than the best dense plan are left out, but for a recipe's fastest.
+    """
+    found = []
+    for recipe in dict.fromkeys(point.recipe for point in points):
+        own = [point for point in points if point.recipe == recipe]
+        best = [own[place] for place in pareto.front([(point.quality, point.speed) for point in own])]
+        found += [point for point in best if point.speed >= 1 or recipe is None or point == best[-1]]
+    return sorted(found, key=lambda point: (-point.quality, -point.speed))
 
 
 def draw(points: Sequence[Point], title: str, path: Path) -> None:
@@ -105,8 +103,8 @@ def draw(points: Sequence[Point], title: str, path: Path) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize=9, loc="lower left")
     axes.margins(x=0.08, y=0.08)
-    figure.canvas.draw()  # names are placed by the sizes of what is drawn
-    _name(figure, axes, drawn)
+    figure.draw_without_rendering()  # names are placed by the sizes of what is drawn
+    _name(axes, drawn)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
 
@@ -121,7 +119,7 @@ def _either_side(points: Sequence[Point]) -> list[list[float]]:
     ]
 
 
-def _name(figure: Any, axes: Any, points: Sequence[Point]) -> None:
+def _name(axes: Any, points: Sequence[Point]) -> None:
     """Write the names beside the points, each where it covers no other name and no point."""
     places = ((7, 4), (7, -11), (-7, 4), (-7, -11), (7, 15), (-7, 15), (7, -22), (-7, -22), (7, 26), (7, -33))
     marks = [axes.transData.transform((point.speed, 100 * point.quality)) for point in points]
@@ -129,7 +127,11 @@ def _name(figure: Any, axes: Any, points: Sequence[Point]) -> None:
 
     def free(box: Any) -> bool:
         within = box.x0 >= inside.x0 and box.x1 <= inside.x1 and box.y0 >= inside.y0 and box.y1 <= inside.y1
-        return within and not any(box.overlaps(other) for other in taken) and not any(box.contains(*m) for m in marks)
+        return (
+            within
+            and not any(box.overlaps(other) for other in taken)
+            and not any(box.padded(4).contains(*one) for one in marks)
+        )
 
     for point in sorted(points, key=lambda point: (not point.on_front, -point.quality)):
         text = None
@@ -144,7 +146,7 @@ def _name(figure: Any, axes: Any, points: Sequence[Point]) -> None:
                 color=KINDS[kind(point)][1],
                 fontweight="bold" if point.on_front else "normal",
             )
-            if free(box := text.get_window_extent(figure.canvas.get_renderer())):
+            if free(box := text.get_window_extent()):
                 taken.append(box)
                 break
             text.remove()

@@ -147,7 +147,10 @@ def test_every_recipe_runs_once_with_every_seed_and_its_own_settings_win(toy):
     for recipe, own in steps.items():
         for seed in range(3):
             assert ran.count(f"measure {recipe} {seed} {own}") == 1
-            assert ran.count(f"make {recipe} {seed} {own}") == (2 if (recipe, seed) == ("l3", 1) else 1)
+    # What was under way when it was killed began again; two cells run at a time.
+    again = [line for line in set(ran) if line.startswith("make") and ran.count(line) == 2]
+    assert "make l3 1 4" in again and len(again) <= 2
+    assert len([line for line in ran if line.startswith("make")]) == 9 + len(again)
     # All recipes with the first seed come before the second seed.
     made = [line for line in ran if line.startswith("make")]
     assert {line.split()[2] for line in made[:3]} == {"0"}
@@ -212,10 +215,11 @@ def test_best_chooses_over_all_methods_by_quality_or_by_speed(toy, monkeypatch, 
     assert re.search(r"no plan of front runs at 5x; the fastest are .* at 2.00x \(cell 1, l3", capsys.readouterr().err)
 
 
-def test_a_published_front_replaces_the_points_of_its_model_and_has_a_page(toy, monkeypatch, capsys):
+def test_a_published_front_replaces_the_points_of_its_model_and_has_a_page(toy, monkeypatch):
     from flows import sweep
 
     monkeypatch.setattr(sweep, "ROOT", toy)
+    monkeypatch.setattr(sweep.console, "file", sys.stdout)
     other = [replace(point, model="hub/other") for point in points_of(toy).values()]
     old = [replace(point, quality=0.1) for point in points_of(toy).values()]
     front.write([*other, *old], toy / front.FRONT)
