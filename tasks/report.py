@@ -11,9 +11,7 @@ from typing import Any
 
 from ffn2moe.planning.shipping import Size
 from ffn2moe.spec import MoESpec
-from tasks import figures
-from tasks.front import FRONT
-from tasks.front import read as read_front
+from tasks import figures, front
 from tasks.front_beside import beside
 from tasks.measures import GENERAL, SHOWN, TASKS_KEPT, at, headline, usage
 from tasks.params import Gate, Params
@@ -74,7 +72,7 @@ def run(stage: StageRun) -> None:
         sizes=sizes(exported, manifest, timed),
         shipped=str(Size(**_json(export / "manifest.json")["bytes"])),
         timed=timed,
-        beside=beside(read_front(root / FRONT), params.teacher.source, quality, plan),
+        beside=beside(front.committed(root), params.teacher.source, quality, plan),
         prepared=_json(root / "metrics/prepare.json"),
         manifest=manifest,
         shape=shape_of(manifest["spec"]),
