@@ -64,4 +64,5 @@ def _train_and_write(task: Task, data: Data, fingerprint: str) -> dict[str, Any]
         task.say(f"distilled: {summary(quality['distilled'])}")
     for model in (teacher, student):
         model.to("cpu")
-    return write(task, student, spec, {"quality": quality, "distillation": distillation, "data": data.summary})
+    summary_ = {"quality": quality, "distillation": distillation, "data": data.summary}
+    return write(task, student, spec, summary_, data.calibration)

@@ -18,12 +18,15 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ffn2moe.choices import HEADS
 from tasks.plan_quality import PlanQuality
 from tasks.stage import StageRun, main
+from tasks.tokens import read_tokens
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from ffn2moe.onnx.parity import Sample
     from ffn2moe.spec import MoESpec
 
 STUDENT, TEACHER, EXPORTED = "models/distilled", "data/teacher", "models/exported"
@@ -59,6 +62,7 @@ def run(stage: StageRun) -> None:
             engines=params.export.engines,
             more_plans=params.export.more_plans,
             samples=with_token_types(text_samples(ids, spec.head, params.seed), student, spec.head, params.seed),
+            calibration=calibration_samples(stage, spec, tokenizer),
             float_tolerance=params.export.float_tolerance,
             tanh_tolerance=params.export.tanh_tolerance,
             track=stage.track,
@@ -89,6 +93,16 @@ def run(stage: StageRun) -> None:
             "versions": {"ffn2moe": ffn2moe.__version__} | {package: version(package) for package in packages},
         }
         StageRun("export", params, folder).write_json("manifest.json", manifest)
+
+
+def calibration_samples(stage: StageRun, spec: MoESpec, tokenizer: Any) -> list[Sample]:
+    """Return the calibration texts of the run in batches, for plans that round activations in measured ranges."""
+    if HEADS[spec.head].generates:  # none of their plans does
+        return []
+    path = stage.root / "data/corpus/calibration.jsonl"
+    tokens = read_tokens(path, spec.head, tokenizer, spec.max_length, prompt=spec.prompt)
+    batches = tokens.in_order(stage.params.evaluate.batch_texts)
+    return [{name: tensor.numpy() for name, tensor in batch.inputs.items()} for batch in batches]
 
 
 def write_container(

@@ -18,6 +18,7 @@ import transformers
 from ffn2moe.dense.load import load_dense
 from ffn2moe.onnx import graph as onnx_graph
 from ffn2moe.onnx import lower as onnx_plans
+from ffn2moe.onnx.parity import random_samples
 from ffn2moe.onnx.verify import PlanDiffers, plan_parity, verify
 from ffn2moe.onnx.write import export_model, write_manifest
 from ffn2moe.planning import plan_file
@@ -50,7 +51,8 @@ def folder(tmp_path_factory, teacher) -> Path:
     dense, tokenizer = load_dense(str(teacher))
     student, spec = carve(teacher)
     plans = ("dense", "sorted", *OPENVINO_PLANS)
-    write_manifest(path, export_model(student, dense, tokenizer, spec, path, plans=plans))
+    calibration = random_samples(student, spec, 32, seed=1)
+    write_manifest(path, export_model(student, dense, tokenizer, spec, path, plans=plans, calibration=calibration))
     return path
 
 
@@ -75,6 +77,7 @@ def test_the_graphs_equal_pytorch_in_float32_and_agree_as_they_run(folder):
         assert entries[plan]["parity_max_abs"] < 1e-4
         assert entries[plan].get("agreement", 1) > 0.95
     assert entries["ov-dense8"]["agreement"] > 0.99
+    assert entries["ov-dense8s"]["agreement"] > 0.99
 
 
 def test_plans_of_two_engines_share_a_file(folder):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,15 +21,18 @@ from ffn2moe.spec import MoESpec
 
 if TYPE_CHECKING:
     from ffn2moe.conversion.task import Task
+    from ffn2moe.data.batches import Batch
 
 SHARD_BYTES = 2**30  # of the container's files: as much is in memory while one is written
 
 
-def write(task: Task, student: Any | None, spec: MoESpec, summary: dict[str, Any]) -> dict[str, Any]:
+def write(
+    task: Task, student: Any | None, spec: MoESpec, summary: dict[str, Any], calibration: Iterable[Batch] = ()
+) -> dict[str, Any]:
     """Write the student, and give the finished folder its name; return the manifest.
 
     None for the student writes the routed checkpoint as it is, a layer at a time. `summary` goes into the manifest,
-    beside the settings.
+    beside the settings. Ranges of activations are measured on `calibration`, for plans that need them.
     """
     result = task.work / "result"
     shutil.rmtree(result, ignore_errors=True)
@@ -47,6 +50,7 @@ def write(task: Task, student: Any | None, spec: MoESpec, summary: dict[str, Any
             result,
             onnx=task.settings.onnx,
             every_plan=task.settings.every_plan,
+            calibration=[{name: tensor.numpy() for name, tensor in batch.inputs.items()} for batch in calibration],
             say=task.say,
             track=task.track,
         )

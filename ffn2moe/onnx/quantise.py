@@ -16,14 +16,14 @@ from ffn2moe.runtime.quantise import BLOCK, quantize_blocks
 HALVED_FROM = 4096  # numbers in a matrix
 
 
-class _LinearMap(NamedTuple):
+class LinearMap(NamedTuple):
     node: ir.Node
     name: str
     weight: np.ndarray  # [in, out]
     bias: ir.Value | None
 
 
-def _linear_maps(model: ir.Model) -> list[_LinearMap]:
+def linear_maps(model: ir.Model) -> list[LinearMap]:
     """Return every product with a constant matrix; routers are left out.
 
     Routers stay in float32: a token sent to another expert costs more quality than the router costs time.
@@ -40,13 +40,13 @@ def _linear_maps(model: ir.Model) -> list[_LinearMap]:
             continue
         name = (node.inputs[1].name or "").removesuffix(".weight")
         bias = node.inputs[2] if len(node.inputs) > 2 else None
-        found.append(_LinearMap(node, name, weight.T if attributes.get_int("transB", 0) else weight, bias))
+        found.append(LinearMap(node, name, weight.T if attributes.get_int("transB", 0) else weight, bias))
     return found
 
 
-def _int8(editor: Editor, name: str, weight: np.ndarray) -> tuple[ir.Value, ir.Value]:
-    """Return a matrix [in, out] as signed bytes, symmetric, and the scale of each output."""
-    scale_N = np.maximum(np.abs(weight).max(axis=0) / np.float32(127), np.finfo(np.float32).tiny)
+def int8(editor: Editor, name: str, weight: np.ndarray, most: int = 127) -> tuple[ir.Value, ir.Value]:
+    """Return a matrix [in, out] as signed bytes from -most to most, and the scale of each output."""
+    scale_N = np.maximum(np.abs(weight).max(axis=0) / np.float32(most), np.finfo(np.float32).tiny)
     steps = editor.constant(f"{name}.int8", np.rint(weight / scale_N).astype(np.int8))
     return steps, editor.constant(f"{name}.scale", scale_N.astype(np.float32))
 
@@ -61,7 +61,7 @@ def quantise_dynamically(model: ir.Model, plan: Plan) -> None:
     """
     editor = Editor(model)
     quantized: dict[ir.Value, tuple[ir.Value, ir.Value, ir.Value]] = {}
-    for node, name, weight, bias in _linear_maps(model):
+    for node, name, weight, bias in linear_maps(model):
         editor.at = node
         x, index = node.inputs[0], None
         gather = x.producer()
@@ -75,7 +75,7 @@ def quantise_dynamically(model: ir.Model, plan: Plan) -> None:
         q_x, scale_x, zero_x = quantized[x]
         if index is not None:
             q_x = editor.node("Gather", q_x, index, axis=0)
-        q_weight, scale_N = _int8(editor, name, weight)
+        q_weight, scale_N = int8(editor, name, weight)
         scale = editor.node("Mul", scale_x, scale_N)
         y = editor.node("Cast", editor.node("MatMulInteger", q_x, q_weight, zero_x), to=ir.DataType.FLOAT)
         y = editor.node("Mul", y, scale)
@@ -95,9 +95,9 @@ def compress_weights(model: ir.Model, plan: Plan) -> None:
     OpenVINO keeps the bytes in memory and widens them as it multiplies.
     """
     editor = Editor(model)
-    for node, name, weight, bias in _linear_maps(model):
+    for node, name, weight, bias in linear_maps(model):
         editor.at = node
-        widened = editor.node("DequantizeLinear", *_int8(editor, name, weight), axis=1)
+        widened = editor.node("DequantizeLinear", *int8(editor, name, weight), axis=1)
         y = editor.node("MatMul", node.inputs[0], widened)
         if bias is not None:
             y = editor.node("Add", y, bias)
@@ -130,8 +130,8 @@ def _join_projections(model: ir.Model) -> None:
     The kernel of a small product takes longer to begin, and to round the token, than to multiply.
     """
     editor = Editor(model)
-    by_source: dict[ir.Value, list[_LinearMap]] = {}
-    for one in _linear_maps(model):
+    by_source: dict[ir.Value, list[LinearMap]] = {}
+    for one in linear_maps(model):
         if all(use.node.op_type == "Reshape" for use in one.node.outputs[0].uses()) and constant_of(one.bias) is None:
             by_source.setdefault(one.node.inputs[0], []).append(one)
     for x_TD, maps in by_source.items():
@@ -157,7 +157,7 @@ def quantise_in_blocks(model: ir.Model, plan: Plan) -> None:
     vocabulary = [
         value.shape[-1] for value in model.graph.outputs if value.name == "logits" and value.shape is not None
     ]
-    for node, name, weight, bias in _linear_maps(model):
+    for node, name, weight, bias in linear_maps(model):
         editor.at = node
         kept = 8 if weight.shape[1] in vocabulary else plan.bits
         packed, scales = quantize_blocks(weight.T, kept)

@@ -27,6 +27,7 @@ from ffn2moe.onnx.decoder import canonical_graphs
 from ffn2moe.onnx.graph import save_graph
 from ffn2moe.onnx.lower import PlanRefused, lower
 from ffn2moe.onnx.parity import Parity, Sample, agreement, random_samples
+from ffn2moe.onnx.static import measure_ranges
 from ffn2moe.onnx.verify import FLOAT_TOLERANCE, TANH_TOLERANCE, Known, PlanDiffers, plan_parity
 from ffn2moe.progress import Say, Track, untracked
 from ffn2moe.runtime import export as runtime
@@ -63,6 +64,7 @@ def export_model(
     more_plans: Iterable[str] = (),
     engines: Sequence[str] | None = None,
     samples: Sequence[Sample] | None = None,
+    calibration: Sequence[Sample] = (),
     float_tolerance: float = FLOAT_TOLERANCE,
     tanh_tolerance: float = TANH_TOLERANCE,
     track: Track = untracked,
@@ -72,7 +74,8 @@ def export_model(
     `student` and `teacher` are transformers models with the head of the spec; without a teacher there are no dense
     plans. `plans` None takes all default plans of the head in these `engines` (None: the installed ones); `more_plans`
     are added (`ffn2moe.runtime.plans.plans_on_request`). Each is compared with PyTorch on `samples`
-    (`ffn2moe.onnx.parity`; None: random ones).
+    (`ffn2moe.onnx.parity`; None: random ones). `calibration` has real texts, on which the ranges of activations are
+    measured; without any, plans that need ranges (`Plan.calibrated`) are refused.
 
     A plan has the experts of the spec. It is repeated for every variant that may be worth it (`ffn2moe.moe.variants`):
     another budget of an elastic mixture (`sorted-k1`, whose entry says `num_active`), and layers that stay dense
@@ -95,7 +98,7 @@ def export_model(
     # Without experts the checkpoint is an ordinary folder of transformers, which has its tokenizer inside.
     checkpoint.save(student, tokenizer if spec.is_dense else None, spec, folder / "checkpoint")
     manifest = bare_manifest(student, spec, tokenizer)
-    models = _Models(student, teacher, spec)
+    models = _Models(student, teacher, spec, calibration)
     variant_of = {plan: Variant() for plan in wanted}
     for other in variants_of(spec, with_teacher=teacher is not None):
         variant_of |= {other.name(plan): other for plan in wanted if not is_dense(plan)}
@@ -177,8 +180,8 @@ def _wanted(
 class _Models:
     """The student and its teacher, as canonical graphs and as PyTorch's outputs, for one variant after the other."""
 
-    def __init__(self, student: Any, teacher: Any | None, spec: MoESpec) -> None:
-        self.student, self.teacher, self.spec = student, teacher, spec
+    def __init__(self, student: Any, teacher: Any | None, spec: MoESpec, calibration: Sequence[Sample]) -> None:
+        self.student, self.teacher, self.spec, self.calibration = student, teacher, spec, calibration
         self._dense: dict[str, Any] | None = None
         self._mixtures: dict[Variant, dict[str, Any]] = {}
 
@@ -220,6 +223,8 @@ def _write_plans(
             continue
         if graph not in written:
             canonical = models.canonical(plan, variant)
+            if plan.calibrated:
+                measure_ranges(canonical["main"], models.calibration)
             try:
                 graphs = {part: lower(one, form_of(graph)) for part, one in canonical.items()}
             except PlanRefused as refusal:
@@ -327,18 +332,20 @@ def export_or_checkpoint(
     *,
     onnx: bool,
     every_plan: bool = False,
+    calibration: Sequence[Sample] = (),
     say: Say,
     track: Track,
 ) -> dict[str, Any]:
     """Write a mixture to the empty `folder` as an export, and return the manifest, whose file is not written.
 
-    It has one portable plan (`UNMEASURED_PLANS`), or every plan, the teacher's included. Without `onnx`, and where no
-    graphs can be made (`say` tells why), it has the checkpoint and tokenizer alone.
+    It has one portable plan (`UNMEASURED_PLANS`), or every plan, the teacher's included (`calibration`: see
+    `export_model`). Without `onnx`, and where no graphs can be made (`say` tells why), it has the checkpoint and
+    tokenizer alone.
     """
     if onnx:
         try:
             plans = None if every_plan else (UNMEASURED_PLANS[spec.is_dense],)
-            return export_model(model, teacher, reader, spec, folder, plans=plans, track=track)
+            return export_model(model, teacher, reader, spec, folder, plans=plans, calibration=calibration, track=track)
         except ValueError as error:
             say(f"no ONNX graphs: {error}")
             shutil.rmtree(folder)

@@ -13,10 +13,14 @@ PAST, PRESENT = "past_key_values.", "present."  # the cache, as inputs and as ou
 
 
 def has_blocks(model: Any) -> bool:
-    """Return whether linear maps have weights of 8 or 4 bits in blocks (`MatMulNBits`)."""
+    """Return whether linear maps have weights of 8 or 4 bits in blocks (`MatMulNBits`).
+
+    Other unsigned numbers are the zeros of quantised activations, each alone.
+    """
     packed = ("u4", "u8")
     return any(
         node.get_type_name() == "Constant"
+        and len(node.shape) > 1
         and node.get_output_element_type(0).get_type_name() in packed
         and any(target.get_node().get_type_name() == "Convert" for target in node.output(0).get_target_inputs())
         for node in model.get_ordered_ops()

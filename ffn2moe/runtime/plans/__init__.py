@@ -61,6 +61,7 @@ class Plan:
     operator: Operator | None = None
     steps: tuple[Reference, ...] = ()  # (graph, plan) -> None: rewrite the canonical graph in place, in this order
     same_graph_as: str | None = None  # runs the file of another plan, in its own engine
+    calibrated: bool = False  # rounds activations in ranges that are measured on calibration texts
     exact: bool = True  # its float arithmetic is PyTorch's; not so where an operator has another form of GELU
     raced: bool = True  # timed by default on the CPU
     portable: bool = False  # of standard ONNX ops alone: any ONNX runtime opens its graph
@@ -97,6 +98,7 @@ MOE_NODES = "ffn2moe.onnx.microsoft:use_moe"
 QMOE_NODES = "ffn2moe.onnx.microsoft:use_qmoe"
 ROUTED_NODES = "ffn2moe.onnx.routed:use_routed_experts"
 DYNAMIC_INT8 = "ffn2moe.onnx.quantise:quantise_dynamically"
+STATIC_INT8 = "ffn2moe.onnx.static:quantise_statically"
 BLOCKS = "ffn2moe.onnx.quantise:quantise_in_blocks"
 INT8_WEIGHTS = "ffn2moe.onnx.quantise:compress_weights"
 HALF_TABLES = "ffn2moe.onnx.quantise:halve_large_matrices"
@@ -104,8 +106,8 @@ HALF_TABLES = "ffn2moe.onnx.quantise:halve_large_matrices"
 _EVERY = (*READS_AT_ONCE, *DECODES)
 
 
-def _in_openvino(name: str, summary: str, **how: Any) -> Plan:
-    return Plan(name, summary, "openvino", READS_AT_ONCE, on_request=("causal",), **how)
+def _in_openvino(name: str, summary: str, *, on_request: tuple[str, ...] = ("causal",), **how: Any) -> Plan:
+    return Plan(name, summary, "openvino", READS_AT_ONCE, on_request, **how)
 
 
 def _native(name: str, bits: int, activations: str, summary: str) -> Plan:
@@ -200,6 +202,16 @@ for _plan in (
         bits=8,
         dense=True,
         steps=(INT8_WEIGHTS, HALF_TABLES),
+    ),
+    _in_openvino(
+        "ov-dense8s",
+        "`dense` in static int8 in OpenVINO: weights of 7 bits, activations of 8, their ranges from calibration texts",
+        on_request=(),
+        bits=8,
+        activations="int8",
+        dense=True,
+        calibrated=True,
+        steps=(STATIC_INT8, HALF_TABLES),
     ),
     # With weights in blocks OpenVINO computes in float32, and its kernels quantise the activations.
     _in_blocks(
