@@ -86,7 +86,10 @@ def quantise_statically(model: ir.Model, plan: Plan) -> None:
 
 def _unsigned(editor: Editor, name: str, low: float, high: float) -> tuple[ir.Value, ir.Value]:
     """Return the scale and the zero of unsigned bytes that hold a range, and 0 exactly."""
-    low, high = min(low, 0.0), max(high, 0.0)
-    scale = np.float32(max(high - low, np.finfo(np.float32).tiny) / 255)
-    zero = np.uint8(np.rint(-low / scale))
-    return editor.constant(f"{name}.input_scale", scale), editor.constant(f"{name}.input_zero", zero)
+    low, high = float(min(low, 0)), float(max(high, 0))
+    scale = max((high - low) / 255, float(np.finfo(np.float32).tiny))
+    zero = round(-low / scale)
+    return (
+        editor.constant(f"{name}.input_scale", np.array(scale, dtype=np.float32)),
+        editor.constant(f"{name}.input_zero", np.array(zero, dtype=np.uint8)),
+    )
