@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -267,7 +267,20 @@ def check_inputs(source: Path, raw: dict[str, object]) -> bool:
     It is asked once for the same parameters: the stages that read the inputs ask again. A process of its own imports
     torch, so that this one stays small.
     """
-    given = json.dumps(parameters.validate(raw).model_dump(mode="json", by_alias=True))
+    return _checked(source, _as_json(raw))
+
+
+def check_recipes(source: Path, recipes: Mapping[str, dict[str, object]]) -> bool:
+    """Return whether the parameters of every recipe fit, as `check_inputs`; the printed reason names the recipe."""
+    return _checked(source, [(name, _as_json(raw)) for name, raw in recipes.items()])
+
+
+def _as_json(raw: dict[str, object]) -> dict[str, object]:
+    return parameters.validate(raw).model_dump(mode="json", by_alias=True)
+
+
+def _checked(source: Path, what: object) -> bool:
+    given = json.dumps(what)
     mark = source / ".cache" / "checked"
     if mark.is_file() and mark.read_text(encoding="utf-8") == given:
         return True

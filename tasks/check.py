@@ -123,12 +123,23 @@ def corpus_source(params: Params, root: Path) -> str:
 
 
 def main() -> int:
-    """Check the run of params.yaml, or of standard input; return the exit code."""
+    """Check the run of params.yaml, or those of standard input; return the exit code.
+
+    Standard input has the parameters of one run, or a list of [name, parameters]: then one line says what was checked.
+    """
     from tasks.stage import USER_ERROR, explain, prepare_process
 
-    root = Path.cwd()
+    root, name = Path.cwd(), ""
     try:
-        params = validate(json.load(sys.stdin)) if sys.argv[1:] == ["-"] else load_params(root / "params.yaml")
+        given = json.load(sys.stdin) if sys.argv[1:] == ["-"] else None
+        if isinstance(given, list):
+            for name, parameters in given:  # noqa: B007
+                params = validate(parameters)
+                prepare_process(params)
+                check(params, root, lambda line: None)
+            print(f"checked: {', '.join(name for name, _ in given)}")  # noqa: T201
+            return 0
+        params = validate(given) if given is not None else load_params(root / "params.yaml")
         prepare_process(params)
         check(params, root, print)
         return 0
@@ -136,7 +147,7 @@ def main() -> int:
         message = explain(error)
         if message is None or os.environ.get("FFN2MOE_DEBUG"):
             raise
-        print(f"error: {message}", file=sys.stderr)  # noqa: T201
+        print(f"error: {f'{name}: ' if name else ''}{message}", file=sys.stderr)  # noqa: T201
         return USER_ERROR
 
 

@@ -13,7 +13,7 @@ SWEEP = """\
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
-from flows import sweep
+from flows import sweep, sweep_cells
 from prefect.states import Completed, Failed
 
 
@@ -46,10 +46,12 @@ class Flow:
 
 flow = sweep.sweep
 sweep.sweep = Flow()
-sweep.get_run_logger = lambda: __import__("logging").getLogger()
-for name in ("make", "measure", "time_side_by_side", "judge_plans"):
-    setattr(sweep, name, Here(getattr(sweep, name)))
-sweep.CELL, sweep.COMPARE, sweep.JUDGE = ("cell.py",), ("compare.py",), ("judge.py",)
+sweep_cells.get_run_logger = lambda: __import__("logging").getLogger()
+for module, name in (
+    (sweep_cells, "make"), (sweep_cells, "measure"), (sweep, "time_side_by_side"), (sweep, "judge_plans")
+):
+    setattr(module, name, Here(getattr(module, name)))
+sweep_cells.CELL, sweep.COMPARE, sweep.JUDGE = ("cell.py",), ("compare.py",), ("judge.py",)
 sys.exit(sweep.main(sys.argv[1:]))
 """
 

@@ -19,7 +19,7 @@ from ffn2moe.decompose.source import Source
 from ffn2moe.preflight import machine, room
 from ffn2moe.preflight.case import Case
 from ffn2moe.preflight.checks import findings
-from flows.workspace import check_inputs
+from flows.workspace import check_inputs, check_recipes
 from tasks import check
 from tasks.params import load_params, read
 from tests.conftest import make_tiny_bert, make_tiny_llama, make_tiny_t5
@@ -304,3 +304,28 @@ def test_a_start_of_the_pipeline_checks_once_what_did_not_change(bert, tmp_path,
     assert check_inputs(tmp_path / "source", raw)
     assert "estimated" in capfd.readouterr().out
     assert check_inputs(tmp_path / "source", raw) and capfd.readouterr().out == ""
+
+
+def test_every_recipe_of_a_front_is_checked_before_any_runs(bert, tmp_path, capfd):
+    """The first recipe that asks for what the model does not have is named; the tiny model has 2 layers of 64 neurons."""
+    raw = read(PARAMS)
+    raw["teacher"] |= {"source": str(bert), "max_length": 32}
+    raw["data"] |= {"corpus": str(write_corpus(tmp_path / "texts.jsonl", make_texts(50)))}
+    (tmp_path / "source").mkdir()
+    shutil.copytree(PARAMS.parent / "tasks", tmp_path / "source/tasks")
+
+    def with_settings(**decompose: object) -> dict:
+        return {**raw, "decompose": {**raw["decompose"], "num_experts": 1, **decompose}}
+
+    good = with_settings(keep_layers=1)
+    bad = {
+        "no-such-layer": (with_settings(keep_layers=[0, 2]), "the model has the layers 0 to 1"),
+        "too-many": (with_settings(keep_layers=3), "between 1 and 2"),
+        "too-wide": (with_settings(ffn_width=65), "FFNs of the model have 64"),
+    }
+    for name, (recipe, message) in bad.items():
+        assert not check_recipes(tmp_path / "source", {"good": good, name: recipe})
+        error = capfd.readouterr().err
+        assert error.splitlines()[-1].startswith(f"error: {name}: ") and message in error
+    assert check_recipes(tmp_path / "source", {"good": good, "mixture": with_settings(num_experts=4)})
+    assert "checked: good, mixture" in capfd.readouterr().out

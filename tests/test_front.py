@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import re
+import subprocess
 import sys
 import time
 from dataclasses import replace
@@ -21,7 +22,7 @@ from tasks.front import Point
 from tasks.params import ParamsError, override, read, write
 from tests.sweeps import SWEEP, start
 from tests.test_sweep import project
-from tests.toy import make_toy
+from tests.toy import compress, environment, make_toy
 
 TABLE = """\
 common: benchmark.shapes=[[1,16],[32,32],[32,128]] distill.steps=3
@@ -423,6 +424,20 @@ def test_a_target_in_params_yaml_itself_is_a_setting_of_the_run_and_no_stage_rea
     assert target.committed(source) == ["target.keeps=0.97"]
     raw, name = plan(source, target.committed(source), source)
     assert raw["decompose"]["keep_layers"] == 4 and name != "minilm"
+
+
+def test_a_run_with_a_target_says_what_it_takes_and_a_stage_alone_refuses_one(tmp_path):
+    folder = make_toy(tmp_path / "repo")
+    front.write(POINTS, folder / front.FRONT)
+    code, output = compress(folder, "target.keeps=0.97", "name=wanted")
+    assert code == 0, output
+    assert "target.keeps=0.97: the recipe l4 (decompose.keep_layers=4" in output and "wanted: done" in output
+    code, output = compress(folder, "target.speedup=9")
+    assert code == 2 and "the nearest: l3 (sorted8) keeps 96.0 ± 0.1 % at 2.00x, 3 seeds; l4" in output
+    write(override(read(folder / "params.yaml"), ["target.keeps=0.97"]), folder / "params.yaml")
+    command = [sys.executable, "-m", "tasks.toy", "prepare"]
+    done = subprocess.run(command, cwd=folder, env=environment(), capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and "only `make run` takes the recipe for it" in done.stderr
 
 
 # --- beside the baselines -----------------------------------------------------------------------------------------

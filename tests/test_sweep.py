@@ -292,19 +292,19 @@ def test_stages_that_two_cells_agree_on_are_done_once_for_both(tmp_path):
 
 
 def test_one_cell_at_a_time_where_memory_is_short_and_none_where_the_disk_is(tmp_path, monkeypatch):
-    from flows import sweep
+    from flows import sweep_cells
 
     study = Study(project(tmp_path), "one", studies.parse(["seed=1,2,3"]), None, tmp_path)
     cell = study.take()
     study.note(cell, mebibytes=3000, room=5 * 2**30)
     study.finish(cell, 0.99, 1.0)
     for free, at_a_time in ((2 * 2**30, 1), (4 * 2**30, 2)):
-        monkeypatch.setattr(sweep.psutil, "virtual_memory", lambda free=free: SimpleNamespace(available=free))
-        assert sweep._fit(study, 1) == at_a_time
-    monkeypatch.setattr(sweep, "check", lambda root: None)
-    monkeypatch.setattr(sweep.shutil, "disk_usage", lambda path: SimpleNamespace(free=8 * 2**30))
+        monkeypatch.setattr(sweep_cells.psutil, "virtual_memory", lambda free=free: SimpleNamespace(available=free))
+        assert sweep_cells._fit(study, 1) == at_a_time
+    monkeypatch.setattr(sweep_cells, "check", lambda root: None)
+    monkeypatch.setattr(sweep_cells.shutil, "disk_usage", lambda path: SimpleNamespace(free=8 * 2**30))
     with pytest.raises(FlowError, match="no room for another cell: it takes about 10240 MiB, 8192 MiB are free"):
-        sweep._require_room(study)
+        sweep_cells._require_room(study)
 
 
 def project(folder: Path) -> Path:
