@@ -307,7 +307,7 @@ def test_a_start_of_the_pipeline_checks_once_what_did_not_change(bert, tmp_path,
 
 
 def test_every_recipe_of_a_front_is_checked_before_any_runs(bert, tmp_path, capfd):
-    """The first recipe that asks for what the model does not have is named; the tiny model has 2 layers of 64 neurons."""
+    """A recipe that asks for what the model does not have is named; the tiny one has 2 layers of 64 neurons."""
     raw = read(PARAMS)
     raw["teacher"] |= {"source": str(bert), "max_length": 32}
     raw["data"] |= {"corpus": str(write_corpus(tmp_path / "texts.jsonl", make_texts(50)))}
