@@ -29,6 +29,9 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
         f'class A:\n    """Class: {long}"""\n    def f(self):\n        """Method: {long}"""\n'
         f'    async def g(self):\n        """Coroutine: {long}"""\n    def h(self):\n        """Short."""\n'
         f'def twin(self):\n    """Method: {long}"""\n'
+        f'try:\n    pass\nexcept OSError:\n    def handler():\n        """Handler: {long}"""\n'
+        f'finally:\n    while 0:\n        pass\n    else:\n        def last():\n            """Else: {long}"""\n'
+        f'match 1:\n    case 1:\n        f = lambda: 1 if 2 else 3\n        class C:\n            """Case: {long}"""\n'
     )
     (root / "broken.py").write_text('def f(:\n    """Not Python, in spite of its name, but a template."""\n')
     (root / "latin.py").write_bytes(
@@ -41,8 +44,9 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_docstrings_are_those_of_modules_classes_and_functions_once_each(library, monkeypatch):
     monkeypatch.syspath_prepend(library)
     found = corpus.docstrings(["docstringed"], standard_library=False, workers=1)
-    assert [text.split()[0] for text in found] == ["Class:", "Coroutine:", "Ein", "Method:", "Module:"]
-    assert "\n\nAnd a rest" in found[0], "the indentation of the source is no part of the text"
+    names = ["Case:", "Class:", "Coroutine:", "Ein", "Else:", "Handler:", "Method:", "Module:"]
+    assert [text.split()[0] for text in found] == names
+    assert "\n\nAnd a rest" in found[1], "the indentation of the source is no part of the text"
 
 
 def test_docstrings_do_not_depend_on_the_number_of_workers(library, monkeypatch):

@@ -116,9 +116,19 @@ def _docstrings_of_file(path: str) -> list[str]:
             tree = ast.parse(source)
     except (SyntaxError, ValueError):  # a template or another version's syntax, shipped as .py
         return []
-    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    texts = (clean(ast.get_docstring(node) or "") for node in ast.walk(tree) if isinstance(node, kinds))
+    texts = (clean(ast.get_docstring(node) or "") for node in _documented(tree))
     return [text for text in texts if len(text.split()) >= SHORTEST_DOCSTRING]
+
+
+def _documented(tree: ast.Module) -> Iterator[ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef]:
+    """Yield the module and every class and function in it; unlike `ast.walk` read no expression, of which most are."""
+    found: list[ast.AST] = [tree]
+    while found:
+        node = found.pop()
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            yield node
+        for statements in ("body", "orelse", "finalbody", "handlers", "cases"):
+            found += getattr(node, statements, ())
 
 
 def _die_with_parent() -> None:

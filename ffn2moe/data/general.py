@@ -14,11 +14,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from itertools import accumulate, islice
 from typing import Any
 
-SHARES = {
-    "docstrings": 0.125,
-    "sentences": 0.25,
-    "composed": 0.5,
-}  # of the texts; the rest are first lines of docstrings
+# Of the texts; the rest are the docstrings' first lines.
+SHARES = {"docstrings": 0.125, "sentences": 0.25, "composed": 0.5}
 COMMON = 0.01  # share of a vocabulary's words, its first, that stay where they stand, such as "the" and "after"
 REPLACED = 0.8  # share of the other words of a sentence that are replaced
 EVEN = 0.5  # share of words that are drawn evenly, each once in a round, so that rare ones occur; others as in text
