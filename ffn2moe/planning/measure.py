@@ -1,7 +1,8 @@
-"""Time all plans of an export side by side at the shapes of a workload, and drop slow ones early.
+"""Time all plans of an export side by side at the shapes of a workload, and drop those that cannot win.
 
-After 3, 6, 12 rounds the slower half of the plans that came near the best dense plan in no round are dropped
-(successive halving, Jamieson and Talwalkar 2016, with the noise of the measure as a bar).
+After 3, 6, 12 rounds the plans that came near the best dense plan in no round are dropped, the noise of the measure
+allowed for. From the round on that gives confidence intervals, those are dropped whose whole interval lies behind the
+fastest plan; a dense plan has to lie behind the best dense one, so that nothing is compared with a slower one.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from statistics import median
 from typing import Any
 
 from ffn2moe.planning import timing
-from ffn2moe.planning.timing import CLOSE, AnyExport, Race, Timing
+from ffn2moe.planning.timing import CLOSE, AnyExport, Phase, Race, Timing
 from ffn2moe.runtime.engines import CPU, ENGINES
 from ffn2moe.runtime.export import open_export
 from ffn2moe.runtime.files import no_such_plan, read_manifest
@@ -26,10 +27,10 @@ from ffn2moe.runtime.workload import Shape, Workload
 
 ROUNDS = 60  # the most for one shape
 ENOUGH_ROUNDS = 8  # the fewest that give a confidence interval
-RUNGS = (3, 6, 12, 24, 48)  # rounds after which the slower half of the hopeless plans is dropped
+RUNGS = (3, 6, 12, 24, 48)  # rounds after which hopeless plans are dropped
 # By this over the rounds a plan may miss the best dense plan's speed before it is hopeless: 20 % after 3.
 SLACK = 0.6
-PRECISION = 0.01  # of a ratio: rounds end when its interval reaches at most this far to either side
+PRECISION = 0.02  # of a ratio: rounds end when its interval reaches at most this far to either side
 MIN_RETENTION = 0.97  # the default share of the teacher's quality that a plan must keep
 
 # Wraps the rounds of one shape while they run: (what is timed, rounds) -> rounds.
@@ -171,27 +172,49 @@ def run_race(
         if race.rounds in RUNGS:
             for plan in hopeless(race, keeps_quality):
                 race.drop(plan)
+        if race.rounds >= ENOUGH_ROUNDS:
+            for plan in behind(race, keeps_quality):
+                race.drop(plan)
         if race.rounds >= ENOUGH_ROUNDS and (time.monotonic() > end or settled(race, keeps_quality)):
             return
 
 
 def hopeless(race: Race, keeps_quality: Mapping[str, bool]) -> list[str]:
-    """Return the slower half of the running plans that came near the best dense plan's speed in no round and phase.
+    """Return the running plans that came near the best dense plan's speed in no round and phase.
 
-    A mixture that does not keep the quality can never be chosen, and is dropped once its speed is roughly known. The
-    best dense plan is never among them.
+    A mixture that does not keep the quality can never be chosen, and is among them once its speed is roughly known. The
+    best dense plan never is.
     """
     best = {phase: race.best_dense(phase) for phase in race.phases}
-    trailing: dict[str, float] = {}
+    found = []
     for plan in race.running:
         if plan in best.values():
             continue
-        ratios = {phase: race.ratios(plan, best[phase], phase) for phase in race.phases}
-        if max(map(max, ratios.values())) < 1 - SLACK / race.rounds or not keeps_quality.get(plan, False):
-            trailing[plan] = max(map(median, ratios.values()))
-    slowest_first = sorted(trailing, key=lambda plan: (keeps_quality.get(plan, False), trailing[plan]))
-    unfit = sum(not keeps_quality.get(plan, False) for plan in trailing)
-    return slowest_first[: max(unfit, math.ceil(len(trailing) / 2))]
+        fastest = max(max(race.ratios(plan, best[phase], phase)) for phase in race.phases)
+        if fastest < 1 - SLACK / race.rounds or not keeps_quality.get(plan, False):
+            found.append(plan)
+    return found
+
+
+def behind(race: Race, keeps_quality: Mapping[str, bool]) -> list[str]:
+    """Return the running plans that are slower in every phase than the one they have to beat, beyond the noise.
+
+    For a dense plan that is the best dense plan, else the fastest plan that keeps the quality. They are slower by more
+    than `CLOSE` allows: such a plan may stand for the fastest.
+    """
+    ahead: dict[Phase, tuple[str, str]] = {}
+    for phase in race.phases:
+        best = race.best_dense(phase)
+        able = [plan for plan in race.running if plan == best or keeps_quality.get(plan, False)]
+        ahead[phase] = best, max(able, key=lambda plan: median(race.ratios(plan, best, phase)))
+    kept = {plan for both in ahead.values() for plan in both}
+
+    def is_behind(plan: str, phase: Phase) -> bool:
+        best, fastest = ahead[phase]
+        rival = best if plan in race.comparable else fastest
+        return timing.median_interval(race.ratios(plan, rival, phase))[1] < CLOSE
+
+    return [plan for plan in race.running if plan not in kept and all(is_behind(plan, phase) for phase in race.phases)]
 
 
 def settled(race: Race, keeps_quality: Mapping[str, bool]) -> bool:

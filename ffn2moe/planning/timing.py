@@ -130,8 +130,8 @@ class Race:
         self._exports = exports
         self._batches = batches
         self._decode_tokens = decode_tokens
-        self._comparable = [plan for plan in exports if (is_dense(plan) if comparable is None else plan in comparable)]
-        assert self._comparable, "something to compare with"
+        self.comparable = [plan for plan in exports if (is_dense(plan) if comparable is None else plan in comparable)]
+        assert self.comparable, "something to compare with"
         self._order = random.Random(seed)
         self._samples: dict[str, dict[int, dict[Phase, float]]] = {plan: {} for plan in exports}  # by round
         self._calls = {}
@@ -162,7 +162,7 @@ class Race:
 
     def best_dense(self, phase: Phase) -> str:
         """Return the fastest of the comparable dense plans."""
-        running = [plan for plan in self._comparable if plan in self.running]
+        running = [plan for plan in self.comparable if plan in self.running]
         return min(running, key=lambda plan: median(self.seconds(plan, phase)))
 
     def seconds(self, plan: str, phase: Phase) -> list[float]:
