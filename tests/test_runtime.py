@@ -68,7 +68,7 @@ def test_any_iterable_of_texts_is_read_once(export):
 
 
 def test_a_stream_of_texts_is_read_as_its_embeddings_are_taken(export, monkeypatch):
-    monkeypatch.setattr(runtime, "TEXTS_AT_ONCE", 2)
+    monkeypatch.setattr(batching, "TEXTS_AT_ONCE", 2)
     opened, read = runtime.open_export(export, "sorted", threads=1), []
 
     def texts():
@@ -104,12 +104,56 @@ def test_long_texts_are_cut_to_the_exports_length(export):
     assert opened.encode(["word " * 500]).shape == (1, 32)
 
 
-def test_batches_hold_texts_of_about_one_length_and_no_more_tokens_than_allowed():
-    ids = [[1] * length for length in (3, 9, 5, 40, 1, 8, 2)]
-    batches = list(batching.batches_by_length(ids, 20))
-    assert sorted(index for batch in batches for index in batch) == list(range(7))
-    assert batches[0] == [3]
-    assert all(len(batch) * max(len(ids[i]) for i in batch) <= 20 for batch in batches[1:])
+def _cost(batches: list[list[int]], lengths: list[int], call_tokens: int) -> int:
+    return sum(call_tokens + len(batch) * max(lengths[index] for index in batch) for batch in batches)
+
+
+def test_batches_hold_every_text_once_and_no_more_tokens_than_allowed():
+    lengths = [3, 9, 5, 40, 1, 8, 2, 0]
+    batches = batching.batches_by_length([[1] * length for length in lengths], 20)
+    assert sorted(index for batch in batches for index in batch) == list(range(8))
+    assert batches[0] == [3]  # longer than a batch may be, so alone
+    assert all(len(batch) * max(lengths[index] for index in batch) <= 20 for batch in batches[1:])
+    assert batching.batches_by_length([], 20) == []
+
+
+@pytest.mark.parametrize("call_tokens", [0, 5, 24, 1000])
+def test_no_other_batches_of_sorted_texts_cost_less(call_tokens):
+    lengths = [31, 30, 12, 12, 11, 9, 3, 3, 2, 1]
+    found = batching.batches_by_length([[1] * length for length in lengths], 64, call_tokens)
+    every = []
+    for cuts in range(2 ** (len(lengths) - 1)):  # each way to cut the sorted texts
+        batches = [[0]]
+        for index in range(1, len(lengths)):
+            if cuts >> (index - 1) & 1:
+                batches.append([])
+            batches[-1].append(index)
+        if all(len(batch) * lengths[batch[0]] <= 64 for batch in batches):
+            every.append(_cost(batches, lengths, call_tokens))
+    assert _cost(found, lengths, call_tokens) == min(every)
+
+
+def test_windows_bound_the_texts_and_the_characters_that_are_tokenised_together(monkeypatch):
+    monkeypatch.setattr(batching, "TEXTS_AT_ONCE", 3)
+    monkeypatch.setattr(batching, "CHARACTERS_AT_ONCE", 10)
+    texts = ["a", "b", "c", "d", "long " * 20, "e", None, "f"]
+    found = list(batching.windows(iter(texts)))
+    assert found == [["a", "b", "c"], ["d", "long " * 20], ["e", None, "f"]]
+    assert list(batching.windows([])) == []
+
+
+@pytest.mark.parametrize("plan", ["dense", "sorted", "sorted8"])
+def test_sorted_batches_give_the_embeddings_of_texts_in_their_order(export, plan):
+    """The other way has one batch in the order of the texts, all padded to the longest."""
+    opened = runtime.open_export(export, plan, threads=1)
+    texts = [*make_texts(40), "a", "word " * 10_000]
+    expected = opened.run(*opened.batch(texts))[1]
+    found = opened.encode(texts)
+    cosine_N = (found * expected).sum(1)
+    if plan == "sorted8":  # a batch has one scale of the activations
+        assert cosine_N.min() > 0.99 and cosine_N.mean() > 0.998
+    else:
+        np.testing.assert_allclose(cosine_N, 1, atol=1e-5)
 
 
 def test_the_measured_plan_is_the_default_and_sorted_where_none_was(copy):

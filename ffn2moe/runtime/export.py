@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from ffn2moe.runtime.at_once import AtOnce, ModelExport
-from ffn2moe.runtime.batching import BATCH_TOKENS, batches_by_length, pad, parts
+from ffn2moe.runtime.batching import BATCH_TOKENS, batches_by_length, pad, windows
 from ffn2moe.runtime.classifiers import Classifier, TokenClassifier
 from ffn2moe.runtime.decoders import CausalExport, Seq2SeqExport
 from ffn2moe.runtime.engines import CPU, ENGINES, EngineMissing, Graph, Precision, cores, open_graph
@@ -27,7 +27,6 @@ from ffn2moe.sentence import SentenceModules
 from ffn2moe.table import Table
 
 _log = logging.getLogger(__name__)
-TEXTS_AT_ONCE = 4096  # that are tokenised and batched together
 
 
 class Export(AtOnce):
@@ -62,8 +61,8 @@ class Export(AtOnce):
         Before each text stands `prompt`, or the model's prompt of the name `prompt_name`, or its default prompt, if it
         has one. ValueError for a text that is empty, no string or no valid Unicode, and for an unknown prompt.
 
-        Texts are batched with others of their length among `TEXTS_AT_ONCE`, up to `batch_tokens` with padding. In an
-        int8 plan the batch has one scale of the activations, so an embedding depends a little on its neighbours.
+        Texts are batched with others of their length (`ffn2moe.runtime.batching`), up to `batch_tokens` with padding.
+        In an int8 plan the batch has one scale of the activations, so an embedding depends a little on its neighbours.
         """
         require_several(texts, "encode")
         if isinstance(texts, Sequence):  # before the work; the texts of another iterable are checked as they come
@@ -80,13 +79,13 @@ class Export(AtOnce):
         prompt_name: str | None = None,
         batch_tokens: int = BATCH_TOKENS,
     ) -> Iterator[np.ndarray]:
-        """Yield what `encode` returns, float32 [n, width], for the next `TEXTS_AT_ONCE` texts at most.
+        """Yield what `encode` returns, float32 [n, width], for the next texts: `TEXTS_AT_ONCE`, or fewer long ones.
 
         The memory does not grow with the number of texts.
         """
         require_several(texts, "stream")
         before, done = self.sentence.prompt(prompt, prompt_name), 0
-        for part in parts(texts, TEXTS_AT_ONCE):
+        for part in windows(texts):
             ids = self._ids_of(part, "stream", prompt=before, first=done)
             embeddings_ND = np.empty((len(ids), self.width), dtype=np.float32)
             for batch in batches_by_length(ids, batch_tokens):

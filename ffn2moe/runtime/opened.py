@@ -42,7 +42,8 @@ class Opened:
         texts = list(texts)
         for index, text in enumerate(texts, first):
             require_text(text, f"text {index}")
-        return [encoding.ids for encoding in self._tokenizer.encode_batch([prompt + text for text in texts])]
+        whole = [prompt + text for text in texts] if prompt else texts
+        return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(whole)]  # fast: without offsets
 
 
 def require_several(texts: Iterable[Any], method: str) -> None:
