@@ -48,6 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = parser_of("benchmarks.throughput", __doc__)
     parser.add_argument("export", type=Path, help="the export of a sentence encoder, for example models/exported")
     parser.add_argument("data", type=Path, help="the folder with ag_news/sample.csv and sst2/train.tsv")
+    parser.add_argument("--model", help="the dense model, for the other encoders (the export's teacher)")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--texts", type=int, default=256, help="texts of a round (256)")
     parser.add_argument("--at-once", type=int, help="texts of a call: as in requests to a server (all of a round)")
@@ -72,7 +73,7 @@ def measure(options: argparse.Namespace, console: Console) -> Page:
     options.cache.mkdir(parents=True, exist_ok=True)
     settings = {
         "export": str(options.export.resolve()),
-        "model": str(plain_folder(manifest["spec"]["teacher"])),
+        "model": str(Path(plain_folder(options.model or manifest["spec"]["teacher"])).resolve()),
         "width": SentenceModules.of_spec(manifest["spec"]).embedding_width(manifest["spec"]["stacks"][0]["width"]),
         "threads": options.threads,
         "cache": str(options.cache.resolve()),
@@ -176,14 +177,14 @@ def _process(python: str, kind: str, file: Path, threads: int) -> subprocess.Pop
     counts = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "RAYON_NUM_THREADS")
     own = dict.fromkeys(counts, str(threads)) | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
     own["TOKENIZERS_PARALLELISM"] = "false" if threads == 1 else "true"
-    script = Path(__file__).with_name("throughput_encoders.py")
     return subprocess.Popen(
-        [python, str(script), kind, str(file)],
+        [python, "-m", "benchmarks.throughput_encoders", kind, str(file.resolve())],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         text=True,
         env=os.environ | own,
+        cwd=ROOT,  # where the module is
     )
 
 

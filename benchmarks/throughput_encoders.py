@@ -1,6 +1,6 @@
 """Encode texts in one way, in a process of its own, for `benchmarks.throughput`.
 
-    PYTHON throughput_encoders.py NAME SETTINGS
+    PYTHON -m benchmarks.throughput_encoders NAME SETTINGS
 
 SETTINGS is a file of JSON. The first line on stdout is {} or {"left_out": reason}. Each line on
 stdin holds texts, and each answer has the seconds. Needs only what the encoder NAME needs, so another environment's

@@ -25,10 +25,11 @@ def data(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_a_run_times_every_encoder_on_every_set_and_resumes(exported, data, tmp_path, capsys):
+def test_a_run_times_every_encoder_on_every_set_and_resumes(exported, tiny_teacher, data, tmp_path):
     out, cache = tmp_path / "page.md", tmp_path / "cache"
     asked = [str(exported / "models/exported"), str(data), "--texts", "8", "--at-once", "3", "--rounds", "5"]
     asked += ["--plans", "dense", "sorted", "--text-order", "sorted", "--cache", str(cache), "--out", str(out)]
+    asked += ["--model", str(tiny_teacher)]
     assert throughput.main(asked) == 0
     result = json.loads(out.with_suffix(".json").read_text())
     assert [(row["set"], row["round"]) for row in result["rows"]] == [
