@@ -189,12 +189,16 @@ def _process(python: str, kind: str, file: Path, threads: int) -> subprocess.Pop
 
 
 def _compared(workers: Mapping[str, Worker], texts: Sequence[str]) -> dict[str, float]:
-    """Return the mean cosine of each encoder's vectors with those of the reference, the first encoder without it."""
-    found = {
-        name: np.array(worker.ask(texts[:COMPARED], "", vectors=True)["vectors"]) for name, worker in workers.items()
-    }
+    """Return the mean cosine of each encoder's vectors with those of the reference, or of the first without one."""
+    found = {name: _unit(worker.ask(texts[:COMPARED], "", vectors=True)["vectors"]) for name, worker in workers.items()}
     expected = found.get(REFERENCE, next(iter(found.values())))
     return {name: float((vectors * expected).sum(1).mean()) for name, vectors in found.items()}
+
+
+def _unit(vectors: Sequence[Sequence[float]]) -> np.ndarray:
+    vectors_ND = np.array(vectors)
+    lengths_N1: np.ndarray = np.linalg.norm(vectors_ND, axis=1, keepdims=True)
+    return vectors_ND / lengths_N1
 
 
 def _digest(options: argparse.Namespace, manifest: Mapping[str, Any], names: Sequence[str]) -> str:
