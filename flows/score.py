@@ -36,7 +36,7 @@ from tasks.stage import StageRun
 INPUTS, OUTPUTS = (".txt", ".jsonl", ".csv", ".tsv"), (".jsonl", ".parquet", ".npy")
 # What a version from earlier code gives, which does not say it itself: head -> key of the results.
 EARLIER = {"embedding": "embedding", "classification": "probabilities", "causal": "text", "seq2seq": "text"}
-BATCH = 1024  # most texts at once: with 256, padding and calls cost 2 to 6 % more (docs/decisions/0033)
+BATCH = 1024  # most texts at once: with 256, padding and calls cost 2 to 6 % more (docs/decisions/0034)
 WRITTEN = 16  # where the model writes, one text after the other: a step of the progress
 SHOWN = 10  # bad lines that a message names
 console = Console(highlight=False, soft_wrap=True, markup=False)

@@ -9,7 +9,7 @@ from typing import TypeVar
 import numpy as np
 
 BATCH_TOKENS = 1024  # more leave the processor's cache (int8 plans are a fifth slower at 4096)
-CALL_TOKENS = 24  # the time of a call beyond its tokens, in tokens: 10 to 35 by plan and machine (docs/decisions/0033)
+CALL_TOKENS = 24  # the time of a call beyond its tokens, in tokens: 10 to 35 by plan and machine (docs/decisions/0034)
 TEXTS_AT_ONCE = 4096  # that are tokenised and batched together: enough of like lengths
 CHARACTERS_AT_ONCE = 2**22  # of them: a tokenizer takes 30 bytes a character before it truncates
 Item = TypeVar("Item")
