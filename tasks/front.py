@@ -68,9 +68,11 @@ def percent(share: float, spread: float | None = None) -> str:
 
 
 def read(path: Path) -> list[Point]:
-    """Return the points of a file; none of an empty file. ValueError for a line that is no point."""
+    """Return the points of a file; empty lines are none. ValueError for a line that is no point."""
     points = []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        if not line.strip():  # a file without points has one: DVC warns of a file without a byte
+            continue
         try:
             row = json.loads(line)
             row |= {key: tuple(value) for key, value in row.items() if isinstance(value, list)}

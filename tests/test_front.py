@@ -381,7 +381,7 @@ def test_a_target_that_cannot_be_met_is_refused_with_what_comes_nearest(source, 
 
 @pytest.mark.parametrize("there", [True, False])
 def test_without_a_measured_front_a_target_says_how_to_measure_one(source, there):
-    (source / front.FRONT).write_text("") if there else (source / front.FRONT).unlink()
+    (source / front.FRONT).write_text("\n") if there else (source / front.FRONT).unlink()
     with pytest.raises(ParamsError, match=r"docs/results/front.jsonl has no point: measure one: make front"):
         plan(source, ["target.keeps=0.99"], source)
 

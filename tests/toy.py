@@ -176,7 +176,7 @@ def copy_project(folder: Path) -> None:
     for name in ("params.yaml", "dvc.yaml", "constraints.txt", ".gitignore", ".dvcignore"):
         shutil.copy(PROJECT / name, folder)
     (folder / "docs" / "results").mkdir(parents=True)
-    (folder / "docs" / "results" / "front.jsonl").touch()  # a front that nobody has measured
+    (folder / "docs" / "results" / "front.jsonl").write_text("\n")  # a front that nobody has measured
     (folder / ".dvc").mkdir()
     for name in ("config", ".gitignore"):
         shutil.copy(PROJECT / ".dvc" / name, folder / ".dvc" / name)
