@@ -16,7 +16,7 @@ from ffn2moe.onnx.editor import constant_of
 from ffn2moe.onnx.graph import canonical_graph
 from ffn2moe.onnx.lower import lower
 from ffn2moe.onnx.parity import random_samples
-from ffn2moe.onnx.static import MOST_ROWS, RANGE, measure_ranges
+from ffn2moe.onnx.static import MOST_ROWS, RANGES, measure_ranges
 from ffn2moe.onnx.write import export_model
 from ffn2moe.runtime.engines import installed_engines
 from ffn2moe.runtime.engines.openvino import OpenVinoGraph
@@ -43,27 +43,26 @@ def dense(teacher) -> ir.Model:
 
 
 def ranges_of(graph: ir.Model) -> list[tuple[float, float]]:
-    inputs = dict.fromkeys(value for node in graph.graph for value in node.inputs if value is not None)
-    return [value.meta[RANGE] for value in inputs if RANGE in value.meta]
+    return list(graph.graph.meta[RANGES].values())
 
 
 def test_padding_and_texts_beyond_the_first_widen_no_range(dense, samples):
-    measure_ranges(dense, samples)
+    measure_ranges(dense, samples, dense)
     before = ranges_of(dense)
     assert before and all(low < high for low, high in before)
     again = dense.clone()
     padded = [{name: np.pad(array, ((0, 0), (0, 9))) for name, array in sample.items()} for sample in samples]
-    measure_ranges(again, padded)
+    measure_ranges(again, padded, again)
     np.testing.assert_allclose(ranges_of(again), before, atol=1e-5)
     full = [{name: np.repeat(samples[0][name][:1], MOST_ROWS, axis=0) for name in samples[0]}]
     once, more = dense.clone(), dense.clone()
-    measure_ranges(once, full)
-    measure_ranges(more, [*full, *samples])
+    measure_ranges(once, full, once)
+    measure_ranges(more, [*full, *samples], more)
     assert ranges_of(once) == ranges_of(more)
 
 
 def test_every_linear_map_is_a_product_of_bytes_and_weights_have_seven_bits(dense, samples):
-    measure_ranges(dense, samples)
+    measure_ranges(dense, samples, dense)
     graph = lower(dense, PLAN).graph
     products = [node for node in graph if node.op_type in ("MatMul", "Gemm")]
     assert len(products) == len([node for node in dense.graph if node.op_type == "Gemm"])
@@ -86,7 +85,7 @@ def test_without_calibration_texts_the_plan_is_refused_with_the_reason_and_other
 
 @needs_openvino
 def test_the_products_are_of_bytes_where_openvino_runs_them_and_the_rest_in_its_own_precision(dense, samples):
-    measure_ranges(dense, samples)
+    measure_ranges(dense, samples, dense)
     graph = OpenVinoGraph(ir.to_proto(lower(dense, PLAN)).SerializeToString(), threads=1)
     assert graph.precision == OpenVinoGraph(ir.to_proto(dense).SerializeToString(), threads=1).precision
     found = [node.get_rt_info() for node in graph._compiled[None].get_runtime_model().get_ordered_ops()]
@@ -97,17 +96,17 @@ def test_the_products_are_of_bytes_where_openvino_runs_them_and_the_rest_in_its_
 SATURATES = """
 import numpy as np, onnx_ir as ir, sys
 from ffn2moe.onnx.editor import Editor
-from ffn2moe.onnx.static import RANGE, quantise_statically
+from ffn2moe.onnx.static import RANGES, quantise_statically
 from ffn2moe.runtime.engines.openvino import OpenVinoGraph
 from ffn2moe.runtime.plans import plan_of
 
 x = ir.val("x", ir.DataType.FLOAT, ["tokens", 64])
-x.meta[RANGE] = 0.0, 1.0
 model = ir.Model(ir.Graph([x], [], nodes=[], opset_imports={"": 23}), ir_version=10)
 editor = Editor(model)
 y = editor.node("MatMul", x, editor.constant("linear.weight", np.ones((64, 64), np.float32)))
 y.name, y.type, y.shape = "y", ir.TensorType(ir.DataType.FLOAT), ir.Shape(["tokens", 64])
 model.graph.outputs.append(y)
+model.graph.meta[RANGES] = {"linear": (0.0, 1.0)}
 quantise_statically(model, plan_of("ov-dense8s"))
 graph = OpenVinoGraph(ir.to_proto(model).SerializeToString(), threads=1, precision="float32")
 for tokens in (1, 40):

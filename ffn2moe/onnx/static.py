@@ -15,24 +15,28 @@ from ffn2moe.runtime.at_once import TOKEN_TYPES
 from ffn2moe.runtime.engines.onnxruntime import session
 from ffn2moe.runtime.plans import Plan
 
-RANGE = "ffn2moe.range"  # where a value's `meta` holds its least and largest number
+RANGES = "ffn2moe.ranges"  # where a graph's `meta` holds the least and largest number of each linear map's input
 LARGEST_WEIGHT = 63  # 7 bits: two products of bytes then fit 16 bits, where CPUs without VNNI add them
 MOST_ROWS = 128  # texts or images that ranges are measured on: more move them by little
 
 
-def measure_ranges(model: ir.Model, samples: Iterable[Sample]) -> None:
-    """Note at the input of each linear map the least and the largest number that the first samples bring it.
+def measure_ranges(model: ir.Model, samples: Iterable[Sample], computes: ir.Model) -> None:
+    """Note the least and the largest number that the first samples bring to each linear map, by its name.
 
-    Padding is left out, as no output depends on it. The extremes themselves are the range, not quantiles: the few
-    tokens with extreme numbers carry attention (docs/decisions/0018). Runs on one thread, so that the numbers are the
-    same every time.
+    `computes` is the same model in standard operators, which runs on the samples. Padding is left out, as no output
+    depends on it. The extremes themselves are the range, not quantiles: the few tokens with extreme numbers carry
+    attention (docs/decisions/0018). Runs on one thread, so that the numbers are the same every time.
     """
-    values = {one.node.inputs[0].name: one.node.inputs[0] for one in linear_maps(model)}
-    measuring = model.clone()
+    wanted = {one.name for one in linear_maps(model)}
+    measuring = computes.clone()
     editor = Editor(measuring)
     last_axis = editor.constant("last_axis", np.array([-1]))
+    maps_of: dict[ir.Value, list[str]] = {}
+    for one in linear_maps(measuring):
+        if one.name in wanted:
+            maps_of.setdefault(one.node.inputs[0], []).append(one.name)
     names = []
-    for value in {one.node.inputs[0]: None for one in linear_maps(measuring)}:
+    for value in maps_of:
         for reduction in ("ReduceMin", "ReduceMax"):
             of_rows = editor.node(reduction, value, last_axis, keepdims=0)
             of_rows.name, of_rows.type = f"{value.name}.{reduction}", ir.TensorType(ir.DataType.FLOAT)
@@ -40,17 +44,21 @@ def measure_ranges(model: ir.Model, samples: Iterable[Sample]) -> None:
             names.append(of_rows.name)
     opened = session(ir.to_proto(measuring).SerializeToString(), threads=1)
     rows = 0
+    ranges: dict[str, tuple[float, float]] = {}
     for sample in samples:
         if rows >= MOST_ROWS:
             break
         first, mask = next(iter(sample.values())), sample.get("attention_mask")
         rows += len(first)
         given = {TOKEN_TYPES: np.zeros_like(first), **sample}  # as `runtime.at_once` fills them in
-        found = opened.run(names, {value.name: given[value.name] for value in model.graph.inputs})
-        for value, least, largest in zip(values.values(), found[::2], found[1::2], strict=True):
+        found = opened.run(names, {value.name: given[value.name] for value in measuring.graph.inputs})
+        for maps, least, largest in zip(maps_of.values(), found[::2], found[1::2], strict=True):
             counts = mask.ravel() != 0 if mask is not None and mask.size == least.size else slice(None)
-            low, high = value.meta.get(RANGE, (np.inf, -np.inf))
-            value.meta[RANGE] = min(low, least.ravel()[counts].min()), max(high, largest.ravel()[counts].max())
+            low, high = float(least.ravel()[counts].min()), float(largest.ravel()[counts].max())
+            for name in maps:
+                before = ranges.get(name, (low, high))
+                ranges[name] = min(low, before[0]), max(high, before[1])
+    model.graph.meta[RANGES] = ranges
 
 
 def quantise_statically(model: ir.Model, plan: Plan) -> None:
@@ -64,17 +72,17 @@ def quantise_statically(model: ir.Model, plan: Plan) -> None:
     """
     editor = Editor(model)
     maps = linear_maps(model)
-    ranges = [one.node.inputs[0].meta.get(RANGE) for one in maps]
-    if None in ranges:
+    ranges: dict[str, tuple[float, float]] = model.graph.meta.get(RANGES, {})
+    if not ranges.keys() >= {one.name for one in maps}:
         raise PlanRefused(
             f"{plan.name}: it rounds activations in ranges that are measured on calibration texts, and it got none"
         )
     rounded: dict[ir.Value, ir.Value] = {}
-    for (node, name, weight, bias), (low, high) in zip(maps, ranges, strict=True):
+    for node, name, weight, bias in maps:
         editor.at = node
         x = node.inputs[0]
         if x not in rounded:
-            scale, zero = _unsigned(editor, name, low, high)
+            scale, zero = _unsigned(editor, name, *ranges[name])
             steps = editor.node("QuantizeLinear", x, scale, zero)
             rounded[x] = editor.node("DequantizeLinear", steps, scale, zero)
         widened = editor.node("DequantizeLinear", *int8(editor, name, weight, LARGEST_WEIGHT), axis=1)

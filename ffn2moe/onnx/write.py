@@ -223,9 +223,9 @@ def _write_plans(
             continue
         if graph not in written:
             canonical = models.canonical(plan, variant)
-            if plan.calibrated:
-                measure_ranges(canonical["main"], models.calibration)
             try:
+                if plan.calibrated and models.calibration:
+                    measure_ranges(canonical["main"], models.calibration, lower(canonical["main"], "sorted"))
                 graphs = {part: lower(one, form_of(graph)) for part, one in canonical.items()}
             except PlanRefused as refusal:
                 manifest["refused"][name] = str(refusal)

@@ -234,6 +234,16 @@ for _plan in (
         *("ov-native4", 4, "int8"),
         "the same with experts of 4 bits a weight and activations of 8, one scale a token",
     ),
+    _in_openvino(
+        "ov-native4s",
+        "`ov-native4` with every other linear map in static int8, as `ov-dense8s` has them",
+        on_request=(),
+        bits=4,
+        activations="int8",
+        calibrated=True,
+        operator=EXPERTS,
+        steps=(ROUTED_NODES, STATIC_INT8, HALF_TABLES),
+    ),
     _in_blocks(
         "ov-native8b",
         "`ov-native8a8` with every other linear map a `MatMulNBits` of 8 bits: for decoding",
