@@ -157,9 +157,9 @@ def read_corpus(
     """Return the texts of a corpus, cleaned, without empty ones, in the order of the source.
 
     The source is `docstrings`; `general`, which is `count` texts over `words`, or docstrings where no words are given
-    (`ffn2moe.data.general`); a .txt file (one text a line, or texts between lines of <|endoftext|>); a .jsonl, .csv or .tsv file, whose `column` holds the
-    text; or `datasets:NAME` (also `datasets:NAME:CONFIGURATION`). With `most`, only so many first bytes of a file are
-    read. FileNotFoundError or ValueError with the remedy.
+    (`ffn2moe.data.general`); a .txt file (one text a line, or texts between lines of <|endoftext|>); a .jsonl, .csv or
+    .tsv file, whose `column` holds the text; or `datasets:NAME` (also `datasets:NAME:CONFIGURATION`). With `most`, only
+    so many first bytes of a file are read. FileNotFoundError or ValueError with the remedy.
     """
     if source == "docstrings":
         return docstrings(workers=workers, track=track)
