@@ -32,10 +32,14 @@ def compare_cells(study: Study, root: Path, time: Timer) -> list[dict[str, Any]]
     if not cells:
         raise FlowError("no cell has figures; " + "; ".join(without_figures(study)[:3]))
     found: list[compare.Point] = []
+
+    def size(cell: Cell) -> int:
+        return sum(path.stat().st_size for path in (root / "exports" / cell.name).rglob("*.onnx*"))
+
     # Cells of one teacher share its dense plans. Each teacher has a session of its own.
     by_teacher = sorted(cells, key=lambda cell: str(study.params(cell).teacher))
     for number, (_, group) in enumerate(groupby(by_teacher, key=lambda cell: str(study.params(cell).teacher))):
-        for part, several in enumerate(in_memory(list(group), root)):
+        for part, several in enumerate(in_memory(list(group), size)):
             found += _session(study, several, study.folder / f"session-{number}-{part}.json", root, time)
     best = compare.best_of(found)
     labels = {cell.number: cell.label for cell in cells}
@@ -68,15 +72,14 @@ def without_figures(study: Study) -> list[str]:
     ]
 
 
-def in_memory(cells: list[Cell], root: Path) -> list[list[Cell]]:
+def in_memory(cells: Sequence[Cell], bytes_of: Callable[[Cell], int]) -> list[Sequence[Cell]]:
     """Group the cells into sessions that fit in memory, by the size of their graphs; mostly one session."""
-    sizes = [sum(path.stat().st_size for path in (root / "exports" / cell.name).rglob("*.onnx*")) for cell in cells]
     # While a plan opens, it holds up to twice the size of its file.
-    at_once = max(1, int(psutil.virtual_memory().available / 2 / max(1, 2 * max(sizes))))
+    at_once = max(1, int(psutil.virtual_memory().available / 2 / max(1, 2 * max(map(bytes_of, cells)))))
     return [cells[start : start + at_once] for start in range(0, len(cells), at_once)]
 
 
-def _session(study: Study, cells: list[Cell], path: Path, root: Path, time: Timer) -> list[compare.Point]:
+def _session(study: Study, cells: Sequence[Cell], path: Path, root: Path, time: Timer) -> list[compare.Point]:
     """Return the points of some cells, timed in turn beside the dense plans of their teacher.
 
     A cell takes part with the plans of its own Pareto front.

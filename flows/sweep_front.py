@@ -110,7 +110,12 @@ def _session(
     """Return the row of every plan at one shape, timed in turn; mostly in one session."""
     found: dict[str, dict[str, Any]] = {}
     recipes = {cell.name: recipe for recipe, cell in firsts.items()}
-    for part, cells in enumerate(in_memory(list(firsts.values()), root)):
+
+    def size(cell: Cell) -> int:
+        judged = _json(study.folder / f"{cell.number:03}" / "judged.json")
+        return sum(int(judged[plan]["bytes"]) for plan in plans[recipes[cell.name]])
+
+    for part, cells in enumerate(in_memory(list(firsts.values()), size)):
         first = root / "exports" / cells[0].name
         params = study.params(cells[0])
         job = {
