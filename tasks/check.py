@@ -104,7 +104,7 @@ def request_of(params: Params, root: Path) -> Request:
         needs_container=settings.container == "auto",
         checkpoints=CHECKPOINTS,
         stored=STORED,
-        question_tokens=0 if data.folder is None else about_tokens(root / data.folder),
+        question_tokens=0 if data.folder is None else about_tokens(root / data.folder, params.evaluate.most_questions),
     )
 
 

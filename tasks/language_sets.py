@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ffn2moe.data.corpus import clean, read_file
-from ffn2moe.judges.items import TASKS, Item
+from ffn2moe.judges.items import TASKS, Item, spread
 from tasks import corpus
 
 BYTES_BY_TOKEN = 4  # of a file, about
@@ -66,11 +66,18 @@ def of_folder(folder: Path) -> LanguageSets:
     return LanguageSets(questions, text)
 
 
-def about_tokens(folder: Path) -> int:
-    """Return about how many tokens a language model is judged by, from the sizes of the files alone."""
-    sizes = [file.stat().st_size for name in TASKS for file in (folder / name).glob("*.jsonl")]
+def about_tokens(folder: Path, most: int) -> int:
+    """Return about how many tokens a language model is judged by, with at most `most` questions of each file."""
+    asked = [_bytes_asked(file, most) for name in TASKS for file in (folder / name).glob("*.jsonl")]
     text = MOST_CHARACTERS if (folder / "wikitext2").is_dir() else 0
-    return (sum(sizes) + text) // BYTES_BY_TOKEN
+    return (sum(asked) + text) // BYTES_BY_TOKEN
+
+
+def _bytes_asked(file: Path, most: int) -> int:
+    """Return the bytes of at most `most` lines of a file, evenly spread."""
+    with file.open("rb") as lines:
+        sizes = [len(line) for line in lines]
+    return sum(spread(sizes, most))
 
 
 def _file_of(folder: Path) -> Path:

@@ -173,6 +173,8 @@ def test_the_check_knows_the_time_and_the_memory_of_judging(prepared, monkeypatc
     asked = check.request_of(params, prepared)
     none = replace(asked, question_tokens=0)
     assert asked.question_tokens > 10_000
+    few = load_params(PARAMS, [*SETTINGS, "evaluate.most_questions=4"])
+    assert check.request_of(few, prepared).question_tokens < asked.question_tokens
     assert estimated(Case(asked))["judging"] > estimated(Case(none))["judging"]
     assert room.room_of(Case(asked)).judging > room.room_of(Case(none)).judging == 0
     monkeypatch.setattr(room, "logits_bytes", lambda vocabulary, length, models: 2**60)
