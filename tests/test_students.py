@@ -1,0 +1,74 @@
+"""Students of one teacher are judged alike, and one is ahead of another only beyond the noise."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import students
+from ffn2moe import cli
+from ffn2moe.convert import Settings, convert
+from tests.test_judges import made_up, make_llama, write
+from tests.texts import make_texts
+
+
+def judged(nats_N: torch.Tensor) -> students.Judged:
+    return students.Judged(10 * nats_N.double(), torch.full((len(nats_N),), 10.0, dtype=torch.float64), {})
+
+
+def test_a_ratio_is_ahead_or_behind_beyond_two_standard_errors_only():
+    nats_N, apart_N = torch.tensor([3.0, 2.0, 4.0, 3.0]), torch.tensor([0.1, 0.2, 0.1, 0.2])
+    behind = students.Ratio.of(judged(nats_N + apart_N), judged(nats_N))
+    assert behind.value == pytest.approx(torch.tensor(0.15).exp().item()) and behind.verdict == "behind"
+    assert behind.error == pytest.approx((apart_N.std() / 2).item(), rel=1e-5)
+    assert students.Ratio.of(judged(nats_N), judged(nats_N + apart_N)).verdict == "ahead"
+    noise_N = torch.tensor([0.5, -0.5, 0.4, -0.3])
+    for other_N in (nats_N, nats_N + noise_N):
+        assert students.Ratio.of(judged(other_N), judged(nats_N)).verdict == "equal within two errors"
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> Path:
+    """A teacher, a mixture and a narrower student of it, questions and a text."""
+    root = tmp_path_factory.mktemp("students")
+    make_llama(root / "dense", seed=0)
+    texts = write(root, "texts.jsonl", [{"text": text} for text in make_texts(60)])
+    same = {"distill_steps": 0, "onnx": False, "corpus": str(texts), "max_length": 16, "container": "none"}
+    convert(str(root / "dense"), root / "half", Settings(num_experts=2, num_active=1, **same))
+    convert(str(root / "dense"), root / "narrow", Settings(num_experts=1, num_active=1, ffn_width=0.5, **same))
+    write(
+        root,
+        "hellaswag.jsonl",
+        [{"context": one.context, "endings": list(one.choices), "label": one.label} for one in made_up(30)],
+    )
+    (root / "text.txt").write_text("\n".join(make_texts(20)))
+    return root
+
+
+def test_the_page_has_the_figures_of_the_command_and_pairs(made, tmp_path, capsys, monkeypatch):
+    options = ["--text", made / "text.txt", "--hellaswag", made / "hellaswag.jsonl", "--block", "16"]
+    given = [made / "dense", made / "half", made / "narrow", *options, "--work", tmp_path / "work"]
+    out = tmp_path / "page.md"
+    assert students.main([*map(str, given), "--out", str(out)]) == 0
+    result = json.loads(out.with_suffix(".json").read_text())
+    assert [row[0] for row in result["rows"]] == ["half", "narrow"]
+    assert [pair[:2] for pair in result["pairs"]] == [["half", "narrow"]]
+    capsys.readouterr()
+    teacher = ["--teacher", made / "dense", "--json"]
+    assert cli.main([*map(str, ["judge", made / "half", *teacher, *options])]) == 0
+    told = json.loads(capsys.readouterr().out)
+    half = result["rows"][0]
+    accuracy = told["tasks"]["hellaswag"]["model"]["accuracy_normalised"]["value"]
+    assert half[5] == f"{100 * accuracy:.1f}"
+    assert float(half[3]) == pytest.approx(told["text"]["model"]["perplexity"], abs=0.006)
+
+    monkeypatch.setattr(students.Judge, "_judge", lambda *_: pytest.fail("a known student was judged again"))
+    assert students.main([*map(str, given)]) == 0
+
+
+def test_a_folder_without_a_student_is_refused_before_any_work(made, capsys):
+    assert students.main([str(made / "dense"), str(made), "--text", str(made / "text.txt")]) == 2
+    assert "holds no student" in capsys.readouterr().err
