@@ -20,9 +20,11 @@ from ffn2moe.onnx.graph import OPSET, ExportedMoE, save_graph
 from ffn2moe.onnx.lower import lower
 from ffn2moe.onnx.mixture import activate
 from ffn2moe.onnx.names import DOMAIN, MIXTURE, PARTS
+from ffn2moe.onnx.quantise import linear_maps
+from ffn2moe.onnx.static import MOST_ROWS, measure_ranges
 from ffn2moe.runtime.engines import Graph
 from ffn2moe.runtime.export import open_graphs
-from ffn2moe.runtime.plans import graph_of, is_dense
+from ffn2moe.runtime.plans import graph_of, is_dense, plan_of
 from ffn2moe.sentence import SentenceModules
 from ffn2moe.spec import FFNShape, MoESpec
 
@@ -170,8 +172,18 @@ class Layers:
         files = [folder / f"{name}-{layer}.onnx" for layer in range(len(canonical))]
         for file, graph in zip(files, canonical, strict=True):
             if not file.is_file():
+                if plan_of(name).calibrated and linear_maps(graph):
+                    measure_ranges(graph, [random_rows(graph)], lower(graph, "sorted"))
                 save_graph(lower(graph, name), file)
         return open_graphs(files, plan, threads=threads)
+
+
+def random_rows(graph: ir.Model) -> dict[str, np.ndarray]:
+    """Return normal numbers for the input of an FFN's graph: speed does not depend on the ranges."""
+    (x_TD,) = graph.graph.inputs
+    assert x_TD.shape is not None and x_TD.name is not None
+    rows = np.random.default_rng(0).standard_normal((MOST_ROWS, int(x_TD.shape[1])))
+    return {x_TD.name: rows.astype(np.float32)}
 
 
 class TrainedFFN(nn.Module):
