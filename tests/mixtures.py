@@ -75,6 +75,7 @@ def make_workspace(root: Path, teacher: Path, **options: Any) -> Path:
     shutil.copytree(teacher, root / "data/teacher")
     checkpoint.save(model, tokenizer, spec, root / "models/distilled")
     write_corpus(root / "data/corpus/evaluation.jsonl", make_texts(40))
+    write_corpus(root / "data/corpus/calibration.jsonl", make_texts(40, seed=2))
     pairs = [text.split("\n\n") for text in make_texts(30, seed=1)]
     write_jsonl(root / "data/benchmarks/retrieval.jsonl", ({"query": q, "document": d} for q, d in pairs))
     figures = {name: {"retrieval": {"ndcg_at_10": 0.5}} for name in ("teacher", "student")}
