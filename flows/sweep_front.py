@@ -146,7 +146,7 @@ def _common(study: Study, params: Params, root: Path) -> dict[str, Any]:
     return {
         "model": params.teacher.source,
         "training": {
-            key: Path(value).name if key == "data.folder" and value else value
+            key: front.without_path(key, value)
             for key, value in flat.items()
             if key.startswith(trained) and key not in own
         },
@@ -159,6 +159,7 @@ def _common(study: Study, params: Params, root: Path) -> dict[str, Any]:
 def _written(study: Study, found: Sequence[front.Point], firsts: Mapping[Cell, str]) -> list[dict[str, Any]]:
     """Write the points into the folder of the study; return rows like those of a sweep, with the recipes."""
     numbers = {name: cell.number for cell, name in firsts.items()}
+    called = {name: cell.settings[1:] for cell, name in firsts.items()}  # all but its name
     rows = [
         {
             "on_front": point.on_front,
@@ -174,6 +175,7 @@ def _written(study: Study, found: Sequence[front.Point], firsts: Mapping[Cell, s
             "bytes": point.bytes,
             "memory_mib": point.memory_mib,
             "settings": " ".join(point.settings) or "the teacher",
+            "run": " ".join(called.get(str(point.recipe), ())),
             "export": f"exports/{study.name}-{numbers.get(str(point.recipe), min(numbers.values())):03}",
         }
         for point in found

@@ -133,9 +133,8 @@ def best(root: Path, folder: Path, *, keeps: float | None = None, speedup: float
         f'use it   ffn2moe.open_export("{row["export"]}", "{row["plan"]}")',
     ]
     if row.get(RECIPE) != "":
-        lines.append(
-            f'register make run SET="name={folder.name}-best {row["settings"]}"  (from the cache, up to the benchmark)'
-        )
+        called = f"name={folder.name}-best {row.get('run') or row['settings']}"
+        lines.append(f'register make run SET="{called}"  (from the cache, up to the benchmark)')
     if row["vs_best_dense"] <= 1 and row.get(RECIPE) != "":
         lines.insert(2, "         the best dense plan is at least as fast: nothing of this sweep pays on this machine")
     console.print("\n".join(lines))

@@ -83,14 +83,8 @@ def _lines(point: Point, wanted: dict[str, float], model: str, params: Params) -
             f"these figures are of another model, {point.model}: {model} may keep more or less, and be faster or slower"
         )
     flat, trained = params.flat(), json.loads(json.dumps(point.training))
-    differs = [key for key, value in trained.items() if key in flat and _plain(key, flat[key]) != value]
+    differs = [key for key, value in trained.items() if key in flat and front.without_path(key, flat[key]) != value]
     if differs:
-        texts = ", ".join(f"{key}={trained[key]} (here {_plain(key, flat[key])})" for key in differs)
+        texts = ", ".join(f"{key}={trained[key]} (here {front.without_path(key, flat[key])})" for key in differs)
         lines.append(f"trained there with {texts}")
     return lines
-
-
-def _plain(key: str, value: Any) -> Any:
-    if key == "data.folder" and value:
-        return Path(value).name
-    return list(value) if isinstance(value, tuple) else value

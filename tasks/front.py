@@ -63,6 +63,13 @@ class Point:
         return f"{self.name} keeps {percent(self.quality, self.spread)} at {self.speed:.2f}x, {seeds}"
 
 
+def without_path(key: str, value: Any) -> Any:
+    """Return the value of a parameter as a front names it: of a path its last part alone, of a tuple a list."""
+    if key in ("data.corpus", "data.evaluation", "data.folder") and isinstance(value, str):
+        return Path(value).name
+    return list(value) if isinstance(value, tuple) else value
+
+
 def percent(share: float, spread: float | None = None) -> str:
     return f"{100 * share:.1f}{'' if spread is None else f' ± {100 * spread:.1f}'} %"
 

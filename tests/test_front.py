@@ -211,6 +211,9 @@ def test_best_chooses_over_all_methods_by_quality_or_by_speed(toy, monkeypatch, 
         assert sweep.main(["best", "front", option, value]) == 0
         told[value] = " ".join(capsys.readouterr().out.split())
     assert "recipe 1of4" in told["0.97"] and "plan sorted8" in told["0.97"]
+    # The run that it prints is the cell: its seed, what all recipes have in common, and its own settings.
+    called = re.search(r'SET="name=front-best (.*)"', told["0.97"])[1]
+    assert called.split()[0] == "seed=0" and "distill.steps=3" in called and "decompose.num_experts=4" in called
     assert "recipe l3" in told["0.9"] and "recipe l3" in told["1.8"]
     assert "the teacher, dense" in told["0.999"]
     assert sweep.main(["best", "front", "--speedup", "5"]) == 2
@@ -314,6 +317,12 @@ def source(tmp_path) -> Path:
     """A project with a committed front."""
     front.write(POINTS, project(tmp_path) / front.FRONT)
     return tmp_path
+
+
+def test_a_front_names_no_path_of_the_machine():
+    assert front.without_path("data.corpus", "/somewhere/texts.jsonl") == "texts.jsonl"
+    assert front.without_path("data.folder", None) is None
+    assert front.without_path("data.corpus", "docstrings") == "docstrings"
 
 
 def test_points_are_read_as_they_were_written(source):
