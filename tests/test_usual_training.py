@@ -102,6 +102,13 @@ def test_a_model_writes_no_more_than_it_learns_from(llama: Path):
     assert none.most_texts == few.most_texts
 
 
+def test_a_language_model_is_calibrated_on_more_tokens_unless_a_number_is_given(llama: Path, tiny_teacher: Path):
+    encoder = Case(request_of(str(tiny_teacher), None, Settings(num_experts=4)))
+    usual, given = case_of(llama), case_of(llama, calibration_tokens=500)
+    assert [one.calibration_tokens for one in (encoder, usual, given)] == [16384, 32768, 500]
+    assert estimated(usual)["decomposing"] > estimated(given)["decomposing"]
+
+
 def test_the_memory_of_the_logits_does_not_grow_with_the_batch(llama: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("ffn2moe.distill.vocabulary.MOST_LOGITS", 2**14)
     small, large, larger = (room_of(case_of(llama, batch_tokens=size)).kept for size in (2**10, 2**11, 2**12))

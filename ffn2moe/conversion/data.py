@@ -61,7 +61,7 @@ def text_data(task: Task) -> Data:
     tokens = _kept_tokens(task)
     count = held_out(len(tokens.ids), MOST_JUDGED_TOKENS // task.max_length if head == "causal" else MOST_EVALUATED)
     train, judged = tokens.part(count), tokens.part(0, count)
-    calibrated = train.part(0, _calibration_texts(train.ids, task.settings.calibration_tokens))
+    calibrated = train.part(0, _calibration_texts(train.ids, task.case.calibration_tokens))
     train_tokens = sum(map(len, train.ids))
 
     def batches(some: Tokens, texts: int) -> list[Batch]:

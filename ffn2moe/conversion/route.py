@@ -108,7 +108,7 @@ def _start(task: Task, data: Data, spec: MoESpec) -> tuple[Any, MoESpec, list[Te
     else:
         model, _ = load_dense(str(task.dense.folder), head=head)
     inputs = layer_inputs(
-        model, data.calibration, max_tokens=task.settings.calibration_tokens, device=task.device, track=task.track
+        model, data.calibration, max_tokens=task.case.calibration_tokens, device=task.device, track=task.track
     )
     model.to("cpu")
     if shape.teacher_ffn_width is not None:

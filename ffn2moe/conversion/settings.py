@@ -218,10 +218,13 @@ class Settings:
             "--train", "train experts and routers, or every weight (experts)", names=lambda: get_args(Scope)
         ),
     )
-    calibration_tokens: int = field(
-        default=16384,
+    calibration_tokens: int | None = field(
+        default=None,
         metadata=_option(
-            "--calibration-tokens", "tokens whose activations are recorded (16384)", metavar="N", kind=int
+            "--calibration-tokens",
+            "tokens whose activations are recorded (16384; language models 32768)",
+            metavar="N",
+            kind=int,
         ),
     )
     dtype: Dtype = field(

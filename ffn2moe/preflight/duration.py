@@ -99,7 +99,7 @@ def _texts(case: Case, exact: float, rounded: float) -> float:
 
 def _decompose(case: Case, exact: float, rounded: float) -> float:
     """Return the seconds in which all layers are decomposed and routed."""
-    tokens = case.request.calibration_tokens
+    tokens = case.calibration_tokens
     seconds = 2 * tokens * case.multiplied / exact
     for shape in case.spec.stacks:
         wide, D, F = shape.ffn_width > WIDEST_MOMENTS, shape.width, shape.ffn_width
@@ -115,7 +115,7 @@ def _decompose(case: Case, exact: float, rounded: float) -> float:
 
 def _widths(case: Case) -> float:
     """Return the operations in which each layer's width is found: gradients, moments and an elimination."""
-    tokens = min(case.request.calibration_tokens, COST_TOKENS)
+    tokens = min(case.calibration_tokens, COST_TOKENS)
     work = 3 * 2 * min(tokens, FISHER_TOKENS) * case.multiplied
     for shape in case.spec.stacks:
         D, F = shape.width, shape.dense_ffn_width

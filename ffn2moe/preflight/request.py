@@ -42,7 +42,7 @@ class Request:
     gate: str = "auto"
     active_per_layer: tuple[int, ...] = ()
     elastic: tuple[int, ...] = ()
-    calibration_tokens: int = 16384
+    calibration_tokens: int | None = None  # None: what is usual
     calibration_batch: int = 16  # texts
     router_tokens: int = 0  # whose activations in every layer the routers are fitted to, all at once
     judged_texts: int = 200  # at most

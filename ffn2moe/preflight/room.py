@@ -48,14 +48,14 @@ def room_of(case: Case) -> Room:
         found = estimate(
             case.dense.folder,
             spec,
-            calibration_tokens=asked.calibration_tokens,
+            calibration_tokens=case.calibration_tokens,
             batch_tokens=asked.calibration_batch * case.max_length,
             dtype=torch.float32,
             by_need=case.widths_by_need,
         )
         decomposing, scratch = found.memory + texts, found.states
     else:
-        decomposing, scratch = base + 2 * weights + FLOAT32 * asked.calibration_tokens * layers, 0
+        decomposing, scratch = base + 2 * weights + FLOAT32 * case.calibration_tokens * layers, 0
     if case.model_makes_texts:
         decomposing += weights
     decomposing = max(decomposing, base + 2 * weights + FLOAT32 * asked.router_tokens * layers)
