@@ -17,7 +17,7 @@ from statistics import mean
 from typing import Any
 
 from tasks import pareto
-from tasks.stage import explain
+from tasks.job import read_json, run_job
 
 TEXTS = 400  # the batches are made of them, as in the stage `benchmark`
 WHOLE = ("whole", "request")  # the phases of all the work of a batch
@@ -42,7 +42,7 @@ def points(cell: int, export: Path, shapes: Collection[tuple[int, int]] = ()) ->
     """
     from ffn2moe.runtime.plans import is_dense
 
-    manifest, timed = _json(export / "manifest.json"), _json(export / "plan.json")["timings"]
+    manifest, timed = read_json(export / "manifest.json"), read_json(export / "plan.json")["timings"]
     found = []
     for plan, rows in timed.items():
         if is_dense(plan):
@@ -60,7 +60,7 @@ def dense_plans(export: Path, wanted: float) -> list[str]:
     """Return `dense` and the other dense plans that keep the share `wanted` of the quality."""
     from ffn2moe.runtime.plans import PLANS
 
-    plans = _json(export / "manifest.json")["plans"]
+    plans = read_json(export / "manifest.json")["plans"]
     dense = [name for name, plan in PLANS.items() if plan.dense and name in plans]
     return [name for name in dense if name == "dense" or plans[name]["retention"] >= wanted]
 
@@ -163,22 +163,14 @@ def draw(found: Sequence[Point], labels: Mapping[int, str], wanted: float, title
     figure.savefig(path)
 
 
-def _json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8"))
+def time_session(job: Mapping[str, Any], out: Path) -> None:
+    """Time a session and write its rows to a file."""
+    out.write_text(json.dumps(session(job), indent=2) + "\n", encoding="utf-8")
 
 
 def main(arguments: Sequence[str]) -> int:
     """Time the session that one file describes, write the rows to another, and return the exit code."""
-    job, out = (Path(argument) for argument in arguments)
-    try:
-        out.write_text(json.dumps(session(_json(job)), indent=2) + "\n", encoding="utf-8")
-    except Exception as error:
-        message = explain(error)
-        if message is None:
-            raise
-        print(f"error: {message}", flush=True)  # noqa: T201
-        return 2
-    return 0
+    return run_job(time_session, arguments)
 
 
 if __name__ == "__main__":

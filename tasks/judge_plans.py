@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from ffn2moe.table import Table
+from tasks.job import read_json, run_job
 from tasks.measures import HEADLINES, at
-from tasks.stage import explain
 
 Judge = Callable[[Mapping[str, Any], Path, str], dict[str, float]]
 
@@ -29,8 +29,8 @@ def judge(job: Mapping[str, Any], out: Path) -> None:
     runs it, and `flops`, a token's as a share of the teacher's.
     """
     export = Path(job["export"])
-    head = _json(export / "manifest.json")["spec"]["head"]
-    found = _json(out) if out.is_file() else {}
+    head = read_json(export / "manifest.json")["spec"]["head"]
+    found = read_json(out) if out.is_file() else {}
     for plan in job["plans"]:
         if plan in found:
             continue
@@ -54,13 +54,13 @@ def by_benchmarks(job: Mapping[str, Any], export: Path, plan: str) -> dict[str, 
     opened: Any = open_export(export, plan, job["threads"])
     embeddings_ND = metrics.comparable(torch.from_numpy(opened.encode(texts)), opened.sentence)
     figures = Judged(benchmarks, texts, embeddings_ND, job["seed"]).figures
-    teacher = _json(export / "metrics/evaluate.json")["teacher"]
+    teacher = read_json(export / "metrics/evaluate.json")["teacher"]
     return {name: at(figures, path) / at(teacher, path) for name, path in paths_of(teacher)}
 
 
 def by_headline(job: Mapping[str, Any], export: Path, plan: str) -> dict[str, float]:
     """Return the share of the teacher's headline figure, which the stage `export` measured of each plan."""
-    manifest = _json(export / "manifest.json")
+    manifest = read_json(export / "manifest.json")
     return {".".join(HEADLINES[manifest["spec"]["head"]].path): float(manifest["plans"][plan]["retention"])}
 
 
@@ -88,7 +88,7 @@ def takes(job: Mapping[str, Any], export: Path, plan: str) -> dict[str, float]:
     from ffn2moe.runtime.workload import Shape
 
     batch, sequence = job["shape"]
-    entry = _json(export / "manifest.json")["plans"][plan]
+    entry = read_json(export / "manifest.json")["plans"][plan]
     shapes: Sequence[tuple[int, int]] = [(batch, sequence)]
     return {
         "bytes": sum((export / file).stat().st_size for file in graph_files(entry)),
@@ -97,22 +97,9 @@ def takes(job: Mapping[str, Any], export: Path, plan: str) -> dict[str, float]:
     }
 
 
-def _json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
 def main(arguments: Sequence[str]) -> int:
     """Judge what one file describes, write the figures to another, and return the exit code."""
-    job, out = (Path(argument) for argument in arguments)
-    try:
-        judge(_json(job), out)
-    except Exception as error:
-        message = explain(error)
-        if message is None:
-            raise
-        print(f"error: {message}", flush=True)  # noqa: T201
-        return 2
-    return 0
+    return run_job(judge, arguments)
 
 
 if __name__ == "__main__":
