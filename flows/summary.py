@@ -76,7 +76,10 @@ def kept(quality: dict[str, Any]) -> Table:
 
 
 def gained(plan: dict[str, Any]) -> Table:
-    """Return a table of the chosen plan of each shape, against dense float32 and the best dense plan with its noise."""
+    """Return a table of the chosen plans, against dense float32 and the best dense plan with its noise.
+
+    There is one for each shape and, where the model reads them, one for lists of texts.
+    """
     table = Table(box=None, pad_edge=False)
     table.add_column("batch x sequence, threads")
     table.add_column("plan")
@@ -94,6 +97,10 @@ def gained(plan: dict[str, Any]) -> Table:
             f"{timed['speedup_vs_dense']:.2f}x",
             "1.00x, it is the best" if is_best else _with_noise(row),
         )
+    for row in plan.get("lists", []):
+        is_best = row["plan"] == row["best_dense_plan"]
+        speed = "1.00x, it is the best" if is_best else _with_noise(row)
+        table.add_row(f"lists of texts, {row['threads']}", row["plan"], f"{row['median_ms']:.2f} ms", "", speed)
     return table
 
 

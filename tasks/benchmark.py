@@ -1,5 +1,7 @@
 """Stage 7: time every plan of every engine beside the dense ones, choose the plans for this machine, and ship them.
 
+Plans are chosen for the shapes of the workload, and one for lists of texts.
+
 No earlier stage measures time, so that their outs are the same bytes everywhere. exports/NAME has the chosen plans, one
 portable plan and the checkpoint (`ffn2moe.planning.shipping`); the other plans stay in models/exported and in the cache
 of DVC.
@@ -13,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ffn2moe.planning import measure, plan_file, timing
+from ffn2moe.planning import lists, measure, plan_file, timing
 from ffn2moe.planning.shipping import LARGEST, Shipment
 from ffn2moe.runtime.export import open_export
 from ffn2moe.runtime.files import read_manifest
@@ -44,12 +46,13 @@ def run(stage: StageRun) -> None:
         track=track,
         report=lambda rows: say_times(stage, rows),
     )
+    measured = lists.with_lists(measured, texts, track=track, report=lambda rows: say_times(stage, rows))
     for plan, reason in measured.left_out.items():
         stage.say(f"{plan} does not run here: {reason}")
 
     shipment = Shipment(folder, keeps_quality)
     planned = partial(
-        plan_file.planned, measured, min_retention=params.gate.min_retention, texts=texts, fits=shipment.fits
+        plan_file.planned, measured, min_retention=params.gate.min_retention, texts=texts, shipment=shipment
     )
     content = planned()
     if manifest["spec"]["head"] == "embedding" and len(content["plans"]) > 1:
@@ -59,7 +62,8 @@ def run(stage: StageRun) -> None:
             stage.say("that is less than gate.min_retention: choosing one plan for every batch")
             content = planned(max_plans=1)
         content["mixed_retention"] = round(mixed, 6)
-    stage.say(content["reason"])
+    for reason in (content["reason"], *(row["reason"] for row in content["lists"])):
+        stage.say(reason)
     content["bounds"] = plan_file.bounds_of(folder, workload.longest, content["default_plan"])
     ship(stage, shipment, content)
     stage.write_json(
@@ -105,10 +109,12 @@ def workload_of(shapes: Sequence[tuple[int | float, ...]]) -> Workload:
 
 
 def say_times(stage: StageRun, rows: Sequence[timing.Timing]) -> None:
-    what = f"{rows[0].batch} x {rows[0].sequence}, threads {rows[0].threads}"
+    first = rows[0]
+    what = f"lists of {first.batch} texts" if first.phase == "list" else f"{first.batch} x {first.sequence}"
     for phase in dict.fromkeys(row.phase for row in rows):
         times = ", ".join(f"{row.plan} {row.median_ms:.2f} ms" for row in rows if row.phase == phase)
-        stage.say(f"{what}{'' if phase == 'whole' else f', {phase}'}: {times}")
+        shown = "" if phase in ("whole", "list") else f", {phase}"
+        stage.say(f"{what}, threads {first.threads}{shown}: {times}")
 
 
 def largest_shape(timings: Sequence[timing.Timing]) -> list[timing.Timing]:
@@ -121,7 +127,7 @@ def largest_shape(timings: Sequence[timing.Timing]) -> list[timing.Timing]:
 def mixed_retention(root: Path, folder: Path, plans: Sequence[str], manifest: dict[str, Any], threads: int) -> float:
     """Return what the worst pair of plans keeps of the teacher's retrieval: queries on one, documents on the other.
 
-    A query comes alone and documents come many at once, so the two may run on different plans.
+    A query comes alone and documents come many at once, as a batch or a list, so the two may run on different plans.
     """
     import torch
 

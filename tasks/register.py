@@ -160,6 +160,7 @@ def tags(
         "head": quality.get("head", "embedding"),
         **({"problem": quality["problem"]} if "problem" in quality else {}),
         "default_plan": str(plan["default_plan"]),
+        **({"list_plan": str(plan["lists"][0]["plan"])} if plan.get("lists") else {}),
         "speedup_vs_best_dense": f"{facts['speedup_vs_best_dense']:.4f}",
         "bytes": f"{facts['bytes']:.0f}",
     }

@@ -35,7 +35,7 @@ class Served(PythonModel):
     A classifier answers pairs, too: `[first, second]` or `{"text": first, "text_pair": second}`. Text is continued or
     answered greedily; a chat model also answers `{"messages": [{"role": "user", "content": ...}]}`. The params
     {"prompt_name": "query"} write a prompt of a sentence encoder before each text; its default prompt needs no name. A
-    request with the params {"info": true} returns one mapping instead: the model's name and version, its plan, the
+    request with the params {"info": true} returns one mapping instead: the model's name and version, its plans, the
     limits, and the number of requests, texts and seconds since it started.
     """
 
@@ -153,6 +153,7 @@ class Served(PythonModel):
             return {
                 **self.identity,
                 "plan": self.export.plan,
+                "list_plan": getattr(self.export, "list_plan", self.export.plan),
                 "head": self.head,
                 **({"labels": list(self.export.labels)} if hasattr(self.export, "labels") else {}),
                 "pairs": bool(self.export.manifest.get("model", {}).get("pairs", False)),

@@ -82,6 +82,7 @@ def timings(plan: Mapping[str, Any]) -> dict[str, Any]:
         },
         "shown": _shown(plans, cases),
         "one_for_all": len(set(chosen_at.values())) == 1,
+        "lists": plan.get("lists", []),
         "best_dense": plan["best_dense_plan"],
         "machine": plan["machine"],
     }

@@ -38,7 +38,8 @@ def run(options: argparse.Namespace) -> int:
     if measured:
         for phase in dict.fromkeys(row.get("phase", "whole") for row in measured["timings"][chosen]):
             screen.print(_speed(measured, phase, chosen))
-        screen.say(f"{measured['reason']} (on {measured['machine']['cpu']})")
+        for reason in (measured["reason"], *dict.fromkeys(row["reason"] for row in measured.get("lists", ()))):
+            screen.say(f"{reason} (on {measured['machine']['cpu']})")
     return 0
 
 
@@ -73,8 +74,12 @@ def _facts(path: Path, manifest: dict[str, Any], measured: dict[str, Any] | None
     if prompts:
         default = spec.sentence.default_prompt_name if spec.sentence else None
         rows.insert(-1, ("prompts", ", ".join(prompts) + (f" (by default {default})" if default else "")))
-    if measured and len(measured.get("plans", ())) > 1:
-        rows.append(("by shape", " and ".join(measured["plans"])))
+    by_shape = dict.fromkeys(row["plan"] for row in (measured or {}).get("choices", ()))
+    if len(by_shape) > 1:
+        rows.append(("by shape", " and ".join(by_shape)))
+    lists = dict.fromkeys(row["plan"] for row in (measured or {}).get("lists", ()))
+    if lists:
+        rows.append(("lists of texts", " or ".join(lists)))
     return rows
 
 

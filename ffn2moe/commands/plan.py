@@ -47,7 +47,7 @@ def run(options: argparse.Namespace) -> int:
 def _run(options: argparse.Namespace, screen: Screen) -> int:
     with screen.step("importing what measures"):
         from ffn2moe.data.corpus import docstrings
-        from ffn2moe.planning import measure, plan_file
+        from ffn2moe.planning import lists, measure, plan_file
         from ffn2moe.runtime.engines import cores
         from ffn2moe.runtime.files import read_manifest, read_plan
     path: Path = options.path
@@ -72,12 +72,20 @@ def _run(options: argparse.Namespace, screen: Screen) -> int:
         if not keeps_quality[plan]:
             screen.say(f"{plan} is timed, but keeps less than {100 * minimum:g} % of the teacher's quality")
 
-    with _countdown(screen, 60 * options.minutes, len(threads) * len(workload.shapes)) as track:
+    seconds = 60 * options.minutes
+    races = len(workload.shapes) + lists.reads_lists(manifest["spec"]["head"])
+    with _countdown(screen, seconds, len(threads) * races) as track:
         setting = measure.Setting(path, workload, threads, keeps_quality, decode_tokens)
-        seconds = 60 * options.minutes
+        on_lists = min(lists.SECONDS, seconds / (10 * len(threads)))  # of each number
         measured = measure.measure(
-            setting, texts, plans=plans, seconds=seconds, providers=providers(options), track=track
+            setting,
+            texts,
+            plans=plans,
+            seconds=seconds - len(threads) * on_lists,
+            providers=providers(options),
+            track=track,
         )
+        measured = lists.with_lists(measured, texts, seconds=on_lists, providers=providers(options), track=track)
     with screen.step("measuring the memory of the chosen plans"):
         content = plan_file.planned(measured, min_retention=minimum, max_plans=options.max_plans, texts=texts)
     content |= {"bounds": before["bounds"]} if "bounds" in before else {}
@@ -165,10 +173,16 @@ def _show(screen: Screen, content: dict[str, Any]) -> None:
             if row["threads"] == threads
         }
         picked = {_column(row): row["plan"] for row in content["choices"] if row["threads"] == threads}
+        of_lists = [row for row in content["lists"] if row["threads"] == threads]
+        for chosen in of_lists:
+            column = f"list of {chosen['texts']}"
+            picked[column] = chosen["plan"]
+            rows |= {(plan, column): row for plan, row in chosen["timings"].items()}
         screen.print(_times(list(content["timings"]), rows, picked, choice, over))
         if any(row["high"] is None for row in rows.values()):
             screen.say(f"~: dropped early, clearly slower than {over}")
-        screen.say(f"{_threads(threads)}: {choice['reason']}")
+        for reason in (choice["reason"], *(row["reason"] for row in of_lists)):
+            screen.say(f"{_threads(threads)}: {reason}")
     for plan, reason in content["left_out"].items():
         screen.say(f"left out: {plan}: {reason}")
     sizes = ", ".join(f"{size:.0f} MiB with {plan}" for plan, size in content["memory_mib"].items())
@@ -191,17 +205,17 @@ def _times(
     from rich.table import Table
 
     columns = list(dict.fromkeys(column for _, column in rows))
-    title = f"Time of a batch, and speed over {over} there (noise), {_threads(choice['threads'])}"
+    title = f"Time of a batch or list of texts, and speed over {over} there (noise), {_threads(choice['threads'])}"
     table = Table(title=title, title_justify="left")
     table.add_column("plan")
     for column in columns:
         table.add_column(column, justify="right")
     for plan in plans:
-        cells = [_timed(rows[plan, column]) for column in columns]
+        cells = [_timed(rows[plan, column]) if (plan, column) in rows else "" for column in columns]
         marked = [
             bold(cell) if picked.get(column) == plan else cell for column, cell in zip(columns, cells, strict=True)
         ]
-        table.add_row(bold(plan) if plan in choice["plans"] else plan, *marked)
+        table.add_row(bold(plan) if plan in picked.values() else plan, *marked)
     table.add_section()
     table.add_row(bold("chosen"), *(picked.get(column, "") for column in columns))
     return table

@@ -14,7 +14,7 @@ encoder and a decoder by whole requests, on one plan.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import combinations
@@ -55,6 +55,10 @@ class Cell:
 
     def ms_at_best(self, plan: str) -> float:
         return self.best_dense.median_ms / self.rows[plan].high
+
+    def spread_ms(self, plan: str) -> float:
+        """Return half of what the noise leaves open, at most about the plan's own time."""
+        return (min(self.ms_at_worst(plan), 2 * self.ms(plan)) - self.ms_at_best(plan)) / 2
 
     def allows(self, plan: str) -> bool:
         """Return whether a plan is faster here than the best dense one beyond the noise, or is dense and not slower."""
@@ -134,10 +138,7 @@ def choose(
     plans = [plan for plan in cells[0].rows if keeps_quality.get(plan, False)]
     allowed = [[plan for plan in plans if cell.allows(plan)] for cell in cells]
     free = [min(some, key=cell.ms) for cell, some in zip(cells, allowed, strict=True)]
-    spread = sum(
-        cell.weight * (min(cell.ms_at_worst(plan), 2 * cell.ms(plan)) - cell.ms_at_best(plan)) / 2
-        for cell, plan in zip(cells, free, strict=True)
-    )
+    spread = sum(cell.weight * cell.spread_ms(plan) for cell, plan in zip(cells, free, strict=True))
     best = _total(cells, free)
     enough = best + max(spread, WORTH * best)
     useful = [plan for plan in plans if any(plan in some for some in allowed)]
@@ -175,6 +176,32 @@ def _compromise(cells: Sequence[Cell], plans: Sequence[str], max_plans: int, fit
     return (
         best if sum(c.weight * surely(c, p) for c, p in zip(cells, best, strict=True)) < _total(cells, dense) else dense
     )
+
+
+def choose_for_lists(
+    cell: Cell,
+    keeps_quality: Mapping[str, bool],
+    in_use: Collection[str],
+    shipped: Collection[str],
+    may_join: Callable[[str], bool],
+) -> str | None:
+    """Choose the plan for lists of texts: the best of those `in_use` by shape, unless another is worth its memory.
+
+    A mixture joins them only if it is faster than the best dense plan beyond the noise (`Cell.allows`), and any plan
+    only if it saves more than the noise and `WORTH`. A plan that is `shipped` in any case is preferred to one that is
+    not by as much. None where no plan in use was timed on lists.
+    """
+    able = [plan for plan in cell.rows if keeps_quality.get(plan, False) and cell.allows(plan)]
+    used = [plan for plan in cell.rows if plan in in_use]
+    if not used:
+        return None
+    chosen = min(used, key=lambda plan: (plan not in able, cell.ms(plan)))
+    for joining in ([plan for plan in able if plan in shipped], able):
+        fastest = min((plan for plan in joining if may_join(plan)), key=cell.ms, default=chosen)
+        least = max(WORTH * cell.ms(chosen), cell.spread_ms(fastest))
+        if cell.ms(fastest) <= cell.ms(chosen) - least:
+            chosen = fastest
+    return chosen
 
 
 def _assigned(cells: Sequence[Cell], options: Sequence[Sequence[str]]) -> tuple[str, ...] | None:

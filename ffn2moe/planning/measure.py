@@ -11,7 +11,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -55,6 +55,7 @@ class Measured:
     setting: Setting
     timings: list[Timing]
     left_out: dict[str, str]  # plan -> why it does not run here
+    lists: list[Timing] = field(default_factory=list)  # on lists of texts (`planning.lists`)
 
 
 def measure(
@@ -91,7 +92,7 @@ def measure(
     end = time.monotonic() + seconds
     tokens_left = len(setting.threads) * sum(shape.tokens for shape in workload.shapes)
     for count in setting.threads:
-        exports = _opened(path, plans_to_time(manifest["plans"], plans, providers), count, providers, left_out)
+        exports = open_plans(path, plans_to_time(manifest["plans"], plans, providers), count, providers, left_out)
         for shape in workload.shapes:
             batches = _prepared(exports, texts, shape, setting, left_out)
             baselines = [plan for plan in baselines_of(manifest) if plan in exports and keeps_quality.get(plan, False)]
@@ -116,7 +117,7 @@ def plans_to_time(known: Iterable[str], plans: Sequence[str] | None, providers: 
     return [plan for plan in known if form_of(plan) not in PLANS or plan_of(plan).raced or not on_cpu]
 
 
-def _opened(
+def open_plans(
     path: Path, plans: Sequence[str], threads: int, providers: Sequence[str], left_out: dict[str, str]
 ) -> dict[str, AnyExport]:
     """Open the plans that run here, and note the others in `left_out`. Only some engines take providers."""

@@ -1,4 +1,4 @@
-"""Write plan.json: the plan chosen for each shape and number of threads, and the measurements behind the choice."""
+"""Write plan.json: the plan chosen for each shape, for lists of texts, and each number of threads, and why."""
 
 from __future__ import annotations
 
@@ -15,13 +15,14 @@ from typing import Any
 import numpy as np
 
 from ffn2moe.planning import timing
-from ffn2moe.planning.choose import Cell, Choice, Fits, cells_of, choose
+from ffn2moe.planning.choose import Cell, Choice, cells_of, choose, choose_for_lists
 from ffn2moe.planning.measure import Measured
 from ffn2moe.planning.memory import memory_of
+from ffn2moe.planning.shipping import Shipment
 from ffn2moe.planning.timing import Timing
 from ffn2moe.runtime.export import open_export
 from ffn2moe.runtime.files import PLAN_FILE, read_manifest
-from ffn2moe.runtime.plans import decodes
+from ffn2moe.runtime.plans import decodes, is_dense
 from ffn2moe.runtime.workload import Workload
 
 
@@ -31,15 +32,16 @@ def planned(
     min_retention: float,
     max_plans: int | None = None,
     texts: Sequence[str] = (),
-    fits: Fits = lambda plans: True,
+    shipment: Shipment | None = None,
 ) -> dict[str, Any]:
-    """Return the content of plan.json: the choice for each shape and number of threads, and all behind it.
+    """Return the content of plan.json: the choice for each shape, for lists and number of threads, and all behind it.
 
     `default_plan`, `best_dense_plan`, `speedup_vs_best_dense` and `reason` are those of the first number of threads,
-    the speed-up that of the whole workload. `choices` has a row for each shape (and phase), which
-    `ffn2moe.runtime.export` goes by. `memory_mib` is the most memory of a process that opens the plans one after the
-    other, measured; with several plans `agreement` is the least mean cosine of the embeddings that two of them give the
-    same texts. `fits` says which plans may be used together (`choose`).
+    the speed-up that of the whole workload. `choices` has a row for each shape (and phase), and `lists` one for each
+    number of threads, if lists were timed: `ffn2moe.runtime.export` goes by both. `plans` are all that they name.
+    `memory_mib` is the most memory of a process that opens the plans one after the other, measured; with several plans
+    `agreement` is the least mean cosine of the embeddings that two of them give the same texts. Plans are used together
+    only where they fit into the `shipment`, if there is one.
     """
     setting = measured.setting
     path, workload = setting.path, setting.workload
@@ -50,8 +52,12 @@ def planned(
     kept: list[str] = []
     for count in setting.threads:
         cells = cells_of(measured.timings, workload, threads=count, head=head, decode_tokens=setting.decode_tokens)
-        choices[count] = choose(cells, setting.keeps_quality, max_plans, partial(_fit_beside, kept, fits))
+        choices[count] = choose(cells, setting.keeps_quality, max_plans, partial(_fit, shipment, kept))
         kept = list(dict.fromkeys([*kept, *choices[count].plans]))
+    lists: list[dict[str, Any]] = []
+    for count, choice in choices.items():
+        lists += _for_lists(measured, count, choice, kept, max_plans, shipment)
+        kept = list(dict.fromkeys([*kept, *(row["plan"] for row in lists)]))
     threads = setting.threads[0]
     first = choices[threads]
     plans = list(dict.fromkeys(row.plan for row in measured.timings))
@@ -67,6 +73,7 @@ def planned(
             for cell, plan in zip(choice.cells, choice.plan_of, strict=True)
         ],
         "by_threads": [_by_threads(count, choice) for count, choice in choices.items()],
+        "lists": lists,
         "workload": _described(workload, setting.decode_tokens if decodes(head) else None),
         "confidence": timing.CONFIDENCE,
         "left_out": measured.left_out,
@@ -81,8 +88,59 @@ def planned(
     return content
 
 
-def _fit_beside(kept: Sequence[str], fits: Fits, plans: Sequence[str]) -> bool:
-    return fits([*kept, *plans])
+def _fit(shipment: Shipment | None, kept: Sequence[str], plans: Sequence[str]) -> bool:
+    return shipment is None or shipment.fits([*kept, *plans])
+
+
+def _for_lists(
+    measured: Measured,
+    threads: int,
+    choice: Choice,
+    kept: Sequence[str],
+    max_plans: int | None,
+    shipment: Shipment | None,
+) -> list[dict[str, Any]]:
+    """Return the row of plan.json for lists of texts on a number of threads; none where nothing was timed."""
+    rows = {row.plan: row for row in measured.lists if row.threads == threads}
+    if not rows:
+        return []
+    one = next(iter(rows.values()))
+    cell = Cell(one.batch, one.sequence, one.phase, 1.0, rows)
+
+    def may_join(plan: str) -> bool:
+        few = max_plans is None or len({*choice.plans, plan}) <= max_plans
+        return few and (plan in kept or _fit(shipment, kept, [plan]))
+
+    portable = shipment.portable(kept) if shipment else read_manifest(measured.setting.path).get("portable")
+    shipped = [*kept, *([portable] if portable else [])]
+    plan = choose_for_lists(cell, measured.setting.keeps_quality, choice.plans, shipped, may_join)
+    if plan is None:
+        return []
+    row, best = rows[plan], cell.best_dense
+    chosen = {
+        "threads": threads,
+        "texts": cell.batch,
+        "plan": plan,
+        "best_dense_plan": best.plan,
+        "best_dense_ms": _digits(best.median_ms),
+        **_brief(row),
+        "timings": {plan: _brief(row) for plan, row in rows.items()},
+    }
+    return [chosen | {"reason": _reason_for_lists(row, best)}]
+
+
+def _brief(row: Timing) -> dict[str, Any]:
+    """Return what is written of a plan's timing on lists; null means unknown."""
+    values = {key: getattr(row, key) for key in ("median_ms", "speedup_vs_best_dense", "low", "high")}
+    return {key: _digits(value) for key, value in values.items()} | {"rounds": row.rounds}
+
+
+def _reason_for_lists(row: Timing, best: Timing) -> str:
+    whole = f"lists of texts run on {row.plan}"
+    if row.plan == best.plan:
+        return f"{whole}, the best dense plan there" if is_dense(best.plan) else whole
+    noise = f"{row.low:.2f} to {row.high:.2f}" if row.high < math.inf else f"{row.rounds} rounds are too few to tell"
+    return f"{whole}, {row.speedup_vs_best_dense:.2f}x as fast as {best.plan} ({noise})"
 
 
 def _fixed_shapes(choice: Choice, plans: Sequence[str], workload: Workload) -> dict[str, list[tuple[int, int]]]:

@@ -2,7 +2,7 @@
 
 A model that reads all at once has one time a batch, `whole`. A model that generates has three: `prefill` reads the
 prompts (a seq2seq model runs its encoder) and gives a first token, `decode` is each token after that, with the
-cache, and `request` is both together.
+cache, and `request` is both together. A list of texts of mixed lengths, cut into batches, has one time, `list`.
 
 Plans are timed in turn within each round, on the same texts and threads: other load of the machine falls on all of
 them, and ratios are taken within a round before their median. Every round draws its order again, so that no plan always
@@ -31,7 +31,8 @@ from ffn2moe.runtime.plans import is_dense
 
 AnyExport = Export | CausalExport | Seq2SeqExport | ModelExport
 Batch = tuple[np.ndarray, np.ndarray]  # token ids and mask, int64 [B, L]
-Phase = Literal["whole", "prefill", "decode", "request"]
+Texts = list[str]  # a list that is cut into batches by length: `encode` and `classify` do that
+Phase = Literal["whole", "prefill", "decode", "request", "list"]
 DECISIVE: tuple[Phase, ...] = ("whole", "request")  # the phases that choose a plan
 
 SHORTEST_SAMPLE = 0.02  # seconds; faster plans are run several times for one sample
@@ -45,7 +46,8 @@ class Timing:
     """One plan at one shape; speed-ups above 1 are faster.
 
     Milliseconds are for a batch; those of `decode` are for one token of each of its texts. `low` and `high` are the
-    interval of `speedup_vs_best_dense`: 0 and infinity where there were too few rounds to tell.
+    interval of `speedup_vs_best_dense`: 0 and infinity where there were too few rounds to tell. A list has `batch`
+    texts, and no `sequence` (0).
     """
 
     plan: str
@@ -107,8 +109,9 @@ def _cycle(export: AnyExport, texts: Sequence[str]) -> Iterator[list[int]]:
 
 
 class Race:
-    """Time plans in turn on the batches of one shape, round by round.
+    """Time plans in turn on the batches of one shape, or on lists of so many texts, round by round.
 
+    Each round takes the next batch or list. A list runs once a round, as its shapes are to be new ones.
     `comparable` names those that others are compared with, at least one; None takes all dense plans, and then every
     name is a plan's. In an export without dense plans its portable plan stands for the best dense one.
     """
@@ -116,14 +119,15 @@ class Race:
     def __init__(
         self,
         exports: Mapping[str, AnyExport],
-        batches: Sequence[Batch],
+        batches: Sequence[Batch] | Sequence[Texts],
         *,
         threads: int,
         decode_tokens: int = 16,
         comparable: Collection[str] | None = None,
         seed: int = 0,
     ) -> None:
-        self.batch, self.sequence = batches[0][0].shape
+        first, warmup = batches[0], batches[-1]
+        self.batch, self.sequence = (len(first), 0) if isinstance(first, list) else first[0].shape
         self.threads = threads
         self.running = list(exports)
         self.rounds = 0
@@ -136,10 +140,11 @@ class Race:
         self._samples: dict[str, dict[int, dict[Phase, float]]] = {plan: {} for plan in exports}  # by round
         self._calls = {}
         for plan, export in exports.items():
-            seconds = max(sample(export, batches[0], decode_tokens).values())
+            seconds = max(sample(export, warmup, decode_tokens).values())
             if seconds < SHORTEST_SAMPLE:  # the first call also allocates
-                seconds = max(sample(export, batches[0], decode_tokens).values())
-            self._calls[plan] = max(1, min(50, int(SHORTEST_SAMPLE / max(seconds, 1e-9))))
+                seconds = max(sample(export, warmup, decode_tokens).values())
+            enough = int(SHORTEST_SAMPLE / max(seconds, 1e-9))
+            self._calls[plan] = 1 if isinstance(warmup, list) else max(1, min(50, enough))
 
     def round(self) -> None:
         """Take one more sample of every running plan, on the next batch, in a new order."""
@@ -216,10 +221,15 @@ def median_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> 
     return (ordered[k - 1], ordered[n - k]) if k else (0.0, math.inf)
 
 
-def sample(export: AnyExport, batch: Batch, decode_tokens: int = 16, calls: int = 1) -> dict[Phase, float]:
-    """Return mean seconds of each phase over some calls."""
-    ids_BL, mask_BL = batch
+def sample(export: AnyExport, batch: Batch | Texts, decode_tokens: int = 16, calls: int = 1) -> dict[Phase, float]:
+    """Return mean seconds of each phase over some calls; of a list of texts with its tokenisation."""
     start = time.perf_counter()
+    if isinstance(batch, list):
+        one: Any = export
+        for _ in range(calls):
+            one.encode(batch) if hasattr(one, "encode") else one.classify(batch)
+        return {"list": (time.perf_counter() - start) / calls}
+    ids_BL, mask_BL = batch
     if not isinstance(export, CausalExport | Seq2SeqExport):
         for _ in range(calls):
             if isinstance(export, ModelExport):

@@ -7,7 +7,9 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 
 from ffn2moe.runtime.batching import pad
+from ffn2moe.runtime.engines import Graph
 from ffn2moe.runtime.opened import Opened
+from ffn2moe.runtime.switch import Switch
 
 TOKEN_TYPES = "token_type_ids"  # which text of a pair a token belongs to: 0 or 1
 
@@ -22,6 +24,15 @@ class AtOnce(Opened):
         batches are padded to it; all others run as before.
         """
         self._graph.fix(shapes)
+
+    @property
+    def list_plan(self) -> str:
+        """The plan that a call of several batches runs on; `plan` where each batch goes by its shape."""
+        return (self._graph.lists if isinstance(self._graph, Switch) else None) or self.plan
+
+    def _graph_for(self, batches: int) -> Graph:
+        """Return the graph for a call of so many batches: several are a list, whose plan was chosen on lists."""
+        return self._graph.for_lists() if batches > 1 and isinstance(self._graph, Switch) else self._graph
 
 
 class ModelExport(AtOnce):
@@ -48,9 +59,12 @@ class ModelExport(AtOnce):
 
         Without `token_type_ids` all tokens belong to the first text, as in transformers.
         """
-        if TOKEN_TYPES in self._graph.inputs and TOKEN_TYPES not in inputs:
-            inputs[TOKEN_TYPES] = np.zeros_like(inputs["input_ids"])
-        return dict(zip(self._outputs, self._graph.run(self._outputs, inputs), strict=True))
+        return self._run(self._graph, inputs)
+
+    def _run(self, graph: Graph, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        if TOKEN_TYPES in graph.inputs and TOKEN_TYPES not in inputs:
+            inputs = {**inputs, TOKEN_TYPES: np.zeros_like(inputs["input_ids"])}
+        return dict(zip(self._outputs, graph.run(self._outputs, inputs), strict=True))
 
     def outputs(self, sample: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Return every output by name for a sample of `ffn2moe.onnx.parity`."""

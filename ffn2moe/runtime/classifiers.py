@@ -66,8 +66,10 @@ class _Labels(ModelExport):
     def _logits(self, encodings: Sequence[Any], batch_tokens: int) -> list[np.ndarray]:
         """Return the logits of each text, [labels] or [L, labels], in their order."""
         found: list[np.ndarray] = [np.empty(0)] * len(encodings)
-        for batch in batches_by_length([one.ids for one in encodings], batch_tokens):
-            logits = self.run(**self._inputs([encodings[index] for index in batch]))["logits"]
+        batches = batches_by_length([one.ids for one in encodings], batch_tokens)
+        graph = self._graph_for(len(batches))
+        for batch in batches:
+            logits = self._run(graph, self._inputs([encodings[index] for index in batch]))["logits"]
             for row, index in enumerate(batch):
                 found[index] = logits[row] if logits.ndim == 2 else logits[row, : len(encodings[index].ids)]
         return found

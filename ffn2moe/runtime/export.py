@@ -22,7 +22,7 @@ from ffn2moe.runtime.files import checked_files, load_tokenizer, no_such_plan, r
 from ffn2moe.runtime.opened import require_several, require_text
 from ffn2moe.runtime.plans import decodes, default_plan, plan_of, resolve
 from ffn2moe.runtime.selftest import self_tests
-from ffn2moe.runtime.switch import Switch, places
+from ffn2moe.runtime.switch import Switch, places, plan_for_lists
 from ffn2moe.sentence import SentenceModules
 from ffn2moe.table import Table
 
@@ -88,9 +88,11 @@ class Export(AtOnce):
         for part in windows(texts):
             ids = self._ids_of(part, "stream", prompt=before, first=done)
             embeddings_ND = np.empty((len(ids), self.width), dtype=np.float32)
-            for batch in batches_by_length(ids, batch_tokens):
+            batches = batches_by_length(ids, batch_tokens)
+            graph = self._graph_for(done + len(batches))  # another part of a list belongs to the list
+            for batch in batches:
                 ids_BL, mask_BL = pad([ids[index] for index in batch], self._pad_id)
-                embeddings_ND[batch] = self._graph.run(
+                embeddings_ND[batch] = graph.run(
                     ["sentence_embedding"], {"input_ids": ids_BL, "attention_mask": mask_BL}
                 )[0]
             yield embeddings_ND
@@ -124,12 +126,13 @@ def open_export(
 
     `plan` None takes what was chosen by measuring (plan.json, `ffn2moe.planning.plan_file`), or `sorted` where nothing
     was. Where this machine lacks an engine or operator of what was chosen, the export's portable plan is opened, and a
-    line says so. If several plans were chosen, each batch runs on the one for its shape, opened when it is first needed
-    (`ffn2moe.runtime.switch`). What was chosen in OpenVINO is compiled for the shapes that it was chosen for, apart,
-    when the first batch of each comes (of a model that reads all at once; for other plans and shapes: `Export.fix`).
-    The graphs must have the sha256 of the manifest, and a plan that rests on a MoE op must pass `self_test` on this
-    runtime. `threads` None takes one a core; `precision` is OpenVINO's (`ffn2moe.runtime.engines.open_graph`). Raises
-    FileNotFoundError or ValueError, with cause and remedy.
+    line says so. If several plans were chosen, a batch runs on the one for its shape, and a call of several batches (a
+    list of texts) on the one for lists; each is opened when first needed (`ffn2moe.runtime.switch`). What was chosen in
+    OpenVINO is compiled for the shapes that it was chosen for, apart, when the first batch of each comes (of a model
+    that reads all at once; for other plans and shapes: `Export.fix`). The graphs must have the sha256 of the manifest,
+    and a plan that rests on a MoE op must pass `self_test` on this runtime. `threads` None takes one a core;
+    `precision` is OpenVINO's (`ffn2moe.runtime.engines.open_graph`). Raises FileNotFoundError or ValueError, with cause
+    and remedy.
     """
     path = Path(path)
     manifest = read_manifest(path)
@@ -138,6 +141,7 @@ def open_export(
     if measured and _lacks_what_was_chosen(path, manifest, measured):
         plan, measured = manifest["portable"], None
     chosen = places(measured, threads or cores()) if measured else []
+    lists = plan_for_lists(measured, threads or cores()) if measured and chosen else None
     by_shape = tuple(dict.fromkeys(place.plan for place in chosen))
     first = plan or default_plan(path, plans)
     if by_shape and first not in by_shape:  # chosen for another number of threads
@@ -156,8 +160,8 @@ def open_export(
             graphs[0].fix((place.batch, place.sequence) for place in chosen if place.plan == name and place.fixed)
         return graphs
 
-    if len(by_shape) > 1:
-        return opened(path, first, manifest, [Switch(chosen, lambda name: fixed_graphs(name)[0], first)])
+    if len(by_shape) > 1 or (lists is not None and lists != first):
+        return opened(path, first, manifest, [Switch(chosen, lambda name: fixed_graphs(name)[0], first, lists)])
     return opened(path, first, manifest, fixed_graphs(first))
 
 

@@ -1,4 +1,4 @@
-"""Run one export on several plans: each batch runs on the plan that was chosen for its shape."""
+"""Run one export on several plans: a batch on the plan that was chosen for its shape, a list on that for lists."""
 
 from __future__ import annotations
 
@@ -28,11 +28,7 @@ class Place:
 
 def places(plan_json: Mapping[str, Any], threads: int) -> list[Place]:
     """Return the choices of plan.json for the measured number of threads nearest to this one; [] if there are none."""
-    choices = plan_json.get("choices", [])
-    if not choices:
-        return []
-    nearest = min({row["threads"] for row in choices}, key=lambda count: (abs(count - threads), count))
-    rows = [row for row in choices if row["threads"] == nearest]
+    rows = _nearest(plan_json.get("choices", []), threads)
     apart = fixed((row["batch"], row["sequence"], row.get("weight", 1.0)) for row in rows)
     return [
         Place(row["batch"], row["sequence"], row["phase"], row["plan"], fixed=(row["batch"], row["sequence"]) in apart)
@@ -40,15 +36,34 @@ def places(plan_json: Mapping[str, Any], threads: int) -> list[Place]:
     ]
 
 
+def plan_for_lists(plan_json: Mapping[str, Any], threads: int) -> str | None:
+    """Return the plan that plan.json has for lists of texts, for the measured number of threads nearest to this one.
+
+    None where lists were not measured: a plan.json from earlier code, or a model that reads none.
+    """
+    rows = _nearest(plan_json.get("lists", []), threads)
+    return str(rows[0]["plan"]) if rows else None
+
+
+def _nearest(rows: Sequence[Mapping[str, Any]], threads: int) -> list[Mapping[str, Any]]:
+    """Return the rows of the number of threads that is nearest to this one."""
+    nearest = min({row["threads"] for row in rows}, key=lambda count: (abs(count - threads), count), default=None)
+    return [row for row in rows if row["threads"] == nearest]
+
+
 class Switch:
     """Run each batch on the graph of the plan that was chosen for its shape, behind the interface of one graph.
 
-    A shape that was not measured takes the plan of the one nearest in tokens. A graph is opened when its plan is first
-    needed, and then stays open. Values that one engine keeps are handed to another as arrays.
+    A shape that was not measured takes the plan of the one nearest in tokens. `for_lists` gives the graph of the plan
+    `lists`, for calls of several batches. A graph is opened when its plan is first needed, and then stays open. Values
+    that one engine keeps are handed to another as arrays.
     """
 
-    def __init__(self, chosen: Sequence[Place], open_plan: Callable[[str], Graph], first: str) -> None:
+    def __init__(
+        self, chosen: Sequence[Place], open_plan: Callable[[str], Graph], first: str, lists: str | None = None
+    ) -> None:
         self._places = chosen
+        self.lists = lists
         self._open_plan = open_plan
         self.opened: dict[str, Graph] = {first: open_plan(first)}
         self.inputs = self.opened[first].inputs
@@ -62,7 +77,12 @@ class Switch:
     @property
     def plans(self) -> tuple[str, ...]:
         """The plans that may be needed."""
-        return tuple(dict.fromkeys(place.plan for place in self._places))
+        lists = () if self.lists is None else (self.lists,)
+        return tuple(dict.fromkeys((*(place.plan for place in self._places), *lists)))
+
+    def for_lists(self) -> Graph:
+        """Return the graph for the batches of a list; this switch, which goes by shape, where no plan was chosen."""
+        return self if self.lists is None else self._opened(self.lists)
 
     def plan_for(self, batch: int, sequence: int) -> str:
         """Return the plan for token ids [batch, sequence]; where a model writes, a sequence of 1 is a decoding step."""
@@ -93,7 +113,9 @@ class Switch:
         """Do nothing: each plan keeps the shapes that it was chosen for."""
 
     def _graph(self, inputs: Mapping[str, Any]) -> Graph:
-        plan = self.plan_for(*inputs["input_ids"].shape)
+        return self._opened(self.plan_for(*inputs["input_ids"].shape))
+
+    def _opened(self, plan: str) -> Graph:
         if plan not in self.opened:
             self.opened[plan] = self._open_plan(plan)
         return self.opened[plan]
