@@ -3,11 +3,11 @@
     python -m benchmarks.throughput models/exported DATA --out docs/results/throughput.md
 
 DATA is a folder with `ag_news/sample.csv` and `sst2/train.tsv`; the third set is the docstrings of Python's standard
-library. Every encoder runs in a process of its own, all with the same number of threads. Each round has texts that the
-rounds before did not have, and every encoder runs in it. What is not installed is left out, with the reason. The extras
-of sentence-transformers need packages that may not fit beside others: --python names another environment's Python, and
-it runs what this one lacks. The graphs of the others and the finished rounds are kept in --cache, so a stopped run
-resumes.
+library. An export that was planned is also opened without a plan: `default`. Every encoder runs in a process of its
+own, all with the same number of threads. Each round has texts that the rounds before did not have, and every encoder
+runs in it. What is not installed is left out, with the reason. The extras of sentence-transformers need packages that
+may not fit beside others: --python names another environment's Python, and it runs what this one lacks. The graphs of
+the others and the finished rounds are kept in --cache, so a stopped run resumes.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ from rich.console import Console
 from benchmarks.page import Page, chosen, parser_of, report, rounds_of
 from benchmarks.race import FEWEST_ROUNDS
 from benchmarks.throughput_encoders import ENCODERS
-from benchmarks.throughput_page import COMPARED, IN_ORDER, REFERENCE, page
+from benchmarks.throughput_page import COMPARED, DEFAULT, IN_ORDER, REFERENCE, page
 from ffn2moe.data import corpus
 from ffn2moe.dense.plain import plain_folder
 from ffn2moe.planning import timing
-from ffn2moe.runtime.files import read_manifest
+from ffn2moe.runtime.files import read_manifest, read_plan
 from ffn2moe.sentence import SentenceModules
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -151,16 +151,18 @@ def _started(
     stack: ExitStack, settings: dict[str, Any], plans: Sequence[str], options: argparse.Namespace, console: Console
 ) -> tuple[dict[str, Worker], dict[str, str]]:
     """Start the encoders; return those that run, and the reasons of the others."""
-    ours = {plan: ("plan", plan) for plan in plans}
+    ours: dict[str, tuple[str, str | None]] = {plan: ("plan", plan) for plan in plans}
+    if read_plan(Path(settings["export"])) is not None:
+        ours[DEFAULT] = ("plan", None)
     ours |= {f"{plan}{IN_ORDER}": ("plan in order", plan) for plan in options.text_order}
-    kinds = ours | {name: (name, "") for name in ENCODERS}
+    kinds = ours | {name: (name, None) for name in ENCODERS}
     workers: dict[str, Worker] = {}
     left_out: dict[str, str] = {}
     for name, (kind, plan) in kinds.items():
         console.print(f"opening {name}")
         file = options.cache / "settings.json"
         file.write_text(json.dumps(settings | {"plan": plan}), encoding="utf-8")
-        for python in [sys.executable, *(options.python if not plan else [])]:
+        for python in [sys.executable, *(options.python if name in ENCODERS else [])]:
             worker = Worker(_process(python, kind, file, options.threads))
             stack.callback(worker.end)
             reason = worker.answer().get("left_out")
@@ -204,7 +206,9 @@ def _unit(vectors: Sequence[Sequence[float]]) -> np.ndarray:
 def _digest(options: argparse.Namespace, manifest: Mapping[str, Any], names: Sequence[str]) -> str:
     """Return a short name of all that the figures depend on."""
     switches = [os.environ.get(name) for name in SWITCHES]
-    own = [manifest["plans"], options.threads, options.texts, options.at_once, names, timing.machine(), switches]
+    chosen_here = {key: (read_plan(options.export) or {}).get(key) for key in ("choices", "lists")}
+    asked = [options.threads, options.texts, options.at_once, names]
+    own = [manifest["plans"], chosen_here, *asked, timing.machine(), switches]
     return hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()[:12]
 
 

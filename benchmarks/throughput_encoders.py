@@ -28,7 +28,7 @@ class LeftOut(Exception):
 
 
 def plan(settings: dict[str, Any]) -> dict[int, Encode]:
-    """Return `encode` of a plan of the export."""
+    """Return `encode` of a plan of the export; None opens what was chosen, as a user without a plan does."""
     from ffn2moe.runtime.export import open_export
 
     return {0: open_export(settings["export"], settings["plan"], settings["threads"]).encode}

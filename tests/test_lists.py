@@ -162,9 +162,15 @@ def test_lists_are_timed_on_graphs_that_are_compiled_for_any_shape(copy, monkeyp
         f"ov-{plan}": {**manifest["plans"][plan], "engine": "openvino"} for plan in ("dense", "sorted")
     }
     (copy / "manifest.json").write_text(json.dumps(manifest))
-    opened = {}
+    opened: dict[str, Any] = {}
     open_plans = lists.open_plans
-    monkeypatch.setattr(lists, "open_plans", lambda *given: opened.update(open_plans(*given)) or opened)
+
+    def noted(*given: Any) -> dict[str, Any]:
+        found = open_plans(*given)
+        opened.update(found)
+        return found
+
+    monkeypatch.setattr(lists, "open_plans", noted)
     rows = rows_of(0.01, 8, 16, "whole", best="ov-dense", ov_dense=3, ov_sorted=2, sorted=2.1)
     kept = dict.fromkeys(rows, True)
     measured = Measured(Setting(copy, parse_workload("8x16"), [1], kept), [*rows.values()], {})

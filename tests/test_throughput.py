@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import numpy as np
 import pytest
 
 from benchmarks import throughput, throughput_page
+from ffn2moe.planning import plan_file
 from tests.texts import make_texts
 
 
@@ -27,7 +29,11 @@ def data(tmp_path, monkeypatch):
 
 def test_a_run_times_every_encoder_on_every_set_and_resumes(exported, tiny_teacher, data, tmp_path):
     out, cache = tmp_path / "page.md", tmp_path / "cache"
-    asked = [str(exported / "models/exported"), str(data), "--texts", "8", "--at-once", "3", "--rounds", "5"]
+    export = shutil.copytree(exported / "models/exported", tmp_path / "export")
+    choices = [{"batch": 8, "sequence": 16, "phase": "whole", "threads": 1, "plan": "dense"}]
+    chosen = {"default_plan": "dense", "choices": choices, "lists": [{"threads": 1, "plan": "sorted"}], "timings": {}}
+    plan_file.write(export, chosen)
+    asked = [str(export), str(data), "--texts", "8", "--at-once", "3", "--rounds", "5"]
     asked += ["--plans", "dense", "sorted", "--text-order", "sorted", "--cache", str(cache), "--out", str(out)]
     asked += ["--model", str(tiny_teacher)]
     assert throughput.main(asked) == 0
@@ -35,9 +41,10 @@ def test_a_run_times_every_encoder_on_every_set_and_resumes(exported, tiny_teach
     assert [(row["set"], row["round"]) for row in result["rows"]] == [
         (name, index) for index in range(5) for name in ("AG News", "docstrings", "SST-2")
     ]
-    expected = {"dense", "sorted", "sorted, text order", "torch float32", "torch bfloat16"}
+    expected = {"dense", "sorted", "default", "sorted, text order", "torch float32", "torch bfloat16"}
     assert expected <= set(result["rows"][0]["seconds"])
     assert result["cosines"]["dense"] > 0.95  # the same model as sentence-transformers runs
+    assert result["cosines"]["default"] == pytest.approx(result["cosines"]["sorted"], abs=1e-6)  # it is for lists
     assert result["cosines"]["sorted"] == pytest.approx(result["cosines"]["sorted, text order"], abs=1e-5)
     assert set(result["left_out"]) | set(result["rows"][0]["seconds"]) >= set(throughput.ENCODERS)
     assert out.with_suffix(".png").stat().st_size > 10_000
@@ -71,11 +78,14 @@ def test_a_missing_data_folder_is_named(exported, tmp_path, capsys):
 
 def test_a_mixture_is_compared_with_the_best_of_all_others():
     rows = [
-        {"set": "a", "seconds": {"dense": 4.0, "sorted8": 1.0, "sorted8, text order": 2.0, "onnx int8": 1.5}}
+        {
+            "set": "a",
+            "seconds": {"dense": 4.0, "sorted8": 1.0, "sorted8, text order": 2.0, "onnx int8": 1.5, "default": 1.0},
+        }
         for _ in range(5)
     ]
     samples = throughput_page.samples_of(rows)
-    best = samples.fastest(name for name in samples.seconds if not throughput_page.is_mixture(name))
+    best = samples.fastest(throughput_page._others([*samples.seconds]))
     assert best == "onnx int8"
     assert samples.speed("sorted8", best).median == pytest.approx(1.5)
     assert throughput_page.is_mixture("sorted8, text order") and not throughput_page.is_mixture("dense8, text order")
