@@ -46,7 +46,9 @@ def run(stage: StageRun) -> None:
         track=track,
         report=lambda rows: say_times(stage, rows),
     )
-    measured = lists.with_lists(measured, texts, track=track, report=lambda rows: say_times(stage, rows))
+    measured = lists.with_lists(
+        measured, texts, rounds=settings.rounds, track=track, report=lambda rows: say_times(stage, rows)
+    )
     for plan, reason in measured.left_out.items():
         stage.say(f"{plan} does not run here: {reason}")
 

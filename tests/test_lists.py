@@ -29,8 +29,9 @@ from ffn2moe.runtime.workload import parse_workload
 from flows import summary
 from tasks import register
 from tests.conftest import make_tokenizer
-from tests.texts import make_texts
+from tests.texts import make_stage, make_texts
 
+FACTS = {"retention": 0.99, "speedup_vs_best_dense": 1.2, "bytes": 4}
 KEPT = dict.fromkeys(("dense", "dense8", "sorted", "sorted8", "ov-dense8s", "ov-native4s", "ov-native4"), True)
 
 # --- choosing -------------------------------------------------------------------------------------------------------
@@ -67,7 +68,11 @@ def test_a_mixture_joins_only_if_it_beats_the_best_dense_plan_beyond_the_noise()
     unknown["sorted8"] = replace(unknown["sorted8"], low=0.0, high=math.inf)
     assert chosen(unknown, ["dense8"]) == "dense8"
     assert chosen(rows_of(dense8=100, ov_native4s=120), ["ov-native4s"]) == "dense8"  # it loses on lists
-    assert chosen(rows_of(dense8=100, ov_native4s=101), ["ov-native4s"]) == "ov-native4s"  # 1 % is no open plan worth
+    assert chosen(rows_of(dense8=100, ov_native4s=101), ["ov-native4s"]) == "ov-native4s"  # 1 % is worth no open plan
+    assert chosen(rows_of(0.05, dense8=100, ov_native4s=103), ["ov-native4s"]) == "ov-native4s"  # 3 %, by chance
+    dropped = rows_of(dense8=100, ov_native4s=200)  # after 3 rounds: hopeless
+    dropped["ov-native4s"] = replace(dropped["ov-native4s"], low=0.0, high=math.inf, rounds=3)
+    assert chosen(dropped, ["ov-native4s"]) == "dense8"
 
 
 def test_what_ships_in_any_case_is_preferred_and_what_does_not_fit_is_not_taken():
@@ -179,6 +184,7 @@ def test_lists_are_timed_on_graphs_that_are_compiled_for_any_shape(copy, monkeyp
     assert {*opened} == {row.plan for row in found.lists} == {*rows} and reported == [found.lists]
     assert all(row.phase == "list" and row.rounds >= 3 for row in found.lists)
     assert all({*opened[plan]._graph._compiled} == {None} for plan in ("ov-dense", "ov-sorted"))
+    assert lists.with_lists(measured, make_texts(40), rounds=7).lists == [], "7 rounds give no interval"
     alone = replace(measured, timings=[rows["ov-dense"]])
     assert lists.with_lists(alone, make_texts(40)).lists == [], "one plan alone needs no race"
 
@@ -317,6 +323,8 @@ def test_the_plan_for_lists_is_shown_and_served(copy, tmp_path, monkeypatch, cap
     lines = [line.split() for line in console.export_text().splitlines()]
     assert ["lists", "of", "texts,", "1", "sorted8", "60.00", "ms", "1.67x", "(1.65", "to", "1.68)"] in lines
 
+    tags = register.tags(copy, make_stage("register", copy).params, {"retention": {}, "student": {}}, FACTS, content)
+    assert (tags["default_plan"], tags["list_plan"]) == ("sorted", "sorted8")
     served = register.slim_copy(copy, tmp_path / "served", content)
     assert {*read_manifest(served)["plans"]} == {"sorted", "sorted8"}
     assert ffn2moe.open_export(served, threads=1).list_plan == "sorted8"

@@ -358,12 +358,16 @@ def test_plans_of_several_engines_and_a_plan_of_its_own_for_each_shape_are_shown
         row | {"plan": plan} for row, plan in zip(content["timings"]["dense"], ("dense8", "ov-sorted"), strict=True)
     ]
     content["by_threads"] = [{"threads": 1, "speedup_vs_best_dense": 1.2, "low": 1.1, "high": 1.3}]
+    on_lists = {"plan": "sorted8", "best_dense_plan": "dense8", "speedup_vs_best_dense": 1.5, "low": 1.4, "high": 1.6}
+    content["lists"] = [{"threads": 1, **on_lists}]
     path.write_text(json.dumps(content))
     report.run(make_stage("report", tmp_path))
     page = (tmp_path / "reports/report.html").read_text(encoding="utf-8")
     assert "Worth using: the plan <code>ov-sorted</code>" in page
     assert "1.20 times the best dense plans (1.10 to 1.30 with the noise)" in page
     assert "The plan that is used at a shape is in bold there." in page
+    lists = "1 thread: sorted8, 1.50 times the speed of dense8 (1.40 to 1.60 with the noise)"
+    assert f"Lists of texts, in batches of mixed shapes, {lists}" in page
     assert "ov-native4" not in page
     timed = timings(content)
     assert [plan.name for plan in timed["plans"]] == [

@@ -198,8 +198,8 @@ def choose_for_lists(
     chosen = min(used, key=lambda plan: (plan not in able, cell.ms(plan)))
     for joining in ([plan for plan in able if plan in shipped], able):
         fastest = min((plan for plan in joining if may_join(plan)), key=cell.ms, default=chosen)
-        least = max(WORTH * cell.ms(chosen), cell.spread_ms(fastest))
-        if cell.ms(fastest) <= cell.ms(chosen) - least:
+        noise = [cell.spread_ms(plan) for plan in (chosen, fastest) if cell.rows[plan].high < math.inf]
+        if cell.ms(fastest) <= cell.ms(chosen) - max(WORTH * cell.ms(chosen), *noise):
             chosen = fastest
     return chosen
 

@@ -37,6 +37,7 @@ def with_lists(
     measured: Measured,
     texts: Sequence[str],
     *,
+    rounds: int = ROUNDS,
     seconds: float = SECONDS,
     providers: Sequence[str] = CPU,
     track: Track = lambda _, rounds: iter(rounds),
@@ -44,12 +45,13 @@ def with_lists(
 ) -> Measured:
     """Return what was measured, with timings of lists of `texts` for each number of threads (phase `list`).
 
-    Plans take turns on up to `ROUNDS` lists, in about `seconds` for each number of threads. They are opened for any
-    shape. Nothing is timed where the model reads no lists, or where one plan alone can win.
+    Plans take turns on up to `rounds` lists, and no more than `ROUNDS`, in about `seconds` for each number of threads.
+    They are opened for any shape. Nothing is timed where the model reads no lists, where one plan alone can win, or
+    where the rounds are too few for an interval.
     """
     setting = measured.setting
     manifest = read_manifest(setting.path)
-    if not reads_lists(manifest["spec"]["head"]):
+    if not reads_lists(manifest["spec"]["head"]) or rounds < ENOUGH_ROUNDS:
         return measured
     comparable = [plan for plan in baselines_of(manifest) if setting.keeps_quality.get(plan, False)]
     found: list[Timing] = []
@@ -61,7 +63,7 @@ def with_lists(
         lists = lists_of(texts, exports, seconds)
         race = Race(exports, lists, threads=threads, comparable=comparable)
         label = f"lists of {len(lists[0])} texts, {threads} {'thread' if threads == 1 else 'threads'}"
-        run_race(race, setting.keeps_quality, rounds=ROUNDS, seconds=seconds, track=partial(track, label))
+        run_race(race, setting.keeps_quality, rounds=min(rounds, ROUNDS), seconds=seconds, track=partial(track, label))
         report(race.timings())
         found += race.timings()
     return replace(measured, lists=found)
