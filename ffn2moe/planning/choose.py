@@ -199,7 +199,7 @@ def choose_for_lists(
     for joining in ([plan for plan in able if plan in shipped], able):
         fastest = min((plan for plan in joining if may_join(plan)), key=cell.ms, default=chosen)
         noise = [cell.spread_ms(plan) for plan in (chosen, fastest) if cell.rows[plan].high < math.inf]
-        if cell.ms(fastest) <= cell.ms(chosen) - max(WORTH * cell.ms(chosen), *noise):
+        if cell.ms(fastest) <= cell.ms(chosen) - max([WORTH * cell.ms(chosen), *noise]):
             chosen = fastest
     return chosen
 
