@@ -75,6 +75,7 @@ def test_a_served_version_passes_the_smoke_test_and_refuses_what_is_none(workspa
             assert ask(server.url, body)[0] == 400, body
         told = server.ask(TEXTS, info=True)[1]["predictions"][0]
         assert (told["model"], told["version"], told["plan"]) == ("minilm", 1, "sorted")
+        assert told["list_plan"] == "sorted"
         assert told["limits"] == {"max_texts": 8, "max_characters": 100}
         assert told["answered"]["texts"] == 2 * len(register.EXAMPLE) + len(TEXTS)
         for page in ("ping", "health", "version"):
