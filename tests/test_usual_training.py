@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from ffn2moe.conversion.settings import Settings
 from ffn2moe.conversion.task import request_of
@@ -18,7 +19,7 @@ from ffn2moe.distill.usual import (
     usual_rate,
     usual_steps,
 )
-from ffn2moe.preflight import case, mixture
+from ffn2moe.preflight import case, duration, mixture
 from ffn2moe.preflight.case import GENERATED_TEXTS, WRITING_SHARE, Case
 from ffn2moe.preflight.duration import estimated
 from ffn2moe.preflight.room import room_of
@@ -107,6 +108,23 @@ def test_a_language_model_is_calibrated_on_more_tokens_unless_a_number_is_given(
     usual, given = case_of(llama), case_of(llama, calibration_tokens=500)
     assert [one.calibration_tokens for one in (encoder, usual, given)] == [16384, 32768, 500]
     assert estimated(usual)["decomposing"] > estimated(given)["decomposing"]
+
+
+def test_plans_that_round_are_judged_and_raced_in_the_estimate(tiny_teacher: Path):
+    asked = request_of(str(tiny_teacher), None, Settings(num_experts=4))
+    asked = replace(asked, every_plan=True, timed=((1, 16),))
+    none, few, many = (estimated(Case(replace(asked, rounds=rounds))) for rounds in (0, 3, 30))
+    assert none["racing plans"] == 0 < few["racing plans"] < many["racing plans"] < 10 * few["racing plans"]
+    assert none["graphs"] < few["graphs"] == pytest.approx(many["graphs"])
+
+
+def test_the_probe_of_the_speed_leaves_the_threads_as_they_were():
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        assert duration.speed.__wrapped__(32, 64, "cpu")[0] > 0 and torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_the_memory_of_the_logits_does_not_grow_with_the_batch(llama: Path, monkeypatch: pytest.MonkeyPatch):

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 
 import torch
+from torch import Tensor
 
 from ffn2moe import progress
 from ffn2moe.data.corpus import INSTALLED
@@ -14,15 +15,17 @@ from ffn2moe.decompose.width_costs import COST_TOKENS
 from ffn2moe.decompose.widths import FISHER_TOKENS
 from ffn2moe.dense.families import positions
 from ffn2moe.numerics import WIDEST_MOMENTS, bf16_supported
+from ffn2moe.planning.measure import RUNGS
 from ffn2moe.preflight.case import Case
 from ffn2moe.preflight.texts import image_files
 from ffn2moe.runtime.engines import cores
+from ffn2moe.runtime.plans import precision_of
 from ffn2moe.runtime.workload import usual_shapes
 
 PROBE_SECONDS, PROBE_TOKENS = 0.1, 256  # of each precision
 # Shares of the product's speed that whole steps reach, and seconds that no product explains: measured in conversions
 # with one thread (docs/results/check.md).
-WRITING, DECOMPOSING, JUDGING, TRAINING = 0.5, 1.0, 0.6, 0.5
+WRITING, DECOMPOSING, JUDGING, TRAINING, RACING = 0.5, 1.0, 0.6, 0.5, 0.5
 DOCSTRING_SECONDS = 60  # of one core, to parse the sources of the packages
 TOKENISE_SECONDS = 1e-6  # of one core, a character
 IMAGE_SECONDS = 0.05  # an image, read and resized
@@ -30,6 +33,7 @@ GRAPH_SECONDS, GRAPH_BYTES = 1.5, 2**26  # a plan: traced, lowered, written and 
 JUDGED_TOKENS = 2**13  # at most, of a language model that `convert` judges
 ONE_TOKEN = 8  # tokens that take as long as one alone: both wait for the weights
 ROUTER_TOKENS = 200 * 1024  # that a layer's router is fitted on
+FINALISTS = 3  # plans that are raced to the end
 PASSES = 8  # over a layer's experts, on the calibration tokens
 
 
@@ -57,7 +61,8 @@ def estimated(case: Case) -> dict[str, float]:
         "router inputs": 2 * case.request.router_tokens * case.multiplied / exact,
         "distilling": train,
         "judging": 2 * judged / (JUDGING * exact),
-        "graphs": sum(GRAPH_SECONDS + size / GRAPH_BYTES for size in case.graph_bytes.values()),
+        "graphs": sum(GRAPH_SECONDS + size / GRAPH_BYTES for size in case.graph_bytes.values())
+        + _judging_plans(case, exact),
         "racing plans": _racing(case, exact),
     }
 
@@ -67,10 +72,25 @@ def _judged_tokens(case: Case) -> int:
     return min(most, JUDGED_TOKENS) if case.dense.head == "causal" and not case.request.rounds else most
 
 
+def _judging_plans(case: Case, exact: float) -> float:
+    """Return the seconds in which the plans that round are judged again: the pipeline does that, and then races them.
+
+    Their bytes make up for what a product of this size does not tell.
+    """
+    if not case.request.rounds:
+        return 0
+    rounding = [name for name in _made(case) if precision_of(name, "float32") != "float32"]
+    return len(rounding) * 2 * _judged_tokens(case) * case.multiplied / exact
+
+
+def _made(case: Case) -> list[str]:
+    return [name for name, reason in case.plans.items() if reason is None]
+
+
 def _racing(case: Case, exact: float) -> float:
     """Return the seconds in which plans are timed in turn, with one thread.
 
-    About half of the rounds run, at about half of the product's speed: the two cancel out.
+    Most plans are hopeless after a few rounds (`ffn2moe.planning.measure`); half of the rounds decide among a few.
     """
     asked, head = case.request, case.dense.head
     shapes = asked.timed
@@ -78,9 +98,9 @@ def _racing(case: Case, exact: float) -> float:
         shapes = usual_shapes(head, positions(case.dense.config), asked.decode_tokens)
     decoded = asked.decode_tokens if head == "causal" else 0
     tokens = sum(batch * length + max(batch, ONE_TOKEN) * decoded for batch, length in shapes)
-    plans = sum(reason is None for reason in case.plans.values())
+    batches = min(asked.rounds, RUNGS[0]) * len(_made(case)) + FINALISTS * asked.rounds / 2
     threads = torch.get_num_threads() if case.device == "cpu" else 1
-    return asked.rounds * plans * tokens * 2 * case.multiplied * threads / exact
+    return batches * tokens * 2 * case.multiplied * threads / (RACING * exact)
 
 
 def _texts(case: Case, exact: float, rounded: float) -> float:
@@ -135,11 +155,23 @@ def speed(width: int, ffn_width: int, device: str) -> tuple[float, float]:
 def _probe(width: int, ffn_width: int, device: str, dtype: torch.dtype) -> float:
     x_TD = torch.ones(PROBE_TOKENS, width, device=device, dtype=dtype)
     w_DF = torch.ones(width, ffn_width, device=device, dtype=dtype)
+    operations = 2 * PROBE_TOKENS * width * ffn_width
+    if torch.device(device).type != "cpu":
+        return operations * _products_a_second(x_TD, w_DF, time.perf_counter)
+    # On a CPU one thread's own time counts. What else runs now may have ended when the work begins, and several threads
+    # that wait for each other use time, too.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return operations * threads * _products_a_second(x_TD, w_DF, time.process_time)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _products_a_second(x_TD: Tensor, w_DF: Tensor, clock: Callable[[], float]) -> float:
     x_TD @ w_DF  # the first product is slower
-    on_cpu = torch.device(device).type == "cpu"
-    clock, share = (time.process_time, torch.get_num_threads()) if on_cpu else (time.perf_counter, 1)
-    done, start = 0, clock()  # on a CPU its own time counts: what else runs now may have ended when the work begins
+    done, start = 0, clock()
     while (seconds := clock() - start) < PROBE_SECONDS or not done:
         float((x_TD @ w_DF)[0, 0])  # waits for the device
         done += 1
-    return done * 2 * PROBE_TOKENS * width * ffn_width * share / seconds
+    return done / seconds
