@@ -139,40 +139,47 @@ class Study(Ledger):
         # An unknown key is an error at once, not once for every cell.
         firsts = {key: str(axis[0] if isinstance(axis, tuple) else axis.low) for key, axis in axes.items()}
         parameters.override(raw, self._cell(0, firsts).settings)
-        if search is None:
-            waiting = combinations(axes)
-        elif all(isinstance(axis, tuple) and len(axis) < 2 for axis in axes.values()):
+        waiting = combinations(axes) if search is None else []
+        if search is not None and all(isinstance(axis, tuple) and len(axis) < 2 for axis in axes.values()):
             raise FlowError("a search needs a choice: give at least one key several values, or a range LOW..HIGH")
         self._called_from = called_from
         for recipe in self._recipes:
             if reason := self._illegal(self._cell(0, firsts | {RECIPE: recipe})):
                 raise FlowError(f"the recipe {recipe}: {reason}")
-        definition: dict[str, Any] = {
-            "keys": {key: list(axis) if isinstance(axis, tuple) else vars(axis) for key, axis in axes.items()},
-            "kind": "grid" if search is None else "search",
-            "params.yaml": {key: str(value) for key, value in committed.flat().items()},
-            **({"recipes": self._recipes} if self._recipes else {}),
-        }
-        known = (self.folder / "study.db").is_file()
-        if not known and search is None:
-            reasons = [self._illegal(self._cell(number, values)) for number, values in enumerate(waiting)]
-            if all(reasons):
-                raise FlowError(f"none of the {len(reasons)} cells is legal; the first one: {reasons[0]}")
+        if waiting and not (self.folder / "study.db").is_file():
+            self._require_a_legal_cell(waiting)
         self._study = open_study(self.folder, committed.seed, search)
+        self._begin_or_resume(
+            {
+                "keys": {key: list(axis) if isinstance(axis, tuple) else vars(axis) for key, axis in axes.items()},
+                "kind": "grid" if search is None else "search",
+                "params.yaml": {key: str(value) for key, value in committed.flat().items()},
+                **({"recipes": self._recipes} if self._recipes else {}),
+            },
+            waiting,
+        )
+
+    def _require_a_legal_cell(self, waiting: Sequence[dict[str, str]]) -> None:
+        reasons = [self._illegal(self._cell(number, values)) for number, values in enumerate(waiting)]
+        if all(reasons):
+            raise FlowError(f"none of the {len(reasons)} cells is legal; the first one: {reasons[0]}")
+
+    def _begin_or_resume(self, definition: dict[str, Any], waiting: Sequence[dict[str, str]]) -> None:
+        """Enqueue the cells of a new study, or of one that grows. FlowError for a study with other values."""
         before = self._study.user_attrs.get("definition")
         if before is None:
-            self._study.set_user_attr("called_from", str(called_from))
+            self._study.set_user_attr("called_from", str(self._called_from))
         if before is None or _grows(before, definition):
             # The definition comes last: a study that is cut short here gets the rest when it is opened again.
             known_values = [trial.system_attrs.get("fixed_params") for trial in self._study.trials]
-            for values in waiting if search is None else ():
+            for values in waiting:
                 if values not in known_values:
                     self._study.enqueue_trial(values)
             self._study.set_user_attr("definition", definition)
         elif before != definition:
             raise FlowError(
-                f"the sweep {name} is there already with {_difference(before, definition)}; take another name "
-                f"(--name), or remove its results: rm -r {self.folder.relative_to(source)}"
+                f"the sweep {self.name} is there already with {_difference(before, definition)}; take another name "
+                f"(--name), or remove its results: rm -r {self.folder.relative_to(self._source)}"
             )
         self._called_from = Path(self._study.user_attrs["called_from"])
 
