@@ -84,7 +84,7 @@ def run(stage: StageRun) -> None:
             write_card(folder / "container", spec, manifest["container"])
         if params.export.gguf:
             manifest["gguf"] = write_gguf_files(stage, folder, "container" if spec.container else "checkpoint")
-        engines = {"onnxruntime", *params.export.engines}
+        engines = {"onnxruntime"} | {entry["engine"] for entry in entries.values()}
         packages = (*PACKAGES, *(distribution(engine) or engine for engine in sorted(engines)))
         manifest |= {
             "teacher": {"source": spec.teacher, "sha256": runtime_files.sha256(teacher_weights(root / TEACHER))},

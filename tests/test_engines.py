@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,8 @@ import onnx_ir as ir
 import pytest
 import transformers
 
+from ffn2moe.conversion.settings import Settings
+from ffn2moe.conversion.task import request_of
 from ffn2moe.dense.load import load_dense
 from ffn2moe.onnx import graph as onnx_graph
 from ffn2moe.onnx import lower as onnx_plans
@@ -22,13 +25,15 @@ from ffn2moe.onnx.parity import random_samples
 from ffn2moe.onnx.verify import PlanDiffers, plan_parity, verify
 from ffn2moe.onnx.write import export_model, write_manifest
 from ffn2moe.planning import plan_file
+from ffn2moe.preflight import mixture
+from ffn2moe.preflight.case import Case
 from ffn2moe.runtime import engines, native
 from ffn2moe.runtime.engines import openvino as openvino_engine
 from ffn2moe.runtime.export import open_export, open_graphs
 from ffn2moe.runtime.native import compiler, selftest
-from ffn2moe.runtime.plans import PLANS, is_dense, plans_of
+from ffn2moe.runtime.plans import PLANS, is_dense, plans_of, plans_on_request
 from tests import test_decoder as decoder
-from tests.conftest import make_tiny_bert, make_tokenizer
+from tests.conftest import make_tiny_bert, make_tiny_llama, make_tokenizer
 from tests.mixtures import carve
 
 pytest.importorskip("openvino")
@@ -184,6 +189,31 @@ def test_without_openvino_the_plan_names_the_extra(folder, monkeypatch):
         with pytest.raises(engines.EngineMissing, match=r"pip install \"ffn2moe\[openvino\]\""):
             open_export(folder, "ov-dense")
         assert open_export(folder, "dense", 1).encode(TEXTS).shape[0] == 2
+    finally:
+        openvino_engine.import_openvino.cache_clear()
+
+
+def test_without_openvino_a_run_leaves_its_plans_out_and_says_so(teacher, tmp_path, monkeypatch):
+    dense, tokenizer = load_dense(str(teacher))
+    student, spec = carve(teacher)
+    asked = request_of(str(teacher), None, Settings(num_experts=4))
+    asked = replace(asked, every_plan=True, engines=("onnxruntime", "openvino"))
+    by_name = next(plan for plan in plans_on_request("causal") if PLANS[plan].engine == "openvino")
+    writer = request_of(str(make_tiny_llama(tmp_path / "llama")), None, Settings(num_experts=4))
+    openvino_engine.import_openvino.cache_clear()
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    try:
+        made, *left_out = map(str, mixture.plans(Case(asked)))
+        assert "dense8" in made and "ov-" not in made
+        assert any("ov-dense8s" in line and "OpenVINO, which is not installed" in line for line in left_out)
+        with pytest.raises(engines.EngineMissing):
+            list(mixture.plans(Case(replace(writer, more_plans=(by_name,)))))
+        manifest = export_model(student, dense, tokenizer, spec, tmp_path / "export", engines=asked.engines)
+        assert {"dense", "sorted8"} <= {*manifest["plans"]} and not {*OPENVINO_PLANS} & {*manifest["plans"]}
+        assert {*OPENVINO_PLANS} <= {*manifest["refused"]}
+        assert "which is not installed" in manifest["refused"]["ov-dense"]
+        with pytest.raises(engines.EngineMissing):
+            export_model(student, dense, tokenizer, spec, tmp_path / "other", plans=["dense", "ov-dense"])
     finally:
         openvino_engine.import_openvino.cache_clear()
 

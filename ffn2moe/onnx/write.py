@@ -82,13 +82,14 @@ def export_model(
     (`sorted-d0`, `dense_layers`). Graphs, files, parity and quality are those of the variant.
 
     The manifest has `spec`, `model` (facts that the runtime needs), `plans` and `refused`, the reason for each plan
-    that cannot hold the model or whose operator is not built. An entry of `plans` has `engine`, `precision`, `file`,
-    `sha256`, `encoder` and `more` files where there are any, `parity_max_abs`, `parity`, and `agreement` with PyTorch
-    where the plan rounds more than float32 does. A plan that runs in bfloat16 has the parity of its graph in float32.
+    that cannot hold the model, or whose engine is not installed or operator not built. An entry of `plans` has
+    `engine`, `precision`, `file`, `sha256`, `encoder` and `more` files where there are any, `parity_max_abs`, `parity`,
+    and `agreement` with PyTorch where the plan rounds more than float32 does. A plan that runs in bfloat16 has the
+    parity of its graph in float32.
     The caller may add to the manifest, and writes it with `write_manifest`: before that the folder is no export.
 
     ValueError for an unknown plan or engine, a graph of standard operators beyond its tolerance, or a model that cannot
-    be exported; EngineMissing for an engine that is asked for and not installed.
+    be exported; EngineMissing for a plan that is asked for by name and whose engine is not installed.
     """
     folder = Path(folder)
     (folder / GRAPHS).mkdir(parents=True, exist_ok=True)
@@ -160,6 +161,7 @@ def _wanted(
     head = spec.head
     if engines is not None:
         engines = [ENGINES.require(engine) for engine in engines]
+    named = plans is not None
     wanted = (
         plans_of(head, engines or installed_engines(), without_experts=spec.is_dense) if plans is None else tuple(plans)
     )
@@ -172,8 +174,8 @@ def _wanted(
                 f"the plan {plan!r} cannot be asked for with the head {head!r}: {', '.join(can_ask_for) or 'none'} can"
             )
     wanted = tuple(dict.fromkeys((*wanted, *more)))
-    for engine in dict.fromkeys(plan_of(plan).engine for plan in wanted):
-        ENGINES[engine].require()
+    for plan in wanted if named else more:
+        ENGINES[plan_of(plan).engine].require()
     return tuple(plan for plan in wanted if with_teacher or not is_dense(plan))
 
 

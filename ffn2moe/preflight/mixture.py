@@ -9,7 +9,7 @@ from ffn2moe.preflight.case import Case
 from ffn2moe.preflight.doubt import Doubt
 from ffn2moe.preflight.texts import image_files
 from ffn2moe.runtime.engines import ENGINES, installed_engines
-from ffn2moe.runtime.plans import plans_on_request
+from ffn2moe.runtime.plans import plan_of, plans_on_request
 
 
 def corpus(case: Case) -> Iterator[str]:
@@ -67,14 +67,18 @@ def container(case: Case) -> Iterator[str]:
 
 
 def plans(case: Case) -> Iterator[str]:
-    """Find out which plans can be made here. ValueError for an engine that is not installed, or where there is none."""
+    """Find out which plans can be made here.
+
+    Those of an engine that is not installed are left out. ValueError where that is ONNX Runtime, whose plans the others
+    are compared with, where no engine is installed, or for a plan that is asked for by name and cannot be made.
+    """
     asked, dense = case.request, case.dense
     if not asked.onnx:
         yield "none: without ONNX graphs"
         return
-    for engine in asked.engines or ():
-        ENGINES[engine].require()
-    if not (asked.engines or installed_engines()):
+    if asked.engines is not None:
+        ENGINES["onnxruntime"].require()
+    if not installed_engines():
         raise ValueError(
             "no engine is installed that runs ONNX graphs: pip install onnxruntime, or use `ffn2moe convert --no-onnx`"
         )
@@ -85,6 +89,7 @@ def plans(case: Case) -> Iterator[str]:
                 f"{asked.call('more_plans', name)}: a model with the head {dense.head} cannot have this plan; it can "
                 f"ask for {', '.join(able) or 'none'}"
             )
+        ENGINES[plan_of(name).engine].require()
     yield ", ".join(name for name, reason in case.plans.items() if reason is None)
     for reason in dict.fromkeys(reason for reason in case.plans.values() if reason is not None):
         left_out = ", ".join(name for name, found in case.plans.items() if found == reason)

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ffn2moe.choices import HEADS
-from ffn2moe.runtime.engines import ENGINES
+from ffn2moe.runtime.engines import ENGINES, EngineMissing
 from ffn2moe.runtime.files import read_plan
 from ffn2moe.table import Table
 
@@ -352,6 +352,10 @@ def obstacle(plan: Plan, head: str, config: Any) -> str | None:
             f"a {config.model_type} classifier counts the end-of-text tokens of every batch to find the one it reads, "
             "which no graph can hold"
         )
+    try:
+        ENGINES[plan.engine].require()
+    except EngineMissing as error:
+        return str(error)
     lacking = ENGINES[plan.engine].lacks(config)
     if lacking is not None:
         return lacking
