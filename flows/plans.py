@@ -2,7 +2,7 @@
 
     python -m flows.plans [NAME]      the plans of exports/NAME, from models/exported or the cache of DVC
 
-`make run` ships the plans that are used; DVC keeps the others. This run's next `make run` ships the same ones again.
+`make run` ships the plans that are used; DVC keeps the others. The plans stay until a run makes other graphs.
 """
 
 from __future__ import annotations

@@ -14,12 +14,14 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, TextIO
 
 import psutil
 from ruamel.yaml import YAML, YAMLError
 
+from ffn2moe.planning.shipping import complete_as, leave_out
 from flows import target
 from flows.guardian import orphaned
 from tasks import params as parameters
@@ -136,10 +138,13 @@ def locked_stages(root: Path) -> dict[str, Any] | None:
     DVC overwrites the file in place: a kill or a full disk at that moment leaves only its beginning.
     """
     path = root / "dvc.lock"
-    if not path.is_file():
-        return {}
+    return _stages_of(path.read_bytes()) if path.is_file() else {}
+
+
+@lru_cache(maxsize=1)  # a run reads the file several times for each stage
+def _stages_of(lock_file: bytes) -> dict[str, Any] | None:
     try:
-        found = YAML(typ="safe").load(path.read_text(encoding="utf-8"))
+        found = YAML(typ="safe").load(lock_file.decode("utf-8"))
     except (YAMLError, UnicodeDecodeError):
         return None
     stages = found.get("stages") if isinstance(found, dict) else None
@@ -347,6 +352,9 @@ def kept(root: Path, name: str) -> Iterator[None]:
 
     The stages write the export in parts; between two of them it is neither old nor new. A killed run cannot restore the
     old one: the next call does so first, and DVC then adds the stages that finished.
+
+    Plans that `make plans` brought back are not there while the block runs, so that DVC finds what it wrote. They stay
+    in the export afterwards, unless its graphs are new.
     """
     export = root / "exports" / name
     saved = root / ".cache" / "export-before" / name
@@ -357,12 +365,15 @@ def kept(root: Path, name: str) -> Iterator[None]:
         partial = saved.with_name(f".{name}.partial")
         shutil.copytree(export, partial, symlinks=True, copy_function=_same_file)
         os.replace(partial, saved)
+        leave_out(export)
     try:
         yield
     except BaseException:
         if saved.is_dir():
             replace_folder(saved, export)
         raise
+    if saved.is_dir():
+        complete_as(export, saved)
     remove(saved)
 
 
@@ -372,13 +383,17 @@ def _same_file(source: str, target: str) -> None:
 
 
 def bring_back(workspace: Workspace) -> None:
-    """Put the export of an isolated run, with metrics and report, into exports/NAME of its repository."""
+    """Put the export of an isolated run, with metrics and report, into exports/NAME of its repository.
+
+    Plans that `make plans` brought back stay there, unless the graphs are new.
+    """
     partial = workspace.export.with_name(f".{workspace.name}.partial")
     remove(partial)
     try:
         shutil.copytree(workspace.root / "exports" / workspace.name, partial, ignore=_gitignore)
         shutil.copytree(workspace.root / "metrics", partial / "metrics", ignore=_gitignore)
         shutil.copy2(workspace.root / "reports" / "report.html", partial / "report.html")
+        complete_as(partial, workspace.export)
         replace_folder(partial, workspace.export)
     finally:
         remove(partial)

@@ -16,11 +16,12 @@ import ffn2moe
 from ffn2moe import cli
 from ffn2moe.onnx.verify import verify
 from ffn2moe.planning.choose import Cell, choose
-from ffn2moe.planning.shipping import Shipment, complete, is_portable
+from ffn2moe.planning.shipping import Shipment, brought_back, complete, complete_as, is_portable, leave_out
 from ffn2moe.planning.timing import Timing
 from ffn2moe.runtime.engines import ENGINES, EngineMissing
 from ffn2moe.runtime.files import read_manifest, read_plan
 from ffn2moe.runtime.plans import PLANS, plans_of
+from flows.workspace import Workspace, bring_back, kept
 from tasks import benchmark
 from tests.texts import make_stage
 
@@ -140,6 +141,72 @@ def test_the_plans_that_lost_come_back_and_only_from_the_same_export(shipped, tm
     assert read_manifest(export)["plans"] == read_manifest(whole)["plans"]
     assert ffn2moe.open_export(export, gone).encode(["a text"]).shape == (1, 32)
     assert complete(export, whole) == []
+
+
+def test_plans_that_were_brought_back_are_left_out_again_to_the_same_bytes(shipped, tmp_path):
+    export = Path(shutil.copytree(shipped / "exports/tiny", tmp_path / "tiny"))
+    written = bytes_of(export)
+    leave_out(export)
+    assert brought_back(export) == [] and bytes_of(export) == written
+    gone = complete(export, shipped / "models/exported")
+    assert brought_back(export) == gone and len(bytes_of(export)) > len(written)
+    leave_out(export)
+    assert bytes_of(export) == written
+    (export / "manifest.json").write_text("{")
+    assert brought_back(export) == []
+
+
+def test_an_export_is_completed_as_it_was_before_unless_its_graphs_are_others(shipped, tmp_path):
+    slim, before, export = (
+        Path(shutil.copytree(shipped / "exports/tiny", tmp_path / name)) for name in ("slim", "before", "export")
+    )
+    assert complete_as(export, slim) == []
+    gone = complete(before, shipped / "models/exported")
+    assert complete_as(export, before) == gone and bytes_of(export) == bytes_of(before)
+    manifest = read_manifest(slim)
+    manifest["left_out"][gone[0]]["sha256"] = "another"
+    (slim / "manifest.json").write_text(json.dumps(manifest))
+    written = bytes_of(slim)
+    assert complete_as(slim, before) == [] and bytes_of(slim) == written
+
+
+def test_a_run_keeps_the_plans_that_were_brought_back_until_it_makes_other_graphs(shipped, tmp_path):
+    export = Path(shutil.copytree(shipped / "exports/tiny", tmp_path / "exports/tiny"))
+    written = bytes_of(export)
+    complete(export, shipped / "models/exported")
+    whole = bytes_of(export)
+    with kept(tmp_path, "tiny"):
+        assert bytes_of(export) == written  # what DVC compares with dvc.lock
+    assert bytes_of(export) == whole
+    with pytest.raises(KeyboardInterrupt), kept(tmp_path, "tiny"):
+        raise KeyboardInterrupt
+    assert bytes_of(export) == whole
+    killed = kept(tmp_path, "tiny")
+    killed.__enter__()
+    with kept(tmp_path, "tiny"):
+        manifest = read_manifest(export)
+        for entry in manifest["left_out"].values():
+            entry["sha256"] = "another"
+        (export / "manifest.json").write_text(json.dumps(manifest))
+    assert set(bytes_of(export)) == set(written)
+
+
+def test_a_run_with_settings_keeps_the_plans_that_were_brought_back(shipped, tmp_path):
+    workspace = Workspace(tmp_path / ".workspaces/tiny", tmp_path, "tiny", ("name=tiny",))
+    shutil.copytree(shipped / "exports/tiny", workspace.root / "exports/tiny")
+    for name in ("metrics", "reports"):
+        (workspace.root / name).mkdir()
+    (workspace.root / "reports/report.html").write_text("a report")
+    bring_back(workspace)
+    assert read_manifest(workspace.export)["left_out"]
+    complete(workspace.export, shipped / "models/exported")
+    whole = bytes_of(workspace.export)
+    bring_back(workspace)
+    assert bytes_of(workspace.export) == whole
+
+
+def bytes_of(folder: Path) -> dict[str, bytes]:
+    return {file.relative_to(folder).as_posix(): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
 
 
 def test_a_slim_export_is_planned_with_what_it_has(shipped, tmp_path, capsys):

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ffn2moe.runtime.files import MANIFEST, PLAN_FILE, graph_files, read_manifest
+from ffn2moe.runtime.files import MANIFEST, PLAN_FILE, graph_files, read_manifest, read_plan
 from ffn2moe.runtime.plans import PLANS, form_of, is_dense, plan_of
 
 LARGEST = 2.0  # an export over the dense model, in bytes
@@ -123,14 +123,53 @@ def complete(export: Path, source: Path) -> list[str]:
 
     ValueError where `source` has other graphs than those that were left out.
     """
-    manifest, whole = read_manifest(export), read_manifest(source)["plans"]
+    manifest = read_manifest(export)
     left_out: dict[str, Any] = manifest.get("left_out", {})
-    others = [plan for plan, entry in left_out.items() if whole.get(plan, {}).get("sha256") != entry["sha256"]]
-    if others:
+    if others := _others(left_out, source):
         raise ValueError(f"{source} has other graphs of {', '.join(others)} than {export} was made with")
     link_graphs(source, export, left_out.values())
     _write_json(export / MANIFEST, manifest | {"plans": manifest["plans"] | left_out, "left_out": {}})
     return list(left_out)
+
+
+def complete_as(export: Path, before: Path) -> list[str]:
+    """Put the plans back that an earlier state of an export had been completed with; return their names.
+
+    [] if it had not been, or if the graphs are others now.
+    """
+    if not brought_back(before) or _others(read_manifest(export).get("left_out", {}), before):
+        return []
+    return complete(export, before)
+
+
+def leave_out(export: Path) -> None:
+    """Undo `complete`: the export has the bytes that it was written with."""
+    gone = brought_back(export)
+    if not gone:
+        return
+    manifest = read_manifest(export)
+    left_out = {plan: manifest["plans"].pop(plan) for plan in gone}
+    _write_json(export / MANIFEST, manifest | {"left_out": left_out})
+    used = {file for entry in manifest["plans"].values() for file in graph_files(entry)}
+    for file in {file for entry in left_out.values() for file in graph_files(entry)} - used:
+        (export / file).unlink(missing_ok=True)
+
+
+def brought_back(export: Path) -> list[str]:
+    """Return the plans that an export was completed with; [] if it was not, or is damaged."""
+    try:
+        manifest, plan = read_manifest(export), read_plan(export)
+    except (ValueError, FileNotFoundError):
+        return []
+    if plan is None or manifest.get("left_out", True):
+        return []
+    return [name for name in manifest["plans"] if name not in (*plan["plans"], manifest["portable"])]
+
+
+def _others(left_out: Mapping[str, Any], source: Path) -> list[str]:
+    """Return the plans whose graphs in the export `source` are not those that were left out."""
+    whole = read_manifest(source)["plans"]
+    return [plan for plan, entry in left_out.items() if whole.get(plan, {}).get("sha256") != entry["sha256"]]
 
 
 def _link(source: Path, target: Path) -> None:
