@@ -40,6 +40,7 @@ from rich.console import Console  # noqa: E402
 from flows import dvc, summary, target  # noqa: E402
 from flows.errors import STOPPED, report  # noqa: E402
 from flows.guardian import MARK, guard  # noqa: E402
+from flows.own_server import own_server  # noqa: E402
 from flows.progress import Board  # noqa: E402
 from flows.promote import promote  # noqa: E402
 from flows.workspace import (  # noqa: E402
@@ -78,8 +79,13 @@ def _is_busy(task: Any, run: Any, state: State) -> bool:
     retry_delay_seconds=10,
     retry_condition_fn=_is_busy,
 )
-def bring_up_to_date(stage: str, workspace: Workspace, environment: dict[str, str], board: Board) -> State:
-    """Bring a stage up to date by DVC; the name of the state is Cached, Restored or Completed."""
+def bring_up_to_date(
+    stage: str, workspace: Workspace, environment: dict[str, str], board: Board, *, unchanged: bool = False
+) -> State:
+    """Bring a stage up to date by DVC; the name of the state is Cached, Restored or Completed.
+
+    unchanged: DVC has said already that nothing is to do.
+    """
     logger = get_run_logger()
 
     def pass_on(line: str) -> None:
@@ -87,14 +93,13 @@ def bring_up_to_date(stage: str, workspace: Workspace, environment: dict[str, st
         board.line(stage, line)
 
     board.begin(stage)
-    outcome = dvc.reproduce(
-        stage,
-        workspace.root,
-        environment,
-        pass_on,
-        on_start=lambda: board.runs(stage),
-        force=_left_the_registry(stage, workspace),
-    )
+    force = _left_the_registry(stage, workspace)
+    if unchanged and not force:
+        outcome: dvc.Outcome = "Cached"
+    else:
+        outcome = dvc.reproduce(
+            stage, workspace.root, environment, pass_on, on_start=lambda: board.runs(stage), force=force
+        )
     board.end(stage, outcome)
     return Completed(name=outcome, message=f"{stage}: {outcome}")
 
@@ -142,6 +147,8 @@ def _run(workspace: Workspace, stage_hours: float | None) -> tuple[dict[str, str
     record = PipelineRecord.start(workspace.source, workspace.name, tags)
     environment = _environment(record, head, dirty)
     stages = dvc.stages(workspace.root)
+    always = dvc.always_changed(workspace.root)
+    unchanged: list[str] | None = None  # asked when the stages that always run have run
     outcomes: dict[str, str] = {}
     stage_task = bring_up_to_date.with_options(timeout_seconds=stage_hours and stage_hours * 3600)
     before = _inputs(workspace.root)
@@ -150,8 +157,11 @@ def _run(workspace: Workspace, stage_hours: float | None) -> tuple[dict[str, str
             Board(stages, workspace.source / ".cache" / "durations.json", console) as board,
             kept(workspace.root, workspace.name),
         ):
-            for stage in stages:
-                state = stage_task(stage, workspace, environment, board, return_state=True)
+            for place, stage in enumerate(stages):
+                if unchanged is None and stage not in always:
+                    unchanged = dvc.up_to_date(workspace.root, stages[place:], environment)
+                known = stage in (unchanged or ())
+                state = stage_task(stage, workspace, environment, board, unchanged=known, return_state=True)
                 if not state.is_completed():
                     raise _failure(stage, state)
                 outcomes[stage] = state.name or "Completed"
@@ -285,9 +295,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )  # raises for wrong settings before anything starts
         if not check_inputs(ROOT, raw):
             return USER_ERROR
-        mlflow_client(default_tracking_uri(ROOT))  # and for a run record that cannot be used
         _guardian = guard(ROOT)  # keep it: it acts when this end of its pipe closes
-        compress(overrides=settings, called_from=str(Path.cwd()))
+        with own_server() as wait:
+            mlflow_client(default_tracking_uri(ROOT))  # raises for a run record that cannot be used
+            wait()
+            compress(overrides=settings, called_from=str(Path.cwd()))
         return 0
     except KeyboardInterrupt:
         console.print(STOPPED)
@@ -306,11 +318,6 @@ def _explain_prefect(error: Exception) -> str | None:
     text = f"{type(error).__name__}: {error}"
     if api and any(word in text for word in ("ConnectError", "Failed to reach API", "ConnectTimeout")):
         return f"no Prefect server answers at PREFECT_API_URL = {api}; run `prefect server start`, or unset it"
-    if "ephemeral" in text.lower() or "subprocess server" in text.lower():
-        return (
-            f"the server of Prefect did not start ({error}); if a port is taken or the machine is busy, run again, or "
-            "run the stages without Prefect: make repro"
-        )
     return None
 
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, Literal
 
@@ -45,6 +48,30 @@ def locked(root: Path, stage: str) -> dict[str, Any]:
     return (locked_stages(root) or {}).get(stage, {})
 
 
+def always_changed(root: Path) -> set[str]:
+    """Return the stages that run every time."""
+    return {name for name, stage in _yaml(root / "dvc.yaml")["stages"].items() if stage.get("always_changed", False)}
+
+
+def up_to_date(root: Path, stages: Sequence[str], environment: Mapping[str, str]) -> list[str]:
+    """Return the stages before the first that has to run or to be restored, asked of DVC in one process.
+
+    A process for each stage spends its time on starting. Nothing is changed. [] if DVC does not answer: `reproduce`
+    then says why. FlowError if it was killed.
+    """
+    lines: list[str] = []
+    code = _dvc(["--wait-for-lock", "status", "--json", *stages], root, environment, lines, lambda line: None)
+    if code < 0:
+        raise FlowError(_reason(stages[0], code, lines))
+    if code:
+        return []
+    try:
+        changed = json.loads(next(line for line in reversed(lines) if line.startswith("{")))
+    except (StopIteration, ValueError):
+        return []
+    return list(takewhile(lambda stage: stage not in changed, stages))
+
+
 def reproduce(
     stage: str,
     root: Path,
@@ -60,7 +87,7 @@ def reproduce(
     ends the whole process group of the child before it is passed on.
     """
     before = locked(root, stage).get("outs")
-    always = _yaml(root / "dvc.yaml")["stages"][stage].get("always_changed", False)
+    always = stage in always_changed(root)
     # Without --single-item DVC walks the graph upwards. Without --wait-for-lock it reports a finished stage as failed
     # when another process holds the lock for more than 3 s.
     command = ["--wait-for-lock", "repro", "--single-item", *(["--force"] if force else []), stage]
@@ -172,4 +199,9 @@ def _tail(lines: list[str]) -> str:
 
 
 def _yaml(path: Path) -> dict[str, Any]:
-    return YAML(typ="safe").load(path.read_text(encoding="utf-8"))
+    return _parsed(path.read_text(encoding="utf-8"))
+
+
+@lru_cache(maxsize=1)  # dvc.yaml is read many times in a run
+def _parsed(text: str) -> dict[str, Any]:
+    return YAML(typ="safe").load(text)

@@ -11,13 +11,11 @@ from __future__ import annotations
 
 import argparse
 import logging
-import os
 import signal
 import sys
 import time
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +30,8 @@ from prefect import flow, task  # noqa: E402
 from prefect.cache_policies import NO_CACHE  # noqa: E402
 
 from ffn2moe.decompose.layer_map import deliver, do_bytes, orders_in  # noqa: E402
+from flows.own_server import own_server  # noqa: E402
+from flows.workspace import FlowError  # noqa: E402
 from tasks.layer_map import DASK  # noqa: E402
 from tasks.stage import die_with_parent  # noqa: E402
 
@@ -124,27 +124,9 @@ def run(address: str, folder: str) -> int:
         if not client.scheduler_info(n_workers=-1)["workers"]:
             raise ConnectionError(f"the Dask scheduler at {address} has no worker: {_start_a_worker(client)}")
     options = {"timeout": SECONDS_TO_ANSWER, **({"security": security} if security else {})}
-    with _server():
+    with own_server() as wait:
+        wait()
         return layers.with_options(task_runner=DaskTaskRunner(address=address, client_kwargs=options))(folder)
-
-
-@contextmanager
-def _server() -> Iterator[None]:
-    """Give flow and workers the server at PREFECT_API_URL, else one on loopback while the block runs."""
-    if os.environ.get("PREFECT_API_URL"):
-        yield
-        return
-    from prefect.events.worker import EventsWorker
-    from prefect.logging.handlers import APILogWorker
-    from prefect.server.api.server import SubprocessASGIServer
-    from prefect.settings import PREFECT_API_URL, temporary_settings
-
-    with SubprocessASGIServer() as server, temporary_settings({PREFECT_API_URL: server.api_url}):
-        try:
-            yield
-        finally:  # deliver what is queued while the server runs; later it would be retried for a minute
-            for worker in (EventsWorker, APILogWorker):
-                worker.drain_all(timeout=SECONDS_TO_ANSWER)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -162,7 +144,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     except KeyboardInterrupt:
         return 130
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, FlowError) as error:
         print(f"error: {error}", file=sys.stderr)  # noqa: T201
         return 2
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import logging
 import os
 import re
 import shutil
@@ -11,12 +12,16 @@ import signal
 import subprocess
 import sys
 import time
+from io import StringIO
 from pathlib import Path
 
 import psutil
 import pytest
+from prefect.settings import PREFECT_API_URL
+from rich.console import Console
 
-from flows import dvc, workspace
+from flows import compress as pipeline
+from flows import dvc, own_server, workspace
 from flows.guardian import MARK
 from flows.progress import Board
 from flows.workspace import BusyError, FlowError, check, lock, plan
@@ -90,6 +95,40 @@ def test_a_second_run_finds_every_stage_cached_and_links_the_runs_that_made_them
     assert (toy / "dvc.lock").read_bytes() == lock_before
     first, second = pipelines_of(toy)[0], pipelines_of(toy)[-1]
     assert second.data.tags["made_by.distill"] == first.data.tags["made_by.distill"]
+
+
+def test_dvc_says_in_one_process_which_stages_need_nothing(toy, monkeypatch):
+    asked: list[list[str]] = []
+    started = dvc._dvc
+    monkeypatch.setattr(dvc, "_dvc", lambda arguments, *rest: asked.append(arguments) or started(arguments, *rest))
+    assert dvc.always_changed(toy) == {"inputs"}
+    assert dvc.up_to_date(toy, COMMITTED[1:], {}) == COMMITTED[1:]
+    assert len(asked) == 1
+    seed, params = toy / "models/distilled/seed", (toy / "params.yaml").read_bytes()
+    bytes_before = seed.read_bytes()
+    try:
+        (toy / "params.yaml").write_bytes(params.replace(b"seed: 0 ", b"seed: 5 "))
+        assert dvc.up_to_date(toy, COMMITTED[1:], {}) == ["prepare"]
+        (toy / "params.yaml").write_bytes(params)
+        seed.unlink()
+        assert dvc.up_to_date(toy, COMMITTED[1:], {}) == ["prepare"]
+        assert dvc.up_to_date(toy, COMMITTED, {}) == []  # inputs runs every time
+    finally:
+        (toy / "params.yaml").write_bytes(params)
+        seed.write_bytes(bytes_before)
+    assert dvc.up_to_date(toy, ["no such stage"], {}) == []
+
+
+@pytest.mark.parametrize(("code", "said"), [(255, "{}"), (0, "what is this"), (0, "{"), (0, '{"prepare": 1}')])
+def test_without_an_answer_of_dvc_every_stage_is_asked_by_itself(tmp_path, monkeypatch, code, said):
+    monkeypatch.setattr(dvc, "_dvc", lambda arguments, root, environment, lines, on_line: lines.append(said) or code)
+    assert dvc.up_to_date(tmp_path, ["prepare", "distill"], {}) == []
+
+
+def test_a_dvc_that_is_killed_before_it_answers_ends_the_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(dvc, "_dvc", lambda *arguments: -9)
+    with pytest.raises(FlowError, match=r"DVC was killed \(signal 9\) in stage prepare; run again"):
+        dvc.up_to_date(tmp_path, ["prepare"], {})
 
 
 def test_settings_run_apart_and_leave_the_committed_workspace_clean(toy, tmp_path):
@@ -319,11 +358,60 @@ def test_a_busy_workspace_is_told_apart_from_a_failed_stage(tmp_path, monkeypatc
         dvc.reproduce("distill", tmp_path, {}, lambda line: None)
 
 
+def test_a_stage_that_dvc_calls_up_to_date_needs_no_process_unless_the_registry_lost_its_version(tmp_path, monkeypatch):
+    ran: list[tuple[str, bool]] = []
+
+    def reproduce(stage, root, environment, on_line, *, on_start, force):
+        ran.append((stage, force))
+        return "Completed"
+
+    class Empty:
+        def __init__(self, root, model):
+            pass
+
+        def holds(self, version):
+            return False
+
+    monkeypatch.setattr(pipeline.dvc, "reproduce", reproduce)
+    monkeypatch.setattr(pipeline, "Registry", Empty)
+    monkeypatch.setattr(pipeline, "get_run_logger", lambda: logging.getLogger())
+    (tmp_path / "metrics").mkdir()
+    (tmp_path / "metrics/register.json").write_text('{"model": "tiny", "version": 1}')
+    board = Board(["distill", "register"], tmp_path / "durations.json", Console(file=StringIO()))
+    place = workspace.Workspace(tmp_path, tmp_path, "tiny")
+    names = [
+        pipeline.bring_up_to_date.fn(stage, place, {}, board, unchanged=unchanged).name
+        for stage, unchanged in (("distill", True), ("distill", False), ("register", True))
+    ]
+    assert names == ["Cached", "Completed", "Completed"]
+    assert ran == [("distill", False), ("register", True)]
+
+
+def test_a_run_has_a_server_of_its_own_that_ends_with_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("PREFECT_HOME", str(tmp_path))
+    monkeypatch.delenv("PREFECT_API_URL", raising=False)
+    before = {child.pid for child in psutil.Process().children()}
+    with own_server.own_server() as wait:
+        wait()
+        [server] = [child for child in psutil.Process().children() if child.pid not in before]
+        [listening] = [one for one in server.net_connections("tcp") if one.status == "LISTEN"]
+        assert listening.laddr.ip == "127.0.0.1"
+        assert PREFECT_API_URL.value() == f"http://127.0.0.1:{listening.laddr.port}/api"
+    assert not server.is_running()
+    monkeypatch.setenv("PREFECT_API_URL", "http://127.0.0.1:1/api")
+    with own_server.own_server() as wait:
+        wait()
+        assert {child.pid for child in psutil.Process().children()} == before
+
+
+def test_a_server_that_does_not_start_is_an_error_with_its_remedy(tmp_path, monkeypatch):
+    monkeypatch.delenv("PREFECT_API_URL", raising=False)
+    monkeypatch.setattr(own_server, "APP", ("no.such:app", "--log-level", "critical"))
+    with pytest.raises(FlowError, match=r"it ended with code 1; .*make repro"), own_server.own_server() as wait:
+        wait()
+
+
 def test_the_board_tells_the_time_left_from_what_it_remembers(tmp_path):
-    from io import StringIO
-
-    from rich.console import Console
-
     memory = tmp_path / "durations.json"
     memory.write_text('{"distill": 600, "evaluate": 60.0}')
     text = StringIO()
