@@ -42,6 +42,7 @@ KEYS = {  # the settings of a `Request` -> their keys
     "judged_texts": "data.evaluation_pairs",
     "decode_tokens": "benchmark.decode_tokens",
     "rounds": "benchmark.rounds",
+    "timed": "benchmark.shapes",
     "steps": "distill.steps",
     "scope": "distill.scope",
     "batch_tokens": "distill.batch_tokens",

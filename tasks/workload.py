@@ -13,4 +13,6 @@ def shapes_of(settings: Benchmark, manifest: Mapping[str, Any]) -> tuple[tuple[i
     """Return the shapes, [batch, sequence] or [batch, sequence, weight]."""
     if settings.shapes != "auto":
         return settings.shapes
-    return usual_shapes(manifest["spec"]["head"], manifest.get("model", {}).get("positions"), settings.decode_tokens)
+    spec, model = manifest["spec"], manifest.get("model", {})
+    longest = model.get("positions") if spec["head"] == "causal" else spec.get("max_length")
+    return usual_shapes(spec["head"], longest, settings.decode_tokens)

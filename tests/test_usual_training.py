@@ -64,6 +64,25 @@ def test_the_rate_falls_with_the_width():
     assert usual_rate(spec_of_size(1024, 2)) == 5e-4
 
 
+def test_the_shapes_of_an_encoder_are_no_longer_than_its_texts():
+    settings, spec = load_params(PARAMS).benchmark, {"head": "embedding", "max_length": 64}
+    assert shapes_of(settings, {"spec": spec}) == ((1, 16), (1, 64), (32, 32), (32, 64))
+    assert shapes_of(settings, {"spec": spec | {"max_length": 16}}) == ((1, 16), (32, 16))
+    assert shapes_of(settings, {"spec": spec | {"max_length": 512}}) == USUAL_SHAPES
+
+
+def test_shapes_that_the_model_cannot_read_are_refused_before_the_work(tiny_teacher: Path, llama: Path):
+    asked = request_of(str(tiny_teacher), None, Settings(num_experts=4, max_length=16))
+    asked = replace(asked, called={**asked.called, "timed": "benchmark.shapes"}, every_plan=True)
+    with pytest.raises(ValueError, match=r"benchmark\.shapes: .* texts of 17 tokens, and .* cuts them to 16"):
+        list(mixture.plans(Case(replace(asked, timed=((1, 8), (2, 17))))))
+    assert list(mixture.plans(Case(replace(asked, timed=((1, 8), (2, 16))))))
+    writer = request_of(str(llama), None, Settings(num_experts=4, max_length=16, corpus="generated"))
+    writer = replace(writer, called=asked.called, timed=((1, 10**6),), decode_tokens=16)
+    with pytest.raises(ValueError, match=r"benchmark\.shapes: .* more than the \d+ that the model can hold"):
+        list(mixture.plans(Case(writer)))
+
+
 def test_the_shapes_of_a_language_model_are_prompts_that_it_can_hold():
     settings = load_params(PARAMS).benchmark
     causal = {"spec": {"head": "causal"}, "model": {"positions": 512}}

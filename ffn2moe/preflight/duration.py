@@ -95,7 +95,8 @@ def _racing(case: Case, exact: float) -> float:
     asked, head = case.request, case.dense.head
     shapes = asked.timed
     if shapes is None:
-        shapes = usual_shapes(head, positions(case.dense.config), asked.decode_tokens)
+        longest = positions(case.dense.config) if head == "causal" else case.max_length
+        shapes = usual_shapes(head, longest, asked.decode_tokens)
     decoded = asked.decode_tokens if head == "causal" else 0
     tokens = sum(batch * length + max(batch, ONE_TOKEN) * decoded for batch, length in shapes)
     batches = min(asked.rounds, RUNGS[0]) * len(_made(case)) + FINALISTS * asked.rounds / 2

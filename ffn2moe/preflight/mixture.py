@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from ffn2moe.decompose.partition import PARTITIONS
+from ffn2moe.dense.families import positions
+from ffn2moe.planning.measure import require_readable
 from ffn2moe.preflight.case import Case
 from ffn2moe.preflight.doubt import Doubt
 from ffn2moe.preflight.texts import image_files
 from ffn2moe.runtime.engines import ENGINES, installed_engines
 from ffn2moe.runtime.plans import plan_of, plans_on_request
+from ffn2moe.runtime.workload import Workload
 
 
 def corpus(case: Case) -> Iterator[str]:
@@ -70,7 +73,8 @@ def plans(case: Case) -> Iterator[str]:
     """Find out which plans can be made here.
 
     Those of an engine that is not installed are left out. ValueError where that is ONNX Runtime, whose plans the others
-    are compared with, where no engine is installed, or for a plan that is asked for by name and cannot be made.
+    are compared with, where no engine is installed, for a plan that is asked for by name and cannot be made, and for
+    texts to time plans on that the model cannot read.
     """
     asked, dense = case.request, case.dense
     if not asked.onnx:
@@ -90,6 +94,16 @@ def plans(case: Case) -> Iterator[str]:
                 f"ask for {', '.join(able) or 'none'}"
             )
         ENGINES[plan_of(name).engine].require()
+    if asked.timed:
+        reads = {"spec": {"head": dense.head, "max_length": case.max_length}}
+        try:
+            require_readable(
+                Workload.of(dict.fromkeys(asked.timed, 1.0)),
+                reads | {"model": {"positions": positions(dense.config)}},
+                asked.decode_tokens,
+            )
+        except ValueError as error:
+            raise ValueError(f"{asked.call('timed')}: {error}") from None
     yield ", ".join(name for name, reason in case.plans.items() if reason is None)
     for reason in dict.fromkeys(reason for reason in case.plans.values() if reason is not None):
         left_out = ", ".join(name for name, found in case.plans.items() if found == reason)

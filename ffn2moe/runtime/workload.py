@@ -22,12 +22,16 @@ USUAL_PROMPTS = (16, 128, 512)  # of a language model, which one person at a tim
 _EXAMPLE = "write batch x sequence with a weight each, for example 1x16:0.5,32x128:0.5"
 
 
-def usual_shapes(head: str, positions: int | None, decode_tokens: int) -> tuple[tuple[int, int], ...]:
-    """Return batch and sequence of the usual workload: of a language model prompts that it holds with what follows."""
-    if head != "causal":
-        return USUAL_SHAPES
-    room = USUAL_PROMPTS[-1] if positions is None else max(1, positions - decode_tokens)
-    return tuple((1, length) for length in sorted({min(prompt, room) for prompt in USUAL_PROMPTS}))
+def usual_shapes(head: str, longest: int | None, decode_tokens: int) -> tuple[tuple[int, int], ...]:
+    """Return batch and sequence of the usual workload, none of more than the `longest` tokens that the model reads.
+
+    `longest` is where its texts are cut; of a language model, whose prompts leave room for what follows, its positions.
+    None is no limit.
+    """
+    if head == "causal":
+        room = USUAL_PROMPTS[-1] if longest is None else max(1, longest - decode_tokens)
+        return tuple((1, length) for length in sorted({min(prompt, room) for prompt in USUAL_PROMPTS}))
+    return tuple(dict.fromkeys((batch, min(length, longest or length)) for batch, length in USUAL_SHAPES))
 
 
 @dataclass(frozen=True)
