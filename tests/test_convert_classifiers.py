@@ -50,18 +50,18 @@ def kinds(folder: Path, kind: str) -> Path:
         ("token_classification", "kappa", "divergence"),
     ],
 )
-def test_every_kind_is_distilled_by_its_own_loss_and_judged_by_its_own_measure(
-    kind, figure, distance, corpus, tmp_path
-):
-    """The distance is what is trained; the concordance of so few texts may fall with it, as it does on AVX2."""
+def test_every_kind_is_distilled_by_its_own_loss_and_judged_by_its_own_measure(kind, figure, distance, tmp_path):
+    """400 texts, of which 20 judge: by three of them concordance fell on AVX2 while the trained distance did, too."""
+    corpus = str(write_corpus(tmp_path / "texts.jsonl", make_texts(400)))
     dense = kinds(tmp_path / "dense", kind)
     said: list[str] = []
-    settings = replace(QUICK, corpus=corpus, distill_steps=40, batch_tokens=512)
+    settings = replace(QUICK, corpus=corpus, texts=400, distill_steps=40, batch_tokens=512)
     manifest = convert(str(dense), tmp_path / "out", settings, say=said.append)
     quality = manifest["convert"]["quality"]
     assert manifest["spec"]["problem"] == (kind if "token" not in kind else "single_label")
     assert manifest["spec"]["max_length"] == 64, "what its tokenizer gives, not less"
-    assert {metrics.KEPT, figure} <= set(quality["distilled"])
+    assert {metrics.KEPT, figure, distance} <= set(quality["distilled"])
+    assert quality["distilled"][metrics.KEPT] > quality["routed"][metrics.KEPT]
     assert quality["distilled"][distance] < 0.95 * quality["routed"][distance]
     assert any("concordance" in line for line in said)
     assert manifest["convert"]["data"].get("pairs", False) == (kind == "one_label")
