@@ -29,6 +29,7 @@ KEYS = {  # the settings of a `Request` -> their keys
     "ffn_width": "decompose.ffn_width",
     "num_experts": "decompose.num_experts",
     "num_active": "decompose.num_active",
+    "expert_width": "decompose.expert_width",
     "shared_width": "decompose.shared_width",
     "width_per_layer": "decompose.width_per_layer",
     "partition": "decompose.partition",

@@ -201,6 +201,7 @@ def describe(stage: StageRun, model: Any, tokenizer: Any, kept: Reduction | None
         partition=settings.partition,
         teacher=params.teacher.source,
         max_length=text_length(stage, stage.root / "data/teacher", model, head, tokenizer),
+        expert_width=settings.expert_width,
         shared_width=settings.shared_width,
         gate=gate,
         router_bias=container is None,

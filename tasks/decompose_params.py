@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, Field, ValidationInfo, model_validator
 
 from ffn2moe.literals import Widths
 from tasks.choices import CONTAINERS, GATES, PARTITIONS, OneOf
@@ -20,16 +20,19 @@ def _kept(keep: str | int | tuple[int, ...]) -> str | int | tuple[int, ...]:
     return keep
 
 
-def _width(width: str | int | float) -> str | int | float:
+def _width(width: str | int | float, info: ValidationInfo) -> str | int | float:
     if (isinstance(width, int) and width < 1) or (isinstance(width, float) and not 0 < width < 1):
+        usual = "auto" if info.field_name == "expert_width" else "full"
         raise ValueError(
-            f"decompose.ffn_width = {width} must be full, a number of neurons from 1, or a share between 0 and 1"
+            f"decompose.{info.field_name} = {width} must be {usual}, a number of neurons from 1, or a share between 0 "
+            "and 1"
         )
     return width
 
 
 Kept = Annotated[Literal["all"] | Count | tuple[Annotated[int, Field(ge=0)], ...], AfterValidator(_kept)]
 Width = Annotated[Literal["full"] | int | float, AfterValidator(_width)]
+ExpertWidth = Annotated[Literal["auto"] | int | float, AfterValidator(_width)]
 
 
 class Decompose(Section):
@@ -38,6 +41,7 @@ class Decompose(Section):
     num_experts: Count
     num_active: Count
     partition: Annotated[str, OneOf(PARTITIONS, ("auto",))]
+    expert_width: ExpertWidth
     shared_width: int = Field(ge=0)
     active_per_layer: Literal["same", "budget"] | tuple[Count, ...]
     width_per_layer: Widths
@@ -64,6 +68,7 @@ class Decompose(Section):
                 "it is the teacher: set decompose.keep_layers or decompose.ffn_width, or more experts"
             )
         for key, value, only in (
+            ("expert_width", self.expert_width, self.expert_width == "auto"),
             ("shared_width", self.shared_width, self.shared_width == 0),
             ("active_per_layer", self.active_per_layer, self.active_per_layer == "same"),
             ("container", self.container, self.container in ("none", "auto")),

@@ -52,8 +52,8 @@ def layers(text: str) -> str | int | tuple[int, ...]:
 
 
 def width(text: str) -> str | int | float:
-    """Read how much of each FFN to keep: full, a number of neurons, or a share."""
-    return text if text == "full" else int(text) if text.isdigit() else float(text)
+    """Read a width: full or auto, a number of neurons, or a share of an FFN."""
+    return text if text in ("full", "auto") else int(text) if text.isdigit() else float(text)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +82,16 @@ class Settings:
         default="full",
         metadata=_option(
             "--ffn-width", "what each FFN keeps: full, a number of neurons, or a share", metavar="N", kind=width
+        ),
+    )
+    expert_width: str | int | float = field(
+        default="auto",
+        metadata=_option(
+            "--expert-width",
+            "width of the experts: auto (as the partition divides the neurons), or more neurons or a share of the FFN, "
+            "for experts for clusters of tokens, which have neurons in common",
+            metavar="M",
+            kind=width,
         ),
     )
     shared_width: int = field(

@@ -363,6 +363,7 @@ class Case:
             partition=asked.partition,
             teacher=asked.source,
             max_length=self.max_length,
+            expert_width=asked.expert_width,
             shared_width=asked.shared_width,
             gate=self.gate,
             router_bias=container is None,

@@ -34,6 +34,7 @@ class Request:
     keep_layers: str | int | tuple[int, ...] = "all"  # all, a number of layers, or their indices
     ffn_width: str | int | float = "full"  # full, a number of neurons, or a share
     partition: str = "auto"
+    expert_width: str | int | float = "auto"
     shared_width: int = 0
     width_per_layer: Widths = "auto"
     container: str = "auto"  # auto, none, or a name in CONTAINERS

@@ -46,14 +46,28 @@ def settled(spec: MoESpec) -> MoESpec:
     """
     if spec.partition == AUTO:
         clustered = spec.head == "causal" and all(shape.gated for shape in spec.stacks) and _one_expert(spec)
-        return replace(spec, partition="token_clusters" if clustered else "coactivation")
+        spec = replace(spec, partition="token_clusters" if clustered else "coactivation")
     if PARTITIONS[spec.partition].refilled and not _one_expert(spec):
         raise ValueError(
             f"the partition {spec.partition} makes experts for clusters of tokens, so that a token uses one expert in "
             f"every layer, and {spec.num_active} of {spec.num_experts} are asked for: use 1 active expert, and no "
             "budgets beside it, or the partition coactivation"
         )
+    if spec.container is None and not PARTITIONS[spec.partition].refilled:
+        _require_no_wider(spec)
     return spec
+
+
+def _require_no_wider(spec: MoESpec) -> None:
+    """Raise ValueError for experts with more room than neurons, where each neuron is in one of them."""
+    for shape in spec.stacks:
+        needed = -(-(shape.ffn_width - shape.shared_width) // spec.num_experts)
+        if shape.expert_width > needed:
+            raise ValueError(
+                f"{spec.num_experts} experts of the partition {spec.partition} are {needed} neurons wide, as each "
+                f"neuron is in one of them, and {shape.expert_width} are asked for: use the partition token_clusters, "
+                "or the width auto"
+            )
 
 
 def _one_expert(spec: MoESpec) -> bool:
