@@ -49,6 +49,8 @@ def test_parameters_cannot_be_changed_once_read():
         ("seed", "write KEY=VALUE"),
         ("decompose.num_active=5", "num_active = 5 is more than decompose.num_experts = 4"),
         ("decompose.num_active=0", "decompose.num_active = 0: input should be greater than or equal to 1"),
+        ("decompose.expert_width=0", "decompose.expert_width = 0 must be auto, a number of neurons from 1, or a share"),
+        ("decompose.expert_width=1.5", "decompose.expert_width = 1.5 must be auto"),
         ("decompose.partition=magic", "unknown partition 'magic'; known: auto, coactivation"),
         ("seed=true", "seed = True: input should be a valid integer"),
         ("seed=1.5", "seed = 1.5: input should be a valid integer"),
