@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from tasks import corpus
+from tasks.benchmark_texts import TEACHER, Benchmarks
 from tasks.stage import StageRun
 
 if TYPE_CHECKING:
@@ -21,24 +21,31 @@ EXAMPLES, NEIGHBOURS, SNIPPET = 3, 3, 160  # example queries, documents shown fo
 
 def judge(stage: StageRun, models: Mapping[str, Any], tokenizer: Any, spec: MoESpec, device: str) -> dict[str, Any]:
     """Return the figures of `teacher`, `training_free` and `student`, what the last two keep, and examples."""
+    from safetensors.torch import load_file
+
     from ffn2moe import metrics
     from ffn2moe.data.encode import encode
 
     params = stage.params
-    benchmarks = Benchmarks.read(stage.root / "data/benchmarks")
+    folder = stage.root / "data/benchmarks"
+    benchmarks = Benchmarks.read(folder)
     general = corpus.general_sentences()
     texts = [*benchmarks.texts(), *general]
     judged_rows, general_rows = slice(-len(general)), slice(-len(general), None)
     judged = {}
     for name, model in models.items():
-        embeddings_ND = encode(
-            model,
-            tokenizer,
-            texts,
-            max_length=spec.max_length,
-            batch_texts=params.evaluate.batch_texts,
-            device=device,
-            track=lambda items, total, _, name=name: stage.track(items, total, f"{name}: encoding"),
+        embeddings_ND = (
+            load_file(folder / TEACHER)["embeddings"]
+            if name == "teacher"
+            else encode(
+                model,
+                tokenizer,
+                texts,
+                max_length=spec.max_length,
+                batch_texts=params.evaluate.batch_texts,
+                device=device,
+                track=lambda items, total, _, name=name: stage.track(items, total, f"{name}: encoding"),
+            )
         )
         embeddings_ND = metrics.comparable(embeddings_ND, spec.sentence)
         judged[name] = Judged(benchmarks, texts, embeddings_ND, params.seed)
@@ -58,41 +65,6 @@ def judge(stage: StageRun, models: Mapping[str, Any], tokenizer: Any, spec: MoES
         "classification": {name: len(dev) for name, (_, dev) in benchmarks.classification.items()},
     }
     return found
-
-
-@dataclass(frozen=True)
-class Benchmarks:
-    """The texts that judge the models; without a data folder only those for retrieval."""
-
-    pairs: list[dict[str, Any]]
-    stsb: list[dict[str, Any]]
-    classification: dict[str, tuple[list[dict[str, Any]], list[dict[str, Any]]]]
-
-    @classmethod
-    def read(cls, folder: Path) -> Benchmarks:
-        """Read data/benchmarks."""
-        stsb, sets = folder / "sts" / "stsb.jsonl", folder / "classification"
-        return cls(
-            pairs=corpus.read_jsonl(folder / "retrieval.jsonl"),
-            stsb=corpus.read_jsonl(stsb) if stsb.is_file() else [],
-            classification={
-                path.name: (corpus.read_jsonl(path / "train.jsonl"), corpus.read_jsonl(path / "dev.jsonl"))
-                for path in (sorted(sets.iterdir()) if sets.is_dir() else ())
-            },
-        )
-
-    def scores(self) -> Tensor:
-        """Return people's scores of the pairs of STS-B, [N]."""
-        import torch
-
-        return torch.tensor([row["score"] for row in self.stsb])
-
-    def texts(self) -> list[str]:
-        """Return every distinct text, sorted; each model encodes it once."""
-        found = {row[side] for row in self.pairs for side in ("query", "document")}
-        found |= {row[side] for row in self.stsb for side in ("first", "second")}
-        found |= {row["text"] for sets in self.classification.values() for part in sets for row in part}
-        return sorted(found)
 
 
 class Judged:

@@ -47,7 +47,8 @@ def by_benchmarks(job: Mapping[str, Any], export: Path, plan: str) -> dict[str, 
 
     from ffn2moe import metrics
     from ffn2moe.runtime.export import open_export
-    from tasks.judge_embeddings import Benchmarks, Judged
+    from tasks.benchmark_texts import Benchmarks
+    from tasks.judge_embeddings import Judged
 
     benchmarks = Benchmarks.read(Path(job["benchmarks"]))
     texts = benchmarks.texts()

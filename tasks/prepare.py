@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from ffn2moe.choices import HEADS, PROBLEMS, problem_of
 from ffn2moe.progress import silent
-from tasks import corpus, pairing
+from tasks import benchmark_texts, corpus, pairing
 from tasks.check import check, corpus_source, teacher_source
 from tasks.language_sets import LanguageSets, of_folder
 from tasks.length import text_length
@@ -109,6 +109,8 @@ def run(stage: StageRun) -> None:
         for name, parts in sets.items():
             for part, found in zip(("train", "dev"), parts, strict=True):
                 corpus.write_jsonl(out / "classification" / name / f"{part}.jsonl", found)
+        if teacher.head == "embedding":
+            benchmark_texts.embed(stage, out, teacher.model, teacher.tokenizer, teacher.length)
 
     figures: dict[str, Any] = {
         "teacher": teacher.summary,

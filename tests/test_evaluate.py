@@ -18,7 +18,8 @@ from ffn2moe.moe.experts import neurons_by_expert, slice_experts
 from ffn2moe.moe.install import install_moe
 from ffn2moe.moe.layer import MoEFFN
 from ffn2moe.sentence import SentenceModules
-from tasks import corpus, evaluate, judge_embeddings, prepare
+from tasks import benchmark_texts, corpus, evaluate, judge_embeddings, prepare
+from tasks.benchmark_texts import Benchmarks
 from tests.texts import make_stage, make_texts, write_corpus
 
 SMALL = (
@@ -165,8 +166,10 @@ def test_evaluating_again_gives_the_same_bytes_and_needs_no_data_folder(workspac
     for name in ("evaluate.json", "plots/layers.csv", "plots/load.csv"):
         assert (tmp_path / "metrics" / name).read_bytes() == (workspace / "metrics" / name).read_bytes()
 
-    shutil.rmtree(tmp_path / "data/benchmarks/sts")
-    shutil.rmtree(tmp_path / "data/benchmarks/classification")
+    benchmarks = tmp_path / "data/benchmarks"
+    shutil.rmtree(benchmarks / "sts")
+    shutil.rmtree(benchmarks / "classification")
+    benchmark_texts.embed(stage, benchmarks, *load_dense(str(tmp_path / "data/teacher")), 32)
     evaluate.run(stage)
     found = json.loads((tmp_path / "metrics/evaluate.json").read_text())
     assert set(found["student"]) == {"retrieval", "embedding_cosine", "general"}
@@ -176,11 +179,9 @@ def test_evaluating_again_gives_the_same_bytes_and_needs_no_data_folder(workspac
 def test_a_teacher_that_finds_nothing_is_refused(workspace):
     from ffn2moe.metrics import retrieval_ranks
 
-    benchmarks = judge_embeddings.Benchmarks.read(workspace / "data/benchmarks")
+    benchmarks = Benchmarks.read(workspace / "data/benchmarks")
     texts = benchmarks.texts()
-    judged = judge_embeddings.Judged(
-        judge_embeddings.Benchmarks(benchmarks.pairs, [], {}), texts, torch.ones(len(texts), 4), seed=0
-    )
+    judged = judge_embeddings.Judged(Benchmarks(benchmarks.pairs, [], {}), texts, torch.ones(len(texts), 4), seed=0)
     assert retrieval_ranks(torch.ones(3, 4), torch.ones(3, 4)).tolist() == [3, 3, 3]
     with pytest.raises(ValueError, match=r"teacher scores 0 on retrieval.ndcg_at_10"):
         judge_embeddings.retention(judged, judged, benchmarks, seed=0)

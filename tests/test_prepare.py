@@ -91,7 +91,7 @@ def test_a_data_folder_joins_training_and_evaluation(workspace, tiny_teacher):
 
     judged = benchmarks(workspace)
     counts = run(workspace, tiny_teacher, "data.folder=sets", "data.learn_from_folder=false")
-    assert len(judged) == 4 and benchmarks(workspace) == judged and counts["joined_from_folder"] == 0
+    assert len(judged) == 5 and benchmarks(workspace) == judged and counts["joined_from_folder"] == 0
     assert "a good film" not in corpus.read_texts(workspace / "data/corpus/train.jsonl")
 
     run(workspace, tiny_teacher)

@@ -30,7 +30,8 @@ from ffn2moe.moe.describe import spec_of
 from ffn2moe.numerics import bf16_supported
 from ffn2moe.spec import Head, MoESpec
 from tasks import corpus, prepare
-from tasks.judge_embeddings import Benchmarks, Judged
+from tasks.benchmark_texts import Benchmarks
+from tasks.judge_embeddings import Judged
 from tasks.judge_logits import compare
 from tasks.params import load_params
 from tasks.stage import StageRun
