@@ -201,7 +201,6 @@ def describe(stage: StageRun, model: Any, tokenizer: Any, kept: Reduction | None
         partition=settings.partition,
         teacher=params.teacher.source,
         max_length=text_length(stage, stage.root / "data/teacher", model, head, tokenizer),
-        expert_width=settings.expert_width,
         shared_width=settings.shared_width,
         gate=gate,
         router_bias=container is None,
@@ -211,9 +210,9 @@ def describe(stage: StageRun, model: Any, tokenizer: Any, kept: Reduction | None
         elastic=tuple(sorted({*params.distill.elastic} - {settings.num_active})),
         reduction=kept,
     )
+    spec = settled(spec, settings.expert_width, container.width_multiple if container else 1)
     if container:
         require_fit(container, model.config, spec=spec)
-    spec = settled(spec)
     chosen_by_need(settings.width_per_layer, spec)
     for shape in spec.stacks:
         padding = shape.shared_width + spec.num_experts * shape.expert_width - shape.ffn_width

@@ -88,8 +88,8 @@ class Settings:
         default="auto",
         metadata=_option(
             "--expert-width",
-            "width of the experts: auto (as the partition divides the neurons), or more neurons or a share of the FFN, "
-            "for experts for clusters of tokens, which have neurons in common",
+            "width of experts for clusters of tokens, which have neurons in common: a number or a share of the FFN "
+            "(auto: as other partitions divide it)",
             metavar="M",
             kind=width,
         ),
@@ -128,8 +128,8 @@ class Settings:
         default=AUTO,
         metadata=_option(
             "--partition",
-            "how the neurons of an FFN are assigned to experts (auto: token_clusters for a gated language model with "
-            "one active expert, coactivation for others)",
+            "how the neurons of an FFN are assigned to experts (auto: token_clusters for one active expert, "
+            "coactivation for more)",
             names=lambda: (AUTO, *PARTITIONS.names()),
         ),
     )

@@ -19,15 +19,14 @@ def spec_of(
     *,
     num_experts: int,
     shared_width: int = 0,
-    expert_width: str | int | float = "auto",
+    expert_width: int = 0,
     width_multiple: int = 1,
     reduction: Reduction | None = None,
     **settings: Any,
 ) -> MoESpec:
     """Return the spec of the mixture that a dense model is to become; with a `reduction`, a part of it.
 
-    Experts are `expert_width` neurons wide, or that share of the FFN, or as wide as an even partition needs (auto),
-    rounded up to `width_multiple`.
+    Experts are `expert_width` neurons wide, or as wide as an even partition needs (0), rounded up to `width_multiple`.
     `settings` are the fields of `MoESpec` that the model does not determine, such as head, num_active, partition,
     teacher and max_length; by default the gate is unit, the router has a bias, there is no container, and embeddings
     are made by the modules attached to the model, if any. ValueError where E, K or S do not fit the model.
@@ -46,7 +45,7 @@ def _shapes(
     model: Any,
     num_experts: int,
     shared_width: int,
-    expert_width: str | int | float,
+    expert_width: int,
     width_multiple: int,
     reduction: Reduction | None,
 ) -> list[FFNShape]:
@@ -58,7 +57,7 @@ def _shapes(
             continue
         ffn = read_ffn(model, layer)
         F = reduction.ffn_width if reduction else ffn.ffn_width
-        each = _width_of_experts(expert_width, F, shared_width, num_experts)
+        each = expert_width or -(-(F - shared_width) // num_experts)
         shapes.append(
             FFNShape(
                 layers=path,
@@ -72,20 +71,6 @@ def _shapes(
             )
         )
     return [_reduced(shape, reduction) for shape in shapes] if reduction else shapes
-
-
-def _width_of_experts(asked: str | int | float, F: int, S: int, E: int) -> int:
-    """Return M. ValueError for experts that hold less than an FFN of F neurons together, or one that holds more."""
-    needed = -(-(F - S) // E)
-    if isinstance(asked, str):
-        return needed
-    M = round(asked * F) if isinstance(asked, float) else asked
-    if not needed <= M <= F:
-        raise ValueError(
-            f"expert_width = {asked} is {M} neurons: {E} experts hold an FFN of {F} neurons if each has {needed} or "
-            f"more, and none can have more than {F}: give auto, a number in between, or a share of the FFN"
-        )
-    return M
 
 
 def _reduced(shape: FFNShape, reduction: Reduction) -> FFNShape:

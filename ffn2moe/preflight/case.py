@@ -363,7 +363,6 @@ class Case:
             partition=asked.partition,
             teacher=asked.source,
             max_length=self.max_length,
-            expert_width=asked.expert_width,
             shared_width=asked.shared_width,
             gate=self.gate,
             router_bias=container is None,
@@ -374,9 +373,10 @@ class Case:
             elastic=asked.elastic,
             reduction=self.reduction,
         )
+        spec = settled(spec, asked.expert_width, container.width_multiple if container else 1)
         if container:
             require_fit(container, self.dense.config, spec=spec)
-        return settled(spec)
+        return spec
 
     @cached_property
     def widths_by_need(self) -> bool:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from ffn2moe.decompose.statistics import NeuronStatistics
     from ffn2moe.dense.ffn import DenseFFN
-    from ffn2moe.spec import MoESpec
+    from ffn2moe.spec import FFNShape, MoESpec
 
 
 @dataclass(frozen=True)
@@ -38,36 +38,39 @@ PARTITIONS: Table[Partition] = Table("partition", package="ffn2moe.decompose.par
 AUTO = "auto"  # the partition that fits the model; see `settled`
 
 
-def settled(spec: MoESpec) -> MoESpec:
-    """Return the spec with the partition that fits the model where it asks for `auto`.
+def settled(spec: MoESpec, expert_width: str | int | float = AUTO, width_multiple: int = 1) -> MoESpec:
+    """Return the spec with the partition that fits the model where it asks for `auto`, and with the width of experts.
 
-    Gated language models whose tokens use one expert get `token_clusters`, others `coactivation`
-    (docs/decisions/0027-language-model-partition.md). ValueError where the spec asks for what its partition cannot do.
+    Models whose tokens use one expert get `token_clusters`, others `coactivation`
+    (docs/decisions/0027-language-model-partition.md). Experts for clusters of tokens are `expert_width` neurons wide,
+    or that share of the FFN, rounded up to `width_multiple`; those that have no neurons in common keep the width that
+    an even partition needs. ValueError where the spec asks for what its partition cannot do.
     """
     if spec.partition == AUTO:
-        clustered = spec.head == "causal" and all(shape.gated for shape in spec.stacks) and _one_expert(spec)
-        spec = replace(spec, partition="token_clusters" if clustered else "coactivation")
+        spec = replace(spec, partition="token_clusters" if _one_expert(spec) else "coactivation")
+    if PARTITIONS[spec.partition].refilled and not isinstance(expert_width, str) and not spec.is_dense:
+        wide = [_width(spec, shape, expert_width, width_multiple) for shape in spec.stacks]
+        stacks = (replace(shape, expert_width=M) for shape, M in zip(spec.stacks, wide, strict=True))
+        spec = replace(spec, stacks=tuple(stacks))
     if PARTITIONS[spec.partition].refilled and not _one_expert(spec):
         raise ValueError(
             f"the partition {spec.partition} makes experts for clusters of tokens, so that a token uses one expert in "
             f"every layer, and {spec.num_active} of {spec.num_experts} are asked for: use 1 active expert, and no "
             "budgets beside it, or the partition coactivation"
         )
-    if spec.container is None and not PARTITIONS[spec.partition].refilled:
-        _require_no_wider(spec)
     return spec
 
 
-def _require_no_wider(spec: MoESpec) -> None:
-    """Raise ValueError for experts with more room than neurons, where each neuron is in one of them."""
-    for shape in spec.stacks:
-        needed = -(-(shape.ffn_width - shape.shared_width) // spec.num_experts)
-        if shape.expert_width > needed:
-            raise ValueError(
-                f"{spec.num_experts} experts of the partition {spec.partition} are {needed} neurons wide, as each "
-                f"neuron is in one of them, and {shape.expert_width} are asked for: use the partition token_clusters, "
-                "or the width auto"
-            )
+def _width(spec: MoESpec, shape: FFNShape, asked: int | float, multiple: int) -> int:
+    """Return M. ValueError for experts that hold less than the FFN together, or one that holds more."""
+    F, E = shape.ffn_width, spec.num_experts
+    needed, M = -(-(F - shape.shared_width) // E), round(asked * F) if isinstance(asked, float) else asked
+    if not needed <= M <= F:
+        raise ValueError(
+            f"expert_width = {asked} is {M} neurons: {E} experts hold an FFN of {F} neurons if each has {needed} or "
+            f"more, and none can have more than {F}: use auto, a number in between, a share of the FFN, or more experts"
+        )
+    return -(-M // multiple) * multiple
 
 
 def _one_expert(spec: MoESpec) -> bool:
