@@ -98,7 +98,7 @@ def ship(stage: StageRun, shipment: Shipment, content: Mapping[str, Any]) -> Non
     if left_out:
         stage.say(f"not in it: {left_out}; {manifest['bring_back']} brings them back")
     stage.say(f"exports/{name}: {size}")
-    if size.share > LARGEST:
+    if not size.fits:
         stage.say(f"that is more than {LARGEST:g}x: no smaller portable plan keeps gate.min_retention of the quality")
 
 

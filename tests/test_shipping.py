@@ -67,6 +67,16 @@ def test_the_portable_plan_keeps_the_quality_and_adds_least(tmp_path, chosen, lo
     assert shipment.fits(chosen) == (kibibytes <= 182)
 
 
+def test_where_experts_hold_more_than_the_dense_model_their_checkpoint_sets_the_size(tmp_path):
+    folder = write_export(tmp_path)
+    shipment = Shipment(folder, dict.fromkeys(read_manifest(folder)["plans"], True))
+    assert not shipment.fits(["ov-native4", "ov-native", "sorted8"])  # 207 KiB, and 2.0 x 92 are allowed
+    (folder / "checkpoint/weights").write_bytes(bytes(141 << 10))
+    larger = Shipment(folder, dict.fromkeys(read_manifest(folder)["plans"], True))
+    assert larger.fits(["ov-native4", "ov-native", "sorted8"]) and larger.size(["ov-native4"]).share > 2.0
+    assert not larger.fits(["ov-native4", "ov-native", "sorted8", "sorted"])  # 347 of 284
+
+
 def test_plans_that_are_too_large_together_are_not_chosen_together():
     def cell(sequence: int, **ms: float) -> Cell:
         rows = {

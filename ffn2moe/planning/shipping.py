@@ -17,26 +17,32 @@ from typing import Any
 from ffn2moe.runtime.files import MANIFEST, PLAN_FILE, graph_files, read_manifest, read_plan
 from ffn2moe.runtime.plans import PLANS, form_of, is_dense, plan_of
 
-LARGEST = 2.0  # an export over the dense model, in bytes
+LARGEST = 2.0  # an export over the dense model or over its own checkpoint, the larger of the two, in bytes
 _CONTAINER, _GGUF = "container", "gguf"
 _UNCOUNTED = (MANIFEST, PLAN_FILE, _CONTAINER, _GGUF)
 
 
 @dataclass(frozen=True)
 class Size:
-    """The bytes of an export and of the dense model, its graph and tokenizer.
+    """The bytes of an export, of the dense model (its graph and tokenizer), and of what every export has beside graphs.
 
-    Those of its native container and of its GGUF files are apart.
+    The last is mostly the checkpoint. Those of its native container and of its GGUF files are apart.
     """
 
     export: int
     container: int
     dense: int
     gguf: int = 0
+    beside: int = 0
 
     @property
     def share(self) -> float:
         return self.export / self.dense
+
+    @property
+    def fits(self) -> bool:
+        """Whether the export is no larger than it should be (`LARGEST`): experts can hold more than the dense model."""
+        return self.export <= LARGEST * max(self.dense, self.beside)
 
     def __str__(self) -> str:
         container = f" and a container of {_mib(self.container)}" if self.container else ""
@@ -67,7 +73,8 @@ class Shipment:
 
         def rank(plan: str) -> tuple[bool, bool, int]:
             graphs = self._bytes([*chosen, plan])
-            return self._always + graphs > LARGEST * self._dense, is_dense(plan) and not only_dense, graphs
+            fits = Size(self._always + graphs, 0, self._dense, beside=self._always).fits
+            return not fits, is_dense(plan) and not only_dense, graphs
 
         return min(able, key=rank)
 
@@ -75,11 +82,11 @@ class Shipment:
         """Return how large the export is with these plans and the portable one beside them."""
         graphs = self._bytes([*chosen, self.portable(chosen)])
         container, gguf = (_bytes(self.folder / name) for name in (_CONTAINER, _GGUF))
-        return Size(self._always + graphs, container, self._dense, gguf)
+        return Size(self._always + graphs, container, self._dense, gguf, self._always)
 
     def fits(self, chosen: Sequence[str]) -> bool:
-        """Return whether the export with these plans is at most `LARGEST` times the dense model."""
-        return self.size(chosen).share <= LARGEST
+        """Return whether the export with these plans is no larger than it should be."""
+        return self.size(chosen).fits
 
     def write(self, target: Path, chosen: Sequence[str], details: Mapping[str, Any]) -> dict[str, Any]:
         """Write the export to the empty folder `target`, with `details` in the manifest; return the manifest.
