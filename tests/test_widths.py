@@ -336,22 +336,27 @@ def test_experts_for_clusters_of_tokens_can_be_wider_than_their_share(tmp_path):
     for moe in moe_layers(ffn2moe.load(tmp_path / "out/checkpoint")):
         assert moe.neurons.shape == (6, 16) and len(moe.neurons.unique()) <= 64
         assert all(len(own.unique()) == 16 for own in moe.neurons)
-    convert(bert, tmp_path / "disjoint", replace(clusters, expert_width=0.25, partition="coactivation"))
-    assert checkpoint.load_spec(tmp_path / "disjoint/checkpoint").expert_width == 11  # 64 / 6
 
 
 @pytest.mark.parametrize(
-    ("width", "message"),
+    ("changes", "message"),
     [
-        (11, "expert_width = 11 is 11 neurons: 4 experts hold an FFN of 48 .* if each has 12 or more"),
-        (0.2, "expert_width = 0.2 is 10 neurons"),
-        (49, "none can have more than 48"),
+        (
+            {"expert_width": 11},
+            "expert_width = 11 is 11 neurons: 4 experts hold an FFN of 48 .* if each has 12 or more",
+        ),
+        ({"expert_width": 0.2}, "expert_width = 0.2 is 10 neurons"),
+        ({"expert_width": 49}, "none can have more than 48"),
+        (
+            {"expert_width": 20, "partition": "coactivation"},
+            "puts each neuron in one: use the partition token_clusters",
+        ),
     ],
 )
-def test_a_width_that_experts_cannot_have_is_refused_before_any_work(width, message, tmp_path):
+def test_a_width_that_experts_cannot_have_is_refused_before_any_work(changes, message, tmp_path):
     llama = str(make_tiny_llama(tmp_path / "dense"))
     with pytest.raises(ValueError, match=message):
-        convert(llama, tmp_path / "out", replace(QUICK, expert_width=width))
+        convert(llama, tmp_path / "out", replace(QUICK, **changes))
     assert not (tmp_path / "out.partial").exists()
 
 

@@ -89,7 +89,7 @@ class Settings:
         metadata=_option(
             "--expert-width",
             "width of experts for clusters of tokens, which have neurons in common: a number or a share of the FFN "
-            "(auto: as other partitions divide it)",
+            "(auto: as wide as without)",
             metavar="M",
             kind=width,
         ),
@@ -128,8 +128,8 @@ class Settings:
         default=AUTO,
         metadata=_option(
             "--partition",
-            "how the neurons of an FFN are assigned to experts (auto: token_clusters for one active expert, "
-            "coactivation for more)",
+            "how the neurons of an FFN are assigned to experts (auto: token_clusters for a gated language model with "
+            "one active expert, coactivation for others)",
             names=lambda: (AUTO, *PARTITIONS.names()),
         ),
     )
