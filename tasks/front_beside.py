@@ -73,7 +73,11 @@ def sentence(rival: Point | None, kept: float, other: float | None) -> str:
         return "No baseline of the committed front is as fast."
     named = f"{rival.name} keeps {percent(other)} at {rival.speed:.2f}x"
     if other > kept:
-        return f"A baseline is ahead at this speed: {named}, {100 * (other - kept):.1f} points more than this run."
+        made = (
+            f'make run SET="name={rival.recipe} {" ".join(rival.settings)}"' if rival.recipe else "use the dense plan"
+        )
+        ahead = f"{named}, {100 * (other - kept):.1f} points more than this run"
+        return f"A baseline is ahead at this speed: {ahead}. To have it: {made}"
     return f"No baseline of the committed front is ahead at this speed: {named}."
 
 

@@ -437,6 +437,8 @@ def run_of(kept: float, speed: float) -> tuple[dict, dict]:
 def test_a_run_is_told_whether_a_baseline_is_ahead_at_its_speed(kept, speed, sentence):
     found = front_beside.beside(POINTS, POINTS[0].model, *run_of(kept, speed))
     assert found.sentence.startswith(sentence)
+    made = 'make run SET="name=l4 decompose.keep_layers=4 decompose.num_experts=1 distill.scope=all"'
+    assert found.sentence.endswith(made) == sentence.startswith("A baseline")
     assert found.rows[0][:3] == ["this run", f"{100 * kept:.1f} %", f"{speed:.2f}x"]
     assert all(row[0].split()[0] in ("this", "dense8", "l4", "l3") for row in found.rows)
 
