@@ -141,7 +141,7 @@ def best(root: Path, folder: Path, *, keeps: float | None = None, speedup: float
 
 
 def publish(root: Path, folder: Path) -> None:
-    """Write a front into docs/results; it replaces the points of the same model."""
+    """Write a front into docs/results; it replaces the points of the same model on the same machine."""
     path = folder / "front.jsonl"
     if not path.is_file():
         raise FlowError(
@@ -149,7 +149,8 @@ def publish(root: Path, folder: Path) -> None:
             "python -m flows.sweep run --recipes recipes/encoder.yaml"
         )
     new = front.read(path)
-    kept = [point for point in front.committed(root) if point.model != new[0].model]
+    measured = (new[0].model, new[0].machine)
+    kept = [point for point in front.committed(root) if (point.model, point.machine) != measured]
     front.write([*kept, *new], root / front.FRONT)
     written = front_picture.write_page([*kept, *new], root / front.FRONT.parent)
     console.print(f"wrote {front.FRONT}, {', '.join(str(one.relative_to(root)) for one in written)}: look, and commit")

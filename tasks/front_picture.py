@@ -159,7 +159,7 @@ def judge_names(point: Point) -> list[str]:
 
 
 def section(points: Sequence[Point], picture: str) -> str:
-    """Return the part of the page about one model, in Markdown: what was measured, the picture, the table."""
+    """Return the part of the page about one model on one machine, in Markdown: what was measured, picture, table."""
     first = points[0]
     trained = " ".join(f"{key}={_setting(value)}" for key, value in first.training.items())
     threads = "1 thread" if first.threads == 1 else f"{first.threads} threads"
@@ -178,9 +178,9 @@ def section(points: Sequence[Point], picture: str) -> str:
     settings = {point.recipe: " ".join(point.settings) for point in points if point.recipe is not None}
     return "\n".join(
         [
-            f"## {first.model}",
+            f"## {first.model}, {first.machine}",
             "",
-            f"{first.machine}; {threads}; commit {first.commit}. Every recipe was trained with",
+            f"{threads}; commit {first.commit}. Every recipe was trained with",
             "",
             "```",
             trained,
@@ -231,11 +231,12 @@ def beside_baseline(point: Point) -> str:
 
 
 def write_page(points: Sequence[Point], folder: Path) -> list[Path]:
-    """Write front.md and a picture for each model into a folder; return the files."""
+    """Write front.md and a picture for each model on each machine into a folder; return the files."""
     written, sections = [], []
-    for model in dict.fromkeys(point.model for point in points):
-        own = of_model(points, model)
-        picture = folder / f"front-{re.sub(r'[^a-z0-9]+', '-', model.lower().removeprefix('package:')).strip('-')}.png"
+    for model, machine in dict.fromkeys((point.model, point.machine) for point in points):
+        own = [point for point in points if (point.model, point.machine) == (model, machine)]
+        name = model.removeprefix("package:") + (f"-{machine}" if machine != of_model(points, model)[0].machine else "")
+        picture = folder / f"front-{re.sub(r'[^a-z0-9]+', '-', name.lower()).strip('-')}.png"
         draw(own, "quality against speed", picture)
         sections.append(section(own, picture.name))
         written.append(picture)

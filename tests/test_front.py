@@ -220,20 +220,28 @@ def test_best_chooses_over_all_methods_by_quality_or_by_speed(toy, monkeypatch, 
     assert re.search(r"no plan of front runs at 5x; the fastest are .* at 2.00x \(cell 1, l3", capsys.readouterr().err)
 
 
-def test_a_published_front_replaces_the_points_of_its_model_and_has_a_page(toy, monkeypatch):
+def test_a_published_front_replaces_the_points_of_its_model_and_machine_and_has_a_page(toy, monkeypatch):
     from flows import sweep
 
     monkeypatch.setattr(sweep, "ROOT", toy)
     monkeypatch.setattr(sweep.console, "file", sys.stdout)
     other = [replace(point, model="hub/other") for point in points_of(toy).values()]
+    elsewhere = [replace(point, machine="another CPU, 2 cores") for point in points_of(toy).values()]
     old = [replace(point, quality=0.1) for point in points_of(toy).values()]
-    front.write([*other, *old], toy / front.FRONT)
+    front.write([*other, *elsewhere, *old], toy / front.FRONT)
     assert sweep.main(["publish", "front"]) == 0
     kept = front.committed(toy)
-    assert kept == [*other, *front.read(toy / "sweeps/front/front.jsonl")]
+    assert kept == [*other, *elsewhere, *front.read(toy / "sweeps/front/front.jsonl")]
     page = (toy / "docs/results/front.md").read_text()
-    assert "## hub/other" in page and "+0.70 (" in page and "from l4 (student8) at 1.50x" in page
-    for picture in re.findall(r"\((front-.*png)\)", page):
+    assert (
+        "## hub/other" in page
+        and ", another CPU, 2 cores\n" in page
+        and "+0.70 (" in page
+        and "from l4 (student8) at 1.50x" in page
+    )
+    pictures = re.findall(r"\((front-.*png)\)", page)
+    assert len(set(pictures)) == 3
+    for picture in pictures:
         assert (toy / "docs/results" / picture).stat().st_size > 20_000
 
 
@@ -441,6 +449,12 @@ def test_a_run_is_told_whether_a_baseline_is_ahead_at_its_speed(kept, speed, sen
     assert found.sentence.endswith(made) == sentence.startswith("A baseline")
     assert found.rows[0][:3] == ["this run", f"{100 * kept:.1f} %", f"{speed:.2f}x"]
     assert all(row[0].split()[0] in ("this", "dense8", "l4", "l3") for row in found.rows)
+
+
+def test_a_run_is_put_beside_baselines_of_its_own_kind_of_cpu():
+    here = replace(POINTS[1], recipe="l5", machine="this one, 2 cores")
+    found = front_beside.beside([*POINTS, here], POINTS[0].model, *run_of(0.98, 1.45))
+    assert [row[0] for row in found.rows] == ["this run", "l5 (sorted8)"]
 
 
 def test_a_run_that_cannot_be_compared_is_not(source):
