@@ -26,8 +26,8 @@ def beside(points: Sequence[Point], model: str, quality: Mapping[str, Any], plan
     """Return a run beside the nearest baselines of a front of its model; None where the front has none of it.
 
     `quality` is metrics/evaluate.json and `plan` plan.json of the run. Both sides are students in float32, judged by
-    what the run was judged by. Baselines of the run's kind of CPU come before others. Also None where the run timed other
-    shapes, or was judged by nothing of the front.
+    what the run was judged by. Baselines of the run's kind of CPU come before others. Also None where the run timed
+    other shapes, or was judged by nothing of the front.
     """
     every = [point for point in of_model(points, model) if point.is_baseline]
     baselines = [point for point in every if point.machine.startswith(f"{plan['machine']['cpu']},")] or every
