@@ -29,8 +29,7 @@ def beside(points: Sequence[Point], model: str, quality: Mapping[str, Any], plan
     what the run was judged by. Baselines of the run's kind of CPU come before others. Also None where the run timed
     other shapes, or was judged by nothing of the front.
     """
-    every = [point for point in of_model(points, model) if point.is_baseline]
-    baselines = [point for point in every if point.machine.startswith(f"{plan['machine']['cpu']},")] or every
+    baselines = [point for point in of_model(points, model) if point.is_baseline]
     if not baselines:
         return None
     speed = speed_of(plan, baselines[0])
@@ -38,6 +37,8 @@ def beside(points: Sequence[Point], model: str, quality: Mapping[str, Any], plan
     judges = [name for name in baselines[0].student if at(retention, name.split(".")) is not None]
     if speed is None or not judges:
         return None
+    alike = [point for point in baselines if point.machine.startswith(f"{plan['machine']['cpu']},")]
+    baselines = alike or baselines
     kept = mean(at(retention, name.split(".")) for name in judges)
 
     def quality_of(point: Point) -> float:
