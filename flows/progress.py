@@ -157,8 +157,9 @@ class CellProgress:
     def __init__(self, study: Study, console: Console) -> None:
         self._study = study
         self._console = console
-        self._seconds: list[float] = []
-        self._began = time.monotonic()
+        self._last = time.monotonic()  # when a cell was made or measured last
+        self._seconds = {"make": 0.0, "measure": 0.0}
+        self._cells = {"make": 0, "measure": 0}
         self._bar: Progress | None = None
         if console.is_terminal:
             text = TextColumn("{task.description}", markup=False)
@@ -175,10 +176,13 @@ class CellProgress:
         if self._bar:
             self._bar.stop()
 
-    def say(self, cell: Cell, text: str, *, ended: bool = False) -> None:
-        """Print a line about a cell; `ended` if the cell needs no more work."""
-        if ended:
-            self._seconds.append(time.monotonic())
+    def say(self, cell: Cell, text: str, *, made: bool = False, ended: bool = False) -> None:
+        """Print a line about a cell; `made` if it waits to be measured now, `ended` if it needs no more work."""
+        if made or ended:
+            step, now = "make" if made or not self._study.noted(cell, "made") else "measure", time.monotonic()
+            self._seconds[step] += now - self._last
+            self._cells[step] += 1
+            self._last = now
         left = self._left()
         self._console.print(
             f"cell {cell.number:>3}  {cell.label}: {text}" + (f"; {left}" if left else ""),
@@ -192,12 +196,16 @@ class CellProgress:
             self._bar.update(self._task, completed=ended_all, total=ended_all + remaining, description=left or "cells")
 
     def _left(self) -> str:
-        """Estimate the time left from the pace of the cells of this process."""
-        remaining = self._study.remaining()
-        if not self._seconds or not remaining:
+        """Estimate the time left by what a cell has taken this process to make, and to measure."""
+        to_measure = self._study.remaining()
+        to_make = to_measure - self._study.waiting()
+        if not to_measure or (to_make and not self._cells["make"]):
             return ""
-        pace = (self._seconds[-1] - self._began) / len(self._seconds)
-        return f"{remaining} to go, about {clock(pace * remaining)} left"
+        making = to_make * self._seconds["make"] / max(1, self._cells["make"])
+        if not self._cells["measure"]:
+            return f"{to_make} to make, about {clock(making)} left, and {to_measure} to measure" if to_make else ""
+        measuring = to_measure * self._seconds["measure"] / self._cells["measure"]
+        return f"{to_measure} to go, about {clock(making + measuring)} left"
 
     def beating(self, cell: Cell | None = None) -> AbstractContextManager[object]:
         """Print a line every 30 seconds while the block runs, where there is no bar."""

@@ -233,6 +233,10 @@ class Study(Ledger):
             return running + len(self._trials("WAITING"))
         return max(running, self.search - self._tried() + running)
 
+    def waiting(self) -> int:
+        """Return how many cells are made and not measured yet."""
+        return sum(bool(trial.user_attrs.get("made")) for trial in self._trials("RUNNING"))
+
     def _exhausted(self) -> bool:
         """Return whether a search has seen every combination."""
         values = [len(axis) for axis in self._axes.values() if isinstance(axis, tuple)]

@@ -123,7 +123,7 @@ def _make(
         if future.state.is_completed():
             study.note(job.cell, made=True)
             made.append(job)
-            progress.say(job.cell, "made; waits to be measured")
+            progress.say(job.cell, "made; waits to be measured", made=True)
         else:
             _failed(study, job, future.state, progress)
     return made
