@@ -201,7 +201,7 @@ def test_every_setting_of_a_conversion_is_an_option_with_the_same_default():
         distill_minutes=2.0,
     )
     kinds = {"int": int, "float": float, "bool": str}
-    own = {"keep_layers", "ffn_width"}  # a word, a number, or several
+    own = {"keep_layers", "ffn_width", "expert_width"}  # a word, a number, or several
     for one in (field for field in fields(Settings) if field.name not in own):
         kind = kinds.get(one.type.split(" ")[0], str)
         assert OPTIONS[one.name].kind is kind, one.name
