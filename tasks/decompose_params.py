@@ -68,6 +68,7 @@ class Decompose(Section):
                 "it is the teacher: set decompose.keep_layers or decompose.ffn_width, or more experts"
             )
         for key, value, only in (
+            ("expert_width", self.expert_width, self.expert_width == "auto"),
             ("shared_width", self.shared_width, self.shared_width == 0),
             ("active_per_layer", self.active_per_layer, self.active_per_layer == "same"),
             ("container", self.container, self.container in ("none", "auto")),

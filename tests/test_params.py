@@ -28,7 +28,7 @@ FILE = Path(__file__).parent.parent / "params.yaml"
 def test_the_committed_parameters_are_valid_and_hold_every_key():
     params = load_params(FILE)
     assert sorted(params.flat()) == sorted(legal_keys())
-    assert (params.decompose.num_experts, params.decompose.num_active) == (8, 1)
+    assert (params.decompose.num_experts, params.decompose.num_active) == (4, 1)
     assert params.model_name == params.name == "minilm"
 
 
@@ -47,7 +47,7 @@ def test_parameters_cannot_be_changed_once_read():
         ("zzz=1", "the keys are name, seed"),
         ("decompose=3", "unknown key 'decompose'"),
         ("seed", "write KEY=VALUE"),
-        ("decompose.num_active=9", "num_active = 9 is more than decompose.num_experts = 8"),
+        ("decompose.num_active=5", "num_active = 5 is more than decompose.num_experts = 4"),
         ("decompose.num_active=0", "decompose.num_active = 0: input should be greater than or equal to 1"),
         ("decompose.expert_width=0", "decompose.expert_width = 0 must be auto, a number of neurons from 1, or a share"),
         ("decompose.expert_width=1.5", "decompose.expert_width = 1.5 must be auto"),
@@ -139,7 +139,7 @@ def test_only_language_models_write_texts_and_fill_containers(setting):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (["active_per_layer=[1, 9]"], "a number between 1 and decompose.num_experts = 8"),
+        (["active_per_layer=[1, 5]"], "a number between 1 and decompose.num_experts = 4"),
         (["active_per_layer=[]"], "must hold, for each layer, a number"),
         (["active_per_layer=[0, 2]"], "greater than or equal to 1"),
         (["active_per_layer=most"], "should be 'same' or 'budget'"),
@@ -155,7 +155,7 @@ def test_what_a_token_may_use_is_said_without_contradiction(settings, message):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (["distill.elastic=[2, 9]"], "has more than decompose.num_experts = 8"),
+        (["distill.elastic=[2, 5]"], "has more than decompose.num_experts = 4"),
         (["distill.elastic=[2, 2]"], "must name each other budget once"),
         (["distill.elastic=[1]"], "decompose.num_active = 1 is always one"),
         (["distill.elastic=[0]"], "greater than or equal to 1"),

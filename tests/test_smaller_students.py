@@ -282,6 +282,7 @@ def test_a_narrow_language_model_is_an_ordinary_folder_that_writes(tmp_path):
         (("decompose.ffn_width=1.5",), "a share between 0 and 1"),
         (("decompose.num_experts=1", "decompose.num_active=1"), "it is the teacher"),
         ((*DENSE, "decompose.shared_width=4"), "shared_width = 4 is about experts"),
+        ((*DENSE, "decompose.expert_width=8"), "expert_width = 8 is about experts"),
         ((*DENSE, "decompose.container=mixtral"), "container = mixtral is about experts"),
         ((*DENSE, "distill.layerwise_steps=5"), "trains mixtures layer by layer"),
     ],

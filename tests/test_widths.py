@@ -336,8 +336,6 @@ def test_experts_for_clusters_of_tokens_can_be_wider_than_their_share(tmp_path):
     for moe in moe_layers(ffn2moe.load(tmp_path / "out/checkpoint")):
         assert moe.neurons.shape == (6, 16) and len(moe.neurons.unique()) <= 64
         assert all(len(own.unique()) == 16 for own in moe.neurons)
-    convert(bert, tmp_path / "disjoint", replace(clusters, expert_width=0.25, partition="coactivation"))
-    assert checkpoint.load_spec(tmp_path / "disjoint/checkpoint").expert_width == 11  # 64 / 6
 
 
 @pytest.mark.parametrize(
@@ -349,6 +347,10 @@ def test_experts_for_clusters_of_tokens_can_be_wider_than_their_share(tmp_path):
         ),
         ({"expert_width": 0.2}, "expert_width = 0.2 is 10 neurons"),
         ({"expert_width": 49}, "none can have more than 48"),
+        (
+            {"expert_width": 20, "partition": "coactivation"},
+            "puts each neuron in one: use the partition token_clusters",
+        ),
     ],
 )
 def test_a_width_that_experts_cannot_have_is_refused_before_any_work(changes, message, tmp_path):

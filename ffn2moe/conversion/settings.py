@@ -128,8 +128,8 @@ class Settings:
         default=AUTO,
         metadata=_option(
             "--partition",
-            "how the neurons of an FFN are assigned to experts (auto: token_clusters for a sentence encoder or a "
-            "gated language model with one active expert, coactivation for others)",
+            "how the neurons of an FFN are assigned to experts (auto: token_clusters for a gated language model with "
+            "one active expert, coactivation for others)",
             names=lambda: (AUTO, *PARTITIONS.names()),
         ),
     )

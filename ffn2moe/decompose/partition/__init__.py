@@ -41,15 +41,15 @@ AUTO = "auto"  # the partition that fits the model; see `settled`
 def settled(spec: MoESpec, expert_width: str | int | float = AUTO, width_multiple: int = 1) -> MoESpec:
     """Return the spec with the partition that fits the model where it asks for `auto`, and with the width of experts.
 
-    Sentence encoders and gated language models whose tokens use one expert get `token_clusters`, others `coactivation`
-    (docs/decisions/0027-language-model-partition.md, 0035-experts-of-encoders.md). Experts for clusters of tokens are
-    `expert_width` neurons wide, or that share of the FFN, rounded up to `width_multiple`; disjoint ones, and all with
-    `auto`, are as wide as an even partition needs. ValueError where the spec asks for what its partition cannot do.
+    Gated language models whose tokens use one expert get `token_clusters`, others `coactivation`
+    (docs/decisions/0027-language-model-partition.md). Experts for clusters of tokens are `expert_width` neurons wide,
+    or that share of the FFN, rounded up to `width_multiple`, or as wide as an even partition needs (auto). ValueError
+    where the spec asks for what its partition cannot do.
     """
     if spec.partition == AUTO:
-        able = spec.head == "embedding" or (spec.head == "causal" and all(shape.gated for shape in spec.stacks))
-        spec = replace(spec, partition="token_clusters" if able and _one_expert(spec) else "coactivation")
-    if PARTITIONS[spec.partition].refilled and not (isinstance(expert_width, str) or spec.is_dense):
+        clustered = spec.head == "causal" and all(shape.gated for shape in spec.stacks) and _one_expert(spec)
+        spec = replace(spec, partition="token_clusters" if clustered else "coactivation")
+    if not isinstance(expert_width, str):
         wide = [_width(spec, shape, expert_width, width_multiple) for shape in spec.stacks]
         stacks = (replace(shape, expert_width=M) for shape, M in zip(spec.stacks, wide, strict=True))
         spec = replace(spec, stacks=tuple(stacks))
@@ -63,7 +63,12 @@ def settled(spec: MoESpec, expert_width: str | int | float = AUTO, width_multipl
 
 
 def _width(spec: MoESpec, shape: FFNShape, asked: int | float, multiple: int) -> int:
-    """Return M. ValueError for experts that hold less than the FFN together, and for one that holds more."""
+    """Return M. ValueError for disjoint experts, for those that hold less than the FFN, and for one that holds more."""
+    if not PARTITIONS[spec.partition].refilled:
+        raise ValueError(
+            f"expert_width = {asked} is for experts that have neurons in common, and the partition {spec.partition} "
+            "puts each neuron in one: use the partition token_clusters, or the width auto"
+        )
     F, E = shape.ffn_width, spec.num_experts
     needed, M = -(-(F - shape.shared_width) // E), round(asked * F) if isinstance(asked, float) else asked
     if not needed <= M <= F:
