@@ -30,8 +30,8 @@ python -m flows.sweep publish            # writes this page
 - *Kept* is the mean over the judges of the plan's figure as a share of the teacher's; ± is the standard deviation over
   seeds.
 - *Speed* is the median ratio over the fastest dense plan of the teacher, mean of the shapes. One session timed all
-  plans in turn, those of the first seed; in brackets the 99 % interval. Plans are those of the engines that the table of
-  recipes names: of ONNX Runtime alone in recipes/encoder-short.yaml.
+  plans in turn, those of the first seed; in brackets the 99 % interval. Plans are those of the engines that the table
+  of recipes names: of ONNX Runtime alone in recipes/encoder-short.yaml.
 - *Against the best baseline* is the difference in points from the best point without experts that is at least as fast
   (to 2 %); in brackets the 95 % interval of the paired difference over seeds (Student's t).
 - *FLOPs* are a token's as a share of the teacher's. Memory is that of a process that runs the plan at the largest

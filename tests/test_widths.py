@@ -345,6 +345,7 @@ def test_experts_for_clusters_of_tokens_can_be_wider_than_their_share(tmp_path):
             {"expert_width": 11},
             "expert_width = 11 is 11 neurons: 4 experts hold an FFN of 48 .* if each has 12 or more",
         ),
+        ({"expert_width": "full"}, "expert_width = 'full' must be auto, a number of neurons, or a share"),
         ({"expert_width": 0.2}, "expert_width = 0.2 is 10 neurons"),
         ({"expert_width": 49}, "none can have more than 48"),
         (

@@ -49,7 +49,10 @@ def settled(spec: MoESpec, expert_width: str | int | float = AUTO, width_multipl
     if spec.partition == AUTO:
         clustered = spec.head == "causal" and all(shape.gated for shape in spec.stacks) and _one_expert(spec)
         spec = replace(spec, partition="token_clusters" if clustered else "coactivation")
-    if not isinstance(expert_width, str):
+    if isinstance(expert_width, str):
+        if expert_width != AUTO:
+            raise ValueError(f"expert_width = {expert_width!r} must be auto, a number of neurons, or a share")
+    else:
         wide = [_width(spec, shape, expert_width, width_multiple) for shape in spec.stacks]
         stacks = (replace(shape, expert_width=M) for shape, M in zip(spec.stacks, wide, strict=True))
         spec = replace(spec, stacks=tuple(stacks))
