@@ -22,7 +22,7 @@ from ffn2moe.decompose.layer import decompose_layer
 from ffn2moe.decompose.narrow import with_narrow_ffns
 from ffn2moe.decompose.route import RouterSettings, fit_router, route_layer
 from ffn2moe.decompose.width_costs import costs, moments_of
-from ffn2moe.decompose.widths import FISHER_TOKENS, widths_for, with_widths
+from ffn2moe.decompose.widths import experts_are_chosen, widths_for, with_widths
 from ffn2moe.dense.ffn import DenseFFN
 from ffn2moe.dense.load import load_dense
 from ffn2moe.dense.locate import ffn_layers, install, read_ffn
@@ -74,7 +74,7 @@ class Case:
         kept = self.work / "costs.safetensors"
         if not kept.is_file():
             model = self.model()
-            weights = fisher(model, self.batches, head="causal", max_tokens=FISHER_TOKENS, seed=0)
+            weights = fisher(model, self.batches, head="causal", seed=0)
             found = {}
             for layer, x_TD in self.track(enumerate(self.inputs), len(self.inputs), "weighing neurons"):
                 ffn = read_ffn(model, layer)
@@ -164,9 +164,7 @@ def narrower(by_need: bool) -> Method:
         spec = spec_of(model, num_experts=1, num_active=1, reduction=kept, **_facts("none", case))
         spec = with_widths(spec, case.costs) if by_need else spec
         widths = [spec.shape_of(layer).ffn_width for layer in range(spec.num_layers)]
-        smaller, _ = with_narrow_ffns(
-            model, case.inputs, widths, "causal", case.track, case.fishers if by_need else None
-        )
+        smaller, _ = with_narrow_ffns(model, case.inputs, widths, "causal", case.track, case.fishers)
         ffns: list[DenseFFN] = [read_ffn(smaller, layer) for layer in range(spec.num_layers)]
         return Made(smaller, spec.active_share, ffns)
 
@@ -202,10 +200,11 @@ def mixture(
         widths = {"shared_width": S, "expert_width": M}
         spec = spec_of(model, num_experts=E, num_active=K, **widths, **_facts(partition, case))
         filled = with_widths(spec, case.costs) if by_need else spec
+        fishers = case.fishers if experts_are_chosen(spec) else None
         modules = []
         for layer, x_TD in case.track(enumerate(case.inputs), len(case.inputs), partition):
             moe = decompose_layer(read_ffn(model, layer), x_TD, spec, layer, seed=0)
-            fit(moe, x_TD, filled, layer, case.fishers[layer] if by_need else None)
+            fit(moe, x_TD, filled, layer, fishers[layer] if fishers else None)
             modules.append(moe)
         shapes = [filled.shape_of(layer) for layer in range(filled.num_layers)]
         held = sum(shape.shared_width + E * shape.expert_width for shape in shapes)

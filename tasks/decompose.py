@@ -13,7 +13,7 @@ from tasks.layer_map import in_order, layer_map
 from tasks.length import text_length
 from tasks.stage import StageRun, main
 from tasks.tokens import read_tokens
-from tasks.widths import widths_by_need
+from tasks.widths import fishers_of, widths_by_need
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -51,9 +51,11 @@ def run(stage: StageRun) -> None:
     inputs = layer_inputs(model, batches, max_tokens=settings.calibration_tokens, device=device, track=stage.track)
     model.to("cpu")
     fishers = None
-    if spec.is_dense and chosen_by_need(settings.width_per_layer, spec):
-        ffns = [read_ffn(model, layer) for layer in range(spec.num_layers)]
-        spec, fishers = widths_by_need(stage, model, spec, ffns, inputs, tokens.in_order())
+    if spec.stacks[0].teacher_ffn_width is not None:
+        fishers = fishers_of(stage, model, spec.head, tokens.in_order())
+        if spec.is_dense and chosen_by_need(settings.width_per_layer, spec):
+            ffns = [read_ffn(model, layer) for layer in range(spec.num_layers)]
+            spec = widths_by_need(stage, spec, ffns, inputs, fishers)
     model, lost = narrower(stage, model, spec, inputs, fishers)
     if spec.is_dense:
         figures: dict[str, Any] = {"layers": [{"layer": index} for index in range(spec.num_layers)]}

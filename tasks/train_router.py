@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from tasks.layer_map import in_order, layer_map
 from tasks.stage import StageRun, main
 from tasks.tokens import Tokens, read_tokens
-from tasks.widths import widths_by_need
+from tasks.widths import fishers_of, widths_by_need
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,7 +28,7 @@ def run(stage: StageRun) -> None:
     from ffn2moe.decompose.layer import dense_ffn
     from ffn2moe.decompose.parts import mixture_from
     from ffn2moe.decompose.route import RouterSettings
-    from ffn2moe.decompose.widths import chosen_by_need, widths_for
+    from ffn2moe.decompose.widths import chosen_by_need, experts_are_chosen, widths_for
     from ffn2moe.dense.load import load_dense
     from ffn2moe.dense.reduction import same_layers
     from ffn2moe.moe import checkpoint
@@ -62,9 +62,10 @@ def run(stage: StageRun) -> None:
     curve: list[dict[str, Any]] = []
     layers = moe_layers(student)
     wide, fishers = spec, None
-    if chosen_by_need(params.decompose.width_per_layer, spec):
-        ffns = [dense_ffn(moe) for moe in layers]
-        spec, fishers = widths_by_need(stage, teacher, spec, ffns, train, tokens_of("train").in_order())
+    if experts_are_chosen(spec):
+        fishers = fishers_of(stage, teacher, spec.head, tokens_of("train").in_order())
+        if chosen_by_need(params.decompose.width_per_layer, spec):
+            spec = widths_by_need(stage, spec, [dense_ffn(moe) for moe in layers], train, fishers)
     router = RouterSettings(
         steps=settings.steps,
         batch_tokens=settings.batch_tokens,

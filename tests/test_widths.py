@@ -23,7 +23,7 @@ from ffn2moe.decompose.inputs import layer_inputs
 from ffn2moe.decompose.layer import decompose_layer
 from ffn2moe.decompose.narrow import narrowed
 from ffn2moe.decompose.route import RouterSettings, route_layer
-from ffn2moe.decompose.stream_widths import streamed_widths
+from ffn2moe.decompose.stream_weights import read_fisher, weigh
 from ffn2moe.decompose.width_costs import costs, moments_of, widths_of
 from ffn2moe.decompose.widths import active_widths, by_need, widths_for, with_widths
 from ffn2moe.dense.load import load_dense
@@ -292,7 +292,7 @@ def test_an_encoder_gets_widths_by_the_distance_of_its_embeddings(tmp_path):
 
 
 @pytest.mark.parametrize("case", ["llama", "gpt2"])
-def test_widths_from_shards_are_those_of_the_whole_model(case, tmp_path):
+def test_weights_and_widths_from_shards_are_those_of_the_whole_model(case, tmp_path):
     model = tiny(case)
     model.save_pretrained(tmp_path / "teacher")
     spec = spec_of(
@@ -301,10 +301,14 @@ def test_widths_from_shards_are_those_of_the_whole_model(case, tmp_path):
     ids = torch.randint(5, 60, (90, 16), generator=torch.Generator().manual_seed(0)).tolist()
     batches = list(in_order("causal", ids, batch_texts=40))
     ffns = [read_ffn(model, layer) for layer in range(spec.num_layers)]
-    whole, fishers = by_need(model, spec, ffns, layer_inputs(model, batches, max_tokens=2000), batches, seed=3)
-    assert streamed_widths(tmp_path / "teacher", spec, batches, seed=3, scratch=tmp_path) == whole
-    assert [one.shape for one in fishers] == [(32, 32)] * spec.num_layers
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["teacher"]
+    inputs, fishers = layer_inputs(model, batches, max_tokens=2000), fisher(model, batches, head="causal", seed=3)
+    whole, teacher = by_need(spec, ffns, inputs, fishers), tmp_path / "teacher"
+    assert weigh(teacher, spec, batches, tmp_path / "weights", by_need=True, seed=3) == whole
+    assert weigh(teacher, spec, batches, tmp_path / "alone", by_need=False, seed=3) == spec
+    for layer, fisher_DD in enumerate(fishers):
+        for folder in (tmp_path / "weights", tmp_path / "alone"):
+            assert torch.allclose(read_fisher(folder, layer), fisher_DD, rtol=1e-3, atol=1e-6 * fisher_DD.abs().max())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["alone", "teacher", "weights"]
 
 
 # --- settings ---------------------------------------------------------------------------------------------------------

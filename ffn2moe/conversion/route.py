@@ -5,20 +5,23 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from ffn2moe.conversion.data import Data
+from ffn2moe.decompose.gradients import fisher
 from ffn2moe.decompose.inputs import layer_inputs
 from ffn2moe.decompose.layer import decompose_layer, output_of, require_identity
 from ffn2moe.decompose.narrow import with_narrow_ffns
 from ffn2moe.decompose.route import RouterSettings, route_layer
 from ffn2moe.decompose.source import NotStreamable, skeleton
 from ffn2moe.decompose.stream import HELD_OUT_SHARE, StreamSettings, decompose
-from ffn2moe.decompose.stream_widths import streamed_widths
-from ffn2moe.decompose.widths import active_widths, by_need, widths_for
+from ffn2moe.decompose.stream_weights import weigh
+from ffn2moe.decompose.widths import active_widths, by_need, experts_are_chosen, widths_for
 from ffn2moe.dense.load import load_dense
 from ffn2moe.dense.locate import read_ffn
 from ffn2moe.dense.reduction import with_layers
@@ -62,22 +65,37 @@ def _streamed(task: Task, data: Data, router: RouterSettings) -> list[dict[str, 
     if task.case.whole_only is not None:
         raise NotStreamable(task.case.whole_only)
     spec = task.spec(skeleton(dense.folder, dense.head))
-    widths = _streamed_widths(task, data, spec) if task.case.chooses_widths(spec) else None
-    settings = StreamSettings(spec, router, torch.float32, widths)
+    widths, fishers = spec, None
+    if experts_are_chosen(spec):
+        widths, fishers = _weighed(task, data, spec)
+    settings = StreamSettings(spec, router, torch.float32, widths, fishers)
     return decompose(dense.folder, task.routed, data.calibration, settings, track=task.track)
 
 
-def _streamed_widths(task: Task, data: Data, spec: MoESpec) -> MoESpec:
-    """Return the spec with a width for each layer; one that a stopped conversion chose stays."""
-    kept = task.work / "widths.json"
+def _weighed(task: Task, data: Data, spec: MoESpec) -> tuple[MoESpec, Path]:
+    """Return the spec with the width of each layer, and the folder of the weights that neurons are chosen under.
+
+    What a stopped conversion found stays.
+    """
+    weights, kept = task.work / "fishers", task.work / "widths.json"
     if not kept.is_file():
-        seed, scratch = task.settings.seed, task.work
-        found = streamed_widths(task.dense.folder, spec, data.calibration, seed=seed, scratch=scratch, track=task.track)
+        shutil.rmtree(weights, ignore_errors=True)
+        by_need = task.case.chooses_widths(spec)
+        found = weigh(
+            task.dense.folder,
+            spec,
+            data.calibration,
+            weights,
+            by_need=by_need,
+            seed=task.settings.seed,
+            track=task.track,
+        )
         fresh = kept.with_suffix(".fresh")
         fresh.write_text(json.dumps(found.to_dict()))
         os.replace(fresh, kept)
-        _say_widths(task, found)
-    return MoESpec.from_dict(json.loads(kept.read_text()))
+        if by_need:
+            _say_widths(task, found)
+    return MoESpec.from_dict(json.loads(kept.read_text())), weights
 
 
 def _say_widths(task: Task, spec: MoESpec) -> None:
@@ -112,9 +130,9 @@ def _start(task: Task, data: Data, spec: MoESpec) -> tuple[Any, MoESpec, list[Te
     )
     model.to("cpu")
     if shape.teacher_ffn_width is not None:
-        fishers = None
+        fishers = _fishers(task, data, model, head)
         if spec.is_dense and task.case.chooses_widths(spec):
-            spec, fishers = _by_need(task, data, spec, model, inputs)
+            spec = _by_need(task, spec, model, inputs, fishers)
         widths = [spec.shape_of(layer).ffn_width for layer in range(spec.num_layers)]
         model, errors = with_narrow_ffns(model, inputs, widths, head, task.track, fishers)
         task.say(
@@ -123,15 +141,19 @@ def _start(task: Task, data: Data, spec: MoESpec) -> tuple[Any, MoESpec, list[Te
     return model, spec, inputs
 
 
-def _by_need(task: Task, data: Data, spec: MoESpec, model: Any, inputs: list[Tensor]) -> tuple[MoESpec, list[Tensor]]:
-    """Return what `by_need` does of the dense model; say the width of each layer."""
-    ffns = [read_ffn(model, index) for index in range(len(inputs))]
-    found, fishers = by_need(
-        model, spec, ffns, inputs, data.calibration, seed=task.settings.seed, device=task.device, track=task.track
-    )
+def _fishers(task: Task, data: Data, model: Any, head: str) -> list[Tensor]:
+    """Return the weights that the neurons of each FFN are chosen under, [D, D] each."""
+    found = fisher(model, data.calibration, head=head, seed=task.settings.seed, device=task.device)
     model.to("cpu")
+    return found
+
+
+def _by_need(task: Task, spec: MoESpec, model: Any, inputs: Sequence[Tensor], fishers: Sequence[Tensor]) -> MoESpec:
+    """Return the spec with a width for each layer of the dense model; say the widths."""
+    ffns = [read_ffn(model, index) for index in range(len(inputs))]
+    found = by_need(spec, ffns, inputs, fishers, track=task.track)
     _say_widths(task, found)
-    return found, fishers
+    return found
 
 
 def _mixtures(
@@ -139,8 +161,10 @@ def _mixtures(
 ) -> tuple[list[dict[str, Any]], MoESpec]:
     """Put routed mixtures in the place of the student's FFNs; return a row for each layer, and the spec."""
     filled, fishers = spec, None
-    if task.case.chooses_widths(spec):
-        filled, fishers = _by_need(task, data, spec, student, inputs)
+    if experts_are_chosen(spec):
+        fishers = _fishers(task, data, student, spec.head)
+        if task.case.chooses_widths(spec):
+            filled = _by_need(task, spec, student, inputs, fishers)
     layers = [
         decompose_layer(read_ffn(student, index), x_TD, spec, index, seed=task.settings.seed)
         for index, x_TD in task.track(enumerate(inputs), len(inputs), "decomposing layers")

@@ -21,6 +21,7 @@ from ffn2moe.dense.sentence import directions, embed, modules_of
 
 IMAGES_AT_ONCE = 4
 TOKENS_AT_ONCE = 1024  # of a backward pass, whose logits and activations are kept
+FISHER_TOKENS = 4096  # that the Fisher information is measured on
 
 Loss = Callable[[Any, Batch], Tensor]  # a sum over texts and tokens
 
@@ -58,11 +59,17 @@ def output_gradients(
 
 
 def fisher(
-    model: Any, batches: Iterable[Batch], *, head: str, max_tokens: int, seed: int, device: str | torch.device = "cpu"
+    model: Any,
+    batches: Iterable[Batch],
+    *,
+    head: str,
+    seed: int,
+    max_tokens: int = FISHER_TOKENS,
+    device: str | torch.device = "cpu",
 ) -> list[Tensor]:
     """Return ``E[g g']`` of the output of every layer's FFN, [D, D] each, on about the first `max_tokens` tokens.
 
-    The loss is that of `drawn`.
+    The loss is that of `drawn`. The model is moved to `device`.
     """
     generator = torch.Generator().manual_seed(seed)
     sums: list[Tensor] = []

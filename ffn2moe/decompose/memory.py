@@ -8,10 +8,9 @@ from pathlib import Path
 
 import torch
 
-from ffn2moe.decompose.gradients import TOKENS_AT_ONCE
+from ffn2moe.decompose.gradients import FISHER_TOKENS, TOKENS_AT_ONCE
 from ffn2moe.decompose.partition import PARTITIONS
 from ffn2moe.decompose.source import Source, layers_path, skeleton
-from ffn2moe.decompose.widths import FISHER_TOKENS
 from ffn2moe.numerics import chunk_of
 from ffn2moe.spec import FFNShape, MoESpec
 
@@ -63,15 +62,16 @@ def estimate(
     written = sum(source.bytes_of(name, dtype) for name in model.state_dict() if name not in source.aliases)
     padded = (shape.shared_width + spec.num_experts * shape.expert_width) / shape.ffn_width
     states = 4 * 3 * shape.width * calibration_tokens
-    work = _work(shape, spec.num_experts, calibration_tokens, batch_tokens)
+    work, waiting = _work(shape, spec.num_experts, calibration_tokens, batch_tokens), 0
     if PARTITIONS[spec.partition].refilled:
         work = max(work, _refilling(shape, spec.num_experts))
-    waiting = 0
-    if by_need:
         outside = (name for name in model.state_dict() if not name.startswith(path) and name not in source.aliases)
         head = LOGITS * 4 * TOKENS_AT_ONCE * model.config.get_text_config().vocab_size
-        work = max(work, _weighing(shape), sum(source.bytes_of(name, torch.float32) for name in outside) + head)
-        waiting = 4 * shape.num_layers * (FISHER_TOKENS * shape.width + _moments(shape))
+        work = max(work, sum(source.bytes_of(name, torch.float32) for name in outside) + head)
+        waiting = 4 * shape.num_layers * (FISHER_TOKENS + shape.width) * shape.width
+    if by_need:
+        work = max(work, _weighing(shape))
+        waiting += 4 * shape.num_layers * _moments(shape)
     return Estimate(
         layers=shape.num_layers,
         layer=layer,

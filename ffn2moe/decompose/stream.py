@@ -31,6 +31,7 @@ from ffn2moe.decompose.layer import decompose_layer, require_identity
 from ffn2moe.decompose.route import RouterSettings, route_layer
 from ffn2moe.decompose.shards import ShardLayout, UnfinishedCheckpoint
 from ffn2moe.decompose.source import Source, layers_path, only_stack, skeleton
+from ffn2moe.decompose.stream_weights import read_fisher
 from ffn2moe.decompose.widths import widths_for
 from ffn2moe.dense.families import positions
 from ffn2moe.dense.locate import install, read_ffn
@@ -49,6 +50,7 @@ class StreamSettings:
     router: RouterSettings  # its seed is also that of the partitions
     dtype: torch.dtype | None = None  # of the weights that are written; None: as in the source
     widths: MoESpec | None = None  # the same spec with a width for each layer, which the fit of the routers gives
+    fishers: Path | None = None  # what `stream_weights.weigh` wrote: the weights that neurons are chosen under
 
     @property
     def written(self) -> MoESpec:
@@ -57,7 +59,12 @@ class StreamSettings:
 
     def fingerprint(self) -> str:
         """Return the settings as text."""
-        content = {"spec": self.written.to_dict(), "router": asdict(self.router), "dtype": str(self.dtype)}
+        content = {
+            "spec": self.written.to_dict(),
+            "router": asdict(self.router),
+            "dtype": str(self.dtype),
+            "weighed": self.fishers is not None,
+        }
         return json.dumps(content, sort_keys=True)
 
 
@@ -141,6 +148,7 @@ def _route(
         partition=spec.partition,
         held_out_TD=judged_TD,
         widths=widths_for(settings.written, index),
+        fisher_DD=read_fisher(settings.fishers, index) if settings.fishers else None,
     )
     return {"layer": index, **found.row}, after
 

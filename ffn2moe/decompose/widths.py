@@ -7,16 +7,13 @@ model's output. The widths with the least sum follow by dynamic programming (doc
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from ffn2moe.data.batches import Batch
 from ffn2moe.decompose.budget import allocate
-from ffn2moe.decompose.gradients import fisher
 from ffn2moe.decompose.jobs import widths_job
 from ffn2moe.decompose.layer_map import LayerMap, here
 from ffn2moe.decompose.partition import PARTITIONS
@@ -26,7 +23,15 @@ from ffn2moe.literals import Widths
 from ffn2moe.progress import Track, untracked
 from ffn2moe.spec import FFNShape, MoESpec
 
-FISHER_TOKENS = 4096  # that the Fisher information is measured on
+
+def experts_are_chosen(spec: MoESpec) -> bool:
+    """Return whether experts are filled with the neurons that their tokens need most, and lack others."""
+    return not spec.is_dense and PARTITIONS[spec.partition].refilled
+
+
+def neurons_are_chosen(spec: MoESpec) -> bool:
+    """Return whether some neurons are chosen and others left out, of experts or of whole FFNs."""
+    return experts_are_chosen(spec) or any(shape.teacher_ffn_width for shape in spec.stacks)
 
 
 def chosen_by_need(wanted: Widths, spec: MoESpec) -> bool:
@@ -34,7 +39,7 @@ def chosen_by_need(wanted: Widths, spec: MoESpec) -> bool:
 
     ValueError where the spec cannot hold what is wanted.
     """
-    filled = not spec.is_dense and PARTITIONS[spec.partition].refilled
+    filled = experts_are_chosen(spec)
     if wanted == "auto":
         return filled and spec.container is None
     if wanted == "same":
@@ -55,31 +60,27 @@ def chosen_by_need(wanted: Widths, spec: MoESpec) -> bool:
 
 
 def by_need(
-    model: Any,
     spec: MoESpec,
     ffns: Sequence[DenseFFN],
     inputs: Sequence[Tensor],
-    batches: Iterable[Batch],
+    fishers: Sequence[Tensor],
     *,
-    seed: int,
-    device: str | torch.device = "cpu",
     do: LayerMap = here,
     track: Track = untracked,
-) -> tuple[MoESpec, list[Tensor]]:
-    """Return the spec with a width for each layer of a dense model, and the `fisher` information of each, [D, D].
+) -> MoESpec:
+    """Return the spec with a width for each layer.
 
-    `ffns` are those that are made narrower or into experts, with their inputs on calibration tokens, [T, D] each;
-    `batches` are texts for the gradients. The model is moved to `device`.
+    `ffns` are those that are made narrower or into experts, with their inputs on calibration tokens, [T, D] each, and
+    the Fisher information of their outputs, [D, D] each (`ffn2moe.decompose.gradients`).
     """
-    weights = fisher(model, batches, head=spec.head, max_tokens=FISHER_TOKENS, seed=seed, device=device)
     jobs = [
         widths_job(ffn, x_TD[:COST_TOKENS], fisher_DD, layer)
-        for layer, (ffn, x_TD, fisher_DD) in enumerate(zip(ffns, inputs, weights, strict=True))
+        for layer, (ffn, x_TD, fisher_DD) in enumerate(zip(ffns, inputs, fishers, strict=True))
     ]
     costs_LN: dict[int, Tensor] = {}
     for done in track(do(jobs), len(jobs), "weighing neurons"):
         costs_LN[done.layer] = done.tensors["costs_N"]
-    return with_widths(spec, [costs_LN[layer] for layer in range(len(jobs))]), weights
+    return with_widths(spec, [costs_LN[layer] for layer in range(len(jobs))])
 
 
 def active_widths(spec: MoESpec) -> list[int]:

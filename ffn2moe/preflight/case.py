@@ -15,7 +15,7 @@ from ffn2moe.containers.fit import choose, require_fit
 from ffn2moe.containers.table import CONTAINERS
 from ffn2moe.decompose.partition import PARTITIONS, settled
 from ffn2moe.decompose.source import NotStreamable, Source, only_stack, skeleton
-from ffn2moe.decompose.widths import chosen_by_need
+from ffn2moe.decompose.widths import chosen_by_need, neurons_are_chosen
 from ffn2moe.dense.cross_encoder import reads_pairs
 from ffn2moe.dense.families import positions
 from ffn2moe.dense.length import usual_length
@@ -269,9 +269,8 @@ class Case:
             return "a smaller student is made of the whole model"
         asked = self.request
         refilled = asked.partition in PARTITIONS and PARTITIONS[asked.partition].refilled
-        by_need = asked.width_per_layer == "budget" or (asked.width_per_layer == "auto" and refilled)
-        if by_need and self.dense.head == "embedding":
-            return "a width for each layer follows from the embeddings of the whole model"
+        if refilled and self.dense.head == "embedding":
+            return "experts take the neurons that the embeddings of the whole model need most"
         try:
             only_stack(self.model)
             Source(self.dense.folder, self.model)
@@ -382,6 +381,11 @@ class Case:
     def widths_by_need(self) -> bool:
         """Whether each layer gets a width of its own."""
         return self.chooses_widths(self.spec)
+
+    @cached_property
+    def weighs_neurons(self) -> bool:
+        """Whether neurons are chosen under the weights that gradients of the whole model give."""
+        return neurons_are_chosen(self.spec)
 
     def chooses_widths(self, spec: MoESpec) -> bool:
         """Return whether each layer gets a width of its own. ValueError where such a student cannot have one."""

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from ffn2moe import progress
 from ffn2moe.data.corpus import INSTALLED
+from ffn2moe.decompose.gradients import FISHER_TOKENS
 from ffn2moe.decompose.width_costs import COST_TOKENS
-from ffn2moe.decompose.widths import FISHER_TOKENS
 from ffn2moe.dense.families import positions
 from ffn2moe.numerics import WIDEST_MOMENTS, bf16_supported
 from ffn2moe.planning.measure import RUNGS
@@ -131,13 +131,14 @@ def _decompose(case: Case, exact: float, rounded: float) -> float:
         router = 6 * ROUTER_TOKENS * D * case.spec.num_experts
         judging = 2 * PASSES * tokens * ffn / (rounded if wide else exact)
         seconds += shape.num_layers * ((moments + solving + router) / exact + judging)
+    if case.weighs_neurons:
+        seconds += 3 * 2 * min(tokens, FISHER_TOKENS) * case.multiplied / exact
     return (seconds + (_widths(case) / exact if case.widths_by_need else 0)) / DECOMPOSING
 
 
 def _widths(case: Case) -> float:
-    """Return the operations in which each layer's width is found: gradients, moments and an elimination."""
-    tokens = min(case.calibration_tokens, COST_TOKENS)
-    work = 3 * 2 * min(tokens, FISHER_TOKENS) * case.multiplied
+    """Return the operations in which each layer's width is found: moments and an elimination."""
+    tokens, work = min(case.calibration_tokens, COST_TOKENS), 0
     for shape in case.spec.stacks:
         D, F = shape.width, shape.dense_ffn_width
         neurons = 2 * 2 * tokens * D * F

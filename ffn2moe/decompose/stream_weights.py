@@ -1,12 +1,15 @@
-"""Choose the width of each layer from a model's shards: memory is bounded by one layer, and the weights outside.
+"""Weigh the neurons of a model from its shards: memory is bounded by one layer, and the weights outside.
 
 Calibration tokens pass forward through the layers as in `ffn2moe.decompose.stream`. The loss is differentiated at the
 last hidden states, and its gradient passes back through the layers, each read once more and computed again from the
-hidden states before it, which wait on disk.
+hidden states before it, which wait on disk. What is found is the Fisher information of each FFN's output
+(`ffn2moe.decompose.gradients`), and, where it is wanted, a width for each layer.
 """
 
 from __future__ import annotations
 
+import os
+import shutil
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,11 +22,11 @@ from torch import Tensor, nn
 
 from ffn2moe.data.batches import Batch
 from ffn2moe.decompose.calls import LayerCall, after_layers, embed_tokens, run_layers
-from ffn2moe.decompose.gradients import drawn, parts_of
+from ffn2moe.decompose.gradients import FISHER_TOKENS, drawn, parts_of
 from ffn2moe.decompose.inputs import real_tokens
 from ffn2moe.decompose.source import Source, layers_path, only_stack, skeleton
 from ffn2moe.decompose.width_costs import COST_TOKENS, costs, moments_of
-from ffn2moe.decompose.widths import FISHER_TOKENS, with_widths
+from ffn2moe.decompose.widths import with_widths
 from ffn2moe.dense.families import Stack
 from ffn2moe.dense.locate import read_ffn
 from ffn2moe.progress import Track, untracked
@@ -55,21 +58,25 @@ class _Shards:
 
 
 @torch.no_grad()
-def streamed_widths(
+def weigh(
     folder: str | Path,
     spec: MoESpec,
     batches: Sequence[Batch],
+    out: str | Path,
     *,
+    by_need: bool,
     seed: int,
-    scratch: str | Path | None = None,
     track: Track = untracked,
 ) -> MoESpec:
-    """Return the spec with a width for each layer of the model in `folder`; see `widths.by_need`.
+    """Write the Fisher information of the output of each FFN of the model in `folder` to the new folder `out`.
 
-    Hidden states and moments wait in a temporary folder in `scratch`. The errors are those of `stream.decompose`.
+    `read_fisher` reads it. Return the spec; `by_need` gives each layer a width of its own, as `widths.by_need` does.
+    Hidden states and moments wait beside `out`, which appears when it is whole. The errors are those of
+    `stream.decompose`.
     """
     from safetensors.torch import load_file, save_file
 
+    out = Path(out)
     model = skeleton(folder, spec.head)
     stack, layers = only_stack(model)
     shards = _Shards(model, Source(folder, model), layers)
@@ -77,16 +84,21 @@ def streamed_widths(
     model.config.use_cache = False
     small = [part for batch in batches for part in parts_of(batch)]
     few = _enough(small, FISHER_TOKENS)
+    small = small if by_need else small[:few]
     calls = embed_tokens(model, shards.source, layers, small)
     hidden, costs_LN = calls.hidden, []
-    with tempfile.TemporaryDirectory(dir=scratch) as waiting:
+    fresh = out.with_name(f"{out.name}.partial")
+    shutil.rmtree(fresh, ignore_errors=True)
+    fresh.mkdir(parents=True)
+    with tempfile.TemporaryDirectory(dir=out.parent) as waiting:
         for index in track(range(len(layers)), len(layers), "recording activations"):
             layer = shards.load(index)
             kept = {f"hidden.{place}": states.contiguous() for place, states in enumerate(hidden[:few])}
             hidden, inputs = run_layers(layer, stack, small, hidden, [one[index] for one in calls.calls])
-            x_TD = torch.cat(inputs)[:COST_TOKENS]
-            moments = moments_of(read_ffn(model, index), x_TD) / len(x_TD)
-            save_file({**kept, "moments": moments}, Path(waiting) / str(index))
+            if by_need:
+                x_TD = torch.cat(inputs)[:COST_TOKENS]
+                kept["moments"] = moments_of(read_ffn(model, index), x_TD) / len(x_TD)
+            save_file(kept, Path(waiting) / str(index))
             layer.to("meta")
         gradients = _at_the_end(shards, small[:few], hidden[:few], spec, seed)
         del hidden
@@ -95,10 +107,24 @@ def streamed_widths(
             states = [found[f"hidden.{place}"] for place in range(few)]
             called = [one[index] for one in calls.calls[:few]]
             gradients, fisher_DD = _back(layer, stack, called, small[:few], states, gradients)
-            costs_LN.append(costs(read_ffn(model, index), found["moments"], fisher_DD))
+            save_file({"fisher_DD": fisher_DD}, _file(fresh, index))
+            if by_need:
+                costs_LN.append(costs(read_ffn(model, index), found["moments"], fisher_DD))
             layer.to("meta")
     model.config.use_cache = use_cache
-    return with_widths(spec, costs_LN[::-1])
+    os.replace(fresh, out)
+    return with_widths(spec, costs_LN[::-1]) if by_need else spec
+
+
+def read_fisher(folder: Path, layer: int) -> Tensor:
+    """Return the Fisher information of the output of one FFN, [D, D], of those that `weigh` wrote."""
+    from safetensors.torch import load_file
+
+    return load_file(_file(folder, layer))["fisher_DD"]
+
+
+def _file(folder: Path, layer: int) -> Path:
+    return folder / f"{layer}.safetensors"
 
 
 def _enough(batches: Sequence[Batch], tokens: int) -> int:
