@@ -24,7 +24,7 @@ from ffn2moe.onnx.write import export_model, write_manifest
 from ffn2moe.planning import measure, plan_file, timing
 from ffn2moe.planning.choose import Cell, choose
 from ffn2moe.planning.measure import run_race
-from ffn2moe.planning.timing import Race, Timing, median_interval
+from ffn2moe.planning.timing import Race, Timing, cpu_name, median_interval
 from ffn2moe.runtime import switch
 from ffn2moe.runtime.plans import is_dense
 from ffn2moe.runtime.workload import HANDFUL, parse_workload, read_requests, workload_of
@@ -580,3 +580,23 @@ def test_a_layer_of_which_every_expert_runs_is_a_dense_ffn_in_the_graph(tmp_path
     known = Known.of(spec, model, [batch_of(random_, 4, 20), batch_of(random_, 3, 9)])
     _, found = plan_parity(plan, run_of(lowered), known)  # raises where a float32 plan is too far
     assert found.rows == 7
+
+
+# --- the machine ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("lines", "name"),
+    [
+        (("cpu family\t: 25", "model name\t: AMD EPYC", "flags\t\t: fpu avx2"), "AMD EPYC (family 25, AVX2)"),
+        (
+            ("cpu family\t: 26", "model name\t: AMD EPYC", "flags\t\t: avx2 avx512_vnni avx512_bf16"),
+            "AMD EPYC (family 26, AVX2, AVX512-VNNI, AVX512-BF16)",
+        ),
+        (("model name\t: a board",), "a board"),
+    ],
+)
+def test_generations_of_processors_with_one_name_are_told_apart(lines, name, tmp_path):
+    info = tmp_path / "cpuinfo"
+    info.write_text("\n".join(("processor\t: 0", *lines, "")), encoding="utf-8")
+    assert cpu_name(info) == name

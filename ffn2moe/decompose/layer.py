@@ -36,14 +36,15 @@ def decompose_layer(
 
     `spec` gives the number of experts, their width and the partition. Nothing is trained: the router scores all experts
     alike. `partition` replaces the row that the spec names, and `shared_S` the neurons of the shared expert, which are
-    else those with most energy (`most_energetic`). ValueError where the partition reads statistics and there are no
-    tokens.
+    else those with most energy (`most_energetic`), or the first ones where the fit of the router fills it anew.
+    ValueError where the partition reads statistics and there are no tokens.
     """
     partition = PARTITIONS[spec.partition] if partition is None else partition
     shared_width = spec.shape_of(layer).shared_width if shared_S is None else len(shared_S)
-    statistics = neuron_statistics(
-        ffn, x_TD, "sums" if partition.reads == "weights" and shared_width else partition.reads
-    )
+    if partition.refilled and shared_S is None:  # nothing that is measured would last
+        shared_S = torch.arange(shared_width)
+    reads = "sums" if partition.reads == "weights" and shared_width and shared_S is None else partition.reads
+    statistics = neuron_statistics(ffn, x_TD, reads)
     if shared_S is None:
         shared_S = most_energetic(ffn, statistics, shared_width)
     expert_of_neuron_F = assign_neurons(partition, ffn, statistics, spec.num_experts, seed, shared_S)
