@@ -21,7 +21,8 @@ def fishers_of(stage: StageRun, model: Any, head: str, batches: Iterable[Batch])
     from ffn2moe.decompose.gradients import fisher
     from ffn2moe.numerics import choose_device
 
-    found = fisher(model, batches, head=head, seed=stage.params.seed, device=choose_device(stage.params.compute.device))
+    device = choose_device(stage.params.compute.device)
+    found = fisher(model, batches, head=head, seed=stage.params.seed, device=device, track=stage.track)
     model.to("cpu")
     return found
 

@@ -143,7 +143,7 @@ def _start(task: Task, data: Data, spec: MoESpec) -> tuple[Any, MoESpec, list[Te
 
 def _fishers(task: Task, data: Data, model: Any, head: str) -> list[Tensor]:
     """Return the weights that the neurons of each FFN are chosen under, [D, D] each."""
-    found = fisher(model, data.calibration, head=head, seed=task.settings.seed, device=task.device)
+    found = fisher(model, data.calibration, head=head, seed=task.settings.seed, device=task.device, track=task.track)
     model.to("cpu")
     return found
 

@@ -18,8 +18,10 @@ from ffn2moe.data.batches import Batch
 from ffn2moe.decompose.inputs import real_tokens
 from ffn2moe.dense.locate import stacks_of
 from ffn2moe.dense.sentence import directions, embed, modules_of
+from ffn2moe.progress import Track, untracked
 
 IMAGES_AT_ONCE = 4
+PATCHES = 49  # tokens of an image at least: 7 x 7
 TOKENS_AT_ONCE = 1024  # of a backward pass, whose logits and activations are kept
 FISHER_TOKENS = 4096  # that the Fisher information is measured on
 
@@ -66,6 +68,7 @@ def fisher(
     seed: int,
     max_tokens: int = FISHER_TOKENS,
     device: str | torch.device = "cpu",
+    track: Track = untracked,
 ) -> list[Tensor]:
     """Return ``E[g g']`` of the output of every layer's FFN, [D, D] each, on about the first `max_tokens` tokens.
 
@@ -74,8 +77,9 @@ def fisher(
     generator = torch.Generator().manual_seed(seed)
     sums: list[Tensor] = []
     tokens: list[int] = []
-    small = (part for batch in batches for part in parts_of(batch))
-    for gradients in output_gradients(model, small, lambda m, batch: drawn(m, batch, head, generator), device=device):
+    small = first_parts(batches, max_tokens)
+    tracked = track(small, len(small), "differentiating the model")
+    for gradients in output_gradients(model, tracked, lambda m, batch: drawn(m, batch, head, generator), device=device):
         moments = [g_TD.T @ g_TD for g_TD in gradients]
         sums = [one + more for one, more in zip(sums, moments, strict=True)] if sums else moments
         counts = map(len, gradients)
@@ -83,6 +87,26 @@ def fisher(
         if min(tokens) >= max_tokens:
             break
     return [total / count for total, count in zip(sums, tokens, strict=True)]
+
+
+def first_parts(batches: Iterable[Batch], max_tokens: int) -> list[Batch]:
+    """Return the first batches in parts (`parts_of`) with about `max_tokens` tokens, padding left out."""
+    found, tokens = [], 0
+    for batch in batches:
+        for part in parts_of(batch):
+            first = next(iter(part.inputs.values()))
+            real = (
+                part.mask.sum()
+                if part.mask is not None
+                else first.numel()
+                if first.dim() == 2
+                else PATCHES * len(first)
+            )
+            found.append(part)
+            tokens += int(real)
+            if tokens >= max_tokens:
+                return found
+    return found
 
 
 def parts_of(batch: Batch) -> Iterator[Batch]:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from ffn2moe.data.batches import Batch
 from ffn2moe.decompose.calls import LayerCall, after_layers, embed_tokens, run_layers
-from ffn2moe.decompose.gradients import FISHER_TOKENS, drawn, parts_of
+from ffn2moe.decompose.gradients import FISHER_TOKENS, drawn, first_parts, parts_of
 from ffn2moe.decompose.inputs import real_tokens
 from ffn2moe.decompose.source import Source, layers_path, only_stack, skeleton
 from ffn2moe.decompose.width_costs import COST_TOKENS, costs, moments_of
@@ -82,9 +82,10 @@ def weigh(
     shards = _Shards(model, Source(folder, model), layers)
     use_cache = getattr(model.config, "use_cache", None)
     model.config.use_cache = False
-    small = [part for batch in batches for part in parts_of(batch)]
-    few = _enough(small, FISHER_TOKENS)
-    small = small if by_need else small[:few]
+    small = first_parts(batches, FISHER_TOKENS)
+    few = len(small)  # that are differentiated
+    if by_need:
+        small = [part for batch in batches for part in parts_of(batch)]
     calls = embed_tokens(model, shards.source, layers, small)
     hidden, costs_LN = calls.hidden, []
     fresh = out.with_name(f"{out.name}.partial")
@@ -125,16 +126,6 @@ def read_fisher(folder: Path, layer: int) -> Tensor:
 
 def _file(folder: Path, layer: int) -> Path:
     return folder / f"{layer}.safetensors"
-
-
-def _enough(batches: Sequence[Batch], tokens: int) -> int:
-    """Return how many of the first batches have so many tokens."""
-    total = 0
-    for count, batch in enumerate(batches, 1):
-        total += int(batch.inputs["input_ids"].numel() if batch.mask is None else batch.mask.sum())
-        if total >= tokens:
-            return count
-    return len(batches)
 
 
 def _at_the_end(
