@@ -94,19 +94,18 @@ def first_parts(batches: Iterable[Batch], max_tokens: int) -> list[Batch]:
     found, tokens = [], 0
     for batch in batches:
         for part in parts_of(batch):
-            first = next(iter(part.inputs.values()))
-            real = (
-                part.mask.sum()
-                if part.mask is not None
-                else first.numel()
-                if first.dim() == 2
-                else PATCHES * len(first)
-            )
             found.append(part)
-            tokens += int(real)
+            tokens += _tokens_of(part)
             if tokens >= max_tokens:
                 return found
     return found
+
+
+def _tokens_of(batch: Batch) -> int:
+    first = next(iter(batch.inputs.values()))
+    if batch.mask is not None:
+        return int(batch.mask.sum())
+    return first.numel() if first.dim() == 2 else PATCHES * len(first)
 
 
 def parts_of(batch: Batch) -> Iterator[Batch]:
