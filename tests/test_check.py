@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,6 +22,7 @@ from ffn2moe.decompose.source import Source
 from ffn2moe.preflight import machine, room
 from ffn2moe.preflight.case import Case
 from ffn2moe.preflight.checks import findings
+from flows import workspace
 from flows.workspace import check_inputs, check_recipes
 from tasks import check
 from tasks.params import load_params, read
@@ -306,8 +310,11 @@ def test_a_start_of_the_pipeline_checks_once_what_did_not_change(bert, tmp_path,
     assert check_inputs(tmp_path / "source", raw) and capfd.readouterr().out == ""
 
 
-def test_every_recipe_of_a_front_is_checked_before_any_runs(bert, tmp_path, capfd):
-    """A recipe that asks for what the model does not have is named; the tiny one has 2 layers of 64 neurons."""
+def test_every_recipe_of_a_front_is_checked_before_any_runs(bert, tmp_path, capfd, monkeypatch):
+    """A recipe that asks for what the model does not have is named; the tiny one has 2 layers of 64 neurons.
+
+    All but one of the checks run in this process, as a process spends its time on starting.
+    """
     raw = read(PARAMS)
     raw["teacher"] |= {"source": str(bert), "max_length": 32}
     raw["data"] |= {"corpus": str(write_corpus(tmp_path / "texts.jsonl", make_texts(50)))}
@@ -323,9 +330,17 @@ def test_every_recipe_of_a_front_is_checked_before_any_runs(bert, tmp_path, capf
         "too-many": (with_settings(keep_layers=3), "between 1 and 2"),
         "too-wide": (with_settings(ffn_width=65), "FFNs of the model have 64"),
     }
+    own = check_recipes(tmp_path / "source", {"good": good, "mixture": with_settings(num_experts=4)})
+    assert own and "checked: good, mixture" in capfd.readouterr().out
+
+    def run(command: list[str], *, cwd: Path, input: str, **more: object) -> subprocess.CompletedProcess[str]:
+        monkeypatch.chdir(cwd)
+        monkeypatch.setattr(sys, "argv", command[2:])
+        monkeypatch.setattr(sys, "stdin", io.StringIO(input))
+        return subprocess.CompletedProcess(command, check.main())
+
+    monkeypatch.setattr(workspace.subprocess, "run", run)
     for name, (recipe, message) in bad.items():
         assert not check_recipes(tmp_path / "source", {"good": good, name: recipe})
         error = capfd.readouterr().err
         assert error.splitlines()[-1].startswith(f"error: {name}: ") and message in error
-    assert check_recipes(tmp_path / "source", {"good": good, "mixture": with_settings(num_experts=4)})
-    assert "checked: good, mixture" in capfd.readouterr().out
