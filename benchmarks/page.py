@@ -78,7 +78,7 @@ def command_of(parser: argparse.ArgumentParser, options: argparse.Namespace) -> 
     actions = [one for one in parser._actions if one.dest != "help" and one.help != argparse.SUPPRESS]
     for action in sorted(actions, key=lambda one: (bool(one.option_strings), one.dest == "out")):
         value = getattr(options, action.dest)
-        if value is None or value is False:
+        if value is None or value is False or value == []:
             continue
         words += action.option_strings[:1]
         if value is not True:

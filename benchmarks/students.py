@@ -119,7 +119,8 @@ class Judge:
     def _key(self, folder: Path, questions: bool) -> str:
         """Return what changes with the weights and with what they are judged by."""
         weights = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in folder.glob("*.safetensors")]
-        asked = [(name, str(file), len(self.items[name])) for name, file in self.files.items()] if questions else []
+        files = self.files if questions else {}
+        asked = [(name, str(file.resolve()), len(self.items[name])) for name, file in files.items()]
         told = [str(folder.resolve()), sorted(weights), asked, sha256(self.text.encode()).hexdigest()]
         return sha256(json.dumps([told, self.options.block]).encode()).hexdigest()[:16]
 

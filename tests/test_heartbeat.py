@@ -74,3 +74,5 @@ def test_the_command_of_a_page_sets_the_same_options():
     options = parser.parse_args(words)
     command = "python -m benchmarks.some 'my export' --shapes 2x8 1x4 --seconds 0.5 --plain"
     assert command_of(parser, options) == command
+    parser.add_argument("--untrained", nargs="+", default=[])
+    assert command_of(parser, parser.parse_args(words)) == command  # an empty list is no option
