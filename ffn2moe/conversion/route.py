@@ -78,7 +78,7 @@ def _weighed(task: Task, data: Data, spec: MoESpec) -> tuple[MoESpec, Path]:
     What a stopped conversion found stays.
     """
     weights, kept = task.work / "fishers", task.work / "widths.json"
-    if not kept.is_file():
+    if not (kept.is_file() and weights.is_dir()):
         shutil.rmtree(weights, ignore_errors=True)
         by_need = task.case.chooses_widths(spec)
         found = weigh(
