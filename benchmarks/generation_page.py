@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -102,6 +103,7 @@ def page(result: Mapping[str, Any]) -> Page:
 def figure(result: Mapping[str, Any]) -> Any:
     """Draw perplexity against decoding speed, on the fewest threads, after the prompt of middle length."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import StrMethodFormatter
 
     rows = [Row(**row) for row in result["rows"] if row["phase"] == "decode"]
     threads = min(row.threads for row in rows)
@@ -111,9 +113,9 @@ def figure(result: Mapping[str, Any]) -> Any:
     drawn = Figure(figsize=(11, 7), layout="constrained")
     axes = drawn.add_subplot()
     labelled = set()
-    for row in rows:
-        if (row.threads, row.prompt) != (threads, prompt):
-            continue
+    shown = [row for row in rows if (row.threads, row.prompt) == (threads, prompt)]
+    widest = max(row.tokens_per_second for row in shown)
+    for row in shown:
         one = files[row.name]
         label = f"{one['role']}, {one['engine']}"
         axes.scatter(
@@ -125,10 +127,22 @@ def figure(result: Mapping[str, Any]) -> Any:
             label=None if label in labelled else label,
         )
         labelled.add(label)
+        crowded = any(
+            0 < other.tokens_per_second - row.tokens_per_second < 0.15 * widest
+            and abs(math.log(files[other.name]["perplexity"] / one["perplexity"])) < 0.05
+            for other in shown
+        )
         axes.annotate(
-            row.name, (row.tokens_per_second, one["perplexity"]), (5, 4), textcoords="offset points", fontsize=7
+            row.name,
+            (row.tokens_per_second, one["perplexity"]),
+            (-6, -10) if crowded else (5, 4),
+            textcoords="offset points",
+            ha="right" if crowded else "left",
+            fontsize=7,
         )
     axes.set_yscale("log")
+    for set_formatter in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+        set_formatter(StrMethodFormatter("{x:.0f}"))
     axes.set_xlim(left=0)
     axes.set_xlabel(f"tokens per second, {some(threads, 'thread')}, after {prompt} tokens")
     axes.set_ylabel("perplexity of the file")
