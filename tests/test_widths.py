@@ -292,7 +292,15 @@ def test_an_encoder_gets_widths_by_the_distance_of_its_embeddings(tmp_path):
 
 
 @pytest.mark.parametrize("case", ["llama", "gpt2"])
-def test_weights_and_widths_from_shards_are_those_of_the_whole_model(case, tmp_path):
+def test_weights_and_widths_from_shards_are_those_of_the_whole_model(case, tmp_path, monkeypatch):
+    """From shards only so many tokens pass through the layers as the costs are measured on."""
+    for name, most in (
+        ("widths.COST_TOKENS", 700),
+        ("stream_weights.COST_TOKENS", 700),
+        ("stream_weights.FISHER_TOKENS", 300),
+        ("gradients.TOKENS_AT_ONCE", 160),
+    ):
+        monkeypatch.setattr(f"ffn2moe.decompose.{name}", most)
     model = tiny(case)
     model.save_pretrained(tmp_path / "teacher")
     spec = spec_of(
@@ -301,7 +309,8 @@ def test_weights_and_widths_from_shards_are_those_of_the_whole_model(case, tmp_p
     ids = torch.randint(5, 60, (90, 16), generator=torch.Generator().manual_seed(0)).tolist()
     batches = list(in_order("causal", ids, batch_texts=40))
     ffns = [read_ffn(model, layer) for layer in range(spec.num_layers)]
-    inputs, fishers = layer_inputs(model, batches, max_tokens=2000), fisher(model, batches, head="causal", seed=3)
+    inputs = layer_inputs(model, batches, max_tokens=2000)
+    fishers = fisher(model, batches, head="causal", seed=3, max_tokens=300)
     whole, teacher = by_need(spec, ffns, inputs, fishers), tmp_path / "teacher"
     assert weigh(teacher, spec, batches, tmp_path / "weights", by_need=True, seed=3) == whole
     assert weigh(teacher, spec, batches, tmp_path / "alone", by_need=False, seed=3) == spec

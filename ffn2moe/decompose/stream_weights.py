@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from ffn2moe.data.batches import Batch
 from ffn2moe.decompose.calls import LayerCall, after_layers, embed_tokens, run_layers
-from ffn2moe.decompose.gradients import FISHER_TOKENS, drawn, first_parts, parts_of
+from ffn2moe.decompose.gradients import FISHER_TOKENS, drawn, first_parts
 from ffn2moe.decompose.inputs import real_tokens
 from ffn2moe.decompose.source import Source, layers_path, only_stack, skeleton
 from ffn2moe.decompose.width_costs import COST_TOKENS, costs, moments_of
@@ -82,10 +82,8 @@ def weigh(
     shards = _Shards(model, Source(folder, model), layers)
     use_cache = getattr(model.config, "use_cache", None)
     model.config.use_cache = False
-    small = first_parts(batches, FISHER_TOKENS)
-    few = len(small)  # that are differentiated
-    if by_need:
-        small = [part for batch in batches for part in parts_of(batch)]
+    small = first_parts(batches, max(COST_TOKENS, FISHER_TOKENS) if by_need else FISHER_TOKENS)
+    few = len(first_parts(small, FISHER_TOKENS))  # that are differentiated
     calls = embed_tokens(model, shards.source, layers, small)
     hidden, costs_LN = calls.hidden, []
     fresh = out.with_name(f"{out.name}.partial")
