@@ -88,11 +88,13 @@ def test_a_file_holds_the_numbers_of_a_container(tmp_path, name, shared_width, k
     assert ("blk.0.ffn_up_shexp.weight" in tensors) == bool(row.shared_width(student_of(name)[1]) or shared_width)
 
 
-def test_a_smaller_type_keeps_the_vocabulary_in_eight_bits(tmp_path):
+def test_a_smaller_type_keeps_vocabulary_and_values_in_eight_bits(tmp_path):
     container(tmp_path / "folder", "mixtral", 0)
     write_gguf(tmp_path / "folder", tmp_path / "out.gguf", "q4_0")
     metadata, tensors = read(tmp_path / "out.gguf")
     assert tensors["token_embd.weight"].tensor_type.name == "Q8_0"
+    assert tensors["blk.0.attn_v.weight"].tensor_type.name == "Q8_0"
+    assert tensors["blk.0.attn_output.weight"].tensor_type.name == "Q4_0"
     assert tensors["blk.0.ffn_up_exps.weight"].tensor_type.name == "Q4_0"
     assert tensors["blk.0.attn_norm.weight"].tensor_type.name == "F32"
     assert metadata["general.file_type"] == gguf.LlamaFileType.MOSTLY_Q4_0

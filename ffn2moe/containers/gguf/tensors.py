@@ -26,6 +26,7 @@ _ROLES = ("gate", "up", "down")
 # Matrices that llama.cpp wants as float32, by the end of their name.
 _FLOATS = ("ffn_gate_inp.weight", "ffn_gate_inp_shexp.weight")
 _VOCABULARY = ("token_embd.weight", "output.weight")
+_VALUES = ".attn_v.weight"  # of the attention, by the end of their name
 
 
 @dataclass(frozen=True)
@@ -164,4 +165,5 @@ def _kind(name: str, shape: tuple[int, ...], weight_type: WeightType) -> gguf.GG
             f"{weight_type.name} stores rows in blocks of {weight_type.block} numbers, and those of {name} have "
             f"{shape[-1]}: write --type f16 or bf16"
         )
-    return gguf.GGMLQuantizationType[weight_type.vocabulary if name in _VOCABULARY else weight_type.matrices]
+    sensitive = name in _VOCABULARY or name.endswith(_VALUES)
+    return gguf.GGMLQuantizationType[weight_type.sensitive if sensitive else weight_type.matrices]

@@ -1,4 +1,9 @@
-"""List the types that a GGUF file's matrices are written in. Imports neither torch nor gguf."""
+"""List the types that a GGUF file's matrices are written in. Imports neither torch nor gguf.
+
+Two kinds of matrices keep 8 bits in files of fewer: embeddings and output matrix, and the values of the attention. With
+4-bit values a student of SmolLM2 has 1.08 to 1.11 times the perplexity, and they are 1.2 % of its weights
+(docs/containers.md).
+"""
 
 from __future__ import annotations
 
@@ -13,7 +18,7 @@ class WeightType:
 
     name: str
     matrices: str  # the type of the package gguf: of attention and experts
-    vocabulary: str  # the same: of the embeddings and the output matrix, as llama.cpp's own quantisation has them
+    sensitive: str  # the same: of the vocabulary, as llama.cpp's own quantisation has it, and of the attention's values
     block: int  # numbers of a row that are stored together: a row is a multiple of it
     file_type: str  # what llama.cpp calls such a file
 
