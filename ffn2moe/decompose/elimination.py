@@ -39,29 +39,28 @@ def _dropped(
     gram_FF: Tensor, w_out_DF: Tensor, counts: Sequence[int], always_S: Tensor | None
 ) -> Iterator[tuple[Tensor, float]]:
     """Yield, for each of descending `counts`, the neurons that are left, ascending, and the squared error so far."""
-    alive_F = torch.arange(len(gram_FF))
-    stays_F = torch.zeros(len(gram_FF), dtype=torch.bool)
+    alive_F = torch.ones(len(gram_FF), dtype=torch.bool)
+    stays_F = torch.zeros_like(alive_F)
     if always_S is not None:
         stays_F[always_S] = True
     damped_FF = gram_FF.double()
     damped_FF.diagonal().add_(DAMPING * damped_FF.diagonal().mean())
     inverse_FF = torch.cholesky_inverse(torch.linalg.cholesky(damped_FF)).float()
     w_FD = w_out_DF.T.contiguous()
-    most, error = max(1, len(gram_FF) // STEPS), 0.0
+    left, most, error = len(gram_FF), max(1, len(gram_FF) // STEPS), 0.0
     for count in counts:
-        while len(alive_F) > count:
+        while left > count:
             rise_F = w_FD.square().sum(1) / inverse_FF.diagonal()
-            rise_F[stays_F[alive_F]] = torch.inf
-            dropped_N = rise_F.topk(min(most, len(alive_F) - count), largest=False).indices
-            kept_F = torch.ones(len(alive_F), dtype=torch.bool)
-            kept_F[dropped_N] = False
+            rise_F[stays_F | ~alive_F] = torch.inf
+            dropped_N = rise_F.topk(min(most, left - count), largest=False).indices
             # The others take over what the dropped ones gave: the fit on the rest follows from the inverse, by blocks.
-            across_FN = inverse_FF[kept_F][:, dropped_N]
-            solved = torch.linalg.solve(
-                inverse_FF[dropped_N][:, dropped_N], torch.cat([w_FD[dropped_N], across_FN.T], dim=1)
-            )
-            error += (w_FD[dropped_N] * solved[:, : w_FD.shape[1]]).sum().item()
-            w_FD = w_FD[kept_F] - across_FN @ solved[:, : w_FD.shape[1]]
-            inverse_FF = inverse_FF[kept_F][:, kept_F] - across_FN @ solved[:, w_FD.shape[1] :]
-            alive_F = alive_F[kept_F]
-        yield alive_F, error
+            # Rows and columns that are gone become 0 and stay in their places: to copy the others costs more.
+            across_FN, w_ND = inverse_FF[:, dropped_N], w_FD[dropped_N]
+            solved = torch.linalg.solve(across_FN[dropped_N], torch.cat([w_ND, across_FN.T], dim=1))
+            solved_ND, solved_NF = solved.split([w_FD.shape[1], len(w_FD)], dim=1)
+            error += (w_ND * solved_ND).sum().item()
+            w_FD.addmm_(across_FN, solved_ND, alpha=-1)
+            inverse_FF.addmm_(across_FN, solved_NF, alpha=-1)
+            alive_F[dropped_N] = False
+            left -= len(dropped_N)
+        yield alive_F.nonzero().flatten(), error
