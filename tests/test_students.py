@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import students
+from benchmarks import rounding, students
 from ffn2moe import cli
 from ffn2moe.convert import Settings, convert
+from ffn2moe.judge import Subject
+from ffn2moe.progress import silent
 from tests.test_judges import made_up, make_llama, write
 from tests.texts import make_texts
 
@@ -72,3 +74,29 @@ def test_the_page_has_the_figures_of_the_command_and_pairs(made, tmp_path, capsy
 def test_a_folder_without_a_student_is_refused_before_any_work(made, capsys):
     assert students.main([str(made / "dense"), str(made), "--text", str(made / "text.txt")]) == 2
     assert "holds no student" in capsys.readouterr().err
+
+
+# What few bits cost, matrix by matrix
+
+
+def test_each_row_rounds_its_own_matrices_and_every_matrix_of_a_layer_has_a_row(made):
+    for source in (made / "dense", made / "half" / "checkpoint", made / "narrow" / "checkpoint"):
+        model, _ = Subject.of(str(source), silent).open()
+        whole = {name: one.detach().clone() for name, one in model.named_parameters()}
+        rounding.rounded(model, whole, tuple(rounding.PARTS), "Q4_0")
+        changed = {name for name, one in model.named_parameters() if not torch.equal(one, whole[name])}
+        outer = {name for name, one in whole.items() if one.ndim < 2 or "embed" in name or "lm_head" in name}
+        assert changed == {name for name in whole if name not in outer and "router" not in name}, source
+        rounding.rounded(model, whole, ("values",), "Q4_0")
+        changed = {name for name, one in model.named_parameters() if not torch.equal(one, whole[name])}
+        assert changed and all(name.endswith("v_proj.weight") for name in changed)
+
+
+def test_numbers_that_a_type_holds_cost_nothing(made, tmp_path, capsys):
+    given = [made / "half", made / "narrow", "--text", made / "text.txt", "--tokens", "64", "--block", "16"]
+    page = tmp_path / "page.md"
+    assert rounding.main([*map(str, given), "--type", "F32", "--out", str(page)]) == 0
+    found = json.loads(page.with_suffix(".json").read_text())["perplexity"]
+    assert all(one["values alone"] == one["the FFNs"] == one["none"] for one in found.values())
+    assert rounding.main([*map(str, given), "--type", "Q9"]) == 2
+    assert "there is no type Q9 in GGUF" in capsys.readouterr().err
