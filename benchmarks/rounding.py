@@ -69,7 +69,8 @@ def measure(options: argparse.Namespace, console: Console) -> Page:
         for source in options.sources:
             folder = Path(source) / "checkpoint"
             subject = Subject.of(str(folder) if (folder / checkpoint.SPEC_FILE).is_file() else source, screen.say)
-            found[Path(source).name] = _perplexities(subject, text, options, screen)
+            name = Path(source).name
+            found[name] = _perplexities(subject, name, text, options, screen)
     rows = [["none", *(f"{one['none']:.2f}" for one in found.values())]]
     rows += [[name, *(f"{one[name] / one['none']:.3f}x" for one in found.values())] for name in ROWS]
     told = f"{options.tokens} tokens of {options.text.name} in blocks of {options.block}"
@@ -85,13 +86,15 @@ def measure(options: argparse.Namespace, console: Console) -> Page:
     )
 
 
-def _perplexities(subject: Subject, text: str, options: argparse.Namespace, screen: Screen) -> dict[str, float]:
+def _perplexities(
+    subject: Subject, label: str, text: str, options: argparse.Namespace, screen: Screen
+) -> dict[str, float]:
     model, tokenizer = subject.open()
     model.eval()
     judged = blocks(tokenizer, text, options.block)[: max(1, options.tokens // options.block)]
     whole = {name: one.detach().clone() for name, one in model.named_parameters()}
     found = {}
-    for name, parts in screen.track([("none", ()), *ROWS.items()], 1 + len(ROWS), Path(subject.source).name):
+    for name, parts in screen.track([("none", ()), *ROWS.items()], 1 + len(ROWS), label):
         rounded(model, whole, parts, options.type, others=KEPT if name.startswith("all") else None)
         reading = read({name: model}, judged)[name]
         found[name] = metrics.perplexity(reading.nats_N, reading.positions_N)
