@@ -129,6 +129,14 @@ def test_a_language_model_is_calibrated_on_more_tokens_unless_a_number_is_given(
     assert estimated(usual)["decomposing"] > estimated(given)["decomposing"]
 
 
+def test_a_student_with_the_teachers_own_layers_is_not_decomposed(llama: Path):
+    fewer, narrow, both = (
+        case_of(llama, num_experts=1, keep_layers=keep, ffn_width=width)
+        for keep, width in ((1, "full"), ("all", 0.5), (1, 0.5))
+    )
+    assert estimated(fewer)["decomposing"] == 0 < estimated(both)["decomposing"] <= estimated(narrow)["decomposing"]
+
+
 def test_plans_that_round_are_judged_and_raced_in_the_estimate(tiny_teacher: Path):
     asked = request_of(str(tiny_teacher), None, Settings(num_experts=4))
     asked = replace(asked, every_plan=True, timed=((1, 16),))

@@ -118,13 +118,16 @@ def _in_memory(task: Task, data: Data, router: RouterSettings) -> list[dict[str,
 def _start(task: Task, data: Data, spec: MoESpec) -> tuple[Any, MoESpec, list[Tensor]]:
     """Return the dense model that the student is made of, apart from the teacher, and the inputs of its FFNs.
 
-    The spec is returned with the width of each FFN of a student without experts.
+    The spec is returned with the width of each FFN of a student without experts. A student that only has fewer layers
+    needs no inputs.
     """
     teacher, shape, head = task.dense.model, spec.stacks[0], spec.head
     if shape.layers_kept:
         model = with_layers(teacher, shape.layers_kept, head, data.calibration[0].inputs)
     else:
         model, _ = load_dense(str(task.dense.folder), head=head)
+    if spec.is_dense and shape.teacher_ffn_width is None:
+        return model, spec, []  # its layers are the teacher's own
     inputs = layer_inputs(
         model, data.calibration, max_tokens=task.case.calibration_tokens, device=task.device, track=task.track
     )

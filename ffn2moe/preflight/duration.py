@@ -119,7 +119,9 @@ def _texts(case: Case, exact: float, rounded: float) -> float:
 
 
 def _decompose(case: Case, exact: float, rounded: float) -> float:
-    """Return the seconds in which all layers are decomposed and routed."""
+    """Return the seconds in which all layers are decomposed and routed; none where the student's are the teacher's."""
+    if case.spec.is_dense and not any(shape.teacher_ffn_width for shape in case.spec.stacks):
+        return 0
     tokens = case.calibration_tokens
     seconds = 2 * tokens * case.multiplied / exact
     for shape in case.spec.stacks:
