@@ -189,10 +189,14 @@ def test_every_setting_of_a_conversion_is_an_option_with_the_same_default():
     options = cli._parse(["convert", "model", "out"])
     assert Settings(**{name: getattr(options, name) for name in OPTIONS}) == Settings()
     arguments = ["--experts", "4", "--train", "all", "--max-length", "8", "--calibration-tokens", "9", "--no-onnx"]
-    options = cli._parse(["convert", "model", "out", *arguments, "--learning-rate", "1e-3", "--distill-minutes", "2"])
+    assert cli._parse(["convert", "model", "out", "--shared", "auto"]).shared_width == "auto"
+    options = cli._parse(
+        ["convert", "model", "out", *arguments, "--shared", "0", "--learning-rate", "1e-3", "--distill-minutes", "2"]
+    )
     changed = Settings(**{name: getattr(options, name) for name in OPTIONS})
     assert changed == Settings(
         num_experts=4,
+        shared_width=0,
         scope="all",
         max_length=8,
         calibration_tokens=9,
@@ -201,7 +205,7 @@ def test_every_setting_of_a_conversion_is_an_option_with_the_same_default():
         distill_minutes=2.0,
     )
     kinds = {"int": int, "float": float, "bool": str}
-    own = {"keep_layers", "ffn_width", "expert_width"}  # a word, a number, or several
+    own = {"num_experts", "shared_width", "keep_layers", "ffn_width", "expert_width"}  # a word, a number, or several
     for one in (field for field in fields(Settings) if field.name not in own):
         kind = kinds.get(one.type.split(" ")[0], str)
         assert OPTIONS[one.name].kind is kind, one.name

@@ -436,7 +436,7 @@ def test_what_stands_beside_the_weights_is_copied(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("source", "shared_width", "name"), [
     ("llama", 0, "mixtral"),
-    ("llama", 8, "glm4_moe"),
+    ("llama", 8, "granitemoeshared"),
     ("llama with biases", 0, "granitemoeshared"),
     ("mistral with window", 0, "mixtral"),
     ("mistral with window", 8, "qwen2_moe"),
@@ -459,7 +459,7 @@ def test_the_choice_follows_the_family_and_explains_itself(source: str, shared_w
     ("mixtral", "qwen2", {}, "its attention has biases on queries, keys and values", "qwen2_moe or glm4_moe can"),
     ("mixtral", "llama with biases", {}, "on the output projection too", "granitemoeshared can"),
     ("mixtral", "qwen3", {}, "it normalises queries and keys", "qwen3_moe or glm4_moe can"),
-    ("qwen3_moe", "llama", {}, "it does not normalise queries", "mixtral or glm4_moe or granitemoeshared or"),
+    ("qwen3_moe", "llama", {}, "it does not normalise queries", "mixtral or granitemoeshared or glm4_moe or"),
     ("qwen2_moe", "llama with wide heads", {}, "its heads are 16 wide", "mixtral or glm4_moe can"),
     ("mixtral", "qwen2 with windows", {}, "only some of its layers have a sliding window", "qwen2_moe can"),
     ("mixtral", "llama", {"mlp_bias": True}, "its FFNs have biases", "no container can"),

@@ -114,6 +114,24 @@ def test_the_minutes_that_are_asked_for_bound_the_writing_too(llama: Path):
     assert read.writing_seconds is None and read.training_minutes == 10
 
 
+def test_a_gated_language_model_keeps_a_half_where_no_number_is_named(llama: Path, tiny_teacher: Path):
+    F = case_of(llama).dense.config.intermediate_size
+
+    def found(**settings: object) -> tuple[int, int, str | None]:
+        spec = case_of(llama, **{"num_experts": "auto", **settings}).spec
+        return spec.num_experts, spec.shared_width, spec.container
+
+    assert found() == (3, F // 4, "granitemoeshared")
+    assert found(container="none") == (3, F // 4, None)
+    assert found(ffn_width=0.5, container="none") == (3, F // 8, None)
+    assert found(container="mixtral") == (4, 0, "mixtral")  # has no shared expert
+    assert found(num_experts=8)[:2] == (8, 0) and found(shared_width=8)[:2] == (4, 8)
+    for other in ({"num_active": 2}, {"partition": "coactivation"}, {"expert_width": 0.5}):
+        assert found(**other)[:2] == (4, 0), other
+    encoder = Case(request_of(str(tiny_teacher), None, Settings())).spec
+    assert (encoder.num_experts, encoder.shared_width) == (4, 0)
+
+
 def test_a_model_writes_no_more_than_it_learns_from(llama: Path):
     few, more = (case_of(llama, distill_steps=steps, calibration_tokens=1600, batch_tokens=160) for steps in (0, 10))
     assert 100 <= few.most_texts < more.most_texts <= 2.2 * few.most_texts

@@ -8,7 +8,8 @@ from dataclasses import fields
 from typing import Any
 
 from ffn2moe.commands._command import count, number, one_of
-from ffn2moe.conversion.settings import OPTIONS, Option, Settings
+from ffn2moe.conversion.settings import OPTIONS, Option, Settings, count_or_auto
+from ffn2moe.decompose.partition import AUTO
 
 
 def add_settings(parser: argparse.ArgumentParser) -> None:
@@ -39,6 +40,7 @@ def settings_of(options: argparse.Namespace) -> Settings:
 def _reader(option: Option) -> Callable[[str], Any]:
     if option.names is not None:
         return one_of("value", option.names)
-    if option.kind is int:
-        return count if option.minimum else number
-    return option.kind
+    if option.kind not in (int, count_or_auto):
+        return option.kind
+    read = count if option.minimum else number
+    return read if option.kind is int else lambda text: text if text == AUTO else read(text)

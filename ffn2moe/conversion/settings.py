@@ -35,7 +35,9 @@ class Option:
             return
         if self.names is not None and value not in self.names():
             raise UnknownName(unknown(name, value, self.names()))
-        if self.kind is int and value < self.minimum:
+        if self.kind is count_or_auto and isinstance(value, str) and value != AUTO:
+            raise ValueError(f"{name} = {value!r} must be auto, or a whole number from {self.minimum}")
+        if self.kind in (int, count_or_auto) and not isinstance(value, str) and value < self.minimum:
             raise ValueError(f"{name} = {value} is too low: give a whole number from {self.minimum}")
 
 
@@ -51,6 +53,11 @@ def layers(text: str) -> str | int | tuple[int, ...]:
     return numbers if "," in text else numbers[0]
 
 
+def count_or_auto(text: str) -> str | int:
+    """Read a whole number, or auto."""
+    return text if text == AUTO else int(text)
+
+
 def width(text: str) -> str | int | float:
     """Read a width: full or auto, a number of neurons, or a share of an FFN."""
     return text if text in ("full", "auto") else int(text) if text.isdigit() else float(text)
@@ -63,8 +70,14 @@ class Settings:
     ValueError for an unknown name, which suggests the nearest, and for a number that is too low.
     """
 
-    num_experts: int = field(
-        default=4, metadata=_option("--experts", "experts of each FFN; 1: none (4)", metavar="E", kind=int)
+    num_experts: int | str = field(
+        default=AUTO,
+        metadata=_option(
+            "--experts",
+            "experts of each FFN; 1: none (auto: 4; of a gated language model, where --shared is auto, too, 3)",
+            metavar="E",
+            kind=count_or_auto,
+        ),
     )
     num_active: int = field(
         default=1, metadata=_option("--active", "experts that a token uses (1)", metavar="K", kind=int)
@@ -94,9 +107,16 @@ class Settings:
             kind=width,
         ),
     )
-    shared_width: int = field(
-        default=0,
-        metadata=_option("--shared", "neurons of each FFN that every token uses (0)", metavar="N", kind=int, minimum=0),
+    shared_width: int | str = field(
+        default=AUTO,
+        metadata=_option(
+            "--shared",
+            "neurons of each FFN that every token uses (auto: 0; of a gated language model, where --experts is auto, "
+            "too, a quarter, so that a half is active)",
+            metavar="N",
+            kind=count_or_auto,
+            minimum=0,
+        ),
     )
     width_per_layer: Widths = field(
         default="auto",

@@ -28,6 +28,7 @@ from ffn2moe.numerics import choose_device
 from ffn2moe.preflight.dense import Dense
 from ffn2moe.preflight.request import Request
 from ffn2moe.preflight.texts import Sample, missing_packages, sample
+from ffn2moe.preflight.usual_experts import with_usual_experts
 from ffn2moe.progress import Say, silent
 from ffn2moe.runtime.engines import installed_engines
 from ffn2moe.runtime.plans import PLANS, UNMEASURED_PLANS, graph_of, obstacle, plan_of, plans_of
@@ -51,14 +52,20 @@ class Case:
     """
 
     def __init__(self, request: Request, say: Say = silent, *, weights: bool = True) -> None:
-        self.request = request
+        self._asked = request
         self.say = say  # told of a model that is rewritten before it can be read
         self._weights = weights  # whether they are read later: if not, those of a GGUF file are not dequantised
 
     @cached_property
+    def request(self) -> Request:
+        """What is asked for, with numbers of experts and shared neurons that fit the model."""
+        named = isinstance(self._asked.num_experts, int) and isinstance(self._asked.shared_width, int)
+        return self._asked if named else with_usual_experts(self._asked, self.dense, self.model)
+
+    @cached_property
     def dense(self) -> Dense:
         """The dense model. ValueError for one that the request has no use for."""
-        asked = self.request
+        asked = self._asked
         dense = Dense(asked.source, revision=asked.revision, head=asked.head, say=self.say, weights=self._weights)
         heads = dense.family.heads if dense.family else (dense.head,)
         if dense.head not in heads:
@@ -78,6 +85,16 @@ class Case:
                 "ffn2moe.decompose and ffn2moe.distill.distiller, which take batches of any kind"
             )
         return dense
+
+    @property
+    def num_experts(self) -> int:
+        """E: that is asked for, or fits the model."""
+        return int(self.request.num_experts)
+
+    @property
+    def shared_width(self) -> int:
+        """S: that is asked for, or fits the model."""
+        return int(self.request.shared_width)
 
     @cached_property
     def model(self) -> Any:
@@ -122,11 +139,11 @@ class Case:
             return None, "none"
         if asked.container != "auto":
             found = CONTAINERS[asked.container]
-            require_fit(found, dense.config, shared_width=asked.shared_width)
+            require_fit(found, dense.config, shared_width=self.shared_width)
             self._require_gate_of(found)
             return found, found.name
         try:
-            found, why = choose(dense.config, shared_width=asked.shared_width)
+            found, why = choose(dense.config, shared_width=self.shared_width)
         except ValueError as error:
             if not needed:
                 return None, f"none: {error}"
@@ -357,12 +374,12 @@ class Case:
         spec = spec_of(
             model,
             head=self.dense.head,
-            num_experts=asked.num_experts,
-            num_active=1 if asked.num_experts == 1 else asked.num_active,  # the only number there is
+            num_experts=self.num_experts,
+            num_active=1 if self.num_experts == 1 else asked.num_active,  # the only number there is
             partition=asked.partition,
             teacher=asked.source,
             max_length=self.max_length,
-            shared_width=asked.shared_width,
+            shared_width=self.shared_width,
             gate=self.gate,
             router_bias=container is None,
             container=container.name if container else None,

@@ -18,7 +18,7 @@ class Request:
 
     source: str
     called: Mapping[str, str]
-    num_experts: int
+    num_experts: int | str  # auto: what fits the model
     num_active: int
     out: Path | None = None  # the folder to make; None: not named
     disk: Path = Path(".")  # where files are written, or a folder that does not exist yet
@@ -35,7 +35,7 @@ class Request:
     ffn_width: str | int | float = "full"  # full, a number of neurons, or a share
     partition: str = "auto"
     expert_width: str | int | float = "auto"
-    shared_width: int = 0
+    shared_width: int | str = 0  # auto: what fits the model
     width_per_layer: Widths = "auto"
     container: str = "auto"  # auto, none, or a name in CONTAINERS
     needs_container: bool = False  # whether `auto` is refused where no container fits
