@@ -103,7 +103,7 @@ def request_of(params: Params, root: Path) -> Request:
         disk=root,
         fewest_texts=2 if data.folder or data.corpus == "generated" else FEWEST_TRAIN_TEXTS + 2,
         text_only=True,
-        needs_container=settings.container == "auto",
+        several_budgets=settings.active_per_layer != "same" or bool(params.distill.elastic),
         checkpoints=CHECKPOINTS,
         stored=STORED,
         question_tokens=0 if data.folder is None else about_tokens(root / data.folder, params.evaluate.most_questions),

@@ -19,11 +19,13 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ffn2moe.containers.container import Container
+    from ffn2moe.containers.usual import Wanted
     from ffn2moe.data.batches import Batch
     from ffn2moe.decompose.layer_map import LayerResult
     from ffn2moe.dense.ffn import DenseFFN
     from ffn2moe.dense.reduction import Reduction
     from ffn2moe.spec import MoESpec
+    from tasks.params import Params
 
 # Texts on which the mixture with all experts is compared with the dense model, and of one with a vocabulary of logits.
 CHECKED_TEXTS, CHECKED_LONG_OUTPUTS = 32, 4
@@ -186,6 +188,7 @@ def describe(stage: StageRun, model: Any, tokenizer: Any, kept: Reduction | None
     where the container cannot hold the model.
     """
     from ffn2moe.containers.fit import require_fit
+    from ffn2moe.containers.usual import usual_experts
     from ffn2moe.decompose.partition import PARTITIONS, settled
     from ffn2moe.decompose.widths import chosen_by_need
     from ffn2moe.dense.config import head_of
@@ -193,17 +196,19 @@ def describe(stage: StageRun, model: Any, tokenizer: Any, kept: Reduction | None
 
     params, settings = stage.params, stage.params.decompose
     head = head_of(model.config, stage.root / "data/teacher") if params.teacher.head == "auto" else params.teacher.head
-    container = container_of(stage, model)
+    wanted = wanted_of(params)
+    E, S = usual_experts(wanted, model, head, kept.ffn_width if kept else None)
+    container = container_of(stage, wanted, model, head, E, S)
     gate = settings.gate if settings.gate != "auto" else container.gate if container else "unit"
     spec = spec_of(
         model,
         head=head,
-        num_experts=settings.num_experts,
+        num_experts=E,
         num_active=settings.num_active,
         partition=settings.partition,
         teacher=params.teacher.source,
         max_length=text_length(stage, stage.root / "data/teacher", model, head, tokenizer),
-        shared_width=settings.shared_width,
+        shared_width=S,
         gate=gate,
         router_bias=container is None,
         container=container.name if container else None,
@@ -226,21 +231,36 @@ def describe(stage: StageRun, model: Any, tokenizer: Any, kept: Reduction | None
     return spec
 
 
-def container_of(stage: StageRun, model: Any) -> Container | None:
-    """Return the native architecture that the parameters ask for; with `auto`, say which one and why."""
-    from ffn2moe.containers.fit import choose
-    from ffn2moe.containers.table import CONTAINERS
+def wanted_of(params: Params) -> Wanted:
+    """Return what the parameters say of the experts."""
+    from ffn2moe.containers.usual import Wanted
 
-    settings = stage.params.decompose
-    if settings.container == "none" or settings.num_experts == 1:
+    settings = params.decompose
+    return Wanted(
+        num_experts=settings.num_experts,
+        num_active=settings.num_active,
+        shared_width=settings.shared_width,
+        partition=settings.partition,
+        expert_width=settings.expert_width,
+        container=settings.container,
+        gate=settings.gate,
+        width_per_layer=settings.width_per_layer,
+        several_budgets=settings.active_per_layer != "same" or bool(params.distill.elastic),
+    )
+
+
+def container_of(stage: StageRun, wanted: Wanted, model: Any, head: str, E: int, S: int) -> Container | None:
+    """Return the native architecture that the parameters ask for; with `auto` say which, and why."""
+    from ffn2moe.containers.table import CONTAINERS
+    from ffn2moe.containers.usual import usual_container
+
+    if wanted.container == "none" or E == 1:
         return None  # a student without experts is an ordinary folder of its own architecture
-    if settings.container != "auto":
-        return CONTAINERS[settings.container]
-    try:
-        container, why = choose(model.config, shared_width=settings.shared_width)
-    except ValueError as error:
-        raise ValueError(f"decompose.container = auto, but {error}; set decompose.container=none") from None
-    stage.say(f"container: {why}")
+    if wanted.container != "auto":
+        return CONTAINERS[wanted.container]
+    container, why = usual_container(wanted, model.config, head, S)
+    if head == "causal":
+        stage.say(f"container: {why}")
     return container
 
 

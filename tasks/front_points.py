@@ -62,7 +62,7 @@ def _point(recipe: str | None, plan: str, cells: Sequence[Made], timings: Timing
         **common,
         recipe=recipe,
         plan=plan,
-        experts=recipe is not None and first.decompose["num_experts"] > 1,
+        experts=recipe is not None and first.decompose["num_experts"] != 1,
         settings=first.settings,
         decompose=first.decompose,
         seeds=tuple(cell.seed for cell in cells),

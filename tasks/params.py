@@ -226,7 +226,7 @@ class Params(Section):
                 f"data.corpus = generated asks the teacher to write the texts, and a teacher with the head {head} "
                 "writes no text: name a corpus, or set teacher.head=causal"
             )
-        if self.decompose.container != "none":
+        if self.decompose.container not in ("none", "auto"):
             raise ValueError(
                 f"decompose.container = {self.decompose.container}, but containers hold causal language models and "
                 f"teacher.head = {head}: set decompose.container=none"
@@ -242,7 +242,7 @@ class Params(Section):
             raise ValueError(
                 f"{named}, but GGUF is written of causal language models and teacher.head = {head}: set export.gguf=[]"
             )
-        if settings.num_experts > 1 and settings.container == "none":
+        if settings.num_experts != 1 and settings.container == "none":
             raise ValueError(
                 f"{named}, but llama.cpp reads experts of a native container alone: set decompose.container=auto, or "
                 "export.gguf=[]"
@@ -255,9 +255,9 @@ class Params(Section):
         if not others:
             return self
         named = f"distill.elastic = {list(others)}"
-        if max(others) > settings.num_experts:
+        if max(others) > settings.most_experts:
             raise ValueError(
-                f"{named} has more than decompose.num_experts = {settings.num_experts}: a token can run at most every "
+                f"{named} has more than decompose.num_experts = {settings.most_experts}: a token can run at most every "
                 "expert"
             )
         if len({*others, settings.num_active}) <= len(others):
@@ -266,7 +266,7 @@ class Params(Section):
             )
         for key, value, only in (
             ("active_per_layer", settings.active_per_layer, settings.active_per_layer == "same"),
-            ("container", settings.container, settings.container == "none"),
+            ("container", settings.container, settings.container in ("none", "auto")),
         ):
             if not only:
                 raise ValueError(

@@ -162,7 +162,7 @@ def _keep_more(params: Params) -> str:
     settings = params.decompose
     if settings.num_experts == 1:
         return "keep more layers and neurons (`decompose.keep_layers`, `decompose.ffn_width`)"
-    return f"run more experts (`decompose.num_active={min(settings.num_experts, 2 * settings.num_active)}`)"
+    return f"run more experts (`decompose.num_active={min(settings.most_experts, 2 * settings.num_active)}`)"
 
 
 def sizes(export: Path, manifest: Mapping[str, Any], timed: Mapping[str, Any]) -> dict[str, float]:

@@ -73,7 +73,7 @@ def test_a_run_is_recorded_with_its_stages_parameters_data_and_files(toy):
     page = f"/#/experiments/{experiment.experiment_id}/runs?workflowType=machine_learning"
     assert page in (toy / "first.txt").read_text()
     assert parent.info.status == "FINISHED"
-    assert parent.data.params["decompose.num_experts"] == "4"
+    assert parent.data.params["decompose.num_experts"] == "auto"
     assert parent.data.metrics["evaluate.student.retrieval.ndcg_at_10"] == 0.7
     assert parent.data.tags["git.commit"] == git(toy, "rev-parse", "HEAD~1").strip()
     assert parent.data.tags["outcome.distill"] == "Completed"

@@ -71,7 +71,7 @@ def test_the_stage_writes_a_file_of_each_type_and_an_export_ships_them(teacher: 
 
 def test_a_run_that_can_have_no_file_is_refused(tmp_path: Path) -> None:
     for settings, message in (
-        (["export.gguf=[q8_0]"], r"decompose.container=auto, or export.gguf=\[\]"),
+        (["export.gguf=[q8_0]", "decompose.container=none"], r"decompose.container=auto, or export.gguf=\[\]"),
         (["export.gguf=[q8_0]", "teacher.head=embedding"], "is written of causal language models"),
         (["export.gguf=[q8]"], "unknown type 'q8'; did you mean 'q8_0'"),
     ):

@@ -28,7 +28,7 @@ FILE = Path(__file__).parent.parent / "params.yaml"
 def test_the_committed_parameters_are_valid_and_hold_every_key():
     params = load_params(FILE)
     assert sorted(params.flat()) == sorted(legal_keys())
-    assert (params.decompose.num_experts, params.decompose.num_active) == (4, 1)
+    assert (params.decompose.num_experts, params.decompose.num_active) == ("auto", 1)
     assert params.model_name == params.name == "minilm"
 
 
@@ -129,7 +129,7 @@ def test_a_choice_is_checked_by_its_table_and_an_api_knows_the_names():
         Settings(decompose={"num_experts": 0})
 
 
-@pytest.mark.parametrize("setting", ["data.corpus=generated", "decompose.container=auto"])
+@pytest.mark.parametrize("setting", ["data.corpus=generated", "decompose.container=mixtral"])
 def test_only_language_models_write_texts_and_fill_containers(setting):
     load_params(FILE, [setting, "teacher.head=causal"])
     with pytest.raises(ParamsError, match=r"teacher.head"):

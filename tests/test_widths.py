@@ -392,4 +392,4 @@ def test_what_cannot_have_a_width_for_each_layer_is_refused_before_any_work(chan
 
 def test_the_parameters_refuse_a_container_with_widths(tmp_path):
     with pytest.raises(ValueError, match="a native container has one width for all layers"):
-        make_stage("decompose", tmp_path, BUDGET, "decompose.container=auto")
+        make_stage("decompose", tmp_path, BUDGET, "decompose.container=mixtral")

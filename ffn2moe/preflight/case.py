@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,9 @@ from torch import nn
 
 from ffn2moe.choices import HEADS
 from ffn2moe.containers.container import Container
-from ffn2moe.containers.fit import choose, require_fit
+from ffn2moe.containers.fit import require_fit
 from ffn2moe.containers.table import CONTAINERS
+from ffn2moe.containers.usual import Wanted, usual_container, usual_experts
 from ffn2moe.decompose.partition import PARTITIONS, settled
 from ffn2moe.decompose.source import NotStreamable, Source, only_stack, skeleton
 from ffn2moe.decompose.widths import chosen_by_need, neurons_are_chosen
@@ -28,7 +30,6 @@ from ffn2moe.numerics import choose_device
 from ffn2moe.preflight.dense import Dense
 from ffn2moe.preflight.request import Request
 from ffn2moe.preflight.texts import Sample, missing_packages, sample
-from ffn2moe.preflight.usual_experts import with_usual_experts
 from ffn2moe.progress import Say, silent
 from ffn2moe.runtime.engines import installed_engines
 from ffn2moe.runtime.plans import PLANS, UNMEASURED_PLANS, graph_of, obstacle, plan_of, plans_of
@@ -59,8 +60,12 @@ class Case:
     @cached_property
     def request(self) -> Request:
         """What is asked for, with numbers of experts and shared neurons that fit the model."""
-        named = isinstance(self._asked.num_experts, int) and isinstance(self._asked.shared_width, int)
-        return self._asked if named else with_usual_experts(self._asked, self.dense, self.model)
+        asked = self._asked
+        if isinstance(asked.num_experts, int) and isinstance(asked.shared_width, int):
+            return asked
+        kept = reduction(self.model, asked.keep_layers, asked.ffn_width)
+        E, S = usual_experts(_wanted(asked), self.model, self.dense.head, kept.ffn_width if kept else None)
+        return replace(asked, num_experts=E, shared_width=S)
 
     @cached_property
     def dense(self) -> Dense:
@@ -118,7 +123,7 @@ class Case:
 
     @cached_property
     def _container(self) -> tuple[Container | None, str]:
-        asked, dense, needed = self.request, self.dense, self.request.needs_container
+        asked, dense = self.request, self.dense
         if asked.num_experts == 1:
             if asked.container not in ("auto", "none"):
                 raise ValueError(
@@ -133,27 +138,14 @@ class Case:
                 f"{asked.container} has one width for all layers: set {asked.call('container', 'none')}, or "
                 f"{asked.call('width_per_layer', 'same')}"
             )
-        if asked.width_per_layer == "budget" and not needed:
-            return None, "none: a native container has one width for all layers"
-        if asked.container == "none" or (asked.container == "auto" and dense.head != "causal" and not needed):
+        if asked.container == "none":
             return None, "none"
-        if asked.container != "auto":
-            found = CONTAINERS[asked.container]
-            require_fit(found, dense.config, shared_width=self.shared_width)
-            self._require_gate_of(found)
-            return found, found.name
-        try:
-            found, why = choose(dense.config, shared_width=self.shared_width)
-        except ValueError as error:
-            if not needed:
-                return None, f"none: {error}"
-            none = asked.call("container", "none")
-            raise ValueError(f"{asked.call('container', 'auto')}, but {error}; set {none}") from None
-        if asked.gate not in ("auto", found.gate):
-            if needed:
-                self._require_gate_of(found)
-            return None, f"none, because {found.name} weighs experts by {found.gate}, not by {asked.gate}"
-        return found, why
+        if asked.container == "auto":
+            return usual_container(_wanted(asked), dense.config, dense.head, self.shared_width)
+        found = CONTAINERS[asked.container]
+        require_fit(found, dense.config, shared_width=self.shared_width)
+        self._require_gate_of(found)
+        return found, found.name
 
     def _require_gate_of(self, container: Container) -> None:
         asked = self.request
@@ -411,3 +403,17 @@ class Case:
             return chosen_by_need(asked.width_per_layer, spec)
         except ValueError as error:
             raise ValueError(f"{asked.call('width_per_layer', asked.width_per_layer)}: {error}") from None
+
+
+def _wanted(asked: Request) -> Wanted:
+    return Wanted(
+        num_experts=asked.num_experts,
+        num_active=asked.num_active,
+        shared_width=asked.shared_width,
+        partition=asked.partition,
+        expert_width=asked.expert_width,
+        container=asked.container,
+        gate=asked.gate,
+        width_per_layer=asked.width_per_layer,
+        several_budgets=asked.several_budgets,
+    )

@@ -15,6 +15,12 @@ def gguf(case: Case) -> Iterator[str]:
 
     asked, dense, spec, container = case.request, case.dense, case.spec, case.container
     if dense.head != "causal" or (container is None and not spec.is_dense):
+        if asked.gguf:
+            why = case.container_reason if dense.head == "causal" else f"{asked.source} is no language model"
+            raise ValueError(
+                f"{asked.call('gguf', list(asked.gguf))}, but llama.cpp reads language models, and experts of a native "
+                f"container alone ({why}): set {asked.call('gguf', [])}"
+            )
         return
     try:
         found, _, _ = carried(container.name if container else dense.config.model_type, dense.config, dense.reader)

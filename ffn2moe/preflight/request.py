@@ -38,11 +38,11 @@ class Request:
     shared_width: int | str = 0  # auto: what fits the model
     width_per_layer: Widths = "auto"
     container: str = "auto"  # auto, none, or a name in CONTAINERS
-    needs_container: bool = False  # whether `auto` is refused where no container fits
     gguf: tuple[str, ...] = ()  # types of the GGUF files that are written
     gate: str = "auto"
     active_per_layer: tuple[int, ...] = ()
     elastic: tuple[int, ...] = ()
+    several_budgets: bool = False  # whether K differs from layer to layer, or from use to use
     calibration_tokens: int | None = None  # None: what is usual
     calibration_batch: int = 16  # texts
     router_tokens: int = 0  # whose activations in every layer the routers are fitted to, all at once
