@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from ffn2moe.spec import MoESpec
 
 
+MOST_TOKENS = 2**15  # of the held-out texts that judge a language model: more cost minutes and tell no more
+
+
 @dataclass(frozen=True)
 class Judged:
     """One model on every text: sums over the positions of each text, [N], and its choice at each position, [T].
@@ -45,6 +48,7 @@ def judge(stage: StageRun, models: Mapping[str, Any], tokenizer: Any, spec: MoES
     tokens = read_tokens(path, spec.head, tokenizer, spec.max_length, packed=False)
     if spec.head == "causal":
         tokens = Tokens(tokens.head, [ids for ids in tokens.ids if len(ids) > 1], None, tokens.pad_id)
+        tokens = tokens.beginning(MOST_TOKENS)
     judged = compare(stage, models, tokens)
     scores = {}
     for name, model in judged.items():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ffn2moe.choices import HEADS
@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from ffn2moe.spec import MoESpec
 
 
+MOST_TOKENS = 2**14  # of the held-out texts that judge the plans of a language model, more than ten of them
+
+
 class PlanQuality:
     """Judge each plan: by what stage 5 found, or by measuring it where it computes something else."""
 
@@ -34,11 +37,15 @@ class PlanQuality:
         path = root / "data/corpus/evaluation.jsonl"
         self.tokens = read_tokens(path, spec.head, tokenizer, spec.max_length, packed=False, prompt=spec.prompt)
         self.ids = self.tokens.ids
+        if spec.head == "causal":
+            self.ids = self.tokens.beginning(MOST_TOKENS).ids
         evaluated = json.loads((root / "metrics/evaluate.json").read_text(encoding="utf-8"))
         self.known = {
             "teacher": at(evaluated["teacher"], self.headline.path, 1.0),
             "student": at(evaluated["student"], self.headline.path),
         }
+        if len(self.ids) < len(self.tokens.ids):  # then every plan is judged on the same part, and so is the teacher
+            self.known = {"teacher": perplexity_of(teacher, self.ids)}
         self.pairs = corpus.read_jsonl(root / "data/benchmarks/retrieval.jsonl") if spec.head == "embedding" else []
         compared = spec.head == "seq2seq" or HEADS[spec.head].classifies
         self.expected = self.over_batches(lambda batch: teacher(**batch.inputs).logits) if compared else None
@@ -54,12 +61,13 @@ class PlanQuality:
 
         params = self.stage.params
         is_another = entry["precision"] != "float32" or "num_active" in entry or "dense_layers" in entry
-        if is_another or entry["parity_max_abs"] > params.export.float_tolerance:
+        same = "teacher" if is_dense(plan) else "student"
+        if is_another or entry["parity_max_abs"] > params.export.float_tolerance or same not in self.known:
             files = runtime_files.checked_files(folder, entry)
             graphs = open_graphs(files, plan, threads=params.compute.threads)
             figure = MEASURES[self.spec.head](self, opened(folder, plan, manifest, graphs))
         else:
-            figure = self.known["teacher" if is_dense(plan) else "student"]
+            figure = self.known[same]
         kept = self.headline.retention(figure, self.known["teacher"])
         return {self.headline.key: round(figure, 6), "retention": round(kept, 6)}
 
@@ -90,11 +98,30 @@ def retrieval(quality: PlanQuality, export: Any) -> float:
 
 def perplexity(quality: PlanQuality, export: Any) -> float:
     """Return the perplexity of the held-out texts."""
+    return _perplexity([export.score(ids) for ids in quality.ids if len(ids) > 1])
+
+
+def perplexity_of(model: Any, texts: Sequence[Sequence[int]]) -> float:
+    """Return the perplexity of a model of transformers on texts."""
     import torch
 
     from ffn2moe import metrics
 
-    scores = [export.score(ids) for ids in quality.ids if len(ids) > 1]
+    scores = []
+    with torch.no_grad():
+        for ids in texts:
+            if len(ids) > 1:
+                ids_1L = torch.tensor([list(ids)], device=model.device)
+                logits_LV = model(input_ids=ids_1L, use_cache=False).logits[0, :-1].float()
+                scores.append((metrics.nats(logits_LV, ids_1L[0, 1:]).sum().item(), len(ids) - 1))
+    return _perplexity(scores)
+
+
+def _perplexity(scores: Sequence[tuple[float, int]]) -> float:
+    import torch
+
+    from ffn2moe import metrics
+
     nats_N, tokens_N = (torch.tensor(column, dtype=torch.float64) for column in zip(*scores, strict=True))
     return metrics.perplexity(nats_N, tokens_N)
 

@@ -33,6 +33,15 @@ class Tokens:
         decoder_ids, type_ids = (None if one is None else one[start:stop] for one in (self.decoder_ids, self.type_ids))
         return Tokens(self.head, self.ids[start:stop], decoder_ids, self.pad_id, type_ids, self.pairs)
 
+    def beginning(self, max_tokens: int) -> Tokens:
+        """Return the first texts that hold at most `max_tokens` tokens together; one at least."""
+        total = 0
+        for count, ids in enumerate(self.ids):
+            total += len(ids)
+            if total > max_tokens:
+                return self.part(0, max(1, count))
+        return self
+
     def first_by_length(self, max_tokens: int) -> Tokens:
         """Return the first texts that hold `max_tokens` tokens together, the shortest text first."""
         from ffn2moe.data.batches import first_by_length

@@ -32,6 +32,7 @@ from tasks import (
     train_router,
 )
 from tasks.measures import HEADLINES, at
+from tasks.plan_quality import PlanQuality, perplexity_of
 from tasks.registry import Registry
 from tasks.tokens import read_tokens
 from tests.conftest import make_tiny_classifier, make_tiny_llama, make_tiny_t5
@@ -111,6 +112,27 @@ def test_the_figures_are_those_of_plain_transformers(done):
     assert found["retention"]["language"]["perplexity"] == pytest.approx(kept, rel=1e-4)
     interval = found["retention_interval"]["language"]["perplexity"]
     assert interval["low"] <= found["retention"]["language"]["perplexity"] <= interval["high"]
+
+
+def test_plans_and_teacher_are_judged_on_the_same_part_of_many_texts(done, monkeypatch):
+    manifest = read(done / "models/exported/manifest.json")
+    spec = checkpoint.load_spec(done / "models/distilled")
+    teacher, tokenizer = load_dense(str(done / "data/teacher"))
+
+    def quality():
+        return PlanQuality(make_stage("export", done, *SMALL, *GENERATED), spec, teacher, tokenizer)
+
+    whole = quality()
+    kept, folder = manifest["plans"]["fused"]["retention"], done / "models/exported"
+    assert whole.of("fused", manifest["plans"]["fused"], manifest, folder)["retention"] == pytest.approx(kept, abs=1e-5)
+    monkeypatch.setattr("tasks.plan_quality.MOST_TOKENS", 70)
+    part = quality()
+    assert 4 * 16 <= sum(map(len, part.ids)) <= 70 < sum(map(len, whole.ids))
+    for plan, same in (("dense", teacher), ("fused", ffn2moe.load(done / "models/distilled"))):
+        found = part.of(plan, manifest["plans"][plan], manifest, folder)
+        own, teachers = (perplexity_of(one, part.ids) for one in (same, teacher))
+        assert found["perplexity"] == pytest.approx(own, rel=1e-3)
+        assert found["retention"] == pytest.approx(teachers / own, rel=1e-3)
 
 
 def test_distillation_brings_the_student_nearer_to_its_teacher(done):

@@ -30,7 +30,8 @@ DOCSTRING_SECONDS = 60  # of one core, to parse the sources of the packages
 TOKENISE_SECONDS = 1e-6  # of one core, a character
 IMAGE_SECONDS = 0.05  # an image, read and resized
 GRAPH_SECONDS, GRAPH_BYTES = 1.5, 2**26  # a plan: traced, lowered, written and compared; bytes a second on top
-JUDGED_TOKENS = 2**13  # at most, of a language model that `convert` judges
+# At most, of a language model: that `convert` judges, that the pipeline judges, and its plans.
+JUDGED_TOKENS, PIPELINE_TOKENS, PLAN_TOKENS = 2**13, 2**15, 2**14
 ONE_TOKEN = 8  # tokens that take as long as one alone: both wait for the weights
 ROUTER_TOKENS = 200 * 1024  # that a layer's router is fitted on
 FINALISTS = 3  # plans that are raced to the end
@@ -69,7 +70,9 @@ def estimated(case: Case) -> dict[str, float]:
 
 def _judged_tokens(case: Case) -> int:
     most = case.request.judged_texts * case.max_length
-    return min(most, JUDGED_TOKENS) if case.dense.head == "causal" and not case.request.rounds else most
+    if case.dense.head != "causal":
+        return most
+    return min(most, PIPELINE_TOKENS if case.request.rounds else JUDGED_TOKENS)
 
 
 def _judging_plans(case: Case, exact: float) -> float:
@@ -80,7 +83,8 @@ def _judging_plans(case: Case, exact: float) -> float:
     if not case.request.rounds:
         return 0
     rounding = [name for name in _made(case) if precision_of(name, "float32") != "float32"]
-    return len(rounding) * 2 * _judged_tokens(case) * case.multiplied / exact
+    tokens = min(_judged_tokens(case), PLAN_TOKENS) if case.dense.head == "causal" else _judged_tokens(case)
+    return len(rounding) * 2 * tokens * case.multiplied / exact
 
 
 def _made(case: Case) -> list[str]:
