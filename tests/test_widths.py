@@ -47,6 +47,7 @@ from tests.texts import make_stage, make_texts, write_corpus
 CLUSTERS = (
     "decompose.num_experts=4",
     "decompose.num_active=1",
+    "decompose.container=none",
     "distill.layerwise_steps=2",
     "export.engines=[onnxruntime, openvino]",
 )
