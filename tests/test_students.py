@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import rounding, students
+from benchmarks import rounding, students, wiki_corpus
 from ffn2moe import cli
 from ffn2moe.convert import Settings, convert
 from ffn2moe.judge import Subject
@@ -100,3 +100,20 @@ def test_numbers_that_a_type_holds_cost_nothing(made, tmp_path, capsys):
     assert all(one["values alone"] == one["the FFNs"] == one["none"] for one in found.values())
     assert rounding.main([*map(str, given), "--type", "Q9"]) == 2
     assert "there is no type Q9 in GGUF" in capsys.readouterr().err
+
+
+def test_no_line_of_the_judge_is_learned(tmp_path, capsys):
+    articles = [f" = Title {index} = \n\n {' '.join(make_texts(30, seed=index))} \n" for index in range(30)]
+    (tmp_path / "wikitext2").mkdir()
+    (tmp_path / "wikitext2/valid.txt").write_text("\n".join(articles))
+    assert wiki_corpus.main([*map(str, (tmp_path, tmp_path / "corpus.jsonl", tmp_path / "judge.txt"))]) == 2
+    assert "general.jsonl" in capsys.readouterr().err
+    (tmp_path / "general_text").mkdir()
+    others = make_texts(2000, seed=99)
+    write(tmp_path / "general_text", "general.jsonl", [{"text": text} for text in others])
+    assert wiki_corpus.main([*map(str, (tmp_path, tmp_path / "corpus.jsonl", tmp_path / "judge.txt"))]) == 0
+    learned = [json.loads(line)["text"] for line in (tmp_path / "corpus.jsonl").read_text().splitlines()]
+    judged = [line for line in (tmp_path / "judge.txt").read_text().splitlines() if len(line) > 20]
+    assert judged and not any(line.strip() in text for line in judged for text in learned)
+    wiki = sum(len(text) for text in learned if text not in others)
+    assert 0.45 < wiki / sum(map(len, learned)) < 0.55
