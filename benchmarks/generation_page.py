@@ -114,8 +114,8 @@ def figure(result: Mapping[str, Any]) -> Any:
     axes = drawn.add_subplot()
     labelled = set()
     shown = [row for row in rows if (row.threads, row.prompt) == (threads, prompt)]
-    widest = max(row.tokens_per_second for row in shown)
-    for row in shown:
+    widest, beside = max(row.tokens_per_second for row in shown), 0
+    for row in sorted(shown, key=lambda row: row.tokens_per_second):
         one = files[row.name]
         label = f"{one['role']}, {one['engine']}"
         axes.scatter(
@@ -132,10 +132,11 @@ def figure(result: Mapping[str, Any]) -> Any:
             and abs(math.log(files[other.name]["perplexity"] / one["perplexity"])) < 0.05
             for other in shown
         )
+        beside += crowded  # names to the left stand below and above their points in turns
         axes.annotate(
             row.name,
             (row.tokens_per_second, one["perplexity"]),
-            (-6, -10) if crowded else (5, 4),
+            ((-6, -10) if beside % 2 else (-6, 6)) if crowded else (5, 4),
             textcoords="offset points",
             ha="right" if crowded else "left",
             fontsize=7,
