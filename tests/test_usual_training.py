@@ -22,6 +22,7 @@ from ffn2moe.distill.usual import (
 from ffn2moe.preflight import case, duration, mixture
 from ffn2moe.preflight.case import GENERATED_TEXTS, WRITING_SHARE, Case
 from ffn2moe.preflight.duration import estimated
+from ffn2moe.preflight.mixture import experts
 from ffn2moe.preflight.room import room_of
 from ffn2moe.runtime.workload import USUAL_SHAPES
 from ffn2moe.spec import MoESpec
@@ -128,6 +129,9 @@ def test_a_gated_language_model_keeps_a_half_where_no_number_is_named(llama: Pat
     assert found(num_experts=8)[:2] == (8, 0) and found(shared_width=8)[:2] == (4, 8)
     for other in ({"num_active": 2}, {"partition": "coactivation"}, {"expert_width": 0.5}):
         assert found(**other)[:2] == (4, 0), other
+    for container, recommended in (("auto", True), ("none", False)):  # with widths by need experts are ahead
+        told = " ".join(experts(case_of(llama, num_experts="auto", container=container)))
+        assert ("--experts 1 --ffn-width 0." in told and "--width-per-layer budget" in told) == recommended
     encoder = Case(request_of(str(tiny_teacher), None, Settings())).spec
     assert (encoder.num_experts, encoder.shared_width) == (4, 0)
 
