@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from ffn2moe.dense.ffn import DenseFFN
     from ffn2moe.dense.reduction import Reduction
     from ffn2moe.spec import MoESpec
-    from tasks.params import Params
 
 # Texts on which the mixture with all experts is compared with the dense model, and of one with a vocabulary of logits.
 CHECKED_TEXTS, CHECKED_LONG_OUTPUTS = 32, 4
@@ -188,7 +187,7 @@ def describe(stage: StageRun, model: Any, tokenizer: Any, kept: Reduction | None
     where the container cannot hold the model.
     """
     from ffn2moe.containers.fit import require_fit
-    from ffn2moe.containers.usual import usual_experts
+    from ffn2moe.containers.usual import Wanted, usual_experts
     from ffn2moe.decompose.partition import PARTITIONS, settled
     from ffn2moe.decompose.widths import chosen_by_need
     from ffn2moe.dense.config import head_of
@@ -196,7 +195,8 @@ def describe(stage: StageRun, model: Any, tokenizer: Any, kept: Reduction | None
 
     params, settings = stage.params, stage.params.decompose
     head = head_of(model.config, stage.root / "data/teacher") if params.teacher.head == "auto" else params.teacher.head
-    wanted = wanted_of(params)
+    several = settings.active_per_layer != "same" or bool(params.distill.elastic)
+    wanted = Wanted.of(settings, several_budgets=several)
     E, S = usual_experts(wanted, model, head, kept.ffn_width if kept else None)
     container = container_of(stage, wanted, model, head, E, S)
     gate = settings.gate if settings.gate != "auto" else container.gate if container else "unit"
@@ -229,24 +229,6 @@ def describe(stage: StageRun, model: Any, tokenizer: Any, kept: Reduction | None
                 f"them up to {shape.expert_width} each, which changes no result"
             )
     return spec
-
-
-def wanted_of(params: Params) -> Wanted:
-    """Return what the parameters say of the experts."""
-    from ffn2moe.containers.usual import Wanted
-
-    settings = params.decompose
-    return Wanted(
-        num_experts=settings.num_experts,
-        num_active=settings.num_active,
-        shared_width=settings.shared_width,
-        partition=settings.partition,
-        expert_width=settings.expert_width,
-        container=settings.container,
-        gate=settings.gate,
-        width_per_layer=settings.width_per_layer,
-        several_budgets=settings.active_per_layer != "same" or bool(params.distill.elastic),
-    )
 
 
 def container_of(stage: StageRun, wanted: Wanted, model: Any, head: str, E: int, S: int) -> Container | None:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from ffn2moe.spec import MoESpec
 
 
-MOST_TOKENS = 2**15  # of the held-out texts that judge a language model: more cost minutes and tell no more
+MOST_TOKENS = 2**15  # of the held-out texts that judge a language model: all of them would take most of a run
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from ffn2moe.choices import HEADS
@@ -23,13 +23,16 @@ if TYPE_CHECKING:
     from ffn2moe.spec import MoESpec
 
 
-MOST_TOKENS = 2**14  # of the held-out texts that judge the plans of a language model, more than ten of them
+MOST_TOKENS = 2**14  # of the held-out texts that judge a plan of a language model, which has more than ten plans
 
 
 class PlanQuality:
     """Judge each plan: by what stage 5 found, or by measuring it where it computes something else."""
 
     def __init__(self, stage: StageRun, spec: MoESpec, teacher: Any, tokenizer: Any) -> None:
+        from ffn2moe import metrics
+        from ffn2moe.judges.reading import read
+
         root = stage.root
         self.stage = stage
         self.spec = spec
@@ -45,7 +48,8 @@ class PlanQuality:
             "student": at(evaluated["student"], self.headline.path),
         }
         if len(self.ids) < len(self.tokens.ids):  # then every plan is judged on the same part, and so is the teacher
-            self.known = {"teacher": perplexity_of(teacher, self.ids)}
+            judged = read({"teacher": teacher}, [ids for ids in self.ids if len(ids) > 1])["teacher"]
+            self.known = {"teacher": metrics.perplexity(judged.nats_N, judged.positions_N)}
         self.pairs = corpus.read_jsonl(root / "data/benchmarks/retrieval.jsonl") if spec.head == "embedding" else []
         compared = spec.head == "seq2seq" or HEADS[spec.head].classifies
         self.expected = self.over_batches(lambda batch: teacher(**batch.inputs).logits) if compared else None
@@ -98,30 +102,11 @@ def retrieval(quality: PlanQuality, export: Any) -> float:
 
 def perplexity(quality: PlanQuality, export: Any) -> float:
     """Return the perplexity of the held-out texts."""
-    return _perplexity([export.score(ids) for ids in quality.ids if len(ids) > 1])
-
-
-def perplexity_of(model: Any, texts: Sequence[Sequence[int]]) -> float:
-    """Return the perplexity of a model of transformers on texts."""
     import torch
 
     from ffn2moe import metrics
 
-    scores = []
-    with torch.no_grad():
-        for ids in texts:
-            if len(ids) > 1:
-                ids_1L = torch.tensor([list(ids)], device=model.device)
-                logits_LV = model(input_ids=ids_1L, use_cache=False).logits[0, :-1].float()
-                scores.append((metrics.nats(logits_LV, ids_1L[0, 1:]).sum().item(), len(ids) - 1))
-    return _perplexity(scores)
-
-
-def _perplexity(scores: Sequence[tuple[float, int]]) -> float:
-    import torch
-
-    from ffn2moe import metrics
-
+    scores = [export.score(ids) for ids in quality.ids if len(ids) > 1]
     nats_N, tokens_N = (torch.tensor(column, dtype=torch.float64) for column in zip(*scores, strict=True))
     return metrics.perplexity(nats_N, tokens_N)
 

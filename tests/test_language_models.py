@@ -18,6 +18,7 @@ from ffn2moe.containers.table import CONTAINERS, by_preference
 from ffn2moe.dense.load import load_dense
 from ffn2moe.moe import checkpoint
 from ffn2moe.moe.layer import moe_layers
+from ffn2moe.preflight import duration
 from ffn2moe.runtime.plans import plans_of
 from tasks import (
     benchmark,
@@ -26,13 +27,15 @@ from tasks import (
     distill,
     evaluate,
     export,
+    judge_logits,
+    plan_quality,
     prepare,
     register,
     report,
     train_router,
 )
 from tasks.measures import HEADLINES, at
-from tasks.plan_quality import PlanQuality, perplexity_of
+from tasks.plan_quality import PlanQuality
 from tasks.registry import Registry
 from tasks.tokens import read_tokens
 from tests.conftest import make_tiny_classifier, make_tiny_llama, make_tiny_t5
@@ -112,6 +115,20 @@ def test_the_figures_are_those_of_plain_transformers(done):
     assert found["retention"]["language"]["perplexity"] == pytest.approx(kept, rel=1e-4)
     interval = found["retention_interval"]["language"]["perplexity"]
     assert interval["low"] <= found["retention"]["language"]["perplexity"] <= interval["high"]
+
+
+def perplexity_of(model, texts: list[list[int]]) -> float:
+    nats = tokens = 0.0
+    for ids in texts:
+        with torch.no_grad():
+            logits = model(torch.tensor([ids])).logits[0, :-1]
+        nats += torch.nn.functional.cross_entropy(logits, torch.tensor(ids[1:]), reduction="sum").item()
+        tokens += len(ids) - 1
+    return torch.tensor(nats / tokens).exp().item()
+
+
+def test_the_estimate_counts_the_tokens_that_the_stages_judge():
+    assert (duration.PIPELINE_TOKENS, duration.PLAN_TOKENS) == (judge_logits.MOST_TOKENS, plan_quality.MOST_TOKENS)
 
 
 def test_plans_and_teacher_are_judged_on_the_same_part_of_many_texts(done, monkeypatch):

@@ -8,7 +8,7 @@ quarter (docs/results/smollm2.md).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from ffn2moe.containers.container import Container
@@ -17,7 +17,7 @@ from ffn2moe.containers.table import CONTAINERS
 
 AUTO = "auto"
 USUAL_EXPERTS = 4
-USUAL_WRITER_EXPERTS = 3  # of a gated language model, beside a shared one that is as wide
+LANGUAGE_MODEL_EXPERTS = 3  # of a gated language model, beside a shared one that is as wide
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,13 @@ class Wanted:
     container: str
     gate: str
     width_per_layer: str
-    several_budgets: bool = False  # whether K differs from layer to layer, or from use to use
+    several_budgets: bool  # whether K differs from layer to layer, or from use to use
+
+    @classmethod
+    def of(cls, settings: Any, *, several_budgets: bool) -> Wanted:
+        """Return what settings with these names say."""
+        named = {one.name: getattr(settings, one.name) for one in fields(cls) if one.name != "several_budgets"}
+        return cls(**named, several_budgets=several_budgets)
 
     @property
     def open(self) -> bool:
@@ -55,9 +61,9 @@ def usual_experts(wanted: Wanted, model: Any, head: str, ffn_width: int | None =
     E, S = wanted.num_experts, wanted.shared_width
     if wanted.open and head == "causal":
         ffn = read_ffn(model, 0)
-        quarter = (ffn_width or ffn.ffn_width) // (1 + USUAL_WRITER_EXPERTS)
+        quarter = (ffn_width or ffn.ffn_width) // (1 + LANGUAGE_MODEL_EXPERTS)
         if ffn.gated and quarter and _costs_no_container(wanted.container, model.config, quarter):
-            return USUAL_WRITER_EXPERTS, quarter
+            return LANGUAGE_MODEL_EXPERTS, quarter
     return USUAL_EXPERTS if isinstance(E, str) else E, 0 if isinstance(S, str) else S
 
 

@@ -406,14 +406,4 @@ class Case:
 
 
 def _wanted(asked: Request) -> Wanted:
-    return Wanted(
-        num_experts=asked.num_experts,
-        num_active=asked.num_active,
-        shared_width=asked.shared_width,
-        partition=asked.partition,
-        expert_width=asked.expert_width,
-        container=asked.container,
-        gate=asked.gate,
-        width_per_layer=asked.width_per_layer,
-        several_budgets=asked.several_budgets,
-    )
+    return Wanted.of(asked, several_budgets=asked.several_budgets)

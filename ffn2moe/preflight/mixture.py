@@ -61,11 +61,11 @@ def experts(case: Case) -> Iterator[str]:
         )
     if case.widths_by_need:
         yield "that is the width on average: each layer gets what it is worth to the model"
-    elif spec.head == "causal" and PARTITIONS[spec.partition].refilled:
+    elif spec.head == "causal" and PARTITIONS[spec.partition].refilled and case.reduction is None:
         asked, share = case.request, round(spec.active_share, 2)
         pruned = (asked.call("num_experts", 1), asked.call("ffn_width", share), asked.call("width_per_layer", "budget"))
         yield (
-            "without experts a student with a width for each layer loses about as little, and is simpler to serve in "
+            "a student without experts, with a width for each layer, keeps about as much and is simpler to serve in "
             f"llama.cpp (docs/results/students.md): {' '.join(pruned)}"
         )
     yield f"{100 * spec.active_share:.0f} % of the FFNs is active for a token"
