@@ -20,7 +20,8 @@ SEEDS ?= 0,1,2
 TESTS ?= tests
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-PIP := $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check --no-input
+# Without --no-compile pip compiles every module of every package; Python compiles those that a run imports.
+PIP := $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check --no-input --no-compile
 MLFLOW_DB := mlflow.db
 # Versions that the lock is resolved for. The first one found creates the environment.
 PYTHONS := 3.11 3.12 3.13
@@ -62,8 +63,8 @@ help:
 
 setup: $(STAMP)
 
-# The lock is complete, so pip resolves nothing (--no-deps). torch comes first and with its dependencies, because they
-# differ by platform; pip takes a CPU build where one is available.
+# The lock is complete, so pip resolves nothing (--no-deps), and two of them can each install a half. torch comes first
+# and with its dependencies, because they differ by platform; pip takes a CPU build where one is available.
 $(STAMP): constraints.txt pyproject.toml
 	@set -e; \
 	python="$(PYTHON)"; \
@@ -85,7 +86,8 @@ $(STAMP): constraints.txt pyproject.toml
 	@echo "setup 2/4: install torch (the largest part)"
 	@$(PIP) "$$(grep '^torch==' constraints.txt)"
 	@echo "setup 3/4: install $$(grep -c == constraints.txt) packages from constraints.txt (a few minutes)"
-	@$(PIP) --no-deps -r constraints.txt
+	@awk '/==/ { print > ("$(VENV)/lock-" NR % 2 ".txt") }' constraints.txt
+	@printf '%s\n' $(VENV)/lock-0.txt $(VENV)/lock-1.txt | xargs -P 2 -I HALF $(PIP) --no-deps -r HALF
 	@echo "setup 4/4: install ffn2moe and compile its operator for OpenVINO"
 	@$(PIP) --no-deps -e .
 	@$(BIN)/python -m ffn2moe.runtime.native || echo 'setup: continuing without the operator: the plans ov-native* are not available'

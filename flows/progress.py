@@ -25,19 +25,7 @@ from ffn2moe.progress import Heartbeat
 from flows.study import Cell, Study
 from tasks.stage import clock
 
-# Seconds of each stage on two cores, for the first run. Later runs use the durations of this machine.
-FIRST_GUESS = {
-    "inputs": 2,
-    "prepare": 35,
-    "decompose": 45,
-    "train_router": 75,
-    "distill": 560,
-    "evaluate": 55,
-    "export": 60,
-    "benchmark": 60,
-    "report": 5,
-    "register": 8,
-}
+UNKNOWN = 10.0  # seconds of a stage that nothing is known of
 _TIME_LEFT = re.compile(r"(?:(\d+):)?(\d+):(\d\d) left$")
 _STEP = re.compile(r"\d+/\d+ \(\d+ %\)")
 
@@ -54,13 +42,17 @@ class _Left(ProgressColumn):
 
 
 class Board:
-    """Show progress over the stages: a bar on a terminal, else lines, at least one every 30 seconds."""
+    """Show progress over the stages: a bar on a terminal, else lines, at least one every 30 seconds.
+
+    memory: a file of stage -> seconds. The check of other settings writes its estimates there (`tasks.check`); what a
+    stage took replaces them.
+    """
 
     def __init__(self, stages: list[str], memory: Path, console: Console) -> None:
         self._stages = stages
         self._memory = memory
         self._console = console
-        self._seconds = {stage: float(FIRST_GUESS.get(stage, 10)) for stage in stages} | _remembered(memory)
+        self._seconds = dict.fromkeys(stages, UNKNOWN) | _remembered(memory)
         self._stage = stages[0]
         self._started = 0.0
         self._running = False

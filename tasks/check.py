@@ -10,12 +10,16 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ffn2moe.preflight.request import Request
 from ffn2moe.progress import Say
 from tasks.corpus import FEWEST_TRAIN_TEXTS, INSTALLED, texts_to_write
 from tasks.language_sets import about_tokens, of_folder
 from tasks.params import Params, load_params, validate
+
+if TYPE_CHECKING:
+    from ffn2moe.preflight.case import Case
 
 KEYS = {  # the settings of a `Request` -> their keys
     "source": "teacher.source",
@@ -51,11 +55,21 @@ KEYS = {  # the settings of a `Request` -> their keys
     "more_plans": "export.more_plans",
     "device": "compute.device",
 }
+STAGES = {  # stages -> the steps of the estimate that are their work
+    "prepare": "texts",
+    "decompose": "decomposing",
+    "train_router": "routing",
+    "distill": "distilling",
+    "evaluate": "judging",
+    "export": "graphs",
+    "benchmark": "racing plans",
+}
+STARTING = 6.0  # seconds in which a stage imports its packages and reads its inputs
 CHECKPOINTS = 5  # teacher, decomposed, routed, distilled, exported
 STORED = 2  # in the workspace, and in the cache of DVC
 
 
-def check(params: Params, root: Path, say: Say) -> None:
+def check(params: Params, root: Path, say: Say) -> Case:
     """Say what a run with these parameters makes and takes; ValueError or FileNotFoundError if it cannot be done."""
     from ffn2moe.preflight.case import Case
     from ffn2moe.preflight.checks import preflight
@@ -65,6 +79,15 @@ def check(params: Params, root: Path, say: Say) -> None:
     preflight(case, say)
     if params.data.folder is not None and case.dense.head == "causal":
         of_folder(root / params.data.folder)
+    return case
+
+
+def stage_seconds(case: Case) -> dict[str, float]:
+    """Return the seconds that each stage may take."""
+    from ffn2moe.preflight.duration import estimated
+
+    steps = estimated(case)
+    return {stage: round(STARTING + steps[step], 1) for stage, step in STAGES.items()}
 
 
 def require_files(params: Params, root: Path) -> None:
@@ -127,7 +150,8 @@ def corpus_source(params: Params, root: Path) -> str:
 def main() -> int:
     """Check the run of params.yaml, or those of standard input; return the exit code.
 
-    Standard input has the parameters of one run, or a list of [name, parameters]: then one line says what was checked.
+    Standard input has the parameters of one run, whose stages' seconds go to .cache/durations.json, or a list of [name,
+    parameters]: then one line says what was checked.
     """
     from tasks.stage import USER_ERROR, explain, prepare_process
 
@@ -143,7 +167,10 @@ def main() -> int:
             return 0
         params = validate(given) if given is not None else load_params(root / "params.yaml")
         prepare_process(params)
-        check(params, root, print)
+        case = check(params, root, print)
+        durations = root / ".cache" / "durations.json"
+        durations.parent.mkdir(exist_ok=True)
+        durations.write_text(json.dumps(stage_seconds(case), indent=2) + "\n", encoding="utf-8")
         return 0
     except Exception as error:
         message = explain(error)

@@ -25,6 +25,7 @@ from ffn2moe.preflight.checks import findings
 from flows import workspace
 from flows.workspace import check_inputs, check_recipes
 from tasks import check
+from tasks.check import STARTING
 from tasks.params import load_params, read
 from tests.conftest import make_tiny_bert, make_tiny_llama, make_tiny_t5
 from tests.texts import PARAMS, make_texts, write_corpus
@@ -308,6 +309,9 @@ def test_a_start_of_the_pipeline_checks_once_what_did_not_change(bert, tmp_path,
     raw["teacher"]["max_length"] = 32
     assert check_inputs(tmp_path / "source", raw)
     assert "estimated" in capfd.readouterr().out
+    seconds = json.loads((tmp_path / "source/.cache/durations.json").read_text())
+    assert list(seconds) == ["prepare", "decompose", "train_router", "distill", "evaluate", "export", "benchmark"]
+    assert all(value >= STARTING for value in seconds.values()) and seconds["distill"] > STARTING
     assert check_inputs(tmp_path / "source", raw) and capfd.readouterr().out == ""
 
 

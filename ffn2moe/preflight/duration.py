@@ -13,6 +13,7 @@ from ffn2moe import progress
 from ffn2moe.data.corpus import INSTALLED
 from ffn2moe.decompose.gradients import FISHER_TOKENS
 from ffn2moe.decompose.width_costs import COST_TOKENS
+from ffn2moe.decompose.widths import experts_are_chosen
 from ffn2moe.dense.families import positions
 from ffn2moe.numerics import WIDEST_MOMENTS, bf16_supported
 from ffn2moe.planning.measure import RUNGS
@@ -36,6 +37,7 @@ ONE_TOKEN = 8  # tokens that take as long as one alone: both wait for the weight
 ROUTER_TOKENS = 200 * 1024  # that a layer's router is fitted on
 FINALISTS = 3  # plans that are raced to the end
 PASSES = 8  # over a layer's experts, on the calibration tokens
+ROUTING_PASSES = 16  # over a layer's FFN, on the tokens of the pipeline's routers, where each expert stays what it is
 
 
 def duration(case: Case) -> Iterator[str]:
@@ -56,10 +58,11 @@ def estimated(case: Case) -> dict[str, float]:
     judged = 2 * _judged_tokens(case) * both if train else 0
     if case.dense.head == "causal":  # by questions, each by teacher, training-free mixture and student
         judged += case.request.question_tokens * (both + case.multiplied_by_student)
+    decomposing, routing = _layers(case, exact, rounded)
     return {
         "texts": _texts(case, exact, rounded),
-        "decomposing": _decompose(case, exact, rounded),
-        "router inputs": 2 * case.request.router_tokens * case.multiplied / exact,
+        "decomposing": decomposing,
+        "routing": routing,
         "distilling": train,
         "judging": 2 * judged / (JUDGING * exact),
         "graphs": sum(GRAPH_SECONDS + size / GRAPH_BYTES for size in case.graph_bytes.values())
@@ -122,11 +125,25 @@ def _texts(case: Case, exact: float, rounded: float) -> float:
     return (parsing + TOKENISE_SECONDS * case.characters) / min(cores(), 8)
 
 
-def _decompose(case: Case, exact: float, rounded: float) -> float:
+def _layers(case: Case, exact: float, rounded: float) -> tuple[float, float]:
+    """Return the seconds in which all layers are decomposed, and those in which the pipeline fits routers afterwards.
+
+    The pipeline fills experts for clusters of tokens when it fits their routers.
+    """
+    tokens = case.request.router_tokens
+    if not tokens or case.spec.is_dense:
+        return _decompose(case, case.calibration_tokens, exact, rounded), 0
+    if experts_are_chosen(case.spec):
+        return 2 * case.calibration_tokens * case.multiplied / exact, _decompose(case, tokens, exact, rounded)
+    ffns = sum(one.num_layers * (3 if one.gated else 2) * one.width * one.ffn_width for one in case.spec.stacks)
+    routing = 2 * tokens * (case.multiplied + ROUTING_PASSES * ffns) / exact
+    return _decompose(case, case.calibration_tokens, exact, rounded), routing
+
+
+def _decompose(case: Case, tokens: int, exact: float, rounded: float) -> float:
     """Return the seconds in which all layers are decomposed and routed; none where the student's are the teacher's."""
     if case.spec.is_dense and not any(shape.teacher_ffn_width for shape in case.spec.stacks):
         return 0
-    tokens = case.calibration_tokens
     seconds = 2 * tokens * case.multiplied / exact
     for shape in case.spec.stacks:
         wide, D, F = shape.ffn_width > WIDEST_MOMENTS, shape.width, shape.ffn_width
