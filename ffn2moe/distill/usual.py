@@ -5,7 +5,7 @@ from __future__ import annotations
 from ffn2moe.metrics import flops_per_token
 from ffn2moe.spec import MoESpec
 
-USUAL_STEPS = 700  # about 6 minutes for a small encoder on two cores with AMX (docs/results/minilm.md)
+USUAL_STEPS = 700  # 6 to 8 minutes for a small encoder on two cores (docs/results/minilm.md)
 # A language model learns for about this many operations, half an hour on two cores with AVX-512 and bfloat16. They are
 # counted, not timed: the same model gets the same number of steps on every machine.
 LANGUAGE_MODEL_WORK = 4e14

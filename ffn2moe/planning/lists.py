@@ -22,8 +22,8 @@ from ffn2moe.runtime.export import OPENED
 from ffn2moe.runtime.files import read_manifest
 
 TEXTS, FEWEST = 96, 16  # of a list: so many, and fewer of a slow model, but enough for several batches
-ROUNDS = 12  # the most
-SECONDS = 10.0  # for one number of threads, about
+ROUNDS = 24  # the most
+SECONDS = 20.0  # for one number of threads, about
 NEAR = 0.7  # of the fastest plan's speed in the race of shapes: a plan further behind does not win on lists
 
 
