@@ -5,7 +5,8 @@ Everything is computed in float32 and nothing is timed, so that the same models 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -114,7 +115,8 @@ def diagnose(
 def agreement(stage: StageRun, student: Any, tokenizer: Any, spec: MoESpec, device: str) -> dict[str, Any] | None:
     """Return how far the experts of each layer agree with the sources of texts; None, with a line, for one source.
 
-    It uses the calibration texts: they come from every source of the training texts and are not trained on.
+    It uses the calibration texts: they come from every source of the training texts and are not trained on. The sources
+    take turns, so that each is among the first tokens.
     """
     from dataclasses import asdict
 
@@ -130,6 +132,10 @@ def agreement(stage: StageRun, student: Any, tokenizer: Any, spec: MoESpec, devi
         why = "the model has two stacks" if len(spec.stacks) > 1 else f"all texts are from {sources[0]}"
         stage.say(f"agreement of experts with the sources of texts is skipped: {why}")
         return None
+    order = in_turn(sources)
+    sources = [sources[text] for text in order]
+    type_ids = tokens.type_ids and [tokens.type_ids[text] for text in order]
+    tokens = replace(tokens, ids=[tokens.ids[text] for text in order], type_ids=type_ids)
     text_T = texts_of(tokens.in_order(batch_texts), DIAGNOSED_TOKENS)
     inputs = layer_inputs(student, tokens.in_order(batch_texts), max_tokens=DIAGNOSED_TOKENS, device=device)
     student.to("cpu")
@@ -139,6 +145,16 @@ def agreement(stage: StageRun, student: Any, tokenizer: Any, spec: MoESpec, devi
         rows.append({"layer": index, **asdict(diagnostics.agreement(choice, text_T, sources, moe.num_experts))})
     seen = [sources[text] for text in text_T.unique().tolist()]
     return {"layers": rows, "texts": {source: seen.count(source) for source in sorted(set(seen))}}
+
+
+def in_turn(sources: Sequence[str]) -> list[int]:
+    """Return the numbers of texts such that their sources take turns; texts of one source stay in order."""
+    seen: Counter[str] = Counter()
+    turns = []
+    for number, source in enumerate(sources):
+        turns.append((seen[source], number))
+        seen[source] += 1
+    return [number for _, number in sorted(turns)]
 
 
 def budgets(payload: dict[str, Any], spec: MoESpec) -> list[dict[str, Any]]:

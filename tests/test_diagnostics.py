@@ -140,3 +140,18 @@ def test_texts_of_one_source_leave_agreement_out_and_say_so(workspace, capsys, t
         "agreement of experts with the sources of texts is skipped: all texts are from texts" in capsys.readouterr().out
     )
     assert json.loads((tmp_path / "alone/metrics/evaluate.json").read_text())["agreement"] is None
+
+
+def test_sources_take_turns_so_that_each_is_among_the_first_tokens(workspace, tmp_path, monkeypatch):
+    """The calibration texts of SmolLM2 began with more than 8,192 tokens of one source, and the stage failed."""
+    import shutil
+
+    shutil.copytree(workspace, tmp_path / "sorted")
+    path = tmp_path / "sorted/data/corpus/calibration.jsonl"
+    rows = sorted(corpus.read_jsonl(path), key=lambda row: row["source"])
+    assert evaluate.in_turn([row["source"] for row in rows])[:2] == [0, [row["source"] for row in rows].index("texts")]
+    corpus.write_jsonl(path, iter(rows))
+    monkeypatch.setattr(evaluate, "DIAGNOSED_TOKENS", 100)
+    evaluate.run(make_stage("evaluate", tmp_path / "sorted", *SMALL))
+    found = json.loads((tmp_path / "sorted/metrics/evaluate.json").read_text())["agreement"]["texts"]
+    assert set(found) == {"notes", "texts"} and sum(found.values()) < len(rows)
