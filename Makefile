@@ -87,7 +87,7 @@ $(STAMP): constraints.txt pyproject.toml
 	@$(PIP) "$$(grep '^torch==' constraints.txt)"
 	@echo "setup 3/4: install $$(grep -c == constraints.txt) packages from constraints.txt (a few minutes)"
 	@awk '/==/ { print > ("$(VENV)/lock-" NR % 2 ".txt") }' constraints.txt
-	@printf '%s\n' $(VENV)/lock-0.txt $(VENV)/lock-1.txt | xargs -P 2 -I HALF $(PIP) --no-deps -r HALF
+	@printf '%s\n' "$(VENV)/lock-0.txt" "$(VENV)/lock-1.txt" | xargs -P 2 -I HALF $(PIP) --no-deps -r HALF
 	@echo "setup 4/4: install ffn2moe and compile its operator for OpenVINO"
 	@$(PIP) --no-deps -e .
 	@$(BIN)/python -m ffn2moe.runtime.native || echo 'setup: continuing without the operator: the plans ov-native* are not available'

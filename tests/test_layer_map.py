@@ -20,7 +20,7 @@ import torch
 
 from ffn2moe.decompose import layer_map
 from ffn2moe.decompose.jobs import decompose_job, judge_job, route_job
-from ffn2moe.decompose.layer_map import LayerJob, LayerResult, here, in_processes
+from ffn2moe.decompose.layer_map import AHEAD, LayerJob, LayerResult, here, in_processes
 from ffn2moe.decompose.route import RouterSettings
 from ffn2moe.dense.load import load_dense
 from ffn2moe.dense.locate import read_ffn
@@ -109,6 +109,16 @@ def cluster() -> Iterator[tuple[str, list[subprocess.Popen[bytes]]]]:
 def test_several_processes_come_to_what_one_does(jobs, in_one, tmp_path: Path):
     assert_equal(in_order(in_processes(jobs, 2, folder=tmp_path)), in_one)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_no_more_jobs_lie_in_files_than_each_process_does_and_the_next(jobs, in_one, tmp_path: Path):
+    """A language model's layers are gigabytes, and the folder for temporary files may be in memory."""
+    written, results = [], []
+    for result in in_processes(jobs, 1, folder=tmp_path):
+        results.append(result)
+        written.append(len(list(tmp_path.glob("*/layer-*.job"))))
+    assert_equal(in_order(results), in_one)
+    assert len(jobs) == 5 and written == [AHEAD, AHEAD, AHEAD, 1, 0]
 
 
 def test_a_job_that_fails_is_named_with_its_layer(jobs):

@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cache
+from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -31,6 +32,7 @@ from torch import Tensor
 import ffn2moe
 
 SECONDS_BETWEEN_LOOKS = 0.05
+AHEAD = 2  # jobs of a process that lie in files: the one it does, and the next
 FEWEST_NUMBERS = 2**24  # of the jobs together: with fewer, processes cost more (3 s each) than they save
 
 # Kind of a job -> the function that does it: LayerJob -> LayerResult.
@@ -226,15 +228,19 @@ def in_processes(jobs: Sequence[Job], workers: int, folder: str | Path | None = 
     """Do the jobs in so many processes at once; yield each result when it is done.
 
     Processes are spawned, not forked: threads do not survive a fork. Each reads its tensors from files in `folder`,
-    because shared memory is small in containers. They end with this process. ChildProcessError, with the layer, for an
-    error in one of them.
+    because shared memory is small in containers; no more than `AHEAD` of its jobs are there at once. They end with this
+    process. ChildProcessError, with the layer, for an error in one of them.
     """
     context = multiprocessing.get_context("spawn")
     deterministic = torch.are_deterministic_algorithms_enabled()
     with tempfile.TemporaryDirectory(dir=folder) as orders:
-        for job in jobs:
-            save_file(_plain(job.parts()), _order(orders, job.layer))
         shares = [list(jobs[start::workers]) for start in range(workers)]
+        unwritten: dict[int, Iterator[Job]] = {}
+        for share in shares:
+            rest = iter(share)
+            unwritten |= {job.layer: rest for job in share}
+            for job in islice(rest, AHEAD):
+                _give(job, orders)
         processes = []
         for number, share in enumerate(shares):
             arguments = ([job.shell() for job in share], orders, number, deterministic, os.getpid())
@@ -245,7 +251,10 @@ def in_processes(jobs: Sequence[Job], workers: int, folder: str | Path | None = 
                 process.start()
             while waiting:
                 ended = [number for number, process in enumerate(processes) if process.exitcode is not None]
-                yield from _arrived(orders, waiting)
+                for result in _arrived(orders, waiting):
+                    for job in islice(unwritten[result.layer], 1):
+                        _give(job, orders)
+                    yield result
                 for number in ended:
                     if left := [job.layer for job in shares[number] if job.layer in waiting]:
                         raise _failure(Path(orders) / f"worker-{number}.error", left, processes[number].exitcode)
@@ -307,6 +316,23 @@ def _order(orders: str, layer: int) -> Path:
     return Path(orders) / f"layer-{layer}.job"
 
 
+def _give(job: Job, orders: str) -> None:
+    """Write a job where its process waits for it, whole at once."""
+    final = _order(orders, job.layer)
+    partial = final.with_suffix(".unready")
+    save_file(_plain(job.parts()), partial)
+    os.replace(partial, final)
+
+
+def _taken(path: Path, parent: int) -> dict[str, Tensor] | None:
+    """Return the tensors of a job when they are there; None when nobody is left who writes them."""
+    while not path.is_file():
+        if os.getppid() != parent:
+            return None
+        time.sleep(SECONDS_BETWEEN_LOOKS)
+    return load_file(path)
+
+
 def _arrived(orders: str, waiting: set[int]) -> Iterator[LayerResult]:
     """Yield the results that have arrived, and remove their layers from `waiting`."""
     for layer in sorted(waiting):
@@ -338,7 +364,10 @@ def _work(shells: Sequence[Any], orders: str, worker: int, deterministic: bool, 
     """Do the jobs of one process of `in_processes`."""
     try:
         for shell in shells:
-            result = _done(shell.filled(load_file(_order(orders, shell.layer))), deterministic)
+            tensors = _taken(_order(orders, shell.layer), parent)
+            if tensors is None:
+                return
+            result = _done(shell.filled(tensors), deterministic)
             if os.getppid() != parent:  # nobody is left who waits for the rest
                 return
             deliver(orders, shell.layer, result.to_bytes())
