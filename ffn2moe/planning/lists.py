@@ -112,6 +112,6 @@ def lists_of(texts: Sequence[str], exports: Mapping[str, AnyExport], seconds: fl
     for export in exports.values():
         timing.sample(export, drawn(2))  # compiles
         spent += timing.sample(export, drawn(FEWEST))["list"]
-    affordable = int(FEWEST * seconds / ((ENOUGH_ROUNDS + 1) * max(spent, 1e-9)))
+    affordable = int(FEWEST * seconds / ((ROUNDS + 1) * max(spent, 1e-9)))
     count = max(FEWEST, min(TEXTS, affordable))
     return [drawn(count) for _ in range(ROUNDS + 1)]
