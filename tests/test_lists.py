@@ -125,7 +125,7 @@ def test_lists_of_slow_plans_are_shorter_and_a_list_of_few_texts_repeats_them(cl
         return count
 
     assert size(1e-3, make_texts(200)) == size(1e-3, ["a", "b", "c"]) == lists.TEXTS
-    assert lists.FEWEST < size(0.03, make_texts(200)) < lists.TEXTS
+    assert lists.FEWEST < size(0.02, make_texts(200)) < lists.TEXTS
     assert size(10.0, make_texts(200)) == lists.FEWEST
 
 
