@@ -26,7 +26,8 @@ namespace ffn2moe {
 namespace {
 
 constexpr int kTokensAtOnce = 256; // of one expert: their vectors stay in the cache
-constexpr int kBlockTokens = 256; // of a block that a thread works through, from the router to the last norm
+constexpr int kBlockTokens = 256; // least of a block that a thread works through, from the router to the last norm
+constexpr int kBlockShare = 64;   // tokens of a block for each expert on average: its weights are read once a block
 constexpr int kFewTokens = 32;    // an expert on average: below, the threads share the panels
 
 // --- activations ----------------------------------------------------------------------------------------------------
@@ -331,7 +332,8 @@ void run(const Work& work, const RowWork& rows, const Frame& frame, Given given,
         return sort_pairs(routed.chosen, routed.gates, count, int(K), work.E);
     };
     if (!are_few(T, int(K), work.E, threads)) {
-        in_blocks(T, kBlockTokens, threads, [&](int from, int to) {
+        const int tokens = std::max(kBlockTokens, kBlockShare * work.E / int(K));
+        in_blocks(T, tokens, threads, [&](int from, int to) {
             const Turn turn(work.path, work.pool);
             const int count = to - from;
             const Routed routed = place(*turn.scratch, count);
