@@ -158,7 +158,7 @@ def training_of(stage: StageRun, spec: MoESpec, config: Any) -> Training:
     device = choose_device(params.compute.device)
     return Training(
         steps=usual_steps(spec, config, batch_tokens_of(stage, spec)) if settings.steps == "auto" else settings.steps,
-        learning_rate=usual_rate(spec) if settings.learning_rate == "auto" else settings.learning_rate,
+        learning_rate=usual_rate(spec, settings.scope) if settings.learning_rate == "auto" else settings.learning_rate,
         balance_step=balance_step_of(stage, spec),
         scope=settings.scope,
         elastic=spec.elastic,

@@ -61,7 +61,9 @@ def test_a_step_grows_with_the_width_of_a_language_model():
 
 def test_the_rate_falls_with_the_width():
     assert usual_rate(spec_of_size(64, 2)) == 3e-3
-    assert usual_rate(replace(spec_of_size(384, 2), head="embedding")) == 1e-3
+    encoder = replace(spec_of_size(384, 2), head="embedding")
+    assert usual_rate(encoder) == 1e-3
+    assert usual_rate(encoder, "all") == 3e-4
     assert usual_rate(spec_of_size(1024, 2)) == 5e-4
 
 

@@ -49,7 +49,7 @@ def _distiller(task: Task, student: Any, spec: MoESpec, data: Data) -> Distiller
         objective_for(spec.head, problem=spec.problem, teacher=task.dense.model),
         Training(
             steps=task.settings.steps or TIMED_STEPS,
-            learning_rate=task.settings.learning_rate or usual_rate(spec),
+            learning_rate=task.settings.learning_rate or usual_rate(spec, task.settings.scope),
             balance_step=0.0 if task.container and not task.container.choice_bias else BALANCE_STEP,
             scope=task.settings.scope,
             layers=compared_layers(spec),

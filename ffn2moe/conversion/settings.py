@@ -228,7 +228,7 @@ class Settings:
         default=None,
         metadata=_option(
             "--learning-rate",
-            "the highest learning rate (1e-3, language models 3e-3; lower for wide models)",
+            "the highest learning rate (1e-3, with --train all 3e-4, language models 3e-3; lower for wide models)",
             metavar="R",
             kind=float,
         ),
