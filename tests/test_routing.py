@@ -317,10 +317,11 @@ def test_a_layer_is_routed_as_its_steps_one_by_one_would_do_it(gated, shared):
     losses = fit_router(by_hand, x_TD, settings)
     judged = oracle.diagnose(by_hand, held_out_TD)
     refit_outputs(by_hand, x_TD, outputs(ffn, x_TD), penalty=0.1)
-    assert [torch.equal(one, by_hand.state_dict()[name]) for name, one in moe.state_dict().items()].count(False) == 0
+    for name, one in moe.state_dict().items():  # alike, not to the bit: the experts' sum replaces the dense output
+        torch.testing.assert_close(one, by_hand.state_dict()[name], rtol=1e-4, atol=1e-5)
     assert found.losses == losses
     error = relative_error(moe, held_out_TD, outputs(ffn, held_out_TD))
-    assert found.row == judged | {"scale": moe.output_scale.item(), "refit_error": error}
+    assert found.row == pytest.approx(judged | {"scale": moe.output_scale.item(), "refit_error": error}, rel=1e-4)
     assert error < found.row["router_error"]
 
 

@@ -22,6 +22,7 @@ class Grams:
     gram_REE: Tensor
     tokens_R: Tensor  # int64; 1 where a row is a token
     whole: float  # energy of the layer's output, shared expert too
+    routed_TD: Tensor | None = None  # the experts' sum, without scale, shared expert and output bias; where it was kept
 
 
 @dataclass(frozen=True)

@@ -119,8 +119,8 @@ def drop_order(gram_TEE: Tensor, scale: float) -> Tensor:
 
 
 @torch.no_grad()
-def grams(moe: MoEFFN, x_TD: Tensor, chunk: int = 4096) -> Grams:
-    """Return the Gram matrices of a layer on tokens [T, D]; they take 4 R E^2 bytes.
+def grams(moe: MoEFFN, x_TD: Tensor, chunk: int = 4096, *, keep_sum: bool = False) -> Grams:
+    """Return the Gram matrices of a layer on tokens [T, D]; they take 4 R E^2 bytes, the kept sum 4 T D.
 
     A row is a token. The outputs of wide layers are computed in bfloat16 where the hardware has it
     (ffn2moe.numerics.low_precision), their inner products in float32.
@@ -128,6 +128,7 @@ def grams(moe: MoEFFN, x_TD: Tensor, chunk: int = 4096) -> Grams:
     E, whole = moe.num_experts, 0.0
     tokens_R = torch.ones_like(x_TD[:, 0], dtype=torch.int64)
     gram_REE = torch.zeros(len(tokens_R), E, E, device=x_TD.device)
+    routed_TD = torch.empty_like(x_TD) if keep_sum else None
     for start in range(0, len(x_TD), chunk):
         x = x_TD[start : start + chunk]
         with low_precision(moe.neurons.numel(), x.device):
@@ -138,13 +139,15 @@ def grams(moe: MoEFFN, x_TD: Tensor, chunk: int = 4096) -> Grams:
         else:
             whole += (shared_TD + outputs_TED.sum(1)).square().sum(dtype=torch.float64).item()
         gram_REE[start : start + chunk] = gram_TEE
-    return Grams(gram_REE, tokens_R, whole)
+        if routed_TD is not None:
+            routed_TD[start : start + chunk] = outputs_TED.sum(1)
+    return Grams(gram_REE, tokens_R, whole, routed_TD)
 
 
 @torch.no_grad()
 def survey(moe: MoEFFN, x_TD: Tensor, chunk: int = 4096) -> Survey:
-    """Return norms, gains and best choice of every expert on tokens [T, D], from one pass."""
-    return survey_of(moe, grams(moe, x_TD, chunk))
+    """Return norms, gains and best choice of every expert on tokens [T, D], from one pass; its sum is kept."""
+    return survey_of(moe, grams(moe, x_TD, chunk, keep_sum=True))
 
 
 @torch.no_grad()
@@ -203,7 +206,13 @@ def fit_scales(moe: MoEFFN, found: Grams, read_RD: Tensor) -> None:
 @torch.no_grad()
 def diagnose(moe: MoEFFN, x_TD: Tensor, chunk: int = 4096) -> dict[str, float]:
     """Return how far a layer is from the sum of all its experts, on tokens [T, D]; see `compare`."""
-    return compare(moe, grams(moe, x_TD, chunk), torch.cat([moe.scores(x) for x in x_TD.split(chunk)]))
+    return diagnose_by(moe, grams(moe, x_TD, chunk), x_TD, chunk)
+
+
+@torch.no_grad()
+def diagnose_by(moe: MoEFFN, found: Grams, x_TD: Tensor, chunk: int = 4096) -> dict[str, float]:
+    """Return what `diagnose` does, from the known Gram matrices of the tokens [T, D]."""
+    return compare(moe, found, torch.cat([moe.scores(x) for x in x_TD.split(chunk)]))
 
 
 def compare(moe: MoEFFN, found: Grams, scores_RE: Tensor) -> dict[str, float]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ffn2moe.decompose import oracle, token_experts
-from ffn2moe.decompose.evidence import RouterData
+from ffn2moe.decompose.evidence import Grams, RouterData
 from ffn2moe.decompose.layer import dense_ffn, outputs
 from ffn2moe.decompose.objectives import OBJECTIVES, RouterObjective
 from ffn2moe.decompose.oracles import ORACLES
@@ -74,19 +74,32 @@ def route_layer(
         ffn = dense_ffn(moe)
         losses = token_experts.fill(moe, ffn, x_TD, outputs(ffn, x_TD), settings, widths, fisher_DD)
         return Routing(losses, token_experts.judge(moe, held_out_TD, outputs(ffn, held_out_TD)))
-    wanted_TD = judged_TD = None
+    chunk = chunk_of(moe.num_experts * x_TD.shape[1])
+    bias_D = None if moe.b_out is None else moe.b_out.detach().clone()  # before the fit of the router changes it
+    found = oracle.survey(moe, x_TD, chunk)
+    losses = fit_rows(RouterData(moe, x_TD, x_TD, found, chunk), settings)
+    held_out = oracle.grams(moe, held_out_TD, chunk, keep_sum=True)
+    figures = oracle.diagnose_by(moe, held_out, held_out_TD, chunk)
+    row = {name: float(value) for name, value in figures.items()} | {"scale": moe.output_scale.item()}
     if settings.refit:
-        ffn = dense_ffn(moe)  # before the fit of the router changes the output bias
-        wanted_TD, judged_TD = outputs(ffn, x_TD), outputs(ffn, held_out_TD)
-        del ffn
-    losses = fit_router(moe, x_TD, settings)
-    found = oracle.diagnose(moe, held_out_TD, chunk_of(moe.num_experts * x_TD.shape[1]))
-    row = {name: float(value) for name, value in found.items()} | {"scale": moe.output_scale.item()}
-    if wanted_TD is not None and judged_TD is not None:
         chunk = chunk_of(moe.neurons.numel())
+        wanted_TD = _dense(moe, x_TD, found.grams, bias_D)
+        judged_TD = _dense(moe, held_out_TD, held_out, bias_D)  # before the refit changes the shared expert
         refit_outputs(moe, x_TD, wanted_TD, penalty=settings.refit, chunk=chunk)
         row["refit_error"] = relative_error(moe, held_out_TD, judged_TD, chunk)
     return Routing(losses, row)
+
+
+@torch.no_grad()
+def _dense(moe: MoEFFN, x_TD: Tensor, found: Grams, bias_D: Tensor | None) -> Tensor:
+    """Return the dense FFN's output on tokens [T, D] from the experts' sum, which is lost, and the output bias."""
+    dense_TD = found.routed_TD
+    assert dense_TD is not None, "the sum was kept"
+    for rows in torch.arange(len(x_TD)).split(chunk_of(moe.neurons.numel())):
+        shared = moe.shared(x_TD[rows])
+        if shared is not None:
+            dense_TD[rows] += shared
+    return dense_TD if bias_D is None else dense_TD.add_(bias_D)
 
 
 def fit_router(moe: MoEFFN, x_TD: Tensor, settings: RouterSettings) -> list[float]:
@@ -148,4 +161,4 @@ def _calibrate(data: RouterData) -> None:
     if moe.b_out is None:
         oracle.fit_scales(moe, data.survey.grams, data.read_RD)
     else:
-        fit.fit_scale_and_mean(moe, x_TD, data.chunk)
+        fit.fit_scale_and_mean(moe, x_TD, data.chunk, whole_TD=data.survey.grams.routed_TD)

@@ -41,20 +41,17 @@ def fit_router_scale(moe: MoEFFN, x_TD: Tensor) -> None:
 
 
 @torch.no_grad()
-def fit_scale_and_mean(moe: MoEFFN, x_TD: Tensor, chunk: int = 4096) -> None:
+def fit_scale_and_mean(moe: MoEFFN, x_TD: Tensor, chunk: int = 4096, *, whole_TD: Tensor | None = None) -> None:
     """Set the scale and shift the output bias in closed form, so that the routed output fits the dense one.
 
     On tokens [T, D]: the scale a minimises ``||y - a y_S||^2`` about the means, and the bias takes
     ``mean(y - a y_S)`` (methods: identity 3). In a layer without output bias the scale alone is fitted. The other
-    budgets get their own scale and share the bias.
+    budgets get their own scale and share the bias. `whole_TD` is the sum of all experts, without shared expert and
+    output bias, where it is known; else it is computed.
     """
-    dense = []
-    for x in x_TD.split(chunk):
-        shared = moe.shared(x)
-        dense.append(moe.all_experts(x) if shared is None else moe.all_experts(x) - shared)
-    y_TD, y_S_TD = torch.cat(dense), _routed(moe, x_TD, chunk)
+    y_TD = _all_routed(moe, x_TD, chunk) if whole_TD is None else whole_TD
+    y_S_TD = _routed(moe, x_TD, chunk)
     if moe.b_out is not None:
-        y_TD = y_TD - moe.b_out
         y_mean, y_S_mean = y_TD.mean(0), y_S_TD.mean(0)
         y_TD, y_S_TD = y_TD - y_mean, y_S_TD - y_S_mean
     moe.set_scale(_best_scale(y_TD, y_S_TD))
@@ -73,6 +70,16 @@ def _best_scale(y_TD: Tensor, y_S_TD: Tensor) -> float:
     """Return the a that minimises ``||y - a y_S||^2``."""
     scale = (y_S_TD * y_TD).sum(dtype=torch.float64) / y_S_TD.square().sum(dtype=torch.float64)
     return scale.item()
+
+
+def _all_routed(moe: MoEFFN, x_TD: Tensor, chunk: int) -> Tensor:
+    """Return the sum of all experts, without scale, shared expert and output bias, [T, D]."""
+    found = []
+    for x in x_TD.split(chunk):
+        whole, shared = moe.all_experts(x), moe.shared(x)
+        whole = whole if shared is None else whole - shared
+        found.append(whole if moe.b_out is None else whole - moe.b_out)
+    return torch.cat(found)
 
 
 def _routed(moe: MoEFFN, x_TD: Tensor, chunk: int) -> Tensor:
