@@ -20,7 +20,7 @@ from ffn2moe.runtime.decoders import CausalExport, Seq2SeqExport
 from ffn2moe.runtime.engines import CPU, ENGINES, EngineMissing, Graph, Precision, cores, open_graph
 from ffn2moe.runtime.files import checked_files, load_tokenizer, no_such_plan, read_manifest, read_plan
 from ffn2moe.runtime.opened import require_several, require_text
-from ffn2moe.runtime.plans import decodes, default_plan, plan_of, resolve
+from ffn2moe.runtime.plans import decodes, default_plan, library_of, plan_of
 from ffn2moe.runtime.selftest import self_tests
 from ffn2moe.runtime.switch import Switch, places, plan_for_lists
 from ffn2moe.sentence import SentenceModules
@@ -183,8 +183,7 @@ def lacking(plan: str) -> str | None:
     row = plan_of(plan)
     try:
         ENGINES[row.engine].require()
-        if row.operator is not None and row.operator.library is not None:
-            resolve(row.operator.library)()
+        library_of(row)
     except (EngineMissing, FileNotFoundError) as error:
         return str(error)
     return None
@@ -203,9 +202,7 @@ def open_graphs(
     FileNotFoundError, with the remedy, where the plan needs an operator that is not built.
     """
     row = plan_of(plan)
-    extension = None
-    if row.operator is not None and row.operator.library is not None:
-        extension = resolve(row.operator.library)()
+    extension = library_of(row)
     return [
         open_graph(file, row.engine, threads=threads, providers=providers, precision=precision, extension=extension)
         for file in files

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from ffn2moe.runtime.engines import Engine, EngineMissing, EngineRefused, Precision
+from ffn2moe.runtime.engines._openvino_attention import fuse_attention
 from ffn2moe.runtime.engines._openvino_model import BEAMS, has_blocks, keep_cache, plain_attention, share_weights
 
 OPENVINO_EXTRA = 'pip install "ffn2moe[openvino]"'
@@ -90,6 +91,8 @@ class OpenVinoGraph:
         self._kept = keep_cache(self._model)
         blocks = has_blocks(self._model)  # in float32 their kernels quantise activations, which is faster than bfloat16
         self.precision: Precision = precision or ("float32" if blocks else openvino_precision())
+        if extension is not None and self.precision == "bfloat16":
+            fuse_attention(self._model, extension)
         exact = self.precision == "float32" and not blocks
         self._settings |= {
             "INFERENCE_PRECISION_HINT": {"float32": "f32", "bfloat16": "bf16"}[self.precision],

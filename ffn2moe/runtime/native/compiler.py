@@ -22,12 +22,14 @@ REMEDY = "build it: make native (or python -m ffn2moe.runtime.native)"
 # The instructions of each file; which path runs is decided when a model is loaded, so the library runs anywhere.
 _AVX2 = ["-mavx2", "-mfma"]
 _AVX512 = [*_AVX2, *(f"-mavx512{part}" for part in ("f", "bw", "vl", "dq", "vnni"))]
+_AMX = [*_AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-int8", "-mamx-bf16"]
 _INSTRUCTIONS = {
     "avx2.cpp": _AVX2,
     "avx512.cpp": _AVX512,
     "rows_avx2.cpp": _AVX2,
     "rows_avx512.cpp": _AVX512,
-    "amx.cpp": [*_AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-int8", "-mamx-bf16"],
+    "amx.cpp": _AMX,
+    "attention_amx.cpp": _AMX,
 }
 
 

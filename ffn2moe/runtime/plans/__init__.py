@@ -381,6 +381,22 @@ def resolve(reference: Reference) -> Callable[..., Any]:
     return function
 
 
+def library_of(plan: Plan) -> Path | None:
+    """Return the library of operators to open a plan's graphs with; None where there is none to use.
+
+    A plan with an operator needs it: FileNotFoundError where it is not built. Other graphs of OpenVINO take their
+    attention from it, where it is built.
+    """
+    if plan.operator is not None and plan.operator.library is not None:
+        return Path(resolve(plan.operator.library)())
+    if plan.engine != "openvino" or EXPERTS.library is None:
+        return None
+    try:
+        return Path(resolve(EXPERTS.library)())
+    except FileNotFoundError:
+        return None
+
+
 def default_plan(path: Path, plans: Mapping[str, Any]) -> str:
     """Return the plan that the benchmark chose; where none has run, the student's plan of standard ops."""
     if not plans:

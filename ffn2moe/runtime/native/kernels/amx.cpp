@@ -1,6 +1,7 @@
 // AMX: tiles of 16 tokens by 16 outputs. Whole-numbered weights by TDPBSSD, bfloat16 weights by TDPBF16PS.
 #if defined(__AMX_INT8__) && defined(__linux__)
 #include "avx512.h"
+#include "tiles.h"
 
 #include <cpuid.h>
 #include <sys/syscall.h>
@@ -11,34 +12,6 @@ namespace {
 
 constexpr int kDepth16 = 32; // inputs in a tile of bfloat16
 constexpr int kFewest = 4;   // tokens of an expert
-
-// How tiles 0 to 7 are shaped: sums 0 to 3 and activations 4, 5 have `rows` rows, weights 6, 7 have 16.
-struct alignas(64) Shape {
-    uint8_t palette, start_row, zero[14];
-    uint16_t bytes[16];
-    uint8_t rows[16];
-};
-
-inline void shape_tiles(int rows) {
-    Shape shape = {};
-    shape.palette = 1;
-    for (int tile = 0; tile < 8; ++tile) {
-        shape.bytes[tile] = 64;
-        shape.rows[tile] = uint8_t(tile < 6 ? rows : 16);
-    }
-    _tile_loadconfig(&shape);
-}
-
-thread_local Shape others; // the shape that the thread had: the engine's own kernels keep theirs between calls
-
-void enter() { _tile_storeconfig(&others); }
-
-void leave() {
-    if (others.palette)
-        _tile_loadconfig(&others);
-    else
-        _tile_release();
-}
 
 constexpr int kChunk = 256; // inputs that are decoded at once where few tokens read them
 
@@ -333,7 +306,7 @@ bool supported() {
 } // namespace ffn2moe
 
 const ffn2moe::Path* ffn2moe::amx() {
-    static const Path path = {"amx", tile_bytes, load, hidden, output, enter, leave};
+    static const Path path = {"amx", tile_bytes, load, hidden, output, keep_tiles, restore_tiles};
     static const bool here = avx512() && supported();
     return here ? &path : nullptr;
 }

@@ -4,6 +4,7 @@
 // stay in the cache and the weights are read once a block. Few tokens: the panels of all experts are shared out among
 // the threads, so that each weight is read once. A token's sum over its experts is in the order of their numbers and no
 // sum depends on which tokens come together, so that both orders give the same bits with any number of threads.
+#include "attention.h"
 #include "kernels.h"
 #include "rows.h"
 
@@ -88,20 +89,6 @@ const Activation* activation_of(const std::string& name) {
     for (size_t i = 0; i < known.size(); ++i)
         if (name == kKinds[i].name) return &known[i];
     return nullptr;
-}
-
-// --- which path -----------------------------------------------------------------------------------------------------
-
-const Path& path_of_this_processor() {
-    const char* wish = std::getenv("FFN2MOE_NATIVE");
-    std::string names;
-    for (const auto find : {amx, avx512, avx2, plain}) {
-        const Path* path = find();
-        if (!path) continue;
-        if (!wish || !*wish || std::string(wish) == path->name) return *path;
-        names += std::string(names.empty() ? "" : ", ") + path->name;
-    }
-    OPENVINO_THROW("FFN2MOE_NATIVE=", wish, " is not a path of this processor; it has ", names);
 }
 
 // --- memory of the work ---------------------------------------------------------------------------------------------
@@ -595,6 +582,18 @@ ov::OutputVector from_onnx(const ov::frontend::NodeContext& node) {
 
 } // namespace
 
+const Path& path_of_this_processor() {
+    const char* wish = std::getenv("FFN2MOE_NATIVE");
+    std::string names;
+    for (const auto find : {amx, avx512, avx2, plain}) {
+        const Path* path = find();
+        if (!path) continue;
+        if (!wish || !*wish || std::string(wish) == path->name) return *path;
+        names += std::string(names.empty() ? "" : ", ") + path->name;
+    }
+    OPENVINO_THROW("FFN2MOE_NATIVE=", wish, " is not a path of this processor; it has ", names);
+}
+
 const RowWork& row_work(const char* path) {
     const std::string name = path;
     return name == "amx" || name == "avx512" ? rows_avx512::work()
@@ -606,4 +605,5 @@ const RowWork& row_work(const char* path) {
 
 OPENVINO_CREATE_EXTENSIONS(std::vector<ov::Extension::Ptr>(
     {std::make_shared<ov::OpExtension<ffn2moe::RoutedExperts>>(),
+     std::make_shared<ov::OpExtension<ffn2moe::SelfAttention>>(),
      std::make_shared<ov::frontend::onnx::ConversionExtension>("RoutedExperts", "ffn2moe", ffn2moe::from_onnx)}));

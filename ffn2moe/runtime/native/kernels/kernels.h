@@ -98,4 +98,7 @@ const Path* avx512();
 const Path* avx2();
 const Path* plain();
 
+// The first of these, or the one that the environment variable FFN2MOE_NATIVE names.
+const Path& path_of_this_processor();
+
 } // namespace ffn2moe

@@ -1,0 +1,315 @@
+// AMX: the products of 16 keys and 16 queries come out with one key in each row. So the softmax of a query runs down the
+// rows, without sums across a register, and its weights leave in the order in which the next product reads them.
+#if defined(__AMX_BF16__) && defined(__linux__)
+#include "attention.h"
+#include "kernels.h"
+#include "tiles.h"
+
+#include <cfloat>
+#include <cstdlib>
+#include <new>
+
+namespace ffn2moe {
+namespace {
+
+constexpr int kTogether = 32;           // queries, and keys
+constexpr size_t kTile = 1024;          // bytes: 16 rows of 32 numbers of bfloat16
+constexpr float kLog2e = 1.44269504089f;
+
+inline void barrier() { __asm__ volatile("" ::: "memory"); } // the compiler does not know what tiles are loaded from
+
+// 16 numbers of a row, as float32.
+inline __m512 sixteen(const void* row, size_t from, bool half) {
+    if (!half) return _mm512_loadu_ps(static_cast<const float*>(row) + from);
+    const __m256i words = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(static_cast<const uint16_t*>(row) + from));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(words), 16));
+}
+
+inline const void* row_of(const void* rows, size_t number, bool half) {
+    return static_cast<const char*>(rows) + number * (half ? 2 : 4);
+}
+
+// The row of one token, and the next head's part of it closer: heads are worked through one after another.
+inline const void* token_row(const Head& head, const void* rows, int token) {
+    const char* row = static_cast<const char*>(row_of(rows, head.stride * token, head.half));
+    const size_t bytes = size_t(head.size) * (head.half ? 2 : 4);
+    for (size_t line = 0; line < bytes; line += kLine) _mm_prefetch(row + bytes + line, _MM_HINT_T0);
+    return row;
+}
+
+// Two vectors as pairs of bfloat16: dword i has number i of both.
+inline __m512i pairs(__m512 first, __m512 second) {
+    const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6,
+                                           21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+    return _mm512_permutexvar_epi16(order, (__m512i)_mm512_cvtne2ps_pbh(second, first));
+}
+
+// Turns 16 rows of 16 dwords.
+inline void turn(__m512i (&r)[16]) {
+    __m512i t[16];
+    for (int i = 0; i < 16; i += 2) {
+        t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
+        t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+    }
+    for (int i = 0; i < 16; i += 4) {
+        r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
+        r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
+        r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
+        r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
+    }
+    for (int i = 0; i < 4; ++i) {
+        t[i] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0x88);
+        t[i + 4] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0xdd);
+        t[i + 8] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0x88);
+        t[i + 12] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0xdd);
+    }
+    for (int i = 0; i < 4; ++i) {
+        r[i] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
+        r[i + 4] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0x88);
+        r[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd);
+        r[i + 12] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0xdd);
+    }
+}
+
+// 2^x of x <= 0, to 1e-4 of itself: the weights are rounded to bfloat16.
+inline __m512 power_of_two(__m512 x) {
+    const __m512 part = _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+    __m512 p = _mm512_set1_ps(0.0780245226f);
+    p = _mm512_fmadd_ps(p, part, _mm512_set1_ps(0.226067155f));
+    p = _mm512_fmadd_ps(p, part, _mm512_set1_ps(0.695833541f));
+    p = _mm512_fmadd_ps(p, part, _mm512_set1_ps(0.999892986f));
+    return _mm512_scalef_ps(p, x);
+}
+
+// Where the parts of a head's work are.
+struct Places {
+    int steps, keys; // of 32 numbers of a head; kept tokens, filled up
+    uint8_t *key_tiles;   // [keys/16][steps][16 keys][32 numbers]
+    uint8_t *value_tiles; // [keys/32][2 * steps][16 numbers][32 keys]
+    uint8_t *query_tiles; // [2][steps][16 pairs of numbers][16 queries]
+    float *scores;        // [2][keys][16 queries]
+    uint8_t *weights;     // [2][keys/32][16 pairs of keys][16 queries]
+    float *sums;          // [4][16 numbers][16 queries]
+
+    Places(const Head& head, Room& room)
+        : steps(head.size / kHeadStep), keys(round_up(head.count, kTogether)) {
+        const size_t all = size_t(keys) * steps * 64;
+        uint8_t* at = room.of(2 * all + 2 * steps * kTile + size_t(keys) * 2 * 64 * 2 + 4 * kTile);
+        const auto take = [&at](size_t bytes) { return (at += bytes) - bytes; };
+        key_tiles = take(all);
+        value_tiles = take(all);
+        query_tiles = take(2 * steps * kTile);
+        scores = reinterpret_cast<float*>(take(size_t(keys) * 2 * 64));
+        weights = take(size_t(keys) * 2 * 64);
+        sums = reinterpret_cast<float*>(take(4 * kTile));
+    }
+};
+
+void lay_out_keys(const Head& head, const Places& to) {
+    for (int i = 0; i < to.keys; ++i) {
+        uint8_t* tile = to.key_tiles + size_t(i / 16) * to.steps * kTile + i % 16 * 64;
+        const void* key = i < head.count ? token_row(head, head.key, head.kept[i]) : nullptr;
+        for (int step = 0; step < to.steps; ++step, tile += kTile) {
+            __m512i numbers = _mm512_setzero_si512();
+            if (key && head.half)
+                numbers = _mm512_loadu_si512(static_cast<const uint16_t*>(key) + step * kHeadStep);
+            else if (key)
+                numbers = (__m512i)_mm512_cvtne2ps_pbh(sixteen(key, step * kHeadStep + 16, false),
+                                                       sixteen(key, step * kHeadStep, false));
+            _mm512_store_si512(tile, numbers);
+        }
+    }
+}
+
+void lay_out_values(const Head& head, const Places& to) {
+    uint8_t* tile = to.value_tiles;
+    for (int from = 0; from < to.keys; from += kTogether)
+        for (int part = 0; part < 2 * to.steps; ++part, tile += kTile) {
+            __m512i rows[16];
+            for (int pair = 0; pair < 16; ++pair) {
+                const auto numbers = [&](int i) {
+                    return i < head.count ? sixteen(token_row(head, head.value, head.kept[i]), part * 16, head.half)
+                                          : _mm512_setzero_ps();
+                };
+                rows[pair] = pairs(numbers(from + 2 * pair), numbers(from + 2 * pair + 1));
+            }
+            turn(rows);
+            for (int i = 0; i < 16; ++i) _mm512_store_si512(tile + i * 64, rows[i]);
+        }
+}
+
+void lay_out_queries(const Head& head, const Places& to, int first, int blocks) {
+    const __m512 scale = _mm512_set1_ps(head.scale * kLog2e); // so that weights are powers of two
+    uint8_t* tile = to.query_tiles;
+    for (int block = 0; block < blocks; ++block)
+        for (int step = 0; step < to.steps; ++step, tile += kTile) {
+            __m512i rows[16];
+            for (int i = 0; i < 16; ++i) {
+                const int token = first + block * 16 + i;
+                if (token >= head.length) {
+                    rows[i] = _mm512_setzero_si512();
+                    continue;
+                }
+                const void* query = token_row(head, head.query, token);
+                rows[i] = (__m512i)_mm512_cvtne2ps_pbh(
+                    _mm512_mul_ps(sixteen(query, step * kHeadStep + 16, head.half), scale),
+                    _mm512_mul_ps(sixteen(query, step * kHeadStep, head.half), scale));
+            }
+            turn(rows);
+            for (int i = 0; i < 16; ++i) _mm512_store_si512(tile + i * 64, rows[i]);
+        }
+}
+
+// The products of all keys with one or two blocks of 16 queries.
+template <bool two> void score(const Places& at) {
+    const size_t other = size_t(at.steps) * kTile;
+    for (int key = 0; key < at.keys; key += kTogether) {
+        const uint8_t* keys = at.key_tiles + size_t(key / 16) * other;
+        _tile_zero(0);
+        _tile_zero(1);
+        if (two) _tile_zero(2);
+        if (two) _tile_zero(3);
+        for (int step = 0; step < at.steps; ++step) {
+            _tile_loadd(4, keys + step * kTile, 64);
+            _tile_loadd(5, keys + other + step * kTile, 64);
+            _tile_loadd(6, at.query_tiles + step * kTile, 64);
+            _tile_dpbf16ps(0, 4, 6);
+            _tile_dpbf16ps(1, 5, 6);
+            if (!two) continue;
+            _tile_loadd(7, at.query_tiles + other + step * kTile, 64);
+            _tile_dpbf16ps(2, 4, 7);
+            _tile_dpbf16ps(3, 5, 7);
+        }
+        _tile_stored(0, at.scores + size_t(key) * 16, 64);
+        _tile_stored(1, at.scores + size_t(key + 16) * 16, 64);
+        if (two) _tile_stored(2, at.scores + size_t(at.keys + key) * 16, 64);
+        if (two) _tile_stored(3, at.scores + size_t(at.keys + key + 16) * 16, 64);
+    }
+}
+
+// The weights of 16 queries, and one over their sums.
+__m512 softmax(const Places& at, int block, int count) {
+    const float* scores = at.scores + size_t(block) * at.keys * 16;
+    uint8_t* weights = at.weights + size_t(block) * at.keys * 32;
+    const auto row = [scores](int key) { return _mm512_load_ps(scores + size_t(key) * 16); };
+    __m512 four[4] = {_mm512_set1_ps(-FLT_MAX), four[0], four[0], four[0]};
+    int key = 0;
+    for (; key + 4 <= count; key += 4)
+        for (int i = 0; i < 4; ++i) four[i] = _mm512_max_ps(four[i], row(key + i));
+    for (; key < count; ++key) four[0] = _mm512_max_ps(four[0], row(key));
+    const __m512 most = _mm512_max_ps(_mm512_max_ps(four[0], four[1]), _mm512_max_ps(four[2], four[3]));
+    __m512 sum = _mm512_setzero_ps(), sum2 = sum;
+    const auto weigh = [&](int from) { return power_of_two(_mm512_sub_ps(row(from), most)); };
+    for (key = 0; key + 2 <= count; key += 2, weights += 64) {
+        const __m512 first = weigh(key), second = weigh(key + 1);
+        sum = _mm512_add_ps(sum, first);
+        sum2 = _mm512_add_ps(sum2, second);
+        _mm512_store_si512(weights, pairs(first, second));
+    }
+    if (key < count) {
+        const __m512 last = weigh(key);
+        sum = _mm512_add_ps(sum, last);
+        _mm512_store_si512(weights, pairs(last, _mm512_setzero_ps()));
+        key += 2;
+        weights += 64;
+    }
+    for (; key < at.keys; key += 2, weights += 64) _mm512_store_si512(weights, _mm512_setzero_si512());
+    return _mm512_div_ps(_mm512_set1_ps(1), _mm512_add_ps(sum, sum2));
+}
+
+// 32 numbers of each of 16 or 32 queries: values times weights.
+template <bool two> void sum_values(const Places& at, int step) {
+    const size_t other = size_t(at.keys) * 32;
+    _tile_zero(0);
+    _tile_zero(1);
+    if (two) _tile_zero(2);
+    if (two) _tile_zero(3);
+    const uint8_t* values = at.value_tiles + step * 2 * kTile;
+    for (int key = 0; key < at.keys; key += kTogether, values += 2 * at.steps * kTile) {
+        _tile_loadd(4, values, 64);
+        _tile_loadd(5, values + kTile, 64);
+        _tile_loadd(6, at.weights + size_t(key) * 32, 64);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_dpbf16ps(1, 5, 6);
+        if (!two) continue;
+        _tile_loadd(7, at.weights + other + size_t(key) * 32, 64);
+        _tile_dpbf16ps(2, 4, 7);
+        _tile_dpbf16ps(3, 5, 7);
+    }
+    _tile_stored(0, at.sums, 64);
+    _tile_stored(1, at.sums + 256, 64);
+    if (two) _tile_stored(2, at.sums + 512, 64);
+    if (two) _tile_stored(3, at.sums + 768, 64);
+}
+
+void store(const Head& head, const Places& at, int step, int first, int block, __m512 factor) {
+    for (int half = 0; half < 2; ++half) {
+        const float* sums = at.sums + (block * 2 + half) * 256;
+        __m512i rows[16];
+        for (int i = 0; i < 16; ++i) rows[i] = _mm512_castps_si512(_mm512_mul_ps(_mm512_load_ps(sums + i * 16), factor));
+        turn(rows);
+        const int left = head.length - first < 16 ? head.length - first : 16;
+        for (int i = 0; i < left; ++i) {
+            const size_t place = head.stride * (first + i) + step * kHeadStep + half * 16;
+            const __m512 numbers = _mm512_castsi512_ps(rows[i]);
+            if (head.half_out)
+                _mm256_storeu_si256(reinterpret_cast<__m256i*>(static_cast<uint16_t*>(head.out) + place),
+                                    (__m256i)_mm512_cvtneps_pbh(numbers));
+            else
+                _mm512_storeu_ps(static_cast<float*>(head.out) + place, numbers);
+        }
+    }
+}
+
+void run(const Head& head, Room& room) {
+    const Places at(head, room);
+    lay_out_keys(head, at);
+    lay_out_values(head, at);
+    for (int first = 0; first < head.length; first += kTogether) {
+        const bool two = head.length - first > 16;
+        lay_out_queries(head, at, first, two ? 2 : 1);
+        barrier();
+        two ? score<true>(at) : score<false>(at);
+        barrier();
+        __m512 factors[2] = {softmax(at, 0, head.count), _mm512_setzero_ps()};
+        if (two) factors[1] = softmax(at, 1, head.count);
+        if (head.count == 0) factors[0] = factors[1] = _mm512_setzero_ps(); // nothing to look at
+        for (int step = 0; step < at.steps; ++step) {
+            barrier();
+            two ? sum_values<true>(at, step) : sum_values<false>(at, step);
+            barrier();
+            store(head, at, step, first, 0, factors[0]);
+            if (two) store(head, at, step, first + 16, 1, factors[1]);
+        }
+    }
+}
+
+void enter() {
+    keep_tiles();
+    shape_tiles(16);
+}
+
+} // namespace
+
+uint8_t* Room::of(size_t bytes) {
+    if (bytes > bytes_) {
+        std::free(at_);
+        at_ = nullptr;
+        bytes_ = 0;
+        if (posix_memalign(&at_, kLine, bytes)) throw std::bad_alloc();
+        bytes_ = bytes;
+    }
+    return static_cast<uint8_t*>(at_);
+}
+
+const AttentionPath* attention_amx() {
+    static const AttentionPath path = {run, enter, restore_tiles};
+    return &path;
+}
+
+} // namespace ffn2moe
+#else
+#include "attention.h"
+uint8_t* ffn2moe::Room::of(size_t) { return nullptr; }
+const ffn2moe::AttentionPath* ffn2moe::attention_amx() { return nullptr; }
+#endif
