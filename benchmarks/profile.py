@@ -30,10 +30,10 @@ from rich.console import Console
 from benchmarks.page import Grid, Page, about, add_texts, parser_of, read_texts, report, rounds_of, shape_of, some
 from benchmarks.race import FEWEST_ROUNDS
 from ffn2moe.planning import timing
-from ffn2moe.runtime.engines.openvino import import_openvino, openvino_precision
+from ffn2moe.runtime.engines.openvino import OpenVinoGraph
 from ffn2moe.runtime.export import open_export
 from ffn2moe.runtime.files import checked_files, read_manifest
-from ffn2moe.runtime.plans import plan_of, resolve
+from ffn2moe.runtime.plans import library_of, plan_of
 
 LONGEST = 2.0  # seconds of runs for a plan and shape
 MOST_RUNS = 100
@@ -181,20 +181,7 @@ def _weights(file: Path) -> dict[str, str]:
 
 def _openvino(file: Path, plan: str, threads: int, inputs: Inputs, track: Callable[[range], Iterator[int]]) -> Profiled:
     """Profile a plan by the performance counts of OpenVINO after each run."""
-    ov = import_openvino()
-    core = ov.Core()
-    operator = plan_of(plan).operator
-    if operator is not None and operator.library is not None:
-        core.add_extension(str(resolve(operator.library)()))
-    settings = {
-        "PERFORMANCE_HINT": "LATENCY",
-        "NUM_STREAMS": 1,
-        "INFERENCE_NUM_THREADS": threads,
-        "ENABLE_CPU_PINNING": False,
-        "INFERENCE_PRECISION_HINT": {"float32": "f32", "bfloat16": "bf16"}[openvino_precision()],
-        "PERF_COUNT": True,
-    }
-    request = core.compile_model(core.read_model(file), "CPU", settings).create_infer_request()
+    request = OpenVinoGraph(file, threads=threads, extension=library_of(plan_of(plan))).profiled()
     for sample in inputs:  # OpenVINO compiles for a number of rows of an expert when it first sees it
         request.infer(dict(sample))
     start = time.perf_counter()
@@ -214,7 +201,7 @@ def _openvino(file: Path, plan: str, threads: int, inputs: Inputs, track: Callab
 
 def kind_of(node: Node) -> str:
     """Return the kind of work of a node: by its place in the model for products, else by its op."""
-    if node.op == "Subgraph" and node.name.startswith("ScaledDotProductAttention"):  # OpenVINO's fused attention
+    if node.name.startswith("ScaledDotProductAttention"):  # OpenVINO's fused attention, or the operator's
         return "attention"
     kind = _KIND_OF.get(node.op, "other")
     if kind != "products":

@@ -5,20 +5,23 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from benchmarks import attention as benchmark
 from ffn2moe.dense.load import load_dense
-from ffn2moe.onnx.write import export_model
+from ffn2moe.onnx.write import export_model, write_manifest
 from ffn2moe.runtime import native
 from ffn2moe.runtime.engines import _openvino_attention
 from ffn2moe.runtime.engines._openvino_attention import fuse_attention, has_attention
 from ffn2moe.runtime.export import open_graphs
 from tests.conftest import make_tiny_bert
 from tests.mixtures import carve
+from tests.texts import make_texts
 
 FILES = {"ov-dense": "dense", "ov-native": "ov-native"}
 
@@ -26,7 +29,7 @@ SIZES = [(2, 37, 3, 32), (1, 16, 2, 64), (3, 130, 2, 96), (4, 1, 1, 32), (1, 64,
 
 
 @pytest.fixture(scope="module")
-def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def library(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """The operator as built, or built here; it must have a path for this processor."""
     try:
         found = native.library() if native.is_built() else native.build(tmp_path_factory.mktemp("native"))
@@ -34,7 +37,9 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pytest.skip(str(why))
     if not has_attention(found):
         pytest.skip("this processor has no AMX, which the operator's attention is for")
-    return found
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(native, "library", lambda: found)
+        yield found
 
 
 def attention(
@@ -179,18 +184,23 @@ def test_a_text_has_the_same_bits_in_any_batch_with_any_padding_on_any_number_of
     np.testing.assert_array_equal(run(model, arrays, library, threads=2), found)
 
 
-def test_an_export_takes_it_where_it_is_built(library, tmp_path, monkeypatch):
-    monkeypatch.setattr(native, "library", lambda: library)
-    teacher = make_tiny_bert(tmp_path / "teacher", hidden_size=64)
+@pytest.fixture(scope="module")
+def tiny(library: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An export of a tiny mixture whose heads are wide enough."""
+    folder = tmp_path_factory.mktemp("tiny")
+    teacher = make_tiny_bert(folder / "teacher", hidden_size=64)
     model, tokenizer = load_dense(str(teacher))
     student, spec = carve(teacher)
-    plans = ("ov-dense", "ov-native")
-    export_model(student, model, tokenizer, spec, tmp_path / "tiny", plans=plans)
+    write_manifest(folder, export_model(student, model, tokenizer, spec, folder, plans=tuple(FILES)))
+    return folder
+
+
+def test_an_export_takes_it_where_it_is_built(tiny, monkeypatch):
     ids = np.random.default_rng(0).integers(5, 60, (3, 24))
     keep = (np.arange(24) < np.array([[24], [9], [1]])).astype(np.int64)
 
     def opened(plan: str) -> Any:
-        [graph] = open_graphs([tmp_path / f"tiny/onnx/{FILES[plan]}.onnx"], plan, threads=1)
+        [graph] = open_graphs([tiny / f"onnx/{FILES[plan]}.onnx"], plan, threads=1)
         return graph
 
     def embedded(graph: Any) -> np.ndarray:
@@ -198,7 +208,7 @@ def test_an_export_takes_it_where_it_is_built(library, tmp_path, monkeypatch):
         [found] = graph.run(["sentence_embedding"], inputs)
         return np.asarray(found)
 
-    for plan in plans:
+    for plan in FILES:
         graph = opened(plan)
         assert [node.get_type_name() for node in graph._model.get_ordered_ops()].count("SelfAttention") == 2
         fused = embedded(graph)
@@ -208,6 +218,17 @@ def test_an_export_takes_it_where_it_is_built(library, tmp_path, monkeypatch):
             plain = embedded(opened(plan))
         for other in (embedded(graph), plain):  # all in bfloat16
             assert (fused * other).sum(1).min() > 0.999
+
+
+def test_the_benchmark_times_both_ways(tiny, tmp_path, capsys):
+    texts, page = tmp_path / "texts.txt", tmp_path / "attention.md"
+    texts.write_text("\n".join(make_texts(20)))
+    common = [str(tiny), "--texts", str(texts), "--shapes", "1x8", "2x16", "--rounds", "5"]
+    assert benchmark.main([*common, "--plans", "ov-dense", "ov-native", "--out", str(page)]) == 0
+    lines = [line for line in page.read_text().splitlines() if line.startswith("| 2 x 16")]
+    assert len(lines) == 2 and "| 1.00 (1.00 to 1.00)x |" in lines[0]
+    assert benchmark.main([*common, "--plans", "dense"]) == 2
+    assert "dense runs in onnxruntime: name plans of OpenVINO with --plans" in capsys.readouterr().err
 
 
 def test_another_path_of_the_processor_has_none(library):

@@ -32,7 +32,6 @@ def fuse_attention(model: Any, library: Path) -> int:
     """
     if not has_attention(library):
         return 0
-    from openvino import opset13
 
     done = 0
     for node in model.get_ordered_ops():
@@ -40,11 +39,13 @@ def fuse_attention(model: Any, library: Path) -> int:
         out = None if given is None else _turned_out(node)
         if given is None or out is None:
             continue
-        halves = [opset13.convert(value, "bf16") for value in given.values]
+        for value in given.values:
+            _round(value)
         keep = [] if given.keep is None else [given.keep]
-        fused = _factory(library).create(OP_TYPE, [*halves, *keep], {"scale": given.scale})
+        fused = _factory(library).create(OP_TYPE, [*given.values, *keep], {"scale": given.scale})
         fused.set_friendly_name(node.get_friendly_name())
-        out.output(0).replace(opset13.convert(fused, "f32").output(0))
+        out.output(0).replace(fused.output(0))
+        _widen(fused.output(0))
         done += 1
     if done:
         model.validate_nodes_and_infer_types()
@@ -88,6 +89,34 @@ def _inputs(node: Any) -> _Inputs | None:
     return _Inputs(values, keep, scale)
 
 
+def _round(value: Any) -> None:
+    """Make numbers bfloat16 before they are reshaped: next to a linear map, OpenVINO makes that a part of it."""
+    from openvino import opset13
+
+    first = value.get_node()
+    while (above := first.input_value(0).get_node()).get_type_name() == "Reshape" and _users(above.output(0)) == [
+        first
+    ]:
+        first = above
+    first.input(0).replace_source_output(opset13.convert(above, "bf16").output(0))
+
+
+def _widen(value: Any) -> None:
+    """Make bfloat16 numbers float32 after they are reshaped: next to a rounding, OpenVINO makes that a part of it."""
+    from openvino import opset13
+
+    while len(users := _users(value)) == 1 and users[0].get_type_name() == "Reshape":
+        value = users[0].output(0)
+    targets = value.get_target_inputs()
+    wide = opset13.convert(value, "f32").output(0)
+    for target in targets:
+        target.replace_source_output(wide)
+
+
+def _users(value: Any) -> list[Any]:
+    return [target.get_node() for target in value.get_target_inputs()]
+
+
 def _is_swap(node: Any) -> bool:
     if node.get_type_name() != "Transpose":
         return False
@@ -103,7 +132,7 @@ def _turned_in(value: Any) -> Any | None:
 
 def _turned_out(node: Any) -> Any | None:
     """Return the node that turns the output back, the only one that reads it; None where there is none."""
-    users = [target.get_node() for target in node.output(0).get_target_inputs()]
+    users = _users(node.output(0))
     return users[0] if len(users) == 1 and _is_swap(users[0]) else None
 
 

@@ -54,6 +54,9 @@ a row. With whole-numbered weights the activations of a token are whole numbers 
 and sums are exact; the paths without such instructions compute in float32. 8 bits take half the products, and where
 some columns of x are far above the others they cost precision: 6 to 7 % of the output where one is 30 times the others.
 The same path gives the same bits whatever the number of threads, and whatever other tokens are in the batch.
+
+The library has a second node, `SelfAttention`, which no file holds: `ffn2moe.runtime.engines._openvino_attention` puts it
+into encoders that OpenVINO has read, on processors with AMX (docs/decisions/0036-attention-operator.md).
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@
 
 #include <cfloat>
 #include <cstdlib>
+#include <cstring>
 #include <new>
 
 namespace ffn2moe {
@@ -160,9 +161,26 @@ void lay_out_queries(const Head& head, const Places& to, int first, int blocks) 
         }
 }
 
-// The products of all keys with one or two blocks of 16 queries.
-template <bool two> void score(const Places& at) {
+// The largest of some scores of 16 queries, and those before.
+inline __m512 largest(__m512 most, const float* scores, int keys) {
+    __m512 four[4] = {most, most, most, most};
+    int key = 0;
+    for (; key + 4 <= keys; key += 4)
+        for (int i = 0; i < 4; ++i) four[i] = _mm512_max_ps(four[i], _mm512_load_ps(scores + (key + i) * 16));
+    for (; key < keys; ++key) four[0] = _mm512_max_ps(four[0], _mm512_load_ps(scores + key * 16));
+    return _mm512_max_ps(_mm512_max_ps(four[0], four[1]), _mm512_max_ps(four[2], four[3]));
+}
+
+// The products of all keys with one or two blocks of 16 queries, and the largest one of each query. Vectors work on the
+// keys before those that tiles are multiplied for.
+template <bool two> void score(const Places& at, int count, __m512 (&most)[2]) {
     const size_t other = size_t(at.steps) * kTile;
+    most[0] = most[1] = _mm512_set1_ps(-FLT_MAX);
+    const auto compare = [&](int key) {
+        const int keys = count - key < kTogether ? count - key : kTogether;
+        for (int block = 0; block < (two ? 2 : 1); ++block)
+            most[block] = largest(most[block], at.scores + size_t(block * at.keys + key) * 16, keys);
+    };
     for (int key = 0; key < at.keys; key += kTogether) {
         const uint8_t* keys = at.key_tiles + size_t(key / 16) * other;
         _tile_zero(0);
@@ -180,66 +198,91 @@ template <bool two> void score(const Places& at) {
             _tile_dpbf16ps(2, 4, 7);
             _tile_dpbf16ps(3, 5, 7);
         }
+        if (key) compare(key - kTogether);
         _tile_stored(0, at.scores + size_t(key) * 16, 64);
         _tile_stored(1, at.scores + size_t(key + 16) * 16, 64);
         if (two) _tile_stored(2, at.scores + size_t(at.keys + key) * 16, 64);
         if (two) _tile_stored(3, at.scores + size_t(at.keys + key + 16) * 16, 64);
+        barrier();
     }
+    compare(at.keys - kTogether);
 }
 
-// The weights of 16 queries, and one over their sums.
-__m512 softmax(const Places& at, int block, int count) {
-    const float* scores = at.scores + size_t(block) * at.keys * 16;
-    uint8_t* weights = at.weights + size_t(block) * at.keys * 32;
-    const auto row = [scores](int key) { return _mm512_load_ps(scores + size_t(key) * 16); };
-    __m512 four[4] = {_mm512_set1_ps(-FLT_MAX), four[0], four[0], four[0]};
+// The weights of 32 keys for 16 queries, and their sums.
+inline void weigh(const float* scores, uint8_t* weights, int keys, __m512 most, __m512 (&sum)[2]) {
+    const auto weight = [&](int key) {
+        return power_of_two(_mm512_sub_ps(_mm512_load_ps(scores + size_t(key) * 16), most));
+    };
     int key = 0;
-    for (; key + 4 <= count; key += 4)
-        for (int i = 0; i < 4; ++i) four[i] = _mm512_max_ps(four[i], row(key + i));
-    for (; key < count; ++key) four[0] = _mm512_max_ps(four[0], row(key));
-    const __m512 most = _mm512_max_ps(_mm512_max_ps(four[0], four[1]), _mm512_max_ps(four[2], four[3]));
-    __m512 sum = _mm512_setzero_ps(), sum2 = sum;
-    const auto weigh = [&](int from) { return power_of_two(_mm512_sub_ps(row(from), most)); };
-    for (key = 0; key + 2 <= count; key += 2, weights += 64) {
-        const __m512 first = weigh(key), second = weigh(key + 1);
-        sum = _mm512_add_ps(sum, first);
-        sum2 = _mm512_add_ps(sum2, second);
+    for (; key + 2 <= keys; key += 2, weights += 64) {
+        const __m512 first = weight(key), second = weight(key + 1);
+        sum[0] = _mm512_add_ps(sum[0], first);
+        sum[1] = _mm512_add_ps(sum[1], second);
         _mm512_store_si512(weights, pairs(first, second));
     }
-    if (key < count) {
-        const __m512 last = weigh(key);
-        sum = _mm512_add_ps(sum, last);
+    if (key < keys) {
+        const __m512 last = weight(key);
+        sum[0] = _mm512_add_ps(sum[0], last);
         _mm512_store_si512(weights, pairs(last, _mm512_setzero_ps()));
         key += 2;
         weights += 64;
     }
-    for (; key < at.keys; key += 2, weights += 64) _mm512_store_si512(weights, _mm512_setzero_si512());
-    return _mm512_div_ps(_mm512_set1_ps(1), _mm512_add_ps(sum, sum2));
+    for (; key < kTogether; key += 2, weights += 64) _mm512_store_si512(weights, _mm512_setzero_si512());
 }
 
-// 32 numbers of each of 16 or 32 queries: values times weights.
-template <bool two> void sum_values(const Places& at, int step) {
-    const size_t other = size_t(at.keys) * 32;
+// 32 numbers of each of 16 or 32 queries: values times weights, of 32 keys.
+template <bool two> inline void add_values(const Places& at, int step, int key) {
+    const uint8_t* values = at.value_tiles + (size_t(key / kTogether) * at.steps + step) * 2 * kTile;
+    _tile_loadd(4, values, 64);
+    _tile_loadd(5, values + kTile, 64);
+    _tile_loadd(6, at.weights + size_t(key) * 32, 64);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_dpbf16ps(1, 5, 6);
+    if (!two) return;
+    _tile_loadd(7, at.weights + size_t(at.keys + key) * 32, 64);
+    _tile_dpbf16ps(2, 4, 7);
+    _tile_dpbf16ps(3, 5, 7);
+}
+
+template <bool two> inline void begin_values() {
     _tile_zero(0);
     _tile_zero(1);
     if (two) _tile_zero(2);
     if (two) _tile_zero(3);
-    const uint8_t* values = at.value_tiles + step * 2 * kTile;
-    for (int key = 0; key < at.keys; key += kTogether, values += 2 * at.steps * kTile) {
-        _tile_loadd(4, values, 64);
-        _tile_loadd(5, values + kTile, 64);
-        _tile_loadd(6, at.weights + size_t(key) * 32, 64);
-        _tile_dpbf16ps(0, 4, 6);
-        _tile_dpbf16ps(1, 5, 6);
-        if (!two) continue;
-        _tile_loadd(7, at.weights + other + size_t(key) * 32, 64);
-        _tile_dpbf16ps(2, 4, 7);
-        _tile_dpbf16ps(3, 5, 7);
-    }
+}
+
+template <bool two> inline void end_values(const Places& at) {
     _tile_stored(0, at.sums, 64);
     _tile_stored(1, at.sums + 256, 64);
     if (two) _tile_stored(2, at.sums + 512, 64);
     if (two) _tile_stored(3, at.sums + 768, 64);
+    barrier();
+}
+
+// The weights of all keys for one or two blocks of queries, one over their sums, and the first 32 numbers of what they
+// sum up. Tiles are multiplied for the keys before those that vectors work on.
+template <bool two> void softmax(const Places& at, int count, const __m512 (&most)[2], __m512 (&factor)[2]) {
+    __m512 sum[2][2] = {{_mm512_setzero_ps(), _mm512_setzero_ps()}, {_mm512_setzero_ps(), _mm512_setzero_ps()}};
+    begin_values<two>();
+    for (int key = 0; key < at.keys; key += kTogether) {
+        const int keys = count - key < kTogether ? count - key : kTogether;
+        for (int block = 0; block < (two ? 2 : 1); ++block) {
+            const size_t place = size_t(block) * at.keys + key;
+            weigh(at.scores + place * 16, at.weights + place * 32, keys, most[block], sum[block]);
+        }
+        barrier();
+        if (key) add_values<two>(at, 0, key - kTogether);
+    }
+    add_values<two>(at, 0, at.keys - kTogether);
+    end_values<two>(at);
+    for (int block = 0; block < 2; ++block)
+        factor[block] = _mm512_div_ps(_mm512_set1_ps(1), _mm512_add_ps(sum[block][0], sum[block][1]));
+}
+
+template <bool two> void sum_values(const Places& at, int step) {
+    begin_values<two>();
+    for (int key = 0; key < at.keys; key += kTogether) add_values<two>(at, step, key);
+    end_values<two>(at);
 }
 
 void store(const Head& head, const Places& at, int step, int first, int block, __m512 factor) {
@@ -261,27 +304,32 @@ void store(const Head& head, const Places& at, int step, int first, int block, _
     }
 }
 
+template <bool two> void attend(const Head& head, const Places& at, int first) {
+    __m512 most[2], factor[2];
+    lay_out_queries(head, at, first, two ? 2 : 1);
+    barrier();
+    score<two>(at, head.count, most);
+    softmax<two>(at, head.count, most, factor);
+    for (int step = 0; step < at.steps; ++step) {
+        if (step) sum_values<two>(at, step);
+        store(head, at, step, first, 0, factor[0]);
+        if (two) store(head, at, step, first + 16, 1, factor[1]);
+    }
+}
+
+void leave_nothing(const Head& head) {
+    const size_t number = head.half_out ? 2 : 4;
+    for (int token = 0; token < head.length; ++token)
+        std::memset(static_cast<char*>(head.out) + head.stride * token * number, 0, head.size * number);
+}
+
 void run(const Head& head, Room& room) {
+    if (head.count == 0) return leave_nothing(head);
     const Places at(head, room);
     lay_out_keys(head, at);
     lay_out_values(head, at);
-    for (int first = 0; first < head.length; first += kTogether) {
-        const bool two = head.length - first > 16;
-        lay_out_queries(head, at, first, two ? 2 : 1);
-        barrier();
-        two ? score<true>(at) : score<false>(at);
-        barrier();
-        __m512 factors[2] = {softmax(at, 0, head.count), _mm512_setzero_ps()};
-        if (two) factors[1] = softmax(at, 1, head.count);
-        if (head.count == 0) factors[0] = factors[1] = _mm512_setzero_ps(); // nothing to look at
-        for (int step = 0; step < at.steps; ++step) {
-            barrier();
-            two ? sum_values<true>(at, step) : sum_values<false>(at, step);
-            barrier();
-            store(head, at, step, first, 0, factors[0]);
-            if (two) store(head, at, step, first + 16, 1, factors[1]);
-        }
-    }
+    for (int first = 0; first < head.length; first += kTogether)
+        head.length - first > 16 ? attend<true>(head, at, first) : attend<false>(head, at, first);
 }
 
 void enter() {
