@@ -90,15 +90,25 @@ def _inputs(node: Any) -> _Inputs | None:
 
 
 def _round(value: Any) -> None:
-    """Make numbers bfloat16 before they are reshaped: next to a linear map, OpenVINO makes that a part of it."""
+    """Make numbers bfloat16 before they are reshaped: next to a linear map, OpenVINO has the map write them so.
+
+    It would rather copy them by a kernel that it makes for small operations, of six axes at most. So here are seven.
+    """
     from openvino import opset13
 
     first = value.get_node()
-    while (above := first.input_value(0).get_node()).get_type_name() == "Reshape" and _users(above.output(0)) == [
-        first
-    ]:
-        first = above
-    first.input(0).replace_source_output(opset13.convert(above, "bf16").output(0))
+    above = first.input_value(0)
+    while above.get_node().get_type_name() == "Reshape" and _users(above) == [first]:
+        first = above.get_node()
+        above = first.input_value(0)
+    shape = first.get_input_partial_shape(0)
+    if shape.rank.is_dynamic:
+        first.input(0).replace_source_output(opset13.convert(above, "bf16").output(0))
+        return
+    size = opset13.shape_of(above)
+    deep = opset13.unsqueeze(above, opset13.constant(np.arange(7 - len(shape))))
+    half = opset13.reshape(opset13.convert(deep, "bf16"), size, False)
+    first.input(0).replace_source_output(half.output(0))
 
 
 def _widen(value: Any) -> None:

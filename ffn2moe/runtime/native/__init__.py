@@ -55,8 +55,8 @@ and sums are exact; the paths without such instructions compute in float32. 8 bi
 some columns of x are far above the others they cost precision: 6 to 7 % of the output where one is 30 times the others.
 The same path gives the same bits whatever the number of threads, and whatever other tokens are in the batch.
 
-The library has a second node, `SelfAttention`, which no file holds: `ffn2moe.runtime.engines._openvino_attention` puts it
-into encoders that OpenVINO has read, on processors with AMX (docs/decisions/0036-attention-operator.md).
+The library has a second node, `SelfAttention`, which no file holds: `ffn2moe.runtime.engines._openvino_attention` puts
+it into encoders that OpenVINO has read, on processors with AMX (docs/decisions/0036-attention-operator.md).
 """
 
 from __future__ import annotations

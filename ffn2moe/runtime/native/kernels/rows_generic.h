@@ -11,7 +11,7 @@ namespace FFN2MOE_ROWS {
 namespace {
 
 constexpr int kLanes = 16;
-constexpr int kExpertsAtOnce = 8;
+constexpr int kExpertsAtOnce = 8; // or 4, where there are no more
 constexpr int kChains = 4; // of a sum along a row, so that an addition need not wait for the last one
 typedef float Lanes __attribute__((vector_size(64)));
 typedef float Half __attribute__((vector_size(32)));
@@ -93,25 +93,30 @@ inline Moments moments(const Norm& norm, int width, const float* row, float tota
 }
 
 // Scores of one or two rows, expert after expert in groups.
-template <int rows> inline void score(const Frame& frame, const float* x, float* scores) {
+template <int rows, int together> inline void score(const Frame& frame, const float* x, float* scores) {
     const int D = frame.width, E = frame.num_experts;
-    for (int first = 0; first < E; first += kExpertsAtOnce) {
-        const float* router[kExpertsAtOnce];
-        for (int e = 0; e < kExpertsAtOnce; ++e) // a group that is not full does its last expert again
+    for (int first = 0; first < E; first += together) {
+        const float* router[together];
+        for (int e = 0; e < together; ++e) // a group that is not full does its last expert again
             router[e] = frame.router + size_t(first + e < E ? first + e : E - 1) * D;
-        Lanes sums[rows][kExpertsAtOnce] = {};
+        Lanes sums[rows][together] = {};
         each(D, [&](int i, int count) __attribute__((always_inline)) {
             Lanes part[rows];
             for (int r = 0; r < rows; ++r) part[r] = load(x + size_t(r) * D + i, count);
-            for (int e = 0; e < kExpertsAtOnce; ++e) {
+            for (int e = 0; e < together; ++e) {
                 const Lanes weights = load(router[e] + i, count);
                 for (int r = 0; r < rows; ++r) sums[r][e] += part[r] * weights;
             }
         });
         for (int r = 0; r < rows; ++r)
-            for (int e = 0; e < kExpertsAtOnce && first + e < E; ++e)
+            for (int e = 0; e < together && first + e < E; ++e)
                 scores[r * E + first + e] = sum(sums[r][e]) + frame.router_bias[first + e];
     }
+}
+
+template <int rows> inline void score(const Frame& frame, const float* x, float* scores) {
+    frame.num_experts > kExpertsAtOnce / 2 ? score<rows, kExpertsAtOnce>(frame, x, scores)
+                                           : score<rows, kExpertsAtOnce / 2>(frame, x, scores);
 }
 
 inline float sigmoid(float s) { return 1 / (1 + std::exp(-s)); }
