@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -22,7 +23,7 @@ from ffn2moe.clients import sentence_transformers_folder
 from ffn2moe.convert import Settings, convert
 from ffn2moe.data.encode import encode
 from ffn2moe.dense.load import load_dense
-from ffn2moe.dense.sentence_folder import copy_modules
+from ffn2moe.dense.sentence_folder import copy_modules, keep_reading, read_sentence_folder
 from ffn2moe.onnx.write import export_model, write_manifest
 from ffn2moe.preflight.dense import Dense
 from ffn2moe.runtime.engines.onnxruntime import session
@@ -249,6 +250,33 @@ def test_a_copied_teacher_is_the_same_sentence_encoder(tmp_path):
     np.testing.assert_array_equal(opened(copy).encode(TEXTS), opened(folder).encode(TEXTS))
     (one, _), (other, _) = load_dense(str(folder)), load_dense(str(copy))
     assert one.sentence.described == other.sentence.described
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_a_kept_reading_is_what_the_library_reads(name, tmp_path, monkeypatch):
+    folder = save(name, tmp_path)
+    read = read_sentence_folder(folder)
+    keep_reading(folder)
+    with monkeypatch.context() as without:
+        without.setitem(sys.modules, "sentence_transformers", None)
+        kept = read_sentence_folder(folder)
+    assert read is not None and kept is not None
+    assert (kept.described, kept.max_length) == (read.described, read.max_length)
+    assert kept.tokenizer_options == read.tokenizer_options
+    weights = kept.module.state_dict()
+    assert weights.keys() == read.module.state_dict().keys()
+    for key, value in read.module.state_dict().items():
+        assert torch.equal(weights[key], value)
+
+
+def test_a_reading_of_other_files_is_not_taken(tmp_path, monkeypatch):
+    folder = save("old layout, max", tmp_path)
+    keep_reading(folder)
+    pooling = folder / "1_Pooling/config.json"
+    pooling.write_text(pooling.read_text().replace("max", "mean"))
+    monkeypatch.setitem(sys.modules, "sentence_transformers", None)
+    with pytest.raises(ValueError, match="that library cannot be imported"):
+        read_sentence_folder(folder)
 
 
 def test_specs_of_version_0_1_0_are_read(tiny_teacher):

@@ -7,6 +7,7 @@ What cannot be carried is refused by its name, before any weights of the transfo
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import shutil
@@ -16,6 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ffn2moe.dense.sentence import SentenceEmbedding
@@ -23,6 +25,7 @@ from ffn2moe.literals import Similarity
 from ffn2moe.sentence import Dense, LayerNorm, Module, Normalize, SentenceModules
 
 MODULES_FILE, CONFIG_FILE = "modules.json", "config_sentence_transformers.json"
+READING_FILE, READING_WEIGHTS = "ffn2moe_reading.json", "ffn2moe_reading.safetensors"  # `keep_reading` writes them
 _NAMESPACE = "sentence_transformers."
 _EMBEDDING = "sentence_embedding"  # the feature that our modules read and write
 # Settings of the transformer that change no result here: we choose the precision and the attention ourselves.
@@ -106,7 +109,7 @@ def is_sentence_encoder(folder: str | Path) -> bool:
 def copy_modules(folder: str | Path, out: str | Path) -> None:
     """Copy the modules of a sentence encoder beside a copy of its transformer's files; nothing for another folder.
 
-    `out` is a sentence-transformers folder then, whose transformer is in the folder itself.
+    `out` is a sentence-transformers folder then, whose transformer is in the folder itself; `keep_reading` is done.
     """
     root, out = modules_folder(folder), Path(out)
     if root is None:
@@ -121,6 +124,7 @@ def copy_modules(folder: str | Path, out: str | Path) -> None:
         shutil.copyfile(file, target)
     entries[0]["path"] = ""
     (out / MODULES_FILE).write_text(json.dumps(entries, indent=2) + "\n", encoding="utf-8")
+    keep_reading(out)
 
 
 def _first_path(root: Path) -> str:
@@ -170,6 +174,9 @@ def read_sentence_folder(folder: str | Path) -> SentenceFolder | None:
         return None
     if not is_sentence_encoder(root):
         return None
+    kept = _kept_reading(root)
+    if kept is not None:
+        return kept
     entries = _entries(root)
     with _quiet():
         first, *others = [_class_of(root, entry["type"]) for entry in entries]
@@ -188,6 +195,44 @@ def read_sentence_folder(folder: str | Path) -> SentenceFolder | None:
     longest = transformer.get("max_seq_length")
     options = dict(transformer.get("tokenizer_args") or transformer.get("processor_kwargs") or {})
     return SentenceFolder(module.eval(), longest, options)
+
+
+def keep_reading(folder: str | Path) -> None:
+    """Write what `read_sentence_folder` finds beside it, which is read instead while the files stay as they are.
+
+    Later processes then do without the library, whose import takes some seconds.
+    """
+    found, root = read_sentence_folder(folder), modules_folder(folder)
+    if found is None or root is None:
+        return
+    save_file(found.module.state_dict(), root / READING_WEIGHTS)
+    reading = {
+        "files": _fingerprint(root),
+        "described": found.described.to_dict(),
+        "max_length": found.max_length,
+        "tokenizer_options": found.tokenizer_options,
+    }
+    (root / READING_FILE).write_text(json.dumps(reading, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _kept_reading(root: Path) -> SentenceFolder | None:
+    """Return what `keep_reading` wrote; None where nothing is kept, or for other files."""
+    reading = _read(root / READING_FILE)
+    if not reading or reading["files"] != _fingerprint(root):
+        return None
+    module = SentenceEmbedding(SentenceModules.from_dict(reading["described"]))
+    module.load_state_dict(load_file(root / READING_WEIGHTS))
+    return SentenceFolder(module.eval(), reading["max_length"], reading["tokenizer_options"])
+
+
+def _fingerprint(root: Path) -> str:
+    """Return a checksum of everything that the modules of a folder are read from."""
+    of_modules = [root / entry["path"] for entry in _entries(root)[1:]]
+    files = {*root.glob("*.json"), *(file for folder in of_modules for file in folder.glob("*") if file.is_file())}
+    digest = hashlib.sha256()
+    for file in sorted(files - {root / READING_FILE}):
+        digest.update(f"{file.relative_to(root)} {hashlib.sha256(file.read_bytes()).hexdigest()}\n".encode())
+    return digest.hexdigest()
 
 
 def _require_no_part(folder: Path) -> None:
