@@ -31,7 +31,7 @@ from benchmarks.page import (
     rounds_of,
     shape_of,
 )
-from benchmarks.race import race, stopwatch
+from benchmarks.race import Spread, race, stopwatch
 from ffn2moe.planning import timing
 from ffn2moe.runtime import native
 from ffn2moe.runtime.engines._openvino_attention import has_attention
@@ -86,7 +86,7 @@ def measure(options: argparse.Namespace, console: Console) -> Page:
                 gain = samples.speed(own, its)
                 over = samples.speed(own, f"{options.plans[0]} {OWN}")
                 times = [1000 * samples.median(name) for name in (its, own)]
-                rows.append([label, plan, *(f"{one:.2f}" for one in times), f"{gain}x", f"{over}x"])
+                rows.append([label, plan, *(f"{one:.2f}" for one in times), _times(gain), _times(over)])
                 raw.append({"shape": label, "plan": plan, "ms": times, "gain": gain.median, "over_first": over.median})
     header = ["batch x sequence", "plan", "OpenVINO's, ms", "the operator's, ms", "gain", f"over `{options.plans[0]}`"]
     return Page(
@@ -98,6 +98,10 @@ def measure(options: argparse.Namespace, console: Console) -> Page:
         [Grid("Milliseconds of a batch", header, rows)],
         result={"rows": raw},
     )
+
+
+def _times(speed: Spread) -> str:
+    return f"{speed.median:.2f}x ({speed.low:.2f} to {speed.high:.2f})"
 
 
 if __name__ == "__main__":

@@ -226,7 +226,7 @@ def test_the_benchmark_times_both_ways(tiny, tmp_path, capsys):
     common = [str(tiny), "--texts", str(texts), "--shapes", "1x8", "2x16", "--rounds", "5"]
     assert benchmark.main([*common, "--plans", "ov-dense", "ov-native", "--out", str(page)]) == 0
     lines = [line for line in page.read_text().splitlines() if line.startswith("| 2 x 16")]
-    assert len(lines) == 2 and "| 1.00 (1.00 to 1.00)x |" in lines[0]
+    assert len(lines) == 2 and "| 1.00x (1.00 to 1.00) |" in lines[0]
     assert benchmark.main([*common, "--plans", "dense"]) == 2
     assert "dense runs in onnxruntime: name plans of OpenVINO with --plans" in capsys.readouterr().err
 
