@@ -40,7 +40,9 @@ def run(stage: StageRun) -> None:
         return stage.track(rounds, len(rounds), label)
 
     measured = measure.measure(
-        measure.Setting(folder, workload, settings.threads, keeps_quality, settings.decode_tokens),
+        measure.Setting(
+            folder, workload, settings.threads, keeps_quality, settings.decode_tokens, measure.retention_of(manifest)
+        ),
         texts,
         rounds=settings.rounds,
         track=track,

@@ -110,6 +110,18 @@ def test_a_plan_that_would_save_nothing_worth_its_memory_is_not_opened():
     assert choose([first, second], KEPT).plan_of == ("ov-sorted", "ov-sorted")
 
 
+def test_of_mixtures_as_fast_the_one_that_keeps_more_quality_is_chosen():
+    found = cell((32, 128), dense=100, dense8=50, sorted8=40, ov_sorted=40.5)
+    assert choose([found], KEPT).plans == ("sorted8",)
+    kept = {"sorted8": 0.981, "ov-sorted": 0.991, "dense8": 0.999}
+    assert choose([found], KEPT, retention=kept).plans == ("ov-sorted",)
+    assert choose([found], KEPT, retention=kept | {"sorted8": 0.9905}).plans == ("sorted8",)  # noise: the time decides
+    slower = cell((32, 128), dense=100, dense8=50, sorted8=40, ov_sorted=43)
+    assert choose([slower], KEPT, retention=kept).plans == ("sorted8",)
+    near = cell((32, 128), 0.001, dense=100, dense8=40.5, sorted8=40)  # a dense plan keeps more, and is no mixture
+    assert choose([near], KEPT, retention=kept).plans == ("sorted8",)
+
+
 def test_one_plan_for_every_batch_is_the_best_for_all_the_work_and_dense_unless_that_is_sure():
     small, large = cell((1, 16), dense=9, dense8=3, sorted8=4), cell((32, 128), dense=300, dense8=130, sorted8=100)
     assert choose([small, large], KEPT, max_plans=1).plan_of == ("dense8", "dense8")  # allowed everywhere

@@ -75,7 +75,7 @@ def _run(options: argparse.Namespace, screen: Screen) -> int:
     seconds = 60 * options.minutes
     races = len(workload.shapes) + lists.reads_lists(manifest["spec"]["head"])
     with _countdown(screen, seconds, len(threads) * races) as track:
-        setting = measure.Setting(path, workload, threads, keeps_quality, decode_tokens)
+        setting = measure.Setting(path, workload, threads, keeps_quality, decode_tokens, measure.retention_of(manifest))
         on_lists = min(lists.SECONDS, seconds / (10 * len(threads)))  # of each number
         measured = measure.measure(
             setting,

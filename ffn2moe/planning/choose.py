@@ -6,9 +6,9 @@ For every shape (and phase) the choice is
 - else the best dense plan of all engines, or one whose speed cannot be told apart from it.
 
 So no batch is slower than with the best dense plan, within the noise of the measure. An open plan costs memory: among
-the sets of plans whose time for the whole workload cannot be told apart from the best, the one with the fewest plans is
-kept. A model that writes is judged by its two phases, prefill and decode, each as often as it comes; a model with an
-encoder and a decoder by whole requests, on one plan.
+the sets of plans whose time for the whole workload cannot be told apart from the best, one with the fewest plans is
+kept, and of these the one that keeps most quality. A model that writes is judged by its two phases, prefill and decode,
+each as often as it comes; a model with an encoder and a decoder by whole requests, on one plan.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from ffn2moe.runtime.workload import Workload
 Fits = Callable[[Sequence[str]], bool]  # whether some plans may be used together
 
 WORTH = 0.02  # of the time of the workload: another open plan has to save at least this
+TOLD_APART = 0.002  # of the teacher's quality: between plans that differ by less the time decides
 
 
 @dataclass(frozen=True)
@@ -127,11 +128,13 @@ def choose(
     keeps_quality: Mapping[str, bool],
     max_plans: int | None = None,
     fits: Fits = _any_fit,
+    retention: Mapping[str, float] | None = None,
 ) -> Choice:
     """Choose a plan for each cell: never one that is measurably slower than the best dense plan there.
 
     The fewest plans are kept whose time for all the work is the best or cannot be told apart from it, `max_plans` at
-    most; several only where `fits` allows them together. Where so few cannot be as fast as the best dense plan in every
+    most; several only where `fits` allows them together. Of as few mixtures the ones are taken that keep most of the
+    teacher's quality, where `retention` says how much. Where so few cannot be as fast as the best dense plan in every
     cell, the work as a whole decides: a mixture is taken only if all of it is faster, beyond the noise, than by as few
     dense plans.
     """
@@ -152,10 +155,26 @@ def choose(
         possible = [assigned for assigned in (*found, fastest) if assigned is not None]
         fastest = min(possible, key=partial(_total, cells), default=None)
         if fastest is not None and _total(cells, fastest) <= enough:
+            fastest = _best_kept(cells, [one for one in possible if _total(cells, one) <= enough], retention or {})
             break
     if fastest is None:
         fastest = _compromise(cells, plans, max_plans or len(cells), fits)
     return _choice(cells, fastest, keeps_quality)
+
+
+def _best_kept(
+    cells: Sequence[Cell], alike: Sequence[tuple[str, ...]], retention: Mapping[str, float]
+) -> tuple[str, ...]:
+    """Return the fastest choice that keeps about most quality, of those with a mixture wherever the fastest has one."""
+    fastest = min(alike, key=partial(_total, cells))
+    roles = [is_dense(plan) for plan in fastest]
+
+    def kept(plans: Sequence[str]) -> float:
+        return min(retention.get(plan, 1.0) for plan in plans)
+
+    same = [one for one in alike if [is_dense(plan) for plan in one] == roles]
+    most = max(map(kept, same))
+    return min((one for one in same if kept(one) >= most - TOLD_APART), key=partial(_total, cells))
 
 
 def _compromise(cells: Sequence[Cell], plans: Sequence[str], max_plans: int, fits: Fits) -> tuple[str, ...]:

@@ -46,6 +46,7 @@ class Setting:
     threads: Sequence[int]  # the numbers of threads, each by itself
     keeps_quality: Mapping[str, bool]  # of each plan (`quality_of`)
     decode_tokens: int = 16  # that a model writes after a prompt
+    retention: Mapping[str, float] = field(default_factory=dict)  # the share of the quality that each plan keeps
 
 
 @dataclass(frozen=True)
@@ -286,13 +287,19 @@ def require_readable(workload: Workload, manifest: Mapping[str, Any], decode_tok
         )
 
 
-def quality_of(manifest: Mapping[str, Any], min_retention: float) -> dict[str, bool]:
-    """Return which plans keep at least this share of the teacher's quality; `dense` is the teacher.
+def retention_of(manifest: Mapping[str, Any]) -> dict[str, float]:
+    """Return the share of the teacher's quality that each plan keeps; `dense` is the teacher.
 
-    The measured share decides (`retention`). Where nobody has measured it, the agreement of a quantised plan's output
-    with PyTorch's stands for it, and a plan that computes what PyTorch does keeps all of it.
+    It is the measured one (`retention`). Where nobody has measured it, the agreement of a quantised plan's output with
+    PyTorch's stands for it, and a plan that computes what PyTorch does keeps all of it.
     """
     return {
-        plan: plan == "dense" or float(entry.get("retention", entry.get("agreement", 1.0))) >= min_retention
+        plan: 1.0 if plan == "dense" else float(entry.get("retention", entry.get("agreement", 1.0)))
         for plan, entry in manifest["plans"].items()
     }
+
+
+def quality_of(manifest: Mapping[str, Any], min_retention: float) -> dict[str, bool]:
+    """Return which plans keep at least this share of the teacher's quality (`retention_of`); `dense` always does."""
+    kept = retention_of(manifest)
+    return {plan: plan == "dense" or share >= min_retention for plan, share in kept.items()}

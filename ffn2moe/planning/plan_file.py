@@ -52,7 +52,9 @@ def planned(
     kept: list[str] = []
     for count in setting.threads:
         cells = cells_of(measured.timings, workload, threads=count, head=head, decode_tokens=setting.decode_tokens)
-        choices[count] = choose(cells, setting.keeps_quality, max_plans, partial(_fit, shipment, kept))
+        choices[count] = choose(
+            cells, setting.keeps_quality, max_plans, partial(_fit, shipment, kept), setting.retention
+        )
         kept = list(dict.fromkeys([*kept, *choices[count].plans]))
     lists: list[dict[str, Any]] = []
     for count, choice in choices.items():

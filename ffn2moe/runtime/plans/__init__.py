@@ -244,6 +244,16 @@ for _plan in (
         operator=EXPERTS,
         steps=(ROUTED_NODES, STATIC_INT8, HALF_TABLES),
     ),
+    _in_openvino(
+        "ov-native8s",
+        "`ov-native8a8` with every other linear map in static int8, as `ov-dense8s` has them",
+        on_request=(),
+        bits=8,
+        activations="int8",
+        calibrated=True,
+        operator=EXPERTS,
+        steps=(ROUTED_NODES, STATIC_INT8, HALF_TABLES),
+    ),
     _in_blocks(
         "ov-native8b",
         "`ov-native8a8` with every other linear map a `MatMulNBits` of 8 bits: for decoding",
