@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,6 @@ def fuse_attention(model: Any, library: Path) -> int:
     """
     if not has_attention(library):
         return 0
-
     done = 0
     for node in model.get_ordered_ops():
         given = _inputs(node) if node.get_type_name() == "ScaledDotProductAttention" else None
@@ -61,13 +61,13 @@ def _factory(library: Path) -> Any:
     return factory
 
 
+@dataclass(frozen=True)
 class _Inputs:
-    """Hold what attention reads: queries, keys and values [B, L, H, N], the tokens that are kept, and the scale."""
+    """Hold what attention reads."""
 
-    def __init__(self, values: list[Any], keep: Any | None, scale: float) -> None:
-        self.values = values
-        self.keep = keep  # boolean, [B, 1, 1, L]; None: all
-        self.scale = scale
+    values: list[Any]  # queries, keys and values, [B, L, H, N]
+    keep: Any | None  # the tokens that are kept, boolean [B, 1, 1, L]; None: all
+    scale: float
 
 
 def _inputs(node: Any) -> _Inputs | None:

@@ -91,7 +91,7 @@ class OpenVinoGraph:
         self._kept = keep_cache(self._model)
         blocks = has_blocks(self._model)  # in float32 their kernels quantise activations, which is faster than bfloat16
         self.precision: Precision = precision or ("float32" if blocks else openvino_precision())
-        if extension is not None and self.precision == "bfloat16":
+        if extension is not None and self.precision == "bfloat16" and not self._kept:
             fuse_attention(self._model, extension)
         exact = self.precision == "float32" and not blocks
         self._settings |= {
