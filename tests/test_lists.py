@@ -17,7 +17,7 @@ from rich.console import Console
 import ffn2moe
 from ffn2moe import cli
 from ffn2moe.planning import lists, measure, plan_file
-from ffn2moe.planning.choose import Cell, choose_for_lists
+from ffn2moe.planning.choose import Cell, choose, choose_for_lists, with_lists
 from ffn2moe.planning.measure import Measured, Setting, run_race
 from ffn2moe.planning.shipping import Shipment
 from ffn2moe.planning.timing import Race, Timing
@@ -53,6 +53,34 @@ def chosen(
     rows: dict[str, Timing], in_use: list[str], shipped: tuple[str, ...] = (), may_join: Any = lambda plan: True
 ) -> str | None:
     return choose_for_lists(Cell(96, 0, "list", 1.0, rows), KEPT, in_use, shipped, may_join)
+
+
+def test_one_plan_for_shapes_and_lists_is_chosen_where_no_other_may_join():
+    shapes = [Cell(32, 128, "whole", 1.0, rows_of(0.01, 32, 128, "whole", dense8=100, ov_native4s=60, ov_native4=62))]
+    choice = choose(shapes, KEPT)
+    assert choice.plan_of == ("ov-native4s",)
+
+    def on(may_join: Any = lambda plan: plan == "sorted8", noise: float = 0.01, **ms: float) -> tuple[str, ...]:
+        return with_lists(choice, Cell(96, 0, "list", 1.0, rows_of(noise, **ms)), KEPT, may_join).plan_of
+
+    slow = {"dense8": 100.0, "ov_native4s": 80.0, "sorted8": 75.0}
+    assert on(**slow, ov_native4=60) == ("ov-native4",)
+    assert on(lambda plan: True, **slow, ov_native4=60) == ("ov-native4s",)  # it joins for lists
+    assert on(**slow, ov_native4=70) == ("ov-native4s",)  # 7 % on lists for 3 % at the shape
+    assert on(noise=0.3, **slow, ov_native4=60) == ("ov-native4s",)  # by chance
+    assert on(**slow) == ("ov-native4s",)
+    rows = rows_of(0.01, 32, 128, "whole", dense8=100, ov_native4s=60, ov_native4=62, ov_native8a8=62.5)
+    choice = choose([Cell(32, 128, "whole", 1.0, rows)], {**KEPT, "ov-native8a8": True})
+    cell = Cell(96, 0, "list", 1.0, rows_of(**slow, ov_native4=60, ov_native8a8=60))
+    kept = {"ov-native4": 0.981, "ov-native8a8": 0.991}
+    found = with_lists(choice, cell, {**KEPT, "ov-native8a8": True}, lambda plan: plan == "sorted8", retention=kept)
+    assert found.plan_of == ("ov-native8a8",)
+    small = Cell(1, 16, "whole", 1.0, rows_of(0.1, 1, 16, "whole", dense8=1.0, ov_native4s=0.99, ov_native4=0.99))
+    both = choose([small, *shapes], KEPT)
+    assert both.plan_of == ("dense8", "ov-native4s")
+    lists = Cell(96, 0, "list", 1.0, rows_of(**slow, ov_native4=60))
+    assert with_lists(both, lists, KEPT, lambda plan: False).plan_of == ("dense8", "ov-native4")
+    assert with_lists(both, lists, KEPT, lambda plan: False, lambda plans: False).plan_of == both.plan_of
 
 
 def test_a_plan_that_saves_enough_on_lists_is_taken_and_one_that_saves_little_is_not():

@@ -26,6 +26,7 @@ from ffn2moe.runtime.workload import Workload
 Fits = Callable[[Sequence[str]], bool]  # whether some plans may be used together
 
 WORTH = 0.02  # of the time of the workload: another open plan has to save at least this
+WORTH_BOTH = 0.1  # of the product of the times of shapes and of lists: one plan for both has to save at least this
 TOLD_APART = 0.002  # of the teacher's quality: between plans that differ by less the time decides
 
 
@@ -195,6 +196,59 @@ def _compromise(cells: Sequence[Cell], plans: Sequence[str], max_plans: int, fit
     return (
         best if sum(c.weight * surely(c, p) for c, p in zip(cells, best, strict=True)) < _total(cells, dense) else dense
     )
+
+
+def with_lists(
+    choice: Choice,
+    lists: Cell,
+    keeps_quality: Mapping[str, bool],
+    may_join: Callable[[str], bool],
+    fits: Fits = _any_fit,
+    retention: Mapping[str, float] | None = None,
+) -> Choice:
+    """Return `choice` with one mixture in place of its mixtures, where that is better for shapes and lists together.
+
+    Of mixtures as good for both (`WORTH`) it is the one that keeps most quality, where `retention` says how much.
+
+    That is where the plan that is fast on lists may not join those of `choice`, as an export has room for few. The
+    times of shapes and of lists count alike; the gain must be worth it (`WORTH_BOTH`) and beyond the noise of lists.
+    """
+
+    def on_lists(plan: str) -> float:
+        return lists.ms(plan) if plan in lists.rows else math.inf
+
+    reached = min((on_lists(plan) for plan in lists.rows if plan in choice.plans or may_join(plan)), default=math.inf)
+    pairs = list(zip(choice.cells, choice.plan_of, strict=True))
+
+    def assigned(plan: str) -> tuple[str, ...]:
+        return tuple(before if is_dense(before) else plan for _, before in pairs)
+
+    able = [
+        plan
+        for plan in lists.rows
+        if keeps_quality.get(plan, False)
+        and not is_dense(plan)
+        and lists.allows(plan)
+        and lists.ms_at_worst(plan) < reached
+        and all(is_dense(before) or (plan in cell.rows and cell.allows(plan)) for cell, before in pairs)
+        and plan in assigned(plan)
+        and fits(list(dict.fromkeys(assigned(plan))))
+    ]
+    if not able or math.isinf(reached):
+        return choice
+    whole = _total(choice.cells, choice.plan_of)
+
+    def both(plan: str) -> float:
+        return _total(choice.cells, assigned(plan)) / whole * on_lists(plan) / reached
+
+    least = min(map(both, able))
+    if least > 1 - WORTH_BOTH:
+        return choice
+    kept = retention or {}
+    alike = [plan for plan in able if both(plan) <= least * (1 + WORTH)]
+    most = max(kept.get(plan, 1.0) for plan in alike)
+    best = min((plan for plan in alike if kept.get(plan, 1.0) >= most - TOLD_APART), key=both)
+    return _choice(choice.cells, assigned(best), keeps_quality)
 
 
 def choose_for_lists(

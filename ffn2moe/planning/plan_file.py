@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from ffn2moe.planning import timing
-from ffn2moe.planning.choose import Cell, Choice, cells_of, choose, choose_for_lists
+from ffn2moe.planning.choose import Cell, Choice, cells_of, choose, choose_for_lists, with_lists
 from ffn2moe.planning.measure import Measured
 from ffn2moe.planning.memory import memory_of
 from ffn2moe.planning.shipping import Shipment
@@ -55,6 +55,7 @@ def planned(
         choices[count] = choose(
             cells, setting.keeps_quality, max_plans, partial(_fit, shipment, kept), setting.retention
         )
+        choices[count] = _both(measured, count, choices[count], kept, max_plans, shipment)
         kept = list(dict.fromkeys([*kept, *choices[count].plans]))
     lists: list[dict[str, Any]] = []
     for count, choice in choices.items():
@@ -94,6 +95,39 @@ def _fit(shipment: Shipment | None, kept: Sequence[str], plans: Sequence[str]) -
     return shipment is None or shipment.fits([*kept, *plans])
 
 
+def _on_lists(measured: Measured, threads: int) -> Cell | None:
+    """Return what was timed on lists of texts on a number of threads; None where nothing was."""
+    rows = {row.plan: row for row in measured.lists if row.threads == threads}
+    if not rows:
+        return None
+    one = next(iter(rows.values()))
+    return Cell(one.batch, one.sequence, one.phase, 1.0, rows)
+
+
+def _both(
+    measured: Measured,
+    threads: int,
+    choice: Choice,
+    kept: Sequence[str],
+    max_plans: int | None,
+    shipment: Shipment | None,
+) -> Choice:
+    """Return the choice for the shapes, or of one plan that is better for shapes and lists together (`with_lists`)."""
+    cell = _on_lists(measured, threads)
+    if cell is None:
+        return choice
+    open_too = list(dict.fromkeys([*kept, *choice.plans]))
+    portable = shipment.portable(open_too) if shipment else None
+
+    def may_join(plan: str) -> bool:
+        few = max_plans is None or len({*choice.plans, plan}) <= max_plans
+        return few and (plan in open_too or plan == portable or _fit(shipment, open_too, [plan]))
+
+    setting = measured.setting
+    fits = partial(_fit, shipment, kept)
+    return with_lists(choice, cell, setting.keeps_quality, may_join, fits, setting.retention)
+
+
 def _for_lists(
     measured: Measured,
     threads: int,
@@ -103,11 +137,10 @@ def _for_lists(
     shipment: Shipment | None,
 ) -> list[dict[str, Any]]:
     """Return the row of plan.json for lists of texts on a number of threads; none where nothing was timed."""
-    rows = {row.plan: row for row in measured.lists if row.threads == threads}
-    if not rows:
+    cell = _on_lists(measured, threads)
+    if cell is None:
         return []
-    one = next(iter(rows.values()))
-    cell = Cell(one.batch, one.sequence, one.phase, 1.0, rows)
+    rows = cell.rows
 
     def may_join(plan: str) -> bool:
         few = max_plans is None or len({*choice.plans, plan}) <= max_plans
