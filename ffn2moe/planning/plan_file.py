@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from itertools import combinations
@@ -95,6 +95,18 @@ def _fit(shipment: Shipment | None, kept: Sequence[str], plans: Sequence[str]) -
     return shipment is None or shipment.fits([*kept, *plans])
 
 
+def _joining(
+    choice: Choice, kept: Sequence[str], max_plans: int | None, shipment: Shipment | None
+) -> Callable[[str], bool]:
+    """Return whether a plan may be used for lists beside those of a choice, and those that are `kept`."""
+
+    def may_join(plan: str) -> bool:
+        few = max_plans is None or len({*choice.plans, plan}) <= max_plans
+        return few and (plan in kept or _fit(shipment, kept, [plan]))
+
+    return may_join
+
+
 def _on_lists(measured: Measured, threads: int) -> Cell | None:
     """Return what was timed on lists of texts on a number of threads; None where nothing was."""
     rows = {row.plan: row for row in measured.lists if row.threads == threads}
@@ -116,13 +128,7 @@ def _both(
     cell = _on_lists(measured, threads)
     if cell is None:
         return choice
-    open_too = list(dict.fromkeys([*kept, *choice.plans]))
-    portable = shipment.portable(open_too) if shipment else None
-
-    def may_join(plan: str) -> bool:
-        few = max_plans is None or len({*choice.plans, plan}) <= max_plans
-        return few and (plan in open_too or plan == portable or _fit(shipment, open_too, [plan]))
-
+    may_join = _joining(choice, list(dict.fromkeys([*kept, *choice.plans])), max_plans, shipment)
     setting = measured.setting
     fits = partial(_fit, shipment, kept)
     return with_lists(choice, cell, setting.keeps_quality, may_join, fits, setting.retention)
@@ -141,11 +147,7 @@ def _for_lists(
     if cell is None:
         return []
     rows = cell.rows
-
-    def may_join(plan: str) -> bool:
-        few = max_plans is None or len({*choice.plans, plan}) <= max_plans
-        return few and (plan in kept or _fit(shipment, kept, [plan]))
-
+    may_join = _joining(choice, kept, max_plans, shipment)
     portable = shipment.portable(kept) if shipment else read_manifest(measured.setting.path).get("portable")
     shipped = [*kept, *([portable] if portable else [])]
     plan = choose_for_lists(cell, measured.setting.keeps_quality, choice.plans, shipped, may_join)

@@ -74,7 +74,7 @@ bool SelfAttention::evaluate(ov::TensorVector& outputs, const ov::TensorVector& 
     const bool half = inputs[0].get_element_type() == ov::element::bf16;
     const bool half_out = outputs[0].get_element_type() == ov::element::bf16;
     const auto work = [&](size_t from, size_t to) { // on heads of all texts
-        thread_local Room room;
+        thread_local Buffer buffer;
         path->enter();
         for (size_t i = from; i < to; ++i) {
             const size_t b = i / H, first = b * L * H * N + i % H * N;
@@ -84,7 +84,7 @@ bool SelfAttention::evaluate(ov::TensorVector& outputs, const ov::TensorVector& 
             void* out = static_cast<char*>(outputs[0].data()) + first * (half_out ? 2 : 4);
             path->head({given(0), given(1), given(2), out, half, half_out, H * N, int(L), int(N),
                         kept.token_BL.data() + b * L, kept.count_B[b], scale_},
-                       room);
+                       buffer);
         }
         path->leave();
     };

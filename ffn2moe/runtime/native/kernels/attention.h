@@ -5,6 +5,8 @@
 // Letters: B texts, L tokens, H heads, N size of a head.
 #pragma once
 
+#include "buffer.h"
+
 #include <cstddef>
 #include <cstdint>
 
@@ -26,22 +28,8 @@ struct Head {
     float scale; // of the products of queries and keys
 };
 
-// Memory of a thread's work on one head after another.
-class Room {
-  public:
-    Room() = default;
-    Room(const Room&) = delete;
-    Room& operator=(const Room&) = delete;
-    ~Room() { __builtin_free(at_); }
-    uint8_t* of(size_t bytes);
-
-  private:
-    void* at_ = nullptr;
-    size_t bytes_ = 0;
-};
-
 struct AttentionPath {
-    void (*head)(const Head&, Room&);
+    void (*head)(const Head&, Buffer&);
     void (*enter)(); // around the work of a thread
     void (*leave)();
 };

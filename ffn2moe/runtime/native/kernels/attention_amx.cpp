@@ -6,9 +6,7 @@
 #include "tiles.h"
 
 #include <cfloat>
-#include <cstdlib>
 #include <cstring>
-#include <new>
 
 namespace ffn2moe {
 namespace {
@@ -92,10 +90,10 @@ struct Places {
     uint8_t *weights;     // [2][keys/32][16 pairs of keys][16 queries]
     float *sums;          // [4][16 numbers][16 queries]
 
-    Places(const Head& head, Room& room)
+    Places(const Head& head, Buffer& buffer)
         : steps(head.size / kHeadStep), keys(round_up(head.count, kTogether)) {
         const size_t all = size_t(keys) * steps * 64;
-        uint8_t* at = room.of(2 * all + 2 * steps * kTile + size_t(keys) * 2 * 64 * 2 + 4 * kTile);
+        uint8_t* at = buffer.of<uint8_t>(2 * all + 2 * steps * kTile + size_t(keys) * 2 * 64 * 2 + 4 * kTile);
         const auto take = [&at](size_t bytes) { return (at += bytes) - bytes; };
         key_tiles = take(all);
         value_tiles = take(all);
@@ -323,9 +321,9 @@ void leave_nothing(const Head& head) {
         std::memset(static_cast<char*>(head.out) + head.stride * token * number, 0, head.size * number);
 }
 
-void run(const Head& head, Room& room) {
+void run(const Head& head, Buffer& buffer) {
     if (head.count == 0) return leave_nothing(head);
-    const Places at(head, room);
+    const Places at(head, buffer);
     lay_out_keys(head, at);
     lay_out_values(head, at);
     for (int first = 0; first < head.length; first += kTogether)
@@ -339,17 +337,6 @@ void enter() {
 
 } // namespace
 
-uint8_t* Room::of(size_t bytes) {
-    if (bytes > bytes_) {
-        std::free(at_);
-        at_ = nullptr;
-        bytes_ = 0;
-        if (posix_memalign(&at_, kLine, bytes)) throw std::bad_alloc();
-        bytes_ = bytes;
-    }
-    return static_cast<uint8_t*>(at_);
-}
-
 const AttentionPath* attention_amx() {
     static const AttentionPath path = {run, enter, restore_tiles};
     return &path;
@@ -358,6 +345,5 @@ const AttentionPath* attention_amx() {
 } // namespace ffn2moe
 #else
 #include "attention.h"
-uint8_t* ffn2moe::Room::of(size_t) { return nullptr; }
 const ffn2moe::AttentionPath* ffn2moe::attention_amx() { return nullptr; }
 #endif

@@ -5,6 +5,7 @@
 // the threads, so that each weight is read once. A token's sum over its experts is in the order of their numbers and no
 // sum depends on which tokens come together, so that both orders give the same bits with any number of threads.
 #include "attention.h"
+#include "buffer.h"
 #include "kernels.h"
 #include "rows.h"
 
@@ -92,31 +93,6 @@ const Activation* activation_of(const std::string& name) {
 }
 
 // --- memory of the work ---------------------------------------------------------------------------------------------
-
-class Buffer {
-  public:
-    Buffer() = default;
-    Buffer(const Buffer&) = delete;
-    Buffer& operator=(const Buffer&) = delete;
-    ~Buffer() { std::free(at_); }
-
-    // At least `bytes`, in whole cache lines; what it held is lost.
-    template <class T> T* of(size_t count) {
-        const size_t bytes = (count * sizeof(T) + kLine - 1) / kLine * kLine + kLine;
-        if (bytes > bytes_) {
-            std::free(at_);
-            at_ = nullptr;
-            bytes_ = 0;
-            if (posix_memalign(&at_, kLine, bytes)) throw std::bad_alloc();
-            bytes_ = bytes;
-        }
-        return static_cast<T*>(at_);
-    }
-
-  private:
-    void* at_ = nullptr;
-    size_t bytes_ = 0;
-};
 
 struct Scratch {
     Buffer x_tiles, x_scales, h, h_tiles, h_scales;
