@@ -208,10 +208,9 @@ def with_lists(
 ) -> Choice:
     """Return `choice` with one mixture in place of its mixtures, where that is better for shapes and lists together.
 
-    Of mixtures as good for both (`WORTH`) it is the one that keeps most quality, where `retention` says how much.
-
     That is where the plan that is fast on lists may not join those of `choice`, as an export has room for few. The
     times of shapes and of lists count alike; the gain must be worth it (`WORTH_BOTH`) and beyond the noise of lists.
+    Of mixtures as good for both (`WORTH`) the one is taken that keeps most quality, where `retention` says how much.
     """
 
     def on_lists(plan: str) -> float:
